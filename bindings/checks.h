@@ -1,0 +1,150 @@
+// Argument checks of the ops: every wrong argument is refused here, before anything is allocated or launched, with
+// one line that names the op, the argument, the dimension, what it got and what it needs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "csrc/common/dtype.h"
+
+namespace jet::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    default: return "another dtype";
+  }
+}
+
+inline Dtype kernel_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: return Dtype::f32;
+  }
+}
+
+inline std::string device_name(const torch::stable::Device& device) {
+  std::string name = device.is_cuda() ? "cuda" : device.is_cpu() ? "cpu" : "another device";
+  if (device.is_cuda() && device.has_index()) name += ":" + std::to_string(static_cast<int>(device.index()));
+  return name;
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? "," : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+class Checks {
+ public:
+  explicit Checks(const char* op) : op_(op) {}
+
+  template <class... Parts>
+  [[noreturn]] void fail(const Parts&... parts) const {
+    std::ostringstream message;
+    message << op_ << ": ";
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+
+  // Checks the rank against `dims` (symbols as in the schema, e.g. {"B", "T", "Hk", "K"}), and every symbol against
+  // the size it had where it was first seen. `size` reads a bound symbol.
+  void shape(const char* name, const Tensor& t, std::initializer_list<const char*> dims) {
+    if (t.dim() != static_cast<int64_t>(dims.size()))
+      fail(name, " must have ", dims.size(), " dimensions ", list(dims), ", got ", t.dim(), " with shape ", shape_text(t));
+    int64_t i = 0;
+    for (const char* symbol : dims) {
+      const int64_t got = t.size(i);
+      if (const Bound* bound = find(symbol)) {
+        if (bound->size != got)
+          fail(name, " ", list(dims), " dimension ", i, " must be ", symbol, " = ", bound->size, " (", bound->source, "), got ",
+               got);
+      } else {
+        bind(symbol, got, std::string("as in ") + name);
+      }
+      ++i;
+    }
+  }
+
+  // Binds a symbol whose size follows from other arguments; `source` completes "K = 96 (…)".
+  void bind(const char* symbol, int64_t size, std::string source) { bounds_.push_back({symbol, size, std::move(source)}); }
+
+  int64_t size(const char* symbol) const { return find(symbol)->size; }
+
+  void device(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
+    if (t.device() != like.device())
+      fail(name, " must be on ", device_name(like.device()), " like ", like_name, ", got ", device_name(t.device()));
+  }
+
+  void floating(const char* name, const Tensor& t) const {
+    dtype(name, t, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+  }
+
+  void dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {
+    std::string names;
+    for (ScalarType type : allowed) {
+      if (t.scalar_type() == type) return;
+      names += (names.empty() ? "" : " or ") + std::string(dtype_name(type));
+    }
+    fail(name, " must be ", names, ", got ", dtype_name(t.scalar_type()));
+  }
+
+  void dtype_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
+    if (t.scalar_type() != like.scalar_type())
+      fail(name, " must be ", dtype_name(like.scalar_type()), " like ", like_name, ", got ", dtype_name(t.scalar_type()));
+  }
+
+  // Checks cu_seqlens [N+1] against B = 1 and T, binds N, and returns the offsets where they may be read on the host
+  // (on a CPU always, on CUDA under JETKERNELS_CHECK=1; empty otherwise). Without cu_seqlens N is B.
+  std::vector<int64_t> sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name, const Tensor& like);
+
+  // Checks state_indices [N] against P rows. Values are read where the host may read them: each must be below P,
+  // and no row may be named twice. Returns them (negative: no row); empty when they may not be read or are absent.
+  std::vector<int64_t> state_rows(const std::optional<Tensor>& state_indices, const char* like_name, const Tensor& like);
+
+ private:
+  struct Bound {
+    std::string symbol;
+    int64_t size;
+    std::string source;
+  };
+
+  const Bound* find(const char* symbol) const {
+    for (const Bound& bound : bounds_)
+      if (bound.symbol == symbol) return &bound;
+    return nullptr;
+  }
+
+  static std::string list(std::initializer_list<const char*> dims) {
+    std::string text = "[";
+    for (const char* symbol : dims) text += (text.size() > 1 ? "," : "") + std::string(symbol);
+    return text + "]";
+  }
+
+  const char* op_;
+  std::vector<Bound> bounds_;
+};
+
+}  // namespace jet::bindings

@@ -1,0 +1,89 @@
+// What the bindings of the dynamic convolution's ops check and fill in alike.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "csrc/dynamic_conv/conv_inputs.h"
+
+namespace jet::bindings {
+
+using OptionalTensor = std::optional<Tensor>;
+
+inline void check_like(const Checks& checks, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  checks.dtype_like(name, t, like_name, like);
+  checks.device(name, t, like_name, like);
+}
+
+// Binds W from `rows` = D * W rows of the generator.
+inline void bind_taps(Checks& checks, const char* name, int64_t rows) {
+  const int64_t D = checks.size("D");
+  if (D < 1) checks.fail("x last dimension (D) must be at least 1, got 0");
+  if (rows % D != 0 || rows / D < 2 || rows / D > kMaxTaps)
+    checks.fail(name, " dimension 0 must be D*W with D = ", D, " (as in x) and W in 2..", kMaxTaps, ", got ", rows);
+  checks.bind("W", rows / D, std::string("from ") + name);
+  checks.bind("W-1", rows / D - 1, std::string("from ") + name);
+}
+
+// weight [D*W, R], bias [D*W]
+inline void check_generator(Checks& checks, const Tensor& x, const Tensor& hidden, const Tensor& weight,
+                            const OptionalTensor& bias) {
+  check_like(checks, "hidden", hidden, "x", x);
+  checks.shape("weight", weight, {"D*W", "R"});
+  check_like(checks, "weight", weight, "x", x);
+  bind_taps(checks, "weight", weight.size(0));
+  if (!bias) return;
+  checks.shape("bias", *bias, {"D*W"});
+  check_like(checks, "bias", *bias, "x", x);
+}
+
+// cu_seqlens [N+1] and conv_state, or any tensor of its shape; returns the offsets where the host may read them.
+inline std::vector<int64_t> check_sequences(Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
+                                            const OptionalTensor& cu_seqlens) {
+  std::vector<int64_t> offsets = checks.sequences(cu_seqlens, "x", x);
+  if (conv_state) {
+    checks.shape("conv_state", *conv_state, {"N", "D", "W-1"});
+    check_like(checks, "conv_state", *conv_state, "x", x);
+  }
+  return offsets;
+}
+
+inline void check_gradients(Checks& checks, const Tensor& x, const Tensor& grad_y, const OptionalTensor& grad_conv_state_out) {
+  checks.shape("grad_y", grad_y, {"B", "T", "D"});
+  check_like(checks, "grad_y", grad_y, "x", x);
+  if (!grad_conv_state_out) return;
+  checks.shape("grad_conv_state_out", *grad_conv_state_out, {"N", "D", "W-1"});
+  check_like(checks, "grad_conv_state_out", *grad_conv_state_out, "x", x);
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(torch::stable::contiguous(*t)) : t; }
+
+inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+template <std::size_t rank>
+void set_strides(const Tensor& t, int64_t (&stride)[rank]) {
+  for (std::size_t i = 0; i < rank; ++i) stride[i] = t.stride(static_cast<int64_t>(i));
+}
+
+inline Tensor new_conv_state(const Checks& checks, const Tensor& x) {
+  return torch::stable::new_empty(x, {checks.size("N"), checks.size("D"), checks.size("W-1")});
+}
+
+// The pointers stay valid as long as x, conv_state (contiguous) and offsets do.
+inline ConvInputs conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
+                              const std::vector<int64_t>& offsets) {
+  ConvInputs in{};
+  in.dtype = kernel_dtype(x);
+  in.B = checks.size("B"), in.T = checks.size("T"), in.D = checks.size("D"), in.W = checks.size("W"), in.N = checks.size("N");
+  in.x = x.const_data_ptr();
+  set_strides(x, in.x_stride);
+  in.conv_state = data(conv_state);
+  in.cu_seqlens = offsets.empty() ? nullptr : offsets.data();
+  return in;
+}
+
+}  // namespace jet::bindings

@@ -1,0 +1,47 @@
+// jet::dynamic_conv_step: checks, allocation, dispatch. conv_state is written only after every check has passed.
+#include "csrc/dynamic_conv/dynamic_conv_step.h"
+
+#include "bindings/conv_inputs.h"
+#include "bindings/parallel.h"
+#include "bindings/registration.h"
+
+namespace jet::bindings {
+namespace {
+
+Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor bias, Tensor conv_state,
+                         OptionalTensor state_indices, bool silu) {
+  Checks checks("dynamic_conv_step");
+  checks.floating("x", x);
+  checks.shape("x", x, {"N", "D"});
+  checks.shape("hidden", hidden, {"N", "R"});
+  check_generator(checks, x, hidden, weight, bias);
+  checks.shape("conv_state", conv_state, {"P", "D", "W-1"});
+  check_like(checks, "conv_state", conv_state, "x", x);
+  const std::vector<int64_t> rows = checks.state_rows(state_indices, "x", x);
+  if (x.is_cuda())
+    return call_plain<Tensor>("jet_plain::dynamic_conv_step", PlainReason::no_kernel_yet, x, hidden, weight, bias, conv_state,
+                              state_indices, silu);
+  weight = torch::stable::contiguous(weight), bias = contiguous(bias);
+  Tensor y = torch::stable::new_empty(x, {checks.size("N"), checks.size("D")});
+  DynamicConvStepParams p{};
+  p.dtype = kernel_dtype(x);
+  p.N = checks.size("N"), p.D = checks.size("D"), p.R = checks.size("R"), p.W = checks.size("W");
+  p.silu = silu;
+  p.x = x.const_data_ptr();
+  set_strides(x, p.x_stride);
+  p.hidden = hidden.const_data_ptr();
+  set_strides(hidden, p.hidden_stride);
+  p.weight = weight.const_data_ptr();
+  p.bias = data(bias);
+  p.conv_state = conv_state.mutable_data_ptr();
+  set_strides(conv_state, p.state_stride);
+  p.state_rows = state_indices ? rows.data() : nullptr;
+  p.y = y.mutable_data_ptr();
+  dynamic_conv_step_cpu(p, torch_parallel());
+  return y;
+}
+
+}  // namespace
+}  // namespace jet::bindings
+
+JET_REGISTER(dynamic_conv_step, jet::bindings::dynamic_conv_step)

@@ -1,0 +1,47 @@
+// What was built: compiler, instruction sets, architectures. No torch headers here (they do not mix with pybind11's).
+#include <pybind11/pybind11.h>
+
+#include <sstream>
+#include <string>
+
+#include "build_facts.h"
+#include "csrc/common/cpu/isa.h"
+#include "csrc/common/plain_reason.h"
+#include "csrc/hopper/empty_launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::list lines(const std::string& text) {
+  py::list result;
+  std::istringstream stream(text);
+  for (std::string line; std::getline(stream, line);)
+    if (!line.empty()) result.append(line);
+  return result;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = JET_BUILD_TORCH;
+  info["compiler"] = JET_BUILD_COMPILER;
+  info["cpu_isas"] = lines(JET_BUILD_CPU_ISAS);
+  info["cpu_isa"] = jet::cpu::isa_name(jet::cpu::active_isa());
+  info["cuda_architectures"] = lines(JET_BUILD_CUDA_ARCHITECTURES);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_introspection, m) {
+  m.doc() = "Build facts of jetkernels.";
+  m.def("build_info", &build_info, "Compiler, torch version, CPU instruction sets and CUDA architectures of this build.");
+  m.def(
+      "plain_reason", [](int64_t code) { return jet::text(static_cast<jet::PlainReason>(code)); }, py::arg("code"),
+      "Why the plain PyTorch path serves a CUDA tensor, from the code that the bindings pass.");
+#ifdef JET_WITH_CUDA
+  m.def(
+      "empty_launch", [](uintptr_t stream) { return jet::hopper::empty_launch(reinterpret_cast<void*>(stream)); },
+      py::arg("stream"), "Launches an empty kernel on a CUDA stream; returns the cudaError_t.");
+#endif
+}

@@ -1,0 +1,50 @@
+// Every *_cpu.cpp is compiled once per instruction set, with JET_CPU_ISA naming the set and the namespace:
+//
+//   namespace jet::cpu::JET_CPU_ISA { void f_cpu(const FParams& p, const Parallel& parallel) { ... } }
+//   JET_CPU_LAUNCHER(f_cpu, FParams)
+//
+// JET_CPU_LAUNCHER defines jet::f_cpu, which picks the best variant this machine can run. JETKERNELS_CPU_ISA
+// (generic, avx2 or avx512) lowers the choice, so that each variant can be tested on one machine.
+#pragma once
+
+#include "csrc/common/export.h"
+#include "csrc/common/parallel.h"
+
+namespace jet::cpu {
+
+enum class Isa { generic, avx2, avx512 };
+
+JET_EXPORT Isa active_isa();
+JET_EXPORT const char* isa_name(Isa isa);
+
+}  // namespace jet::cpu
+
+#define JET_CPU_CONCAT_(a, b) a##b
+#define JET_CPU_CONCAT(a, b) JET_CPU_CONCAT_(a, b)
+
+#if defined(__x86_64__)
+#define JET_CPU_LAUNCHER_generic(function, Params)                                                              \
+  namespace jet::cpu::avx2 {                                                                                    \
+  void function(const Params&, const Parallel&);                                                                \
+  }                                                                                                             \
+  namespace jet::cpu::avx512 {                                                                                  \
+  void function(const Params&, const Parallel&);                                                                \
+  }                                                                                                             \
+  namespace jet {                                                                                               \
+  void function(const Params& params, const Parallel& parallel) {                                               \
+    switch (cpu::active_isa()) {                                                                                \
+      case cpu::Isa::avx512: return cpu::avx512::function(params, parallel);                                    \
+      case cpu::Isa::avx2: return cpu::avx2::function(params, parallel);                                        \
+      case cpu::Isa::generic: return cpu::generic::function(params, parallel);                                  \
+    }                                                                                                           \
+  }                                                                                                             \
+  }
+#else
+#define JET_CPU_LAUNCHER_generic(function, Params)                                                              \
+  namespace jet {                                                                                               \
+  void function(const Params& params, const Parallel& parallel) { cpu::generic::function(params, parallel); }   \
+  }
+#endif
+#define JET_CPU_LAUNCHER_avx2(function, Params)
+#define JET_CPU_LAUNCHER_avx512(function, Params)
+#define JET_CPU_LAUNCHER(function, Params) JET_CPU_CONCAT(JET_CPU_LAUNCHER_, JET_CPU_ISA)(function, Params)

@@ -1,0 +1,164 @@
+// Matrix products as the dynamic convolution needs them: operands packed so that one step of the inner loop reads
+// consecutive memory, results in registers for a fused epilogue.
+//
+// A `Product` says what one step multiplies. Its Unit is what one lane of an operand holds: a number (PlainProduct), or a
+// pair of consecutive bf16 along the summed dimension (Bf16Product, the AVX512-BF16 instruction).
+#pragma once
+
+#include "csrc/dynamic_conv/elements_cpu.h"
+
+namespace jet::cpu::JET_CPU_ISA {
+
+template <class A>
+struct PlainProduct {
+  using Acc = A;
+  using Unit = A;
+  using Units = Vector<A>;
+  using Number = A;                // what units are made of
+  static constexpr int terms = 1;  // numbers in a unit
+
+  static JET_INLINE Vector<A> multiply_add(Units a, Units b, Vector<A> c) { return c + a * b; }
+
+  // Units from `n` elements at p, p + stride, ...
+  template <class T>
+  static JET_INLINE Units load_units(const T* p, long stride, long n) {
+    return load_some(p, stride, n);
+  }
+
+  // Units whose number i comes from rows[i], each `n` elements at a distance of `stride`; a null row holds zeros.
+  template <class T>
+  static JET_INLINE Units combine(const T* const (&rows)[terms], long stride, long n) {
+    return rows[0] ? load_some(rows[0], stride, n) : Units{};
+  }
+};
+
+#if defined(__AVX512F__)
+struct Bf16Product {
+  using Acc = float;
+  using Unit = uint32_t;
+  using Units = Words;
+  using Number = bf16;
+  static constexpr int terms = 2;
+
+  // Assembly rather than an intrinsic: this file is compiled for machines without the instruction too, and
+  // has_bf16_product() decides at run time.
+  static JET_INLINE Floats multiply_add(Units a, Units b, Floats c) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
+
+  static JET_INLINE Units load_units(const bf16* p, long stride, long n) {
+    if (stride == 1 && n >= 2 * Simd<Unit>::lanes) return Simd<Unit>::load(reinterpret_cast<const Unit*>(p));
+    alignas(64) uint16_t elements[2 * Simd<Unit>::lanes] = {};
+    for (long i = 0; i < n && i < 2 * Simd<Unit>::lanes; ++i) elements[i] = p[i * stride].bits;
+    Units units;
+    __builtin_memcpy(&units, elements, sizeof(units));
+    return units;
+  }
+
+  static JET_INLINE Units combine(const bf16* const (&rows)[terms], long stride, long n) {
+    const Words low = rows[0] ? (Words)load_some(rows[0], stride, n) : Words{};
+    const Words high = rows[1] ? (Words)load_some(rows[1], stride, n) : Words{};
+    return (low >> 16) | high;
+  }
+};
+
+inline bool has_bf16_product() { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// Registers for accumulators: a tile of M rows x V vectors leaves room for V vectors of B and one element of A.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;
+#else
+constexpr int kAccumulators = 12;
+#endif
+
+// acc [M rows, V vectors] of a product A B.
+template <class P, int M, int V>
+struct Accumulators {
+  using Acc = typename P::Acc;
+  using Unit = typename P::Unit;
+  static constexpr int lanes = Simd<Acc>::lanes;
+  Vector<Acc> acc[M][V];
+
+  JET_INLINE void zero() {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[i][v] = Vector<Acc>{};
+  }
+
+  // acc += A B   A(i, step) = a[i * a_row + step * a_step]   B(step, :) = b[step * V * lanes]
+  JET_INLINE void add_product(const Unit* a, long a_row, long a_step, const Unit* b, long steps) {
+    using S = Simd<Unit>;
+    for (long s = 0; s < steps; ++s, a += a_step, b += V * lanes) {
+      typename P::Units row[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) row[v] = S::load(b + v * lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const typename P::Units element = S::all(a[i * a_row]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[i][v] = P::multiply_add(element, row[v], acc[i][v]);
+      }
+    }
+  }
+
+  JET_INLINE void load(const Acc* c, long row) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[i][v] = Simd<Acc>::load(c + i * row + v * lanes);
+  }
+
+  JET_INLINE void store(Acc* c, long row) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) Simd<Acc>::store(c + i * row + v * lanes, acc[i][v]);
+  }
+};
+
+constexpr long units_for(long numbers, int terms) { return (numbers + terms - 1) / terms; }
+
+// panel[step][w][channel] = unit `step` of row (d0 + channel) * W + w of weight [D*W, R]: vector w holds tap w of one
+// channel per lane, so a convolution needs no shuffle. Rows of channels >= n are zero.
+template <class P, class T, int W>
+void pack_weight_panel(const T* weight, long R, long d0, long n, typename P::Unit* panel) {
+  using S = Simd<typename P::Unit>;
+  constexpr int L = S::lanes;
+  const long steps = units_for(R, P::terms);
+  alignas(64) typename P::Unit rows[L * L], columns[L * L];
+  for (int w = 0; w < W; ++w)
+    for (long s = 0; s < steps; s += L) {
+      for (long c = 0; c < L; ++c) {
+        const long r = s * P::terms;
+        S::store(rows + c * L, c < n ? P::load_units(weight + ((d0 + c) * W + w) * R + r, 1, R - r) : typename P::Units{});
+      }
+      transpose(rows, L, L, L, columns, L);
+      for (long j = 0; j < L && s + j < steps; ++j) S::store(panel + ((s + j) * W + w) * L, S::load(columns + j * L));
+    }
+}
+
+// bias[w][channel] of the same panel.
+template <class T, int W>
+void pack_bias_panel(const T* bias, long d0, long n, Arithmetic<T>* panel) {
+  constexpr int L = kLanes<T>;
+  for (int w = 0; w < W; ++w)
+    Simd<Arithmetic<T>>::store(panel + w * L, bias ? load_some(bias + d0 * W + w, W, n) : Vector<Arithmetic<T>>{});
+}
+
+// tile[step][i] = unit `step` of row i, for one row of a tile of M rows.
+template <class P, class T>
+void pack_tile_row(const T* row, long stride, long R, long i, long M, typename P::Unit* tile) {
+  using S = Simd<typename P::Unit>;
+  const long steps = units_for(R, P::terms);
+  alignas(64) typename P::Unit units[S::lanes];
+  for (long s = 0; s < steps; s += S::lanes) {
+    const long r = s * P::terms;
+    S::store(units, P::load_units(row + r * stride, stride, R - r));
+    for (long j = 0; j < S::lanes && s + j < steps; ++j) tile[(s + j) * M + i] = units[j];
+  }
+}
+
+}  // namespace jet::cpu::JET_CPU_ISA

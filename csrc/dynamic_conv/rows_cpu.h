@@ -1,0 +1,104 @@
+// Where each token's inputs are, task scheduling and scratch memory: what the forward and backward loops share.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "csrc/common/parallel.h"
+#include "csrc/dynamic_conv/conv_inputs.h"
+#include "csrc/dynamic_conv/elements_cpu.h"
+
+namespace jet::cpu::JET_CPU_ISA {
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(long count) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, sizeof(T) * (count > 0 ? count : 1)) != 0) throw std::bad_alloc();
+    data_ = static_cast<T*>(memory);
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+inline long smaller(long a, long b) { return a < b ? a : b; }
+inline long larger(long a, long b) { return a > b ? a : b; }
+
+// f(slot, task) for every task; tasks of one slot run one after another, so a slot can own scratch memory. Slots take
+// the next free task, which changes who computes a result and never the result.
+template <class F>
+void run_tasks(const Parallel& parallel, long slots, long tasks, const F& f) {
+  long next = 0;
+  parallel(0, smaller(slots, tasks), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot)
+      for (long task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) f(slot, task);
+  });
+}
+
+struct Row {  // of token b * T + t
+  int64_t sequence;
+  int64_t position;  // in its sequence
+};
+
+inline int64_t sequence_begin(const ConvInputs& in, int64_t n) { return in.cu_seqlens ? in.cu_seqlens[n] : n * in.T; }
+inline int64_t sequence_length(const ConvInputs& in, int64_t n) {
+  return in.cu_seqlens ? in.cu_seqlens[n + 1] - in.cu_seqlens[n] : in.T;
+}
+
+inline void fill_rows(const ConvInputs& in, Row* rows) {
+  for (int64_t n = 0; n < in.N; ++n) {
+    const int64_t begin = sequence_begin(in, n), length = sequence_length(in, n);
+    for (int64_t p = 0; p < length; ++p) rows[begin + p] = {n, p};
+  }
+}
+
+template <class T>
+JET_INLINE const T* token_at(const void* base, const int64_t (&stride)[3], const ConvInputs& in, const Row& row, int64_t token) {
+  return static_cast<const T*>(base) +
+         (in.cu_seqlens ? token * stride[1] : row.sequence * stride[0] + row.position * stride[1]);
+}
+
+// input(n, position - (W-1) + w) of channels [d0, d0 + n)
+template <class T, int W>
+JET_INLINE Vector<Arithmetic<T>> tap_input(const ConvInputs& in, const Row& row, int64_t token, int w, long d0, long n) {
+  const int64_t p = row.position - (W - 1) + w;
+  if (p >= 0)
+    return load_some(token_at<T>(in.x, in.x_stride, in, row, token) - (W - 1 - w) * in.x_stride[1] + d0 * in.x_stride[2],
+                     in.x_stride[2], n);
+  if (!in.conv_state) return Vector<Arithmetic<T>>{};
+  return load_some(static_cast<const T*>(in.conv_state) + (row.sequence * in.D + d0) * (W - 1) + p + W - 1, W - 1, n);
+}
+
+// Whether tokens [token, token + M) and all their taps lie inside one sequence, and their channels in whole vectors.
+template <int W>
+JET_INLINE bool is_interior(const Row* rows, int64_t token, int64_t M, int64_t end) {
+  return token + M <= end && rows[token].position >= W - 1 && rows[token + M - 1].sequence == rows[token].sequence;
+}
+
+// conv_state_out[n, :, j] = input(n, length - (W-1) + j)
+template <class T>
+void write_conv_state(const ConvInputs& in, T* conv_state_out, const Parallel& parallel) {
+  const long K = in.W - 1;
+  parallel(0, in.N, larger(1, 16384 / larger(1, in.D * K)), [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t length = sequence_length(in, n);
+      const Row start{n, 0};
+      const T* x = token_at<T>(in.x, in.x_stride, in, start, sequence_begin(in, n));
+      for (long j = 0; j < K; ++j) {
+        const int64_t p = length - K + j;
+        T* out = conv_state_out + n * in.D * K + j;
+        const T* old = static_cast<const T*>(in.conv_state) + n * in.D * K + p + K;
+        for (long d = 0; d < in.D; ++d)
+          out[d * K] = p >= 0 ? x[p * in.x_stride[1] + d * in.x_stride[2]] : in.conv_state ? old[d * K] : T{};
+      }
+    }
+  });
+}
+
+}  // namespace jet::cpu::JET_CPU_ISA

@@ -1,0 +1,44 @@
+// Gradients that pass through conv_state and conv_state_out, which hold copies of inputs.
+#pragma once
+
+#include "csrc/dynamic_conv/rows_cpu.h"
+
+namespace jet::cpu::JET_CPU_ISA {
+
+// dconv_state [N, D, W-1]: what a sequence shorter than W-1 hands on of its conv_state. Position i of conv_state is
+// position i - length of conv_state_out.
+template <class T>
+void start_state_gradient(const ConvInputs& in, const T* grad_conv_state_out, Arithmetic<T>* dstate) {
+  const long K = in.W - 1;
+  for (int64_t n = 0; n < in.N; ++n) {
+    const int64_t length = sequence_length(in, n);
+    for (long d = 0; d < in.D; ++d)
+      for (long i = 0; i < K; ++i) {
+        const long at = (n * in.D + d) * K;
+        const bool passes = grad_conv_state_out && i >= length;
+        dstate[at + i] = passes ? load_some(grad_conv_state_out + at + i - length, 1, 1)[0] : Arithmetic<T>(0);
+      }
+  }
+}
+
+template <class A>
+JET_INLINE void add_state_gradient(A* dstate, long stride, long n, Vector<A> dinput) {
+  for (long c = 0; c < n; ++c) dstate[c * stride] += dinput[c];
+}
+
+// d conv_state_out of the input that a row is, for channels [d0, d0 + n)
+template <class T, int W>
+JET_INLINE Vector<Arithmetic<T>> tail_gradient(const ConvInputs& in, const T* grad_conv_state_out, const Row& row, long d0, long n) {
+  const int64_t j = grad_conv_state_out ? row.position - sequence_length(in, row.sequence) + (W - 1) : -1;
+  if (j < 0) return Vector<Arithmetic<T>>{};
+  return load_some(grad_conv_state_out + (row.sequence * in.D + d0) * (W - 1) + j, W - 1, n);
+}
+
+template <class A, class T>
+void convert_all(const A* from, T* to, long count, const Parallel& parallel) {
+  parallel(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kLanes<T>) store_some(to + i, 1, end - i, load_some(from + i, 1, end - i));
+  });
+}
+
+}  // namespace jet::cpu::JET_CPU_ISA

@@ -1,0 +1,146 @@
+"""Grouped-query attention with rotary positions, full or over a sliding window, with or without a cache."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jetkernels.modules.initialization import init_weight_
+
+from .cache import AttentionCache
+from .config import JetNemotronConfig
+from .layout import TokenLayout
+
+# Queries per block where a mask is needed: bounds the mask to [QUERY_BLOCK, keys].
+QUERY_BLOCK = 512
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [..., T, 1, head_dim], of positions [..., T]; the two halves of a head share frequencies."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].to(torch.float32) * theta**-exponents
+    angles = torch.cat((angles, angles), -1)[..., None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [..., T, heads, head_dim]: pairs (i, i + head_dim/2), computed in fp32."""
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with q [N, H, T, d], k and v [N, Hkv, L, d]; head h reads head h // (H / Hkv)."""
+    groups = q.shape[1] // k.shape[1]
+    if q.shape[2] == 1 and groups > 1 and (mask is None or mask.shape[1] == 1):
+        # One query: the heads of a group stand in for queries, and no key is read twice.
+        grouped = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, window: int | None = None, first: Tensor | None = None
+) -> Tensor:
+    """Attention in which query t of sequence n, at index i = start + t of the key axis, sees keys j with j <= i,
+    i - j < window and j >= first[n].
+
+    start: one for all, or [N] (then without a window).  first: [N], None for 0.
+    """
+    T, L = q.shape[2], k.shape[2]
+    whole = isinstance(start, int) and first is None
+    if whole and start == 0 and T == L and (window is None or T <= window):
+        return attend(q, k, v, is_causal=True)
+    blocks = []
+    for a in range(0, T, QUERY_BLOCK):
+        b = min(a + QUERY_BLOCK, T)
+        lo, hi = 0, L
+        if isinstance(start, int):
+            hi = start + b
+            lo = 0 if window is None else max(0, start + a - window + 1)
+        i = torch.arange(a, b, device=q.device)[:, None] + (start if isinstance(start, int) else start[:, None, None])
+        j = torch.arange(lo, hi, device=q.device)
+        mask = j <= i
+        if window is not None:
+            mask = mask & (i - j < window)
+        if first is not None:
+            mask = mask & (j >= first[:, None, None])
+        mask = mask[:, None] if mask.dim() == 3 else mask
+        blocks.append(attend(q[:, :, a:b], k[:, :, lo:hi], v[:, :, lo:hi], mask))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+class Attention(nn.Module):
+    """The attention of an "attn" (window None) or "swa" layer: q, k, v with bias, o without, scale head_dim^-0.5.
+
+    A window counts the token itself: key j is visible to query i when 0 <= i - j < window.
+    """
+
+    def __init__(self, config: JetNemotronConfig, window: int | None, *, device=None, dtype=None):
+        super().__init__()
+        H, Hkv, d, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.head_dim = d
+        self.window = window
+        self.initializer_range = config.initializer_range
+        self.q_proj = nn.Linear(C, H * d, bias=True, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(C, Hkv * d, bias=True, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(C, Hkv * d, bias=True, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(H * d, C, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            init_weight_(projection.weight, self.initializer_range)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout, cache: AttentionCache | None = None
+    ) -> Tensor:
+        """x [N, T, C] or packed [1, total, C] as `layout` says; `cache` is read and updated in place."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if layout.max_new == 0:
+            return self.o_proj(q.flatten(-2))
+        if cache is None:
+            q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))
+            o = causal_attention(q, k, v, 0, self.window)
+        elif layout.is_dense and layout.max_new == 1:
+            o = self._step(q, k, v, layout, cache)
+        elif self.window is None:
+            o = self._extend(q, k, v, layout, cache)
+        else:
+            o = self._extend_window(q, k, v, layout, cache)
+        return self.o_proj(layout.unpad(o.transpose(1, 2)).flatten(-2))
+
+    @staticmethod
+    def _step(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
+        """One new token per sequence. In a ring its key replaces the one that has just left the window."""
+        cache.write(k, v, layout)
+        used = min(layout.max_total, cache.slots)
+        return attend(q.transpose(1, 2), cache.key[:, :, :used], cache.value[:, :, :used], layout.filled(used))
+
+    @staticmethod
+    def _extend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
+        """New tokens after those in the cache, any number, also unequal."""
+        cache.write(k, v, layout)
+        q = layout.pad(q).transpose(1, 2)
+        # Padded queries stand at positions past the end of their sequence.
+        used = min(layout.max_past + layout.max_new, cache.slots)
+        start = layout.max_past if layout.uniform_past else layout.past_device
+        return causal_attention(q, cache.key[:, :, :used], cache.value[:, :, :used], start)
+
+    def _extend_window(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
+        """The same over a window: what the ring holds, then the new keys, side by side; then the ring is refilled."""
+        q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))
+        past = min(layout.max_past, cache.slots)
+        first = None
+        if past:
+            old_k, old_v = cache.recent(past, layout)
+            k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+            if not layout.uniform_past:
+                first = (past - layout.past_device).clamp(min=0)
+        o = causal_attention(q, k, v, past, self.window, first)
+        cache.rewrite(k, v, past, layout)
+        return o

@@ -1,0 +1,146 @@
+"""What the model remembers of the tokens it has seen: allocated once, written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from jetkernels.modules import JetBlockState
+
+from .config import JetNemotronConfig
+from .layout import TokenLayout
+
+
+class AttentionCache:
+    """Keys and values of N sequences, [N, Hkv, slots, head_dim].
+
+    A full layer has a slot per token: the token at position p lies in slot p. A windowed layer has min(window,
+    max_length) slots used as a ring: position p lies in slot p % slots, over the token that has left the window.
+    """
+
+    def __init__(self, batch_size: int, heads: int, slots: int, head_dim: int, *, device, dtype):
+        # Zeros, not empty: unused slots are masked, but a NaN would pass through 0 * NaN.
+        self.key = torch.zeros(batch_size, heads, slots, head_dim, device=device, dtype=dtype)
+        self.value = torch.zeros_like(self.key)
+
+    @property
+    def slots(self) -> int:
+        return self.key.shape[2]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.key, self.value
+
+    def write(self, key: Tensor, value: Tensor, layout: TokenLayout) -> None:
+        """Stores new keys and values, [N, T, Hkv, d] or packed [1, total, Hkv, d], each in its slot.
+
+        No two tokens of one sequence may fall into one slot.
+        """
+        for buffer, new in ((self.key, key), (self.value, value)):
+            if layout.is_dense and layout.uniform_past and self._contiguous(layout):
+                start = layout.max_past % self.slots
+                buffer[:, :, start : start + layout.max_new].copy_(new.transpose(1, 2))
+            elif layout.is_dense:
+                rows = torch.arange(layout.batch_size, device=new.device)[:, None]
+                buffer[rows, :, layout.positions % self.slots] = new.to(buffer.dtype)
+            else:
+                buffer[layout.rows, :, layout.positions[0] % self.slots] = new[0].to(buffer.dtype)
+
+    def _contiguous(self, layout: TokenLayout) -> bool:
+        return layout.max_past % self.slots + layout.max_new <= self.slots
+
+    def recent(self, count: int, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """The last `count` keys and values of each ring, oldest first, [N, Hkv, count, d].
+
+        A sequence of fewer than `count` tokens has something meaningless, but finite, in front.
+        """
+        device = self.key.device
+        if layout.uniform_past:
+            positions = torch.arange(layout.max_past - count, layout.max_past, device=device) % self.slots
+            return self.key[:, :, positions], self.value[:, :, positions]
+        positions = (layout.past_device[:, None] + torch.arange(-count, 0, device=device)) % self.slots
+        return self._gather(self.key, positions), self._gather(self.value, positions)
+
+    @staticmethod
+    def _gather(x: Tensor, index: Tensor) -> Tensor:
+        """x [N, Hkv, L, d], index [N, M] -> [N, Hkv, M, d]."""
+        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def rewrite(self, key: Tensor, value: Tensor, past: int, layout: TokenLayout) -> None:
+        """Refills every slot of the ring from keys and values [N, Hkv, past + T, d].
+
+        Their first `past` are what `recent` gave, the others new, padding on the right. Any number of new tokens.
+        """
+        slot = torch.arange(self.slots, device=key.device)
+        before = torch.tensor(layout.past, device=key.device)[:, None]
+        total = before + torch.tensor(layout.new, device=key.device)[:, None]
+        # The newest position that falls into each slot, then where it is among the given keys.
+        newest = total - 1 - (total - 1 - slot) % self.slots
+        index = (newest - before + past).clamp(min=0)
+        self.key.copy_(self._gather(key, index))
+        self.value.copy_(self._gather(value, index))
+
+
+class JetNemotronCache:
+    """Memory of a batch of sequences: keys and values of the attention layers, states of the JetBlock layers.
+
+    Holds up to `max_length` tokens per sequence; sequences may have different lengths. `forward` writes into it in
+    place, so a step allocates nothing here. Made by `JetNemotronForCausalLM.new_cache`.
+
+    layers: per layer an AttentionCache or a JetBlockState.  lengths: tokens seen, per sequence.
+    """
+
+    def __init__(self, config: JetNemotronConfig, batch_size: int, max_length: int, *, device=None, dtype=None):
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"cache: batch_size and max_length must be at least 1, got {batch_size} and {max_length}")
+        self.max_length = max_length
+        self.lengths = [0] * batch_size
+        dtype = dtype or torch.get_default_dtype()
+        self.layers: list[AttentionCache | JetBlockState] = []
+        for kind in config.layer_types:
+            if kind == "jet":
+                self.layers.append(JetBlockState.zeros(config.jet, batch_size, device=device, dtype=dtype))
+            else:
+                slots = max_length if kind == "attn" else min(max_length, config.window_size)
+                heads, head_dim = config.num_key_value_heads, config.head_dim
+                self.layers.append(AttentionCache(batch_size, heads, slots, head_dim, device=device, dtype=dtype))
+        self.lengths_device = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def tensors(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            yield from layer.tensors() if isinstance(layer, AttentionCache) else layer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def check(self, new: list[int]) -> None:
+        """Raises ValueError unless `new[n]` more tokens of sequence n fit."""
+        if len(new) != self.batch_size:
+            raise ValueError(f"cache: holds {self.batch_size} sequences, got {len(new)}")
+        for n, (length, more) in enumerate(zip(self.lengths, new)):
+            if length + more > self.max_length:
+                raise ValueError(
+                    f"cache: max_length = {self.max_length} must hold the {length} + {more} tokens of sequence {n}"
+                )
+
+    def advance(self, layout: TokenLayout) -> None:
+        """Counts the tokens of a finished call."""
+        self.lengths = [length + more for length, more in zip(self.lengths, layout.new)]
+        if len(set(layout.new)) == 1:
+            self.lengths_device += layout.new[0]
+        else:
+            self.lengths_device += torch.tensor(layout.new, device=self.lengths_device.device)
+
+    def reset(self) -> None:
+        """Forgets every sequence; the memory stays."""
+        for tensor in self.tensors():
+            tensor.zero_()
+        self.lengths = [0] * self.batch_size
+        self.lengths_device.zero_()

@@ -1,0 +1,272 @@
+"""The hybrid decoder: JetBlock, full and sliding-window attention layers under one pre-norm residual stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jetkernels.modules import JetBlock, RMSNorm
+from jetkernels.modules.initialization import init_weight_
+from jetkernels.modules.padding import Unpadding, find_padding
+
+from . import checkpoint, generation
+from .attention import Attention, rotary_table
+from .cache import JetNemotronCache
+from .config import JetNemotronConfig
+from .layout import TokenLayout
+
+
+class CausalLMOutput(NamedTuple):
+    """logits [B, T, vocab], or [N, 1, vocab] with last_logits_only; cache as given; loss: a scalar if labels were given."""
+
+    logits: Tensor
+    cache: JetNemotronCache | None
+    loss: Tensor | None
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
+        super().__init__()
+        C, width = config.hidden_size, config.intermediate_size
+        self.initializer_range = config.initializer_range
+        self.gate_proj = nn.Linear(C, width, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(C, width, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(width, C, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection in (self.gate_proj, self.up_proj, self.down_proj):
+            init_weight_(projection.weight, self.initializer_range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """h += mixer(RMSNorm(h)); h += MLP(RMSNorm(h)). The mixer is called self_attn whatever it is, as in checkpoints."""
+
+    def __init__(self, config: JetNemotronConfig, kind: str, *, device=None, dtype=None):
+        super().__init__()
+        self.kind = kind
+        options = {"device": device, "dtype": dtype}
+        if kind == "jet":
+            self.self_attn = JetBlock(config.hidden_size, config.jet, config.initializer_range, **options)
+        else:
+            self.self_attn = Attention(config, config.window_size if kind == "swa" else None, **options)
+        self.mlp = MLP(config, **options)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+
+    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: TokenLayout, cache) -> Tensor:
+        x = self.input_layernorm(h)
+        if self.kind == "jet":
+            h = h + self.self_attn(x, cu_seqlens=layout.cu_seqlens, state=cache)
+        else:
+            h = h + self.self_attn(x, rotary, layout, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class JetNemotronModel(nn.Module):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        options = {"device": device, "dtype": dtype}
+        # An explicit weight keeps the default initialisation from running before ours.
+        weight = torch.empty(config.vocab_size, config.hidden_size, **options)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
+        self.layers = nn.ModuleList(DecoderLayer(config, kind, **options) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_weight_(self.embed_tokens.weight, self.config.initializer_range)
+
+    def forward(self, input_ids: Tensor, layout: TokenLayout, cache: JetNemotronCache | None = None) -> Tensor:
+        """Token ids arranged as `layout` says -> final hidden states, arranged alike."""
+        h = self.embed_tokens(input_ids)
+        rotary = None
+        if any(layer.kind != "jet" for layer in self.layers):
+            rotary = rotary_table(layout.positions, self.config.head_dim, self.config.rope_theta)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, rotary, layout, None if cache is None else cache.layers[i])
+        return self.norm(h)
+
+
+class JetNemotronForCausalLM(nn.Module):
+    """The Jet-Nemotron language model (arXiv 2508.15884); parameters named as in the published checkpoints.
+
+    The head shares the embedding's weight unless config.tie_word_embeddings is false. A_log and dt_bias of the
+    JetBlock layers are fp32 whatever `dtype` is.
+    """
+
+    def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        self.model = JetNemotronModel(config, device=device, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
+            init_weight_(self.lm_head.weight, config.initializer_range)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, C]."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
+        return JetNemotronCache(self.config, batch_size, max_length, device=self.device, dtype=self.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: JetNemotronCache | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        last_logits_only: bool = False,
+    ) -> CausalLMOutput:
+        """Runs new tokens through the model.
+
+        Args:
+            input_ids: [B, T] int64, T >= 0.
+            attention_mask: [B, T] or longer (the last T columns count), zero at padding, on either side. Padded
+                positions have zero logits and influence nothing; positions count real tokens only.
+            cache: memory of earlier tokens of each row (`new_cache`); read, and extended in place. A call with a
+                cache computes no gradient.
+            cu_seqlens: [N+1] boundaries of N sequences packed into one row (B = 1); the cache then has N rows.
+            labels: [B, T], -100 where there is none; the loss is the mean cross-entropy (natural log, fp32) of each
+                token's successor in its own sequence, 0 if there is none.
+            last_logits_only: logits of the last new token of each sequence, [N, 1, vocab]; zeros where there is none.
+        """
+        _check_ids(input_ids, self.config.vocab_size)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
+            h = self.model(input_ids if padding is None else padding.pack(input_ids), layout, cache)
+            if cache is not None:
+                cache.advance(layout)
+            loss = None
+            if labels is not None:
+                if labels.shape != input_ids.shape:
+                    raise ValueError(f"labels must be {list(input_ids.shape)}, got {list(labels.shape)}")
+                logits = F.linear(h, self.head_weight)
+                loss = _mean_cross_entropy(logits, layout.next_labels(labels, padding))
+            if last_logits_only:
+                logits = F.linear(layout.last(h), self.head_weight)
+            elif labels is None:
+                # Zero hidden states at the padding give zero logits there.
+                logits = F.linear(h if padding is None else padding.restore(h), self.head_weight)
+            elif padding is not None:
+                logits = padding.restore(logits)
+            return CausalLMOutput(logits, cache, loss)
+
+    def _arrange(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: JetNemotronCache | None, cu_seqlens: Tensor | None
+    ) -> tuple[TokenLayout, Unpadding | None]:
+        """Checks the call and finds out where each token belongs; a padded batch becomes a packed one."""
+        B, T = input_ids.shape
+        padding = None
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise ValueError("attention_mask and cu_seqlens exclude each other; got both")
+            bounds = cu_seqlens.tolist()
+            new = [b - a for a, b in zip(bounds, bounds[1:])]
+            if B != 1 or not bounds or bounds[0] != 0 or bounds[-1] != T or min(new, default=0) < 0:
+                raise ValueError(f"cu_seqlens must rise from 0 to T = {T} with B = 1, got {bounds} with B = {B}")
+        else:
+            new = [T] * B
+            if attention_mask is not None:
+                padding = find_padding(attention_mask, B, T)
+            if padding is not None:
+                new, cu_seqlens = padding.lengths, padding.cu_seqlens
+        past, past_device = [0] * len(new), None
+        if cache is not None:
+            cache.check(new)
+            past, past_device = list(cache.lengths), cache.lengths_device
+        if cu_seqlens is not None:
+            return TokenLayout.packed(new, cu_seqlens, past, past_device), padding
+        return TokenLayout.dense(B, T, past, past_device, input_ids.device), None
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128, **options) -> Tensor:
+        """Continues each row; see `jetkernels.model.generation.generate` for the options. Greedy by default."""
+        return generation.generate(self, input_ids, attention_mask, max_new_tokens, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None, device=None) -> JetNemotronForCausalLM:
+        """Loads config.json and safetensors weights from a local folder; see `checkpoint.load_weights`.
+
+        dtype: of the loaded model, by default the config's torch_dtype.
+        """
+        config = JetNemotronConfig.from_file(Path(folder))
+        model = cls.empty(config, device=device, dtype=dtype or config.dtype)
+        checkpoint.load_weights(model, folder)
+        return model
+
+    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
+        """Writes config.json and safetensors weights into a local folder; see `checkpoint.save`."""
+        checkpoint.save(self, folder, max_shard_bytes)
+
+    @classmethod
+    def empty(cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | None = None) -> JetNemotronForCausalLM:
+        """A model whose parameters are allocated, in their dtype, but hold no values yet."""
+        return cls(config, device="meta", dtype=dtype or config.dtype).to_empty(device=device or "cpu")
+
+    @classmethod
+    def random(
+        cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | None = None, seed: int = 0
+    ) -> JetNemotronForCausalLM:
+        """A freshly initialised model; a seed gives the same one each time and leaves the global generators alone.
+
+        The parameters are drawn directly in `dtype` (the config's by default), so nothing is ever held twice.
+        """
+        model = cls.empty(config, device=device, dtype=dtype)
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            model.reset_parameters()
+        return model
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
+        for module in self.modules():
+            # The linear layers are filled by the module that owns them.
+            if module is not self and isinstance(module, (JetNemotronModel, Attention, JetBlock, MLP, RMSNorm)):
+                module.reset_parameters()
+        if not self.config.tie_word_embeddings:
+            init_weight_(self.lm_head.weight, self.config.initializer_range)
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    # Elsewhere looking at the values would wait for the device.
+    if input_ids.device.type == "cpu" and input_ids.numel():
+        for value in map(int, input_ids.aminmax()):
+            if not 0 <= value < vocab_size:
+                raise ValueError(f"input_ids must be in 0..{vocab_size - 1}, got {value}")
+
+
+def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that are not -100, in fp32; 0 if all are."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)

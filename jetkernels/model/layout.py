@@ -1,0 +1,114 @@
+"""Where the tokens of one call belong: which sequence, which position, how many came before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jetkernels.modules.padding import Unpadding
+
+
+@dataclass
+class TokenLayout:
+    """N sequences, sequence n adding new[n] tokens to past[n] earlier ones.
+
+    Dense: hidden states are [N, T, C] and every sequence adds T tokens; `cu_seqlens`, `rows`, `offsets` are None.
+    Packed: hidden states are [1, total, C], sequence after sequence; token i is number offsets[i] of the new tokens
+    of sequence rows[i]. positions [N or 1, T] or [1, total] count from the start of each sequence.
+    Counts are known to the host, so that no layer has to ask the device.
+    """
+
+    new: list[int]
+    past: list[int]
+    positions: Tensor
+    past_device: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    rows: Tensor | None = None
+    offsets: Tensor | None = None
+    _masks: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def dense(cls, batch_size: int, width: int, past: list[int], past_device: Tensor | None, device) -> TokenLayout:
+        steps = torch.arange(width, device=device)
+        if len(set(past)) > 1:
+            positions = past_device[:, None] + steps
+        else:
+            positions = (steps + (past[0] if past else 0))[None]
+        return cls([width] * batch_size, past, positions, past_device)
+
+    @classmethod
+    def packed(cls, new: list[int], cu_seqlens: Tensor, past: list[int], past_device: Tensor | None) -> TokenLayout:
+        device = cu_seqlens.device
+        counts = torch.tensor(new, device=device)
+        rows = torch.arange(len(new), device=device).repeat_interleave(counts, output_size=sum(new))
+        offsets = torch.arange(sum(new), device=device) - cu_seqlens[:-1].to(torch.int64)[rows]
+        positions = offsets if past_device is None else offsets + past_device[rows]
+        return cls(new, past, positions[None], past_device, cu_seqlens, rows, offsets)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.cu_seqlens is None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.new)
+
+    @property
+    def max_new(self) -> int:
+        return max(self.new, default=0)
+
+    @property
+    def max_past(self) -> int:
+        return max(self.past, default=0)
+
+    @property
+    def max_total(self) -> int:
+        return max((n + p for n, p in zip(self.new, self.past)), default=0)
+
+    @property
+    def uniform_past(self) -> bool:
+        """Every sequence has seen equally many tokens."""
+        return len(set(self.past)) <= 1
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[1, total, ...] -> [N, max_new, ...], padding (zeros) on the right; dense tensors pass."""
+        if self.is_dense:
+            return x
+        padded = x.new_zeros(self.batch_size, self.max_new, *x.shape[2:])
+        return padded.index_put((self.rows, self.offsets), x[0])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The inverse of `pad`."""
+        return x if self.is_dense else x[self.rows, self.offsets][None]
+
+    def last(self, x: Tensor) -> Tensor:
+        """Hidden states -> those of the last new token of each sequence [N, 1, C]; zeros where there is none."""
+        if self.is_dense:
+            return x[:, -1:] if self.max_new else x.new_zeros(self.batch_size, 1, x.shape[-1])
+        if not sum(self.new):
+            return x.new_zeros(self.batch_size, 1, x.shape[-1])
+        last = x[0, (self.cu_seqlens[1:].to(torch.int64) - 1).clamp(min=0)]
+        empty = self.cu_seqlens[1:] == self.cu_seqlens[:-1]
+        return last.masked_fill(empty[:, None], 0.0)[:, None]
+
+    def next_labels(self, labels: Tensor, padding: Unpadding | None) -> Tensor:
+        """Labels of the tokens -> what each token should predict: its successor's label, -100 for the last of a sequence."""
+        if padding is not None:
+            labels = padding.pack(labels)
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if not self.is_dense and labels.shape[1]:
+            # An empty sequence names the end of the one before it, or, if it is the first, the end of the last one.
+            shifted = shifted.index_fill(1, (self.cu_seqlens[1:].to(torch.int64) - 1) % labels.shape[1], -100)
+        return shifted
+
+    def filled(self, size: int) -> Tensor | None:
+        """After one new token each: which of the first `size` slots hold a token [N, 1, 1, size]; None if all do."""
+        if self.uniform_past:
+            return None
+        if size not in self._masks:
+            slots = torch.arange(size, device=self.past_device.device)
+            self._masks[size] = (slots <= self.past_device[:, None])[:, None, None]
+        return self._masks[size]

@@ -1,0 +1,110 @@
+"""Text to token ids and back, with the `tokenizers` library and a tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from torch import Tensor
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A tokenizer.json, as published with the models (byte-level BPE), or one token per byte."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+        """Reads tokenizer.json in a local folder."""
+        path = Path(folder) / TOKENIZER_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer: {folder} has no {TOKENIZER_FILE}")
+        return cls(tokenizers.Tokenizer.from_file(str(path)))
+
+    @classmethod
+    def byte_level(cls) -> Tokenizer:
+        """256 tokens, the id of each the value of its byte in UTF-8, and `<|endoftext|>` = 256."""
+        vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        return cls(backend)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(Path(folder) / TOKENIZER_FILE))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def end_of_text_id(self) -> int | None:
+        return self.backend.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def encode_batch(self, texts: Sequence[str], pad_token_id: int = 0) -> tuple[Tensor, Tensor]:
+        """Texts -> ids and mask, both [B, T] int64, padded on the left."""
+        rows = [self.encode(text) for text in texts]
+        T = max(map(len, rows), default=0)
+        ids = torch.full((len(rows), T), pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for n, row in enumerate(rows):
+            ids[n, T - len(row) :] = torch.tensor(row, dtype=torch.int64)
+            mask[n, T - len(row) :] = 1
+        return ids, mask
+
+
+class StreamDecoder:
+    """Turns tokens that arrive one by one into text, holding back characters whose bytes are not all there yet."""
+
+    # More than the tokens that one character can be spread over; a longer incomplete tail is not text.
+    MAX_PENDING = 8
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.context: list[int] = []
+        self.pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, possibly empty."""
+        self.pending.append(token)
+        text = self._text()
+        if text.endswith("\ufffd") and len(self.pending) < self.MAX_PENDING:
+            return ""
+        return self._emit(text)
+
+    def finish(self) -> str:
+        """What is still held back."""
+        return self._emit(self._text()) if self.pending else ""
+
+    def _text(self) -> str:
+        # Decoded behind what came last: a decoder may treat the start of a text in its own way.
+        before = self.tokenizer.decode(self.context)
+        return self.tokenizer.decode(self.context + self.pending)[len(before) :]
+
+    def _emit(self, text: str) -> str:
+        self.context, self.pending = self.pending, []
+        return text
+
+
+def _byte_symbols() -> list[str]:
+    """The character by which byte-level BPE writes each byte: itself if visible in Latin-1, else one from U+0100 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]

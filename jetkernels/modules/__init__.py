@@ -1,0 +1,15 @@
+"""Layers with parameters, named as in the published Jet-Nemotron checkpoints."""
+
+from .dynamic_conv import DynamicShortConvolution, KernelGenerator
+from .jet_block import JetBlock, JetBlockConfig, JetBlockState
+from .norm import GatedRMSNorm, RMSNorm
+
+__all__ = [
+    "DynamicShortConvolution",
+    "GatedRMSNorm",
+    "JetBlock",
+    "JetBlockConfig",
+    "JetBlockState",
+    "KernelGenerator",
+    "RMSNorm",
+]

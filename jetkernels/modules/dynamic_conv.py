@@ -1,0 +1,115 @@
+"""The dynamic short convolution of JetBlock: a causal depthwise convolution whose taps are generated per token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jetkernels.ops import dynamic_conv, dynamic_conv_step_
+
+from .initialization import init_weight_
+
+
+class KernelGenerator(nn.Module):
+    """The two matrices that turn a layer input into convolution taps: kernel = w2 silu(w1 x) + bias.
+
+    w1.weight [R, C]; w2.weight [D*W, R] and w2.bias [D*W], row d*W+w for tap w of channel d. Only `w1` runs here: the
+    product with w2 is part of the convolution op, so that the taps [B, T, D, W] never exist in memory.
+    """
+
+    def __init__(self, input_size: int, width: int, outputs: int, *, device=None, dtype=None):
+        super().__init__()
+        self.w1 = nn.Linear(input_size, width, bias=False, device=device, dtype=dtype)
+        self.w2 = nn.Linear(width, outputs, bias=True, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Layer input [..., C] -> the generator's hidden activations [..., R]."""
+        return F.silu(self.w1(x))
+
+
+class DynamicShortConvolution(nn.Module):
+    """Causal depthwise convolution with taps generated from the layer input (Jet-Nemotron, arXiv 2508.15884, JetBlock).
+
+        y[b,t,d] = silu(sum_w kernel[b,t,d,w] * x[b,t-(W-1)+w,d])
+        kernel[b,t,d,w] = sum_r w2.weight[d*W+w,r] * silu(w1 u[b,t])[r] + w2.bias[d*W+w]
+
+    x is what is convolved (the value projection), u the layer input; w2's bias is the static part of the kernel.
+    At first w2 is zero and its bias N(0, 0.02): the layer starts as a static convolution. w1 is random, so w2 has a
+    gradient from the first step and w1 from the second; with both at zero neither would ever move.
+
+    Args:
+        channels: D.  kernel_size: W, 2 to 4.  generator_input_size: C.  generator_reduction: R = D // reduction.
+        activation: "silu" or None.  initializer_range: standard deviation of w1 and of w2's bias.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        generator_input_size: int,
+        generator_reduction: int,
+        activation: str | None = "silu",
+        initializer_range: float = 0.02,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if not 2 <= kernel_size <= 4:
+            raise ValueError(f"kernel_size must be 2, 3 or 4, got {kernel_size}")
+        if not 1 <= generator_reduction <= channels:
+            raise ValueError(f"generator_reduction must be between 1 and channels = {channels}, got {generator_reduction}")
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.activation = activation
+        self.initializer_range = initializer_range
+        self.kernel_generator = KernelGenerator(
+            generator_input_size,
+            channels // generator_reduction,
+            channels * kernel_size,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_weight_(self.kernel_generator.w1.weight, self.initializer_range)
+        nn.init.zeros_(self.kernel_generator.w2.weight)
+        init_weight_(self.kernel_generator.w2.bias, self.initializer_range)
+
+    def forward(
+        self,
+        x: Tensor,
+        generator_input: Tensor,
+        conv_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Convolves whole sequences.
+
+        x [B, T, D], generator_input [B, T, C]; conv_state [N, D, W-1] left context, zeros if None; cu_seqlens [N+1]
+        with B = 1 for packed sequences. Returns y [B, T, D] and, if asked for, the state after the last token.
+        """
+        w2 = self.kernel_generator.w2
+        return dynamic_conv(
+            x,
+            self.kernel_generator(generator_input),
+            w2.weight,
+            w2.bias,
+            conv_state=conv_state,
+            cu_seqlens=cu_seqlens,
+            activation=self.activation,
+            output_final_state=output_final_state,
+        )
+
+    def step_(
+        self, x: Tensor, generator_input: Tensor, conv_state: Tensor, state_indices: Tensor | None = None
+    ) -> Tensor:
+        """One token per sequence: x [N, D], generator_input [N, C] -> y [N, D]; updates conv_state [P, D, W-1] in place."""
+        w2 = self.kernel_generator.w2
+        hidden = self.kernel_generator(generator_input)
+        return dynamic_conv_step_(x, hidden, w2.weight, w2.bias, conv_state, state_indices, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation}"

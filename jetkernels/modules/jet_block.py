@@ -1,0 +1,274 @@
+"""JetBlock: dynamic convolution on the values, gated delta rule, gated norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
+
+from .dynamic_conv import DynamicShortConvolution
+from .initialization import init_weight_
+from .norm import GatedRMSNorm
+from .padding import find_padding
+
+# Decay rates exp(A_log) and time steps softplus(dt_bias) of a new layer: log-uniform over these ranges, so that from
+# the start some heads forget within a few tokens (rate * step near 1.6) and some remember for thousands (near 0.001).
+DECAY_RATES = (1.0, 16.0)
+TIME_STEPS = (1e-3, 1e-1)
+# The decay is an exponential of a product of these two: a bf16 rounding of them would move every state.
+FP32_PARAMETERS = ("A_log", "dt_bias")
+
+
+@dataclass(frozen=True)
+class JetBlockConfig:
+    """Sizes of a JetBlock; names as under `efficient_attention_config.jet` of a published config.
+
+    num_heads: H.  head_dim: K, of queries and keys.  expand_v: V = int(K * expand_v), of values.  conv_size: W.
+    dconv_generator_reduction: R = H*V // reduction.  norm_eps: of the gated norm; a string such as "1e-5" is read too.
+    """
+
+    num_heads: int = 12
+    head_dim: int = 96
+    expand_v: float = 2.6666666667
+    conv_size: int = 4
+    dconv_generator_reduction: int = 8
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for field in fields(self):
+            kind = float if field.name in ("expand_v", "norm_eps") else int
+            got = getattr(self, field.name)
+            try:
+                value = kind(got)
+            except (TypeError, ValueError):
+                raise ValueError(f"jet: {field.name} must be a number, got {got!r}") from None
+            if value <= 0 or value != float(got):
+                raise ValueError(f"jet: {field.name} must be a positive {kind.__name__}, got {got!r}")
+            object.__setattr__(self, field.name, value)
+        if not 2 <= self.conv_size <= 4:
+            raise ValueError(f"jet: conv_size must be 2, 3 or 4, got {self.conv_size}")
+        if self.head_v_dim < 1:
+            raise ValueError(f"jet: head_dim * expand_v must be at least 1, got {self.head_dim} * {self.expand_v}")
+        if self.dconv_generator_reduction > self.value_dim:
+            raise ValueError(
+                f"jet: dconv_generator_reduction must be at most {self.value_dim}, got {self.dconv_generator_reduction}"
+            )
+
+    @property
+    def head_v_dim(self) -> int:
+        """V."""
+        return int(self.head_dim * self.expand_v)
+
+    @property
+    def key_dim(self) -> int:
+        """H*K."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """D = H*V."""
+        return self.num_heads * self.head_v_dim
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> JetBlockConfig:
+        """Reads the published `efficient_attention_config.jet`.
+
+        Its `mode` and `dconv_implementation` choose between implementations of one result; here the device does that.
+        """
+        sizes = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        missing = [name for name in ("num_heads", "head_dim", "expand_v") if name not in sizes]
+        if missing:
+            raise ValueError(f"efficient_attention_config.jet must have {', '.join(missing)}")
+        return cls(**sizes)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class JetBlockState(NamedTuple):
+    """What a JetBlock remembers of N sequences: conv_state [N, D, W-1] and recurrent_state [N, H, K, V] (fp32)."""
+
+    conv_state: Tensor
+    recurrent_state: Tensor
+
+    @classmethod
+    def zeros(cls, config: JetBlockConfig, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
+        """Of sequences that have seen nothing. `dtype` is the layer's; the recurrent state is fp32 (fp64 if it is)."""
+        dtype = dtype or torch.get_default_dtype()
+        H, K, V = config.num_heads, config.head_dim, config.head_v_dim
+        return cls(
+            torch.zeros(batch_size, H * V, config.conv_size - 1, device=device, dtype=dtype),
+            torch.zeros(batch_size, H, K, V, device=device, dtype=torch.promote_types(dtype, torch.float32)),
+        )
+
+
+class JetBlock(nn.Module):
+    """The linear-attention layer of Jet-Nemotron (arXiv 2508.15884, section on JetBlock).
+
+        q = silu(q_proj(x));  k = silu(k_proj(x));  v = dynamic_conv1d(v_proj(x), x)
+        beta = sigmoid(b_proj(x));  g = -exp(A_log) * softplus(a_proj(x) + dt_bias)
+        o = gated delta rule of (l2norm(q), l2norm(k), v, g, beta), scale K^-0.5
+        y = o_proj(rmsnorm(o) * o_norm.weight * silu(g_proj(x)))
+
+    Gates and norm compute in fp32. A_log [H] and dt_bias [H] stay fp32 when the module is cast to a narrower dtype
+    and when a narrower checkpoint is loaded.
+
+    Args:
+        hidden_size: C.  jet_block_config: the sizes.  initializer_range: standard deviation of the projections.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        jet_block_config: JetBlockConfig | None = None,
+        initializer_range: float = 0.02,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        config = JetBlockConfig() if jet_block_config is None else jet_block_config
+        self.hidden_size = hidden_size
+        self.config = config
+        self.initializer_range = initializer_range
+        H, key_dim, value_dim = config.num_heads, config.key_dim, config.value_dim
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        self.q_proj = linear(hidden_size, key_dim)
+        self.k_proj = linear(hidden_size, key_dim)
+        self.v_proj = linear(hidden_size, value_dim)
+        self.g_proj = linear(hidden_size, value_dim)
+        self.a_proj = linear(hidden_size, H)
+        self.b_proj = linear(hidden_size, H)
+        self.o_proj = linear(value_dim, hidden_size)
+        self.dynamic_conv1d = DynamicShortConvolution(
+            value_dim,
+            config.conv_size,
+            hidden_size,
+            config.dconv_generator_reduction,
+            initializer_range=initializer_range,
+            device=device,
+            dtype=dtype,
+        )
+        self.o_norm = GatedRMSNorm(config.head_v_dim, config.norm_eps, device=device, dtype=dtype)
+        gate_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.A_log = nn.Parameter(torch.empty(H, device=device, dtype=gate_dtype))
+        self.dt_bias = nn.Parameter(torch.empty(H, device=device, dtype=gate_dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name in "qkvgabo":
+            init_weight_(getattr(self, f"{name}_proj").weight, self.initializer_range)
+        self.dynamic_conv1d.reset_parameters()
+        self.o_norm.reset_parameters()
+        self.A_log.uniform_(*(math.log(rate) for rate in DECAY_RATES))
+        step = self.dt_bias.uniform_(*(math.log(step) for step in TIME_STEPS)).exp()
+        # The inverse of softplus: softplus(dt_bias) = step.
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    def new_state(self, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
+        """A state of `batch_size` sequences that have seen nothing; its device and dtype are the layer's by default."""
+        weight = self.o_proj.weight
+        return JetBlockState.zeros(self.config, batch_size, device=device or weight.device, dtype=dtype or weight.dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: JetBlockState | None = None,
+    ) -> Tensor:
+        """Mixes the tokens of each sequence with those before them.
+
+        Args:
+            hidden_states: [B, T, C].
+            attention_mask: [B, T], zero at padding, which may be anywhere; output rows there are zero.
+            cu_seqlens: [N+1] int32 or int64 boundaries of sequences packed into one row (B = 1); not with a mask.
+            state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient.
+
+        Returns: [B, T, C], in the dtype of hidden_states.
+        """
+        B, T, _ = hidden_states.shape
+        if attention_mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError("JetBlock: attention_mask and cu_seqlens exclude each other; got both")
+            padding = find_padding(attention_mask, B, T)
+            if padding is not None:
+                packed = self(padding.pack(hidden_states), cu_seqlens=padding.cu_seqlens, state=state)
+                return padding.restore(packed)
+        gate = self.g_proj(hidden_states).unflatten(-1, (self.config.num_heads, -1))
+        o = self._mix(hidden_states, cu_seqlens, state)
+        return self.o_proj(self.o_norm(o, gate).flatten(-2))
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay g <= 0 and write strength beta, both [B, T, H] in fp32 (fp64 in an fp64 layer)."""
+        a, b = self.a_proj(x), self.b_proj(x)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
+        return g, torch.sigmoid(b.to(wide))
+
+    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None) -> Tensor:
+        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]."""
+        H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
+        q = F.silu(self.q_proj(x)).unflatten(-1, (H, K))
+        k = F.silu(self.k_proj(x)).unflatten(-1, (H, K))
+        x_v = self.v_proj(x)
+        g, beta = self._gates(x)
+        # The step ops write into the state they read, so they have no gradient.
+        if state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+            v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
+            v = v.view(-1, 1, H, V)
+            return recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
+        conv_before = recurrent_before = None
+        if state is not None:
+            # Backward still needs the values that are overwritten below.
+            conv_before, recurrent_before = (s.clone() if torch.is_grad_enabled() else s for s in state)
+        v, conv_after = self.dynamic_conv1d(x_v, x, conv_before, cu_seqlens, output_final_state=state is not None)
+        o, recurrent_after = chunk_gated_delta_rule(
+            q,
+            k,
+            v.unflatten(-1, (H, V)),
+            g,
+            beta,
+            initial_state=recurrent_before,
+            output_final_state=state is not None,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=cu_seqlens,
+        )
+        if state is not None:
+            state.conv_state.copy_(conv_after.detach())
+            state.recurrent_state.copy_(recurrent_after.detach())
+        return o
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name).data for name in FP32_PARAMETERS}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if torch.promote_types(new.dtype, torch.float32) != new.dtype:
+                # Taken from the values before the cast, which has already rounded these.
+                new.data = old.to(device=new.device, dtype=torch.float32)
+                if new.grad is not None:
+                    new.grad = new.grad.to(torch.float32)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in FP32_PARAMETERS:
+            value = state_dict.get(prefix + name)
+            if value is not None:
+                # load_state_dict(assign=True) takes the tensor as it is.
+                state_dict[prefix + name] = value.to(torch.promote_types(value.dtype, torch.float32))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, {self.config}"

@@ -1,0 +1,53 @@
+"""Padded batches as packed sequences: the tokens that a mask keeps, row after row, with their boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unpadding:
+    """Which tokens of a padded [B, T, ...] batch are real.
+
+    indices [n]: their positions in the flattened batch; cu_seqlens [B+1] int64: where each row starts among them;
+    lengths: how many each row has, known to the host.
+    """
+
+    batch_size: int
+    width: int
+    indices: Tensor
+    cu_seqlens: Tensor
+    lengths: list[int]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [1, n, ...], the real tokens only."""
+        return x.flatten(0, 1).index_select(0, self.indices)[None]
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[1, n, ...] -> [B, T, ...] with zeros at the padding."""
+        full = x.new_zeros(self.batch_size * self.width, *x.shape[2:])
+        return full.index_copy(0, self.indices, x[0]).unflatten(0, (self.batch_size, self.width))
+
+
+def find_padding(attention_mask: Tensor, batch_size: int, width: int) -> Unpadding | None:
+    """Reads an attention mask [B, T'] (nonzero: a real token) for a call on [B, T] tokens; None if nothing is padded.
+
+    T' may exceed T, as it does where past tokens are counted too: the last T columns are those of this call.
+    Padding may be on the left, on the right or in between; it simply does not exist for the layers.
+    Reads the mask on the host, once: how many tokens there are decides the shapes that follow.
+    """
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < width:
+        raise ValueError(
+            f"attention_mask must be [{batch_size}, {width}] (or longer, past tokens first), got {list(attention_mask.shape)}"
+        )
+    kept = attention_mask[:, attention_mask.shape[1] - width :] != 0
+    counts = kept.sum(1)
+    lengths = counts.tolist()
+    if all(n == width for n in lengths):
+        return None
+    indices = kept.flatten().nonzero().squeeze(1)
+    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Unpadding(batch_size, width, indices, cu_seqlens, lengths)

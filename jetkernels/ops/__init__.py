@@ -1,0 +1,16 @@
+"""The ops of jetkernels as Python functions; importing this package registers ``torch.ops.jet.*``."""
+
+from jetkernels.ops.apply_dynamic_conv import apply_dynamic_conv
+from jetkernels.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
+from jetkernels.ops.dynamic_conv import dynamic_conv
+from jetkernels.ops.dynamic_conv_step import dynamic_conv_step_
+from jetkernels.ops.recurrent_gated_delta_rule import fused_recurrent_gated_delta_rule, recurrent_gated_delta_rule_
+
+__all__ = [
+    "apply_dynamic_conv",
+    "chunk_gated_delta_rule",
+    "dynamic_conv",
+    "dynamic_conv_step_",
+    "fused_recurrent_gated_delta_rule",
+    "recurrent_gated_delta_rule_",
+]

@@ -1,0 +1,54 @@
+"""``jet::dynamic_conv_step``: one token per sequence, the convolution state updated in place."""
+
+import torch
+from torch import Tensor
+
+from jetkernels.ops import _register
+from jetkernels.ops.dynamic_conv import use_silu
+from jetkernels.plain import dynamic_conv_step as plain
+
+
+def _fake(x, hidden, weight, bias, conv_state, state_indices, silu):
+    return x.new_empty(x.shape)
+
+
+_register.define(
+    "dynamic_conv_step",
+    "(Tensor x, Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) conv_state, Tensor? state_indices, bool silu) "
+    "-> Tensor",
+    fake=_fake,
+    plain=plain.dynamic_conv_step,
+)
+_register.autocast("dynamic_conv_step", low_precision=(0, 1, 2, 3), dtype_of=4)
+
+
+def dynamic_conv_step_(
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    state_indices: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """One step of :func:`dynamic_conv` per sequence, shifting ``conv_state`` in place. For decode; not differentiable.
+
+    Args:
+        x: [N, D], the new inputs.
+        hidden: [N, R].
+        weight: [D * W, R]; bias: [D * W] or ``None``.
+        conv_state: [P, D, W - 1] pool, oldest input first; rows that no index names stay untouched.
+        state_indices: [N] int32 or int64, the pool row of each sequence; a negative index touches no state and gives
+            a zero output row. ``None`` means row n for sequence n.
+        activation: ``"silu"``, ``"swish"`` or ``None``.
+
+    Returns:
+        y [N, D].
+
+    Raises:
+        RuntimeError: as :func:`dynamic_conv`; also for an index out of range or named twice (checked on a CPU, and on
+            CUDA under ``JETKERNELS_CHECK=1``). The pool is untouched then.
+    """
+    return torch.ops.jet.dynamic_conv_step(
+        x, hidden, weight, bias, conv_state, state_indices, use_silu("dynamic_conv_step", activation)
+    )

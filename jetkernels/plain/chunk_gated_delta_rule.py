@@ -1,0 +1,257 @@
+"""Chunked gated delta rule and its backward, in plain PyTorch (M chunks in a row, Z = B*H head rows, C tokens).
+
+Everything but the state is one batched GEMM over all chunks; the state takes two GEMMs per chunk. With the chunk-local
+cumulative log decay c, Γ_ij = e^{c_i-c_j} for j <= i, kk = tril(K Kᵀ ∘ Γ, -1), P = scale tril(Q Kᵀ ∘ Γ):
+
+    T = (I + diag(beta) kk)^-1      U = T diag(beta) (V - diag(e^c) K S0) = U0 - W S0
+    O = scale diag(e^c) Q S0 + P U  S1 = e^{c_C} S0 + (diag(e^{c_C-c}) K)ᵀ U
+
+The backward needs no division: with U' from U = diag(beta) U', U' = V - diag(e^c) K S0 - kk U.
+"""
+
+import torch
+
+from ._chunks import CHUNK, chunk_layout
+from ._compute import accumulation_dtype, plain_op
+
+# e^-104 is 0 in fp32: decay beyond it forgets everything, and sums of clamped g stay finite (g = -inf is legal)
+LOG_DECAY_MIN = -104.0
+L2NORM_EPS = 1e-6
+
+
+def l2norm(x):
+    """x / sqrt(sum x^2 + eps) over the last dimension, and the reciprocal norm."""
+    rnorm = (x.square().sum(-1, keepdim=True) + L2NORM_EPS).rsqrt()
+    return x * rnorm, rnorm
+
+
+def l2norm_backward(grad, normed, rnorm):
+    """Gradient of `l2norm` from its outputs."""
+    return (grad - normed * (normed * grad).sum(-1, keepdim=True)) * rnorm
+
+
+def multiply(a, b):
+    """Batched a @ b over the leading two dimensions [M,Z]."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def multiply_shared(a, b):
+    """a [M,Z,C,C] @ b [M,Zk,C,K] -> [M,Z,C,K]; the Z // Zk value heads that share b[:, zk] are one GEMM."""
+    shape = a.shape[:3] + b.shape[3:]
+    a = a.reshape(b.shape[0] * b.shape[1], -1, CHUNK)
+    return torch.bmm(a, b.flatten(0, 1)).reshape(shape)
+
+
+class Heads:
+    """Moves tensors between tokens [B,T,H,...] and chunks of head rows [M,Z,C,...] in the dtype of the arithmetic."""
+
+    def __init__(self, q, v, cu_seqlens):
+        self.layout = chunk_layout(q.shape[0], q.shape[1], cu_seqlens)
+        self.dtype = accumulation_dtype(q)
+        self.key_heads, self.heads = q.shape[2], v.shape[2]
+        self.groups = self.heads // self.key_heads if self.key_heads else 1
+        self.empty = self.layout.count * self.layout.batch * self.heads == 0
+
+    def split(self, x, dtype=None):
+        """[B,T,Hx,...] -> contiguous [M,Z,C,...]."""
+        chunks = self.layout.split(x).transpose(2, 3)
+        return torch.empty(chunks.shape, dtype=dtype or self.dtype, device=x.device).copy_(chunks).flatten(1, 2)
+
+    def join(self, x, heads, dtype):
+        """[M,Z,C,...] -> contiguous [B,T,heads,...] in `dtype`."""
+        return self.layout.join(x.unflatten(1, (self.layout.batch, heads)).transpose(2, 3), dtype)
+
+    def per_head(self, x):
+        """[M,Zk,...] -> [M,Z,...], every query/key head once for each value head that reads it."""
+        if self.groups == 1:
+            return x
+        return x.unsqueeze(2).expand(-1, -1, self.groups, *x.shape[2:]).flatten(1, 2)
+
+    def per_key_head(self, x):
+        """[M,Z,...] -> [M,Zk,...], the adjoint of `per_head`."""
+        return x if self.groups == 1 else x.unflatten(1, (-1, self.groups)).sum(2)
+
+
+class Stages:
+    """All that does not depend on the state: c, Γ, kk, P, T, U0, W and the scaled copies of q and k, [M,Z,...]."""
+
+    def __init__(self, heads, q, k, v, g, beta, scale, l2norm_qk):
+        self.q, self.k, self.v = heads.split(q), heads.split(k), heads.split(v)
+        self.q_rnorm = self.k_rnorm = None
+        if l2norm_qk:
+            self.q, self.q_rnorm = l2norm(self.q)
+            self.k, self.k_rnorm = l2norm(self.k)
+        self.beta = heads.split(beta).unsqueeze(-1)
+        # c reaches -6656, where fp32 resolves 5e-4: sums and differences in fp64, one rounding before exp
+        c = heads.split(g, torch.float64).clamp(min=LOG_DECAY_MIN).cumsum(-1)
+        self.decay_in = c.exp().to(heads.dtype).unsqueeze(-1)
+        self.decay_out = (c[..., -1:] - c).exp().to(heads.dtype).unsqueeze(-1)
+        self.decay = self.decay_in[..., -1:, :]
+        causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+        difference = (c.unsqueeze(-1) - c.unsqueeze(-2)).to(heads.dtype)
+        self.gamma = torch.where(causal, difference, -torch.inf).exp_()
+
+        keys = self.k.transpose(-1, -2)
+        self.kk = (heads.per_head(multiply(self.k, keys)) * self.gamma).tril_(-1)
+        self.p = (heads.per_head(multiply(self.q, keys)) * self.gamma).mul_(scale).tril_()
+        self.k_in = heads.per_head(self.k) * self.decay_in
+        self.k_out = heads.per_head(self.k) * self.decay_out
+        self.q_in = heads.per_head(self.q) * (self.decay_in * scale)
+
+        eye = torch.eye(CHUNK, dtype=heads.dtype, device=q.device)
+        # T = (I + diag(beta) kk)^-1   [C, C]
+        self.t = torch.linalg.solve_triangular(self.kk * self.beta, eye, upper=False, unitriangular=True)
+        t_beta = self.t * self.beta.transpose(-1, -2)
+        self.u0 = multiply(t_beta, self.v)
+        self.w = multiply(t_beta, self.k_in)
+
+
+def sweep(heads, stages, initial_state, state_shape):
+    """The states in chunk order.
+
+    Returns S0 [M,Z,K,V] at the start of every chunk, U [M,Z,C,V] and the final state [N,H,K,V].
+    """
+    layout, count = heads.layout, heads.layout.count
+    rows = stages.v.shape[1]
+    states = stages.v.new_empty(count + 1, rows, *state_shape[2:])
+    u = torch.empty_like(stages.v)
+    if initial_state is None:
+        initial = states.new_zeros(state_shape)
+    else:
+        initial = initial_state.to(heads.dtype)
+    if layout.packed:
+        final = torch.cat([initial, initial.new_empty(1, *state_shape[1:])])
+        states[0].zero_()
+    else:
+        states[0].copy_(initial.flatten(0, 1))
+    for m in range(count):
+        if layout.packed:
+            begin = initial.index_select(0, layout.seq[m:m + 1])[0]
+            states[m].copy_(torch.where(layout.first[m], begin, states[m]))
+        # U = U0 - W S0   [C, V]
+        torch.baddbmm(stages.u0[m], stages.w[m], states[m], alpha=-1, out=u[m])
+        # S1 = e^{c_C} S0 + (diag(e^{c_C-c}) K)ᵀ U   [K, V]
+        torch.mul(states[m], stages.decay[m], out=states[m + 1])
+        states[m + 1].baddbmm_(stages.k_out[m].transpose(-1, -2), u[m])
+        if layout.packed:
+            final.index_copy_(0, layout.end_row[m:m + 1], states[m + 1].unsqueeze(0))
+    if layout.packed:
+        return states[:-1], u, final[:-1].contiguous()
+    return states[:-1], u, states[-1].clone().view(state_shape)
+
+
+def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
+    """The gradients of the states in reverse chunk order.
+
+    Returns dS1 [M,Z,K,V] at the end of every chunk, dU [M,Z,C,V] and the gradient of the initial state [N,H,K,V].
+    """
+    layout, count = heads.layout, heads.layout.count
+    rows = stages.v.shape[1]
+    # dU = Pᵀ dO + diag(e^{c_C-c}) K dS1   [C, V]; the second term follows in the sweep
+    du = multiply(stages.p.transpose(-1, -2), grad_o)
+    ds1 = stages.v.new_empty(count, rows, *state_shape[2:])
+    final = ds1.new_zeros(state_shape) if grad_final_state is None else grad_final_state.to(heads.dtype)
+    if layout.packed:
+        initial = torch.cat([final, final.new_empty(1, *state_shape[1:])])
+        ds = ds1.new_zeros(ds1.shape[1:])
+    else:
+        ds = final.flatten(0, 1)
+    for m in reversed(range(count)):
+        if layout.packed:
+            end = final.index_select(0, layout.seq[m:m + 1])[0]
+            ds = torch.where(layout.last[m], end, ds)
+        ds1[m].copy_(ds)
+        du[m].baddbmm_(stages.k_out[m], ds1[m])
+        # dS0 = e^{c_C} dS1 + (scale diag(e^c) Q)ᵀ dO - Wᵀ dU   [K, V]
+        ds = torch.baddbmm(ds1[m] * stages.decay[m], stages.q_in[m].transpose(-1, -2), grad_o[m])
+        ds.baddbmm_(stages.w[m].transpose(-1, -2), du[m], alpha=-1)
+        if layout.packed:
+            initial.index_copy_(0, layout.start_row[m:m + 1], ds.unsqueeze(0))
+    if layout.packed:
+        return ds1, du, initial[:-1].contiguous()
+    return ds1, du, ds.clone().view(state_shape)
+
+
+@plain_op
+def chunk_gated_delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk):
+    """jet::chunk_gated_delta_rule.
+
+    q, k [B,T,Hk,K], v [B,T,H,V], g, beta [B,T,H], initial_state [N,H,K,V] or None, cu_seqlens [N+1] or None
+    -> o [B,T,H,V] in v's dtype, final_state [N,H,K,V] in fp32 (fp64 if q is fp64).
+    """
+    heads = Heads(q, v, cu_seqlens)
+    state_shape = (heads.layout.sequences, heads.heads, q.shape[3], v.shape[3])
+    if heads.empty:
+        final = v.new_zeros(state_shape, dtype=heads.dtype)
+        if initial_state is not None:
+            final.copy_(initial_state)
+        return torch.zeros_like(v, memory_format=torch.contiguous_format), final
+    stages = Stages(heads, q, k, v, g, beta, scale, l2norm_qk)
+    states, u, final_state = sweep(heads, stages, initial_state, state_shape)
+    # O = scale diag(e^c) Q S0 + P U   [C, V]
+    o = multiply(stages.q_in, states)
+    o.flatten(0, 1).baddbmm_(stages.p.flatten(0, 1), u.flatten(0, 1))
+    return heads.join(o, heads.heads, v.dtype), final_state
+
+
+def chunk_gradients(heads, stages, states, u, grad_o, ds1, du, scale):
+    """Gradients within the chunks, [M,Z,C,...]: of normed q and k for every value head, v, beta, and of c."""
+    x = multiply(stages.t.transpose(-1, -2), du)
+    dv = stages.beta * x
+    # U' = V - diag(e^c) K S0 - kk U   [C, V]
+    u_prime = stages.v - multiply(stages.k_in, states)
+    u_prime.flatten(0, 1).baddbmm_(stages.kk.flatten(0, 1), u.flatten(0, 1), alpha=-1)
+    dbeta = (u_prime * x).sum(-1)
+
+    # dP = scale tril(dO Uᵀ) ∘ Γ,  dM = -tril(dV Uᵀ, -1) ∘ Γ   [C, C]
+    dp = multiply(grad_o, u.transpose(-1, -2)).mul_(stages.gamma).mul_(scale).tril_()
+    dm = multiply(dv, u.transpose(-1, -2)).mul_(stages.gamma).neg_().tril_(-1)
+    # dQ = scale diag(e^c) dO S0ᵀ + dP K   [C, K]
+    dq = multiply_shared(dp, stages.k).add_(multiply(grad_o, states.transpose(-1, -2)).mul_(stages.decay_in * scale))
+    # dK as row of kk, as column of kk and P, and as what the state stores   [C, K]
+    dk_row = multiply_shared(dm, stages.k).sub_(multiply(dv, states.transpose(-1, -2)).mul_(stages.decay_in))
+    dk_state = multiply(u, ds1.transpose(-1, -2)).mul_(stages.decay_out)
+    dk_col = multiply_shared(dp.transpose(-1, -2), stages.q).add_(dk_state)
+    dk_col.add_(multiply_shared(dm.transpose(-1, -2), stages.k))
+
+    q, k = heads.per_head(stages.q), heads.per_head(stages.k)
+    dc = (q * dq).sum(-1) + (k * (dk_row - dk_col)).sum(-1)
+    stored = (k * dk_state).sum((-1, -2)) + (states * ds1).sum((-1, -2)) * stages.decay[..., 0, 0]
+    dc[..., -1] += stored
+    return dq, dk_row + dk_col, dv, dbeta, dc
+
+
+@plain_op
+def chunk_gated_delta_rule_backward(
+    grad_o, grad_final_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk
+):
+    """jet::chunk_gated_delta_rule_backward.
+
+    grad_o [B,T,H,V], grad_final_state [N,H,K,V] or None, then the arguments of the forward op
+    -> gradients of q, k, v, g, beta and initial_state, each in the shape and dtype of what it belongs to
+    (initial_state = None: [N,H,K,V] in fp32, fp64 if q is fp64).
+    """
+    heads = Heads(q, v, cu_seqlens)
+    state_shape = (heads.layout.sequences, heads.heads, q.shape[3], v.shape[3])
+    state_dtype = heads.dtype if initial_state is None else initial_state.dtype
+    if heads.empty:
+        dinitial = v.new_zeros(state_shape, dtype=state_dtype)
+        if grad_final_state is not None:
+            dinitial.copy_(grad_final_state)
+        return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)), dinitial
+    stages = Stages(heads, q, k, v, g, beta, scale, l2norm_qk)
+    states, u, _ = sweep(heads, stages, initial_state, state_shape)
+    do = heads.split(grad_o)
+    ds1, du, dinitial = sweep_backward(heads, stages, do, grad_final_state, state_shape)
+    dq, dk, dv, dbeta, dc = chunk_gradients(heads, stages, states, u, do, ds1, du, scale)
+
+    dq, dk = heads.per_key_head(dq), heads.per_key_head(dk)
+    if l2norm_qk:
+        dq = l2norm_backward(dq, stages.q, stages.q_rnorm)
+        dk = l2norm_backward(dk, stages.k, stages.k_rnorm)
+    # c_i = sum of g_j over j <= i; fp64 so that the sums of 64 add no error to dg
+    dg = heads.join(dc.double().flip(-1).cumsum(-1).flip(-1), heads.heads, g.dtype)
+    dg = torch.where(g < LOG_DECAY_MIN, 0, dg)
+    return (heads.join(dq, heads.key_heads, q.dtype), heads.join(dk, heads.key_heads, k.dtype),
+            heads.join(dv, heads.heads, v.dtype), dg, heads.join(dbeta, heads.heads, beta.dtype),
+            dinitial.to(state_dtype))

@@ -1,0 +1,53 @@
+"""Recurrent gated delta rule, token by token on the rows of a state pool, in plain PyTorch."""
+
+import torch
+
+from ._compute import accumulation_dtype, contiguous_as, plain_op
+from ._pool import PoolRows
+from .chunk_gated_delta_rule import l2norm
+
+
+def head_rows(x, dtype, heads):
+    """[N,T,Hx,...] -> contiguous [T,N*H,...] in `dtype`, a query/key head once for each value head reading it."""
+    x = x.transpose(0, 1).to(dtype)
+    groups = heads // x.shape[2] if x.shape[2] else 1
+    return x.unsqueeze(3).expand(-1, -1, -1, groups, *x.shape[3:]).flatten(1, 3)
+
+
+@plain_op
+def recurrent_gated_delta_rule(q, k, v, g, beta, state, state_indices, scale, l2norm_qk):
+    """jet::recurrent_gated_delta_rule.
+
+    q, k [N,T,Hk,K], v [N,T,H,V], g, beta [N,T,H], state [P,H,K,V] updated in place, state_indices [N] or None
+    -> o [N,T,H,V] in v's dtype; zeros where the index is negative, and no row of the pool changes for it.
+    The state is rounded to the pool's dtype once, after the last token.
+    """
+    n, tokens, heads = v.shape[:3]
+    out_dtype = v.dtype
+    if v.numel() == 0 or state.numel() == 0:
+        return torch.zeros_like(v, memory_format=torch.contiguous_format)
+    dtype = accumulation_dtype(q)
+    q, k = q.to(dtype), k.to(dtype)
+    if l2norm_qk:
+        q, k = l2norm(q)[0], l2norm(k)[0]
+    q = (head_rows(q, dtype, heads) * scale).unsqueeze(-2)
+    k = head_rows(k, dtype, heads).unsqueeze(-2)
+    v = head_rows(v, dtype, heads).unsqueeze(-2)
+    decay = head_rows(g, dtype, heads).exp()[..., None, None]
+    strength = head_rows(beta, dtype, heads)[..., None, None]
+
+    rows = PoolRows(state, state_indices, n)
+    old = rows.take()
+    s = old.to(dtype, copy=True).flatten(0, 1)
+    o = torch.empty_like(v)
+    for t in range(tokens):
+        s.mul_(decay[t])
+        # u = beta (v - Sᵀ k)   [1, V]
+        u = torch.baddbmm(v[t], k[t], s, alpha=-1).mul_(strength[t])
+        # S += k uᵀ   [K, V]
+        s.baddbmm_(k[t].transpose(-1, -2), u)
+        # o = scale Sᵀ q   [1, V]
+        torch.bmm(q[t], s, out=o[t])
+    rows.put(old, s.view(old.shape))
+    o = o.view(tokens, n, heads, -1).transpose(0, 1)
+    return contiguous_as(rows.mask(o), out_dtype)

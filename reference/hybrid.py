@@ -1,0 +1,73 @@
+"""The whole hybrid model as a function of a state dict: full masks, no cache, no padding.
+
+Source: Jet-Nemotron (arXiv 2508.15884); key names as in its published checkpoints.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference.jet_block import jet_block, rms_norm
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of x [B, heads, T, d]: token t turns the pair (i, i + d/2) by the angle t theta^(-2i/d)."""
+    T, d = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
+    angle = torch.arange(T, dtype=x.dtype, device=x.device)[:, None] * frequency
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+
+
+def attention(x: Tensor, w: Mapping[str, Tensor], heads: int, kv_heads: int, theta: float, window: int | None) -> Tensor:
+    """x [B, T, C] -> [B, T, C]: key j is visible to query i when 0 <= i - j, and i - j < window where there is one."""
+    T = x.shape[1]
+    q, k, v = (x @ w[f"{name}_proj.weight"].mT + w[f"{name}_proj.bias"] for name in "qkv")
+    q = rotate(q.unflatten(-1, (heads, -1)).transpose(1, 2), theta)
+    k = rotate(k.unflatten(-1, (kv_heads, -1)).transpose(1, 2), theta).repeat_interleave(heads // kv_heads, 1)
+    v = v.unflatten(-1, (kv_heads, -1)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)
+    distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
+    visible = (distance >= 0) & (distance < (T if window is None else window))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2) @ w["o_proj.weight"].mT
+
+
+def mlp(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    return (F.silu(x @ w["gate_proj.weight"].mT) * (x @ w["up_proj.weight"].mT)) @ w["down_proj.weight"].mT
+
+
+def hybrid(
+    input_ids: Tensor, state_dict: Mapping[str, Tensor], config: Mapping, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Logits [B, T, vocab] in ``dtype``.
+
+    Args:
+        input_ids: [B, T], every token real.
+        state_dict: tensors with the published names; ``lm_head.weight`` may be absent, then the head is tied.
+        config: the parsed content of the published config.json.
+    """
+    w = {name: value.to(dtype) for name, value in state_dict.items()}
+    eps, theta = float(config.get("rms_norm_eps", 1e-6)), float(config.get("rope_theta", 1e6))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    efficient = config["efficient_attention_config"]
+    h = w["model.embed_tokens.weight"][input_ids]
+    for i, kind in enumerate(config["layer_types"]):
+        layer = under(w, f"model.layers.{i}.")
+        x = rms_norm(h, layer["input_layernorm.weight"], eps)
+        if kind == "jet":
+            mixed = jet_block(x, under(layer, "self_attn."), norm_eps=float(efficient["jet"].get("norm_eps", 1e-5)), dtype=dtype)[0]
+        else:
+            window = efficient["swa"]["window_size"] if kind == "swa" else None
+            mixed = attention(x, under(layer, "self_attn."), heads, kv_heads, theta, window)
+        h = h + mixed
+        h = h + mlp(rms_norm(h, layer["post_attention_layernorm.weight"], eps), under(layer, "mlp."))
+    h = rms_norm(h, w["model.norm.weight"], eps)
+    return h @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).mT
