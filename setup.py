@@ -27,9 +27,10 @@ class CMakeBuild(build_ext):
             sys.exit("jetkernels needs a C++17 compiler: install g++ (Debian: apt-get install g++) or set CXX")
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "jetkernels" if in_place else Path(self.build_lib).resolve() / "jetkernels"
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        choice = os.environ.get("JETKERNELS_BUILD", "auto")
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{choice}"
         configure = [tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-                     f"-DPython_EXECUTABLE={sys.executable}", f"-DJETKERNELS_BUILD={os.environ.get('JETKERNELS_BUILD', 'auto')}"]
+                     f"-DPython_EXECUTABLE={sys.executable}", f"-DJETKERNELS_BUILD={choice}"]
         for command in (configure, [tool("cmake"), "--build", build], [tool("cmake"), "--install", build, "--prefix", package]):
             if subprocess.run([str(part) for part in command]).returncode != 0:
                 sys.exit("jetkernels: the build stopped; the sentence above says why")

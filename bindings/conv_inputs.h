@@ -22,7 +22,7 @@ inline void check_like(const Checks& checks, const char* name, const Tensor& t, 
 // Binds W from `rows` = D * W rows of the generator.
 inline void bind_taps(Checks& checks, const char* name, int64_t rows) {
   const int64_t D = checks.size("D");
-  if (D < 1) checks.fail("x last dimension (D) must be at least 1, got 0");
+  if (D < 1) checks.fail("x dimension 2 (D) must be at least 1, got 0");
   if (rows % D != 0 || rows / D < 2 || rows / D > kMaxTaps)
     checks.fail(name, " dimension 0 must be D*W with D = ", D, " (as in x) and W in 2..", kMaxTaps, ", got ", rows);
   checks.bind("W", rows / D, std::string("from ") + name);

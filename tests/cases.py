@@ -67,10 +67,14 @@ def assert_gradients(grads: dict[str, Tensor], refs: dict[str, Tensor], dtype: t
         assert_error(f"d{name}", grad, refs[name], ceiling, dg_floor if name == "g" else ZERO)
 
 
+def _bytes(t: Tensor) -> Tensor:
+    return t.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
 def assert_bitwise(out: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal bits; so NaN equals NaN, and 0 differs from -0."""
     assert out.shape == expected.shape and out.dtype == expected.dtype, what
-    same = out.contiguous().view(torch.uint8) == expected.contiguous().view(torch.uint8)
+    same = _bytes(out) == _bytes(expected)
     assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} bytes differ"
 
 

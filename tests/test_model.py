@@ -130,16 +130,17 @@ def test_padding_value_does_not_matter():
 @settings(max_examples=20, deadline=None)
 def test_packed_equals_separate(lengths, kinds):
     """Logits and the gradient of every parameter."""
-    model = small_model(*kinds)
-    ids = tokens(1, sum(lengths))
-    packed = model(ids, cu_seqlens=boundaries(lengths, torch.int32)).logits
-    separate = torch.cat([model(part).logits for part in ids.split(lengths, 1)], 1)
-    close(packed, separate)
+    ids, cu_seqlens = tokens(1, sum(lengths)), boundaries(lengths, torch.int32)
+    for dtype, atol in ((torch.float32, ATOL), (torch.float64, 1e-9)):
+        model = small_model(*kinds, dtype=dtype)
+        packed = model(ids, cu_seqlens=cu_seqlens).logits
+        separate = torch.cat([model(part).logits for part in ids.split(lengths, 1)], 1)
+        close(packed, separate, atol)
     weight = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
     parameters = list(model.parameters())
     got, need = (torch.autograd.grad((y * weight).sum(), parameters) for y in (packed, separate))
     for g, n in zip(got, need):
-        torch.testing.assert_close(g, n, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(g, n, atol=1e-8, rtol=1e-6)
 
 
 @given(sizes=st.lists(st.integers(1, 14), min_size=1, max_size=6), kinds=st.sampled_from(KINDS), grad=st.booleans())

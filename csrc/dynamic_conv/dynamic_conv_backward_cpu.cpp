@@ -41,7 +41,7 @@ class Backward {
         dhidden_(block_ * hidden_columns_ * VH * L), dweight_(kDirect ? 0 : in_.D * W * f_.R), dbias_(panels_ * W * L),
         halo_(panels_ * K * L), dstate_(in_.N * in_.D * K), panel_scratch_(slots_ * panel_units()),
         dx_scratch_(slots_ * (block_ + K) * L), pair_scratch_(terms > 1 ? slots_ * block_ / terms * W * L : 0),
-        weight_scratch_(slots_ * kPanelsAtOnce * W * L / terms * VH * L) {
+        weight_(hidden_columns_ * panels_ * W * L / terms * VH * L) {
     fill_rows(in_, rows_.get());
   }
 
@@ -51,6 +51,9 @@ class Backward {
     for (long i = 0; i < panels_ * K * L; ++i) halo_.get()[i] = 0;
     if (tokens_ == 0)
       for (long i = 0; i < in_.D * W * f_.R; ++i) dweight()[i] = 0;
+    run_tasks(parallel_, slots_, hidden_columns_ * panels_, [&](long, long task) {
+      pack_weight_columns(task / panels_, task % panels_, weight_.get() + task * W * L / terms * VH * L);
+    });
     for (long begin = 0; begin < tokens_; begin += block_) {
       const long end = smaller(tokens_, begin + block_);
       pack_hidden(begin, end);
@@ -58,9 +61,9 @@ class Backward {
         for (long panel = task * G; panel < smaller(panels_, task * G + G); ++panel) run_panel(slot, panel, begin, end);
       });
       const long chunk = 264, chunks = (end - begin + chunk - 1) / chunk;
-      run_tasks(parallel_, slots_, hidden_columns_ * chunks, [&](long slot, long task) {
+      run_tasks(parallel_, slots_, hidden_columns_ * chunks, [&](long, long task) {
         const long first = task % chunks * chunk;
-        run_columns(slot, task / chunks, begin, first, smaller(end - begin, first + chunk));
+        run_columns(task / chunks, begin, first, smaller(end - begin, first + chunk));
       });
     }
     finish();
@@ -236,13 +239,11 @@ class Backward {
   }
 
   // dhidden [first, last) of the block, column tile j: dkernel weight
-  void run_columns(long slot, long j, long begin, long first, long last) const {
+  void run_columns(long j, long begin, long first, long last) const {
     constexpr long steps = W * L / terms;
     const long row_stride = hidden_columns_ * VH * L;
-    Unit* packed = weight_scratch_.get() + slot * kPanelsAtOnce * steps * VH * L;
     for (long panel0 = 0; panel0 < panels_; panel0 += kPanelsAtOnce) {
-      const long count = smaller(kPanelsAtOnce, panels_ - panel0);
-      for (long k = 0; k < count; ++k) pack_weight_columns(j, panel0 + k, packed + k * steps * VH * L);
+      const long panel1 = smaller(panels_, panel0 + kPanelsAtOnce);
       for (long i = first; i < last; i += MH) {
         Acc* out = dhidden_.get() + i * row_stride + j * VH * L;
         Accumulators<P, MH, VH> acc;
@@ -250,8 +251,11 @@ class Backward {
           acc.zero();
         else
           acc.load(out, row_stride);
-        for (long k = 0; k < count; ++k)
-          acc.add_product(reinterpret_cast<const Unit*>(dkernel_row(panel0 + k, i)), steps, 1, packed + k * steps * VH * L, steps);
+        for (long panel = panel0; panel < panel1; ++panel) {
+          const Number* a = dkernel_row(panel, i);
+          for (long ahead = 0; ahead < MH * W * L; ahead += 64 / long(sizeof(Number))) __builtin_prefetch(a + MH * W * L + ahead);
+          acc.add_product(reinterpret_cast<const Unit*>(a), steps, 1, weight_.get() + (j * panels_ + panel) * steps * VH * L, steps);
+        }
         acc.store(out, row_stride);
       }
     }
@@ -284,7 +288,7 @@ class Backward {
   Buffer<Acc> dhidden_, dweight_, dbias_, halo_, dstate_;
   Buffer<Unit> panel_scratch_;
   Buffer<Acc> dx_scratch_;
-  Buffer<Unit> pair_scratch_, weight_scratch_;
+  Buffer<Unit> pair_scratch_, weight_;
 };
 
 template <class P, class T>
@@ -296,6 +300,12 @@ void backward(const DynamicConvBackwardParams& p, const Parallel& parallel) {
   }
 }
 
+#if defined(__AVX512F__)
+// Bf16Product needs dkernel rounded to bf16, as any bf16 GEMM of the gradients does. Over many elements these errors stay
+// relative to the RMS of the result; a handful of terms can cancel to less than their rounding.
+bool bf16_dkernel_is_exact_enough(const DynamicConvParams& p) { return p.in.B * p.in.T * p.in.D * p.R >= 1 << 20; }
+#endif
+
 }  // namespace
 
 void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& p, const Parallel& parallel) {
@@ -305,7 +315,7 @@ void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& p, const Paralle
     case Dtype::f16: return backward<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
-      if (has_bf16_product()) return backward<Bf16Product, bf16>(p, parallel);
+      if (has_bf16_product() && bf16_dkernel_is_exact_enough(p.forward)) return backward<Bf16Product, bf16>(p, parallel);
 #endif
       return backward<PlainProduct<float>, bf16>(p, parallel);
   }
