@@ -15,8 +15,8 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 // Returns the offsets of the sequences where the host may read them.
-std::vector<int64_t> check(Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                           const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+std::vector<int64_t> check(Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                           const Tensor& beta, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
   check_tokens(checks, "B", q, k, v, g, beta);
   std::vector<int64_t> offsets = checks.sequences(cu_seqlens, "q", q);
   check_state(checks, "initial_state", initial_state, q);
@@ -46,13 +46,14 @@ Tensor new_state(const Checks& checks, const Tensor& q) {
   return torch::stable::new_empty(q, {checks.size("N"), checks.size("H"), checks.size("K"), checks.size("V")}, real_dtype(q));
 }
 
-std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, OptionalTensor initial_state,
-                                                  OptionalTensor cu_seqlens, double scale, bool l2norm_qk) {
+std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta,
+                                                  OptionalTensor initial_state, OptionalTensor cu_seqlens, double scale,
+                                                  bool l2norm_qk) {
   Checks checks("chunk_gated_delta_rule");
   const std::vector<int64_t> offsets = check(checks, q, k, v, g, beta, initial_state, cu_seqlens);
   if (q.is_cuda())
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", PlainReason::no_kernel_yet, q, k, v, g, beta,
-                                                  initial_state, cu_seqlens, scale, l2norm_qk);
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", PlainReason::no_kernel_yet, q, k, v, g,
+                                                  beta, initial_state, cu_seqlens, scale, l2norm_qk);
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
   const Tensor o = torch::stable::new_empty(v, v.sizes()), final_state = new_state(checks, q);
   ChunkGatedDeltaRuleParams p = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
@@ -74,12 +75,13 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   checks.device("grad_o", grad_o, "q", q);
   check_state(checks, "grad_final_state", grad_final_state, q);
   if (q.is_cuda())
-    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", PlainReason::no_kernel_yet, grad_o, grad_final_state,
-                                 q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
+    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", PlainReason::no_kernel_yet, grad_o,
+                                 grad_final_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
   const ScalarType g_dtype = g.scalar_type(), beta_dtype = beta.scalar_type();
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
   const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
-  const Tensor dq = like(q), dk = like(k), dv = like(v), dg = like(g), dbeta = like(beta), dinitial_state = new_state(checks, q);
+  const Tensor dq = like(q), dk = like(k), dv = like(v), dg = like(g), dbeta = like(beta);
+  const Tensor dinitial_state = new_state(checks, q);
   ChunkGatedDeltaRuleBackwardParams p{};
   p.forward = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
   p.grad_o = grad_o.const_data_ptr(), p.grad_o_strides = token_strides(grad_o);

@@ -30,9 +30,8 @@ Tensor recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor
   check_pool(checks, state, q);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "q", q);
   if (q.is_cuda())
-    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", PlainReason::no_kernel_yet, q, k, v, g, beta, state, state_indices,
-                              scale, l2norm_qk);
-
+    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", PlainReason::no_kernel_yet, q, k, v, g, beta, state,
+                              state_indices, scale, l2norm_qk);
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
   const Tensor o = torch::stable::new_empty(v, v.sizes());
   RecurrentGatedDeltaRuleParams p{};

@@ -63,7 +63,8 @@ def hybrid(
         layer = under(w, f"model.layers.{i}.")
         x = rms_norm(h, layer["input_layernorm.weight"], eps)
         if kind == "jet":
-            mixed = jet_block(x, under(layer, "self_attn."), norm_eps=float(efficient["jet"].get("norm_eps", 1e-5)), dtype=dtype)[0]
+            norm_eps = float(efficient["jet"].get("norm_eps", 1e-5))
+            mixed = jet_block(x, under(layer, "self_attn."), norm_eps=norm_eps, dtype=dtype)[0]
         else:
             window = efficient["swa"]["window_size"] if kind == "swa" else None
             mixed = attention(x, under(layer, "self_attn."), heads, kv_heads, theta, window)

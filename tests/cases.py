@@ -172,6 +172,8 @@ CONV_SHAPES = (
     ConvShape("D and R are no multiple of a vector", D=37, R=19, T=33),
     ConvShape("several tiles of channels and of tokens", D=272, R=70, T=150, B=1),
     ConvShape("one channel, one generator unit", D=1, R=1, T=9),
+    ConvShape("several blocks of tokens, forward and backward", D=5, R=3, T=4200, B=1),
+    ConvShape("packed over several blocks of tokens", D=20, R=9, T=1100, B=1, cu_seqlens=(0, 3, 530, 530, 1100)),
     ConvShape("packed, empty sequences among them", B=1, T=200, cu_seqlens=PACKED),
     ConvShape("packed, W = 2, without state", B=1, T=200, W=2, cu_seqlens=PACKED, state=False),
 )
@@ -179,7 +181,9 @@ CONV_SHAPES = (
 
 def ids(case: Any) -> str | None:
     """Pytest ids: the reason of a case, the name of a dtype."""
-    return case.reason if hasattr(case, "reason") else str(case).removeprefix("torch.") if isinstance(case, torch.dtype) else None
+    if isinstance(case, torch.dtype):
+        return str(case).removeprefix("torch.")
+    return getattr(case, "reason", None)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -242,7 +246,7 @@ def cotangents(inputs: NamedTuple, seed: int = 1) -> tuple[Tensor, Tensor]:
     like = inputs.v if isinstance(inputs, DeltaInputs) else inputs.x
     N = inputs[0].shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
     if isinstance(inputs, DeltaInputs):
-        shape, dtype = (N, *inputs.v.shape[2:3], inputs.q.shape[3], inputs.v.shape[3]), accumulator(like.dtype)
+        shape, dtype = (N, like.shape[2], inputs.q.shape[3], like.shape[3]), accumulator(like.dtype)
     else:
         W = inputs.weight.shape[0] // like.shape[2] if isinstance(inputs, ConvInputs) else inputs.kernels.shape[3]
         shape, dtype = (N, like.shape[2], W - 1), like.dtype

@@ -1,4 +1,4 @@
-"""Where `reference` is found, and how much hypothesis tries: HYPOTHESIS_PROFILE=thorough tries twenty times as much."""
+"""Where `reference` is found, and how much hypothesis tries: HYPOTHESIS_PROFILE=thorough tries ten times as much."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 # A failing example prints the line that reproduces it; every example draws its tensors from a seed that is printed too.
 # Timing limits say nothing on a shared machine.
 settings.register_profile(
-    "default", max_examples=15, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "default", max_examples=30, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pool_properties
-from cases import BACKENDS, CONV_SHAPES, DTYPES, ConvShape, assert_bitwise, assert_error, backend_id, conv_inputs, ids, laid_out, layouts, seeds
+from cases import (
+    BACKENDS, CONV_SHAPES, DTYPES, ConvShape, assert_bitwise, assert_error, backend_id, conv_inputs, ids, laid_out, layouts,
+    seeds,
+)  # fmt: skip
 from pool_properties import StepCall, run, with_rows
 
 F32, F64 = torch.float32, torch.float64
@@ -37,6 +40,13 @@ def test_equals_the_reference(backend, dtype, shape):
 
 @each_backend
 @each_dtype
+@pytest.mark.parametrize("N", (1, 2, 11, 12, 13, 24, 25, 33))
+def test_any_number_of_sequences(backend, dtype, N):
+    pool_properties.check(backend, random(dtype, N=N, P=N, D=37, R=19))
+
+
+@each_backend
+@each_dtype
 @pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64), ids=("int32", "int64"))
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_any_rows_of_the_pool(backend, dtype, index_dtype, rows):
@@ -45,7 +55,7 @@ def test_any_rows_of_the_pool(backend, dtype, index_dtype, rows):
 
 @each_backend
 @given(
-    N=st.integers(1, 9), D=st.integers(1, 70), R=st.integers(1, 40), W=st.integers(2, 4), bias=st.booleans(), silu=st.booleans(),
+    N=st.integers(1, 30), D=st.integers(1, 70), R=st.integers(1, 40), W=st.integers(2, 4), bias=st.booleans(), silu=st.booleans(),
     dtype=st.sampled_from(DTYPES), layouts=layouts, data=st.data(), seed=seeds,
 )  # fmt: skip
 def test_any_shape_dtype_and_layout(backend, N, D, R, W, bias, silu, dtype, layouts, data, seed):
@@ -56,8 +66,8 @@ def test_any_shape_dtype_and_layout(backend, N, D, R, W, bias, silu, dtype, layo
     tensors = [name for name, t in call._asdict().items() if isinstance(t, torch.Tensor)]
     other = call._replace(**{name: laid_out(getattr(call, name), layout) for name, layout in zip(tensors, layouts)})
     pool_properties.check(backend, other)
-    out = backend("dynamic_conv_step", *other)
     expected, expected_pool = run(backend, call)
+    out = backend("dynamic_conv_step", *other)
     assert_error("output", out, expected, 1e-6 if dtype in (F32, F64) else 1e-2)
     assert_bitwise(other.pool, expected_pool, "pool")
 

@@ -215,6 +215,24 @@ def test_low_precision_model():
     assert (got - need).norm() < 0.05 * need.norm() and (split - need).norm() < 0.05 * need.norm()
 
 
+def test_autocast():
+    model, ids = small_model(), tokens(2, 20)
+    need = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids)
+        split, _ = run_split(model, ids, [7, 1, 1])
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+    for got in (out.logits, split):
+        assert (got - need).norm() < 0.05 * need.norm()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 4)])
+def test_nothing_in_nothing_out(shape):
+    assert small_model()(tokens(*shape)).logits.shape == (*shape, VOCAB)
+
+
 # ---- sliding window
 
 

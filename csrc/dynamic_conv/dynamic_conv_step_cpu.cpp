@@ -9,7 +9,7 @@ namespace jet::cpu::JET_CPU_ISA {
 namespace {
 
 // Up to this many sequences a dot product per row of weight, straight from memory, beats packing the weight first.
-constexpr long kDirectRows = 8;
+constexpr long kDirectRows = 12;
 
 template <class A>
 JET_INLINE A lane_sum(Vector<A> x) {

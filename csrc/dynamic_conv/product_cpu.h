@@ -121,6 +121,29 @@ struct Accumulators {
 
 constexpr long units_for(long numbers, int terms) { return (numbers + terms - 1) / terms; }
 
+// x(i, j) <- x(j, i): log2(L) perfect shuffles rotate the bits of the L x L element index by log2(L).
+template <class Units, int L>
+JET_INLINE void transpose_in_registers(Units (&x)[L]) {
+  typedef decltype(Units{} < Units{}) Index;
+  Index low{}, high{};  // interleave the halves of a pair of vectors
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    low[i] = i / 2 + (i % 2) * L;
+    high[i] = low[i] + L / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+    Units y[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L / 2; ++r) {
+      y[2 * r] = __builtin_shuffle(x[r], x[r + L / 2], low);
+      y[2 * r + 1] = __builtin_shuffle(x[r], x[r + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) x[r] = y[r];
+  }
+}
+
 // panel[step][w][channel] = unit `step` of row (d0 + channel) * W + w of weight [D*W, R]: vector w holds tap w of one
 // channel per lane, so a convolution needs no shuffle. Rows of channels >= n are zero.
 template <class P, class T, int W>
@@ -128,15 +151,26 @@ void pack_weight_panel(const T* weight, long R, long d0, long n, typename P::Uni
   using S = Simd<typename P::Unit>;
   constexpr int L = S::lanes;
   const long steps = units_for(R, P::terms);
-  alignas(64) typename P::Unit rows[L * L], columns[L * L];
+  const T* rows = weight + d0 * W * R;
+  for (long i = 0; i < n * W * R; i += 64 / long(sizeof(T))) __builtin_prefetch(rows + i);  // read below in short pieces
   for (int w = 0; w < W; ++w)
     for (long s = 0; s < steps; s += L) {
-      for (long c = 0; c < L; ++c) {
-        const long r = s * P::terms;
-        S::store(rows + c * L, c < n ? P::load_units(weight + ((d0 + c) * W + w) * R + r, 1, R - r) : typename P::Units{});
+      const long r = s * P::terms;
+      typename P::Units x[L];
+      if (n == L && R - r >= L * P::terms) {
+#pragma GCC unroll 16
+        for (int c = 0; c < L; ++c) x[c] = P::load_units(rows + (c * W + w) * R + r, 1, L * P::terms);
+      } else {
+        for (int c = 0; c < L; ++c)
+          x[c] = c < n ? P::load_units(rows + (c * W + w) * R + r, 1, R - r) : typename P::Units{};
       }
-      transpose(rows, L, L, L, columns, L);
-      for (long j = 0; j < L && s + j < steps; ++j) S::store(panel + ((s + j) * W + w) * L, S::load(columns + j * L));
+      transpose_in_registers(x);
+      if (s + L <= steps) {
+#pragma GCC unroll 16
+        for (int j = 0; j < L; ++j) S::store(panel + ((s + j) * W + w) * L, x[j]);
+      } else {
+        for (int j = 0; s + j < steps; ++j) S::store(panel + ((s + j) * W + w) * L, x[j]);
+      }
     }
 }
 

@@ -115,7 +115,8 @@ void advance_stripe(const Item<T>& item, const T* state, T* u, T* next) {
 }
 
 template <class In, class T>
-void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, long h, Item<T>& item, const T* state, T* u, T* next) {
+void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, long h, Item<T>& item, const T* state, T* u,
+             T* next) {
   using S = Simd<T>;
   constexpr long W = S::stripe;
   Chunk<T>& c = item.chunk;
@@ -190,8 +191,8 @@ template <class T>
 void score_gradient(const Item<T>& item, const T* rows, T factor, bool strict, T* out, T* out_t) {
   constexpr long W = Simd<T>::stripe;
   for (long s = 0; s < item.plan.stripes; ++s)
-    gemm<T>(item.chunk.L, C, columns<T>(item.plan, s), factor, {rows + s * C * W, W, 1}, {item.u_t + s * W * C, C, 1}, s > 0, out, C,
-            Skip::upper_c);
+    gemm<T>(item.chunk.L, C, columns<T>(item.plan, s), factor, {rows + s * C * W, W, 1}, {item.u_t + s * W * C, C, 1}, s > 0,
+            out, C, Skip::upper_c);
   apply_decay(item.chunk, strict, out);
   zero_row(out + item.chunk.L * C, (C - item.chunk.L) * C);
   transpose(out, C, C, C, out_t, C);
@@ -349,22 +350,23 @@ void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk,
   const Sequence seq = sequence(p, n);
   const long chunks = (seq.length + C - 1) / C, h0 = hk * plan.heads;
   const auto tokens = [&](long m) { return seq.length - m * C < C ? seq.length - m * C : C; };
-  zero_row(item.chunk.q_factor, C);
-  zero_row(item.chunk.k_factor, C);
-
-  for (long i = 0; i < plan.heads; ++i)
+  for (long i = 0; i < plan.heads; ++i) {
+    const T* initial = at(static_cast<const T*>(p.initial_state), p.initial_state_strides, n, h0 + i);
+    const T* final = at(static_cast<const T*>(bp.grad_final_state), bp.grad_final_state_strides, n, h0 + i);
     for (long s = 0; s < plan.stripes; ++s) {
-      load_state(at(static_cast<const T*>(p.initial_state), p.initial_state_strides, n, h0 + i), p.initial_state_strides, p.K, s * W,
-                 columns<T>(plan, s), item.checkpoint(i, 0) + s * p.K * W);
-      load_state(at(static_cast<const T*>(bp.grad_final_state), bp.grad_final_state_strides, n, h0 + i), bp.grad_final_state_strides,
-                 p.K, s * W, columns<T>(plan, s), item.ds + i * plan.state + s * p.K * W);
+      const long offset = s * p.K * W, v = s * W, width = columns<T>(plan, s);
+      load_state(initial, p.initial_state_strides, p.K, v, width, item.checkpoint(i, 0) + offset);
+      load_state(final, bp.grad_final_state_strides, p.K, v, width, item.ds + i * plan.state + offset);
     }
+  }
   // The states at the start of the segments.
+  const long last_segment = chunks > 0 ? (chunks - 1) / plan.segment : 0;
   for (long i = 0; i < plan.heads; ++i)
-    for (long m = 0; m < chunks - 1 && m / plan.segment + 1 < (chunks + plan.segment - 1) / plan.segment; ++m) {
-      T* next = item.checkpoint(i, m / plan.segment + 1);
-      advance<In>(p, seq.b, seq.begin + m * C, tokens(m), h0 + i, item, m % plan.segment == 0 ? item.checkpoint(i, m / plan.segment) : next,
-                  item.values(i, 0), next);
+    for (long m = 0; m < last_segment * plan.segment; ++m) {
+      const long segment = m / plan.segment;
+      T* next = item.checkpoint(i, segment + 1);
+      const T* state = m % plan.segment == 0 ? item.checkpoint(i, segment) : next;
+      advance<In>(p, seq.b, seq.begin + m * C, tokens(m), h0 + i, item, state, item.values(i, 0), next);
     }
   for (long end = chunks; end > 0;) {
     const long segment = (end - 1) / plan.segment, first = segment * plan.segment;
@@ -377,8 +379,8 @@ void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk,
       zero_row(item.dqt, C * item.chunk.ld);
       zero_row(item.dkt, C * item.chunk.ld);
       for (long i = 0; i < plan.heads; ++i)
-        sweep_chunk<In>(bp, seq.b, begin, tokens(m), h0 + i, item, item.state(i, segment, m - first), item.values(i, m - first),
-                        item.ds + i * plan.state);
+        sweep_chunk<In>(bp, seq.b, begin, tokens(m), h0 + i, item, item.state(i, segment, m - first),
+                        item.values(i, m - first), item.ds + i * plan.state);
       const Chunk<T>& c = item.chunk;
       store_gradient(item, p.l2norm_qk, item.qt, c.q_factor, item.dqt, static_cast<In*>(bp.dq) + at_k, p.Hk * p.K);
       store_gradient(item, p.l2norm_qk, c.kt, c.k_factor, item.dkt, static_cast<In*>(bp.dk) + at_k, p.Hk * p.K);

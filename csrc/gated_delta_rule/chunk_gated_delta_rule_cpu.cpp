@@ -83,7 +83,12 @@ void forward_item(const ChunkGatedDeltaRuleParams& p, long n, long h, long v0, l
     const long begin = seq.begin + t;
     prepare<In>(p, seq.b, begin, seq.length - t < C ? seq.length - t : C, h, c);
     fold_factors(T(p.scale), c);
+    const long next = seq.length - t - C < C ? seq.length - t - C : C;
+    const long hk = h / (p.H / p.Hk);
+    prefetch_rows(at<In>(p.q, p.q_strides, seq.b, begin + C, hk), p.q_strides, next, p.K);
+    prefetch_rows(at<In>(p.k, p.k_strides, seq.b, begin + C, hk), p.k_strides, next, p.K);
     for (long v = v0; v < v1; v += W) {
+      prefetch_rows(at<In>(p.v, p.v_strides, seq.b, begin + C, h) + v * p.v_strides.d, p.v_strides, next, columns(v));
       const In* values = at<In>(p.v, p.v_strides, seq.b, begin, h) + v * p.v_strides.d;
       In* o = static_cast<In*>(p.o) + ((seq.b * p.T + begin) * p.H + h) * p.V + v;
       for (long i = 0; i < c.L; ++i) {

@@ -36,6 +36,14 @@ inline void store_row(const Src* __restrict src, long n, Dst* __restrict dst, lo
     for (long i = 0; i < n; ++i) convert(src[i], dst[i * stride]);
 }
 
+// Brings the rows that will be loaded next into L2: they lie too far apart for the hardware to foresee them.
+template <class In>
+JET_INLINE void prefetch_rows(const In* src, const TokenStrides& s, long rows, long n) {
+  if (s.d != 1) return;
+  for (long i = 0; i < rows; ++i)
+    for (long j = 0; j < n; j += 64 / long(sizeof(In))) __builtin_prefetch(src + i * s.t + j, 0, 2);
+}
+
 template <class T>
 JET_INLINE void zero_row(T* row, long n) {
   for (long i = 0; i < n; ++i) row[i] = T(0);

@@ -110,7 +110,9 @@ class JetNemotronConfig:
         """Tokens that a sliding-window layer sees, the current one included."""
         window = self._section("swa").get("window_size")
         if not isinstance(window, int) or window < 1:
-            raise ValueError(f"config: efficient_attention_config.swa.window_size must be a positive integer, got {window!r}")
+            raise ValueError(
+                f"config: efficient_attention_config.swa.window_size must be a positive integer, got {window!r}"
+            )
         return window
 
     @property

@@ -108,7 +108,10 @@ def generate(
 
 
 def prefill(model, input_ids: Tensor, attention_mask: Tensor | None, cache, chunk: int | None = None) -> Tensor:
-    """Runs prompts [B, T] into an empty cache, `chunk` columns at a time; logits [B, 1, vocab] after each row's last token."""
+    """Runs prompts [B, T] into an empty cache, `chunk` columns at a time.
+
+    Returns logits [B, 1, vocab] after each row's last token.
+    """
     T = input_ids.shape[1]
     if attention_mask is not None:
         # Every row then ends in the last column, whichever side was padded.

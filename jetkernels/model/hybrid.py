@@ -204,12 +204,16 @@ class JetNemotronForCausalLM(nn.Module):
         return TokenLayout.dense(B, T, past, past_device, input_ids.device), None
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128, **options) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128, **options
+    ) -> Tensor:
         """Continues each row; see `jetkernels.model.generation.generate` for the options. Greedy by default."""
         return generation.generate(self, input_ids, attention_mask, max_new_tokens, **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None, device=None) -> JetNemotronForCausalLM:
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device=None
+    ) -> JetNemotronForCausalLM:
         """Loads config.json and safetensors weights from a local folder; see `checkpoint.load_weights`.
 
         dtype: of the loaded model, by default the config's torch_dtype.

@@ -41,7 +41,8 @@ def find_padding(attention_mask: Tensor, batch_size: int, width: int) -> Unpaddi
     """
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < width:
         raise ValueError(
-            f"attention_mask must be [{batch_size}, {width}] (or longer, past tokens first), got {list(attention_mask.shape)}"
+            f"attention_mask must be [{batch_size}, {width}] (or longer, past tokens first), "
+            f"got {list(attention_mask.shape)}"
         )
     kept = attention_mask[:, attention_mask.shape[1] - width :] != 0
     counts = kept.sum(1)

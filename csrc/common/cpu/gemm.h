@@ -172,7 +172,7 @@ JET_INLINE void for_row_blocks(long begin, long end, F&& body) {
 template <class F>
 JET_INLINE void for_row_blocks_upwards(long begin, long end, F&& body) {
   long i = end;
-  for (; i - kTileRows >= begin; ) body(Int<kTileRows>{}, i -= kTileRows);
+  while (i - kTileRows >= begin) body(Int<kTileRows>{}, i -= kTileRows);
   if (i - 4 >= begin) body(Int<4>{}, i -= 4);
   if (i - 2 >= begin) body(Int<2>{}, i -= 2);
   if (i > begin) body(Int<1>{}, begin);
@@ -206,7 +206,7 @@ enum class Skip {
   lower_a,  // A(i, k) = 0 for k < i
 };
 
-// 16 x 16 fp32 (8 x 8 fp64, ...) blocks: dst(j, i) = src(i, j), both row-major, both padded to whole blocks of `lanes`.
+// dst(j, i) = src(i, j), both row-major and padded to whole blocks of lanes x lanes.
 template <class T>
 inline void transpose(const T* src, long lds, long rows, long cols, T* dst, long ldd) {
   using S = Simd<T>;
@@ -290,7 +290,10 @@ inline void gemm(long M, long N, long K, T alpha, Matrix<T> A, Matrix<T> B, bool
           tile.scale(alpha);
           T* c = C + i * ldc + j0;
           if (NV * S::lanes <= columns) {
-            add ? tile.add_to(c, ldc) : tile.store(c, ldc);
+            if (add)
+              tile.add_to(c, ldc);
+            else
+              tile.store(c, ldc);
           } else {
             alignas(64) T edge[R * NV * S::lanes];
             tile.store(edge, NV * S::lanes);
