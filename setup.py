@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -19,6 +20,14 @@ def tool(name: str) -> str:
     return path
 
 
+class CleanBuild(build):
+    """Starts from an empty folder, so that no file of an earlier build gets into a wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Builds and installs the op library and the introspection module into the package folder."""
 
@@ -28,10 +37,10 @@ class CMakeBuild(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "jetkernels" if in_place else Path(self.build_lib).resolve() / "jetkernels"
         choice = os.environ.get("JETKERNELS_BUILD", "auto")
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{choice}"
-        configure = [tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        build_folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{choice}"
+        configure = [tool("cmake"), "-S", ROOT, "-B", build_folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
                      f"-DPython_EXECUTABLE={sys.executable}", f"-DJETKERNELS_BUILD={choice}"]
-        for command in (configure, [tool("cmake"), "--build", build], [tool("cmake"), "--install", build, "--prefix", package]):
+        for command in (configure, [tool("cmake"), "--build", build_folder], [tool("cmake"), "--install", build_folder, "--prefix", package]):
             if subprocess.run([str(part) for part in command]).returncode != 0:
                 sys.exit("jetkernels: the build stopped; the sentence above says why")
 
@@ -43,4 +52,4 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("jetkernels._introspection", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("jetkernels._introspection", sources=[])], cmdclass={"build": CleanBuild, "build_ext": CMakeBuild})

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "bindings/backend.h"
 #include "bindings/conv_inputs.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
@@ -27,8 +28,8 @@ std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, Optional
                                               bool silu) {
   Checks checks("apply_dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, kernels, conv_state, cu_seqlens);
-  if (x.is_cuda())
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::apply_dynamic_conv", PlainReason::no_kernel_yet, x, kernels,
+  if (const auto reason = plain_reason(x.is_cuda()))
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::apply_dynamic_conv", *reason, x, kernels,
                                                   conv_state, cu_seqlens, silu);
   kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);
   Tensor y = torch::stable::new_empty(x, {checks.size("B"), checks.size("T"), checks.size("D")});
@@ -50,8 +51,8 @@ Gradients apply_dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_st
   Checks checks("apply_dynamic_conv_backward");
   const std::vector<int64_t> offsets = check(checks, x, kernels, conv_state, cu_seqlens);
   check_gradients(checks, x, grad_y, grad_conv_state_out);
-  if (x.is_cuda())
-    return call_plain<Gradients>("jet_plain::apply_dynamic_conv_backward", PlainReason::no_kernel_yet, grad_y,
+  if (const auto reason = plain_reason(x.is_cuda()))
+    return call_plain<Gradients>("jet_plain::apply_dynamic_conv_backward", *reason, grad_y,
                                  grad_conv_state_out, x, kernels, conv_state, cu_seqlens, silu);
   kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);
   grad_conv_state_out = contiguous(grad_conv_state_out);

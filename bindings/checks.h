@@ -116,6 +116,13 @@ class Checks {
       fail(name, " must be ", dtype_name(like.scalar_type()), " like ", like_name, ", got ", dtype_name(t.scalar_type()));
   }
 
+  // For what is written in place: rows that share memory would be written more than once.
+  void not_expanded(const char* name, const Tensor& t) const {
+    for (int64_t i = 0; i < t.dim(); ++i)
+      if (t.size(i) > 1 && t.stride(i) == 0)
+        fail(name, " dimension ", i, " must not be expanded (it is written in place), got stride 0");
+  }
+
   // Checks cu_seqlens [N+1] against B = 1 and T, binds N, and returns the offsets where they may be read on the host
   // (on a CPU always, on CUDA under JETKERNELS_CHECK=1; empty otherwise). Without cu_seqlens N is B.
   std::vector<int64_t> sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name, const Tensor& like);

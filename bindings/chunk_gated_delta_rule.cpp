@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/backend.h"
 #include "bindings/delta_rule_inputs.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
@@ -51,8 +52,8 @@ std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, 
                                                   bool l2norm_qk) {
   Checks checks("chunk_gated_delta_rule");
   const std::vector<int64_t> offsets = check(checks, q, k, v, g, beta, initial_state, cu_seqlens);
-  if (q.is_cuda())
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", PlainReason::no_kernel_yet, q, k, v, g,
+  if (const auto reason = plain_reason(q.is_cuda()))
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, q, k, v, g,
                                                   beta, initial_state, cu_seqlens, scale, l2norm_qk);
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
   const Tensor o = torch::stable::new_empty(v, v.sizes()), final_state = new_state(checks, q);
@@ -74,8 +75,8 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   checks.dtype_like("grad_o", grad_o, "q", q);
   checks.device("grad_o", grad_o, "q", q);
   check_state(checks, "grad_final_state", grad_final_state, q);
-  if (q.is_cuda())
-    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", PlainReason::no_kernel_yet, grad_o,
+  if (const auto reason = plain_reason(q.is_cuda()))
+    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o,
                                  grad_final_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
   const ScalarType g_dtype = g.scalar_type(), beta_dtype = beta.scalar_type();
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));

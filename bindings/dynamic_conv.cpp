@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "bindings/backend.h"
 #include "bindings/conv_inputs.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
@@ -36,8 +37,8 @@ std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, 
                                         OptionalTensor cu_seqlens, bool silu) {
   Checks checks("dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, hidden, weight, bias, conv_state, cu_seqlens);
-  if (x.is_cuda())
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::dynamic_conv", PlainReason::no_kernel_yet, x, hidden, weight,
+  if (const auto reason = plain_reason(x.is_cuda()))
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::dynamic_conv", *reason, x, hidden, weight,
                                                   bias, conv_state, cu_seqlens, silu);
   weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);
   Tensor y = torch::stable::new_empty(x, {checks.size("B"), checks.size("T"), checks.size("D")});
@@ -56,8 +57,8 @@ Gradients dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_state_ou
   Checks checks("dynamic_conv_backward");
   const std::vector<int64_t> offsets = check(checks, x, hidden, weight, bias, conv_state, cu_seqlens);
   check_gradients(checks, x, grad_y, grad_conv_state_out);
-  if (x.is_cuda())
-    return call_plain<Gradients>("jet_plain::dynamic_conv_backward", PlainReason::no_kernel_yet, grad_y, grad_conv_state_out,
+  if (const auto reason = plain_reason(x.is_cuda()))
+    return call_plain<Gradients>("jet_plain::dynamic_conv_backward", *reason, grad_y, grad_conv_state_out,
                                  x, hidden, weight, bias, conv_state, cu_seqlens, silu);
   weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);
   grad_conv_state_out = contiguous(grad_conv_state_out);

@@ -1,6 +1,7 @@
 // jet::dynamic_conv_step: checks, allocation, dispatch. conv_state is written only after every check has passed.
 #include "csrc/dynamic_conv/dynamic_conv_step.h"
 
+#include "bindings/backend.h"
 #include "bindings/conv_inputs.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
@@ -17,9 +18,10 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
   check_generator(checks, x, hidden, weight, bias);
   checks.shape("conv_state", conv_state, {"P", "D", "W-1"});
   check_like(checks, "conv_state", conv_state, "x", x);
+  checks.not_expanded("conv_state", conv_state);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "x", x);
-  if (x.is_cuda())
-    return call_plain<Tensor>("jet_plain::dynamic_conv_step", PlainReason::no_kernel_yet, x, hidden, weight, bias, conv_state,
+  if (const auto reason = plain_reason(x.is_cuda()))
+    return call_plain<Tensor>("jet_plain::dynamic_conv_step", *reason, x, hidden, weight, bias, conv_state,
                               state_indices, silu);
   weight = torch::stable::contiguous(weight), bias = contiguous(bias);
   Tensor y = torch::stable::new_empty(x, {checks.size("N"), checks.size("D")});

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <string>
 
+#include "bindings/backend.h"
 #include "build_facts.h"
 #include "csrc/common/cpu/isa.h"
 #include "csrc/common/plain_reason.h"
@@ -37,8 +38,15 @@ PYBIND11_MODULE(_introspection, m) {
   m.doc() = "Build facts of jetkernels.";
   m.def("build_info", &build_info, "Compiler, torch version, CPU instruction sets and CUDA architectures of this build.");
   m.def(
-      "plain_reason", [](int64_t code) { return jet::text(static_cast<jet::PlainReason>(code)); }, py::arg("code"),
-      "Why the plain PyTorch path serves a CUDA tensor, from the code that the bindings pass.");
+      "plain_reason_text", [](int64_t code) { return jet::text(static_cast<jet::PlainReason>(code)); }, py::arg("code"),
+      "The reason that the bindings pass to the plain PyTorch path, as text.");
+  m.def(
+      "plain_reason",
+      [](bool on_cuda) -> py::object {
+        const auto reason = jet::bindings::plain_reason(on_cuda);
+        return reason ? py::object(py::str(jet::text(*reason))) : py::object(py::none());
+      },
+      py::arg("on_cuda"), "Why the plain PyTorch path serves tensors on a CUDA device (or a CPU); None if a kernel does.");
 #ifdef JET_WITH_CUDA
   m.def(
       "empty_launch", [](uintptr_t stream) { return jet::hopper::empty_launch(reinterpret_cast<void*>(stream)); },

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "bindings/backend.h"
 #include "bindings/delta_rule_inputs.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
@@ -17,9 +18,7 @@ void check_pool(const Checks& checks, const Tensor& state, const Tensor& q) {
   else
     checks.dtype("state", state, {ScalarType::Float, ScalarType::BFloat16});
   checks.device("state", state, "q", q);
-  for (int64_t i = 0; i < state.dim(); ++i)
-    if (state.size(i) > 1 && state.stride(i) == 0)
-      checks.fail("state dimension ", i, " must not be expanded (it is written in place), got stride 0");
+  checks.not_expanded("state", state);
 }
 
 Tensor recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
@@ -29,8 +28,8 @@ Tensor recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor
   checks.shape("state", state, {"P", "H", "K", "V"});
   check_pool(checks, state, q);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "q", q);
-  if (q.is_cuda())
-    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", PlainReason::no_kernel_yet, q, k, v, g, beta, state,
+  if (const auto reason = plain_reason(q.is_cuda()))
+    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", *reason, q, k, v, g, beta, state,
                               state_indices, scale, l2norm_qk);
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
   const Tensor o = torch::stable::new_empty(v, v.sizes());

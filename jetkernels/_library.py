@@ -17,4 +17,5 @@ from jetkernels import _introspection  # noqa: E402  (needs the op library, whic
 
 build_info = _introspection.build_info
 plain_reason = _introspection.plain_reason
+plain_reason_text = _introspection.plain_reason_text
 ptxas_report = _PACKAGE / "ptxas_report.txt"

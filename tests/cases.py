@@ -256,7 +256,9 @@ def cotangents(inputs: NamedTuple, seed: int = 1) -> tuple[Tensor, Tensor]:
     )
 
 
-def _differentiate(function: Callable, inputs: NamedTuple, grads: Sequence[Tensor | None], convert: Callable) -> dict[str, Tensor]:
+def _differentiate(
+    function: Callable, inputs: NamedTuple, grads: Sequence[Tensor | None], convert: Callable
+) -> dict[str, Tensor]:
     leaves = {name: convert(t.detach()).requires_grad_() for name, t in floating(inputs).items()}
     outs = function(*inputs._replace(**leaves))
     used = [(out, grad.to(out.dtype)) for out, grad in zip(outs, grads) if grad is not None and out.requires_grad]

@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Always inlined: this header is compiled for several instruction sets, and the linker would keep any one copy.
+#define JET_CONVERT inline __attribute__((always_inline))
+
 namespace jet {
 
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
@@ -16,27 +19,27 @@ struct f16 {
   uint16_t bits;
 };
 
-inline float bits_to_float(uint32_t bits) {
+JET_CONVERT float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+JET_CONVERT uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-inline float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+JET_CONVERT float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 
-inline bf16 to_bf16(float x) {
+JET_CONVERT bf16 to_bf16(float x) {
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // keep NaN a NaN
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-inline float to_float(f16 x) {
+JET_CONVERT float to_float(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
@@ -45,7 +48,7 @@ inline float to_float(f16 x) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000u)));
 }
 
-inline f16 to_f16(float x) {
+JET_CONVERT f16 to_f16(float x) {
   const uint32_t bits = float_to_bits(x);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -59,6 +62,6 @@ inline f16 to_f16(float x) {
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-inline float to_float(float x) { return x; }
+JET_CONVERT float to_float(float x) { return x; }
 
 }  // namespace jet

@@ -9,7 +9,8 @@
 //   dinput(n, p-(W-1)+w)[d]    += dz[b,t,d] * kernel[b,t,d,w]           -> dx, dconv_state; plus grad_conv_state_out
 //   dhidden [BT, R]  = dkernel weight      dweight [D*W, R] = dkernel^T hidden      dbias = column sums of dkernel
 //
-// fp32 arithmetic (fp64 for fp64); sums over tokens stay in fp32 until they are complete.
+// fp32 arithmetic (fp64 for fp64); sums over tokens stay in fp32 until they are complete. One exception: where the CPU
+// multiplies bf16 itself, dkernel is rounded to bf16 before the products that give dhidden and dweight (large inputs only).
 #pragma once
 
 #include "csrc/common/parallel.h"

@@ -13,9 +13,10 @@
 namespace jet::cpu::JET_CPU_ISA {
 namespace {
 
-// A multiple of every tile height (24 = lcm(6, 8, 12)). Longer blocks load and store dweight less often, shorter ones keep
-// dkernel (13 MB at D*W = 12288, fp32) in L3.
+// Multiples of every tile height (24 = lcm(6, 8, 12)). Longer blocks load and store dweight less often, shorter ones keep
+// dkernel (26 MB at D*W = 12288, fp32) in L3.
 constexpr long kBlockTokens = 528;
+constexpr long kChunkTokens = kBlockTokens / 2;  // of one dhidden task
 
 template <class P, class T, int W>
 class Backward {
@@ -24,19 +25,20 @@ class Backward {
   using Number = typename P::Number;
   using Vec = Vector<Acc>;
   static constexpr int L = kLanes<T>, K = W - 1, terms = P::terms;
-  static constexpr int M = kAccumulators / W;                                      // tokens of a tile of kernels
+  static constexpr int M = kAccumulators / W;                                         // tokens of a tile of kernels
   static constexpr int G = L * int(sizeof(T)) >= 64 ? 1 : 64 / (L * int(sizeof(T)));  // panels to a cache line of dx
-  static constexpr int MW = L < kAccumulators / 3 ? L : kAccumulators / 3;        // rows of a dweight tile: taps of MW channels
-  static constexpr int VW = MW * 3 == kAccumulators ? 3 : 4;                     // vectors of a dweight tile
-  static constexpr int MH = 6, VH = kAccumulators / MH;                           // dhidden tile
-  static constexpr long kPanelsAtOnce = 6;  // 6 panels x 64 rows x 64 columns of weight, packed: 98 KB of L2
-  static constexpr bool kDirect = sizeof(T) == sizeof(Acc);                        // dweight accumulates where it is returned
+  static constexpr int MW = L < kAccumulators / 3 ? L : kAccumulators / 3;  // rows of a dweight tile: channels of one tap
+  static constexpr int VW = MW * 3 == kAccumulators ? 3 : 4;                // vectors of a dweight tile
+  static constexpr int MH = 6, VH = kAccumulators / MH;                     // dhidden tile
+  static constexpr long kPanelsAtOnce = 6;                   // 6 panels x 64 rows x 64 columns of weight: 98 KB of L2
+  static constexpr bool kDirect = sizeof(T) == sizeof(Acc);  // dweight accumulates where it is returned
 
  public:
   explicit Backward(const DynamicConvBackwardParams& p, const Parallel& parallel)
       : p_(p), f_(p.forward), in_(f_.in), parallel_(parallel), slots_(larger(1, parallel.threads)), tokens_(in_.B * in_.T),
-        block_(round_up(smaller(larger(tokens_, 1), kBlockTokens), 24)), steps_(units_for(f_.R, terms)), panels_((in_.D + L - 1) / L),
-        weight_columns_((f_.R + VW * L - 1) / (VW * L)), hidden_columns_((f_.R + VH * L - 1) / (VH * L)), rows_(tokens_),
+        block_(round_up(smaller(larger(tokens_, 1), kBlockTokens), 24)), steps_(units_for(f_.R, terms)),
+        panels_((in_.D + L - 1) / L), weight_columns_((f_.R + VW * L - 1) / (VW * L)),
+        hidden_columns_((f_.R + VH * L - 1) / (VH * L)), rows_(tokens_),
         tiles_(block_ * steps_), columns_(weight_columns_ * block_ / terms * VW * L), dkernel_(panels_ * block_ * W * L),
         dhidden_(block_ * hidden_columns_ * VH * L), dweight_(kDirect ? 0 : in_.D * W * f_.R), dbias_(panels_ * W * L),
         halo_(panels_ * K * L), dstate_(in_.N * in_.D * K), panel_scratch_(slots_ * panel_units()),
@@ -60,10 +62,10 @@ class Backward {
       run_tasks(parallel_, slots_, (panels_ + G - 1) / G, [&](long slot, long task) {
         for (long panel = task * G; panel < smaller(panels_, task * G + G); ++panel) run_panel(slot, panel, begin, end);
       });
-      const long chunk = 264, chunks = (end - begin + chunk - 1) / chunk;
+      const long chunks = (end - begin + kChunkTokens - 1) / kChunkTokens;
       run_tasks(parallel_, slots_, hidden_columns_ * chunks, [&](long, long task) {
-        const long first = task % chunks * chunk;
-        run_columns(task / chunks, begin, first, smaller(end - begin, first + chunk));
+        const long first = task % chunks * kChunkTokens;
+        run_columns(task / chunks, begin, first, smaller(end - begin, first + kChunkTokens));
       });
     }
     finish();
@@ -253,8 +255,10 @@ class Backward {
           acc.load(out, row_stride);
         for (long panel = panel0; panel < panel1; ++panel) {
           const Number* a = dkernel_row(panel, i);
-          for (long ahead = 0; ahead < MH * W * L; ahead += 64 / long(sizeof(Number))) __builtin_prefetch(a + MH * W * L + ahead);
-          acc.add_product(reinterpret_cast<const Unit*>(a), steps, 1, weight_.get() + (j * panels_ + panel) * steps * VH * L, steps);
+          for (long ahead = 0; ahead < MH * W * L; ahead += 64 / long(sizeof(Number)))
+            __builtin_prefetch(a + MH * W * L + ahead);  // the next rows of this panel
+          acc.add_product(reinterpret_cast<const Unit*>(a), steps, 1,
+                          weight_.get() + (j * panels_ + panel) * steps * VH * L, steps);
         }
         acc.store(out, row_stride);
       }

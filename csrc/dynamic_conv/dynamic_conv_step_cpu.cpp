@@ -33,7 +33,8 @@ class Step {
   void run(const Parallel& parallel) {
     const long tiles = (p_.N + M - 1) / M, panels = (p_.D + L - 1) / L, slots = larger(1, parallel.threads);
     Buffer<Unit> hidden(tiles * M * padded_steps_), panel(direct_ ? 0 : slots * W * L * padded_steps_);
-    run_tasks(parallel, direct_ ? 1 : slots, tiles, [&](long, long i) { pack_hidden(i * M, hidden.get() + i * M * padded_steps_); });
+    run_tasks(parallel, direct_ ? 1 : slots, tiles,
+              [&](long, long i) { pack_hidden(i * M, hidden.get() + i * M * padded_steps_); });
     run_tasks(parallel, slots, panels, [&](long slot, long task) {
       run_panel(task * L, hidden.get(), panel.get() + slot * W * L * padded_steps_);
     });

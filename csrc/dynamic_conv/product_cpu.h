@@ -40,15 +40,16 @@ struct Bf16Product {
   using Number = bf16;
   static constexpr int terms = 2;
 
-  // Assembly rather than an intrinsic: this file is compiled for machines without the instruction too, and
-  // has_bf16_product() decides at run time.
+  // c += a0 b0 + a1 b1 in fp32; the instruction takes subnormal operands and results as zero. Assembly rather than an
+  // intrinsic: this file is compiled for machines without the instruction too, and has_bf16_product() decides at run time.
   static JET_INLINE Floats multiply_add(Units a, Units b, Floats c) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
   }
 
   static JET_INLINE Units load_units(const bf16* p, long stride, long n) {
-    if (stride == 1 && n >= 2 * Simd<Unit>::lanes) return Simd<Unit>::load(reinterpret_cast<const Unit*>(p));
+    typedef Unit UnalignedPairs __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+    if (stride == 1 && n >= 2 * Simd<Unit>::lanes) return *reinterpret_cast<const UnalignedPairs*>(p);
     alignas(64) uint16_t elements[2 * Simd<Unit>::lanes] = {};
     for (long i = 0; i < n && i < 2 * Simd<Unit>::lanes; ++i) elements[i] = p[i * stride].bits;
     Units units;

@@ -28,7 +28,8 @@ JET_INLINE void add_state_gradient(A* dstate, long stride, long n, Vector<A> din
 
 // d conv_state_out of the input that a row is, for channels [d0, d0 + n)
 template <class T, int W>
-JET_INLINE Vector<Arithmetic<T>> tail_gradient(const ConvInputs& in, const T* grad_conv_state_out, const Row& row, long d0, long n) {
+JET_INLINE Vector<Arithmetic<T>> tail_gradient(const ConvInputs& in, const T* grad_conv_state_out, const Row& row, long d0,
+                                               long n) {
   const int64_t j = grad_conv_state_out ? row.position - sequence_length(in, row.sequence) + (W - 1) : -1;
   if (j < 0) return Vector<Arithmetic<T>>{};
   return load_some(grad_conv_state_out + (row.sequence * in.D + d0) * (W - 1) + j, W - 1, n);

@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def backends(device: torch.device) -> dict[str, str]:
     """The backend of each op for tensors on ``device``, as one phrase each."""
-    if device.type == "cpu":
-        return dict.fromkeys(OPS, f"C++ ({_library.build_info()['cpu_isa']})")
-    # The bindings choose per call; what they would say here is the reason that they pass on.
-    return dict.fromkeys(OPS, f"plain PyTorch ({_library.plain_reason(0)})")
+    reason = _library.plain_reason(device.type == "cuda")
+    if reason is not None:
+        return dict.fromkeys(OPS, f"plain PyTorch ({reason})")
+    return dict.fromkeys(OPS, f"C++ ({_library.build_info()['cpu_isa']})")
 
 
 def devices() -> list[torch.device]:
@@ -39,7 +39,7 @@ def facts() -> dict[str, object]:
         "built with torch": build["torch"],
         "compiler": build["compiler"],
         "CPU variants": ", ".join(build["cpu_isas"]) + f" (in use: {build['cpu_isa']})",
-        "CUDA architectures": ", ".join(build["cuda_architectures"]) or f"none: {_library.plain_reason(2)}",
+        "CUDA architectures": ", ".join(build["cuda_architectures"]) or "none (built without nvcc)",
     }
 
 

@@ -1,7 +1,7 @@
 """How an op becomes ``torch.ops.jet.<op>``: schema, fake kernel, autograd, autocast and the plain path for CUDA.
 
-The implementations that run are C++ (``bindings/<op>.cpp``, for CPU and CUDA tensors). For a CUDA tensor that no
-Hopper kernel takes, they call ``jet_plain::<op>``, which this file registers from ``jetkernels.plain``.
+The implementations that run are C++ (``bindings/<op>.cpp``, for CPU and CUDA tensors). Where no kernel of this library
+serves a tensor (``bindings/backend.h``), they call ``jet_plain::<op>``, which this file registers from ``jetkernels.plain``.
 """
 
 import warnings
@@ -23,19 +23,26 @@ def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
     """Define ``jet::<name>`` with ``schema`` ("(Tensor q, ...) -> Tensor"), its fake kernel and its plain path."""
     _jet.define(name + schema, tags=_TAGS)
     defined.append(name)
-    torch.library.register_fake(f"jet::{name}", fake, lib=_jet)
+    arguments, arrow, results = schema.partition(") ->")
+    names = [argument.split()[-1] for argument in arguments.split(",")]
+
+    def checked_fake(*args):
+        # The bindings check everything, but fake tensors never reach them: a mix of devices is caught here.
+        tensors = [(n, t) for n, t in zip(names, args) if isinstance(t, Tensor)]
+        for n, t in tensors[1:]:
+            if t.device != tensors[0][1].device:
+                raise RuntimeError(f"{name}: {n} must be on {tensors[0][1].device} like {tensors[0][0]}, got {t.device}")
+        return fake(*args)
+
+    torch.library.register_fake(f"jet::{name}", checked_fake, lib=_jet)
 
     def announced_plain(*args):
         *arguments, reason = args
         if (name, reason) not in _announced:
             _announced.add((name, reason))
-            warnings.warn(
-                f"jetkernels: {name} runs as plain PyTorch on this CUDA device, because {_library.plain_reason(reason)}",
-                stacklevel=2,
-            )
+            warnings.warn(f"jetkernels: {name} runs as plain PyTorch: {_library.plain_reason_text(reason)}", stacklevel=2)
         return plain(*arguments)
 
-    arguments, arrow, results = schema.partition(") ->")
     _plain.define(f"{name}{arguments}, int reason{arrow}{results}", tags=_TAGS)
     _plain.impl(name, announced_plain, "CompositeExplicitAutograd")
 

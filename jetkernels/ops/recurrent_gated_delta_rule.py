@@ -39,7 +39,7 @@ def recurrent_gated_delta_rule_(
         q, k: [N, T, Hk, K], any T >= 0; one dtype with v.
         v: [N, T, H, V].
         g, beta: [N, T, H], as in :func:`chunk_gated_delta_rule`.
-        state: [P, H, K, V] pool of states, fp32 or bf16 (fp64 with fp64 inputs), contiguous; arithmetic is fp32.
+        state: [P, H, K, V] pool of states, fp32 or bf16 (fp64 with fp64 inputs), any strides; arithmetic is fp32.
         state_indices: [N] int32 or int64, the pool row of each sequence; a negative index touches no state and gives
             a zero output row. ``None`` means row n for sequence n.
         scale: factor on the output; ``None`` means ``K ** -0.5``.
