@@ -154,7 +154,7 @@ void recurrent(const RecurrentGatedDeltaRuleParams& p, const Parallel& parallel)
   Carver count(nullptr);
   Item<T>().carve(count, p.K, slice);
   const Scratch scratch(workers, count.used());
-  for_each_item(parallel, items, workers, [&](long i, long worker) {
+  for_each_even_item(parallel, items, workers, [&](long i, long worker) {
     const long v0 = i % slices * slice, v1 = v0 + slice < p.V ? v0 + slice : p.V;
     Carver from(scratch.of(worker));
     Item<T> item;

@@ -170,4 +170,14 @@ inline void for_each_item(const Parallel& parallel, long items, long workers, co
   });
 }
 
+// The same for items of equal cost: a worker always gets the same items, so that what it wrote in one call is still in
+// its core's cache in the next. Handing items out one by one made decode at batch 8 take 115 us or 320 us, by chance.
+template <class F>
+inline void for_each_even_item(const Parallel& parallel, long items, long workers, const F& body) {
+  parallel(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (long worker = begin; worker < end; ++worker)
+      for (long item = items * worker / workers; item < items * (worker + 1) / workers; ++item) body(item, worker);
+  });
+}
+
 }  // namespace jet::cpu::JET_CPU_ISA

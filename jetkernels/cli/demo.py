@@ -245,7 +245,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"speed: training {len(history) * B * T / history[-1][0]:,.0f} bytes/s, "
           f"decode {new / seconds['decode']:,.0f} bytes/s (one sequence)")
     served_by = backends(device)
-    print("ops called, and the backend that served them:")
+    print("ops called in one training step and the completions, and the backend that served them:")
     for op, calls in sorted(counted.calls.items()):
         print(f"  {op:34} {calls:6} calls   {served_by[op.removesuffix('_backward')]}")
     print(f"model and plot: {arguments.output}/ (try: jetkernels generate --model {arguments.output} --prompt 'def ')")
