@@ -1,9 +1,11 @@
 """The options that name a model, shared by the subcommands that run one."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 
@@ -26,9 +28,15 @@ def load_model(arguments: argparse.Namespace) -> JetNemotronForCausalLM:
     if arguments.model is not None:
         if arguments.random_weights:
             raise ValueError("--random-weights goes with --config, not with --model")
-        return JetNemotronForCausalLM.from_pretrained(arguments.model, dtype=dtype, device=arguments.device).eval()
+        loading = partial(tqdm, desc="loading weights", leave=False)
+        return JetNemotronForCausalLM.from_pretrained(
+            arguments.model, dtype=dtype, device=arguments.device, progress=loading
+        ).eval()
     if not arguments.random_weights:
         raise ValueError("--config names a shape without weights: add --random-weights, or give --model FOLDER")
     path = Path(arguments.config)
     config = JetNemotronConfig.from_file(path) if path.exists() else JetNemotronConfig.from_name(arguments.config)
-    return JetNemotronForCausalLM.random(config, dtype=dtype, device=arguments.device, seed=arguments.seed).eval()
+    drawing = partial(tqdm, desc="drawing weights", leave=False)
+    return JetNemotronForCausalLM.random(
+        config, dtype=dtype, device=arguments.device, seed=arguments.seed, progress=drawing
+    ).eval()

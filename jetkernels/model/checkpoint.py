@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -44,11 +44,12 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, folder: str | Path) -> None:
+def load_weights(model: torch.nn.Module, folder: str | Path, progress: Callable[[list], Iterable] = iter) -> None:
     """Copies the weights of a folder into `model`, converting each to its parameter's dtype.
 
     Names and shapes must match exactly: nothing is loaded otherwise, and the error lists what is missing, unexpected
-    or misshapen. A head stored beside a tied embedding must equal it. Tensors are read one at a time.
+    or misshapen. A head stored beside a tied embedding must equal it. Tensors are read one at a time; `progress` wraps the
+    list of them, as tqdm does.
     """
     wanted = dict(model.state_dict())
     files = weight_files(folder)
@@ -69,10 +70,10 @@ def load_weights(model: torch.nn.Module, folder: str | Path) -> None:
                     wrong.append(f"{name} must be {need}, got {got}")
     if wrong:
         raise ValueError(f"checkpoint: {folder} does not fit the config: {_some(wrong, '; ')}")
-    for path, names in by_file.items():
-        with _open(path) as file:
-            for name in names:
-                wanted[name].copy_(file.get_tensor(name))
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(_open(path)) for path in by_file}
+        for name in progress(list(files)):
+            wanted[name].copy_(opened[files[name]].get_tensor(name))
     if tied:
         with _open(tied) as file:
             if not torch.equal(file.get_tensor(TIED_HEAD).to(wanted[EMBEDDING]), wanted[EMBEDDING]):

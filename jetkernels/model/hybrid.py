@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from .attention import Attention, rotary_table
 from .cache import JetNemotronCache
 from .config import JetNemotronConfig
 from .layout import TokenLayout
+
+Progress = Callable[[list], Iterable]
 
 
 class CausalLMOutput(NamedTuple):
@@ -212,15 +215,15 @@ class JetNemotronForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device=None
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device=None, progress: Progress = iter
     ) -> JetNemotronForCausalLM:
         """Loads config.json and safetensors weights from a local folder; see `checkpoint.load_weights`.
 
-        dtype: of the loaded model, by default the config's torch_dtype.
+        dtype: of the loaded model, by default the config's torch_dtype.  progress: wraps the list of tensors, as tqdm does.
         """
         config = JetNemotronConfig.from_file(Path(folder))
         model = cls.empty(config, device=device, dtype=dtype or config.dtype)
-        checkpoint.load_weights(model, folder)
+        checkpoint.load_weights(model, folder, progress)
         return model
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
@@ -234,25 +237,32 @@ class JetNemotronForCausalLM(nn.Module):
 
     @classmethod
     def random(
-        cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | None = None, seed: int = 0
+        cls,
+        config: JetNemotronConfig,
+        *,
+        device=None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        progress: Progress = iter,
     ) -> JetNemotronForCausalLM:
         """A freshly initialised model; a seed gives the same one each time and leaves the global generators alone.
 
         The parameters are drawn directly in `dtype` (the config's by default), so nothing is ever held twice.
+        progress: wraps the list of modules, as tqdm does.
         """
         model = cls.empty(config, device=device, dtype=dtype)
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            model.reset_parameters()
+            model.reset_parameters(progress)
         return model
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, progress: Progress = iter) -> None:
         """Draws every parameter anew."""
-        for module in self.modules():
-            # The linear layers are filled by the module that owns them.
-            if module is not self and isinstance(module, (JetNemotronModel, Attention, JetBlock, MLP, RMSNorm)):
-                module.reset_parameters()
+        # The linear layers are filled by the module that owns them.
+        owners = (JetNemotronModel, Attention, JetBlock, MLP, RMSNorm)
+        for module in progress([module for module in self.modules() if isinstance(module, owners)]):
+            module.reset_parameters()
         if not self.config.tie_word_embeddings:
             init_weight_(self.lm_head.weight, self.config.initializer_range)
 
