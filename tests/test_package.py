@@ -74,6 +74,6 @@ def test_missing_nvcc_is_an_error_only_where_cuda_is_asked_for(tmp_path):
 
     asked = configure("cuda")
     assert asked.returncode != 0
-    assert "JETKERNELS_BUILD=cuda needs nvcc: install the CUDA 12.8+ toolkit" in " ".join(asked.stderr.split())
+    assert "JETKERNELS_BUILD=cuda needs nvcc: install the CUDA toolkit" in " ".join(asked.stderr.split())
     left_to_us = configure("auto")
     assert left_to_us.returncode == 0 and "CPU library only" in left_to_us.stdout
