@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.resolve()
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
+# CUTLASS's headers, which the Hopper kernels include; what its Python side depends on is not needed.
+WITHOUT_DEPENDENCIES = "nvidia-cutlass==4.2.0.0"
 
 
 def say(text: str) -> None:
@@ -35,13 +37,14 @@ def set_up() -> None:
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode != 0:
         sys.exit("[dev.py] needs pip: install it with `python3 -m ensurepip` or your system's python3-pip package")
     requirements = ROOT / "requirements.txt"
-    facts = requirements.read_bytes() + sys.version.encode()
+    facts = requirements.read_bytes() + WITHOUT_DEPENDENCIES.encode() + sys.version.encode()
     digest = hashlib.sha256(facts).hexdigest()
     stamp = VENV / "dev.py.stamp"
     if not stamp.exists() or stamp.read_text() != digest:
         say(f"creating {VENV.name} and installing pinned dependencies (once)")
         venv.create(VENV, clear=True, with_pip=False)
         pip("-r", str(requirements))
+        pip("--no-deps", WITHOUT_DEPENDENCIES)
         stamp.write_text(digest)
     say("building jetkernels")
     pip("--no-build-isolation", "--no-deps", "-e", ".")

@@ -141,9 +141,9 @@ class Backward {
 
   // kernel [M, W] vectors = bias + hidden weight^T
   void generate(const Unit* tile, const Unit* packed, const Acc* bias, Acc* kernel) const {
-    Accumulators<P, M, W> acc;
+    Tile<Acc, M, W> acc;
     acc.load(bias, 0);
-    acc.add_product(tile, 1, M, packed, steps_);
+    acc.add_product(tile, 1, M, packed, W * L, steps_);
     acc.store(kernel, W * L);
   }
 
@@ -203,7 +203,7 @@ class Backward {
         if (channels <= 0) continue;
         Acc* out = dweight() + ((d0 + c) * W + w) * f_.R + r;
         const bool whole = channels == MW && columns == VW * L;
-        Accumulators<P, MW, VW> acc;
+        Tile<Acc, MW, VW> acc;
         if (begin == 0) {
           acc.zero();
         } else if (whole) {
@@ -213,7 +213,7 @@ class Backward {
             for (long k = 0; k < columns; ++k) edge[i * VW * L + k] = out[i * row_stride + k];
           acc.load(edge, VW * L);
         }
-        acc.add_product(a + m, 1, W * L, b, steps);
+        acc.add_product(a + m, 1, W * L, b, VW * L, steps);
         if (whole) {
           acc.store(out, row_stride);
         } else {
@@ -248,7 +248,7 @@ class Backward {
       const long panel1 = smaller(panels_, panel0 + kPanelsAtOnce);
       for (long i = first; i < last; i += MH) {
         Acc* out = dhidden_.get() + i * row_stride + j * VH * L;
-        Accumulators<P, MH, VH> acc;
+        Tile<Acc, MH, VH> acc;
         if (panel0 == 0)
           acc.zero();
         else
@@ -258,7 +258,7 @@ class Backward {
           for (long ahead = 0; ahead < MH * W * L; ahead += 64 / long(sizeof(Number)))
             __builtin_prefetch(a + MH * W * L + ahead);  // the next rows of this panel
           acc.add_product(reinterpret_cast<const Unit*>(a), steps, 1,
-                          weight_.get() + (j * panels_ + panel) * steps * VH * L, steps);
+                          weight_.get() + (j * panels_ + panel) * steps * VH * L, VH * L, steps);
         }
         acc.store(out, row_stride);
       }
@@ -319,7 +319,7 @@ void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& p, const Paralle
     case Dtype::f16: return backward<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
-      if (has_bf16_product() && bf16_dkernel_is_exact_enough(p.forward)) return backward<Bf16Product, bf16>(p, parallel);
+      if (has_bf16_instructions() && bf16_dkernel_is_exact_enough(p.forward)) return backward<Bf16Product, bf16>(p, parallel);
 #endif
       return backward<PlainProduct<float>, bf16>(p, parallel);
   }

@@ -87,9 +87,9 @@ class Forward {
   }
 
   // kernel [M, W] vectors = bias + hidden weight^T
-  JET_INLINE void generate(Accumulators<P, M, W>& kernel, const Unit* a, const Unit* b, const Acc* bias) const {
+  JET_INLINE void generate(Tile<Acc, M, W>& kernel, const Unit* a, const Unit* b, const Acc* bias) const {
     kernel.load(bias, 0);
-    kernel.add_product(a, 1, M, b, steps_);
+    kernel.add_product(a, 1, M, b, W * L, steps_);
   }
 
   void interior_tile(long token, long d0, const Unit* a, const Unit* b, const Acc* bias) const {
@@ -100,7 +100,7 @@ class Forward {
       __builtin_prefetch(x + i * stride);
       __builtin_prefetch(y + i * in_.D, 1);
     }
-    Accumulators<P, M, W> kernel;
+    Tile<Acc, M, W> kernel;
     generate(kernel, a, b, bias);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
@@ -112,7 +112,7 @@ class Forward {
   }
 
   void edge_tile(long token, long end, long d0, long n, const Unit* a, const Unit* b, const Acc* bias) const {
-    Accumulators<P, M, W> tile;
+    Tile<Acc, M, W> tile;
     generate(tile, a, b, bias);
     alignas(64) Acc kernel[M * W * L];
     tile.store(kernel, W * L);
@@ -149,7 +149,7 @@ void dynamic_conv_cpu(const DynamicConvParams& p, const Parallel& parallel) {
     case Dtype::f16: return forward<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
-      if (has_bf16_product()) return forward<Bf16Product, bf16>(p, parallel);
+      if (has_bf16_instructions()) return forward<Bf16Product, bf16>(p, parallel);
 #endif
       return forward<PlainProduct<float>, bf16>(p, parallel);
   }

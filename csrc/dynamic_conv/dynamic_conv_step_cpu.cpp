@@ -11,13 +11,6 @@ namespace {
 // Up to this many sequences a dot product per row of weight, straight from memory, beats packing the weight first.
 constexpr long kDirectRows = 12;
 
-template <class A>
-JET_INLINE A lane_sum(Vector<A> x) {
-  A sum = 0;
-  for (int i = 0; i < Simd<A>::lanes; ++i) sum += x[i];
-  return sum;
-}
-
 template <class P, class T, int W>
 class Step {
   using Acc = typename P::Acc;
@@ -75,9 +68,9 @@ class Step {
   }
 
   void generate(const Unit* tile, const Unit* packed, const Acc* bias, Acc* kernel) const {
-    Accumulators<P, M, W> acc;
+    Tile<Acc, M, W> acc;
     acc.load(bias, 0);
-    acc.add_product(tile, 1, M, packed, steps_);
+    acc.add_product(tile, 1, M, packed, W * L, steps_);
     acc.store(kernel, W * L);
   }
 
@@ -100,7 +93,7 @@ class Step {
       for (int i = 0; i < C; ++i) acc[w][i] = Vec{};
     for (long s = 0; s < steps_; s += L) {
       const long r = s * P::terms;
-      typename P::Units row[W];
+      Vector<Unit> row[W];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) {
         __builtin_prefetch(weight + (W + w) * p_.R + r);  // the next channel
@@ -108,15 +101,15 @@ class Step {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < C; ++i) {
-        const typename P::Units h = Simd<Unit>::load(hidden + i * padded_steps_ + s);
+        const Vector<Unit> h = Simd<Unit>::load(hidden + i * padded_steps_ + s);
 #pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) acc[w][i] = P::multiply_add(row[w], h, acc[w][i]);
+        for (int w = 0; w < W; ++w) acc[w][i] = multiply_add(row[w], h, acc[w][i]);
       }
     }
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w)
 #pragma GCC unroll 8
-      for (int i = 0; i < C; ++i) kernel[(i * W + w) * L] = bias[w * L] + lane_sum<Acc>(acc[w][i]);
+      for (int i = 0; i < C; ++i) kernel[(i * W + w) * L] = bias[w * L] + horizontal_sum<Acc>(acc[w][i]);
   }
 
   void finish_row(long row, long d0, long n, const Acc* kernel) const {
@@ -171,7 +164,7 @@ void dynamic_conv_step_cpu(const DynamicConvStepParams& p, const Parallel& paral
     case Dtype::f16: return step<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
-      if (has_bf16_product()) return step<Bf16Product, bf16>(p, parallel);
+      if (has_bf16_instructions()) return step<Bf16Product, bf16>(p, parallel);
 #endif
       return step<PlainProduct<float>, bf16>(p, parallel);
   }

@@ -1,11 +1,12 @@
 // Matrix products as the dynamic convolution needs them: operands packed so that one step of the inner loop reads
-// consecutive memory, results in registers for a fused epilogue.
+// consecutive memory. Results stay in a register tile of kAccumulators vectors for a fused epilogue.
 //
 // A `Product` says what one step multiplies. Its Unit is what one lane of an operand holds: a number (PlainProduct), or a
 // pair of consecutive bf16 along the summed dimension (Bf16Product, the AVX512-BF16 instruction).
 #pragma once
 
-#include "csrc/dynamic_conv/elements_cpu.h"
+#include "csrc/common/cpu/elements.h"
+#include "csrc/common/cpu/gemm.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 
@@ -16,8 +17,6 @@ struct PlainProduct {
   using Units = Vector<A>;
   using Number = A;                // what units are made of
   static constexpr int terms = 1;  // numbers in a unit
-
-  static JET_INLINE Vector<A> multiply_add(Units a, Units b, Vector<A> c) { return c + a * b; }
 
   // Units from `n` elements at p, p + stride, ...
   template <class T>
@@ -40,13 +39,6 @@ struct Bf16Product {
   using Number = bf16;
   static constexpr int terms = 2;
 
-  // c += a0 b0 + a1 b1 in fp32; the instruction takes subnormal operands and results as zero. Assembly rather than an
-  // intrinsic: this file is compiled for machines without the instruction too, and has_bf16_product() decides at run time.
-  static JET_INLINE Floats multiply_add(Units a, Units b, Floats c) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-    return c;
-  }
-
   static JET_INLINE Units load_units(const bf16* p, long stride, long n) {
     typedef Unit UnalignedPairs __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
     if (stride == 1 && n >= 2 * Simd<Unit>::lanes) return *reinterpret_cast<const UnalignedPairs*>(p);
@@ -63,87 +55,9 @@ struct Bf16Product {
     return (low >> 16) | high;
   }
 };
-
-inline bool has_bf16_product() { return __builtin_cpu_supports("avx512bf16"); }
 #endif
-
-// Registers for accumulators: a tile of M rows x V vectors leaves room for V vectors of B and one element of A.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kAccumulators = 24;
-#else
-constexpr int kAccumulators = 12;
-#endif
-
-// acc [M rows, V vectors] of a product A B.
-template <class P, int M, int V>
-struct Accumulators {
-  using Acc = typename P::Acc;
-  using Unit = typename P::Unit;
-  static constexpr int lanes = Simd<Acc>::lanes;
-  Vector<Acc> acc[M][V];
-
-  JET_INLINE void zero() {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[i][v] = Vector<Acc>{};
-  }
-
-  // acc += A B   A(i, step) = a[i * a_row + step * a_step]   B(step, :) = b[step * V * lanes]
-  JET_INLINE void add_product(const Unit* a, long a_row, long a_step, const Unit* b, long steps) {
-    using S = Simd<Unit>;
-    for (long s = 0; s < steps; ++s, a += a_step, b += V * lanes) {
-      typename P::Units row[V];
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) row[v] = S::load(b + v * lanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const typename P::Units element = S::all(a[i * a_row]);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[i][v] = P::multiply_add(element, row[v], acc[i][v]);
-      }
-    }
-  }
-
-  JET_INLINE void load(const Acc* c, long row) {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[i][v] = Simd<Acc>::load(c + i * row + v * lanes);
-  }
-
-  JET_INLINE void store(Acc* c, long row) const {
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) Simd<Acc>::store(c + i * row + v * lanes, acc[i][v]);
-  }
-};
 
 constexpr long units_for(long numbers, int terms) { return (numbers + terms - 1) / terms; }
-
-// x(i, j) <- x(j, i): log2(L) perfect shuffles rotate the bits of the L x L element index by log2(L).
-template <class Units, int L>
-JET_INLINE void transpose_in_registers(Units (&x)[L]) {
-  typedef decltype(Units{} < Units{}) Index;
-  Index low{}, high{};  // interleave the halves of a pair of vectors
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    low[i] = i / 2 + (i % 2) * L;
-    high[i] = low[i] + L / 2;
-  }
-#pragma GCC unroll 4
-  for (int stage = 1; stage < L; stage *= 2) {
-    Units y[L];
-#pragma GCC unroll 16
-    for (int r = 0; r < L / 2; ++r) {
-      y[2 * r] = __builtin_shuffle(x[r], x[r + L / 2], low);
-      y[2 * r + 1] = __builtin_shuffle(x[r], x[r + L / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < L; ++r) x[r] = y[r];
-  }
-}
 
 // panel[step][w][channel] = unit `step` of row (d0 + channel) * W + w of weight [D*W, R]: vector w holds tap w of one
 // channel per lane, so a convolution needs no shuffle. Rows of channels >= n are zero.

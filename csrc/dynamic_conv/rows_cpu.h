@@ -1,44 +1,22 @@
-// Where each token's inputs are, task scheduling and scratch memory: what the forward and backward loops share.
+// Where each token's inputs are, and SiLU: what the forward and backward loops share.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
-#include "csrc/common/parallel.h"
+#include "csrc/common/cpu/elements.h"
+#include "csrc/common/cpu/tasks.h"
 #include "csrc/dynamic_conv/conv_inputs.h"
-#include "csrc/dynamic_conv/elements_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(long count) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, sizeof(T) * (count > 0 ? count : 1)) != 0) throw std::bad_alloc();
-    data_ = static_cast<T*>(memory);
-  }
-  ~Buffer() { free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
+template <class V>
+JET_INLINE V silu(V z) {
+  return z / (exponential(-z) + 1);
+}
 
- private:
-  T* data_;
-};
-
-inline long smaller(long a, long b) { return a < b ? a : b; }
-inline long larger(long a, long b) { return a > b ? a : b; }
-
-// f(slot, task) for every task; tasks of one slot run one after another, so a slot can own scratch memory. Slots take
-// the next free task, which changes who computes a result and never the result.
-template <class F>
-void run_tasks(const Parallel& parallel, long slots, long tasks, const F& f) {
-  long next = 0;
-  parallel(0, smaller(slots, tasks), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot)
-      for (long task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) f(slot, task);
-  });
+// d silu(z) / dz
+template <class V>
+JET_INLINE V silu_slope(V z) {
+  const V s = 1 / (exponential(-z) + 1);
+  return s * (1 + z * (1 - s));
 }
 
 struct Row {  // of token b * T + t

@@ -38,7 +38,7 @@ JET_INLINE Vector<Arithmetic<T>> tail_gradient(const ConvInputs& in, const T* gr
 template <class A, class T>
 void convert_all(const A* from, T* to, long count, const Parallel& parallel) {
   parallel(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<T>) store_some(to + i, 1, end - i, load_some(from + i, 1, end - i));
+    store_row(from + begin, end - begin, to + begin);
   });
 }
 

@@ -13,6 +13,7 @@
 // One work item is a sequence and a query/key head with the value heads that share it, so that dq and dk are summed in a
 // fixed order. S0 and U' of every chunk are recomputed by segments: kSegmentBytes (or sqrt(chunks) chunks, if that
 // is more) for one segment, and one state per segment, for each thread.
+#include "csrc/common/cpu/isa.h"
 #include "csrc/gated_delta_rule/chunk_stages_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
@@ -408,7 +409,7 @@ void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& paral
   Carver count(nullptr);
   Item<T>().carve(count, plan);
   const Scratch scratch(workers, count.used());
-  for_each_item(parallel, items, workers, [&](long i, long worker) {
+  run_tasks(parallel, workers, items, [&](long worker, long i) {
     Carver from(scratch.of(worker));
     Item<T> item;
     item.carve(from, plan);

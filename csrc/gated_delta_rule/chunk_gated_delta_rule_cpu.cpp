@@ -1,6 +1,7 @@
 // Forward of the chunked gated delta rule on a CPU. One work item is a sequence and a value head; it walks over the chunks
 // with its state in L2. Per chunk the V columns are processed in stripes one register tile wide, whose part of the
 // state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never formed.
+#include "csrc/common/cpu/isa.h"
 #include "csrc/gated_delta_rule/chunk_stages_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
@@ -93,8 +94,7 @@ void forward_item(const ChunkGatedDeltaRuleParams& p, long n, long h, long v0, l
       In* o = static_cast<In*>(p.o) + ((seq.b * p.T + begin) * p.H + h) * p.V + v;
       for (long i = 0; i < c.L; ++i) {
         T* row = item.u + i * W;
-        load_row(values + i * p.v_strides.t, p.v_strides.d, columns(v), row);
-        zero_row(row + columns(v), W - columns(v));
+        load_row(values + i * p.v_strides.t, p.v_strides.d, columns(v), W, row);
         for (long j = 0; j < W; ++j) row[j] *= c.beta[i];
       }
       with_vectors<T>(columns(v), [&](auto vectors) {
@@ -121,7 +121,7 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel) {
   Carver count(nullptr);
   Item<T>().carve(count, p.K, slice / W);
   const Scratch scratch(workers, count.used());
-  for_each_item(parallel, items, workers, [&](long i, long worker) {
+  run_tasks(parallel, workers, items, [&](long worker, long i) {
     const long v0 = i % slices * slice, v1 = v0 + slice < p.V ? v0 + slice : p.V;
     Carver from(scratch.of(worker));
     Item<T> item;

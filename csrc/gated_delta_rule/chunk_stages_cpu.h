@@ -48,8 +48,7 @@ template <class In, class T>
 inline void load_rows(const In* src, const TokenStrides& s, const Chunk<T>& c, bool l2norm, T* rows, T* factor) {
   for (long i = 0; i < c.L; ++i) {
     T* row = rows + i * c.ld;
-    load_row(src + i * s.t, s.d, c.K, row);
-    zero_row(row + c.K, c.ld - c.K);
+    load_row(src + i * s.t, s.d, c.K, c.ld, row);
     factor[i] = l2norm ? normalise(row, c.ld) : T(1);
   }
   zero_row(rows + c.L * c.ld, (C - c.L) * c.ld);
@@ -70,8 +69,8 @@ inline void load_decays(const T* g, long g_stride, const T* beta, long beta_stri
   for (long i = c.L; i < C; ++i) sum[i] = total, c.beta[i] = 0;
   for (long i = 0; i < C; ++i) c.e_c[i] = T(sum[i]), c.e_rest[i] = T(total - sum[i]);
   for (long i = 0; i < C; i += S::lanes) {
-    S::store(c.e_c + i, exp_vec(S::load(c.e_c + i)));
-    S::store(c.e_rest + i, exp_vec(S::load(c.e_rest + i)));
+    S::store(c.e_c + i, exponential(S::load(c.e_c + i)));
+    S::store(c.e_rest + i, exponential(S::load(c.e_rest + i)));
   }
   c.e_last = c.e_c[C - 1];
   zero_row(c.e_c + c.L, C - c.L);
@@ -86,7 +85,7 @@ inline void load_decays(const T* g, long g_stride, const T* beta, long beta_stri
         const auto past = lane <= S::all(T(i - j0));
         const typename S::Vec none{};
         gamma = past ? S::load(x) : none;  // masked before exp, so that nothing overflows
-        gamma = past ? exp_vec(gamma) : none;
+        gamma = past ? exponential(gamma) : none;
       }
       S::store(c.decay + i * C + j0, gamma);
     }
@@ -146,10 +145,7 @@ inline void scale_rows(const Chunk<T>& c, const T* rows, T sign, const T* factor
 template <class In, class T>
 inline void load_stripe(const In* src, const TokenStrides& s, long L, long columns, T* stripe) {
   constexpr long W = Simd<T>::stripe;
-  for (long i = 0; i < L; ++i) {
-    load_row(src + i * s.t, s.d, columns, stripe + i * W);
-    zero_row(stripe + i * W + columns, W - columns);
-  }
+  for (long i = 0; i < L; ++i) load_row(src + i * s.t, s.d, columns, W, stripe + i * W);
   zero_row(stripe + L * W, (C - L) * W);
 }
 

@@ -4,32 +4,12 @@
 // no third pass, as (e^g S + k u^T)^T q = e^g S^T q + (q.k) u.
 #include "csrc/gated_delta_rule/recurrent_gated_delta_rule.h"
 
+#include "csrc/common/cpu/isa.h"
 #include "csrc/gated_delta_rule/rows_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 
 namespace {
-
-JET_INLINE Simd<float>::Vec load_vec(const float* p) { return Simd<float>::load(p); }
-JET_INLINE Simd<double>::Vec load_vec(const double* p) { return Simd<double>::load(p); }
-JET_INLINE void store_vec(float* p, Simd<float>::Vec x) { Simd<float>::store(p, x); }
-JET_INLINE void store_vec(double* p, Simd<double>::Vec x) { Simd<double>::store(p, x); }
-
-typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint16_t Bits16Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-
-JET_INLINE Simd<float>::Vec load_vec(const bf16* p) {
-  const Bits16 bits = *reinterpret_cast<const Bits16Unaligned*>(p);
-  return (Simd<float>::Vec)(__builtin_convertvector(bits, Bits32) << 16);
-}
-
-JET_INLINE void store_vec(bf16* p, Simd<float>::Vec x) {
-  const Bits32 bits = (Bits32)x;
-  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits32 nan = (bits >> 16) | 0x40u;
-  *reinterpret_cast<Bits16Unaligned*>(p) = __builtin_convertvector(x == x ? rounded : nan, Bits16);
-}
 
 // One token of one head, in the arithmetic type.
 template <class T>
@@ -49,7 +29,7 @@ void step(const Token<T>& token, long K, T scale, St* state, long ld, T* vo) {
     const typename S::Vec k = S::all(token.k[i]), q = S::all(token.q[i]);
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      const typename S::Vec s = load_vec(state + i * ld + j * S::lanes);
+      const typename S::Vec s = load(state + i * ld + j * S::lanes);
       predicted[j] += k * s;
       read[j] += q * s;
     }
@@ -65,7 +45,7 @@ void step(const Token<T>& token, long K, T scale, St* state, long ld, T* vo) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
       St* s = state + i * ld + j * S::lanes;
-      store_vec(s, decay * load_vec(s) + k * u[j]);
+      store(s, decay * load(s) + k * u[j]);
     }
   }
 }
@@ -93,10 +73,8 @@ void load_tokens(const RecurrentGatedDeltaRuleParams& p, long n, long h, long t,
   const long hk = h / (p.H / p.Hk);
   for (long i = 0; i < count; ++i) {
     T *q = item.q + i * item.ld, *k = item.k + i * item.ld;
-    load_row(at<In>(p.q, p.q_strides, n, t + i, hk), p.q_strides.d, p.K, q);
-    load_row(at<In>(p.k, p.k_strides, n, t + i, hk), p.k_strides.d, p.K, k);
-    zero_row(q + p.K, item.ld - p.K);
-    zero_row(k + p.K, item.ld - p.K);
+    load_row(at<In>(p.q, p.q_strides, n, t + i, hk), p.q_strides.d, p.K, item.ld, q);
+    load_row(at<In>(p.k, p.k_strides, n, t + i, hk), p.k_strides.d, p.K, item.ld, k);
     if (p.l2norm_qk) normalise(q, item.ld), normalise(k, item.ld);
     typename S::Vec qk{};
     for (long j = 0; j < item.ld; j += S::lanes) qk += S::load(q + j) * S::load(k + j);
@@ -128,8 +106,7 @@ void recurrent_item(const RecurrentGatedDeltaRuleParams& p, long n, long h, long
       with_vectors<T>(columns(v), [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value;
         for (long i = 0; i < count; ++i) {
-          load_row(at<In>(p.v, p.v_strides, n, t0 + i, h) + v * p.v_strides.d, p.v_strides.d, columns(v), item.vo);
-          zero_row(item.vo + columns(v), W - columns(v));
+          load_row(at<In>(p.v, p.v_strides, n, t0 + i, h) + v * p.v_strides.d, p.v_strides.d, columns(v), W, item.vo);
           if (direct(v))
             step<T, NV>(item.tokens[i], p.K, T(p.scale), pool + v, p.state_strides.k, item.vo);
           else
@@ -154,7 +131,7 @@ void recurrent(const RecurrentGatedDeltaRuleParams& p, const Parallel& parallel)
   Carver count(nullptr);
   Item<T>().carve(count, p.K, slice);
   const Scratch scratch(workers, count.used());
-  for_each_even_item(parallel, items, workers, [&](long i, long worker) {
+  run_even_tasks(parallel, workers, items, [&](long worker, long i) {
     const long v0 = i % slices * slice, v1 = v0 + slice < p.V ? v0 + slice : p.V;
     Carver from(scratch.of(worker));
     Item<T> item;
@@ -165,8 +142,11 @@ void recurrent(const RecurrentGatedDeltaRuleParams& p, const Parallel& parallel)
 
 template <class In>
 void recurrent_fp32(const RecurrentGatedDeltaRuleParams& p, const Parallel& parallel) {
-  if (p.state_dtype == Dtype::bf16) return recurrent<In, float, bf16>(p, parallel);
-  recurrent<In, float, float>(p, parallel);
+  if (p.state_dtype == Dtype::f32) return recurrent<In, float, float>(p, parallel);
+#if defined(__AVX512F__)
+  if (has_bf16_instructions()) return recurrent<In, float, NativeBf16>(p, parallel);
+#endif
+  recurrent<In, float, bf16>(p, parallel);
 }
 
 }  // namespace

@@ -7,41 +7,14 @@
 // `add` calls, so that several products can be summed, scaled and solved without leaving the register file.
 #pragma once
 
-#include "csrc/common/cpu/isa.h"
-
-#define JET_INLINE inline __attribute__((always_inline))
+#include "csrc/common/cpu/simd.h"
 
 namespace jet::cpu::JET_CPU_ISA {
-
-// Tile shape: rows x vectors accumulators + one row of B + one broadcast of A fill the register file
-// (6 x 4 + 4 + 1 of 32 registers, 6 x 2 + 2 + 1 of 16), and rows x vectors >= 8 hides the FMA latency.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileVectors = 4;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kTileVectors = 2;
-#else
-constexpr int kVectorBytes = 16, kTileVectors = 2;
-#endif
-constexpr int kTileRows = 6;
-
-template <class T>
-struct Simd {
-  static constexpr int lanes = kVectorBytes / int(sizeof(T));
-  static constexpr int stripe = lanes * kTileVectors;  // columns of a full tile
-  typedef T Vec __attribute__((vector_size(kVectorBytes)));
-  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
-
-  static JET_INLINE Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
-  static JET_INLINE void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
-  static JET_INLINE Vec all(T x) { return x - Vec{}; }
-};
 
 template <int N>
 struct Int {
   static constexpr int value = N;
 };
-
-constexpr long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 // acc [R rows, NV vectors] in registers.
 template <class T, int R, int NV>
@@ -51,57 +24,57 @@ struct Tile {
   Vec acc[R][NV];
 
   JET_INLINE void zero() {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] = Vec{};
   }
 
   JET_INLINE void load(const T* c, long ldc) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] = S::load(c + r * ldc + v * S::lanes);
   }
 
   // acc = factor C
   JET_INLINE void load_scaled(const T* c, long ldc, T factor) {
     const Vec f = S::all(factor);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] = f * S::load(c + r * ldc + v * S::lanes);
   }
 
   JET_INLINE void store(T* c, long ldc) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) S::store(c + r * ldc + v * S::lanes, acc[r][v]);
   }
 
   JET_INLINE void scale(T factor) {
     const Vec f = S::all(factor);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] *= f;
   }
 
   // acc(:, j) *= factors[j]
   JET_INLINE void scale_columns(const T* factors) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] *= S::load(factors + v * S::lanes);
   }
 
   // dots[j] += sum_r acc(r, j) M(r, j)
   JET_INLINE void dot_columns(const T* m, long ldm, T* dots) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       Vec sum = S::load(dots + v * S::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sum += acc[r][v] * S::load(m + r * ldm + v * S::lanes);
       S::store(dots + v * S::lanes, sum);
     }
@@ -109,50 +82,51 @@ struct Tile {
 
   // C += acc
   JET_INLINE void add_to(T* c, long ldc) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) {
         T* p = c + r * ldc + v * S::lanes;
         S::store(p, S::load(p) + acc[r][v]);
       }
   }
 
-  // acc += A B   A(r, k) = a[r * row + k * col]   B(k, :) = b[k * ldb]
-  JET_INLINE void add_product(const T* a, long row, long col, const T* b, long ldb, long depth) {
+  // acc += A B   A(r, k) = a[r * row + k * col]   B(k, :) = b[k * ldb]   in numbers or in pairs of bf16
+  template <class Unit>
+  JET_INLINE void add_product(const Unit* a, long row, long col, const Unit* b, long ldb, long depth) {
     for (long k = 0; k < depth; ++k, a += col, b += ldb) {
-      Vec bk[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) bk[v] = S::load(b + v * S::lanes);
-#pragma GCC unroll 8
+      Vector<Unit> bk[NV];
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) bk[v] = Simd<Unit>::load(b + v * S::lanes);
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Vec ark = S::all(a[r * row]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[r][v] += ark * bk[v];
+        const Vector<Unit> ark = Simd<Unit>::all(a[r * row]);
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(ark, bk[v], acc[r][v]);
       }
     }
   }
 
   // acc <- (I - L)^-1 acc for the strictly lower part of L [R, R], L(r, s) = l[r * row + s * col]
   JET_INLINE void solve_lower(const T* l, long row, long col) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 1; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int s = 0; s < r; ++s) {
         const Vec lrs = S::all(l[r * row + s * col]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) acc[r][v] += lrs * acc[s][v];
       }
   }
 
   // acc <- (I - L)^-1 acc for the strictly upper part of L [R, R], L(r, s) = l[r * row + s * col]
   JET_INLINE void solve_upper(const T* l, long row, long col) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = R - 2; r >= 0; --r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int s = r + 1; s < R; ++s) {
         const Vec lrs = S::all(l[r * row + s * col]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) acc[r][v] += lrs * acc[s][v];
       }
   }
@@ -210,30 +184,13 @@ enum class Skip {
 template <class T>
 inline void transpose(const T* src, long lds, long rows, long cols, T* dst, long ldd) {
   using S = Simd<T>;
-  using Vec = typename S::Vec;
   constexpr int L = S::lanes;
-  typedef decltype(Vec{} < Vec{}) Index;
-  Index low, high;  // interleave the halves of a pair of vectors: a0 b0 a1 b1 ..
-  for (int i = 0; i < L; ++i) {
-    low[i] = i / 2 + (i % 2) * L;
-    high[i] = low[i] + L / 2;
-  }
   for (long i = 0; i < rows; i += L)
     for (long j = 0; j < cols; j += L) {
-      Vec x[L], y[L];
+      typename S::Vec x[L];
 #pragma GCC unroll 16
       for (int r = 0; r < L; ++r) x[r] = S::load(src + (i + r) * lds + j);
-      // log2(L) perfect shuffles of the L x L element index rotate it by log2(L) bits: a transpose.
-#pragma GCC unroll 4
-      for (int stage = 1; stage < L; stage *= 2) {
-#pragma GCC unroll 16
-        for (int r = 0; r < L / 2; ++r) {
-          y[2 * r] = __builtin_shuffle(x[r], x[r + L / 2], low);
-          y[2 * r + 1] = __builtin_shuffle(x[r], x[r + L / 2], high);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < L; ++r) x[r] = y[r];
-      }
+      transpose_in_registers(x);
 #pragma GCC unroll 16
       for (int r = 0; r < L; ++r) S::store(dst + (j + r) * ldd + i, x[r]);
     }
