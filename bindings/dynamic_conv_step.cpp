@@ -20,7 +20,7 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
   check_like(checks, "conv_state", conv_state, "x", x);
   checks.not_expanded("conv_state", conv_state);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "x", x);
-  if (const auto reason = plain_reason(x.is_cuda()))
+  if (const auto reason = plain_reason(on_device(x)))
     return call_plain<Tensor>("jet_plain::dynamic_conv_step", *reason, x, hidden, weight, bias, conv_state,
                               state_indices, silu);
   weight = torch::stable::contiguous(weight), bias = contiguous(bias);

@@ -28,7 +28,7 @@ Tensor recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor
   checks.shape("state", state, {"P", "H", "K", "V"});
   check_pool(checks, state, q);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "q", q);
-  if (const auto reason = plain_reason(q.is_cuda()))
+  if (const auto reason = plain_reason(on_device(q)))
     return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", *reason, q, k, v, g, beta, state,
                               state_indices, scale, l2norm_qk);
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));

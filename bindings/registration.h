@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
@@ -14,11 +15,27 @@
 #define JET_NAMESPACE jet
 #endif
 
+// JET_SIMULATED_DEVICE is set by that build when CPU tensors stand for a CUDA device's (tests/hoppersim): it has one
+// implementation, and on_device() sends every tensor down the launch path.
+#ifdef JET_SIMULATED_DEVICE
+#define JET_REGISTER(op, function) \
+  STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CPU, m) { m.impl(#op, TORCH_BOX(&function)); }
+#else
 #define JET_REGISTER(op, function)                                                                    \
   STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CPU, m) { m.impl(#op, TORCH_BOX(&function)); }             \
   STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CUDA, m) { m.impl(#op, TORCH_BOX(&function)); }
+#endif
 
 namespace jet::bindings {
+
+// Whether kernels for `t` are launched on a device rather than called.
+inline bool on_device(const torch::stable::Tensor& t) {
+#ifdef JET_SIMULATED_DEVICE
+  return t.is_cpu();
+#else
+  return t.is_cuda();
+#endif
+}
 
 namespace detail {
 

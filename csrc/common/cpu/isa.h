@@ -4,7 +4,8 @@
 //   JET_CPU_LAUNCHER(f_cpu, FParams)
 //
 // JET_CPU_LAUNCHER defines jet::f_cpu, which picks the best variant this machine can run. JETKERNELS_CPU_ISA
-// (generic, avx2 or avx512) lowers the choice, so that each variant can be tested on one machine.
+// (generic, avx2 or avx512) lowers the choice, so that each variant can be tested on one machine. A build with
+// JET_CPU_GENERIC_ONLY has the generic variant alone.
 #pragma once
 
 #include "csrc/common/export.h"
@@ -22,7 +23,7 @@ JET_EXPORT const char* isa_name(Isa isa);
 #define JET_CPU_CONCAT_(a, b) a##b
 #define JET_CPU_CONCAT(a, b) JET_CPU_CONCAT_(a, b)
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(JET_CPU_GENERIC_ONLY)
 #define JET_CPU_LAUNCHER_generic(function, Params)                                                              \
   namespace jet::cpu::avx2 {                                                                                    \
   void function(const Params&, const Parallel&);                                                                \

@@ -1,0 +1,84 @@
+// A ring of stages between a producer that fills shared memory (usually by TMA) and consumers that read it.
+#pragma once
+
+#include "csrc/hopper/barrier.h"
+
+namespace jet::hopper {
+
+// Lives in shared memory. `filled[s]` happens when stage s holds data, `read[s]` when nobody needs them any more.
+template <int stages>
+struct Ring {
+  Event filled[stages], read[stages];
+
+  // One thread; publish_inits() and a barrier follow. `reads`: arrivals that free a stage.
+  __device__ void init(int reads) {
+    for (int s = 0; s < stages; ++s) {
+      filled[s].init(1);
+      read[s].init(reads);
+    }
+  }
+};
+
+// A position in the ring: a stage, and which turn.
+template <int stages>
+struct Cursor {
+  int stage = 0;
+  Parity parity;
+  __device__ explicit Cursor(Parity start) : parity(start) {}
+  __device__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      parity.next();
+    }
+  }
+};
+
+// The producer's end, held by one thread:  s = acquire(bytes); copies into stage s that complete on filled(); advance().
+template <int stages>
+class Producer {
+ public:
+  __device__ explicit Producer(Ring<stages>& ring) : ring_(ring), at_(Parity::past()) {}
+
+  // Waits until the stage is free and announces `bytes`.
+  __device__ int acquire(int bytes) {
+    ring_.read[at_.stage].wait(at_.parity);
+    ring_.filled[at_.stage].arrive_and_expect(bytes);
+    return at_.stage;
+  }
+  __device__ Event& filled() { return ring_.filled[at_.stage]; }
+  __device__ void advance() { at_.advance(); }
+
+  // Waits until every stage has been read: with multicast a CTA must not exit while a peer may still arrive on its barriers.
+  __device__ void drain() {
+    for (int s = 0; s < stages; ++s) {
+      ring_.read[at_.stage].wait(at_.parity);
+      at_.advance();
+    }
+  }
+
+ private:
+  Ring<stages>& ring_;
+  Cursor<stages> at_;
+};
+
+// A consumer's end, held by every consuming thread:  s = wait(); use stage s; advance(). A stage is freed with release(stage)
+// by the thread or threads that `Ring::init` counted, when its asynchronous readers are done with it.
+template <int stages>
+class Consumer {
+ public:
+  __device__ explicit Consumer(Ring<stages>& ring) : ring_(ring), at_(Parity::first()) {}
+
+  __device__ int wait() {
+    ring_.filled[at_.stage].wait(at_.parity);
+    return at_.stage;
+  }
+  __device__ void advance() { at_.advance(); }
+  __device__ void release(int stage) { ring_.read[stage].arrive(); }
+  __device__ void release_at(int stage, int rank) { ring_.read[stage].arrive_at(rank); }
+
+ private:
+  Ring<stages>& ring_;
+  Cursor<stages> at_;
+};
+
+}  // namespace jet::hopper

@@ -1,0 +1,150 @@
+// Tensor maps: built on the host and checked here, used on the device by TMA loads and stores. Also plain bulk copies.
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <string>
+
+#include "csrc/hopper/barrier.h"
+#include "csrc/hopper/error.h"
+#include "csrc/hopper/layout.h"
+
+namespace jet::hopper {
+
+// ---- Host ---------------------------------------------------------------------------------------------------------------
+// A tensor of up to 5 dimensions, dimension 0 contiguous, and the box that one copy moves. Elements of a box that lie outside
+// the tensor are read as zero and not written.
+struct TensorMapPlan {
+  const char* name;          // for errors
+  const void* data;          // 16-byte aligned
+  Dtype dtype;               // f32, bf16 or f16
+  int rank;                  // 1..5
+  uint64_t extent[5];        // elements, >= 1
+  uint64_t stride_bytes[5];  // [0] is not read (it is the element size); multiples of 16, below 2^40
+  uint32_t box[5];           // elements, 1..256; box[0] * element size is a multiple of 16, at most the swizzle's row
+  Swizzle swizzle;
+};
+
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  // Asked of the driver at run time, so that the library links without libcuda.
+  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found), "tensor map");
+    require(found == cudaDriverEntryPointSuccess, "tensor map", "driver", "one that knows cuTensorMapEncodeTiled (CUDA 12.0)", found);
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return encoder;
+}
+
+inline void check_tensor_map(const TensorMapPlan& p, int element_bytes) {
+  const auto need = [&](bool holds, const std::string& argument, const char* expected, uint64_t got) {
+    require(holds, "tensor map", std::string(p.name) + " " + argument, expected, static_cast<long long>(got));
+  };
+  need(p.rank >= 1 && p.rank <= 5, "rank", "1..5", p.rank);
+  need(reinterpret_cast<uintptr_t>(p.data) % 16 == 0, "address", "a multiple of 16", reinterpret_cast<uintptr_t>(p.data));
+  for (int d = 0; d < p.rank; ++d) {
+    const std::string at = "[" + std::to_string(d) + "]";
+    need(p.extent[d] >= 1 && p.extent[d] <= (1ull << 32), "extent" + at, "1..2^32", p.extent[d]);
+    need(p.box[d] >= 1 && p.box[d] <= 256, "box" + at, "1..256", p.box[d]);
+    if (d == 0) continue;
+    const uint64_t stride = p.stride_bytes[d];
+    need(stride % 16 == 0 && stride < (1ull << 40), "stride" + at, "a multiple of 16 below 2^40 bytes", stride);
+  }
+  const uint64_t row = uint64_t{p.box[0]} * element_bytes;
+  need(row % 16 == 0, "box[0]", "a multiple of 16 bytes", row);
+  need(p.swizzle == Swizzle::none || row <= static_cast<uint64_t>(p.swizzle), "box[0]", "at most the swizzle's row, in bytes", row);
+}
+
+inline CUtensorMap make_tensor_map(const TensorMapPlan& p) {
+  const int element_bytes = p.dtype == Dtype::f32 ? 4 : 2;
+  require(p.dtype != Dtype::f64, "tensor map", std::string(p.name) + " dtype", "f32, bf16 or f16", static_cast<int>(p.dtype));
+  check_tensor_map(p, element_bytes);
+  const CUtensorMapDataType type = p.dtype == Dtype::f32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : p.dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapSwizzle swizzle = p.swizzle == Swizzle::b128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : p.swizzle == Swizzle::b64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : p.swizzle == Swizzle::b32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                                 : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
+  alignas(64) CUtensorMap map;
+  const CUresult status =
+      tensor_map_encoder()(&map, type, p.rank, const_cast<void*>(p.data), p.extent, p.stride_bytes + 1, p.box, element_strides,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(status == CUDA_SUCCESS, "tensor map", std::string(p.name) + " cuTensorMapEncodeTiled", "CUDA_SUCCESS (0)", status);
+  return map;
+}
+
+// The map of a matrix [rows, columns] (row stride in elements) whose boxes fill the panels of `Tile` (layout.h).
+template <class Tile>
+CUtensorMap make_operand_map(const char* name, const void* data, Dtype dtype, uint64_t rows, uint64_t columns, uint64_t row_stride,
+                             uint32_t box_rows = Tile::rows) {
+  const uint64_t element_bytes = dtype == Dtype::f32 ? 4 : 2;
+  const uint32_t box_columns = Tile::panel_width;
+  return make_tensor_map({name, data, dtype, 2, {columns, rows}, {0, row_stride * element_bytes}, {box_columns, box_rows}, Tile::swizzle});
+}
+
+// ---- Device: all are issued by one thread, for the whole CTA ---------------------------------------------------------------
+enum class Reuse : uint64_t {  // the L2's hint
+  normal = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+  once = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+  often = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+};
+
+__device__ inline void prefetch(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
+
+// Loads the box at `coordinates` (1 to 5, dimension 0 first) to `shared`, 128-byte aligned; completes its bytes on `filled`.
+template <class... Coordinates>
+__device__ void load(void* shared, const CUtensorMap& map, Event& filled, Reuse reuse, Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD::copy(&map, filled.word(), static_cast<uint64_t>(reuse), shared, coordinates...);
+}
+
+// The same into every CTA of the cluster whose bit is set in `ranks`, at the same offset, each completing on its own `filled`.
+template <class... Coordinates>
+__device__ void load_multicast(void* shared, const CUtensorMap& map, Event& filled, uint16_t ranks, Reuse reuse, Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD_MULTICAST::copy(&map, filled.word(), ranks, static_cast<uint64_t>(reuse), shared, coordinates...);
+}
+
+// Fills a whole operand tile: panel p holds the box at (column + p * panel_width, row).
+template <class Tile>
+__device__ void load_tile(char* shared, const CUtensorMap& map, Event& filled, Reuse reuse, int column, int row) {
+#pragma unroll
+  for (int p = 0; p < Tile::panels; ++p) load(shared + p * Tile::panel_bytes, map, filled, reuse, column + p * Tile::panel_width, row);
+}
+
+// Stores a box from `shared`. The writes to it must have been published to the async proxy (barrier.h).
+template <class... Coordinates>
+__device__ void store(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
+  cute::SM90_TMA_STORE::copy(&map, shared, coordinates...);
+}
+template <class... Coordinates>
+__device__ void store_add(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
+  cute::SM90_TMA_REDUCE_ADD::copy(&map, shared, coordinates...);
+}
+
+// Contiguous bytes; addresses and size are multiples of 16.
+__device__ inline void bulk_load(void* shared, const void* global, int bytes, Event& filled) {
+  cute::SM90_BULK_COPY_G2S::copy(global, filled.word(), shared, bytes);
+}
+__device__ inline void bulk_store(void* global, const void* shared, int bytes) { cute::SM90_BULK_COPY_S2G::copy(shared, global, bytes); }
+
+// Stores are waited for in groups, by the thread that issued them.
+__device__ inline void commit_stores() {
+  cute::tma_store_arrive();
+  compiler_fence();
+}
+template <int groups_left>
+__device__ void wait_stores_read() {  // their shared memory may be overwritten
+  cute::tma_store_wait<groups_left>();
+}
+template <int groups_left>
+__device__ void wait_stores_done() {  // their results are in global memory
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(groups_left) : "memory");
+}
+
+}  // namespace jet::hopper

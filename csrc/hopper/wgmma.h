@@ -1,0 +1,146 @@
+// Warpgroup matrix multiply-accumulate. A shape is a type; operands are tiles in shared memory (ss) or A comes in registers (rs).
+//   Wgmma<bf16, 96>::ss(s, a.at(0, k), b.at(0, k), accumulate);   // S (+)= A B^T   [64, 96], k16
+#pragma once
+
+#ifndef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every N that is a multiple of 8, not only the common ones
+#endif
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/arch/mma_sm90_gmma_ext.hpp>
+#include <utility>
+
+#include "csrc/hopper/layout.h"
+
+namespace jet::hopper {
+
+// Accumulators must not be touched between the fence before the first wgmma that writes them and the wait that follows its commit.
+__device__ inline void wgmma_fence() { cute::warpgroup_arrive(); }
+__device__ inline void wgmma_commit() { cute::warpgroup_commit_batch(); }
+template <int groups_left>
+__device__ void wgmma_wait() {
+  cute::warpgroup_wait<groups_left>();
+}
+
+// After a wait: tells the compiler that the registers have changed, so that it does not read them early.
+template <int registers>
+__device__ void wgmma_touch(float (&accumulator)[registers]) {
+#pragma unroll
+  for (int r = 0; r < registers; ++r) cute::warpgroup_fence_operand(accumulator[r]);
+}
+
+// A wgmma operand in shared memory: tile layout and base address.
+template <class Element, Swizzle swizzle, Major major, int mn, int k>
+struct Operand {
+  using Tile = OperandTile<Element, swizzle, major, mn, k>;
+  uint32_t base;  // shared-memory address, a multiple of kTileAlign
+
+  __device__ explicit Operand(const void* tile) : base(cute::cast_smem_ptr_to_uint(tile)) {}
+
+  // Descriptor of the part of the operand that begins at (i, l).
+  __device__ uint64_t at(int i, int l) const {
+    constexpr OperandStrides strides = Tile::strides();
+    cute::GmmaDescriptor descriptor;
+    descriptor.bitfield.start_address_ = (base + Tile::start(i, l)) >> 4;
+    descriptor.bitfield.leading_byte_offset_ = strides.leading >> 4;
+    descriptor.bitfield.stride_byte_offset_ = strides.stride >> 4;
+    descriptor.bitfield.base_offset_ = 0;  // tiles are aligned to the swizzle's period
+    descriptor.bitfield.layout_type_ = static_cast<uint8_t>(layout_type);
+    return descriptor;
+  }
+
+ private:
+  using Layout = cute::SM90::GMMA::LayoutType;
+  static constexpr Layout layout_type = swizzle == Swizzle::b128  ? Layout::B128
+                                        : swizzle == Swizzle::b64 ? Layout::B64
+                                        : swizzle == Swizzle::b32 ? Layout::B32
+                                                                  : Layout::INTERLEAVE;
+};
+
+// CUTLASS's name of an element type. fp32 memory is read as tf32 by the tensor cores: the low 13 bits are dropped.
+template <class Element>
+struct CutlassElement;
+template <>
+struct CutlassElement<bf16> {
+  using type = cute::bfloat16_t;
+};
+template <>
+struct CutlassElement<f16> {
+  using type = cute::half_t;
+};
+template <>
+struct CutlassElement<float> {
+  using type = cute::tfloat32_t;
+};
+
+// D[64, n] (+)= A[64, K] B[n, K]^T, accumulated in fp32.
+template <class Element, int n, Major major_a = Major::k, Major major_b = Major::k>
+struct Wgmma {
+  static constexpr int M = 64, N = n, K = 32 / sizeof(Element);
+  static constexpr int registers = M * N / kWarpgroup;
+  using Accumulator = float[registers];  // layout.h: accumulator_row, accumulator_column
+  using Fragment = uint32_t[4];          // layout.h: fragment_row, fragment_k
+
+  __device__ static void ss(Accumulator& d, uint64_t a, uint64_t b, bool accumulate) {
+    using Op = decltype(cute::SM90::GMMA::ss_op_selector<Type, Type, float, Shape, cute_major_a, cute_major_b>());
+    ss_expanded<Op>(d, a, b, accumulate, std::make_integer_sequence<int, registers>());
+  }
+
+  __device__ static void rs(Accumulator& d, const Fragment& a, uint64_t b, bool accumulate) {
+    static_assert(major_a == Major::k, "a register operand has no memory order");
+    using Op = decltype(cute::SM90::GMMA::rs_op_selector<Type, Type, float, Shape, cute_major_a, cute_major_b>());
+    rs_expanded<Op>(d, a, b, accumulate, std::make_integer_sequence<int, registers>());
+  }
+
+ private:
+  using Type = typename CutlassElement<Element>::type;
+  using Shape = cute::Shape<cute::Int<M>, cute::Int<N>, cute::Int<K>>;
+  using ScaleOut = cute::SM90::GMMA::ScaleOut;
+  using CuteMajor = cute::SM90::GMMA::Major;
+  static constexpr CuteMajor cute_major_a = major_a == Major::k ? CuteMajor::K : CuteMajor::MN;
+  static constexpr CuteMajor cute_major_b = major_b == Major::k ? CuteMajor::K : CuteMajor::MN;
+  template <class Op, int... r>
+  __device__ static void ss_expanded(Accumulator& d, uint64_t a, uint64_t b, bool accumulate, std::integer_sequence<int, r...>) {
+    static_assert(sizeof(typename Op::CRegisters) == sizeof(Accumulator), "wgmma N must be a multiple of 8, at most 256");
+    Op::fma(a, b, d[r]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+  }
+  template <class Op, int... r>
+  __device__ static void rs_expanded(Accumulator& d, const Fragment& a, uint64_t b, bool accumulate, std::integer_sequence<int, r...>) {
+    static_assert(sizeof(typename Op::CRegisters) == sizeof(Accumulator), "wgmma N must be a multiple of 8, at most 256");
+    Op::fma(a[0], a[1], a[2], a[3], b, d[r]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+  }
+};
+
+// The A operand [64, 16] at (i, l) of a K-major tile, loaded into registers by ldmatrix; all four warps of the warpgroup.
+template <class Tile>
+__device__ void load_fragment(uint32_t (&a)[4], const void* tile, int thread, int i, int l) {
+  static_assert(Tile::major == Major::k, "ldmatrix reads rows of 8 consecutive k");
+  const char* row = static_cast<const char*>(tile) + Tile::offset(i + ldmatrix_row(thread), l + ldmatrix_k(thread));
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(row), a[0], a[1], a[2], a[3]);
+}
+
+// Two fp32 rounded to nearest even, the first in the low half: how fragments and stores want them.
+template <class Element>
+__device__ uint32_t pack(float low, float high);
+template <>
+__device__ inline uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+__device__ inline uint32_t pack<f16>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// k16 step `step` of the A operand made of an accumulator's columns (layout.h proves the correspondence).
+template <class Element, int registers>
+__device__ void fragment_of(uint32_t (&a)[4], const float (&accumulator)[registers], int step) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = pack<Element>(accumulator[8 * step + 2 * i], accumulator[8 * step + 2 * i + 1]);
+}
+
+}  // namespace jet::hopper

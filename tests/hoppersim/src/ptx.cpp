@@ -1,0 +1,440 @@
+// PTX text -> Module: directives, declarations, scopes, statements. Calls of .func are expanded in place.
+#include <cctype>
+
+#include "ptx_parser.h"
+#include "tensor.h"
+
+namespace hoppersim {
+
+namespace {
+
+// Comments become spaces; line breaks stay, so that lines keep their numbers.
+std::string without_comments(std::string text) {
+  bool quoted = false;
+  for (size_t i = 0; i + 1 < text.size(); ++i) {
+    if (text[i] == '"') quoted = !quoted;
+    if (quoted || text[i] != '/') continue;
+    if (text[i + 1] == '/') {
+      for (; i < text.size() && text[i] != '\n'; ++i) text[i] = ' ';
+    } else if (text[i + 1] == '*') {
+      size_t end = text.find("*/", i + 2);
+      end = end == std::string::npos ? text.size() : end + 2;
+      for (; i < end; ++i) {
+        if (text[i] != '\n') text[i] = ' ';
+      }
+    }
+  }
+  return text;
+}
+
+bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+
+uint32_t round_up(uint64_t value, uint64_t align) { return static_cast<uint32_t>((value + align - 1) / align * align); }
+
+}  // namespace
+
+PtxParser::PtxParser(const std::string& text) : text_(without_comments(text)), module_(std::make_unique<Module>()) {
+  text_.resize(std::strlen(text_.c_str()));  // the text in a fat binary ends in zeros
+}
+
+void PtxParser::syntax(const std::string& text) const { throw Fault("ptx syntax", "line " + std::to_string(line_) + ": " + text); }
+
+void PtxParser::skip_space() {
+  while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) line_ += text_[at_++] == '\n';
+}
+
+bool PtxParser::at_end() {
+  skip_space();
+  return at_ >= text_.size();
+}
+
+bool PtxParser::accept(const char* token) {
+  skip_space();
+  const size_t length = std::strlen(token);
+  if (text_.compare(at_, length, token) != 0) return false;
+  if (is_word(token[length - 1]) && at_ + length < text_.size() && is_word(text_[at_ + length]) && text_[at_ + length] != '.') return false;
+  at_ += length;
+  return true;
+}
+
+void PtxParser::expect(const char* token) {
+  if (!accept(token)) syntax(std::string("expected '") + token + "' at '" + text_.substr(at_, 40) + "'");
+}
+
+std::string PtxParser::word() {
+  skip_space();
+  const size_t begin = at_;
+  while (at_ < text_.size() && is_word(text_[at_])) ++at_;
+  if (at_ == begin) syntax("expected a word at '" + text_.substr(at_, 40) + "'");
+  return text_.substr(begin, at_ - begin);
+}
+
+// Text up to one of `stops`, which stays; white space collapsed.
+std::string PtxParser::until(const char* stops) {
+  std::string result;
+  for (; at_ < text_.size() && !std::strchr(stops, text_[at_]); ++at_) {
+    const bool space = std::isspace(static_cast<unsigned char>(text_[at_]));
+    line_ += text_[at_] == '\n';
+    if (!space) {
+      result += text_[at_];
+    } else if (!result.empty() && result.back() != ' ') {
+      result += ' ';
+    }
+  }
+  return trimmed(result);
+}
+
+void PtxParser::skip_line() {
+  while (at_ < text_.size() && text_[at_] != '\n') ++at_;
+}
+
+void PtxParser::skip_block() {
+  expect("{");
+  for (int depth = 1; depth > 0; ++at_) {
+    if (at_ >= text_.size()) syntax("unclosed block");
+    depth += (text_[at_] == '{') - (text_[at_] == '}');
+    line_ += text_[at_] == '\n';
+  }
+}
+
+std::unique_ptr<Module> PtxParser::parse() {
+  while (!at_end()) directive();
+  return std::move(module_);
+}
+
+void PtxParser::directive() {
+  bool external = false;
+  while (true) {
+    if (accept(".visible") || accept(".weak") || accept(".common")) continue;
+    if (!accept(".extern")) break;
+    external = true;
+  }
+  if (accept(".version") || accept(".target") || accept(".address_size") || accept(".file") || accept(".loc")) {
+    skip_line();
+  } else if (accept(".section")) {
+    until("{");
+    skip_block();
+  } else if (accept(".pragma") || accept(".alias")) {
+    until(";");
+    expect(";");
+  } else if (accept(".entry")) {
+    entry();
+  } else if (accept(".func")) {
+    function_declaration();
+  } else if (accept(".global")) {
+    variable(".global", external);
+  } else if (accept(".const")) {
+    variable(".const", external);
+  } else if (accept(".shared")) {
+    variable(".shared", external);
+  } else {
+    syntax("unknown directive '" + text_.substr(at_, 40) + "'");
+  }
+}
+
+// [.align N] [.v2|.v4] .type name[<n>|[n]…], after the state space.
+PtxParser::Variable PtxParser::declaration() {
+  Variable variable;
+  while (true) {
+    if (accept(".align")) {
+      variable.align = std::stoul(word());
+    } else if (accept(".v2")) {
+      variable.count *= 2;
+    } else if (accept(".v4")) {
+      variable.count *= 4;
+    } else if (accept(".ptr") || accept(".global") || accept(".shared") || accept(".const") || accept(".local") ||
+               accept(".attribute(.managed)") || accept(".relaxed")) {
+      continue;
+    } else {
+      skip_space();
+      if (text_[at_] != '.') break;
+      const std::string name = word();
+      variable.type = type_named(name.substr(1));
+      if (variable.type == Type::none) syntax("unknown type or attribute '" + name + "'");
+    }
+  }
+  variable.name = word();
+  if (accept("<")) {
+    variable.range = true;
+    variable.count = std::stoull(until(">"));
+    expect(">");
+  }
+  while (accept("[")) {
+    variable.array = true;
+    const std::string size = until("]");
+    expect("]");
+    if (size.empty()) {
+      variable.unsized = true;
+    } else {
+      variable.count *= std::stoull(size);
+    }
+  }
+  if (variable.align == 0 && variable.type != Type::pred) variable.align = std::max(1, bits_of(variable.type) / 8);
+  return variable;
+}
+
+void PtxParser::variable(const std::string& space, bool external) {
+  const Variable v = declaration();
+  if (space == ".shared") {
+    shared_[v.name] = {static_cast<uint32_t>(v.unsized ? 0 : v.bytes()), v.align, external || v.unsized};
+    expect(";");
+    return;
+  }
+  if (v.align > 16) throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": alignment of variable " + v.name);
+  std::vector<uint8_t>& bytes = module_->globals[v.name];
+  bytes.assign(std::max<uint64_t>(v.unsized ? 0 : v.bytes(), 1), 0);
+  if (accept("=")) initialiser(v, bytes);
+  expect(";");
+  Symbol symbol;
+  symbol.kind = Symbol::Kind::global;
+  symbol.value = reinterpret_cast<uint64_t>(bytes.data());
+  globals_[v.name] = symbol;
+  if (external && v.unsized) return;  // defined elsewhere: accesses fault
+  const void* begin = bytes.data();
+  global_ranges().add(begin, bytes.size(), space == ".global");
+  module_->registrations.emplace_back(nullptr, [begin](void*) { global_ranges().remove(begin); });
+}
+
+// Numbers and addresses of variables, flat or nested in braces.
+void PtxParser::initialiser(const Variable& v, std::vector<uint8_t>& bytes) {
+  std::string list = until(";");
+  std::erase_if(list, [](char c) { return c == '{' || c == '}'; });
+  const size_t width = bits_of(v.type) / 8;
+  size_t at = 0;
+  for (const std::string& item : split_list(list)) {
+    Operand value;
+    if (item.empty()) continue;
+    if (!number(item, value)) {
+      std::string symbol = item;
+      uint64_t offset = 0;
+      if (const size_t plus = symbol.rfind('+'); plus != std::string::npos) {
+        offset = std::stoull(symbol.substr(plus + 1), nullptr, 0);
+        symbol = trimmed(symbol.substr(0, plus));
+      }
+      if (symbol.rfind("generic(", 0) == 0) symbol = symbol.substr(8, symbol.size() - 9);
+      const auto found = globals_.find(symbol);
+      if (found == globals_.end() || width != 8) throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": initialiser " + item);
+      value.immediate = found->second.value + offset;
+    } else if (v.type == Type::f32 && value.type == Type::f64) {
+      value.immediate = to_bits(static_cast<float>(from_bits<double>(value.immediate)));
+    }
+    if (at + width > bytes.size()) syntax("too many initial values for " + v.name);
+    std::memcpy(&bytes[at], &value.immediate, width);
+    at += width;
+  }
+}
+
+std::vector<PtxParser::Variable> PtxParser::parameter_list() {
+  std::vector<Variable> list;
+  if (!accept("(")) return list;
+  while (!accept(")")) {
+    if (!accept(".param")) expect(".reg");
+    list.push_back(declaration());
+    accept(",");
+  }
+  return list;
+}
+
+void PtxParser::entry() {
+  function_ = std::make_unique<Function>();
+  function_->name = word();
+  scopes_.assign(1, {});
+  external_.clear();
+  external_align_ = 16;
+  for (const Variable& v : parameter_list()) {
+    const uint32_t offset = round_up(function_->parameter_bytes, v.align), size = static_cast<uint32_t>(v.bytes());
+    function_->parameters.push_back({v.name, offset, size, v.align});
+    function_->parameter_bytes = offset + size;
+    scopes_[0].symbols[v.name] = {Symbol::Kind::parameter, offset, v.type};
+  }
+  while (!accept("{")) {
+    if (accept(";")) return;  // declaration
+    const std::string name = word();
+    const std::vector<std::string> numbers = split_list(until(".{"));
+    auto at = [&](size_t i) { return i < numbers.size() && !numbers[i].empty() ? static_cast<uint32_t>(std::stoul(numbers[i])) : 1u; };
+    if (name == ".maxntid" || name == ".reqntid") function_->max_threads = at(0) * at(1) * at(2);
+    if (name == ".reqnctapercluster") function_->cluster_x = at(0), function_->cluster_y = at(1), function_->cluster_z = at(2);
+  }
+  body(0);
+  finish_function();
+}
+
+void PtxParser::function_declaration() {
+  Callee callee;
+  for (const Variable& v : parameter_list()) callee.results.push_back(v.name);
+  const std::string name = word();
+  for (const Variable& v : parameter_list()) callee.arguments.push_back(v.name);
+  const std::string attributes = until(";{");
+  skip_space();
+  if (text_[at_] == '{') {
+    callee.body = at_ + 1;
+    callee.line = line_;
+    skip_block();
+  } else {
+    expect(";");
+  }
+  if (callee.body != 0 || !callees_.count(name)) callees_[name] = callee;
+}
+
+// Statements until the brace that closes the scope above `stop_depth` scopes.
+void PtxParser::body(int stop_depth) {
+  while (true) {
+    if (at_end()) syntax("unclosed function");
+    if (accept("{")) {
+      open_scope();
+    } else if (accept("}")) {
+      if (static_cast<int>(scopes_.size()) == stop_depth + 1) {
+        if (scopes_.back().callee) scopes_.back().labels["%return"] = static_cast<uint32_t>(function_->code.size());
+        close_scope();
+        return;
+      }
+      close_scope();
+    } else {
+      statement();
+    }
+  }
+}
+
+void PtxParser::statement() {
+  if (accept(";")) return;
+  if (text_[at_] == '.') {
+    body_directive();
+    return;
+  }
+  const size_t begin = at_;
+  const int line = line_;
+  if (text_[at_] != '@') {
+    const std::string name = word();
+    skip_space();
+    if (at_ < text_.size() && text_[at_] == ':' && text_[at_ + 1] != ':') {
+      ++at_;
+      if (accept(".branchtargets")) {
+        scopes_.back().tables[name] = split_list(until(";"));
+        expect(";");
+      } else if (accept(".callprototype") || accept(".calltargets")) {
+        until(";");
+        expect(";");
+      } else if (!scopes_.back().labels.emplace(name, function_->code.size()).second) {
+        syntax("label " + name + " twice in a scope");
+      }
+      return;
+    }
+    at_ = begin;
+    line_ = line;
+  }
+  instruction(until(";"));
+  expect(";");
+}
+
+void PtxParser::body_directive() {
+  if (accept(".loc") || accept(".file")) {
+    skip_line();
+  } else if (accept(".pragma")) {
+    until(";");
+    expect(";");
+  } else if (accept(".reg")) {
+    declare_registers();
+  } else if (accept(".shared")) {
+    declare_shared(declaration(), false);
+    expect(";");
+  } else if (accept(".local")) {
+    declare_local();
+  } else if (accept(".param")) {
+    declare_local();
+  } else {
+    syntax("unknown directive '" + text_.substr(at_, 40) + "'");
+  }
+}
+
+void PtxParser::declare_registers() {
+  const Variable first = declaration();
+  if (first.count != 1 && !first.range) throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": vector register " + first.name);
+  Variable v = first;
+  while (true) {
+    RegisterRange range{v.name, static_cast<uint32_t>(v.count), 0, 1, first.type == Type::pred, first.type};
+    if (range.predicate) {
+      range.first = function_->predicate_count;
+      function_->predicate_count += range.count;
+    } else {
+      range.words = std::max(1, bits_of(range.type) / 32);
+      range.first = function_->register_words;
+      function_->register_words += range.count * range.words;
+    }
+    if (v.range) {
+      scopes_.back().ranges.push_back(range);
+    } else {
+      scopes_.back().symbols[v.name] = {range.predicate ? Symbol::Kind::predicate : Symbol::Kind::reg, range.first, range.type};
+    }
+    if (!accept(",")) break;
+    v = Variable();
+    v.name = word();
+    if (accept("<")) {
+      v.range = true;
+      v.count = std::stoull(until(">"));
+      expect(">");
+    }
+  }
+  expect(";");
+}
+
+// .local variables, and .param variables of calls, which live in local memory too.
+void PtxParser::declare_local() {
+  const Variable v = declaration();
+  expect(";");
+  const uint32_t offset = round_up(function_->local_bytes, std::max(v.align, 8u));
+  function_->local_bytes = offset + static_cast<uint32_t>(v.bytes());
+  scopes_.back().symbols[v.name] = {Symbol::Kind::local, offset, v.type};
+}
+
+void PtxParser::declare_shared(const Variable& v, bool external) {
+  if (external) {
+    external_.insert(v.name);
+    external_align_ = std::max(external_align_, v.align);
+    function_->external_shared = true;
+    function_->shared_symbols[v.name] = 0;
+    return;
+  }
+  const uint32_t offset = round_up(kSharedBase + function_->static_shared, v.align);
+  function_->static_shared = offset - kSharedBase + static_cast<uint32_t>(v.bytes());
+  function_->shared_symbols[v.name] = offset;
+  scopes_.back().symbols[v.name] = {Symbol::Kind::shared, offset, v.type};
+}
+
+void PtxParser::close_scope() {
+  Scope scope = std::move(scopes_.back());
+  scopes_.pop_back();
+  for (LabelUse& use : scope.uses) {
+    const auto label = scope.labels.find(use.name);
+    if (label == scope.labels.end()) {
+      if (scopes_.empty() || scope.callee) throw Fault("ptx syntax", "line " + std::to_string(use.line) + ": no label " + use.name);
+      scopes_.back().uses.push_back(use);
+      continue;
+    }
+    Operand& operand = function_->code[use.instruction].operands[use.operand];
+    (use.element < 0 ? operand : operand.elements[use.element]).index = label->second;
+  }
+}
+
+void PtxParser::resolve_external(Operand& operand, uint32_t offset) {
+  if (operand.space == Space::shared && external_.count(operand.name)) operand.immediate += offset;
+  for (Operand& element : operand.elements) resolve_external(element, offset);
+}
+
+void PtxParser::finish_function() {
+  const uint32_t begin = round_up(kSharedBase + function_->static_shared, external_align_);
+  if (function_->external_shared) function_->static_shared = begin - kSharedBase;
+  for (const std::string& name : external_) function_->shared_symbols[name] = begin;
+  for (Instruction& i : function_->code) {
+    for (Operand& operand : i.operands) resolve_external(operand, begin);
+  }
+  Instruction end;  // falling off the end leaves the kernel
+  end.line = line_;
+  end.text = end.opcode = "exit";
+  emit(std::move(end));
+  mark_wgmma_registers(*function_);
+  module_->functions[function_->name] = std::move(function_);
+}
+
+std::unique_ptr<Module> parse_ptx(const std::string& text) { return PtxParser(text).parse(); }
+
+}  // namespace hoppersim

@@ -1,0 +1,208 @@
+// The device (an H200), errors, streams and events. Everything runs in order at the call, so streams and events only exist.
+#include <algorithm>
+#include <cstdio>
+#include <unordered_map>
+#include <utility>
+
+#include "runtime.h"
+
+namespace hoppersim {
+
+namespace {
+
+thread_local cudaError_t last_error = cudaSuccess;
+
+constexpr int kL2Bytes = 50 * 1024 * 1024;
+constexpr size_t kMemoryBytes = 141ull * 1000 * 1000 * 1000;
+constexpr int kMaxThreadsPerBlockAxis[3] = {1024, 1024, 64};
+constexpr int kMaxGrid[3] = {2147483647, 65535, 65535};
+
+const std::unordered_map<int, int>& attributes() {
+  static const std::unordered_map<int, int> table{
+      {cudaDevAttrMaxThreadsPerBlock, kMaxThreadsPerBlock},
+      {cudaDevAttrMaxBlockDimX, kMaxThreadsPerBlockAxis[0]},
+      {cudaDevAttrMaxBlockDimY, kMaxThreadsPerBlockAxis[1]},
+      {cudaDevAttrMaxBlockDimZ, kMaxThreadsPerBlockAxis[2]},
+      {cudaDevAttrMaxGridDimX, kMaxGrid[0]},
+      {cudaDevAttrMaxGridDimY, kMaxGrid[1]},
+      {cudaDevAttrMaxGridDimZ, kMaxGrid[2]},
+      {cudaDevAttrMaxSharedMemoryPerBlock, kSharedWithoutOptIn},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedLimit},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedPerMultiprocessor},
+      {cudaDevAttrReservedSharedMemoryPerBlock, kSharedReservedPerBlock},
+      {cudaDevAttrTotalConstantMemory, 64 * 1024},
+      {cudaDevAttrWarpSize, kLanes},
+      {cudaDevAttrMaxRegistersPerBlock, kRegistersPerMultiprocessor},
+      {cudaDevAttrMaxRegistersPerMultiprocessor, kRegistersPerMultiprocessor},
+      {cudaDevAttrMultiProcessorCount, kMultiprocessors},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, kThreadsPerMultiprocessor},
+      {cudaDevAttrMaxBlocksPerMultiprocessor, kBlocksPerMultiprocessor},
+      {cudaDevAttrL2CacheSize, kL2Bytes},
+      {cudaDevAttrComputeCapabilityMajor, 9},
+      {cudaDevAttrComputeCapabilityMinor, 0},
+      {cudaDevAttrConcurrentKernels, 1},
+      {cudaDevAttrUnifiedAddressing, 1},
+      {cudaDevAttrManagedMemory, 1},
+      {cudaDevAttrStreamPrioritiesSupported, 1},
+      {cudaDevAttrCooperativeLaunch, 0},  // no grid-wide barrier here
+  };
+  return table;
+}
+
+struct ErrorName {
+  cudaError_t error;
+  const char *name, *text;
+};
+constexpr ErrorName kErrors[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInvalidSymbol, "cudaErrorInvalidSymbol", "invalid device symbol"},
+    {cudaErrorMissingConfiguration, "cudaErrorMissingConfiguration", "missing launch configuration"},
+    {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction", "invalid device function"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorInvalidKernelImage, "cudaErrorInvalidKernelImage", "device kernel image is invalid"},
+    {cudaErrorSymbolNotFound, "cudaErrorSymbolNotFound", "named symbol not found"},
+    {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
+    {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
+    {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported by the simulated runtime"},
+    {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "invalid cluster size"},
+};
+const ErrorName* find_error(cudaError_t error) {
+  for (const ErrorName& e : kErrors)
+    if (e.error == error) return &e;
+  return nullptr;
+}
+
+// Handles only need to be distinct and not null.
+template <class Handle>
+cudaError_t new_handle(Handle* handle) {
+  *handle = reinterpret_cast<Handle>(new char);
+  return cudaSuccess;
+}
+template <class Handle>
+cudaError_t delete_handle(Handle handle) {
+  delete reinterpret_cast<char*>(handle);
+  return cudaSuccess;
+}
+
+cudaError_t entry_point(const char* name, void** function, cudaDriverEntryPointQueryResult* status) {
+  *function = driver_entry(name);
+  if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return *function || status ? cudaSuccess : set_last_error(cudaErrorSymbolNotFound);
+}
+
+}  // namespace
+
+Runtime& runtime() {
+  static auto* r = new Runtime;  // libraries may launch from exit handlers
+  return *r;
+}
+
+void keep_fault(const Fault& fault) {
+  Runtime& r = runtime();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  if (r.fault) return;
+  r.fault.emplace(fault);
+  r.fault_text = std::string("hoppersim: ") + fault.what();
+}
+
+cudaError_t set_last_error(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+}  // namespace hoppersim
+
+using namespace hoppersim;
+
+extern "C" {
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+const char* cudaGetErrorName(cudaError_t error) {
+  const ErrorName* e = find_error(error);
+  return e ? e->name : "unrecognized error code";
+}
+
+// A launch failure is told with the fault that the simulator found.
+const char* cudaGetErrorString(cudaError_t error) {
+  Runtime& r = runtime();
+  if (error == cudaErrorLaunchFailure && r.fault) return r.fault_text.c_str();
+  const ErrorName* e = find_error(error);
+  return e ? e->text : "unrecognized error code";
+}
+
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_last_error(cudaErrorInvalidDevice); }
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return set_last_error(cudaErrorInvalidDevice);
+  const auto found = attributes().find(attribute);
+  if (found == attributes().end()) return set_last_error(cudaErrorNotSupported);
+  *value = found->second;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+  if (device != 0) return set_last_error(cudaErrorInvalidDevice);
+  *p = cudaDeviceProp{};
+  std::snprintf(p->name, sizeof p->name, "hoppersim H200");
+  p->totalGlobalMem = kMemoryBytes;
+  p->sharedMemPerBlock = kSharedWithoutOptIn;
+  p->sharedMemPerBlockOptin = kSharedLimit;
+  p->sharedMemPerMultiprocessor = kSharedPerMultiprocessor;
+  p->reservedSharedMemPerBlock = kSharedReservedPerBlock;
+  p->regsPerBlock = p->regsPerMultiprocessor = kRegistersPerMultiprocessor;
+  p->warpSize = kLanes;
+  p->maxThreadsPerBlock = kMaxThreadsPerBlock;
+  std::copy_n(kMaxThreadsPerBlockAxis, 3, p->maxThreadsDim);
+  std::copy_n(kMaxGrid, 3, p->maxGridSize);
+  p->totalConstMem = 64 * 1024;
+  p->major = 9, p->minor = 0;
+  p->multiProcessorCount = kMultiprocessors;
+  p->maxThreadsPerMultiProcessor = kThreadsPerMultiprocessor;
+  p->maxBlocksPerMultiProcessor = kBlocksPerMultiprocessor;
+  p->l2CacheSize = kL2Bytes;
+  p->memoryBusWidth = 6144;
+  p->concurrentKernels = p->unifiedAddressing = p->managedMemory = p->streamPrioritiesSupported = 1;
+  p->clusterLaunch = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return new_handle(stream); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return new_handle(stream); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return new_handle(stream); }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete_handle(stream); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return set_last_error(cudaErrorNotSupported); }
+
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return new_handle(event); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return new_handle(event); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete_handle(event); }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+// A simulator has no time of the hardware to tell.
+cudaError_t cudaEventElapsedTime(float*, cudaEvent_t, cudaEvent_t) { return set_last_error(cudaErrorNotSupported); }
+
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long, cudaDriverEntryPointQueryResult* status) {
+  return entry_point(name, function, status);
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
+  return entry_point(name, function, status);
+}
+
+}  // extern "C"

@@ -1,0 +1,172 @@
+// Fat binaries, kernels and variables as nvcc's host code registers them.
+#include <algorithm>
+#include <unordered_map>
+
+#include "runtime.h"
+
+namespace hoppersim {
+
+namespace {
+
+struct FatWrapper {
+  uint32_t magic, version;
+  const uint8_t* data;
+  void* unused;
+};
+struct FatHeader {
+  uint32_t magic;
+  uint16_t version, header_size;
+  uint64_t size;
+};
+struct FatEntry {
+  uint16_t kind, version;
+  uint32_t header_size;
+  uint64_t size;
+};
+constexpr uint32_t kWrapperMagic = 0x466243b1, kHeaderMagic = 0xba55ed50;
+constexpr uint16_t kKindPtx = 1;
+
+// The PTX text of a fat binary; empty when it holds none as plain text.
+std::string ptx_of(const void* wrapper_address) {
+  const auto* wrapper = static_cast<const FatWrapper*>(wrapper_address);
+  if (wrapper->magic != kWrapperMagic) return "";
+  FatHeader header;
+  std::memcpy(&header, wrapper->data, sizeof header);
+  if (header.magic != kHeaderMagic) return "";
+  const uint8_t* at = wrapper->data + header.header_size;
+  const uint8_t* end = at + header.size;
+  while (at + sizeof(FatEntry) <= end) {
+    FatEntry entry;
+    std::memcpy(&entry, at, sizeof entry);
+    if (entry.kind == kKindPtx) {
+      std::string text(reinterpret_cast<const char*>(at + entry.header_size), entry.size);
+      text.erase(std::find(text.begin(), text.end(), '\0'), text.end());
+      if (text.find(".version") != std::string::npos) return text;
+    }
+    at += entry.header_size + entry.size;
+  }
+  return "";
+}
+
+struct Variable {
+  LoadedModule* module;
+  std::string name;
+};
+
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<const void*, std::unique_ptr<Kernel>> kernels;  // by host stub
+  std::unordered_map<const void*, Variable> variables;               // by host shadow
+};
+
+// Never destroyed: libraries unregister from exit handlers that may run after this library's static destructors.
+Registry& registry() {
+  static auto* r = new Registry;
+  return *r;
+}
+
+}  // namespace
+
+LoadedModule::~LoadedModule() {
+  if (!module) return;
+  for (auto& [name, bytes] : module->globals) global_ranges().remove(bytes.data());
+}
+
+const Module& LoadedModule::parsed() {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (module) return *module;
+  if (text.empty())
+    throw Fault("no ptx", "the fat binary holds no plain PTX: compile with code=compute_90a and --no-compress");
+  module = parse_ptx(text);
+  for (auto& [name, bytes] : module->globals) global_ranges().add(bytes.data(), bytes.size());
+  return *module;
+}
+
+const Function& LoadedModule::function(const std::string& name) {
+  const auto& functions = parsed().functions;
+  const auto found = functions.find(name);
+  if (found == functions.end()) throw Fault("unknown kernel", name);
+  return *found->second;
+}
+
+std::vector<uint8_t>* LoadedModule::global(const std::string& name) {
+  parsed();
+  const auto found = module->globals.find(name);
+  return found == module->globals.end() ? nullptr : &found->second;
+}
+
+Kernel* find_kernel(const void* stub_or_handle) {
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  const auto found = r.kernels.find(stub_or_handle);
+  if (found != r.kernels.end()) return found->second.get();
+  for (auto& [stub, kernel] : r.kernels)
+    if (kernel.get() == stub_or_handle) return kernel.get();
+  return nullptr;
+}
+
+std::vector<Kernel*> kernels_named(const std::string& name) {
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  std::vector<Kernel*> result;
+  for (auto& [stub, kernel] : r.kernels)
+    if (kernel->name == name) result.push_back(kernel.get());
+  return result;
+}
+
+std::vector<uint8_t>* find_variable(const void* shadow) {
+  Registry& r = registry();
+  Variable variable{};
+  {
+    std::lock_guard<std::mutex> lock(r.mutex);
+    const auto found = r.variables.find(shadow);
+    if (found == r.variables.end()) return nullptr;
+    variable = found->second;
+  }
+  return variable.module->global(variable.name);
+}
+
+}  // namespace hoppersim
+
+using namespace hoppersim;
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void* wrapper) { return reinterpret_cast<void**>(new LoadedModule(ptx_of(wrapper))); }
+
+void __cudaRegisterFatBinaryEnd(void**) {}
+
+void __cudaUnregisterFatBinary(void** handle) {
+  auto* module = reinterpret_cast<LoadedModule*>(handle);
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  for (auto i = r.kernels.begin(); i != r.kernels.end();) i = i->second->module == module ? r.kernels.erase(i) : std::next(i);
+  for (auto i = r.variables.begin(); i != r.variables.end();) i = i->second.module == module ? r.variables.erase(i) : std::next(i);
+  delete module;
+}
+
+void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+  auto kernel = std::make_unique<Kernel>();
+  kernel->module = reinterpret_cast<LoadedModule*>(handle);
+  kernel->name = name;
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  r.kernels[stub] = std::move(kernel);
+}
+
+void __cudaRegisterVar(void** handle, char* shadow, char*, const char* name, int, size_t, int, int) {
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  r.variables[shadow] = {reinterpret_cast<LoadedModule*>(handle), name};
+}
+
+char __cudaInitModule(void**) { return 1; }
+
+cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* stub) {
+  Kernel* kernel = find_kernel(stub);
+  if (kernel == nullptr) return set_last_error(cudaErrorInvalidDeviceFunction);
+  *handle = reinterpret_cast<cudaKernel_t>(kernel);
+  return cudaSuccess;
+}
+
+}  // extern "C"
