@@ -52,10 +52,14 @@ def test_layouts(swizzle, n, timing):
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("in_registers", [False, True])
-@pytest.mark.parametrize("element, accumulator", [("f16", "f32"), ("f16", "f16"), ("bf16", "f32"), ("tf32", "f32")])
+@pytest.mark.parametrize("element, accumulator", [
+    ("f16", "f32"), ("f16", "f16"), ("bf16", "f32"), ("tf32", "f32"), ("e4m3", "f32"), ("e5m2", "f16"), ("s8", "s32"), ("u8", "s32"),
+])  # fmt: skip
 def test_types(element, accumulator, in_registers, timing):
-    n, k = 40, 32
+    n, k = 48, 64
     a, b, c = integers(64, k, seed=1), integers(n, k, seed=2), integers(64, n, seed=3)
+    if element == "u8":
+        a, b = a % 256, b % 256
     for swizzle in SWIZZLES:
         stored = None if in_registers else tile(a, element, swizzle, False)
         kernel = Wgmma(n, element, tile(b, element, swizzle, False), stored, accumulator)
@@ -214,7 +218,7 @@ def test_operands_differ_within_the_warpgroup():
     assert fault_kind(kernel, c) == "wgmma differs within the warpgroup"
 
 
-@pytest.mark.parametrize("types", ["f32.e4m3.e4m3", "s32.s8.s8", "f16.bf16.bf16", "f32.bf16.f16"])
+@pytest.mark.parametrize("types", ["f16.tf32.tf32", "s32.s4.s4", "f32.b1.b1", "f16.bf16.bf16", "f32.bf16.f16", "f32.f16.e4m3"])
 def test_unsupported_types(types):
     kernel, _, _, _ = simple()
     with pytest.raises(hoppersim.Fault) as caught:

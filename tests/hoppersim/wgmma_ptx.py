@@ -7,15 +7,24 @@ not from the formulas of the simulator.
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 SWIZZLES = {0: 1, 32: 2, 64: 4, 128: 8}  # bytes: units of an atom's row
 _LAYOUT_FIELD = {0: 0, 128: 1, 64: 2, 32: 3}
-SPAN_K = {"f16": 16, "bf16": 16, "tf32": 8}
+SPAN_K = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32}  # elements in 32 bytes: K of an instruction
+
+
+ACCUMULATORS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
 
 
 def to_bits(values: np.ndarray, element: str) -> np.ndarray:
     """The operand format's bits of values that are exact in it."""
+    if element in ("s8", "u8"):
+        return values.astype(np.int64).astype(np.uint8)
     values = values.astype(np.float32)
+    if element in ("e4m3", "e5m2"):
+        dtype = torch.float8_e4m3fn if element == "e4m3" else torch.float8_e5m2
+        return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).view(torch.uint8).numpy()
     if element == "f16":
         return values.astype(np.float16).view(np.uint16)
     if element == "bf16":
@@ -32,8 +41,11 @@ class Tile:
     constants: int
 
 
-def tile(matrix: np.ndarray, element: str, swizzle: int, mn_major: bool) -> Tile:
-    """``matrix``: [rows of M or N, K]. Atoms of 8 rows (or 8 values of K) by W units, tiled along K (or MN), then the other way."""
+def tile(matrix: np.ndarray, element: str, swizzle: int, mn_major: bool, step: int | None = None) -> Tile:
+    """``matrix``: [rows of M or N, K]. Atoms of 8 rows (or 8 values of K) by W units, tiled along K (or MN), then the other way.
+
+    ``step``: elements of K that an instruction reads of a row (B of a sparse product: twice as many as usual).
+    """
     bits = to_bits(matrix, element)
     size, width = bits.itemsize, SWIZZLES[swizzle]
     per_unit = 16 // size
@@ -51,13 +63,13 @@ def tile(matrix: np.ndarray, element: str, swizzle: int, mn_major: bool) -> Tile
             begin = ((unit // width) * (count // 8) + line // 8) * atom + row * width * 16 + place * 16
             image[begin : begin + 16] = raw[line, unit * 16 : unit * 16 + 16]
     along_line, along_count = count // 8 * atom, atom  # bytes from atom to atom
-    step = SPAN_K[element]
+    step = step or SPAN_K[element]
     k_size = matrix.shape[1]
     if mn_major:
         starts = [k // 8 * along_count for k in range(0, k_size, step)]
         leading, stride = (along_count, along_line) if swizzle == 0 else (along_line, along_count)
     else:
-        units = range(0, k_size // per_unit, 2)
+        units = range(0, k_size // per_unit, step // per_unit)
         starts = [u // width * along_line + u % width * 16 for u in units]
         leading, stride = along_line if swizzle == 0 else 16, along_count
     return Tile(image, starts, leading >> 4 << 16 | stride >> 4 << 32 | _LAYOUT_FIELD[swizzle] << 62)
@@ -81,7 +93,13 @@ class Wgmma:
 
     @property
     def registers(self) -> int:
-        return self.n // 2 if self.accumulator == "f32" else self.n // 4
+        return self.n // 4 if self.accumulator == "f16" else self.n // 2
+
+    sparse = False  # the metadata register follows the A registers in the fragments
+
+    @property
+    def fragment_words(self) -> int:
+        return (4 * self.steps if self.a is None else 0) + self.sparse
 
     @property
     def steps(self) -> int:
@@ -97,11 +115,12 @@ class Wgmma:
         k = SPAN_K[self.element]
         d = ", ".join(f"%d{r}" for r in range(self.registers))
         a = f"%rd{10 + step}" if self.a is not None else "{" + ", ".join(f"%a{4 * step + r}" for r in range(4)) + "}"
-        trans = "" if self.element == "tf32" else f", {self.trans[1]}" if self.a is None else f", {self.trans[0]}, {self.trans[1]}"
+        trans = "" if SPAN_K[self.element] != 16 else f", {self.trans[1]}" if self.a is None else f", {self.trans[0]}, {self.trans[1]}"
+        scales = "" if self.accumulator == "s32" else f", {self.scale[0]}, {self.scale[1]}"
         types = f"{self.accumulator}.{self.element}.{self.element}"
         return (
-            f"wgmma.mma_async.sync.aligned.m64n{self.n}k{k}.{types} {{{d}}}, {a}, %rd{40 + step}, {scale_d}, "
-            f"{self.scale[0]}, {self.scale[1]}{trans};"
+            f"wgmma.mma_async.sync.aligned.m64n{self.n}k{k}.{types} {{{d}}}, {a}, %rd{40 + step}, {scale_d}"
+            f"{scales}{trans};"
         )
 
     def line(self, name: str, text: str) -> str:
@@ -118,6 +137,8 @@ class Wgmma:
         loads = [f"ld.global.b32 %d{r}, [%rd4+{4 * r}];" for r in range(self.registers)]
         if self.a is None:
             loads += [f"ld.global.b32 %a{r}, [%rd5+{4 * r}];" for r in range(4 * self.steps)]
+        if self.sparse:
+            loads.append(f"ld.global.b32 %e0, [%rd5+{4 * (self.fragment_words - 1)}];")
         stores = [f"st.global.b32 [%rd4+{4 * r}], %d{r};" for r in range(self.registers)]
         body = []
         for step in range(self.steps):
@@ -142,7 +163,7 @@ class Wgmma:
   ld.param.u64 %rd5, [fragments];
   mul.wide.u32 %rd6, %r1, {4 * self.registers};
   add.s64 %rd4, %rd4, %rd6;
-  mul.wide.u32 %rd6, %r1, {16 * self.steps};
+  mul.wide.u32 %rd6, %r1, {4 * self.fragment_words};
   add.s64 %rd5, %rd5, %rd6;
   shl.b32 %r3, %r1, 4;
 COPY:
@@ -162,6 +183,7 @@ COPIED:
   cvt.u64.u32 %rd1, %r9;
   setp.ne.u32 %p2, {int(self.first_scale_d)}, 0;
   setp.eq.u32 %p3, 0, 0;
+  mov.u32 %r10, {int(self.first_scale_d)};
   {newline.join(descriptors)}
   {newline.join(loads)}
   {self.line("fence", "wgmma.fence.sync.aligned;")}
@@ -187,14 +209,14 @@ def rows_and_columns(n: int, accumulator: str):
 def spread(matrix: np.ndarray, accumulator: str) -> np.ndarray:
     """[64, n] -> bits of the accumulator registers [128, registers]."""
     row, column = rows_and_columns(matrix.shape[1], accumulator)
-    values = matrix[row, column].astype(np.float16 if accumulator == "f16" else np.float32)
+    values = matrix[row, column].astype(ACCUMULATORS[accumulator])
     return np.ascontiguousarray(values).view(np.uint32)[..., 0].copy()
 
 
 def gather(bits: np.ndarray, n: int, accumulator: str) -> np.ndarray:
     """Bits of the accumulator registers [128, registers] -> [64, n]."""
     row, column = rows_and_columns(n, accumulator)
-    values = np.ascontiguousarray(bits)[..., None].view(np.float16 if accumulator == "f16" else np.float32)
+    values = np.ascontiguousarray(bits)[..., None].view(ACCUMULATORS[accumulator])
     matrix = np.empty((64, n), values.dtype)
     matrix[row, column] = values
     return matrix
@@ -203,15 +225,8 @@ def gather(bits: np.ndarray, n: int, accumulator: str) -> np.ndarray:
 def fragments(a: np.ndarray, element: str) -> np.ndarray:
     """A [64, K] -> bits of the A registers [128, 4 * steps]."""
     bits = to_bits(a, element)
-    step = SPAN_K[element]
-    result = np.zeros((128, 4 * (a.shape[1] // step)), np.uint32)
-    for thread in range(128):
-        row = thread // 32 * 16 + thread % 32 // 4
-        for register in range(result.shape[1]):
-            r, k = row + register % 2 * 8, register // 4 * step + register // 2 % 2 * (step // 2)
-            if element == "tf32":
-                result[thread, register] = bits[r, k + thread % 4]
-            else:
-                low, high = bits[r, k + thread % 4 * 2 : k + thread % 4 * 2 + 2].astype(np.uint32)
-                result[thread, register] = low | high << 16
-    return result
+    per_word = 4 // bits.itemsize
+    words = np.ascontiguousarray(bits).view(np.uint32)  # [64, K / per_word]: 8 words in a step
+    thread, register = np.meshgrid(np.arange(128), np.arange(4 * (a.shape[1] // (8 * per_word))), indexing="ij")
+    row = thread // 32 * 16 + thread % 32 // 4 + register % 2 * 8
+    return np.ascontiguousarray(words[row, register // 4 * 8 + register // 2 % 2 * 4 + thread % 4])

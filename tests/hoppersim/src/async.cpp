@@ -188,7 +188,7 @@ void async_finish(Cluster& cluster) {
 
 bool bind_async(Instruction& instruction) {
   return bind_mbarrier(instruction) || bind_thread_copy(instruction) || bind_bulk(instruction) || bind_tensor_copy(instruction) ||
-         bind_cluster(instruction);
+         bind_tensormap(instruction) || bind_cluster(instruction);
 }
 
 }  // namespace hoppersim

@@ -122,6 +122,7 @@ bool bind_mbarrier(Instruction& instruction);
 bool bind_thread_copy(Instruction& instruction);
 bool bind_bulk(Instruction& instruction);
 bool bind_tensor_copy(Instruction& instruction);
+bool bind_tensormap(Instruction& instruction);
 bool bind_cluster(Instruction& instruction);
 
 }  // namespace hoppersim

@@ -1,7 +1,8 @@
-// cp.async.bulk.tensor and cp.reduce.async.bulk.tensor, tile mode: boxes of a tensor map.
+// cp.async.bulk.tensor and cp.reduce.async.bulk.tensor: boxes (tile mode) and columns of pixels (im2col) of a tensor map.
 #include <algorithm>
 
 #include "async_reduce.h"
+#include "tensor_map_proxy.h"
 
 namespace hoppersim {
 namespace {
@@ -9,39 +10,69 @@ namespace {
 enum class Way : uint32_t { load, store, prefetch };
 constexpr uint32_t kNoReduction = ~0u;
 
-// A box of the tensor: what lies where in the tensor and in shared memory.
+// A box of the tensor, or a column of its pixels: what lies where in the tensor and in shared memory.
 struct Box {
   TensorMap map;
   int64_t start[kTensorRank];     // coordinates of its first element, may be negative
-  uint32_t count[kTensorRank];    // elements moved per dimension
+  int64_t offset[kTensorRank];    // im2col: what is added to the position of a pixel
+  uint32_t count[kTensorRank];    // elements moved per dimension; of a column in dimension 0 only
   uint32_t element, row_bytes, bytes;
   uint32_t first, last;           // elements [first, last) of a row are inside the tensor
 
-  // The rows inside the tensor and outside: row(index in the box, global address of its element 0 or 0 when outside).
+  // Global address of element 0 of the row at these coordinates (of dimensions 1 …), 0 when it is outside.
+  uint64_t address_at(const int64_t* coordinate) const {
+    bool inside = first < last;
+    uint64_t address = map.address + start[0] * element;
+    for (int d = 1; d < kTensorRank; ++d) {
+      inside &= coordinate[d] >= 0 && coordinate[d] < static_cast<int64_t>(map.extent[d]);
+      address += coordinate[d] * map.stride[d - 1];
+    }
+    return inside ? address : 0;
+  }
+
+  // row(index in the box, address_at its coordinates) for each row.
   template <class Row>
   void each_row(Row row) const {
+    if (map.mode == TensorMode::im2col) return each_pixel(row);
     uint32_t index[kTensorRank] = {};
     for (uint32_t r = 0; r < bytes / row_bytes; ++r) {
-      bool inside = first < last;
-      uint64_t address = map.address + start[0] * element;
-      for (int d = 1; d < kTensorRank; ++d) {
-        const int64_t coordinate = start[d] + static_cast<int64_t>(index[d]) * map.element_stride[d];
-        inside &= coordinate >= 0 && coordinate < static_cast<int64_t>(map.extent[d]);
-        address += coordinate * map.stride[d - 1];
-      }
-      row(r, inside ? address : 0);
+      int64_t coordinate[kTensorRank];
+      for (int d = 1; d < kTensorRank; ++d) coordinate[d] = start[d] + static_cast<int64_t>(index[d]) * map.element_stride[d];
+      row(r, address_at(coordinate));
       for (int d = 1; d < kTensorRank && ++index[d] == count[d]; ++d) index[d] = 0;
+    }
+  }
+
+  // Positions step through the bounding box, W fastest, then H, D and the images; the offset is added to each.
+  template <class Row>
+  void each_pixel(Row row) const {
+    int64_t position[kTensorRank];
+    std::copy_n(start, kTensorRank, position);
+    for (uint32_t r = 0; r < map.pixels; ++r) {
+      int64_t coordinate[kTensorRank];
+      for (int d = 1; d < kTensorRank; ++d) coordinate[d] = position[d] + offset[d];
+      row(r, address_at(coordinate));
+      int d = 1;
+      for (; d + 1 < map.rank; ++d) {
+        position[d] += map.element_stride[d];
+        if (position[d] <= static_cast<int64_t>(map.extent[d]) - 1 + map.upper[d - 1]) break;
+        position[d] = map.lower[d - 1];
+      }
+      if (d + 1 == map.rank) ++position[d];
     }
   }
 };
 
 TensorMap read_map(const Issue& issue, const Operand& operand) {
   const uint64_t address = address_of(*issue.warp, operand, issue.lane);
+  if (address >= kSharedWindow) fault("invalid tensor map", issue, "a tensor map must be in global, constant or parameter memory");
   uint8_t bytes[128];
   for (int part = 0; part < 128; part += 8) read_memory(*issue.warp, *issue.instruction, Space::generic, address + part, 8, bytes + part, issue.lane);
   TensorMap map;
   std::memcpy(&map, bytes, sizeof map);
   if (map.magic != kTensorMapMagic) fault("invalid tensor map", issue, "no tensor map at this address");
+  check_map_fences(issue, address);
+  if (const char* problem = map_problem(map)) fault("invalid tensor map", issue, problem);
   return map;
 }
 
@@ -58,11 +89,27 @@ void coordinates_of(const Operand& operand, std::vector<const Operand*>& out) {
   }
 }
 
-Box box_of(const Issue& issue, const Operand& operand) {
+// The offsets of an im2col load or prefetch, and that the column starts on a position of the bounding box.
+void place_column(const Issue& issue, Box& box, const Operand* offsets) {
+  const uint32_t rank = box.map.rank, spatial = rank - 2;
+  if (offsets && offsets->elements.size() != spatial) fault("ptx syntax", issue, "needs " + std::to_string(spatial) + " im2col offsets");
+  for (uint32_t d = 1; d <= spatial; ++d) {
+    if (offsets) box.offset[d] = static_cast<uint16_t>(operand_value(*issue.warp, offsets->elements[d - 1], issue.lane));
+    const int64_t lower = box.map.lower[d - 1], last = static_cast<int64_t>(box.map.extent[d]) - 1 + box.map.upper[d - 1];
+    if (box.start[d] < lower || box.start[d] > last || (box.start[d] - lower) % box.map.element_stride[d]) {
+      fault("unsupported instruction", issue, "a column of pixels that starts beside the positions of its bounding box is not modelled");
+    }
+  }
+  if (box.map.element_stride[rank - 1] != 1) fault("unsupported instruction", issue, "im2col with an element stride of the images is not modelled");
+}
+
+Box box_of(const Issue& issue, const Operand& operand, const Operand* offsets = nullptr) {
   Box box{};
   box.map = read_map(issue, operand);
   const uint32_t rank = issue.instruction->data[1];
+  const bool im2col = issue.instruction->data[3];
   if (box.map.rank != rank) fault("invalid tensor map", issue, "its rank is " + std::to_string(box.map.rank));
+  if ((box.map.mode == TensorMode::im2col) != im2col) fault("invalid tensor map", issue, im2col ? "it was made for tile mode" : "it was made for im2col mode");
   std::vector<const Operand*> coordinates;
   coordinates_of(operand, coordinates);
   if (coordinates.size() != rank) fault("ptx syntax", issue, "needs " + std::to_string(rank) + " coordinates");
@@ -72,6 +119,10 @@ Box box_of(const Issue& issue, const Operand& operand) {
     box.start[d] = d < rank ? static_cast<int32_t>(operand_value(*issue.warp, *coordinates[d], issue.lane)) : 0;
     box.count[d] = (box.map.box[d] + box.map.element_stride[d] - 1) / box.map.element_stride[d];
     elements *= box.count[d];
+  }
+  if (im2col) {
+    place_column(issue, box, offsets);
+    elements = box.count[0] * box.map.pixels;
   }
   box.row_bytes = box.count[0] * box.element;
   box.bytes = elements * box.element;
@@ -167,13 +218,13 @@ void load_box(const Issue& issue) {
   Warp& warp = *issue.warp;
   const Instruction& i = *issue.instruction;
   Cluster& cluster = *warp.cta->cluster;
-  auto box = std::make_shared<const Box>(box_of(issue, i.operands[1]));
+  auto box = std::make_shared<const Box>(box_of(issue, i.operands[1], i.data[3] ? &i.operands[3] : nullptr));
   const SharedPlace to = tile_place(issue, i.operands[0], *box);
   const SharedPlace barrier = shared_place(warp, i, address_of(warp, i.operands[2], issue.lane), 8, Space::shared);
   if (barrier.cta != to.cta) fault("mbarrier misuse", issue, "the mbarrier is in another CTA than the destination");
   if (i.has("shared::cta") && to.cta != warp.cta) fault("address of another CTA", issue, "the destination is shared::cta");
   const bool multicast = i.has("multicast::cluster");
-  const uint32_t mask = multicast ? static_cast<uint32_t>(operand_value(warp, i.operands[3], issue.lane)) & 0xffff : 1u << to.cta->rank;
+  const uint32_t mask = multicast ? static_cast<uint32_t>(operand_value(warp, i.operands[i.data[3] ? 4 : 3], issue.lane)) & 0xffff : 1u << to.cta->rank;
   if (mask >> cluster.ctas.size()) fault("no such CTA", issue, "multicast to a CTA outside of the cluster");
   cluster.counters.bulk_read_bytes += check_rows(issue, *box, false);
   for (uint32_t rank = 0; rank < cluster.ctas.size(); ++rank) {
@@ -206,7 +257,7 @@ bool copy(Warp& warp, const Instruction& i, uint32_t mask) {
     switch (static_cast<Way>(i.data[0])) {
       case Way::load: load_box(issue); break;
       case Way::store: store_box(issue); break;
-      case Way::prefetch: box_of(issue, i.operands[0]); break;
+      case Way::prefetch: box_of(issue, i.operands[0], i.data[3] ? &i.operands[1] : nullptr); break;
     }
   }
   return true;
@@ -216,20 +267,25 @@ bool copy(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool bind_tensor_copy(Instruction& i) {
   if (i.opcode != "cp" || !i.has("bulk") || !i.has("tensor")) return false;
-  if (!only(i, {"reduce", "async", "bulk", "prefetch", "tensor", "1d", "2d", "3d", "4d", "5d", "L2", "tile", "shared::cluster", "shared::cta", "global", "bulk_group",
+  if (!only(i, {"reduce", "async", "bulk", "prefetch", "tensor", "1d", "2d", "3d", "4d", "5d", "L2", "tile", "im2col", "im2col_no_offs", "shared::cluster", "shared::cta", "global", "bulk_group",
                 "mbarrier::complete_tx::bytes", "multicast::cluster", "L2::cache_hint", "add", "min", "max", "inc", "dec", "and", "or", "xor"})) return false;
   for (int rank = 1; rank <= kTensorRank; ++rank)
     if (i.has((std::to_string(rank) + "d").c_str())) i.data[1] = static_cast<uint32_t>(rank);
-  const size_t operands = i.operands.size(), extra = i.has("L2::cache_hint") + i.has("multicast::cluster");
+  const bool im2col = i.has("im2col"), store_column = i.has("im2col_no_offs");
+  const size_t operands = i.operands.size(), extra = i.has("L2::cache_hint") + i.has("multicast::cluster") + im2col;
   const bool reduce = i.modifiers[0] == "reduce";
+  i.data[3] = im2col || store_column;
+  if (i.data[3] && (i.data[1] < 3 || i.has("tile") || im2col == store_column)) return false;
   i.data[2] = kNoReduction;
   if (!i.data[1] || (reduction_of(i).has_value() != reduce)) return false;
-  if (i.has("mbarrier::complete_tx::bytes") && operands == 3 + extra && !reduce && i.has("global")) {
+  if (i.has("mbarrier::complete_tx::bytes") && operands == 3 + extra && !reduce && i.has("global") && !store_column) {
+    if (im2col && i.operands[3].kind != Operand::Kind::vector) return false;
     i.data[0] = static_cast<uint32_t>(Way::load);
-  } else if (i.has("bulk_group") && i.has("shared::cta") && operands == 2 + extra && !i.has("multicast::cluster")) {
+  } else if (i.has("bulk_group") && i.has("shared::cta") && operands == 2 + extra && !i.has("multicast::cluster") && !im2col) {
     i.data[0] = static_cast<uint32_t>(Way::store);
     if (reduce) i.data[2] = static_cast<uint32_t>(*reduction_of(i));
-  } else if (i.has("prefetch") && operands == 1 + extra && !i.has("multicast::cluster")) {
+  } else if (i.has("prefetch") && operands == 1 + extra && !i.has("multicast::cluster") && !store_column) {
+    if (im2col && i.operands[1].kind != Operand::Kind::vector) return false;
     i.data[0] = static_cast<uint32_t>(Way::prefetch);
   } else {
     return false;

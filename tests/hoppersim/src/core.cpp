@@ -47,7 +47,7 @@ std::string class_of(const Instruction& i) {
   if (o == "cvt") return "cvt";
   if (o == "add" || o == "sub" || o == "mul" || o == "div") return floating ? "float" : "alu";
   static const char* const own[] = {"mma", "ldmatrix", "stmatrix", "shfl", "vote", "match", "redux", "elect", "membar", "mapa",
-                                    "setmaxnreg", "griddepcontrol", "nanosleep", "prefetch"};
+                                    "setmaxnreg", "tensormap", "griddepcontrol", "nanosleep", "prefetch"};
   for (const char* name : own) {
     if (o == name) return o;
   }

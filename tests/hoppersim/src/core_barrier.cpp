@@ -99,8 +99,9 @@ bool fence_proxy(Warp& warp, const Instruction&, uint32_t) {
 }
 
 bool bind_fence(Instruction& i) {
+  if (i.has("tensormap::generic")) return false;  // async_tensormap.cpp
   static const char* const known[] = {
-      "proxy", "async", "async::generic", "sync_restrict::shared::cta", "sync_restrict::shared::cluster", "async.global", "async::global", "async.shared::cta", "global", "shared::cta", "shared::cluster", "tensormap", "tensormap::generic", "alias",
+      "proxy", "async", "async::generic", "sync_restrict::shared::cta", "sync_restrict::shared::cluster", "async.global", "async::global", "async.shared::cta", "global", "shared::cta", "shared::cluster", "alias",
       "generic", "acquire", "release", "acq_rel", "sc", "cta", "cluster", "gpu", "gl", "sys", "mbarrier_init", "relaxed"};
   for (const std::string& m : i.modifiers) {
     if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return m == k; })) unsupported(i, "modifier " + m);

@@ -8,6 +8,7 @@
 #include "async.h"
 #include "core.h"
 #include "tensor.h"
+#include "tensor_map_proxy.h"
 
 namespace hoppersim {
 
@@ -319,6 +320,8 @@ void Counters::add(const Counters& o) {
   shared_accesses += o.shared_accesses;
   shared_wavefronts += o.shared_wavefronts;
   shared_ideal_wavefronts += o.shared_ideal_wavefronts;
+  wgmma_wavefronts += o.wgmma_wavefronts;
+  wgmma_ideal_wavefronts += o.wgmma_ideal_wavefronts;
   barrier_waits += o.barrier_waits;
 }
 
@@ -353,6 +356,7 @@ void run(Launch& launch) {
   std::vector<uint8_t> storage(launch.parameters.size() + 128);
   launch.parameter_base = storage.data() + (128 - reinterpret_cast<uint64_t>(storage.data()) % 128);
   std::memcpy(launch.parameter_base, launch.parameters.data(), launch.parameters.size());
+  launch.maps = make_map_proxy();
   const Dim3 g = launch.grid, c = launch.cluster;
   std::vector<uint64_t> order(uint64_t(g.x / c.x) * (g.y / c.y) * (g.z / c.z));
   for (size_t k = 0; k < order.size(); ++k) order[k] = k;

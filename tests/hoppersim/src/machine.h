@@ -26,6 +26,7 @@ constexpr uint32_t kSharedBase = 1024;           // the first KiB belongs to the
 constexpr int kSharedLimit = 227 * 1024;        // dynamic + static bytes a CTA of sm_90 may have
 
 struct Function;     // ptx.h
+struct MapProxy;     // tensor_map_proxy.h
 struct Instruction;  // ptx.h
 
 // A finding that stops the launch. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy fence".
@@ -52,6 +53,7 @@ struct Counters {
   uint64_t global_read_sectors = 0, global_write_sectors = 0;        // 32-byte sectors touched per warp access
   uint64_t bulk_read_bytes = 0, bulk_write_bytes = 0;                // TMA and bulk copies: global bytes in bounds (multicast: once)
   uint64_t shared_accesses = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;  // conflict factor = wavefronts / ideal
+  uint64_t wgmma_wavefronts = 0, wgmma_ideal_wavefronts = 0;  // of operand tiles in shared memory, by the model of tensor.cpp
   uint64_t barrier_waits = 0;                    // unsuccessful mbarrier try_wait / test_wait
   void add(const Counters& other);
 };
@@ -140,6 +142,7 @@ struct Cta {
     uint32_t true_count = 0, completed_true_count = 0, completed_count = 0;  // barrier.red: threads whose predicate held, of how many
   };
   NamedBarrier named[16];
+  std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint64_t>> acquired_maps;  // tensor map and warp: generation of the map, clock of the warp
   Clock fenced;                        // generic writes that a proxy fence has made visible to the async proxy
 };
 
@@ -172,6 +175,7 @@ struct Launch {
   std::vector<uint8_t> parameters;     // laid out as the PTX .param list
   Options options;
   Counters counters;
+  std::shared_ptr<MapProxy> maps;      // tensor_map_proxy.h; set by run()
   uint8_t* parameter_base = nullptr;   // copy of the parameters, aligned to 128 bytes; set by run()
 };
 

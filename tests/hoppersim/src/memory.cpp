@@ -5,12 +5,14 @@
 #include <shared_mutex>
 
 #include "core.h"
+#include "tensor_map.h"
+#include "tensor_map_proxy.h"
 
 namespace hoppersim {
 
 namespace {
 
-struct Range {
+struct GlobalRange {
   uint64_t size = 0;
   bool writable = true;
   int count = 0;  // added as often
@@ -18,7 +20,7 @@ struct Range {
 
 // Never destroyed: modules that outlive this library's static objects still unregister their variables.
 std::shared_mutex& ranges_mutex = *new std::shared_mutex;
-std::map<uint64_t, Range>& ranges = *new std::map<uint64_t, Range>;
+std::map<uint64_t, GlobalRange>& ranges = *new std::map<uint64_t, GlobalRange>;
 std::atomic<uint64_t> ranges_version{1};
 
 std::string hex(uint64_t value) {
@@ -92,6 +94,13 @@ void check_alignment(const Warp& warp, const Instruction& i, uint64_t address, s
   if (address & (align - 1)) fault("misaligned", warp, i, std::to_string(size) + " bytes at " + hex(address), lane);
 }
 
+// Whether a store puts the beginning of a tensor map into memory: its magic number tells.
+bool begins_map(const void* data) {
+  uint32_t first;
+  std::memcpy(&first, data, 4);
+  return first == static_cast<uint32_t>(kTensorMapMagic);
+}
+
 }  // namespace
 
 void merge(Clock& into, const Clock& from) {
@@ -107,7 +116,7 @@ void SharedMemory::resize(size_t size) {
 
 void GlobalRanges::add(const void* begin, size_t size, bool writable) {
   std::unique_lock lock(ranges_mutex);
-  Range& range = ranges[reinterpret_cast<uint64_t>(begin)];
+  GlobalRange& range = ranges[reinterpret_cast<uint64_t>(begin)];
   range.size = std::max<uint64_t>(range.size, size);
   range.writable = range.count == 0 ? writable : range.writable || writable;
   ++range.count;
@@ -205,6 +214,7 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
     fault("out-of-bounds global", warp, i, "writes to memory that cannot be written", lane);
   } else {
     std::memcpy(global_bytes(warp, i, address, size, true, lane), data, size);
+    if (size >= 4 && address % 64 == 0 && begins_map(data)) map_written(warp, address, false);
   }
 }
 

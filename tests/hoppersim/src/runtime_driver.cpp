@@ -18,6 +18,14 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                                                  promotion, fill));
 }
 
+CUresult encode_im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* extent,
+                       const cuuint64_t* stride, const int* lower, const int* upper, cuuint32_t channels, cuuint32_t pixels,
+                       const cuuint32_t* element_stride, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                       CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  return static_cast<CUresult>(encode_im2col_map(map, type, rank, address, extent, stride, lower, upper, channels, pixels,
+                                                 element_stride, interleave, swizzle, promotion, fill));
+}
+
 CUresult error_string(CUresult error, const char** text) {
   switch (error) {
     case CUDA_SUCCESS: *text = "no error"; return CUDA_SUCCESS;
@@ -31,6 +39,7 @@ CUresult error_string(CUresult error, const char** text) {
 
 void* driver_entry(const char* name) {
   if (std::strcmp(name, "cuTensorMapEncodeTiled") == 0) return reinterpret_cast<void*>(&encode_tiled);
+  if (std::strcmp(name, "cuTensorMapEncodeIm2col") == 0) return reinterpret_cast<void*>(&encode_im2col);
   if (std::strcmp(name, "cuGetErrorString") == 0) return reinterpret_cast<void*>(&error_string);
   return nullptr;
 }
@@ -44,6 +53,15 @@ extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType
                                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                            CUtensorMapFloatOOBfill fill) {
   return hoppersim::encode_tiled(map, type, rank, address, extent, stride, box, element_stride, interleave, swizzle, promotion, fill);
+}
+
+extern "C" CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                            const cuuint64_t* extent, const cuuint64_t* stride, const int* lower, const int* upper,
+                                            cuuint32_t channels, cuuint32_t pixels, const cuuint32_t* element_stride,
+                                            CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                            CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  return hoppersim::encode_im2col(map, type, rank, address, extent, stride, lower, upper, channels, pixels, element_stride, interleave,
+                                  swizzle, promotion, fill);
 }
 
 extern "C" CUresult cuGetErrorString(CUresult error, const char** text) { return hoppersim::error_string(error, text); }

@@ -73,7 +73,8 @@ void require_fence(const Warp& warp, const Instruction& i, const TensorState& st
 void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
   uint64_t group = state.committed + 1;
   WgmmaShape shape(i);
-  uint32_t key = shape.n << 8 | shape.element << 4 | (shape.flags & WgmmaShape::half_accumulator);
+  // What decides the layout of the accumulators, and the type of the product.
+  uint32_t key = shape.n << 16 | i.data[2] << 8 | (shape.flags & (WgmmaShape::half_accumulator | WgmmaShape::integer | WgmmaShape::sparse));
   for (const Operand& d : i.operands[0].elements) {
     require_fence(warp, i, state, d.index);
     uint8_t flags = warp.register_in_flight[d.index];
@@ -106,20 +107,40 @@ void list_units(const Warp& warp, const Instruction& i, TensorOperation& operati
       MatrixDescriptor a(operation.descriptor_a);
       int first = warp.id % kWarpgroup * 16;
       if (shape.has(WgmmaShape::a_mn_major)) {
-        a.units_mn_major(first, 16, shape.k, operation.units);
+        a.units_mn_major(first, 16, shape.stored_k(), operation.units);
       } else {
-        a.units_k_major(first, 16, operation.units);
+        a.units_k_major(first, 16, 2, operation.units);
       }
     }
     MatrixDescriptor b(operation.descriptor_b);
     if (shape.has(WgmmaShape::b_mn_major)) {
       b.units_mn_major(0, shape.n, shape.k, operation.units);
     } else {
-      b.units_k_major(0, shape.n, operation.units);
+      b.units_k_major(0, shape.n, shape.b_units(), operation.units);
     }
   } catch (const std::invalid_argument& error) {
     fault("unsupported instruction", warp, i, std::string(error.what()) + ": " + i.text);
   }
+}
+
+// Wavefronts of the operand reads, by this model: a core matrix (8 rows or columns of 16 bytes) is read at once, in as many
+// wavefronts as the group of four banks with the most rows. Each warp reads its rows of A; B is read once per warpgroup.
+void count_units(Counters& counters, const uint32_t* units, size_t count, size_t stride) {
+  for (size_t first = 0; first < count; ++first) {
+    if (first / stride % 8 != 0) continue;
+    int rows[8] = {}, worst = 0;
+    for (size_t r = 0; r < 8; ++r) worst = std::max(worst, ++rows[units[first + r * stride] / 16 % 8]);
+    counters.wgmma_wavefronts += worst;
+    ++counters.wgmma_ideal_wavefronts;
+  }
+}
+
+void count_operands(Warp& warp, const WgmmaShape& shape, const std::vector<uint32_t>& units) {
+  Counters& counters = warp.cta->cluster->counters;
+  const size_t of_a = shape.has(WgmmaShape::a_in_registers) ? 0 : shape.has(WgmmaShape::a_mn_major) ? 2 * shape.stored_k() : 2 * 16;
+  count_units(counters, units.data(), of_a, shape.has(WgmmaShape::a_mn_major) ? 1 : 2);
+  if (warp.id % kWarpgroup) return;
+  count_units(counters, units.data() + of_a, units.size() - of_a, shape.has(WgmmaShape::b_mn_major) ? 1 : shape.b_units());
 }
 
 void begin_reading(Warp& warp, const Instruction& i, const TensorOperation& operation) {
@@ -235,11 +256,16 @@ bool execute_mma_async(Warp& warp, const Instruction& i, uint32_t mask) {
   operation.instruction = &i;
   operation.group = state.committed + 1;
   if (!shape.has(WgmmaShape::a_in_registers)) operation.descriptor_a = uniform_b64(warp, i, i.operands[1]);
-  operation.descriptor_b = uniform_b64(warp, i, i.operands[2]);
-  operation.accumulate = uniform_predicate(warp, i, i.operands[3]);
+  operation.descriptor_b = uniform_b64(warp, i, i.operands[WgmmaShape::b_operand]);
+  operation.accumulate = uniform_predicate(warp, i, i.operands[shape.scale_d_operand()]);
+  if (shape.has(WgmmaShape::sparse)) {
+    const uint32_t* words = &warp.registers[i.operands[WgmmaShape::metadata_operand].index * kLanes];
+    operation.metadata.assign(words, words + kLanes);
+  }
   take_registers(warp, i, state);
   list_units(warp, i, operation);
   begin_reading(warp, i, operation);
+  count_operands(warp, shape, operation.units);
   if (warp.cta->cluster->launch->options.timing == Timing::early) {
     compute_wgmma(warp, operation);
     operation.done = true;
@@ -250,23 +276,40 @@ bool execute_mma_async(Warp& warp, const Instruction& i, uint32_t mask) {
 }
 
 // ---- Decoding ------------------------------------------------------------------------------------------------------------
-// sync, aligned, shape, D, A, B in this order and nothing else.
-bool decode_types(const std::vector<std::string>& m, WgmmaShape& shape) {
+bool product_types(const std::string& d, Element a, Element b) {
+  if (is_integer(a)) return d == "s32" && bits_of(a) == 8 && is_integer(b) && bits_of(b) == 8;
+  if (is_fp8(a)) return (d == "f32" || d == "f16") && is_fp8(b);
+  if (a != b || bits_of(a) > 32) return false;
+  return d == "f32" || (d == "f16" && a == Element::f16);
+}
+
+// [sp], sync, aligned, shape, D, A, B [, satfinite] in this order and nothing else.
+bool decode_types(std::vector<std::string> m, WgmmaShape& shape) {
   unsigned rows = 0, n = 0, k = 0;
-  if (m.size() != 7 || m[1] != "sync" || m[2] != "aligned") return false;
+  if (m.size() > 1 && m[1] == "sp") {
+    shape.flags |= WgmmaShape::sparse;
+    m.erase(m.begin() + 1);
+  }
+  if (m.size() < 7 || m[1] != "sync" || m[2] != "aligned") return false;
   if (std::sscanf(m[3].c_str(), "m%un%uk%u", &rows, &n, &k) != 3) return false;
-  if (rows != 64 || n < 8 || n > 256 || n % 8 != 0 || m[5] != m[6]) return false;
-  if (m[4] != "f32" && !(m[4] == "f16" && m[5] == "f16")) return false;
+  if (rows != 64 || n < 8 || n > 256 || n % 8 != 0) return false;
+  const auto a = element_named(m[5]), b = element_named(m[6]);
+  if (!a || !b || !product_types(m[4], *a, *b)) return false;
   shape.n = n;
   shape.k = k;
+  shape.a = *a;
+  shape.b = *b;
   if (m[4] == "f16") shape.flags |= WgmmaShape::half_accumulator;
-  if (m[5] == "tf32") {
-    shape.element = static_cast<uint32_t>(Element::tf32);
-    return k == 8;
+  if (is_integer(*a)) {
+    shape.flags |= WgmmaShape::integer;
+    if (n > 32 && n % 16 != 0) return false;
   }
-  if (m[5] != "f16" && m[5] != "bf16") return false;
-  shape.element = static_cast<uint32_t>(m[5] == "f16" ? Element::f16 : Element::bf16);
-  return k == 16;
+  if (m.size() == 8 && m[7] == "satfinite" && is_integer(*a)) {
+    shape.flags |= WgmmaShape::saturate;
+  } else if (m.size() != 7) {
+    return false;
+  }
+  return shape.stored_k() * bits_of(*a) == 32 * 8;  // an instruction reads 32 bytes of each row of A
 }
 
 bool immediate(const Operand& operand, int64_t allowed0, int64_t allowed1, bool& second) {
@@ -276,19 +319,32 @@ bool immediate(const Operand& operand, int64_t allowed0, int64_t allowed1, bool&
   return value == allowed0 || second;
 }
 
-// d, a | a-desc, b-desc, scale-d, imm-scale-a, imm-scale-b [, imm-trans-a of a descriptor, imm-trans-b: 16-bit types]
+// metadata register, selector: which lanes of each four hold it. All four do for 8-bit types.
+bool decode_sparsity(const std::vector<Operand>& o, WgmmaShape& shape) {
+  bool second = false;
+  if (o.size() < 6 || o[WgmmaShape::metadata_operand].kind != Operand::Kind::reg || bits_of(o[WgmmaShape::metadata_operand].type) != 32) return false;
+  if (!immediate(o[4], 0, 1, second) || (second && bits_of(shape.a) == 8)) return false;
+  if (second) shape.flags |= WgmmaShape::second_pair;
+  return true;
+}
+
+// d, a | a-desc, b-desc [, metadata, selector], scale-d [, imm-scale-a, imm-scale-b: floating types
+// [, imm-trans-a of a descriptor, imm-trans-b: 16-bit types]]
 bool decode_operands(const std::vector<Operand>& o, WgmmaShape& shape) {
-  if (o.size() < 6 || o[0].kind != Operand::Kind::vector || o[0].elements.size() != shape.accumulators()) return false;
+  const size_t scale_d = shape.scale_d_operand(), scales = scale_d + 1;
+  if (o.size() <= scale_d || o[0].kind != Operand::Kind::vector || o[0].elements.size() != shape.accumulators()) return false;
   bool in_registers = o[1].kind == Operand::Kind::vector;
   if (in_registers && o[1].elements.size() != 4) return false;
-  if (o[3].kind != Operand::Kind::predicate && o[3].kind != Operand::Kind::immediate) return false;
-  size_t transposes = static_cast<Element>(shape.element) == Element::tf32 ? 0 : in_registers ? 1 : 2;
-  if (o.size() != 6 + transposes) return false;
-  bool negate_a = false, negate_b = false, a_mn_major = false, b_mn_major = false;
-  if (!immediate(o[4], 1, -1, negate_a) || !immediate(o[5], 1, -1, negate_b)) return false;
-  if (transposes == 2 && !immediate(o[6], 0, 1, a_mn_major)) return false;
-  if (transposes >= 1 && !immediate(o[5 + transposes], 0, 1, b_mn_major)) return false;
+  if (shape.has(WgmmaShape::sparse) && !decode_sparsity(o, shape)) return false;
+  if (o[scale_d].kind != Operand::Kind::predicate && o[scale_d].kind != Operand::Kind::immediate) return false;
   if (in_registers) shape.flags |= WgmmaShape::a_in_registers;
+  if (shape.has(WgmmaShape::integer)) return o.size() == scales;
+  size_t transposes = bits_of(shape.a) != 16 ? 0 : in_registers ? 1 : 2;
+  if (o.size() != scales + 2 + transposes) return false;
+  bool negate_a = false, negate_b = false, a_mn_major = false, b_mn_major = false;
+  if (!immediate(o[scales], 1, -1, negate_a) || !immediate(o[scales + 1], 1, -1, negate_b)) return false;
+  if (transposes == 2 && !immediate(o[scales + 2], 0, 1, a_mn_major)) return false;
+  if (transposes >= 1 && !immediate(o[scales + 1 + transposes], 0, 1, b_mn_major)) return false;
   if (a_mn_major) shape.flags |= WgmmaShape::a_mn_major;
   if (b_mn_major) shape.flags |= WgmmaShape::b_mn_major;
   if (negate_a != negate_b) shape.flags |= WgmmaShape::negate;
@@ -307,12 +363,9 @@ bool bind_wgmma(Instruction& i) {
     i.data[0] = static_cast<uint32_t>(i.operands[0].immediate);
     i.execute = execute_wait;
   } else if (what == "mma_async") {
-    WgmmaShape shape(0, 0, 0, 0);
+    WgmmaShape shape;
     if (!decode_types(i.modifiers, shape) || !decode_operands(i.operands, shape)) return false;
-    i.data[0] = shape.n;
-    i.data[1] = shape.k;
-    i.data[2] = shape.element;
-    i.data[3] = shape.flags;
+    shape.put(i);
     i.execute = execute_mma_async;
   }
   return i.execute != nullptr;

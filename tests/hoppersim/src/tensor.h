@@ -24,13 +24,13 @@ bool check_registers(Warp& warp, const Instruction& instruction, uint32_t mask);
 void check_wgmma_exit(const Warp& warp, const Instruction& instruction);
 
 // Byte offsets, in shared memory, of the 16-byte units of an operand tile that a matrix descriptor names.
-// K-major: rows [first, first + count), two units per row. MN-major: columns of k, count / 8 units of 8 elements each with
+// K-major: rows [first, first + count), `units` of them per row. MN-major: columns of k, count / 8 units of 8 elements each with
 // `depth` values of k. Order: [row][unit] and [unit][k]. Throws std::invalid_argument for what is not modelled.
 struct MatrixDescriptor {
   explicit MatrixDescriptor(uint64_t bits);
   uint32_t start, leading, stride;  // bytes
   int swizzle;                      // 0, 1, 2, 3: none, 32, 64, 128 bytes
-  void units_k_major(int first, int count, std::vector<uint32_t>& out) const;
+  void units_k_major(int first, int count, uint32_t units, std::vector<uint32_t>& out) const;
   void units_mn_major(int first, int count, int depth, std::vector<uint32_t>& out) const;
 
  private:

@@ -3,12 +3,14 @@
 // bits  0-13 start address / 16     bits 16-29 leading byte offset / 16     bits 32-45 stride byte offset / 16
 // bits 49-51 base offset            bits 62-63 swizzle: 0 none, 1 128 B, 2 64 B, 3 32 B
 //
-// An operand tile is a set of 16-byte units (8 elements of 16 bits, 4 of 32). W = 1, 2, 4, 8 is the width of the swizzle
+// An operand tile is a set of 16-byte units (16 elements of 8 bits, 8 of 16, 4 of 32). W = 1, 2, 4, 8 is the width of the swizzle
 // atom in units. Unswizzled address of a unit, relative to the start address (LBO, SBO: leading, stride byte offset):
 //
-//   K-major,  row r, unit j of K (j = 0, 1):     (r % 8) * 16 W + (r / 8) * SBO + (W == 1 ? j * LBO : j * 16)
+//   K-major,  row r, unit j of K (*):            (r % 8) * 16 W + (r / 8) * SBO + (W == 1 ? j * LBO : j * 16)
 //   MN-major, unit u of MN, column k, W = 1:     u * SBO + (k % 8) * 16 + (k / 8) * LBO
 //   MN-major, unit u of MN, column k, W > 1:     (u % W) * 16 + (u / W) * LBO + (k % 8) * 16 W + (k / 8) * SBO
+//
+// (*) j = 0, 1; B of a sparse product: j = 0 … 3, because its K is twice that of the stored A.
 //
 // These are the canonical layouts of cute/atom/mma_traits_sm90_gmma.hpp. The swizzle then exchanges 16-byte units: address
 // bits [4, 4 + log2 W) are XORed with bits [7, 7 + log2 W). It acts on absolute shared-memory addresses, not on offsets in
@@ -33,12 +35,12 @@ uint32_t MatrixDescriptor::swizzled(uint32_t address) const {
   return address ^ ((address >> 7 & field) << 4);
 }
 
-void MatrixDescriptor::units_k_major(int first, int count, std::vector<uint32_t>& out) const {
+void MatrixDescriptor::units_k_major(int first, int count, uint32_t units, std::vector<uint32_t>& out) const {
+  if (units > (1u << swizzle) && swizzle != 0) throw std::invalid_argument("matrix descriptor whose swizzle span is shorter than a row");
   uint32_t pitch = 16u << swizzle, step = swizzle == 0 ? leading : 16;
   for (int r = first; r < first + count; ++r) {
     uint32_t row = start + r % 8 * pitch + r / 8 * stride;
-    out.push_back(swizzled(row));
-    out.push_back(swizzled(row + step));
+    for (uint32_t u = 0; u < units; ++u) out.push_back(swizzled(row + u * step));
   }
 }
 

@@ -6,11 +6,12 @@
 namespace hoppersim {
 
 constexpr uint64_t kTensorMapMagic = 0x70616d726f736e74ull;  // "tnsormap"
-constexpr int kTensorRank = 5;
+constexpr int kTensorRank = 5, kSpatialRank = 3;
 
 // Numbers of the driver's enumerations (cuda.h: CUtensorMapDataType, …Interleave, …Swizzle, …FloatOOBfill).
 enum class TensorType : uint8_t { u8, u16, u32, s32, u64, s64, f16, f32, f64, bf16, f32_ftz, tf32, tf32_ftz };
 enum class Swizzle : uint8_t { none, b32, b64, b128 };
+enum class TensorMode : uint8_t { tile, im2col };
 
 struct TensorMap {
   uint64_t magic;
@@ -25,7 +26,11 @@ struct TensorMap {
   Swizzle swizzle;
   uint8_t promotion;
   uint8_t fill_nan;
-  uint8_t unused[9];
+  TensorMode mode;
+  // im2col: box[0] is the channels of a pixel. The bounding box of the pixels' positions spans lower … extent - 1 + upper in
+  // each spatial dimension (W, H, D).
+  uint16_t pixels;
+  int16_t lower[kSpatialRank], upper[kSpatialRank];
 };
 static_assert(sizeof(TensorMap) <= 128, "a CUtensorMap has 128 bytes");
 
@@ -49,6 +54,12 @@ inline uint32_t swizzled(Swizzle swizzle, uint32_t offset) {
 int encode_tensor_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent,
                       const uint64_t* stride, const uint32_t* box, const uint32_t* element_stride, uint32_t interleave,
                       uint32_t swizzle, uint32_t promotion, uint32_t fill);
+// cuTensorMapEncodeIm2col, likewise. The corners have rank - 2 values, in the order W, H, D.
+int encode_im2col_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent, const uint64_t* stride,
+                      const int* lower, const int* upper, uint32_t channels, uint32_t pixels, const uint32_t* element_stride,
+                      uint32_t interleave, uint32_t swizzle, uint32_t promotion, uint32_t fill);
+// What a copy would trip over in a map that a kernel has modified; nullptr when all is well.
+const char* map_problem(const TensorMap& map);
 // Why the last encode of this thread returned an error.
 const char* tensor_map_error();
 
