@@ -5,6 +5,7 @@
 
 #include "bindings/backend.h"
 #include "bindings/conv_inputs.h"
+#include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
 
@@ -28,7 +29,7 @@ std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, Optional
                                               bool silu) {
   Checks checks("apply_dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, kernels, conv_state, cu_seqlens);
-  if (const auto reason = plain_reason(on_device(x)))
+  if (const auto reason = plain_reason(launch_device(x), false))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::apply_dynamic_conv", *reason, x, kernels,
                                                   conv_state, cu_seqlens, silu);
   kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);
@@ -51,7 +52,7 @@ Gradients apply_dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_st
   Checks checks("apply_dynamic_conv_backward");
   const std::vector<int64_t> offsets = check(checks, x, kernels, conv_state, cu_seqlens);
   check_gradients(checks, x, grad_y, grad_conv_state_out);
-  if (const auto reason = plain_reason(on_device(x)))
+  if (const auto reason = plain_reason(launch_device(x), false))
     return call_plain<Gradients>("jet_plain::apply_dynamic_conv_backward", *reason, grad_y,
                                  grad_conv_state_out, x, kernels, conv_state, cu_seqlens, silu);
   kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);

@@ -6,6 +6,7 @@
 
 #include "bindings/backend.h"
 #include "bindings/delta_rule_inputs.h"
+#include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
 
@@ -52,7 +53,7 @@ std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, 
                                                   bool l2norm_qk) {
   Checks checks("chunk_gated_delta_rule");
   const std::vector<int64_t> offsets = check(checks, q, k, v, g, beta, initial_state, cu_seqlens);
-  if (const auto reason = plain_reason(on_device(q)))
+  if (const auto reason = plain_reason(launch_device(q), false))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, q, k, v, g,
                                                   beta, initial_state, cu_seqlens, scale, l2norm_qk);
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
@@ -75,7 +76,7 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   checks.dtype_like("grad_o", grad_o, "q", q);
   checks.device("grad_o", grad_o, "q", q);
   check_state(checks, "grad_final_state", grad_final_state, q);
-  if (const auto reason = plain_reason(on_device(q)))
+  if (const auto reason = plain_reason(launch_device(q), false))
     return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o,
                                  grad_final_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
   const ScalarType g_dtype = g.scalar_type(), beta_dtype = beta.scalar_type();

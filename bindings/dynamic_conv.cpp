@@ -5,6 +5,7 @@
 
 #include "bindings/backend.h"
 #include "bindings/conv_inputs.h"
+#include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
 
@@ -37,7 +38,7 @@ std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, 
                                         OptionalTensor cu_seqlens, bool silu) {
   Checks checks("dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, hidden, weight, bias, conv_state, cu_seqlens);
-  if (const auto reason = plain_reason(on_device(x)))
+  if (const auto reason = plain_reason(launch_device(x), false))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::dynamic_conv", *reason, x, hidden, weight,
                                                   bias, conv_state, cu_seqlens, silu);
   weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);
@@ -57,7 +58,7 @@ Gradients dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_state_ou
   Checks checks("dynamic_conv_backward");
   const std::vector<int64_t> offsets = check(checks, x, hidden, weight, bias, conv_state, cu_seqlens);
   check_gradients(checks, x, grad_y, grad_conv_state_out);
-  if (const auto reason = plain_reason(on_device(x)))
+  if (const auto reason = plain_reason(launch_device(x), false))
     return call_plain<Gradients>("jet_plain::dynamic_conv_backward", *reason, grad_y, grad_conv_state_out,
                                  x, hidden, weight, bias, conv_state, cu_seqlens, silu);
   weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);

@@ -3,6 +3,7 @@
 
 #include "bindings/backend.h"
 #include "bindings/conv_inputs.h"
+#include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
 
@@ -20,7 +21,7 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
   check_like(checks, "conv_state", conv_state, "x", x);
   checks.not_expanded("conv_state", conv_state);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "x", x);
-  if (const auto reason = plain_reason(on_device(x)))
+  if (const auto reason = plain_reason(launch_device(x), false))
     return call_plain<Tensor>("jet_plain::dynamic_conv_step", *reason, x, hidden, weight, bias, conv_state,
                               state_indices, silu);
   weight = torch::stable::contiguous(weight), bias = contiguous(bias);

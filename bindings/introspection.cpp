@@ -42,11 +42,13 @@ PYBIND11_MODULE(_introspection, m) {
       "The reason that the bindings pass to the plain PyTorch path, as text.");
   m.def(
       "plain_reason",
-      [](bool on_cuda) -> py::object {
-        const auto reason = jet::bindings::plain_reason(on_cuda);
+      [](const std::string& op, int device) -> py::object {
+        const auto reason = jet::bindings::plain_reason(device, jet::bindings::has_hopper_kernel(op.c_str()));
         return reason ? py::object(py::str(jet::text(*reason))) : py::object(py::none());
       },
-      py::arg("on_cuda"), "Why the plain PyTorch path serves tensors on a CUDA device (or a CPU); None if a kernel does.");
+      py::arg("op"), py::arg("device"),
+      "Why the plain PyTorch path serves an op on a CUDA device (-1: on a CPU); None if a kernel does. Single calls may differ\n"
+      "on a CUDA device: for shapes that the kernel does not take.");
 #ifdef JET_WITH_CUDA
   m.def(
       "empty_launch", [](uintptr_t stream) { return jet::hopper::empty_launch(reinterpret_cast<void*>(stream)); },

@@ -16,7 +16,7 @@
 #endif
 
 // JET_SIMULATED_DEVICE is set by that build when CPU tensors stand for a CUDA device's (tests/hoppersim): it has one
-// implementation, and on_device() sends every tensor down the launch path.
+// implementation, and launch_device() sends every tensor down the launch path.
 #ifdef JET_SIMULATED_DEVICE
 #define JET_REGISTER(op, function) \
   STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CPU, m) { m.impl(#op, TORCH_BOX(&function)); }
@@ -27,15 +27,6 @@
 #endif
 
 namespace jet::bindings {
-
-// Whether kernels for `t` are launched on a device rather than called.
-inline bool on_device(const torch::stable::Tensor& t) {
-#ifdef JET_SIMULATED_DEVICE
-  return t.is_cpu();
-#else
-  return t.is_cuda();
-#endif
-}
 
 namespace detail {
 
@@ -49,6 +40,12 @@ template <class... Results>
 struct Unstack<std::tuple<Results...>> {
   static std::tuple<Results...> get(StableIValue* stack) { return torch::stable::detail::unbox_to_tuple<Results...>(stack); }
   static constexpr std::size_t count = sizeof...(Results);
+};
+
+template <>
+struct Unstack<void> {
+  static void get(StableIValue*) {}
+  static constexpr std::size_t count = 0;
 };
 
 }  // namespace detail

@@ -1,6 +1,6 @@
 // The recurrent gated delta rule: decode, with the states in a pool that is updated in place.
 //
-// Per sequence n and value head h (query/key head h / (H / Hk)), token by token, with S = state[rows[n], h] in fp32:
+// Per sequence n and value head h (query/key head h / (H / Hk)), token by token, with S = pool[rows[n], h] in fp32:
 //   S  <- exp(g_t) S
 //   u  =  beta_t (v_t - S^T k_t)
 //   S  <- S + k_t u^T
@@ -17,23 +17,24 @@ namespace jet {
 
 struct RecurrentGatedDeltaRuleParams {
   Dtype dtype;                  // of q, k, v, o. "real" below is fp64 iff it is f64, else fp32
-  Dtype state_dtype;            // f64 iff dtype is, else f32 or bf16
+  Dtype g_dtype, beta_dtype;    // real on a CPU
   int64_t N, T, H, Hk, K, V;
   double scale;
   bool l2norm_qk;
   const void* q;                // [N, T, Hk, K] dtype
   const void* k;                // [N, T, Hk, K] dtype
   const void* v;                // [N, T, H, V] dtype
-  const void* g;                // [N, T, H] real, log decay
-  const void* beta;             // [N, T, H] real
+  const void* g;                // [N, T, H] g_dtype, log decay
+  const void* beta;             // [N, T, H] beta_dtype
   TokenStrides q_strides, k_strides, v_strides, g_strides, beta_strides;
-  void* state;                  // [P, H, K, V] state_dtype
-  StateStrides state_strides;
-  const int64_t* rows;          // [N] on the host, valid or negative, each valid row once; null: row n
+  StatePool pool;               // dtype f64 iff the inputs' is, else f32 or bf16
   void* o;                      // [N, T, H, V] dtype, contiguous
 };
 
 // May throw std::bad_alloc, before anything is written.
 void recurrent_gated_delta_rule_cpu(const RecurrentGatedDeltaRuleParams& p, const Parallel& parallel);
+
+// On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). p must satisfy recurrent_kernel_takes(p).
+void recurrent_gated_delta_rule_hopper(const RecurrentGatedDeltaRuleParams& p, void* stream);
 
 }  // namespace jet

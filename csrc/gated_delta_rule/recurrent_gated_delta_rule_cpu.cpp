@@ -88,17 +88,17 @@ template <class In, class T, class St>
 void recurrent_item(const RecurrentGatedDeltaRuleParams& p, long n, long h, long v0, long v1, Item<T>& item) {
   constexpr long W = Simd<T>::stripe;
   const auto output = [&](long t) { return static_cast<In*>(p.o) + ((n * p.T + t) * p.H + h) * p.V; };
-  const long pool_row = p.rows == nullptr ? n : p.rows[n];
+  const long pool_row = p.pool.rows == nullptr ? n : static_cast<const int64_t*>(p.pool.rows)[n];
   if (pool_row < 0) {
     for (long t = 0; t < p.T; ++t) __builtin_memset(output(t) + v0, 0, (v1 - v0) * sizeof(In));
     return;
   }
-  St* pool = at(static_cast<St*>(p.state), p.state_strides, pool_row, h);
+  St* pool = at(static_cast<St*>(p.pool.data), p.pool.strides, pool_row, h);
   const auto columns = [&](long v) { return v1 - v < W ? v1 - v : W; };
   // A single token works on the pool itself, several tokens on a copy that is rounded once at the end.
-  const auto direct = [&](long v) { return p.T == 1 && p.state_strides.v == 1 && columns(v) % Simd<T>::lanes == 0; };
+  const auto direct = [&](long v) { return p.T == 1 && p.pool.strides.v == 1 && columns(v) % Simd<T>::lanes == 0; };
   for (long v = v0; v < v1; v += W)
-    if (!direct(v)) load_state(pool, p.state_strides, p.K, v, columns(v), item.stripes + (v - v0) * p.K);
+    if (!direct(v)) load_state(pool, p.pool.strides, p.K, v, columns(v), item.stripes + (v - v0) * p.K);
   for (long t0 = 0; t0 < p.T; t0 += kTokens) {
     const long count = p.T - t0 < kTokens ? p.T - t0 : kTokens;
     load_tokens<In>(p, n, h, t0, count, item);
@@ -108,7 +108,7 @@ void recurrent_item(const RecurrentGatedDeltaRuleParams& p, long n, long h, long
         for (long i = 0; i < count; ++i) {
           load_row(at<In>(p.v, p.v_strides, n, t0 + i, h) + v * p.v_strides.d, p.v_strides.d, columns(v), W, item.vo);
           if (direct(v))
-            step<T, NV>(item.tokens[i], p.K, T(p.scale), pool + v, p.state_strides.k, item.vo);
+            step<T, NV>(item.tokens[i], p.K, T(p.scale), pool + v, p.pool.strides.k, item.vo);
           else
             step<T, NV>(item.tokens[i], p.K, T(p.scale), item.stripes + (v - v0) * p.K, W, item.vo);
           store_row(item.vo, columns(v), output(t0 + i) + v);
@@ -116,7 +116,7 @@ void recurrent_item(const RecurrentGatedDeltaRuleParams& p, long n, long h, long
       });
   }
   for (long v = v0; v < v1; v += W)
-    if (!direct(v)) store_state(item.stripes + (v - v0) * p.K, p.state_strides, p.K, v, columns(v), pool);
+    if (!direct(v)) store_state(item.stripes + (v - v0) * p.K, p.pool.strides, p.K, v, columns(v), pool);
 }
 
 template <class In, class T, class St>
@@ -142,7 +142,7 @@ void recurrent(const RecurrentGatedDeltaRuleParams& p, const Parallel& parallel)
 
 template <class In>
 void recurrent_fp32(const RecurrentGatedDeltaRuleParams& p, const Parallel& parallel) {
-  if (p.state_dtype == Dtype::f32) return recurrent<In, float, float>(p, parallel);
+  if (p.pool.dtype == Dtype::f32) return recurrent<In, float, float>(p, parallel);
 #if defined(__AVX512F__)
   if (has_bf16_instructions()) return recurrent<In, float, NativeBf16>(p, parallel);
 #endif

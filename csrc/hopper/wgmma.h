@@ -5,14 +5,12 @@
 #ifndef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every N that is a multiple of 8, not only the common ones
 #endif
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 #include <utility>
 
+#include "csrc/hopper/convert.h"
 #include "csrc/hopper/layout.h"
 
 namespace jet::hopper {
@@ -120,20 +118,6 @@ __device__ void load_fragment(uint32_t (&a)[4], const void* tile, int thread, in
   static_assert(Tile::major == Major::k, "ldmatrix reads rows of 8 consecutive k");
   const char* row = static_cast<const char*>(tile) + Tile::offset(i + ldmatrix_row(thread), l + ldmatrix_k(thread));
   cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(row), a[0], a[1], a[2], a[3]);
-}
-
-// Two fp32 rounded to nearest even, the first in the low half: how fragments and stores want them.
-template <class Element>
-__device__ uint32_t pack(float low, float high);
-template <>
-__device__ inline uint32_t pack<bf16>(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-template <>
-__device__ inline uint32_t pack<f16>(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
 }
 
 // k16 step `step` of the A operand made of an accumulator's columns (layout.h proves the correspondence).

@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def backends(device: torch.device) -> dict[str, str]:
     """The backend of each op for tensors on ``device``, as one phrase each."""
-    reason = _library.plain_reason(device.type == "cuda")
-    if reason is not None:
-        return dict.fromkeys(OPS, f"plain PyTorch ({reason})")
-    return dict.fromkeys(OPS, f"C++ ({_library.build_info()['cpu_isa']})")
+    index = device.index if device.type == "cuda" else -1
+    kernel = "Hopper kernel (sm_90a)" if device.type == "cuda" else f"C++ ({_library.build_info()['cpu_isa']})"
+    reasons = {op: _library.plain_reason(op, index) for op in OPS}
+    return {op: kernel if reason is None else f"plain PyTorch ({reason})" for op, reason in reasons.items()}
 
 
 def devices() -> list[torch.device]:

@@ -13,8 +13,9 @@ list(GET torch_facts 1 TORCH_LIB)
 
 set(CMAKE_CXX_STANDARD 17)  # as the product
 file(GLOB JET_CUDA_SOURCES CONFIGURE_DEPENDS ${JET_ROOT}/csrc/*/*.cu)
+include(${JET_ROOT}/csrc/find_cutlass.cmake)
 set(JET_CUDA_FLAGS -std=c++17 -O3 -gencode arch=compute_90a,code=compute_90a --no-compress -cudart none -Xcompiler=-fPIC,-fvisibility=hidden
-                   -I${JET_ROOT})
+                   --expt-relaxed-constexpr -I${JET_ROOT} -isystem ${CUTLASS_INCLUDE})
 foreach(source IN LISTS JET_CUDA_SOURCES)
   file(RELATIVE_PATH stem ${JET_ROOT} ${source})
   string(REPLACE "/" "." stem ${stem})
@@ -38,7 +39,7 @@ add_library(jet_sim SHARED EXCLUDE_FROM_ALL ${JET_BINDING_SOURCES} ${JET_ROOT}/c
 set_target_properties(jet_sim PROPERTIES CXX_VISIBILITY_PRESET hidden BUILD_RPATH "$ORIGIN")
 target_include_directories(jet_sim PRIVATE ${JET_ROOT})
 target_include_directories(jet_sim SYSTEM PRIVATE ${TORCH_INCLUDE})
-target_compile_definitions(jet_sim PRIVATE TORCH_TARGET_VERSION=0x020b000000000000 JET_NAMESPACE=jet_sim JET_SIMULATED_DEVICE=1)
+target_compile_definitions(jet_sim PRIVATE TORCH_TARGET_VERSION=0x020b000000000000 JET_NAMESPACE=jet_sim JET_SIMULATED_DEVICE=1 JET_WITH_CUDA=1)
 target_compile_options(jet_sim PRIVATE -O1)
 target_link_libraries(jet_sim PRIVATE hoppersim ${TORCH_LIB}/libtorch_cpu.so)
 # The product's library in the same process exports functions of the same names; this one must use its own.
