@@ -72,4 +72,17 @@ std::vector<int64_t> Checks::state_rows(const std::optional<Tensor>& state_indic
   return rows;
 }
 
+std::vector<int64_t> Checks::counts(const char* name, const Tensor& t, const char* most, const char* like_name,
+                                    const Tensor& like) {
+  shape(name, t, {"N"});
+  dtype(name, t, {ScalarType::Int, ScalarType::Long});
+  device(name, t, like_name, like);
+  if (!host_may_read(t)) return {};
+  std::vector<int64_t> values = host_values(t);
+  for (std::size_t n = 0; n < values.size(); ++n)
+    if (values[n] < 0 || values[n] > size(most))
+      fail(name, "[", n, "] must be in 0..", most, " = ", size(most), ", got ", values[n]);
+  return values;
+}
+
 }  // namespace jet::bindings

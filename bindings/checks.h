@@ -123,6 +123,13 @@ class Checks {
         fail(name, " dimension ", i, " must not be expanded (it is written in place), got stride 0");
   }
 
+  void contiguous(const char* name, const Tensor& t) const {
+    if (t.is_contiguous()) return;
+    std::string strides;
+    for (int64_t i = 0; i < t.dim(); ++i) strides += (i ? "," : "") + std::to_string(t.stride(i));
+    fail(name, " must be contiguous, got strides [", strides, "] for shape ", shape_text(t));
+  }
+
   // Checks cu_seqlens [N+1] against B = 1 and T, binds N, and returns the offsets where they may be read on the host
   // (on a CPU always, on CUDA under JETKERNELS_CHECK=1; empty otherwise). Without cu_seqlens N is B.
   std::vector<int64_t> sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name, const Tensor& like);
@@ -130,6 +137,10 @@ class Checks {
   // Checks state_indices [N] against P rows. Values are read where the host may read them: each must be below P,
   // and no row may be named twice. Returns them (negative: no row); empty when they may not be read or are absent.
   std::vector<int64_t> state_rows(const std::optional<Tensor>& state_indices, const char* like_name, const Tensor& like);
+
+  // Checks `t` [N] of int32 or int64, and that each value is in 0..`most` (a bound symbol) where the host may read it.
+  // Returns the values, or nothing.
+  std::vector<int64_t> counts(const char* name, const Tensor& t, const char* most, const char* like_name, const Tensor& like);
 
  private:
   struct Bound {
