@@ -9,6 +9,7 @@
 #include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
+#include "csrc/gated_delta_rule/chunk_kernel_takes.h"
 
 namespace jet::bindings {
 
@@ -48,19 +49,49 @@ Tensor new_state(const Checks& checks, const Tensor& q) {
   return torch::stable::new_empty(q, {checks.size("N"), checks.size("H"), checks.size("K"), checks.size("V")}, real_dtype(q));
 }
 
+// `t` itself where the kernels can read it, else a contiguous copy.
+Tensor readable(const Tensor& t) {
+  if (chunk_kernel_reads(t.const_data_ptr(), token_strides(t), t.size(0), t.size(1), t.size(2))) return t;
+  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  return torch::stable::copy_(copy, t);
+}
+
+// On the device; `p` holds sizes and outputs.
+void launch(ChunkGatedDeltaRuleParams p, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens) {
+  const Tensor readable_q = readable(q), readable_k = readable(k), readable_v = readable(v);
+  p.q = readable_q.const_data_ptr(), p.q_strides = token_strides(readable_q);
+  p.k = readable_k.const_data_ptr(), p.k_strides = token_strides(readable_k);
+  p.v = readable_v.const_data_ptr(), p.v_strides = token_strides(readable_v);
+  std::optional<Tensor> offsets;
+  if (cu_seqlens) offsets = torch::stable::contiguous(*cu_seqlens);
+  if constexpr (kWithCuda) {
+    const Tensor workspace = torch::stable::new_empty(q, {chunk_gated_delta_rule_workspace(p, offsets.has_value())}, ScalarType::Byte);
+    ChunkGatedDeltaRuleLaunch call{p, {nullptr, IndexType::i64}, workspace.mutable_data_ptr()};
+    if (offsets) call.cu_seqlens = {offsets->const_data_ptr(), index_type(*offsets)};
+    chunk_gated_delta_rule_hopper(call, LaunchScope(q).stream());
+  }
+}
+
 std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta,
                                                   OptionalTensor initial_state, OptionalTensor cu_seqlens, double scale,
                                                   bool l2norm_qk) {
   Checks checks("chunk_gated_delta_rule");
   const std::vector<int64_t> offsets = check(checks, q, k, v, g, beta, initial_state, cu_seqlens);
-  if (const auto reason = plain_reason(launch_device(q), false))
+  ChunkGatedDeltaRuleParams p = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
+  const int device = launch_device(q);
+  if (const auto reason = plain_reason_of_call(device, chunk_kernel_takes(p)))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, q, k, v, g,
                                                   beta, initial_state, cu_seqlens, scale, l2norm_qk);
   g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
+  p.g = g.const_data_ptr(), p.g_strides = token_strides(g);
+  p.beta = beta.const_data_ptr(), p.beta_strides = token_strides(beta);
   const Tensor o = torch::stable::new_empty(v, v.sizes()), final_state = new_state(checks, q);
-  ChunkGatedDeltaRuleParams p = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
   p.o = o.mutable_data_ptr();
   p.final_state = final_state.mutable_data_ptr();
+  if (device != kHost) {
+    launch(p, q, k, v, cu_seqlens);
+    return {o, final_state};
+  }
   chunk_gated_delta_rule_cpu(p, torch_parallel());
   return {o, final_state};
 }
@@ -94,6 +125,8 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   chunk_gated_delta_rule_backward_cpu(p, torch_parallel());
   return {dq, dk, dv, torch::stable::to(dg, g_dtype), torch::stable::to(dbeta, beta_dtype), dinitial_state};
 }
+
+const HasHopperKernel has_kernel("chunk_gated_delta_rule");
 
 }  // namespace
 

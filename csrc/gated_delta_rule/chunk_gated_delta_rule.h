@@ -54,6 +54,21 @@ struct ChunkGatedDeltaRuleBackwardParams {
   void* dinitial_state;                 // [N, H, K, V] real, contiguous
 };
 
+// Sequences that only the device knows.
+struct DeviceOffsets {
+  const void* data;  // [N + 1], contiguous; null: N = B
+  IndexType type;
+};
+
+// Forward on a GPU of compute capability 9.0, for what chunk_kernel_takes() takes. p.cu_seqlens is not read.
+struct ChunkGatedDeltaRuleLaunch {
+  ChunkGatedDeltaRuleParams p;  // q, k, v as chunk_kernel_reads() wants them
+  DeviceOffsets cu_seqlens;
+  void* workspace;              // 128-byte aligned; what is left in it is described in chunk_workspace.h
+};
+int64_t chunk_gated_delta_rule_workspace(const ChunkGatedDeltaRuleParams& p, bool packed);  // bytes
+void chunk_gated_delta_rule_hopper(const ChunkGatedDeltaRuleLaunch& launch, void* stream);
+
 // Both may throw std::bad_alloc, before anything is written.
 void chunk_gated_delta_rule_cpu(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel);
 void chunk_gated_delta_rule_backward_cpu(const ChunkGatedDeltaRuleBackwardParams& p, const Parallel& parallel);

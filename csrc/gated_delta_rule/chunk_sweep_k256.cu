@@ -1,0 +1,7 @@
+#include "csrc/gated_delta_rule/chunk_sweep.cuh"
+
+namespace jet::hopper {
+
+template void launch_sweep<SweepConfig<256>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+
+}  // namespace jet::hopper
