@@ -52,12 +52,11 @@ template <class Config>
 __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work, SweepShared<Config>& shared) {
   constexpr int units = Config::Rows::bytes / 16, row_units = Config::Rows::row_bytes / 16;
   const int thread = threadIdx.x - 32;
-  Cursor<Config::stages> at(Parity::first());
-  for (int chunk = 0; chunk < work.chunks; ++chunk, at.advance()) {
-    auto& stage = shared.stage[at.stage];
-    shared.ring.filled[at.stage].wait(at.parity);
+  for (int chunk = 0; chunk < work.chunks; ++chunk) {
+    auto& stage = shared.stage[chunk % Config::stages];
+    shared.ring.filled[chunk % Config::stages].wait(parity_of<Config>(chunk));
     const int count = work.count(chunk);
-#pragma unroll 2
+#pragma unroll Config::producer_unroll
     for (int u = thread; u < 2 * units; u += kNormalisers) {
       const int row = u / row_units % C;
       const float factor = stage.vectors[u < units ? kInverseK : kInverseQ][row];
@@ -73,7 +72,7 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
       *unit = make_uint4(out[0], out[1], out[2], out[3]);
     }
     publish_writes_to_async_proxy();
-    shared.normalised[at.stage].arrive();
+    shared.normalised[chunk % Config::stages].arrive();
   }
 }
 
@@ -111,27 +110,27 @@ __device__ inline float2 columns_of(const float* vector, int thread, int r) {
   return *reinterpret_cast<const float2*>(vector + accumulator_column(thread, r));
 }
 
-// sk = S^T Kn^T, o = S^T Qn^T, both in flight on return, in this order, one group each.
+// x = S^T Kn^T and o = S^T Qn^T, with S^T as A operand in as many pieces as registers allow; the last of each is in flight on return.
 template <class Config>
-__device__ void multiply_state(typename Config::Tokens& sk, typename Config::Tokens& o, uint32_t (&a)[Config::state_steps][4],
+__device__ void multiply_state(typename Config::Tokens& x, typename Config::Tokens& o, uint32_t (&a)[Config::state_steps][4],
                                const typename Config::State& s, const SweepStage<Config>& stage) {
   using Mma = typename Config::Mma;
-  constexpr int steps = Config::K / Mma::K, together = Config::state_steps;
   const typename Config::RowsOperand k(stage.k), q(stage.q);
 #pragma unroll
-  for (int step = 0; step < steps; step += together) {
+  for (int step = 0; step < Config::K / Mma::K; step += Config::state_steps) {
     if (step > 0) {
       wgmma_wait<0>();
-      wgmma_touch(sk), wgmma_touch(o);
+      wgmma_touch(x), wgmma_touch(o);
+      hold(a);
     }
 #pragma unroll
-    for (int i = 0; i < together; ++i) fragment_of<f16>(a[i], s, step + i);
+    for (int i = 0; i < Config::state_steps; ++i) fragment_of<f16>(a[i], s, step + i);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < together; ++i) Mma::rs(sk, a[i], k.at(0, (step + i) * Mma::K), step + i > 0);  // SK = Sᵀ Knᵀ   [64, C]
+    for (int i = 0; i < Config::state_steps; ++i) Mma::rs(x, a[i], k.at(0, (step + i) * Mma::K), step + i > 0);  // X = Sᵀ Knᵀ   [64, C]
     wgmma_commit();
 #pragma unroll
-    for (int i = 0; i < together; ++i) Mma::rs(o, a[i], q.at(0, (step + i) * Mma::K), step + i > 0);  // O = Sᵀ Qnᵀ   [64, C]
+    for (int i = 0; i < Config::state_steps; ++i) Mma::rs(o, a[i], q.at(0, (step + i) * Mma::K), step + i > 0);  // O = Sᵀ Qnᵀ   [64, C]
     wgmma_commit();
   }
 }
@@ -142,6 +141,7 @@ __device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens
                          Dtype dtype, int count) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
+    if constexpr (Config::few_registers) __syncwarp();  // loads of later steps must not come before this
     uint32_t v[4];
     const int token = step * kStep + transposed_k(me.thread);
     load_matrices_transposed(v, stage.v[me.group] + ValueTile::offset(transposed_m(me.thread), token));
@@ -161,7 +161,8 @@ template <class Config>
 __device__ void updates(uint32_t (&u)[kSteps][4], uint32_t (&write)[kSteps][4], const typename Config::Tokens& x,
                         const SweepStage<Config>& stage, int thread) {
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step)
+  for (int step = 0; step < kSteps; ++step) {
+    if constexpr (Config::few_registers) __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 2 * kStep / 4 * step + 2 * i;
@@ -169,6 +170,7 @@ __device__ void updates(uint32_t (&u)[kSteps][4], uint32_t (&write)[kSteps][4], 
       u[step][i] = pack<f16>(beta.x * x[at], beta.y * x[at + 1]);
       write[step][i] = pack<f16>(to_state.x * x[at], to_state.y * x[at + 1]);
     }
+  }
 }
 
 // The output tile through shared memory: by TMA, or by threads where the chunk ends before its 64th token.
@@ -249,10 +251,11 @@ __device__ void sweep_chunk(typename Config::State& s, const SweepArguments& p, 
   wgmma_commit();
   wgmma_wait<1>();
   wgmma_touch(o);
+  hold(u);
   store_output<Config>(o, p, maps, work, shared, stage, me, chunk);
   wgmma_wait<0>();
   wgmma_touch(s);
-  hold(u), hold(write);
+  hold(write);
 }
 
 template <class Config>
@@ -262,15 +265,15 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
   const SweepThread me{group, static_cast<int>(threadIdx.x % kWarpgroup), work.column + group * kRows};
   typename Config::State s;
   load_state<Config>(s, p, work, me);
-  Consumer<Config::stages> ring(shared.ring);
-  Cursor<Config::stages> at(Parity::first());
 #pragma unroll 1
-  for (int chunk = 0; chunk < work.chunks; ++chunk, ring.advance(), at.advance()) {
-    const int stage = ring.wait();
-    shared.normalised[stage].wait(at.parity);
+  for (int chunk = 0; chunk < work.chunks; ++chunk) {
+    const int stage = chunk % Config::stages;
+    const Parity parity = parity_of<Config>(chunk);
+    shared.ring.filled[stage].wait(parity);  // has happened; this thread must have seen it before it reads what was copied
+    shared.normalised[stage].wait(parity);
     sweep_chunk<Config>(s, p, maps, work, shared, shared.stage[stage], me, chunk);
     __syncwarp();
-    if (me.thread % 32 == 0) ring.release(stage);
+    if (me.thread % 32 == 0) shared.ring.read[chunk % Config::stages].arrive();
   }
   store_state<Config>(s, p, work, me);
   if (me.thread == 0) wait_stores_done<0>();
@@ -292,13 +295,13 @@ __global__ void __launch_bounds__(Config::threads, 1)
   publish_writes_to_async_proxy();
   __syncthreads();
   if (warp_index() < kWarpgroup / 32) {
-    give_registers_back<40>();
+    give_registers_back<Config::producer_registers>();
     if (warp_index() > 0)
       normalise_chunks<Config>(p, work, shared);
     else if (elected())
       load_chunks<Config>(p, maps, work, shared);
   } else {
-    take_registers<232>();
+    take_registers<Config::consumer_registers>();
     sweep_chunks<Config>(p, maps, work, shared);
   }
 }

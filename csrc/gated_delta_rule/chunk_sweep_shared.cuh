@@ -22,8 +22,12 @@ template <int K_>
 struct SweepConfig {
   static constexpr int K = K_;
   static constexpr int stages = K <= 128 ? 3 : 2;             // what fits
-  static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;   // k16 steps of S^T held as A operands: all, or what registers are left for
+  static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;  // k16 steps of S^T held as A operands: all, or what fits
   static constexpr int threads = kWarpgroup * (1 + kGroups);
+  static constexpr bool few_registers = K > 128;  // S^T alone has K / 2 of a consumer's
+  static constexpr int producer_registers = few_registers ? 24 : 40, consumer_registers = few_registers ? 240 : 232;
+  static constexpr int producer_unroll = few_registers ? 1 : 2;
+  static_assert(producer_registers + kGroups * consumer_registers <= 504, "what 384 threads get at launch: 168 each");
   static constexpr Swizzle swizzle = K % 64 == 0 ? Swizzle::b128 : Swizzle::b64;  // 96 is three panels of 32 elements
   using Rows = OperandTile<f16, swizzle, Major::k, C, K>;     // k or q: [C tokens][K] in panels
   using RowsOperand = Operand<f16, swizzle, Major::k, C, K>;
@@ -100,6 +104,12 @@ struct SweepShared {
 static_assert(sizeof(SweepShared<SweepConfig<64>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<96>>) <= 227 * 1024);
 static_assert(sizeof(SweepShared<SweepConfig<128>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<192>>) <= 227 * 1024);
 static_assert(sizeof(SweepShared<SweepConfig<256>>) <= 227 * 1024);
+
+// Of a chunk's turn in the ring; computed, because the consumers have no register to keep it in.
+template <class Config>
+__device__ Parity parity_of(int chunk) {
+  return {static_cast<uint32_t>(chunk / Config::stages % 2)};
+}
 
 // One translation unit per K instantiates it: chunk_sweep_k*.cu.
 template <class Config>
