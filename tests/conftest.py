@@ -15,3 +15,8 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items):
+    # The simulator puts an allocator under torch for the rest of the process: what uses it comes last.
+    items.sort(key=lambda item: item.get_closest_marker("simulator") is not None)
