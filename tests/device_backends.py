@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import OpsBackend
+from cases import OpsBackend, assert_bitwise
 from jetkernels import _library
 
 sys.path.insert(0, str(Path(__file__).parent / "hoppersim"))
@@ -84,13 +84,17 @@ def _parameters(*backends: OpsBackend):
 
 EARLY, LATE, CUDA = SimulatorBackend("early", 0), SimulatorBackend("late", SEEDS[0]), CudaBackend()
 each_device = pytest.mark.parametrize("backend", _parameters(EARLY, LATE, CUDA))
-on_simulator = _marks(EARLY)  # as `pytestmark`, or over one test
+
+
+def simulated(test):
+    """For a test that asks the simulator itself."""
+    for mark in _marks(EARLY):
+        test = mark(test)
+    return test
 
 
 def assert_every_schedule_agrees(run: Callable[[OpsBackend], tuple[Tensor, ...]]) -> None:
     """``run(backend)`` gives the same bits in both timings and in several schedules."""
-    from cases import assert_bitwise
-
     first = run(EARLY)
     for backend in (SimulatorBackend(timing, seed) for timing in ("early", "late") for seed in SEEDS):
         for out, expected in zip(run(backend), first):
