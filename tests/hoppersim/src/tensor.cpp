@@ -123,24 +123,11 @@ void list_units(const Warp& warp, const Instruction& i, TensorOperation& operati
   }
 }
 
-// Wavefronts of the operand reads, by this model: a core matrix (8 rows or columns of 16 bytes) is read at once, in as many
-// wavefronts as the group of four banks with the most rows. Each warp reads its rows of A; B is read once per warpgroup.
-void count_units(Counters& counters, const uint32_t* units, size_t count, size_t stride) {
-  for (size_t first = 0; first < count; ++first) {
-    if (first / stride % 8 != 0) continue;
-    int rows[8] = {}, worst = 0;
-    for (size_t r = 0; r < 8; ++r) worst = std::max(worst, ++rows[units[first + r * stride] / 16 % 8]);
-    counters.wgmma_wavefronts += worst;
-    ++counters.wgmma_ideal_wavefronts;
-  }
-}
-
-void count_operands(Warp& warp, const WgmmaShape& shape, const std::vector<uint32_t>& units) {
-  Counters& counters = warp.cta->cluster->counters;
-  const size_t of_a = shape.has(WgmmaShape::a_in_registers) ? 0 : shape.has(WgmmaShape::a_mn_major) ? 2 * shape.stored_k() : 2 * 16;
-  count_units(counters, units.data(), of_a, shape.has(WgmmaShape::a_mn_major) ? 1 : 2);
-  if (warp.id % kWarpgroup) return;
-  count_units(counters, units.data() + of_a, units.size() - of_a, shape.has(WgmmaShape::b_mn_major) ? 1 : shape.b_units());
+// Wavefronts of the operand reads, by this model: a core matrix (8 rows or columns of 16 bytes) is one. Every layout that a
+// descriptor can name spreads them over all banks. Each warp reads its rows of A; B is read once per warpgroup.
+void count_operands(Warp& warp, const WgmmaShape& shape, size_t units) {
+  const size_t of_a = shape.has(WgmmaShape::a_in_registers) ? 0 : 16 * 32 / 16;  // 16 rows of 32 bytes
+  warp.cta->cluster->counters.wgmma_wavefronts += (warp.id % kWarpgroup ? of_a : units) / 8;
 }
 
 void begin_reading(Warp& warp, const Instruction& i, const TensorOperation& operation) {
@@ -265,7 +252,7 @@ bool execute_mma_async(Warp& warp, const Instruction& i, uint32_t mask) {
   take_registers(warp, i, state);
   list_units(warp, i, operation);
   begin_reading(warp, i, operation);
-  count_operands(warp, shape, operation.units);
+  count_operands(warp, shape, operation.units.size());
   if (warp.cta->cluster->launch->options.timing == Timing::early) {
     compute_wgmma(warp, operation);
     operation.done = true;
