@@ -31,6 +31,7 @@ SHAPES = (
     DeltaShape("a CTA for all slices of a key head", B=99, T=2, Hk=4, H=8, K=64, V=128),
     DeltaShape("more tokens than are prepared at a time, several slices in a CTA", B=100, T=10, Hk=4, H=4, K=64, V=128),
 )
+AGREE = ("the 2B model's heads", "three value heads per key head", "T = 17", "a CTA for all slices of a key head")
 
 
 def random(dtype=BF16, pool_dtype=F32, shape=DeltaShape("", B=3, T=1, K=64, V=32), P: int | None = None, seed: int = 0) -> RecurrentCall:
@@ -167,9 +168,8 @@ def test_updates_in_place_and_repeats_bitwise(backend):
 
 
 @each_device
-@each_pool
-def test_row_beyond_32_bits(backend, pool_dtype):
-    pool_properties.row_beyond_32_bits(backend, random(BF16, pool_dtype, DeltaShape("", B=2, K=64, V=64, T=1), P=2))
+def test_row_beyond_32_bits(backend):
+    pool_properties.row_beyond_32_bits(backend, random(BF16, BF16, DeltaShape("", B=2, K=64, V=64, T=1), P=2))
 
 
 @each_device
@@ -222,7 +222,7 @@ def test_bf16_pool_is_rounded_once_per_call(backend):
     assert_bitwise(pool, wide_pool.to(BF16), "pool")
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1], *SHAPES[-5:-3]], ids=ids)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.reason in AGREE], ids=ids)
 @each_pool
 @simulated
 def test_every_schedule_agrees(pool_dtype, shape):
