@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import library, measure, op_tests, parts, report, sanitizer, simulator, versus
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT
 
 SECONDS = 465  # all parts together; under 8 minutes with what comes before and after
 GRACE = 10  # s: a part stops by itself at its share, and is stopped this much later
@@ -130,7 +130,8 @@ def run_all(chosen: list[Part], output: Path, seconds: float, more: dict[str, li
         else:
             print(f"{part.name}: up to {share:.0f} s", flush=True)
             done.append(run_part(part, share, more.get(part.name, []), output))
-            facts = next((row["provenance"] for row in done[-1]["rows"] if "provenance" in row), facts)
+            found = next((row["provenance"] for row in done[-1]["rows"] if "provenance" in row), {})
+            facts = {**found, **facts}  # a part's own command stays in its rows
         write(output, facts, done)
     return done
 
@@ -185,7 +186,6 @@ def main(argv: list[str] | None = None) -> int:
         print_end(done, output)
         return 1
     done = run_all(arguments.parts, output, arguments.seconds - (time.monotonic() - start), more, done)
-    write(output, provenance("benchmarks/on_gpu.sh", "cuda"), done)
     print_end(done, output)
     return int(any(part["status"] in ("failed", "out of time") for part in done))
 
