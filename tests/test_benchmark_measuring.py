@@ -1,6 +1,10 @@
 """How the benchmarks measure: the clock on a GPU, what is done with a case, and that the peers are given the same problem."""
 
 import contextlib
+import importlib.util
+import tempfile
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -260,3 +264,21 @@ def test_unfused_convolution_is_the_op():
     values = conv_inputs(few_heads(SHAPE_2B), 2, 9, F32)
     ours = torch.ops.jet.dynamic_conv(*values, None, None, True)[0]
     assert rms_error(peers.unfused_dynamic_conv(*values), ours) < 1e-5
+
+
+@pytest.mark.parametrize("pip", (True, False), ids=("pip", "no pip"))
+def test_wheels_are_installed_without_a_network(tmp_path, monkeypatch, pip):
+    if pip and importlib.util.find_spec("pip") is None:
+        pytest.skip("this environment has no pip")
+    with zipfile.ZipFile(tmp_path / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_peer.py", "x = 1\n")
+        wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\nRequires-Dist: torch<1\n")
+        wheel.writestr("a_peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("a_peer-1.0.dist-info/RECORD", "")
+    if not pip:
+        monkeypatch.setattr(versus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert (Path(versus.install_wheels(tmp_path)) / "a_peer.py").read_text() == "x = 1\n"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no wheels in"):
+        versus.install_wheels(tmp_path / "empty")
