@@ -1,6 +1,12 @@
-"""The shapes that are measured: the JetBlock of the published 2B and 4B models (arXiv 2508.15884, table 9), and 128/128."""
+"""The shapes that are measured, and random inputs of them.
+
+JetBlock of the published 2B and 4B models (arXiv 2508.15884, table 9), and 128/128, the heads of Qwen3-Next.
+"""
 
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Shape(NamedTuple):
@@ -19,3 +25,48 @@ SHAPES = (
     Shape("4b", H=16, Hk=16, K=128, V=256, D=4096, R=512, W=4),
     Shape("128/128", H=32, Hk=16, K=128, V=128, D=4096, R=512, W=4),
 )
+
+
+def chosen_shapes(name: str) -> list[Shape]:
+    """The shapes that a command line's ``--shape`` names: one of them, or all."""
+    return [shape for shape in SHAPES if name in (shape.name, "all")]
+
+
+def few_heads(shape: Shape) -> Shape:
+    """Two value heads of a shape and a narrow generator: the same head sizes, little enough work for a simulator."""
+    return shape._replace(H=2, Hk=2 * shape.Hk // shape.H, D=2 * shape.V, R=shape.R // 4)
+
+
+class Draw:
+    """Random tensors of one seed; drawn on the device, because the host would need minutes for the largest."""
+
+    def __init__(self, device: torch.device | str = "cpu", seed: int = 0):
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, *size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        x = torch.randn(size, generator=self.generator, device=self.device)
+        return x.mul_(scale).to(dtype)
+
+    def integers(self, low: int, high: int, size: int) -> Tensor:
+        return torch.randint(low, high, (size,), generator=self.generator, device=self.device, dtype=torch.int32)
+
+
+def delta_rule_inputs(shape: Shape, B: int, T: int, dtype: torch.dtype, draw: Draw | None = None) -> dict[str, Tensor]:
+    """q, k, v, g, beta by name. g and beta are fp32, as JetBlock computes them."""
+    draw = draw or Draw()
+    return {
+        "q": draw.normal(B, T, shape.Hk, shape.K, dtype=dtype),
+        "k": draw.normal(B, T, shape.Hk, shape.K, dtype=dtype),
+        "v": draw.normal(B, T, shape.H, shape.V, dtype=dtype),
+        "g": -torch.nn.functional.softplus(draw.normal(B, T, shape.H)),
+        "beta": draw.normal(B, T, shape.H).sigmoid(),
+    }
+
+
+def conv_inputs(shape: Shape, B: int, T: int, dtype: torch.dtype, draw: Draw | None = None) -> list[Tensor]:
+    """x, hidden, weight, bias."""
+    draw = draw or Draw()
+    sizes = ((B, T, shape.D), (B, T, shape.R), (shape.D * shape.W, shape.R), (shape.D * shape.W,))
+    scales = (1.0, 1.0, shape.R**-0.5, 0.02)
+    return [draw.normal(*size, dtype=dtype, scale=scale) for size, scale in zip(sizes, scales)]

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -15,3 +16,17 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items):
+    # The simulator puts an allocator under torch for the rest of the process: what uses it comes last.
+    items.sort(key=lambda item: item.get_closest_marker("simulator") is not None)
+
+
+@pytest.fixture(autouse=True)
+def simulated_memory(request):
+    """A test marked `simulator` makes its tensors in memory that the simulator knows."""
+    if request.node.get_closest_marker("simulator") is not None:
+        from device_backends import hoppersim
+
+        hoppersim.jet_sim()

@@ -237,15 +237,25 @@ __device__ void load_rows(float (&x)[rows], const float* row) {
   }
 }
 
+// sum over `count` rows from `first` of x[j] s[j][c], as a balanced tree. The shuffles go on with the same tree, so that a sum does not
+// depend on how many rows a thread has: a sequence gives the same bits in every batch, whatever tiles are chosen.
+template <int count, int rows, int columns>
+__device__ float dot_tree(const float (&x)[rows], const float (&s)[rows][columns], int c, int first = 0) {
+  if constexpr (count == 1)
+    return __fmul_rn(x[first], s[first][c]);
+  else if constexpr (count == 2)
+    return fmaf(x[first + 1], s[first + 1][c], __fmul_rn(x[first], s[first][c]));
+  else
+    return __fadd_rn(dot_tree<count / 2>(x, s, c, first), dot_tree<count / 2>(x, s, c, first + count / 2));
+}
+
 // p = S^T k and r = S^T q of the warp's rows to shared.partial[half, warp].
 template <class Config>
 __device__ void reduce_over_rows(const RecurrentShared& shared, const RecurrentThread<Config>& me, const RecurrentState<Config>& s,
                                  const float (&k)[Config::rows], const float (&q)[Config::rows], int half) {
-  float sums[2][Config::columns] = {};
+  float sums[2][Config::columns];
 #pragma unroll
-  for (int j = 0; j < Config::rows; ++j)
-#pragma unroll
-    for (int c = 0; c < Config::columns; ++c) sums[0][c] += k[j] * s[j][c], sums[1][c] += q[j] * s[j][c];
+  for (int c = 0; c < Config::columns; ++c) sums[0][c] = dot_tree<Config::rows>(k, s, c), sums[1][c] = dot_tree<Config::rows>(q, s, c);
 #pragma unroll
   for (int offset = Config::lanes; offset < 32; offset *= 2)
 #pragma unroll

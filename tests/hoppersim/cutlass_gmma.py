@@ -128,8 +128,22 @@ def sparse_a(element: str, k: int, selector: int, seed: int) -> tuple[np.ndarray
     return a, stored, registers
 
 
-def check(wrapper: Gmma, *, swizzles=(128, 128), trans=(0, 0), scale=(1, 1), selector=0, accumulate=True, timing="early") -> None:
-    """Runs the wrapper and compares every element of D with NumPy's product."""
+@dataclass
+class Problem:
+    """A kernel, its arrays, and the D that it must compute."""
+
+    kernel: WrapperKernel
+    registers: np.ndarray
+    fragments: np.ndarray
+    expected: np.ndarray
+
+    def check(self) -> None:
+        d = gather(self.registers, self.kernel.n, self.kernel.accumulator)
+        np.testing.assert_array_equal(d, self.expected, err_msg=self.kernel.wrapper.name)
+
+
+def problem(wrapper: Gmma, *, swizzles=(128, 128), trans=(0, 0), scale=(1, 1), selector=0, accumulate=True, **changes) -> Problem:
+    """``changes``: what a planted bug changes in the kernel (see Wgmma)."""
     step = SPAN_K[wrapper.a]
     metadata = None
     if wrapper.sparse:
@@ -139,20 +153,21 @@ def check(wrapper: Gmma, *, swizzles=(128, 128), trans=(0, 0), scale=(1, 1), sel
         a, a_tile = _tile(wrapper.a, 64, wrapper.k, 1, swizzles[0], bool(trans[0]), step)
         stored = a
     b, b_tile = _tile(wrapper.b, wrapper.n, wrapper.k, 2, swizzles[1], bool(trans[1]), wrapper.k)
-    kernel = WrapperKernel(wrapper.n, wrapper.a, b_tile, None if wrapper.in_registers else a_tile, wrapper.d, trans, scale, accumulate)
+    kernel = WrapperKernel(wrapper.n, wrapper.a, b_tile, None if wrapper.in_registers else a_tile, wrapper.d, trans, scale, accumulate, **changes)
     kernel.wrapper, kernel.selector = wrapper, selector
     c = _integers("f16", (64, wrapper.n), 3)
-    if wrapper.d == "s32":
+    if wrapper.d == "s32":  # sums that leave the range of the accumulator
         c[::7, ::3] = 2**31 - 100
         c[::5, 1::3] = -(2**31) + 100
     parts = [fragments(stored, wrapper.a)] if wrapper.in_registers else []
     parts += [metadata[:, None]] if wrapper.sparse else []
     parts = np.ascontiguousarray(np.concatenate(parts, 1)) if parts else np.zeros(4, np.uint32)
-    registers = spread(c, wrapper.d)
-    with hoppersim.simulate(timing=timing):
-        counters = hoppersim.Module(kernel.ptx()).launch("k", 1, 128, (kernel.image, registers, parts))
     expected = accumulate * c + scale[0] * scale[1] * (a @ b.T)
     if wrapper.d == "s32":
         expected = expected.clip(-(2**31), 2**31 - 1) if wrapper.saturate else expected.astype(np.int64).astype(np.int32)
-    np.testing.assert_array_equal(gather(registers, wrapper.n, wrapper.d), expected, err_msg=wrapper.name)
-    assert counters["tensor_flop"] == 2 * 64 * wrapper.n * wrapper.k
+    return Problem(kernel, spread(c, wrapper.d), parts, expected)
+
+
+def run(p: Problem, **simulate) -> dict:
+    with hoppersim.simulate(**simulate):
+        return hoppersim.Module(p.kernel.ptx()).launch("k", 1, 128, (p.kernel.image, p.registers, p.fragments))

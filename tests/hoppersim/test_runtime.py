@@ -361,3 +361,12 @@ def test_tensors_of_torch_are_registered():
     assert library.cdll.run_scale(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(64), ctypes.c_double(0.0)) == SUCCESS
     with pytest.raises(hoppersim.Fault, match="out-of-bounds global"), hoppersim.simulate():
         assert library.cdll.run_past_the_end(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(64)) == LAUNCH_FAILURE
+
+
+def test_torch_works_on_registered_memory():
+    """Some of torch's code asks the allocator for raw memory."""
+    hoppersim.jet_sim()
+    layer = torch.nn.Conv1d(3, 4, 3)
+    x = torch.randn(2, 3, 20)
+    expected = torch.einsum("bitw,oiw->bot", x.unfold(2, 3, 1), layer.weight) + layer.bias[:, None]
+    torch.testing.assert_close(layer(x), expected)

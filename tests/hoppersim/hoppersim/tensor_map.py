@@ -35,3 +35,20 @@ def encode(array: np.ndarray, box, *, swizzle: int = 0, nan: bool = False, eleme
     if code:
         raise ValueError(f"CUresult {code}: {_library().hoppersim_tensor_map_error().decode()}")
     return ctypes.string_at(aligned, 128)
+
+
+def encode_im2col(array: np.ndarray, lower, upper, channels: int, pixels: int, *, swizzle: int = 0, nan: bool = False, element_strides=None,
+                  type: str | None = None) -> bytes:  # fmt: skip
+    """The same for columns of pixels; ``lower`` and ``upper``: corners in the order W, H, D."""
+    rank = array.ndim
+    storage = ctypes.create_string_buffer(192)
+    aligned = -(-ctypes.addressof(storage) // 64) * 64
+    u64, u32, i32 = ctypes.c_uint64 * 5, ctypes.c_uint32 * 5, ctypes.c_int * 3
+    code = _library().hoppersim_encode_im2col_map(
+        ctypes.c_void_p(aligned), TYPES[type or _NUMPY[array.dtype.name]], rank, ctypes.c_void_p(array.ctypes.data), u64(*array.shape[::-1]),
+        u64(*array.strides[-2::-1]), i32(*lower), i32(*upper), channels, pixels, u32(*tuple(element_strides or (1,) * rank)[::-1]),
+        SWIZZLES[swizzle], int(nan),
+    )  # fmt: skip
+    if code:
+        raise ValueError(f"CUresult {code}: {_library().hoppersim_tensor_map_error().decode()}")
+    return ctypes.string_at(aligned, 128)

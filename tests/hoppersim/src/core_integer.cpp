@@ -154,6 +154,7 @@ bool bind_packed(Instruction& i) {
 }
 
 bool bind_dot(Instruction& i) {
+  if (i.modifiers.size() < 2 || (i.opcode == "dp2a" ? i.has("lo") == i.has("hi") : i.has("lo") || i.has("hi"))) unsupported(i);
   const bool a = i.modifiers[i.modifiers.size() - 2] == "s32", b = i.modifiers.back() == "s32";
   Execute execute;
   if (i.opcode == "dp4a") {

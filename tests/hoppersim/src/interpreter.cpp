@@ -321,7 +321,6 @@ void Counters::add(const Counters& o) {
   shared_wavefronts += o.shared_wavefronts;
   shared_ideal_wavefronts += o.shared_ideal_wavefronts;
   wgmma_wavefronts += o.wgmma_wavefronts;
-  wgmma_ideal_wavefronts += o.wgmma_ideal_wavefronts;
   barrier_waits += o.barrier_waits;
 }
 

@@ -53,7 +53,7 @@ struct Counters {
   uint64_t global_read_sectors = 0, global_write_sectors = 0;        // 32-byte sectors touched per warp access
   uint64_t bulk_read_bytes = 0, bulk_write_bytes = 0;                // TMA and bulk copies: global bytes in bounds (multicast: once)
   uint64_t shared_accesses = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;  // conflict factor = wavefronts / ideal
-  uint64_t wgmma_wavefronts = 0, wgmma_ideal_wavefronts = 0;  // of operand tiles in shared memory, by the model of tensor.cpp
+  uint64_t wgmma_wavefronts = 0;                 // of operand tiles in shared memory, by the model of tensor.cpp
   uint64_t barrier_waits = 0;                    // unsuccessful mbarrier try_wait / test_wait
   void add(const Counters& other);
 };

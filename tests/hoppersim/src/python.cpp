@@ -25,7 +25,6 @@ py::dict dict_of(const Counters& c) {
   d["shared_accesses"] = c.shared_accesses, d["shared_wavefronts"] = c.shared_wavefronts;
   d["shared_ideal_wavefronts"] = c.shared_ideal_wavefronts;
   d["wgmma_wavefronts"] = c.wgmma_wavefronts;
-  d["wgmma_ideal_wavefronts"] = c.wgmma_ideal_wavefronts;
   d["barrier_waits"] = c.barrier_waits;
   return d;
 }

@@ -12,40 +12,34 @@ namespace {
 constexpr size_t kGuard = 256;     // bytes between a storage and whatever lies behind it
 constexpr int kUnwritten = 0xff;   // NaN in every floating type, -1 in integers
 
-struct Storage {
-  c10::DataPtr memory;
-};
+c10::Allocator* underlying = nullptr;
 
-void release(void* context) {
-  auto* storage = static_cast<Storage*>(context);
-  hoppersim::global_ranges().remove(storage->memory.get());
-  delete storage;
+void release(void* data) {
+  hoppersim::global_ranges().remove(data);
+  underlying->raw_deallocate(data);
 }
 
 struct RegisteringAllocator final : c10::Allocator {
-  explicit RegisteringAllocator(c10::Allocator* underlying) : underlying(underlying) {}
-
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return underlying->allocate(0);
-    auto* storage = new Storage{underlying->allocate(bytes + kGuard)};
-    void* data = storage->memory.get();
+    void* data = underlying->raw_allocate(bytes + kGuard);
     std::memset(data, kUnwritten, bytes + kGuard);
     hoppersim::global_ranges().add(data, bytes);
-    return {data, storage, &release, c10::Device(c10::DeviceType::CPU)};
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
 
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  // Some of torch's own code asks for raw memory: the context of a storage is its address, as that needs.
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-
-  c10::Allocator* underlying;
 };
 
 constexpr uint8_t kPriority = 1;  // above torch's own
 
 [[maybe_unused]] const bool installed = [] {
   // Never destroyed: tensors may outlive this library's static objects.
-  c10::SetCPUAllocator(new RegisteringAllocator(c10::GetDefaultCPUAllocator()), kPriority);
+  underlying = c10::GetDefaultCPUAllocator();
+  c10::SetCPUAllocator(new RegisteringAllocator(), kPriority);
   return true;
 }();
 

@@ -1,0 +1,101 @@
+"""Floors: the least bytes and tensor-core FLOP of each op, and the time that follows from a machine's ceilings."""
+
+from typing import NamedTuple
+
+from benchmarks.shapes import Shape
+
+CHUNK = 64  # tokens of a chunk of the chunked algorithm
+HALF, SINGLE = 2, 4  # bytes of bf16 or fp16, and of fp32
+
+
+class Ceilings(NamedTuple):
+    bandwidth: float  # bytes read and written per second, by a large copy
+    tensor: float  # FLOP/s of an 8192^3 bf16 product
+
+
+H200 = Ceilings(bandwidth=4.3e12, tensor=790e12)  # measured once on one H200; a run on a GPU measures its own
+
+
+class Work(NamedTuple):
+    bytes: float  # every input read once, every output written once
+    flop: float  # on tensor cores
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        return max(self.bytes / ceilings.bandwidth, self.flop / ceilings.tensor)
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flop + other.flop)
+
+    def times(self, count: float) -> "Work":
+        return Work(self.bytes * count, self.flop * count)
+
+
+def token_bytes(shape: Shape) -> int:
+    """q, k, v, o in 16 bits, g and beta in fp32, of one token of the delta rule."""
+    return 2 * HALF * (shape.Hk * shape.K + shape.H * shape.V) + 2 * SINGLE * shape.H
+
+
+def state_bytes(shape: Shape, itemsize: int = SINGLE) -> int:
+    """The state of one sequence."""
+    return shape.H * shape.K * shape.V * itemsize
+
+
+def chunk_token(shape: Shape) -> Work:
+    """One token of the chunked delta rule, forward."""
+    K, V = shape.K, shape.V
+    per_head = 2 * 2 * CHUNK * K  # K Kᵀ, Q Kᵀ
+    per_head += 2 * CHUNK**2 / 3  # the triangular inverse
+    per_head += 3 * 2 * K * V  # K S, Q S, Kᵀ U
+    per_head += 2 * 2 * CHUNK * V  # T R, P U
+    return Work(token_bytes(shape), shape.H * per_head)
+
+
+def chunk(shape: Shape, B: int, T: int) -> Work:
+    """Without an initial state, with the final one."""
+    return chunk_token(shape).times(B * T) + Work(B * state_bytes(shape), 0)
+
+
+def recurrent(shape: Shape, B: int, T: int, itemsize: int) -> Work:
+    """The state read and written once, whatever T."""
+    return Work(B * (2 * state_bytes(shape, itemsize) + T * token_bytes(shape)), 0)
+
+
+def _resume_bytes(shape: Shape) -> int:
+    """k and u of one token in fp32: what verify leaves for commit."""
+    return SINGLE * (shape.Hk * shape.K + shape.H * shape.V)
+
+
+def verify(shape: Shape, B: int, T: int, itemsize: int) -> Work:
+    return Work(B * (state_bytes(shape, itemsize) + T * (token_bytes(shape) + _resume_bytes(shape))), 0)
+
+
+def commit(shape: Shape, B: int, T: float, itemsize: int) -> Work:
+    """T: accepted tokens of a row, on average."""
+    return Work(B * (2 * state_bytes(shape, itemsize) + T * (_resume_bytes(shape) + SINGLE * shape.H)), 0)
+
+
+def _weight_bytes(shape: Shape) -> int:
+    return HALF * shape.D * shape.W * (shape.R + 1)
+
+
+def conv_token(shape: Shape) -> Work:
+    """One token of the fused dynamic convolution: x, hidden, y; the generator's product."""
+    return Work(HALF * (2 * shape.D + shape.R), 2 * shape.R * shape.D * shape.W)
+
+
+def conv(shape: Shape, B: int, T: int) -> Work:
+    return conv_token(shape).times(B * T) + Work(_weight_bytes(shape), 0)
+
+
+def stored_kernels(shape: Shape) -> int:
+    """Bytes per token that the generated kernels cost where they are written and read again."""
+    return 2 * HALF * shape.D * shape.W
+
+
+def apply_conv(shape: Shape, B: int, T: int) -> Work:
+    return Work(B * T * HALF * shape.D * (2 + shape.W), 0)
+
+
+def conv_step(shape: Shape, B: int) -> Work:
+    state = 2 * HALF * shape.D * (shape.W - 1)
+    return conv_token(shape).times(B) + Work(_weight_bytes(shape) + B * state, 0)

@@ -1,0 +1,200 @@
+"""Measure the ops and the model on a GPU: ceilings of this device, then every op against its floor.
+
+A case whose results are wrong gets no time.
+"""
+
+import gc
+import statistics
+
+import torch
+
+from benchmarks import floors, ops, parts
+from benchmarks.floors import Ceilings, Work
+from benchmarks.ops import Case
+from benchmarks.parts import Clock, Rows
+from benchmarks.provenance import provenance
+from benchmarks.shapes import SHAPES, Draw, Shape, chosen_shapes
+from benchmarks.timing import Timing, device_time, l2_bytes, rotations
+
+ERROR_CEILING = 5e-3  # outputs and states with bf16 operands, RMS against fp64
+COPY_BYTES = 1 << 32
+PRODUCT = 8192
+EMPTY_LAUNCHES = 64
+LAUNCH_MATTERS = 50e-6  # s: below, the time over an empty launch is told too
+MODEL_BATCHES = (1, 16, 128)
+MODEL_SECONDS = 40  # of this part, at most
+PROMPT, NEW_TOKENS = 512, 32
+
+
+def describe() -> list[str]:
+    cases = ops.measured(list(SHAPES))
+    sizes: dict[str, list[str]] = {}
+    for case in cases:
+        known = sizes.setdefault(f"{case.op} ({case.dtype})", [])
+        known += [case.size] if case.size not in known else []
+    return [
+        f"ceilings: a copy of {COPY_BYTES >> 30} GiB, a {PRODUCT}^3 bf16 product, an empty launch in a graph",
+        *(f"{name}, at 2b, 4b and 128/128: {', '.join(known)}" for name, known in sizes.items()),
+        f"the 2B model with random weights, prompts of {PROMPT}: prefill and decode tokens/s at batch {', '.join(map(str, MODEL_BATCHES))}",
+    ]
+
+
+def timing_row(timing: Timing) -> dict[str, object]:
+    us = {name: getattr(timing, name) * 1e6 for name in ("median", "fastest", "slowest")}
+    return {"us": us["median"], "us_fastest": us["fastest"], "us_slowest": us["slowest"], "n": timing.n, "method": timing.method}
+
+
+def floor_row(seconds: float, work: Work, ceilings: Ceilings) -> dict[str, float]:
+    floor = work.seconds(ceilings)
+    return {
+        "floor_us": floor * 1e6,
+        "reached_percent": 100 * floor / seconds,
+        "gb_per_s": work.bytes / seconds / 1e9,
+        "tflop_per_s": work.flop / seconds / 1e12,
+    }
+
+
+def measure_ceilings(rows: Rows, device: torch.device) -> tuple[Ceilings, float]:
+    """(ceilings, seconds of an empty launch in a graph)."""
+    source = Draw(device).normal(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    copy = device_time([lambda: target.copy_(source)])
+    rows.add(op="copy", size=f"{COPY_BYTES >> 30} GiB", **timing_row(copy), gb_per_s=2 * COPY_BYTES / copy.median / 1e9)
+    del source, target
+    draw = Draw(device)
+    a, b = (draw.normal(PRODUCT, PRODUCT, dtype=torch.bfloat16) for _ in "ab")
+    product = device_time([lambda: a @ b], seconds=0.5)
+    rows.add(op="bf16 product", size=f"{PRODUCT}^3", **timing_row(product), tflop_per_s=2 * PRODUCT**3 / product.median / 1e12)
+    empty = device_time([empty_launch] * EMPTY_LAUNCHES)
+    rows.add(op="empty launch", size="in a graph", **timing_row(empty))
+    return Ceilings(2 * COPY_BYTES / copy.median, 2 * PRODUCT**3 / product.median), empty.median
+
+
+def empty_launch() -> None:
+    from jetkernels import _introspection
+
+    status = _introspection.empty_launch(torch.cuda.current_stream().cuda_stream)
+    if status != 0:
+        raise RuntimeError(f"empty launch failed with cudaError {status}")
+
+
+def checked(case: Case, device: torch.device) -> dict[str, object]:
+    """Who serves this call, and its errors against plain PyTorch in fp64; raises where they are too large."""
+    served = ops.served_by(case.op, case.make(Draw(device, seed=1)))
+    args = case.make(Draw(device, seed=1))
+    expected = ops.plain_results(case.op, args)
+    found = ops.errors(ops.results(case.op, args), expected)
+    if not all(error <= ERROR_CEILING for error in found.values()):  # NaN never passes
+        raise ValueError(f"wrong result, no time: RMS errors {', '.join(f'{n} {e:.1e}' for n, e in found.items())}")
+    return {"served_by": served, "rms_error": max(found.values(), default=0.0)}
+
+
+def timed(case: Case, device: torch.device) -> Timing:
+    op = ops.function(case.op)
+    sets = rotations(case.work.bytes, l2_bytes(device))
+    arguments = [case.make(Draw(device, seed=2 + i)) for i in range(sets)]
+    return device_time([lambda args=args: op(*args) for args in arguments])
+
+
+def measure_case(case: Case, device: torch.device, ceilings: Ceilings, empty: float) -> dict[str, object]:
+    facts = checked(case, device)
+    timing = timed(case, device)
+    row = {**facts, **timing_row(timing), **floor_row(timing.median, case.work, ceilings)}
+    return row | ({"above_empty_us": (timing.median - empty) * 1e6} if timing.median < LAUNCH_MATTERS else {})
+
+
+def model_work(model, batch: int, past: int) -> Work:
+    """One decode step: weights and keys and values read once, states read and written once."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cache = 0
+    for kind in model.config.layer_types:
+        if kind == "jet":
+            jet = model.config.jet
+            cache += 2 * floors.SINGLE * jet.num_heads * jet.head_dim * int(jet.head_dim * jet.expand_v)
+        else:
+            seen = min(past, model.config.window_size) if kind == "swa" else past
+            cache += 2 * floors.HALF * model.config.num_key_value_heads * model.config.head_dim * seen
+    return Work(weights + batch * cache, 2 * batch * sum(p.numel() for p in model.parameters()))
+
+
+def measure_model(model, batch: int, ceilings: Ceilings, bar) -> list[dict[str, object]]:
+    """Rows of prefill and decode, by the host's clock around the whole model, as `jetkernels throughput` measures."""
+    from jetkernels.cli.throughput import measure
+
+    ids = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
+    cache = model.new_cache(batch, PROMPT + NEW_TOKENS)
+    measure(model, ids, cache, 4, None, bar)
+    times = [measure(model, ids, cache, NEW_TOKENS, None, bar) for _ in range(3)]
+    prefill, decode = (statistics.median(column) for column in zip(*times))
+    step = decode / NEW_TOKENS
+    step_work = model_work(model, batch, PROMPT)
+    prefill_work = Work(step_work.bytes, 2 * batch * PROMPT * sum(p.numel() for p in model.parameters()))
+    common = {"method": "clock", "n": len(times), "served_by": "the model"}
+    return [
+        {"op": "model prefill", "us": prefill * 1e6, "tokens_per_s": batch * PROMPT / prefill, **common, **floor_row(prefill, prefill_work, ceilings)},
+        {"op": "model decode step", "us": step * 1e6, "tokens_per_s": batch / step, **common, **floor_row(step, step_work, ceilings)},
+    ]
+
+
+def measure_models(rows: Rows, clock: Clock, device: torch.device, ceilings: Ceilings, quick: bool) -> None:
+    from tqdm import tqdm
+
+    from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
+
+    what = {"shape": "2b", "dtype": "bf16"}
+    if clock.left() < 15:
+        rows.add(op="model", **what, skipped="the time of this part was over")
+        return
+    config = JetNemotronConfig.from_name("2b")
+    model = JetNemotronForCausalLM.random(config, dtype=torch.bfloat16, device=device).eval()
+    for batch in MODEL_BATCHES[:1] if quick else MODEL_BATCHES:
+        size = f"{batch} x {PROMPT} + {NEW_TOKENS}"
+        if clock.left() <= 0:
+            rows.add(op="model", **what, size=size, skipped="the time of this part was over")
+            continue
+        try:
+            found = measure_model(model, batch, ceilings, tqdm(disable=True))
+        except Exception as error:  # the other batches still count
+            rows.add(op="model", **what, size=size, failed=f"{type(error).__name__}: {str(error)[:300]}")
+            continue
+        for row in found:
+            rows.add(**what, size=size, **row)
+
+
+@torch.no_grad()
+def measure(
+    rows: Rows, clock: Clock, device: torch.device, shapes: list[Shape], quick: bool = False, only: str = "", model: bool = True
+) -> None:
+    rows.add(provenance=provenance("python -m benchmarks.measure", device))
+    ceilings, empty = measure_ceilings(rows, device)
+    if model and not rows.resumed:
+        # The model first: it is what everything else is for, and it is short.
+        measure_models(rows, Clock(min(clock.left(), MODEL_SECONDS)), device, ceilings, quick)
+        gc.collect(), torch.cuda.empty_cache()
+    for case in ops.measured(shapes, quick):
+        what = {"op": case.op, "shape": case.shape.name, "size": case.size, "dtype": case.dtype}
+        if only not in case.op or rows.has(**what):
+            continue
+        if not ops.exists(case.op):
+            rows.add(**what, skipped="this library has no such op")
+            continue
+        rows.attempt(clock, lambda case=case: measure_case(case, device, ceilings, empty), **what)
+        if parts.device_is_lost():
+            parts.start_again("measure", rows, clock, lost={"op": case.op})
+
+
+def main() -> None:
+    arguments = parts.parser("measure", __doc__).parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device")
+        raise SystemExit(parts.SKIPPED)
+    from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
+
+    rows = Rows(arguments.rows, arguments.resume)
+    device = torch.device("cuda", torch.cuda.current_device())
+    measure(rows, Clock(arguments.seconds), device, chosen_shapes(arguments.shape), arguments.quick)
+    raise SystemExit(parts.failed(rows.rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Readable tables of results: Markdown, columns aligned."""
+
+from collections.abc import Sequence
+
+Row = dict[str, object]
+
+TABLES: dict[str, dict[str, str]] = {
+    "library": {"step": "step", "what": "what", "seconds": "s"},
+    "tests": {"file": "file", "passed": "passed", "failures": "failed", "not_run": "skipped", "seconds": "s"},
+    "simulator": {"case": "case", "output": "output", "rms_difference": "RMS difference", "max_difference": "largest", "bitwise_equal": "bitwise"},
+    "sanitizer": {"tool": "tool", "calls": "calls", "findings": "findings"},
+    "measure": {
+        "op": "op", "shape": "shape", "size": "size", "dtype": "dtype", "us": "us", "above_empty_us": "over empty us", "floor_us": "floor us", "reached_percent": "% of floor",
+        "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s", "rms_error": "RMS error", "served_by": "served by",
+        "n": "n", "method": "method",
+    },
+    "peers": {
+        "op": "op", "shape": "shape", "size": "size", "peer": "peer", "us": "us", "ours_us": "ours us", "times_ours": "peer / ours",
+        "rms_difference": "RMS difference", "n": "n", "method": "method", "note": "note",
+    },
+}  # fmt: skip
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            return str(value)
+        if value == 0:
+            return "0"
+        if abs(value) < 1e-2:
+            return f"{value:.1e}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
+    """A Markdown table of ``columns`` (key: title); columns without any value are left out, numbers stand to the right."""
+    used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
+    if not rows or not used:
+        return "(nothing)"
+    numeric = [all(isinstance(r.get(k), (int, float, type(None))) and not isinstance(r.get(k), bool) for r in rows) for k in used]
+    cells = [list(used.values()), *([cell(row.get(key)) for key in used] for row in rows)]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(used))]
+
+    def line(values: list[str]) -> str:
+        return "| " + " | ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(values, widths, numeric)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if n else "-") for w, n in zip(widths, numeric)) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def named(row: Row) -> str:
+    """What a row without numbers is about."""
+    keys = ("op", "peer", "shape", "size", "dtype", "case", "output", "tool", "file", "step")
+    return " ".join(str(row[key]) for key in keys if row.get(key))
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """The rows that have a reason instead of numbers, alike ones together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for kind in ("failed", "skipped"):
+            if kind in row:
+                found.setdefault((kind, str(row[kind])), []).append(named(row))
+    lines = []
+    for (kind, reason), names in found.items():
+        names = [name for name in names if name]
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        lines.append(f"* {kind}: {listed or 'the part'}: {cell(reason)}")
+    return lines
+
+
+def section(part: dict[str, object]) -> str:
+    """Markdown of one part: {"part", "status", "reason", "seconds", "rows", "log_tail"}."""
+    rows = [row for row in part["rows"] if "provenance" not in row]
+    good = [row for row in rows if not ({"skipped", "lost", "prepared_at"} & row.keys()) and ("failed" not in row or "rms_difference" in row)]
+    lines = [f"## {part['part']}: {part['status']}, {part['seconds']:.0f} s"]
+    if part.get("reason"):
+        lines.append(str(part["reason"]))
+    if good:
+        lines.append(table(good, TABLES[part["part"]]))
+    if found := reasons(rows):
+        lines.append("\n".join(found))
+    if part.get("log_tail"):
+        lines.append("End of its log:\n```\n" + str(part["log_tail"]).replace("```", "'''") + "\n```")
+    return "\n\n".join(lines)
+
+
+def summary(facts: dict[str, object], parts: Sequence[dict[str, object]]) -> str:
+    provenance = table([{"fact": key, "value": cell(value)} for key, value in facts.items()], {"fact": "fact", "value": "value"})
+    overview = table(parts, {"part": "part", "status": "status", "seconds": "s", "reason": "why"})
+    return "\n\n".join(["# On a GPU", provenance, overview, *map(section, parts)]) + "\n"
