@@ -1,6 +1,6 @@
 // What `prepare` leaves for `sweep` of each chunk and value head: an image of shared memory, loaded by bulk copies.
 //   T'      (I + kk diag(beta))^-1                    [C, C] fp16, lower triangle
-//   P       tril(Qn Kn^T ∘ Γ) |k_j|                   [C, C] fp16, lower triangle
+//   P'      tril(Qn Kn^T ∘ Γ) diag(|k_j| beta_j)      [C, C] fp16, lower triangle: P U = scale |q_i| P' U'
 //   vectors Vector::count times [C] fp32
 // Kn, Qn: rows of K and Q divided by their norms, whatever l2norm_qk says: fp16 holds them at any scale. The norms come back as factors:
 // |k_j| is 1 and |q_i| is 1 with l2norm_qk.
@@ -33,7 +33,6 @@ JET_INDEX_MAP int image_offset(int i, int j) {
 
 enum Vector : int {
   kReadK,      // e^{c_j} |k_j|: of S^T k_j
-  kBeta,       // beta_j
   kWrite,      // beta_j e^{c_C - c_j} |k_j|: of U'_j on its way into the state
   kReadQ,      // e^{c_i}: of S^T q_i
   kOutput,     // scale |q_i|
@@ -45,7 +44,7 @@ enum Vector : int {
 constexpr int kVectorsAt = 2 * kTriangleBytes;
 constexpr int kVectorBytes = C * 4;
 constexpr int kImageBytes = kVectorsAt + kVectors * kVectorBytes;
-static_assert(kTriangleBytes == 5120 && kImageBytes % 128 == 0);
+static_assert(kTriangleBytes == 5120 && kImageBytes % 16 == 0);
 
 namespace proof {
 

@@ -6,7 +6,7 @@
 //   c = cumulative sum of g                                    fp64, then split in two fp32
 //   A = tril(Kn Kn^T ∘ |k_i| |k_j| Γ_ij beta_j, -1)            = kk diag(beta)
 //   T' = (I + A)^-1                                            chunk_inverse.cuh
-//   P = tril(Qn Kn^T ∘ |k_j| Γ_ij)
+//   P' = tril(Qn Kn^T ∘ |k_j| Γ_ij beta_j)
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk_inverse.cuh"
@@ -72,6 +72,7 @@ template <class Config>
 __device__ void load_rows(const PrepareArguments& p, const PreparePlace& at, const void* data, const TokenStrides& strides, char* tile,
                           float* norm, float* inverse) {
   constexpr int kUnit = 8, units = Config::K / kUnit / 4;  // 16-byte units of a thread
+  constexpr bool even = units % 2 == 0;  // then odd rows begin in the other half of a 128-byte line: fewer bank conflicts
   const int lane = threadIdx.x % 4;
 #pragma unroll 1
   for (int i = threadIdx.x / 4; i < C; i += kWarpgroup / 4) {
@@ -79,7 +80,7 @@ __device__ void load_rows(const PrepareArguments& p, const PreparePlace& at, con
     if (i < at.count) {
       const uint16_t* from = static_cast<const uint16_t*>(data) + at.row * strides.b + (at.token + i) * strides.t + at.hk * strides.h;
 #pragma unroll
-      for (int u = 0; u < units; ++u) raw[u] = __ldg(reinterpret_cast<const uint4*>(from) + lane + 4 * u);
+      for (int u = 0; u < units; ++u) raw[u] = __ldg(reinterpret_cast<const uint4*>(from) + lane + 4 * (u ^ (even ? i & 1 : 0)));
     }
     float squares = 0;
     float2 x[units][4];
@@ -102,7 +103,8 @@ __device__ void load_rows(const PrepareArguments& p, const PreparePlace& at, con
       uint32_t words[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) words[w] = pack<f16>(x[u][w].x * factor, x[u][w].y * factor);
-      *reinterpret_cast<uint4*>(tile + Config::Rows::offset(i, (lane + 4 * u) * kUnit)) = make_uint4(words[0], words[1], words[2], words[3]);
+      *reinterpret_cast<uint4*>(tile + Config::Rows::offset(i, (lane + 4 * (u ^ (even ? i & 1 : 0))) * kUnit)) =
+           make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }
@@ -145,13 +147,12 @@ __device__ void write_vectors(const PrepareArguments& p, PrepareShared<Config>& 
   const SplitSum zero{0, 0};
   const float k = shared.norm[0][j], read = decay_between(shared.c[j], zero);
   shared.vector(kReadK)[j] = read * k;
-  shared.vector(kBeta)[j] = shared.beta[j];
   shared.vector(kWrite)[j] = shared.beta[j] * decay_between(shared.c[C - 1], shared.c[j]) * k;
   shared.vector(kReadQ)[j] = read;
   shared.vector(kOutput)[j] = p.scale * shared.norm[1][j];
 }
 
-// A to shared memory and P to the image. `kk`, `qk`: the products of the normalised rows, as accumulators.
+// A to shared memory and P' to the image. `kk`, `qk`: the products of the normalised rows, as accumulators.
 template <class Config>
 __device__ void apply_gates(PrepareShared<Config>& shared, int thread, const float (&kk)[Config::Mma::registers], const float (&qk)[Config::Mma::registers]) {
   const int block_row = thread / 32;
@@ -162,9 +163,9 @@ __device__ void apply_gates(PrepareShared<Config>& shared, int thread, const flo
     float a[2], pp[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float decay = decay_between(shared.c[i], shared.c[j + e]) * shared.norm[0][j + e];
+      const float decay = decay_between(shared.c[i], shared.c[j + e]) * shared.norm[0][j + e] * shared.beta[j + e];
       // Above the diagonal the decay may be infinite: selected away, never multiplied by zero.
-      a[e] = j + e < i ? kk[r + e] * decay * shared.norm[0][i] * shared.beta[j + e] : 0;
+      a[e] = j + e < i ? kk[r + e] * decay * shared.norm[0][i] : 0;
       pp[e] = j + e <= i ? qk[r + e] * decay : 0;
     }
     *reinterpret_cast<uint32_t*>(shared.image + kTriangleBytes + image_offset(i, j)) = pack<f16>(pp[0], pp[1]);

@@ -5,8 +5,8 @@
 // S^T, R^T, U^T always on the left, as A operands from registers:
 //   S^T Kn^T, O = S^T Qn^T         [64, C]
 //   R  = V^T - e^{c_j} |k_j| S^T Kn^T
-//   U' = R T'^T                    U = beta_j U'
-//   O  = scale |q_i| (e^{c_i} O + U P^T)
+//   U' = R T'^T
+//   O  = scale |q_i| (e^{c_i} O + U' P'^T)
 //   S  = e^{c_C} S + (beta_j e^{c_C - c_j} |k_j| U') Kn
 #pragma once
 
@@ -47,7 +47,15 @@ __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, cons
   }
 }
 
-// Kn, Qn = rows of K, Q over their norms, in fp16 where the rows were; rows behind the sequence's end, which are the next one's, become zero.
+// Zero for the tokens behind the sequence's end, which are the next sequence's.
+template <class Config>
+__device__ void clear_values(SweepStage<Config>& stage, int count, int thread) {
+  constexpr int row_units = ValueTile::row_bytes / 16;
+  for (char* tile : stage.v)
+    for (int u = count * row_units + thread; u < C * row_units; u += kNormalisers) reinterpret_cast<uint4*>(tile)[u] = make_uint4(0, 0, 0, 0);
+}
+
+// Kn, Qn = rows of K, Q over their norms, in fp16 where the rows were; rows behind the sequence's end become zero.
 template <class Config>
 __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work, SweepShared<Config>& shared) {
   constexpr int units = Config::Rows::bytes / 16, row_units = Config::Rows::row_bytes / 16;
@@ -56,6 +64,7 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
     auto& stage = shared.stage[chunk % Config::stages];
     shared.ring.filled[chunk % Config::stages].wait(parity_of<Config>(chunk));
     const int count = work.count(chunk);
+    if (count < C) clear_values<Config>(stage, count, thread);
 #pragma unroll Config::producer_unroll
     for (int u = thread; u < 2 * units; u += kNormalisers) {
       const int row = u / row_units % C;
@@ -135,10 +144,10 @@ __device__ void multiply_state(typename Config::Tokens& x, typename Config::Toke
   }
 }
 
-// R = V^T - e^{c_j} |k_j| SK as an A operand; tokens behind the end are zero, whatever is in memory there.
+// R = V^T - e^{c_j} |k_j| SK as an A operand.
 template <class Config>
 __device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens& sk, const SweepStage<Config>& stage, const SweepThread& me,
-                         Dtype dtype, int count) {
+                         Dtype dtype) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     if constexpr (Config::few_registers) __syncwarp();  // loads of later steps must not come before this
@@ -147,27 +156,26 @@ __device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens
     load_matrices_transposed(v, stage.v[me.group] + ValueTile::offset(transposed_m(me.thread), token));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int at = 2 * kStep / 4 * step + 2 * i, j = accumulator_column(me.thread, at);
+      const int at = 2 * kStep / 4 * step + 2 * i;
       const float2 read = columns_of(stage.vectors[kReadK], me.thread, at);
       const float2 value = dtype == Dtype::bf16 ? unpack<bf16>(v[i]) : unpack<f16>(v[i]);
-      const float low = j < count ? value.x - read.x * sk[at] : 0, high = j + 1 < count ? value.y - read.y * sk[at + 1] : 0;
-      r[step][i] = pack<f16>(low, high);
+      r[step][i] = pack<f16>(value.x - read.x * sk[at], value.y - read.y * sk[at + 1]);
     }
   }
 }
 
-// U = beta_j U' for the outputs and beta_j e^{c_C - c_j} |k_j| U' for the state, as A operands.
+// U' for the outputs and beta_j e^{c_C - c_j} |k_j| U' for the state, as A operands.
 template <class Config>
 __device__ void updates(uint32_t (&u)[kSteps][4], uint32_t (&write)[kSteps][4], const typename Config::Tokens& x,
                         const SweepStage<Config>& stage, int thread) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     if constexpr (Config::few_registers) __syncwarp();
+    fragment_of<f16>(u[step], x, step);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 2 * kStep / 4 * step + 2 * i;
-      const float2 beta = columns_of(stage.vectors[kBeta], thread, at), to_state = columns_of(stage.vectors[kWrite], thread, at);
-      u[step][i] = pack<f16>(beta.x * x[at], beta.y * x[at + 1]);
+      const float2 to_state = columns_of(stage.vectors[kWrite], thread, at);
       write[step][i] = pack<f16>(to_state.x * x[at], to_state.y * x[at + 1]);
     }
   }
@@ -224,7 +232,7 @@ __device__ void sweep_chunk(typename Config::State& s, const SweepArguments& p, 
   multiply_state<Config>(x, o, a, s, stage);
   wgmma_wait<1>();
   wgmma_touch(x);
-  residual<Config>(r, x, stage, me, p.dtype, work.count(chunk));
+  residual<Config>(r, x, stage, me, p.dtype);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
@@ -244,7 +252,7 @@ __device__ void sweep_chunk(typename Config::State& s, const SweepArguments& p, 
   for (int at = 0; at < MmaState::registers; ++at) s[at] *= decay;
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U Pᵀ   [64, C]
+  for (int step = 0; step < kSteps; ++step) Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
   wgmma_commit();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]

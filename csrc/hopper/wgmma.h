@@ -34,21 +34,22 @@ __device__ void wgmma_touch(float (&accumulator)[registers]) {
 template <class Element, Swizzle swizzle, Major major, int mn, int k>
 struct Operand {
   using Tile = OperandTile<Element, swizzle, major, mn, k>;
-  uint32_t base;  // shared-memory address, a multiple of kTileAlign
+  uint64_t descriptor;  // of the whole
 
-  __device__ explicit Operand(const void* tile) : base(cute::cast_smem_ptr_to_uint(tile)) {}
-
-  // Descriptor of the part of the operand that begins at (i, l).
-  __device__ uint64_t at(int i, int l) const {
+  __device__ explicit Operand(const void* tile) {  // a shared-memory address, a multiple of kTileAlign
     constexpr OperandStrides strides = Tile::strides();
-    cute::GmmaDescriptor descriptor;
-    descriptor.bitfield.start_address_ = (base + Tile::start(i, l)) >> 4;
-    descriptor.bitfield.leading_byte_offset_ = strides.leading >> 4;
-    descriptor.bitfield.stride_byte_offset_ = strides.stride >> 4;
-    descriptor.bitfield.base_offset_ = 0;  // tiles are aligned to the swizzle's period
-    descriptor.bitfield.layout_type_ = static_cast<uint8_t>(layout_type);
-    return descriptor;
+    cute::GmmaDescriptor bits;
+    bits.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(tile) >> 4;
+    bits.bitfield.leading_byte_offset_ = strides.leading >> 4;
+    bits.bitfield.stride_byte_offset_ = strides.stride >> 4;
+    bits.bitfield.base_offset_ = 0;  // tiles are aligned to the swizzle's period
+    bits.bitfield.layout_type_ = static_cast<uint8_t>(layout_type);
+    descriptor = bits;
   }
+
+  // Descriptor of the part of the operand that begins at (i, l). The address is its lowest field and has room for all of shared memory,
+  // so that one addition moves it.
+  __device__ uint64_t at(int i, int l) const { return descriptor + (Tile::start(i, l) >> 4); }
 
  private:
   using Layout = cute::SM90::GMMA::LayoutType;
