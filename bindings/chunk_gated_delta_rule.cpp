@@ -65,10 +65,11 @@ void launch(ChunkGatedDeltaRuleParams p, const Tensor& q, const Tensor& k, const
   std::optional<Tensor> offsets;
   if (cu_seqlens) offsets = torch::stable::contiguous(*cu_seqlens);
   if constexpr (kWithCuda) {
+    const LaunchScope scope(q);
     const Tensor workspace = torch::stable::new_empty(q, {chunk_gated_delta_rule_workspace(p, offsets.has_value())}, ScalarType::Byte);
     ChunkGatedDeltaRuleLaunch call{p, {nullptr, IndexType::i64}, workspace.mutable_data_ptr()};
     if (offsets) call.cu_seqlens = {offsets->const_data_ptr(), index_type(*offsets)};
-    chunk_gated_delta_rule_hopper(call, LaunchScope(q).stream());
+    chunk_gated_delta_rule_hopper(call, scope.stream());
   }
 }
 

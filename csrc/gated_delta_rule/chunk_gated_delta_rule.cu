@@ -1,8 +1,10 @@
 #include "csrc/gated_delta_rule/chunk_gated_delta_rule.h"
 
+#include "csrc/gated_delta_rule/chunk_join.cuh"
 #include "csrc/gated_delta_rule/chunk_prepare.cuh"
 #include "csrc/gated_delta_rule/chunk_sweep_shared.cuh"
 #include "csrc/gated_delta_rule/chunk_workspace.h"
+#include "csrc/hopper/device.h"
 
 namespace jet {
 
@@ -21,24 +23,15 @@ CUtensorMap tokens_map(const ChunkGatedDeltaRuleParams& p, const char* name, con
                           {2, bytes(heads, s.h), bytes(p.T, s.t), bytes(p.B, s.b)}, {static_cast<uint32_t>(columns), 1, C, 1}, swizzle});
 }
 
-ChunkPlan chunk_plan(const ChunkGatedDeltaRuleLaunch& launch, const ChunkWorkspace& w) {
-  ChunkPlan plan{launch.p.T, launch.p.N, launch.cu_seqlens.data, launch.cu_seqlens.type, nullptr, w.most_chunks};
-  if (launch.cu_seqlens.data != nullptr) plan.first_chunk = reinterpret_cast<int*>(static_cast<char*>(launch.workspace) + w.first_chunk);
-  return plan;
+int slices_of(const ChunkGatedDeltaRuleParams& p) { return static_cast<int>((p.V + kSlice - 1) / kSlice); }
+
+ChunkSegments segments_of_call(const ChunkGatedDeltaRuleParams& p, bool packed) {
+  return choose_segments(p, slices_of(p), packed, current_device_facts().multiprocessors);
 }
 
 template <int K>
-void run(const ChunkGatedDeltaRuleLaunch& l, cudaStream_t stream) {
-  const ChunkGatedDeltaRuleParams& p = l.p;
-  const ChunkWorkspace w = chunk_workspace(p, l.cu_seqlens.data != nullptr);
-  const ChunkPlan plan = chunk_plan(l, w);
-  if (plan.first_chunk != nullptr) launch(kOp, {dim3(1), kPlanThreads}, stream, chunk_plan_kernel, plan);
-  char* images = static_cast<char*>(l.workspace) + w.images;
-  if (w.most_chunks > 0 && p.T > 0)
-    launch_prepare<PrepareConfig<K>>({plan, p.dtype, p.H, p.Hk, static_cast<float>(p.scale), p.l2norm_qk, p.q, p.k, static_cast<const float*>(p.g),
-                                      static_cast<const float*>(p.beta), p.q_strides, p.k_strides, p.g_strides, p.beta_strides, images},
-                                     stream);
-  using Config = SweepConfig<K>;
+void run_sweeps(const ChunkGatedDeltaRuleParams& p, const SweepArguments& sweep, cudaStream_t stream) {
+  using Config = SweepConfig<K, true>;
   SweepMaps maps = {};
   if (p.T > 0) {
     const TokenStrides o_strides{p.T * p.H * p.V, p.H * p.V, p.V, 1};
@@ -47,15 +40,42 @@ void run(const ChunkGatedDeltaRuleLaunch& l, cudaStream_t stream) {
     maps.v = tokens_map(p, "v", p.v, p.v_strides, p.H, p.V, kRows, ValueTile::swizzle);
     maps.o = tokens_map(p, "o", p.o, o_strides, p.H, p.V, kRows, ValueTile::swizzle);
   }
-  launch_sweep<Config>({plan, p.dtype, p.H, p.Hk, p.V, static_cast<int>((p.V + kSlice - 1) / kSlice), images,
-                        static_cast<const float*>(p.initial_state), p.initial_state_strides, static_cast<float*>(p.final_state),
-                        static_cast<uint16_t*>(p.o)},
-                       maps, stream);
+  if (sweep.plan.most_cuts > 0) {
+    launch_sweep<SweepConfig<K, false>>(sweep, maps, stream);
+    launch_join({sweep.plan, p.H, p.V, K, sweep.states, sweep.transfers}, stream);
+  }
+  launch_sweep<Config>(sweep, maps, stream);
+}
+
+template <int K>
+void run(const ChunkGatedDeltaRuleLaunch& l, cudaStream_t stream) {
+  const ChunkGatedDeltaRuleParams& p = l.p;
+  const bool packed = l.cu_seqlens.data != nullptr;
+  const ChunkSegments segments = segments_of_call(p, packed);
+  const ChunkWorkspace w = chunk_workspace(p, packed, segments);
+  char* workspace = static_cast<char*>(l.workspace);
+  ChunkPlan plan{p.T, p.N, l.cu_seqlens.data, l.cu_seqlens.type, nullptr, nullptr, w.most_chunks, segments.chunks, segments.most_cuts};
+  if (packed) {
+    plan.first_chunk = reinterpret_cast<int*>(workspace + w.first_chunk), plan.first_cut = reinterpret_cast<int*>(workspace + w.first_cut);
+    launch(kOp, {dim3(1), kPlanThreads}, stream, chunk_plan_kernel, plan);
+  }
+  char* images = workspace + w.images;
+  if (w.most_chunks > 0 && p.T > 0)
+    launch_prepare<PrepareConfig<K>>({plan, p.dtype, p.H, p.Hk, static_cast<float>(p.scale), p.l2norm_qk, p.q, p.k, static_cast<const float*>(p.g),
+                                      static_cast<const float*>(p.beta), p.q_strides, p.k_strides, p.g_strides, p.beta_strides, images},
+                                     stream);
+  run_sweeps<K>(p,
+                {plan, p.dtype, p.H, p.Hk, p.K, p.V, slices_of(p), images, static_cast<const float*>(p.initial_state), p.initial_state_strides,
+                 static_cast<float*>(p.final_state), reinterpret_cast<float*>(workspace + w.states),
+                 reinterpret_cast<float*>(workspace + w.transfers), static_cast<uint16_t*>(p.o)},
+                stream);
 }
 
 }  // namespace
 
-int64_t chunk_gated_delta_rule_workspace(const ChunkGatedDeltaRuleParams& p, bool packed) { return chunk_workspace(p, packed).bytes; }
+int64_t chunk_gated_delta_rule_workspace(const ChunkGatedDeltaRuleParams& p, bool packed) {
+  return p.N * p.H == 0 ? 0 : chunk_workspace(p, packed, segments_of_call(p, packed)).bytes;
+}
 
 void chunk_gated_delta_rule_hopper(const ChunkGatedDeltaRuleLaunch& l, void* stream) {
   if (l.p.N * l.p.H == 0) return;

@@ -66,7 +66,7 @@ struct ChunkGatedDeltaRuleLaunch {
   DeviceOffsets cu_seqlens;
   void* workspace;              // 128-byte aligned; what is left in it is described in chunk_workspace.h
 };
-int64_t chunk_gated_delta_rule_workspace(const ChunkGatedDeltaRuleParams& p, bool packed);  // bytes
+int64_t chunk_gated_delta_rule_workspace(const ChunkGatedDeltaRuleParams& p, bool packed);  // bytes, on the current device
 void chunk_gated_delta_rule_hopper(const ChunkGatedDeltaRuleLaunch& launch, void* stream);
 
 // Both may throw std::bad_alloc, before anything is written.

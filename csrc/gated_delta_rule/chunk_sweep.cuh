@@ -25,14 +25,15 @@ __device__ void load_chunk(const SweepArguments& p, const SweepMaps& maps, const
   for (int panel = 0; panel < Config::Rows::panels; ++panel) {
     const int column = panel * Config::Rows::panel_width, at = panel * Config::Rows::panel_bytes;
     load(stage.k + at, maps.k, loaded, Reuse::normal, column, work.hk, token, row);
-    load(stage.q + at, maps.q, loaded, Reuse::normal, column, work.hk, token, row);
+    if constexpr (Config::outputs) load(stage.q + at, maps.q, loaded, Reuse::normal, column, work.hk, token, row);
   }
-  for (int group = 0; group < work.groups; ++group)
+  for (int group = 0; group < work.groups && !work.is_transfer(); ++group)
     load(stage.v[group], maps.v, loaded, Reuse::once, work.column + group * kRows, work.h, token, row);
   const char* image = p.images + ((work.first_chunk + chunk) * p.H + work.h) * kImageBytes;
   for (int panel = 0; panel < kBlocks; ++panel) {
     bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
-    bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel), stored_bytes(panel), loaded);
+    if constexpr (Config::outputs)
+      bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel), stored_bytes(panel), loaded);
   }
   bulk_load(stage.vectors, image + kVectorsAt, kVectors * kVectorBytes, loaded);
 }
@@ -40,7 +41,8 @@ __device__ void load_chunk(const SweepArguments& p, const SweepMaps& maps, const
 template <class Config>
 __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work, SweepShared<Config>& shared) {
   Producer<Config::stages> ring(shared.ring);
-  const int bytes = 2 * Config::Rows::bytes + work.groups * ValueTile::bytes + kImageBytes;
+  const int common = Config::outputs ? 2 * Config::Rows::bytes + kImageBytes : Config::Rows::bytes + kImageBytes - kTriangleBytes;
+  const int bytes = common + (work.is_transfer() ? 0 : work.groups * ValueTile::bytes);
   for (int chunk = 0; chunk < work.chunks; ++chunk, ring.advance()) {
     auto& stage = shared.stage[ring.acquire(bytes)];
     load_chunk<Config>(p, maps, work, stage, ring.filled(), chunk);
@@ -66,7 +68,7 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
     const int count = work.count(chunk);
     if (count < C) clear_values<Config>(stage, count, thread);
 #pragma unroll Config::producer_unroll
-    for (int u = thread; u < 2 * units; u += kNormalisers) {
+    for (int u = thread; u < (Config::outputs ? 2 : 1) * units; u += kNormalisers) {
       const int row = u / row_units % C;
       const float factor = stage.vectors[u < units ? kInverseK : kInverseQ][row];
       uint4* unit = reinterpret_cast<uint4*>(stage.k) + u;  // q follows k
@@ -92,25 +94,25 @@ struct SweepThread {
   int column;         // the warpgroup's first value column
 };
 
-// S^T [64, K] of the warpgroup from or to S [K, V]; value columns beyond V are zero and not stored.
+// S^T [64, K] of the warpgroup from or to S [K, values]; columns beyond `values` are zero and not stored.
 template <class Config>
-__device__ void load_state(typename Config::State& s, const SweepArguments& p, const SweepWork& work, const SweepThread& me) {
-  const float* from = p.initial_state;
-  if (from != nullptr) from += work.n * p.initial_state_strides.n + work.h * p.initial_state_strides.h;
+__device__ void load_state(typename Config::State& s, const SweepWork& work, const SweepThread& me) {
 #pragma unroll
   for (int r = 0; r < Config::MmaState::registers; ++r) {
     const int64_t k = accumulator_column(me.thread, r), v = me.column + accumulator_row(me.thread, r);
-    s[r] = from != nullptr && v < p.V ? __ldg(from + k * p.initial_state_strides.k + v * p.initial_state_strides.v) : 0;
+    s[r] = 0;
+    if (work.initial == InitialState::memory && v < work.values) s[r] = __ldg(work.initial_state + k * work.strides.k + v * work.strides.v);
+    if (work.is_transfer() && k == v) s[r] = 1;
   }
 }
 
 template <class Config>
-__device__ void store_state(const typename Config::State& s, const SweepArguments& p, const SweepWork& work, const SweepThread& me) {
-  float* to = p.final_state + (work.n * p.H + work.h) * Config::K * p.V;
+__device__ void store_state(const typename Config::State& s, const SweepWork& work, const SweepThread& me) {
+  if (work.final_state == nullptr) return;
 #pragma unroll
   for (int r = 0; r < Config::MmaState::registers; ++r) {
     const int64_t k = accumulator_column(me.thread, r), v = me.column + accumulator_row(me.thread, r);
-    if (v < p.V) to[k * p.V + v] = s[r];
+    if (v < work.values) work.final_state[k * work.values + v] = s[r];
   }
 }
 
@@ -129,7 +131,8 @@ __device__ void multiply_state(typename Config::Tokens& x, typename Config::Toke
   for (int step = 0; step < Config::K / Mma::K; step += Config::state_steps) {
     if (step > 0) {
       wgmma_wait<0>();
-      wgmma_touch(x), wgmma_touch(o);
+      wgmma_touch(x);
+      if constexpr (Config::outputs) wgmma_touch(o);
       hold(a);
     }
 #pragma unroll
@@ -138,9 +141,11 @@ __device__ void multiply_state(typename Config::Tokens& x, typename Config::Toke
 #pragma unroll
     for (int i = 0; i < Config::state_steps; ++i) Mma::rs(x, a[i], k.at(0, (step + i) * Mma::K), step + i > 0);  // X = Sᵀ Knᵀ   [64, C]
     wgmma_commit();
+    if constexpr (Config::outputs) {
 #pragma unroll
-    for (int i = 0; i < Config::state_steps; ++i) Mma::rs(o, a[i], q.at(0, (step + i) * Mma::K), step + i > 0);  // O = Sᵀ Qnᵀ   [64, C]
-    wgmma_commit();
+      for (int i = 0; i < Config::state_steps; ++i) Mma::rs(o, a[i], q.at(0, (step + i) * Mma::K), step + i > 0);  // O = Sᵀ Qnᵀ   [64, C]
+      wgmma_commit();
+    }
   }
 }
 
@@ -214,7 +219,7 @@ __device__ void store_output(const typename Config::Tokens& o, const SweepArgume
   }
   constexpr int unit = 8, row_units = kRows / unit;
   const int v = me.thread % row_units * unit;
-  if (me.column + v >= p.V) return;
+  if (me.column + v >= work.values) return;
   for (int i = me.thread / row_units; i < count; i += kWarpgroup / row_units)
     *reinterpret_cast<uint4*>(p.o + ((work.row * p.plan.T + token + i) * p.H + work.h) * p.V + me.column + v) =
         *reinterpret_cast<const uint4*>(tile + ValueTile::offset(v, i));
@@ -230,7 +235,7 @@ __device__ void sweep_chunk(typename Config::State& s, const SweepArguments& p, 
   typename Config::Tokens x, o;
   uint32_t a[Config::state_steps][4], r[kSteps][4];
   multiply_state<Config>(x, o, a, s, stage);
-  wgmma_wait<1>();
+  wgmma_wait<Config::outputs ? 1 : 0>();
   wgmma_touch(x);
   residual<Config>(r, x, stage, me, p.dtype);
   wgmma_fence();
@@ -238,29 +243,36 @@ __device__ void sweep_chunk(typename Config::State& s, const SweepArguments& p, 
   for (int step = 0; step < kSteps; ++step) Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
   wgmma_commit();
   wgmma_wait<0>();
-  wgmma_touch(x), wgmma_touch(o);
+  wgmma_touch(x);
+  if constexpr (Config::outputs) wgmma_touch(o);
   hold(a), hold(r);
   uint32_t u[kSteps][4], write[kSteps][4];
   updates<Config>(u, write, x, stage, me.thread);
+  if constexpr (Config::outputs) {
 #pragma unroll
-  for (int at = 0; at < Mma::registers; at += 2) {
-    const float2 read = columns_of(stage.vectors[kReadQ], me.thread, at);
-    o[at] *= read.x, o[at + 1] *= read.y;
+    for (int at = 0; at < Mma::registers; at += 2) {
+      const float2 read = columns_of(stage.vectors[kReadQ], me.thread, at);
+      o[at] *= read.x, o[at + 1] *= read.y;
+    }
   }
   const float decay = stage.vectors[kReadQ][C - 1];
 #pragma unroll
   for (int at = 0; at < MmaState::registers; ++at) s[at] *= decay;
   wgmma_fence();
+  if constexpr (Config::outputs) {
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
-  wgmma_commit();
+    for (int step = 0; step < kSteps; ++step) Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
+    wgmma_commit();
+  }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]
   wgmma_commit();
-  wgmma_wait<1>();
-  wgmma_touch(o);
-  hold(u);
-  store_output<Config>(o, p, maps, work, shared, stage, me, chunk);
+  if constexpr (Config::outputs) {
+    wgmma_wait<1>();
+    wgmma_touch(o);
+    hold(u);
+    store_output<Config>(o, p, maps, work, shared, stage, me, chunk);
+  }
   wgmma_wait<0>();
   wgmma_touch(s);
   hold(write);
@@ -272,7 +284,7 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
   if (group >= work.groups) return;
   const SweepThread me{group, static_cast<int>(threadIdx.x % kWarpgroup), work.column + group * kRows};
   typename Config::State s;
-  load_state<Config>(s, p, work, me);
+  load_state<Config>(s, work, me);
 #pragma unroll 1
   for (int chunk = 0; chunk < work.chunks; ++chunk) {
     const int stage = chunk % Config::stages;
@@ -283,7 +295,7 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
     __syncwarp();
     if (me.thread % 32 == 0) shared.ring.read[chunk % Config::stages].arrive();
   }
-  store_state<Config>(s, p, work, me);
+  store_state<Config>(s, work, me);
   if (me.thread == 0) wait_stores_done<0>();
 }
 
@@ -293,13 +305,16 @@ __global__ void __launch_bounds__(Config::threads, 1)
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<SweepShared<Config>*>(memory);
   const SweepWork& work = shared.work;  // read where it is used: the producer's threads have few registers
-  shared.zero_upper_blocks();
   if (threadIdx.x == 0) {
-    shared.work = sweep_work(p);
-    shared.ring.init(work.groups * kWarpgroup / 32);
+    shared.work = Config::outputs ? output_work(p) : cut_work(p);
+    if (work.groups > 0) shared.ring.init(work.groups * kWarpgroup / 32);
     for (Event& event : shared.normalised) event.init(kNormalisers);
     publish_inits();
   }
+  __syncthreads();
+  if (work.groups == 0) return;
+  shared.zero_upper_blocks();
+  if (work.is_transfer()) shared.zero_values();
   publish_writes_to_async_proxy();
   __syncthreads();
   if (warp_index() < kWarpgroup / 32) {
@@ -316,7 +331,8 @@ __global__ void __launch_bounds__(Config::threads, 1)
 
 template <class Config>
 void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream) {
-  const int64_t ctas = p.plan.N * p.H * p.slices;
+  const int64_t segments = Config::outputs ? p.plan.N + p.plan.most_cuts : p.plan.most_cuts;
+  const int64_t ctas = segments * p.H * (p.slices + (Config::outputs ? 0 : transfer_slices(p.K)));
   require(ctas < (int64_t{1} << 31), "chunk_gated_delta_rule", "N * H * V / 128", "below 2^31", ctas);
   launch("chunk_gated_delta_rule", {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(SweepShared<Config>))}, stream,
          chunk_sweep_kernel<Config>, p, maps);

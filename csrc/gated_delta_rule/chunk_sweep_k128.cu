@@ -2,6 +2,7 @@
 
 namespace jet::hopper {
 
-template void launch_sweep<SweepConfig<128>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<128, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<128, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 
 }  // namespace jet::hopper

@@ -2,6 +2,7 @@
 
 namespace jet::hopper {
 
-template void launch_sweep<SweepConfig<64>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<64, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<64, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 
 }  // namespace jet::hopper

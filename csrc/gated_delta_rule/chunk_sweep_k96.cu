@@ -2,6 +2,7 @@
 
 namespace jet::hopper {
 
-template void launch_sweep<SweepConfig<96>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<96, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<96, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 
 }  // namespace jet::hopper

@@ -18,9 +18,10 @@ constexpr int kStep = 16, kSteps = C / kStep;  // k16 steps over the tokens of a
 using ValueTile = OperandTile<uint16_t, Swizzle::b128, Major::mn, kRows, C>;  // v or o: [C tokens][64 columns], (column, token)
 using SquareOperand = Operand<f16, SquareTile::swizzle, Major::k, C, C>;
 
-template <int K_>
+template <int K_, bool outputs_>
 struct SweepConfig {
   static constexpr int K = K_;
+  static constexpr bool outputs = outputs_;  // false: the pass over the segments before a cut, for their effect on the state alone
   static constexpr int stages = K <= 128 ? 3 : 2;             // what fits
   static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;  // k16 steps of S^T held as A operands: all, or what fits
   static constexpr int threads = kWarpgroup * (1 + kGroups);
@@ -52,13 +53,14 @@ struct SweepStage {
 struct SweepArguments {
   ChunkPlan plan;
   Dtype dtype;
-  int64_t H, Hk, V;
-  int slices;  // of a value head: ceil(V / kSlice)
-  const char* images;  // [chunks, H] of kImageBytes, from prepare
+  int64_t H, Hk, K, V;
+  int slices;                  // of a value head: ceil(V / kSlice)
+  const char* images;          // [chunks, H] of kImageBytes, from prepare
   const float* initial_state;  // null: zeros
   StateStrides initial_state_strides;
-  float* final_state;  // [N, H, K, V]
-  uint16_t* o;         // [B, T, H, V]
+  float* final_state;          // [N, H, K, V]
+  float *states, *transfers;   // [cuts, H, K, V], [cuts, H, K, K]: chunk_workspace.h
+  uint16_t* o;                 // [B, T, H, V]
 };
 
 // q, k: (K, Hk, T, B), v, o: (V, H, T, B)
@@ -66,19 +68,67 @@ struct SweepMaps {
   CUtensorMap q, k, v, o;
 };
 
-// What a CTA has to do.
+enum class InitialState { zeros, memory, identity };
+
+// What a CTA has to do: some chunks, for some columns of the state S [K, values].
 struct SweepWork {
-  int64_t n, row, token, length, first_chunk;  // token: the first of `length`
-  int chunks, h, hk, column, groups;           // column: of the slice; groups: warpgroups that have value columns
+  int64_t row, token, length, first_chunk;  // token: the first; length: to the end of the sequence
+  int chunks, h, hk;
+  int values, column, groups;               // column: of the slice; groups: warpgroups that have value columns, 0: nothing to do
+  InitialState initial;
+  const float* initial_state;               // strides k, v
+  StateStrides strides;
+  float* final_state;                       // [K, values] or null
   __device__ int count(int chunk) const { return static_cast<int>(min(length - int64_t{chunk} * C, int64_t{C})); }
+  // The transfer matrix of a segment is what it makes of the identity, with V = 0.
+  __device__ bool is_transfer() const { return initial == InitialState::identity; }
 };
 
-__device__ inline SweepWork sweep_work(const SweepArguments& p) {
-  const int64_t head = blockIdx.x / p.slices, n = head / p.H;
-  const int column = static_cast<int>(blockIdx.x % p.slices) * kSlice, h = static_cast<int>(head % p.H);
+// Segment s of sequence n.
+__device__ inline SweepWork segment_work(const SweepArguments& p, int64_t n, int s, int h, int values, int column) {
   const Sequence sequence = sequence_of(p.plan, n);
-  return {n, sequence.row, sequence.begin, sequence.length, sequence.first_chunk, sequence.chunks, h, h / static_cast<int>(p.H / p.Hk), column,
-          p.V - column > kRows ? 2 : 1};
+  const int begin = segment_begin(sequence.chunks, sequence.segments, s), end = segment_begin(sequence.chunks, sequence.segments, s + 1);
+  SweepWork work{};
+  work.row = sequence.row, work.token = sequence.begin + int64_t{begin} * C, work.length = sequence.length - int64_t{begin} * C;
+  work.first_chunk = sequence.first_chunk + begin, work.chunks = end - begin;
+  work.h = h, work.hk = h / static_cast<int>(p.H / p.Hk);
+  work.values = values, work.column = column, work.groups = values - column > kRows ? 2 : 1;
+  if (s > 0 || p.initial_state == nullptr) return work;
+  work.initial = InitialState::memory, work.strides = p.initial_state_strides;
+  work.initial_state = p.initial_state + n * p.initial_state_strides.n + h * p.initial_state_strides.h;
+  return work;
+}
+
+// Outputs: CTAs (segment, head, slice of V).
+__device__ inline SweepWork output_work(const SweepArguments& p) {
+  const int64_t head = blockIdx.x / p.slices, segment = head / p.H, n = sequence_of_segment(p.plan, segment);
+  if (n < 0) return {};
+  const Sequence sequence = sequence_of(p.plan, n);
+  const int h = static_cast<int>(head % p.H), s = static_cast<int>(segment - n - sequence.first_cut);
+  SweepWork work = segment_work(p, n, s, h, static_cast<int>(p.V), static_cast<int>(blockIdx.x % p.slices) * kSlice);
+  if (s > 0) {
+    work.initial = InitialState::memory, work.strides = {0, 0, p.V, 1};
+    work.initial_state = p.states + ((sequence.first_cut + s - 1) * p.H + h) * p.K * p.V;
+  }
+  if (s == sequence.segments - 1) work.final_state = p.final_state + (n * p.H + h) * p.K * p.V;
+  return work;
+}
+
+JET_INDEX_MAP int transfer_slices(int64_t K) { return static_cast<int>((K + kSlice - 1) / kSlice); }
+
+// No outputs: CTAs (segment before a cut, head, slice of V, then of the K columns of its transfer matrix).
+__device__ inline SweepWork cut_work(const SweepArguments& p) {
+  const int slices = p.slices + transfer_slices(p.K), slice = blockIdx.x % slices;
+  const int64_t head = blockIdx.x / slices, cut = head / p.H, n = sequence_of_cut(p.plan, cut);
+  if (n < 0) return {};
+  const int h = static_cast<int>(head % p.H), s = static_cast<int>(cut - sequence_of(p.plan, n).first_cut);
+  const bool transfer = slice >= p.slices;
+  if (transfer && s == 0) return {};  // the first segment starts from the true state
+  const int64_t values = transfer ? p.K : p.V;
+  SweepWork work = segment_work(p, n, s, h, static_cast<int>(values), (transfer ? slice - p.slices : slice) * kSlice);
+  work.final_state = (transfer ? p.transfers : p.states) + (cut * p.H + h) * p.K * values;
+  if (transfer) work.initial = InitialState::identity;
+  return work;
 }
 
 template <class Config>
@@ -89,7 +139,14 @@ struct SweepShared {
   Event normalised[Config::stages];   // k and q are Kn and Qn
   SweepWork work;
 
-  // Above the diagonal of T' and P nothing is ever loaded.
+  // Of a transfer matrix's values nothing is ever loaded.
+  __device__ void zero_values() {
+    for (SweepStage<Config>& s : stage)
+      for (int i = threadIdx.x * 16; i < kGroups * ValueTile::bytes; i += Config::threads * 16)
+        *reinterpret_cast<uint4*>(s.v[0] + i) = make_uint4(0, 0, 0, 0);
+  }
+
+  // Above the diagonal of T' and P' nothing is ever loaded.
   __device__ void zero_upper_blocks() {
     for (int s = 0; s < Config::stages; ++s)
       for (int panel = 1; panel < kBlocks; ++panel) {
@@ -101,9 +158,9 @@ struct SweepShared {
       }
   }
 };
-static_assert(sizeof(SweepShared<SweepConfig<64>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<96>>) <= 227 * 1024);
-static_assert(sizeof(SweepShared<SweepConfig<128>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<192>>) <= 227 * 1024);
-static_assert(sizeof(SweepShared<SweepConfig<256>>) <= 227 * 1024);
+static_assert(sizeof(SweepShared<SweepConfig<64, true>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<96, true>>) <= 227 * 1024);
+static_assert(sizeof(SweepShared<SweepConfig<128, true>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<192, true>>) <= 227 * 1024);
+static_assert(sizeof(SweepShared<SweepConfig<256, true>>) <= 227 * 1024);
 
 // Of a chunk's turn in the ring; computed, because the consumers have no register to keep it in.
 template <class Config>
