@@ -57,6 +57,10 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : t;
+}
+
 class Checks {
  public:
   explicit Checks(const char* op) : op_(op) {}

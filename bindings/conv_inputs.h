@@ -60,8 +60,6 @@ inline void check_gradients(Checks& checks, const Tensor& x, const Tensor& grad_
   check_like(checks, "grad_conv_state_out", *grad_conv_state_out, "x", x);
 }
 
-inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(torch::stable::contiguous(*t)) : t; }
-
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 template <std::size_t rank>
