@@ -20,6 +20,7 @@ ERROR_CEILING = 5e-3  # outputs and states with bf16 operands, RMS against fp64
 COPY_BYTES = 1 << 32
 PRODUCT = 8192
 EMPTY_LAUNCHES = 64
+LAUNCH_MATTERS = 50e-6  # s: below, the time over an empty launch is told too
 MODEL_BATCHES = (1, 16, 128)
 MODEL_SECONDS = 40  # of this part, at most
 PROMPT, NEW_TOKENS = 512, 32
@@ -95,10 +96,11 @@ def timed(case: Case, device: torch.device) -> Timing:
     return device_time([lambda args=args: op(*args) for args in arguments])
 
 
-def measure_case(case: Case, device: torch.device, ceilings: Ceilings) -> dict[str, object]:
+def measure_case(case: Case, device: torch.device, ceilings: Ceilings, empty: float) -> dict[str, object]:
     facts = checked(case, device)
     timing = timed(case, device)
-    return {**facts, **timing_row(timing), **floor_row(timing.median, case.work, ceilings)}
+    row = {**facts, **timing_row(timing), **floor_row(timing.median, case.work, ceilings)}
+    return row | ({"above_empty_us": (timing.median - empty) * 1e6} if timing.median < LAUNCH_MATTERS else {})
 
 
 def model_work(model, batch: int, past: int) -> Work:
@@ -164,7 +166,7 @@ def measure(
     rows: Rows, clock: Clock, device: torch.device, shapes: list[Shape], quick: bool = False, only: str = "", model: bool = True
 ) -> None:
     rows.add(provenance=provenance("python -m benchmarks.measure", device))
-    ceilings, _ = measure_ceilings(rows, device)
+    ceilings, empty = measure_ceilings(rows, device)
     if model and not rows.resumed:
         # The model first: it is what everything else is for, and it is short.
         measure_models(rows, Clock(min(clock.left(), MODEL_SECONDS)), device, ceilings, quick)
@@ -176,7 +178,7 @@ def measure(
         if not ops.exists(case.op):
             rows.add(**what, skipped="this library has no such op")
             continue
-        rows.attempt(clock, lambda case=case: measure_case(case, device, ceilings), **what)
+        rows.attempt(clock, lambda case=case: measure_case(case, device, ceilings, empty), **what)
         if parts.device_is_lost():
             parts.start_again("measure", rows, clock, lost={"op": case.op})
 

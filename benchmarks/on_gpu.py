@@ -1,6 +1,6 @@
 """Turn a Hopper GPU into evidence: op tests, measurements, peers, simulator against hardware, sanitisers, in one run.
 
-Writes results.json, summary.md and a log per part into OUTPUT. Each part is a process with a share of the time; one that
+Writes results.json, summary.md and run.log into OUTPUT. Each part is a process with a share of the time; one that
 fails or runs over its time does not stop the others. Exit code: 0 if every part ran, 1 if one failed, 3 without a GPU.
 """
 
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import library, measure, op_tests, parts, report, sanitizer, simulator, versus
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT
 
 SECONDS = 465  # all parts together; under 8 minutes with what comes before and after
 GRACE = 10  # s: a part stops by itself at its share, and is stopped this much later
+LOG = "run.log"
 LOG_TAIL = 25  # lines
+RED = ("failed", "out of time")
 NO_GPU = 3
 
 
@@ -72,16 +74,12 @@ def stands_ready(problem: str, chosen: list[Part]) -> str:
     return "\n".join(lines)
 
 
-def tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
-
-
-def status_of(code: int | None, rows: list[dict], log: Path, seconds: float) -> tuple[str, str | None]:
+def status_of(code: int | None, rows: list[dict], log_tail: list[str], seconds: float) -> tuple[str, str | None]:
     """(status, reason) of a part that ended with ``code``, None where it had to be stopped."""
     if code is None:
         return "out of time", f"stopped after {seconds:.0f} s; what it had found by then is below"
     if code == parts.SKIPPED:
-        return "skipped", (tail(log).splitlines() or ["it did not say why"])[-1]
+        return "skipped", (log_tail or ["it did not say why"])[-1]
     if code == 0:
         left_out = sum("skipped" in row for row in rows)
         return "ran", f"{left_out} rows left out" if left_out else None
@@ -91,13 +89,16 @@ def status_of(code: int | None, rows: list[dict], log: Path, seconds: float) -> 
 
 
 def run_part(part: Part, seconds: float, more: list[str], output: Path) -> dict[str, object]:
-    log = output / f"{part.name}.log"
+    log = output / LOG
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows_file = Path(folder) / "rows.jsonl"
         command = [*part.command, *more, "--rows", str(rows_file), "--seconds", f"{max(seconds - GRACE, 1):.0f}"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        with open(log, "w") as file:
+        with open(log, "ab") as file:
+            file.write(f"==== {part.name}\n".encode())
+            file.flush()
+            begin = file.tell()
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
             )
@@ -107,9 +108,10 @@ def run_part(part: Part, seconds: float, more: list[str], output: Path) -> dict[
                 parts.stop(process)
                 code = None
         rows = parts.read(rows_file)
-    status, reason = status_of(code, rows, log, seconds)
+    log_tail = log.read_bytes()[begin:].decode(errors="replace").splitlines()[-LOG_TAIL:]
+    status, reason = status_of(code, rows, log_tail, seconds)
     found = {"part": part.name, "status": status, "reason": reason, "seconds": time.monotonic() - start, "rows": rows}
-    return found if status == "ran" else {**found, "log_tail": tail(log)}
+    return {**found, "log_tail": "\n".join(log_tail)} if status in RED else found
 
 
 def write(output: Path, facts: dict, done: list[dict]) -> None:
@@ -130,7 +132,8 @@ def run_all(chosen: list[Part], output: Path, seconds: float, more: dict[str, li
         else:
             print(f"{part.name}: up to {share:.0f} s", flush=True)
             done.append(run_part(part, share, more.get(part.name, []), output))
-            facts = next((row["provenance"] for row in done[-1]["rows"] if "provenance" in row), facts)
+            found = next((row["provenance"] for row in done[-1]["rows"] if "provenance" in row), {})
+            facts = {**found, **facts}  # a part's own command stays in its rows
         write(output, facts, done)
     return done
 
@@ -141,9 +144,9 @@ def print_end(done: list[dict], output: Path) -> None:
     for part in done:
         for line in report.reasons(part["rows"]):
             print(f"{part['part']} {line}")
-        if part["status"] in ("failed", "out of time"):
-            print(f"---- end of {part['part']}.log\n{part.get('log_tail', '')}")
-    print(f"\nwritten to {output}: results.json, summary.md, a log per part")
+        if part["status"] in RED:
+            print(f"---- end of the log of {part['part']}\n{part.get('log_tail', '')}")
+    print(f"\nwritten to {output}: results.json, summary.md, {LOG}")
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
@@ -179,15 +182,15 @@ def main(argv: list[str] | None = None) -> int:
         more["simulator"].insert(0, str(arguments.simulated.resolve()))
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    (output / LOG).unlink(missing_ok=True)
     start = time.monotonic()
     done = run_all([LIBRARY], output, min(arguments.seconds, LIBRARY.share), {}, [])
     if done[0]["status"] != "ran":
         print_end(done, output)
         return 1
     done = run_all(arguments.parts, output, arguments.seconds - (time.monotonic() - start), more, done)
-    write(output, provenance("benchmarks/on_gpu.sh", "cuda"), done)
     print_end(done, output)
-    return int(any(part["status"] in ("failed", "out of time") for part in done))
+    return int(any(part["status"] in RED for part in done))
 
 
 if __name__ == "__main__":

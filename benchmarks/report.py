@@ -10,7 +10,7 @@ TABLES: dict[str, dict[str, str]] = {
     "simulator": {"case": "case", "output": "output", "rms_difference": "RMS difference", "max_difference": "largest", "bitwise_equal": "bitwise"},
     "sanitizer": {"tool": "tool", "calls": "calls", "findings": "findings"},
     "measure": {
-        "op": "op", "shape": "shape", "size": "size", "dtype": "dtype", "us": "us", "floor_us": "floor us", "reached_percent": "% of floor",
+        "op": "op", "shape": "shape", "size": "size", "dtype": "dtype", "us": "us", "above_empty_us": "over empty us", "floor_us": "floor us", "reached_percent": "% of floor",
         "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s", "rms_error": "RMS error", "served_by": "served by",
         "n": "n", "method": "method",
     },

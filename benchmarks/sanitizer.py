@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import ops, parts
 from benchmarks.parts import Rows
-from benchmarks.shapes import SHAPES, Draw, few_heads
+from benchmarks.shapes import SHAPES, Draw, chosen_shapes, few_heads
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 86  # exit code of compute-sanitizer when it found something
@@ -66,7 +66,7 @@ def run_tools(rows: Rows, seconds: float, shape: str, sanitizer: str) -> None:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in TOOLS:
         log = tempfile.TemporaryFile("w+")
-        command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", "--target-processes", "all"]
         command += [sys.executable, "-m", "benchmarks.sanitizer", "--exercise", "--shape", shape]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         runs.append((tool, log, process))
@@ -89,7 +89,7 @@ def main() -> None:
     parser = parts.parser("sanitizer", __doc__)
     parser.add_argument("--exercise", action="store_true", help="only run the calls: what the tools watch")
     arguments = parser.parse_args()
-    shapes = [s for s in SHAPES if arguments.shape in (s.name, "all")][: 1 if arguments.quick else None]
+    shapes = chosen_shapes(arguments.shape)[: 1 if arguments.quick else None]
     if not torch.cuda.is_available():
         print("no CUDA device")
         raise SystemExit(parts.SKIPPED)

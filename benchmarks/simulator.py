@@ -8,6 +8,7 @@ import ctypes
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from benchmarks import ops, parts
 from benchmarks.parts import Rows
 from benchmarks.provenance import ROOT, commit
-from benchmarks.shapes import SHAPES, Draw, few_heads
+from benchmarks.shapes import SHAPES, Draw, chosen_shapes, few_heads
 
 # Approximate instructions and the order of sums inside a tensor core differ; a 16-bit output may be rounded the other way.
 DIFFERENCE_CEILING = 2e-3
@@ -52,7 +53,8 @@ def simulated(shapes, **options) -> Iterator[dict]:
                 continue
             args = case.make(Draw())
             work = copies(args)  # in memory that the simulator knows
-            with simulator.simulate(**options):
+            with simulator.simulate(**options), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # calls without a kernel are named in the file
                 results = ops.results(case.op, work, "jet_sim")
             yield {"name": case.name, "op": case.op, "args": args, "results": results, "launches": simulator.launches()}
 
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, help="what prepare writes and compare reads")
     parser.add_argument("--no-gemms", action="store_true", help="prepare: the ops only")
     arguments = parser.parse_args()
-    shapes = [s for s in SHAPES if arguments.shape in (s.name, "all")][: 1 if arguments.quick else None]
+    shapes = chosen_shapes(arguments.shape)[: 1 if arguments.quick else None]
     if arguments.what == "prepare":
         if arguments.file is None:
             parser.error("prepare needs FILE")

@@ -86,9 +86,11 @@ def device_time(calls: Sequence[Function], seconds: float = 0.15) -> Timing:
     if once < GRAPH_BELOW:
         count = len(calls) if len(calls) > 16 else len(calls) * -(-16 // len(calls))
         repeated = list(itertools.islice(itertools.cycle(calls), count))
+        stream = torch.cuda.current_stream()
         try:
             graph = _capture(repeated)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that breaks off may leave its own stream current
             torch.cuda.synchronize()
             method = f"events, not capturable: {str(error).splitlines()[0][:80]}"
         else:

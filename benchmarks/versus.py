@@ -3,9 +3,11 @@
 A peer whose output differs gets no time.
 """
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,8 +50,13 @@ def install_wheels(folder: Path) -> str:
     if not wheels:
         raise FileNotFoundError(f"no wheels in {folder}")
     target = tempfile.mkdtemp(prefix="jetkernels-peers-")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", target]
-    subprocess.run([*command, "--find-links", str(folder), *map(str, wheels)], check=True)
+    if importlib.util.find_spec("pip"):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", target]
+        subprocess.run([*command, "--find-links", str(folder), *map(str, wheels)], check=True)
+        return target
+    for wheel in wheels:  # an environment without pip: what a wheel holds is the package itself
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
     return target
 
 

@@ -109,10 +109,22 @@ def test_invalid_metadata(name, nibble, timing):
 
 @needs_cutlass
 @pytest.mark.parametrize("timing", TIMINGS)
-def test_metadata_is_read_at_issue(timing):
-    """PTX forbids touching accumulators and A registers before the wait, not the metadata register; CUTLASS reloads it."""
-    p = problem(named("GMMA_64x32x32_F16F16F16_RS"), extra={"commit": "mov.u32 %e0, 0;"})
-    run(p, timing=timing)
+@pytest.mark.parametrize("place, text, kind", [
+    ("commit", "mov.u32 %e0, 0;", "wgmma operand register touched before wait_group"), ("fence", "add.u32 %e0, %e0, 0;", "missing wgmma.fence"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["GMMA_64x32x32_F16F16F16_RS", "GMMA_64x32x64_S32S8S8_SS_TN"])
+def test_metadata_register(name, place, text, kind, timing):
+    assert fault_kind(problem(named(name), extra={place: text}), timing=timing) == kind
+
+
+@needs_cutlass
+@pytest.mark.parametrize("name", ["MMA_64x32x32_S32S8U8_RS_TN_SATURATE", "GMMA_64x32x64_S32S8U8_SS_TN_SATURATE"])
+def test_satfinite_where_ptx_has_it(name):
+    """PTX's grammar has it before the types, CUTLASS after them; ptxas takes both."""
+    p = problem(named(name))
+    text = p.kernel.ptx().replace(".s32.s8.u8.satfinite", ".satfinite.s32.s8.u8")
+    with hoppersim.simulate():
+        hoppersim.Module(text).launch("k", 1, 128, (p.kernel.image, p.registers, p.fragments))
     p.check()
 
 

@@ -48,6 +48,21 @@ def test_every_wrapper_is_called():
     assert len(names) > 150
 
 
+ELSEWHERE = {  # files of cute/arch: which test has them, or why none
+    r"mma_sm(61|70|75|89)": "test_cutlass_mma.py", r"mma_sm90_gmma\w+": "test_cutlass_gmma.py", r"\w*_sm1[02]0\w*": "needs sm_100",
+    r"config|util": "no instruction beyond address conversions", r"copy|mma": "plain C++ that any architecture compiles", r"mma_sm90_desc": "descriptor type, host and device alike",
+}  # fmt: skip
+
+
+@needs_cutlass
+def test_every_header_is_walked():
+    """What CUTLASS's own kernels for sm_90 use; the older interface of cutlass/arch (mma_sm*.h, memory_sm*.h, wmma*.h) is not among it."""
+    files = {path.stem for path in (cutlass_source() / "include/cute/arch").glob("*.hpp")}
+    walked = {name.split("/")[-1].removesuffix(".hpp") for name in HEADERS if name.startswith("cute")}
+    assert walked <= files
+    assert not [name for name in files - walked if not any(re.fullmatch(pattern, name) for pattern in ELSEWHERE)]
+
+
 def aligned(shape, dtype=np.float32, alignment=128) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.zeros(size + alignment, np.uint8)
@@ -224,9 +239,9 @@ def column_positions(extent, lower, upper, stride, start, pixels):
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("multicast", [False, True])
-@pytest.mark.parametrize("any_rank", [False, True])
+@pytest.mark.parametrize("any_rank, swizzle", [(False, 0), (True, 0), (False, 32)])
 @pytest.mark.parametrize("rank", COLUMNS)
-def test_columns(rank, any_rank, multicast, timing):
+def test_columns(rank, any_rank, swizzle, multicast, timing):
     """im2col: a column of pixels runs through the output positions of a convolution, over the ends of rows and images."""
     extent, lower, upper, stride, start, offsets = COLUMNS[rank]
     images, channels, pixels, first_channel, first_image = 3, 8, 40, 8, 1
@@ -236,7 +251,7 @@ def test_columns(rank, any_rank, multicast, timing):
     source[...] = np.random.default_rng(rank).integers(-99, 99, shape)
     target[...] = 1000
     strides = (1, *stride[::-1], 1)
-    maps = [tensor_map.encode_im2col(array, lower, upper, channels, pixels, element_strides=strides) for array in (source, target)]
+    maps = [tensor_map.encode_im2col(array, lower, upper, channels, pixels, element_strides=strides, swizzle=swizzle) for array in (source, target)]
     dump = np.full((1 + multicast, pixels, channels), -1, np.float32)
     p = problem(maps, (first_channel, *start, first_image), dump[0].nbytes, rank, offsets=offsets, any_rank=any_rank, multicast=multicast, dump=dump)
     run_tma("run_columns", p, source, target, dump, timing=timing)
@@ -248,9 +263,23 @@ def test_columns(rank, any_rank, multicast, timing):
     for n, (position, image) in enumerate(column_positions(extent, lower, upper, stride, start, pixels)):
         if image + first_image < images and all(0 <= x < size for x, size in zip(position, extent)):
             stored[(image + first_image, *position[::-1], slice(first_channel, None))] = expected[n, :inside]
+    in_shared = expected.copy()  # with the swizzle of 32 bytes, every second four pixels have their halves exchanged
+    if swizzle:
+        in_shared = np.where(np.arange(pixels)[:, None] // 4 % 2, np.roll(expected, 4, 1), expected)
     for rank_dump in dump:
-        np.testing.assert_array_equal(rank_dump, expected)
+        np.testing.assert_array_equal(rank_dump, in_shared)
     np.testing.assert_array_equal(target, stored)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("difference, kind", [(-32, "expect_tx too small"), (32, "expect_tx too large")])
+def test_columns_with_a_wrong_count(difference, kind, timing):
+    source, dump = aligned((3, 5, 7, 8)), np.zeros((2, 20, 8), np.float32)
+    maps = [tensor_map.encode_im2col(source, (0, 0), (0, 0), 8, 20)] * 2
+    p = problem(maps, (0, 0, 0, 0), dump[0].nbytes + difference, 4, offsets=(0, 0), dump=dump)
+    with pytest.raises(hoppersim.Fault) as caught:
+        run_tma("run_columns", p, source, dump, timing=timing)
+    assert caught.value.kind == kind
 
 
 # ---- Tensor maps that a kernel makes ------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 // holds a warp until all four have issued the groups it waits for, as the hardware does (it cannot multiply before). So one
 // thread may, after its own wait_group, hand the operand buffers of all four warps back to the copy engine.
 //
-// Timing::early computes at issue, Timing::late at the first wait_group that covers the operation. In both, accumulators and
-// A registers stay in flight until the warp's own wait, and operand units stay marked as being read (Granule::async_readers)
+// Timing::early computes at issue, Timing::late at the first wait_group that covers the operation. In both, accumulators, A
+// and metadata registers stay in flight until the warp's own wait, and operand units stay marked as being read (Granule::async_readers)
 // until the first warp's wait. Proxy fences and initialisation of operands are checked at issue.
 #include "tensor.h"
 
@@ -79,7 +79,7 @@ void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
     require_fence(warp, i, state, d.index);
     uint8_t flags = warp.register_in_flight[d.index];
     if (flags & TensorState::operand) {
-      fault("wgmma operand register touched before wait_group", warp, i, "it accumulates into a register that is read as A: " + i.text);
+      fault("wgmma operand register touched before wait_group", warp, i, "it accumulates into a register that is read as an operand: " + i.text);
     }
     if (flags && state.shape[d.index] != key) {
       fault("accumulator read before wait_group", warp, i, "a wgmma of another shape or type has it in flight: " + i.text);
@@ -88,15 +88,18 @@ void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
     state.shape[d.index] = key;
     state.last_group[d.index] = group;
   }
-  if (!shape.has(WgmmaShape::a_in_registers)) return;
-  for (const Operand& a : i.operands[1].elements) {
-    require_fence(warp, i, state, a.index);
-    if (warp.register_in_flight[a.index] & TensorState::accumulator) {
-      fault("accumulator read before wait_group", warp, i, "it reads an accumulator in flight as A: " + i.text);
+  auto take_operand = [&](const Operand& operand) {
+    require_fence(warp, i, state, operand.index);
+    if (warp.register_in_flight[operand.index] & TensorState::accumulator) {
+      fault("accumulator read before wait_group", warp, i, "it reads an accumulator in flight as an operand: " + i.text);
     }
-    warp.register_in_flight[a.index] |= TensorState::operand;
-    state.last_group[a.index] = group;
+    warp.register_in_flight[operand.index] |= TensorState::operand;
+    state.last_group[operand.index] = group;
+  };
+  if (shape.has(WgmmaShape::a_in_registers)) {
+    for (const Operand& a : i.operands[1].elements) take_operand(a);
   }
+  if (shape.has(WgmmaShape::sparse)) take_operand(i.operands[WgmmaShape::metadata_operand]);
 }
 
 // ---- Operands in shared memory at issue ----------------------------------------------------------------------------------
@@ -193,6 +196,7 @@ void retire(Warp& warp, TensorState& state, uint64_t target) {
     }
     for (const Operand& d : o[0].elements) release(d);
     for (const Operand& a : o[1].elements) release(a);
+    if (WgmmaShape(*operation.instruction).has(WgmmaShape::sparse)) release(o[WgmmaShape::metadata_operand]);
   }
   operations.erase(std::remove_if(operations.begin(), operations.end(), [&](const auto& x) { return x.group <= target; }), operations.end());
 }
@@ -270,14 +274,18 @@ bool product_types(const std::string& d, Element a, Element b) {
   return d == "f32" || (d == "f16" && a == Element::f16);
 }
 
-// [sp], sync, aligned, shape, D, A, B [, satfinite] in this order and nothing else.
+// [sp], sync, aligned, shape, D, A, B in this order and nothing else but satfinite, before D (PTX) or at the end (CUTLASS).
 bool decode_types(std::vector<std::string> m, WgmmaShape& shape) {
   unsigned rows = 0, n = 0, k = 0;
   if (m.size() > 1 && m[1] == "sp") {
     shape.flags |= WgmmaShape::sparse;
     m.erase(m.begin() + 1);
   }
-  if (m.size() < 7 || m[1] != "sync" || m[2] != "aligned") return false;
+  if (const auto saturate = std::find(m.begin(), m.end(), "satfinite"); saturate != m.end() && (saturate == m.begin() + 4 || saturate == m.end() - 1)) {
+    shape.flags |= WgmmaShape::saturate;
+    m.erase(saturate);
+  }
+  if (m.size() != 7 || m[1] != "sync" || m[2] != "aligned") return false;
   if (std::sscanf(m[3].c_str(), "m%un%uk%u", &rows, &n, &k) != 3) return false;
   if (rows != 64 || n < 8 || n > 256 || n % 8 != 0) return false;
   const auto a = element_named(m[5]), b = element_named(m[6]);
@@ -290,10 +298,7 @@ bool decode_types(std::vector<std::string> m, WgmmaShape& shape) {
   if (is_integer(*a)) {
     shape.flags |= WgmmaShape::integer;
     if (n > 32 && n % 16 != 0) return false;
-  }
-  if (m.size() == 8 && m[7] == "satfinite" && is_integer(*a)) {
-    shape.flags |= WgmmaShape::saturate;
-  } else if (m.size() != 7) {
+  } else if (shape.has(WgmmaShape::saturate)) {
     return false;
   }
   return shape.stored_k() * bits_of(*a) == 32 * 8;  // an instruction reads 32 bytes of each row of A

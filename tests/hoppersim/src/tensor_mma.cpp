@@ -3,7 +3,7 @@
 // Arithmetic is fp32: c, then a[k] * b[k] for k = 0, 1, … one after another (see tensor_compute.cpp on exactness and on the
 // difference to hardware); an f16 result is rounded once at the end. Integer and bit products are summed exactly. f64 is a
 // chain of fused multiply-adds, each rounded to nearest even; PTX leaves the order of the sum open.
-#include <array>
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -214,11 +214,12 @@ bool bind_quads(Instruction& i) {
 
 }  // namespace
 
-// mma.sync.aligned.shape.row.col.D.A.B.C, followed by satfinite (integers), or and.popc, xor.popc (bits)
+// mma.sync.aligned.shape.row.col.D.A.B.C; integers: satfinite before D (PTX) or at the end (CUTLASS); bits: and.popc or xor.popc
 bool bind_mma(Instruction& i) {
   std::vector<std::string> m = i.modifiers;
   if (i.opcode != "mma" || m.size() < 9 || i.operands.size() != 4 || m[0] != "sync" || m[1] != "aligned") return false;
   if (m[2] == "m8n8k4" && m[6] == "f16") return bind_quads(i);
+  if (m[5] == "satfinite") std::rotate(m.begin() + 5, m.begin() + 6, m.end());
   unsigned rows = 0, n = 0, k = 0;
   if (std::sscanf(m[2].c_str(), "m%un%uk%u", &rows, &n, &k) != 3 || (rows != 16 && rows != 8) || n != 8) return false;
   const auto a = element_named(m[6]), b = element_named(m[7]);

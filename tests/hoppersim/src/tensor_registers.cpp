@@ -1,7 +1,7 @@
 // Registers of outstanding wgmma operations: who may touch them, and the wgmma.fence that must precede a wgmma.
 //
 // A register is dirty when an ordinary instruction has accessed it since the last wgmma.fence; a wgmma that uses a dirty
-// register as accumulator or A operand is a fault. `mov` counts as a renaming of the compiler, not as an access: the copy
+// register as accumulator, A operand or metadata is a fault. `mov` counts as a renaming of the compiler, not as an access: the copy
 // inherits the state of its source, constants are clean. So a zero written straight before the wgmma is not reported.
 #include <algorithm>
 
@@ -23,7 +23,7 @@ bool is_wgmma(const Instruction& i) { return i.opcode == "wgmma"; }
     fault("accumulator read before wait_group", warp, i, "it touches an accumulator of a wgmma that is not waited for: " + i.text);
   }
   fault("wgmma operand register touched before wait_group", warp, i,
-        "it touches a register that a wgmma not waited for reads as A: " + i.text);
+        "it touches a register that a wgmma not waited for reads as A or metadata: " + i.text);
 }
 
 // Joins `mov d, s` with s an outstanding accumulator to the outstanding operations.
@@ -73,6 +73,7 @@ void mark_wgmma_registers(Function& function) {
     if (!is_wgmma(i) || !i.has("mma_async")) continue;
     for_registers(i.operands[0], add);
     if (i.operands[1].kind == Operand::Kind::vector) for_registers(i.operands[1], add);
+    if (WgmmaShape(i).has(WgmmaShape::sparse)) for_registers(i.operands[WgmmaShape::metadata_operand], add);
   }
   if (!any) return;
   auto touches = [&](const Instruction& i) {
