@@ -67,6 +67,7 @@ struct DynamicConvShared {
   TokenPlace places[Config::M];
   Ring<Config::stages> ring;
   Event hidden_loaded, x_loaded[Config::consumers], x_read[Config::consumers];
+  Event turn[Config::consumers];  // the other consumer's last stage has arrived: this one's stages are the next of the ring
 };
 // With R = 512 and W = 4: everything there is.
 static_assert(8 * 128 * 128 + sizeof(DynamicConvShared<DynamicConvConfig<bf16, 4, 2, true>>) <= 227 * 1024);
@@ -138,11 +139,12 @@ __device__ void free_stage(Consumer<Config::stages>& ring, int stage, int thread
 // kernel[128 tokens, N] of one tile
 template <class Config>
 __device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], DynamicConvShared<Config>& shared, const char* hidden,
-                         Consumer<Config::stages>& ring, int panels, int thread) {
+                         Consumer<Config::stages>& ring, int panels, int consumer, int thread) {
   using Mma = typename Config::Mma;
   int previous = 0;
   for (int panel = 0; panel < panels; ++panel, ring.advance()) {
     const int stage = ring.wait();
+    if (panel == panels - 1 && thread == 0) shared.turn[1 - consumer].arrive();
     const char* a_tile = hidden + panel * Config::TileA::bytes;
     if constexpr (!Config::resident) a_tile = shared.stage[stage].a;
     const Operand<typename Config::Element, Swizzle::b128, Major::k, Config::M, Config::K> a(a_tile);
@@ -222,16 +224,18 @@ __device__ void consume(DynamicConvShared<Config>& shared, const char* hidden, c
   sync_threads(all, Config::consumers * kWarpgroup);
   const DynamicConvPart part(p);
   Consumer<Config::stages> ring(shared.ring);
-  Parity x = Parity::first();
+  Parity x = Parity::first(), turn = consumer == 0 ? Parity::past() : Parity::first();
   if (Config::resident && part.count > consumer) shared.hidden_loaded.wait(Parity::first());
   if (consumer == 1) ring.skip(p.panels);
-  for (int i = consumer; i < part.count; i += Config::consumers, x.next()) {
+  for (int i = consumer; i < part.count; i += Config::consumers, x.next(), turn.next()) {
     const int64_t column = int64_t{part.first + i} * Config::N + thread;
     float bias = 0;
     if (p.bias != nullptr && thread < Config::N && column < p.D * Config::W)
       bias = load_as_float(p.bias, std::is_same_v<typename Config::Element, bf16> ? Dtype::bf16 : Dtype::f16, column);
     typename Config::Mma::Accumulator kernel[2];
-    generate<Config>(kernel, shared, hidden, ring, p.panels, thread);
+    // A barrier tells odd from even turns only: without this wait, stages of the turn before would be taken for this one's.
+    shared.turn[consumer].wait(turn);
+    generate<Config>(kernel, shared, hidden, ring, p.panels, consumer, thread);
     ring.skip(p.panels);  // the other consumer's tile
     if (thread < Config::N) shared.bias[consumer][bias_at<Config>(thread)] = bias;
     shared.x_loaded[consumer].wait(x);
@@ -250,7 +254,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   if (threadIdx.x == 0) {
     shared.ring.init(Config::cluster);  // a stage is read by one warpgroup of each CTA
     shared.hidden_loaded.init(1);
-    for (int i = 0; i < Config::consumers; ++i) shared.x_loaded[i].init(1), shared.x_read[i].init(1);
+    for (int i = 0; i < Config::consumers; ++i) shared.x_loaded[i].init(1), shared.x_read[i].init(1), shared.turn[i].init(1);
     publish_inits();
   }
   if constexpr (Config::cluster > 1)

@@ -80,7 +80,8 @@ class Consumer {
     return at_.stage;
   }
   __device__ void advance() { at_.advance(); }
-  __device__ void skip(int turns) { at_.skip(turns); }  // stages that another consumer takes
+  // Stages that another consumer takes. The next wait must not come before these have been filled.
+  __device__ void skip(int turns) { at_.skip(turns); }
   __device__ void release(int stage) { ring_.read[stage].arrive(); }
   __device__ void release_at(int stage, int rank) { ring_.read[stage].arrive_at(rank); }
 
