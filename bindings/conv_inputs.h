@@ -104,7 +104,8 @@ inline OptionalTensor aligned(const OptionalTensor& t) { return t ? OptionalTens
 // [.., columns] in rows (dynamic_conv_kernel_takes.h): `t` if it is, else a copy.
 inline Tensor as_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  const bool rows = t.stride(last) == 1 && t.stride(last - 1) % 8 == 0 && t.stride(last - 1) >= t.size(last) &&
+  const int64_t row_stride = t.stride(last - 1);
+  const bool rows = t.stride(last) == 1 && row_stride % 8 == 0 && row_stride >= t.size(last) &&
                     reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   const bool flat = t.dim() == 2 || t.size(0) == 1 || t.stride(0) == t.size(1) * t.stride(1);
   return rows && flat ? t : aligned(t);

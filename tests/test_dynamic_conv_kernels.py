@@ -247,7 +247,8 @@ def test_prefill_costs_its_gemm(name, D, R):
     weights = D * W * R * 2 * token_tiles  # once per tile row
     least = T * (2 * D + R) * 2 + D * W * 2 * token_tiles + weights + D * (W - 1) * 2
     assert traffic(counters) <= 1.15 * least
-    assert counters["bulk_read_bytes"] == parts * T * R * 2 + weights // 2 + token_tiles * (128 + W - 1) * D * 2
+    halo = (W - 1) * (token_tiles - 1) * D * 2
+    assert counters["bulk_read_bytes"] == parts * T * R * 2 + weights // 2 + T * D * 2 + halo
     assert counters["shared_wavefronts"] <= 1.02 * counters["shared_ideal_wavefronts"]
 
 
@@ -261,7 +262,7 @@ def test_step_streams_the_weight_once(name, D, R, N):
         hoppersim.jet_sim().dynamic_conv_step(*call)
         (launch,) = hoppersim.launches()
     token_tiles, parts, _ = launch["grid"]
-    hidden, x = parts * token_tiles * 128 * R * 2, token_tiles * (128 + W - 1) * D * 2  # whole boxes; only N rows exist in memory
+    hidden, x = parts * N * R * 2, (N + (W - 1) * (token_tiles - 1)) * D * 2
     assert launch["counters"]["bulk_read_bytes"] == D * W * R * 2 + hidden + x
 
 

@@ -67,7 +67,9 @@ struct DynamicConvShared {
   TokenPlace places[Config::M];
   Ring<Config::stages> ring;
   Event hidden_loaded, x_loaded[Config::consumers], x_read[Config::consumers];
-  Event turn[Config::consumers];  // the other consumer's last stage has arrived: this one's stages are the next of the ring
+  // All warps of the other consumer have seen its last stage arrive: this one's stages are the next of the ring. All, because a
+  // warp that lags behind would miss its own turn when the next one comes.
+  Event turn[Config::consumers];
 };
 // With R = 512 and W = 4: everything there is.
 static_assert(8 * 128 * 128 + sizeof(DynamicConvShared<DynamicConvConfig<bf16, 4, 2, true>>) <= 227 * 1024);
@@ -144,7 +146,7 @@ __device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], Dynamic
   int previous = 0;
   for (int panel = 0; panel < panels; ++panel, ring.advance()) {
     const int stage = ring.wait();
-    if (panel == panels - 1 && thread == 0) shared.turn[1 - consumer].arrive();
+    if (panel == panels - 1 && thread % 32 == 0) shared.turn[1 - consumer].arrive();
     const char* a_tile = hidden + panel * Config::TileA::bytes;
     if constexpr (!Config::resident) a_tile = shared.stage[stage].a;
     const Operand<typename Config::Element, Swizzle::b128, Major::k, Config::M, Config::K> a(a_tile);
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   if (threadIdx.x == 0) {
     shared.ring.init(Config::cluster);  // a stage is read by one warpgroup of each CTA
     shared.hidden_loaded.init(1);
-    for (int i = 0; i < Config::consumers; ++i) shared.x_loaded[i].init(1), shared.x_read[i].init(1), shared.turn[i].init(1);
+    for (int i = 0; i < Config::consumers; ++i) shared.x_loaded[i].init(1), shared.x_read[i].init(1), shared.turn[i].init(kWarpgroup / 32);
     publish_inits();
   }
   if constexpr (Config::cluster > 1)
@@ -326,14 +328,16 @@ struct DynamicConvLaunch {
 template <class Config>
 void launch_dynamic_conv(const DynamicConvLaunch& l, const DynamicConvTiles& tiles, cudaStream_t stream) {
   const int64_t M = l.arguments.sequences.tokens;
+  // One row's stride means nothing to its tensor, but a tensor map checks it.
+  const int64_t x_stride = M == 1 ? l.D : l.x_stride, hidden_stride = M == 1 ? l.R : l.hidden_stride;
   DynamicConvArguments p = l.arguments;
   p.panels = static_cast<int>((l.R + Config::K - 1) / Config::K);
   p.tiles = static_cast<int>((l.D + Config::channels - 1) / Config::channels);
   p.per_part = tiles.per_part;
   const DynamicConvMaps maps{
-      make_operand_map<typename Config::TileA>("hidden", l.hidden, l.dtype, M, l.R, l.hidden_stride),
+      make_operand_map<typename Config::TileA>("hidden", l.hidden, l.dtype, M, l.R, hidden_stride),
       make_weight_map<Config>(l.weight, l.dtype, l.D, l.R),
-      make_tensor_map({"x", l.x, l.dtype, 2, {static_cast<uint64_t>(l.D), static_cast<uint64_t>(M)}, {0, static_cast<uint64_t>(l.x_stride) * 2},
+      make_tensor_map({"x", l.x, l.dtype, 2, {static_cast<uint64_t>(l.D), static_cast<uint64_t>(M)}, {0, static_cast<uint64_t>(x_stride) * 2},
                        {Config::channels, Config::x_rows}, Swizzle::none})};
   const int64_t token_tiles = (M + Config::M - 1) / Config::M, columns = (token_tiles + Config::cluster - 1) / Config::cluster * Config::cluster;
   const int shared_bytes = (Config::resident ? p.panels * Config::TileA::bytes : 0) + static_cast<int>(sizeof(DynamicConvShared<Config>));
