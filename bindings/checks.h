@@ -45,6 +45,8 @@ inline Dtype kernel_dtype(const Tensor& t) {
   }
 }
 
+inline IndexType index_type(const Tensor& t) { return t.scalar_type() == ScalarType::Int ? IndexType::i32 : IndexType::i64; }
+
 inline std::string device_name(const torch::stable::Device& device) {
   std::string name = device.is_cuda() ? "cuda" : device.is_cpu() ? "cpu" : "another device";
   if (device.is_cuda() && device.has_index()) name += ":" + std::to_string(static_cast<int>(device.index()));
