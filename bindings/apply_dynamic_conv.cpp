@@ -1,5 +1,5 @@
 // jet::apply_dynamic_conv and jet::apply_dynamic_conv_backward: checks, allocation, dispatch.
-#include "csrc/dynamic_conv/apply_dynamic_conv.h"
+#include "csrc/dynamic_conv/dynamic_conv_kernel_takes.h"
 
 #include <tuple>
 
@@ -29,19 +29,29 @@ std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, Optional
                                               bool silu) {
   Checks checks("apply_dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, kernels, conv_state, cu_seqlens);
-  if (const auto reason = plain_reason(launch_device(x), false))
+  ApplyDynamicConvParams p{};
+  p.in = device_conv_inputs(checks, x, conv_state, cu_seqlens);
+  p.silu = silu;
+  const int device = launch_device(x);
+  if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(p)))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::apply_dynamic_conv", *reason, x, kernels,
                                                   conv_state, cu_seqlens, silu);
-  kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);
   Tensor y = torch::stable::new_empty(x, {checks.size("B"), checks.size("T"), checks.size("D")});
   Tensor conv_state_out = new_conv_state(checks, x);
-  ApplyDynamicConvParams p{};
-  p.in = conv_inputs(checks, x, conv_state, offsets);
-  p.silu = silu;
+  if (device != kHost) {
+    x = as_rows(x), kernels = aligned(kernels), conv_state = aligned(conv_state);
+    p.in = device_conv_inputs(checks, x, conv_state, cu_seqlens);
+  } else {
+    kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);
+    p.in = conv_inputs(checks, x, conv_state, offsets);
+  }
   p.kernels = kernels.const_data_ptr();
   p.y = y.mutable_data_ptr();
   p.conv_state_out = conv_state_out.mutable_data_ptr();
-  apply_dynamic_conv_cpu(p, torch_parallel());
+  if (device == kHost)
+    apply_dynamic_conv_cpu(p, torch_parallel());
+  else if constexpr (kWithCuda)
+    apply_dynamic_conv_hopper(p, LaunchScope(x).stream());
   return {y, conv_state_out};
 }
 
@@ -73,6 +83,8 @@ Gradients apply_dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_st
   apply_dynamic_conv_backward_cpu(p, torch_parallel());
   return {dx, dkernels, dconv_state};
 }
+
+const HasHopperKernel has_kernel("apply_dynamic_conv");
 
 }  // namespace
 }  // namespace jet::bindings

@@ -45,6 +45,8 @@ inline Dtype kernel_dtype(const Tensor& t) {
   }
 }
 
+inline IndexType index_type(const Tensor& t) { return t.scalar_type() == ScalarType::Int ? IndexType::i32 : IndexType::i64; }
+
 inline std::string device_name(const torch::stable::Device& device) {
   std::string name = device.is_cuda() ? "cuda" : device.is_cpu() ? "cpu" : "another device";
   if (device.is_cuda() && device.has_index()) name += ":" + std::to_string(static_cast<int>(device.index()));
@@ -55,6 +57,10 @@ inline std::string shape_text(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? "," : "") + std::to_string(t.size(i));
   return text + "]";
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : t;
 }
 
 class Checks {

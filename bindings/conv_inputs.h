@@ -60,8 +60,6 @@ inline void check_gradients(Checks& checks, const Tensor& x, const Tensor& grad_
   check_like(checks, "grad_conv_state_out", *grad_conv_state_out, "x", x);
 }
 
-inline OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(torch::stable::contiguous(*t)) : t; }
-
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 template <std::size_t rank>
@@ -73,17 +71,42 @@ inline Tensor new_conv_state(const Checks& checks, const Tensor& x) {
   return torch::stable::new_empty(x, {checks.size("N"), checks.size("D"), checks.size("W-1")});
 }
 
-// The pointers stay valid as long as x, conv_state (contiguous) and offsets do.
-inline ConvInputs conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
-                              const std::vector<int64_t>& offsets) {
+// For a launch: cu_seqlens stays where it is. The pointers stay valid as long as x, conv_state (contiguous) and cu_seqlens do.
+inline ConvInputs device_conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
+                                     const OptionalTensor& cu_seqlens) {
   ConvInputs in{};
   in.dtype = kernel_dtype(x);
   in.B = checks.size("B"), in.T = checks.size("T"), in.D = checks.size("D"), in.W = checks.size("W"), in.N = checks.size("N");
   in.x = x.const_data_ptr();
   set_strides(x, in.x_stride);
   in.conv_state = data(conv_state);
-  in.cu_seqlens = offsets.empty() ? nullptr : offsets.data();
+  in.cu_seqlens = data(cu_seqlens);
+  if (cu_seqlens) in.cu_seqlens_dtype = index_type(*cu_seqlens);
   return in;
+}
+
+// For a call on the host: `offsets` are what check_sequences returned.
+inline ConvInputs conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state, const std::vector<int64_t>& offsets) {
+  ConvInputs in = device_conv_inputs(checks, x, conv_state, std::nullopt);
+  if (!offsets.empty()) in.cu_seqlens = offsets.data(), in.cu_seqlens_dtype = IndexType::i64;
+  return in;
+}
+
+// What a kernel reads 16 bytes at a time: `t` if it is contiguous and aligned, else a copy.
+inline Tensor aligned(const Tensor& t) {
+  const bool is = t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return is ? t : torch::stable::clone(torch::stable::contiguous(t));
+}
+inline OptionalTensor aligned(const OptionalTensor& t) { return t ? OptionalTensor(aligned(*t)) : t; }
+
+// [.., columns] in rows (dynamic_conv_kernel_takes.h): `t` if it is, else a copy.
+inline Tensor as_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  const int64_t row_stride = t.stride(last - 1);
+  const bool rows = t.stride(last) == 1 && row_stride % 8 == 0 && row_stride >= t.size(last) &&
+                    reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  const bool flat = t.dim() == 2 || t.size(0) == 1 || t.stride(0) == t.size(1) * t.stride(1);
+  return rows && flat ? t : aligned(t);
 }
 
 }  // namespace jet::bindings

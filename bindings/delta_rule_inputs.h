@@ -71,8 +71,6 @@ inline std::vector<int64_t> check_pool(Checks& checks, const Tensor& state, cons
   return checks.state_rows(state_indices, like_name, like);
 }
 
-inline IndexType index_type(const Tensor& t) { return t.scalar_type() == ScalarType::Int ? IndexType::i32 : IndexType::i64; }
-
 // For a launch: the rows stay where they are.
 inline StatePool device_pool(const Tensor& state, const std::optional<Tensor>& state_indices) {
   StatePool pool{kernel_dtype(state), state.size(0), const_cast<void*>(state.const_data_ptr()), state_strides(state), nullptr, IndexType::i64};

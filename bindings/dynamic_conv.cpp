@@ -1,5 +1,5 @@
 // jet::dynamic_conv and jet::dynamic_conv_backward: checks, allocation, dispatch.
-#include "csrc/dynamic_conv/dynamic_conv.h"
+#include "csrc/dynamic_conv/dynamic_conv_kernel_takes.h"
 
 #include <tuple>
 
@@ -38,16 +38,26 @@ std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, 
                                         OptionalTensor cu_seqlens, bool silu) {
   Checks checks("dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, hidden, weight, bias, conv_state, cu_seqlens);
-  if (const auto reason = plain_reason(launch_device(x), false))
+  DynamicConvParams p = params(checks, device_conv_inputs(checks, x, conv_state, cu_seqlens), hidden, weight, bias, silu);
+  const int device = launch_device(x);
+  if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(p)))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::dynamic_conv", *reason, x, hidden, weight,
                                                   bias, conv_state, cu_seqlens, silu);
-  weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);
   Tensor y = torch::stable::new_empty(x, {checks.size("B"), checks.size("T"), checks.size("D")});
   Tensor conv_state_out = new_conv_state(checks, x);
-  DynamicConvParams p = params(checks, conv_inputs(checks, x, conv_state, offsets), hidden, weight, bias, silu);
+  if (device != kHost) {
+    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), bias = contiguous(bias), conv_state = aligned(conv_state);
+    p = params(checks, device_conv_inputs(checks, x, conv_state, cu_seqlens), hidden, weight, bias, silu);
+  } else {
+    weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);
+    p = params(checks, conv_inputs(checks, x, conv_state, offsets), hidden, weight, bias, silu);
+  }
   p.y = y.mutable_data_ptr();
   p.conv_state_out = conv_state_out.mutable_data_ptr();
-  dynamic_conv_cpu(p, torch_parallel());
+  if (device == kHost)
+    dynamic_conv_cpu(p, torch_parallel());
+  else if constexpr (kWithCuda)
+    dynamic_conv_hopper(p, LaunchScope(x).stream());
   return {y, conv_state_out};
 }
 
@@ -80,6 +90,8 @@ Gradients dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_state_ou
   dynamic_conv_backward_cpu(p, torch_parallel());
   return {dx, dhidden, dweight, dbias, dconv_state};
 }
+
+const HasHopperKernel has_kernel("dynamic_conv");
 
 }  // namespace
 }  // namespace jet::bindings

@@ -1,5 +1,5 @@
 // jet::dynamic_conv_step: checks, allocation, dispatch. conv_state is written only after every check has passed.
-#include "csrc/dynamic_conv/dynamic_conv_step.h"
+#include "csrc/dynamic_conv/dynamic_conv_kernel_takes.h"
 
 #include "bindings/backend.h"
 #include "bindings/conv_inputs.h"
@@ -21,28 +21,45 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
   check_like(checks, "conv_state", conv_state, "x", x);
   checks.not_expanded("conv_state", conv_state);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "x", x);
-  if (const auto reason = plain_reason(launch_device(x), false))
+  const auto params = [&] {
+    DynamicConvStepParams p{};
+    p.dtype = kernel_dtype(x);
+    p.N = checks.size("N"), p.D = checks.size("D"), p.R = checks.size("R"), p.W = checks.size("W"), p.P = checks.size("P");
+    p.silu = silu;
+    p.x = x.const_data_ptr();
+    set_strides(x, p.x_stride);
+    p.hidden = hidden.const_data_ptr();
+    set_strides(hidden, p.hidden_stride);
+    p.weight = weight.const_data_ptr();
+    p.bias = data(bias);
+    p.conv_state = const_cast<void*>(conv_state.const_data_ptr());
+    set_strides(conv_state, p.state_stride);
+    p.state_rows = data(state_indices);
+    if (state_indices) p.state_rows_dtype = index_type(*state_indices);
+    return p;
+  };
+  const int device = launch_device(x);
+  if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(params())))
     return call_plain<Tensor>("jet_plain::dynamic_conv_step", *reason, x, hidden, weight, bias, conv_state,
                               state_indices, silu);
-  weight = torch::stable::contiguous(weight), bias = contiguous(bias);
   Tensor y = torch::stable::new_empty(x, {checks.size("N"), checks.size("D")});
-  DynamicConvStepParams p{};
-  p.dtype = kernel_dtype(x);
-  p.N = checks.size("N"), p.D = checks.size("D"), p.R = checks.size("R"), p.W = checks.size("W");
-  p.silu = silu;
-  p.x = x.const_data_ptr();
-  set_strides(x, p.x_stride);
-  p.hidden = hidden.const_data_ptr();
-  set_strides(hidden, p.hidden_stride);
-  p.weight = weight.const_data_ptr();
-  p.bias = data(bias);
-  p.conv_state = conv_state.mutable_data_ptr();
-  set_strides(conv_state, p.state_stride);
-  p.state_rows = state_indices ? rows.data() : nullptr;
+  bias = contiguous(bias);
+  if (device != kHost) {
+    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight);
+    DynamicConvStepParams p = params();
+    p.y = y.mutable_data_ptr();
+    if constexpr (kWithCuda) dynamic_conv_step_hopper(p, LaunchScope(x).stream());
+    return y;
+  }
+  weight = torch::stable::contiguous(weight);
+  DynamicConvStepParams p = params();
+  if (state_indices) p.state_rows = rows.data(), p.state_rows_dtype = IndexType::i64;
   p.y = y.mutable_data_ptr();
   dynamic_conv_step_cpu(p, torch_parallel());
   return y;
 }
+
+const HasHopperKernel has_kernel("dynamic_conv_step");
 
 }  // namespace
 }  // namespace jet::bindings

@@ -18,6 +18,7 @@ Tensor recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor
   Checks checks("recurrent_gated_delta_rule");
   check_tokens(checks, "N", q, k, v, g, beta);
   const std::vector<int64_t> rows = check_pool(checks, state, state_indices, "q", q);
+  state_indices = contiguous(state_indices);
   checks.not_expanded("state", state);
   RecurrentGatedDeltaRuleParams p = recurrent_params(checks, q, k, v, g, beta, scale, l2norm_qk);
   p.pool = device_pool(state, state_indices);

@@ -1,7 +1,9 @@
-"""The gated delta rule, token by token: the definition of both delta-rule ops.
+"""The gated delta rule, token by token: the definition of the delta-rule ops.
 
 Source: Gated Delta Networks (arXiv 2412.06464, section 3); used by JetBlock (arXiv 2508.15884, section 2.3).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,21 +23,29 @@ def per_value_head(x: Tensor, H: int) -> Tensor:
     return x.repeat_interleave(H // x.shape[2], 2) if x.shape[2] else x
 
 
-def token_loop(
+def token_steps(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, scale: float, l2norm_qk: bool
-) -> tuple[Tensor, Tensor]:
-    """One sequence per row: q, k [B,T,Hk,K], v [B,T,H,V], g, beta [B,T,H], S [B,H,K,V], all in one dtype."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(o_t [B,H,V], u_t [B,H,V], S after the token) of each token. q, k [B,T,Hk,K], v [B,T,H,V], g, beta [B,T,H], S [B,H,K,V]."""
     H = v.shape[2]
     if l2norm_qk:
         q, k = l2norm(q), l2norm(k)
     q, k = per_value_head(q, H), per_value_head(k, H)
-    o = []
     for t in range(v.shape[1]):
         S = g[:, t, :, None, None].exp() * S                                        # S  <- exp(g_t) S
         prediction = torch.einsum("bhkv,bhk->bhv", S, k[:, t])                      #       S^T k_t, decayed state
         u = beta[:, t, :, None] * (v[:, t] - prediction)                            # u  =  beta_t (v_t - S^T k_t)
         S = S + k[:, t, :, :, None] * u[:, :, None, :]                              # S  <- S + k_t u^T
-        o.append(scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t]))                 # o_t = scale S^T q_t
+        yield scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t]), u, S               # o_t = scale S^T q_t
+
+
+def token_loop(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, scale: float, l2norm_qk: bool
+) -> tuple[Tensor, Tensor]:
+    """One sequence per row, all in one dtype: o [B,T,H,V] and the state after the last token."""
+    o = []
+    for o_t, _, S in token_steps(q, k, v, g, beta, S, scale, l2norm_qk):
+        o.append(o_t)
     return torch.stack(o, 1) if o else torch.zeros_like(v), S
 
 

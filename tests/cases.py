@@ -14,6 +14,8 @@ from jetkernels.plain import chunk_gated_delta_rule as plain_chunk_gated_delta_r
 from jetkernels.plain import dynamic_conv as plain_dynamic_conv
 from jetkernels.plain import dynamic_conv_step as plain_dynamic_conv_step
 from jetkernels.plain import recurrent_gated_delta_rule as plain_recurrent_gated_delta_rule
+from jetkernels.plain import recurrent_gated_delta_rule_commit as plain_recurrent_gated_delta_rule_commit
+from jetkernels.plain import recurrent_gated_delta_rule_verify as plain_recurrent_gated_delta_rule_verify
 from reference.apply_dynamic_conv import apply_dynamic_conv
 from reference.dynamic_conv import dynamic_conv
 from reference.recurrent_gated_delta_rule import gated_delta_rule
@@ -321,7 +323,7 @@ class PlainBackend(OpsBackend):
             name: getattr(module, name)
             for module in (
                 plain_chunk_gated_delta_rule, plain_recurrent_gated_delta_rule, plain_dynamic_conv, plain_dynamic_conv_step,
-                plain_apply_dynamic_conv,
+                plain_apply_dynamic_conv, plain_recurrent_gated_delta_rule_verify, plain_recurrent_gated_delta_rule_commit,
             )
             for name in dir(module)
             if name == module.__name__.rpartition(".")[2] or name.endswith("_backward")

@@ -11,7 +11,8 @@ from jetkernels import _library
 
 TESTS = Path(__file__).parent
 FILES = (
-    "chunk_gated_delta_rule", "recurrent_gated_delta_rule", "dynamic_conv", "dynamic_conv_step", "apply_dynamic_conv",
+    "chunk_gated_delta_rule", "recurrent_gated_delta_rule", "recurrent_gated_delta_rule_verify", "dynamic_conv",
+    "dynamic_conv_step", "apply_dynamic_conv",
 )  # fmt: skip
 CHOSEN = "ops and (equals_the_reference or gradients_equal or any_rows or any_number or any_shape or every_element or many_heads)"
 

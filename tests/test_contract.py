@@ -36,13 +36,30 @@ def recurrent_args(dtype: torch.dtype = F32, pool_dtype: torch.dtype = F32, inde
     return *tokens, torch.randn(4, 2, 4, 3, dtype=F64).to(pool_dtype), rows, scale, l2norm
 
 
+def verify_args(dtype: torch.dtype = F32, pool_dtype: torch.dtype = F32, indexed: bool = True) -> tuple:
+    q, k, v, g, beta, pool, rows, scale, l2norm = recurrent_args(dtype, pool_dtype, indexed)
+    keys, updates = (torch.zeros(t.shape, dtype=accumulator(dtype)) for t in (k, v))
+    return q, k, v, g, beta, pool, rows, keys, updates, scale, l2norm
+
+
+def commit_args(indexed: bool = True) -> tuple:
+    args = verify_args(indexed=indexed)
+    torch.ops.jet.recurrent_gated_delta_rule_verify(*args)
+    return args[7], args[8], args[3], torch.tensor([2, 1, 0]), args[5], args[6]
+
+
 def step_args(dtype: torch.dtype = F32, indexed: bool = True) -> tuple:
     x, hidden, weight, bias, _, _, silu = conv_inputs(ConvShape("", B=3, T=1), dtype)
     rows = torch.tensor([2, -1, 0], dtype=torch.int32) if indexed else None
     return x[:, 0], hidden[:, 0], weight, bias if indexed else None, torch.randn(4, 12, 3, dtype=F64).to(dtype), rows, silu
 
 
-POOL_OPS = {"recurrent_gated_delta_rule": recurrent_args, "dynamic_conv_step": step_args}
+POOL_OPS = {
+    "recurrent_gated_delta_rule": recurrent_args,
+    "recurrent_gated_delta_rule_verify": verify_args,
+    "recurrent_gated_delta_rule_commit": commit_args,
+    "dynamic_conv_step": step_args,
+}
 
 
 # ---- opcheck: schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes ----
@@ -162,6 +179,14 @@ def test_autocast_of_ops_in_place():
     with torch.autocast("cpu", BF16):
         assert_bitwise(torch.ops.jet.recurrent_gated_delta_rule(*args), expected, "o")
     assert_bitwise(args[5], pool, "pool")
+    args = verify_args()
+    again = (*low, *args[3:7], *(t.clone() for t in args[7:9]), *args[9:])
+    expected = torch.ops.jet.recurrent_gated_delta_rule_verify(*again)
+    with torch.autocast("cpu", BF16):
+        assert_bitwise(torch.ops.jet.recurrent_gated_delta_rule_verify(*args), expected, "o of verify")
+        torch.ops.jet.recurrent_gated_delta_rule_commit(*args[7:9], args[3], torch.tensor([2, 1, 0]), args[5], args[6])
+    for name, buffer, buffer_again in zip(("keys", "updates"), args[7:9], again[7:9]):
+        assert_bitwise(buffer, buffer_again, name)
     for dtype in (F32, BF16):
         args = step_args(dtype)
         mixed = (*(t.to(F32) for t in args[:4]), *args[4:])
@@ -221,6 +246,9 @@ SIGNATURES = {
     "fused_recurrent_gated_delta_rule": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
     "use_qk_l2norm_in_kernel=False, cu_seqlens=None",
     "recurrent_gated_delta_rule_": "q, k, v, g, beta, state, state_indices=None, scale=None, use_qk_l2norm_in_kernel=False",
+    "recurrent_gated_delta_rule_verify": "q, k, v, g, beta, state, keys, updates, state_indices=None, scale=None, "
+    "use_qk_l2norm_in_kernel=False",
+    "recurrent_gated_delta_rule_commit_": "keys, updates, g, num_accepted, state, state_indices=None",
     "dynamic_conv": "x, hidden, weight, bias=None, conv_state=None, cu_seqlens=None, activation='silu', output_final_state=False",
     "dynamic_conv_step_": "x, hidden, weight, bias, conv_state, state_indices=None, activation='silu'",
 }

@@ -63,6 +63,39 @@ def recurrent() -> RecurrentCall:
     return RecurrentCall(*tokens, torch.randn(5, 4, 8, 12), torch.tensor([3, -1, 0]), scale, l2norm)
 
 
+class VerifyCall(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    pool: Tensor
+    state_indices: Tensor | None
+    keys: Tensor
+    updates: Tensor
+    scale: float
+    l2norm_qk: bool
+
+
+class CommitCall(NamedTuple):
+    keys: Tensor
+    updates: Tensor
+    g: Tensor
+    num_accepted: Tensor
+    pool: Tensor
+    state_indices: Tensor | None
+
+
+def verify() -> VerifyCall:
+    *arguments, scale, l2norm = recurrent()
+    return VerifyCall(*arguments, torch.randn(3, 5, 2, 8), torch.randn(3, 5, 4, 12), scale, l2norm)
+
+
+def commit() -> CommitCall:
+    call = verify()
+    return CommitCall(call.keys, call.updates, call.g, torch.tensor([5, 0, 2]), call.pool, call.state_indices)
+
+
 def step() -> StepCall:
     x, hidden, weight, bias, _, _, silu = conv_inputs(ConvShape("", B=3, T=1), F32)
     return StepCall(x[:, 0], hidden[:, 0], weight, bias, torch.randn(5, 12, 3), torch.tensor([3, -1, 0]), silu)
@@ -104,6 +137,23 @@ INDICES = (
     Wrong("state_indices", integers(0, 1), ("state_indices", "N = 3", "got 2")),
     Wrong("state_indices", lambda _: torch.tensor([0.0, 1.0, 2.0]), ("state_indices must be int32 or int64", "got float32")),
     Wrong("state_indices", lambda _: torch.tensor([[0], [1], [2]]), ("state_indices must have 1 dimension",)),
+)
+POOL = (
+    Wrong("pool", resized(1, 2), ("state", "H = 4", "got 2")),
+    Wrong("pool", resized(2, 7), ("state", "K = 8", "got 7")),
+    Wrong("pool", resized(3, 8), ("state", "V = 12", "got 8")),
+    Wrong("pool", drop_dim, ("state must have 4 dimensions",)),
+    Wrong("pool", cast(F16), ("state must be float32 or bfloat16", "got float16")),
+    Wrong("pool", cast(F64), ("state must be float32 or bfloat16", "got float64")),
+)
+EXPANDED_POOL = Wrong("pool", lambda t: t[:1].expand(5, -1, -1, -1), ("state",))
+BUFFERS = (
+    Wrong("keys", drop_dim, ("keys must have 4 dimensions", "got 3")),
+    Wrong("keys", lambda t: t.mT.contiguous().mT, ("keys must be contiguous", "strides [80,16,1,2]")),
+    Wrong("keys", lambda t: t[:1].expand(3, -1, -1, -1), ("keys must be contiguous",)),
+    Wrong("updates", cast(F64), ("updates must be float32", "got float64")),
+    Wrong("updates", resized(0, 2), ("updates", "N = 3", "got 2")),
+    Wrong("updates", lambda t: torch.cat([t, t], -1)[..., :12], ("updates must be contiguous",)),
 )
 GENERATOR = (
     Wrong("x", cast(torch.int64), ("x must be", "got int64")),
@@ -167,13 +217,40 @@ TABLE: dict[str, tuple[Callable[[], tuple], tuple[Wrong, ...]]] = {
         (
             *DELTA_TOKENS,
             *INDICES,
-            Wrong("pool", resized(1, 2), ("state", "H = 4", "got 2")),
-            Wrong("pool", resized(2, 7), ("state", "K = 8", "got 7")),
-            Wrong("pool", resized(3, 8), ("state", "V = 12", "got 8")),
-            Wrong("pool", drop_dim, ("state must have 4 dimensions",)),
-            Wrong("pool", cast(F16), ("state must be float32 or bfloat16", "got float16")),
-            Wrong("pool", cast(F64), ("state must be float32 or bfloat16", "got float64")),
-            Wrong("pool", lambda t: t[:1].expand(5, -1, -1, -1), ("state",)),
+            *POOL,
+            EXPANDED_POOL,
+        ),
+    ),
+    "recurrent_gated_delta_rule_verify": (
+        verify,
+        (
+            *DELTA_TOKENS,
+            *INDICES,
+            *POOL,
+            *BUFFERS,
+            Wrong("keys", resized(2, 4), ("keys", "Hk = 2", "got 4")),
+            Wrong("keys", cast(BF16), ("keys must be float32", "got bfloat16")),
+            Wrong("updates", resized(3, 8), ("updates", "V = 12", "got 8")),
+        ),
+    ),
+    "recurrent_gated_delta_rule_commit": (
+        commit,
+        (
+            *BUFFERS,
+            *INDICES,
+            *POOL,
+            EXPANDED_POOL,
+            Wrong("keys", cast(BF16), ("keys must be float32 or float64", "got bfloat16")),
+            Wrong("keys", resized(2, 3), ("updates dimension 2 (H) must be a multiple of Hk = 3", "as in keys", "got 4")),
+            Wrong("keys", resized(3, 0), ("K",)),
+            Wrong("updates", resized(1, 4), ("updates", "T = 5", "got 4")),
+            Wrong("g", resized(2, 2), ("g", "H = 4", "got 2")),
+            Wrong("g", cast(torch.int64), ("g must be", "got int64")),
+            Wrong("num_accepted", integers(0, 6, 0), ("num_accepted[1] must be in 0..T = 5", "got 6")),
+            Wrong("num_accepted", integers(0, 0, -1), ("num_accepted[2] must be in 0..T = 5", "got -1")),
+            Wrong("num_accepted", integers(2**40, 0, 1, dtype=torch.int64), ("num_accepted[0]", str(2**40))),
+            Wrong("num_accepted", integers(1, 2), ("num_accepted", "N = 3", "got 2")),
+            Wrong("num_accepted", lambda _: torch.ones(3), ("num_accepted must be int32 or int64", "got float32")),
         ),
     ),
     "dynamic_conv_step": (
@@ -212,10 +289,11 @@ def test_wrong_argument(op, valid, wrong):
     torch.manual_seed(0)
     args = valid()
     bad = args._replace(**{wrong.argument: wrong.change(getattr(args, wrong.argument))})
-    before = bad.pool.clone() if hasattr(bad, "pool") else None
+    written = [name for name in ("pool", "keys", "updates") if name in bad._fields]
+    before = [getattr(bad, name).clone() for name in written]
     refuse(op, bad, wrong.says)
-    if before is not None:
-        assert_bitwise(bad.pool, before, "pool after the error")
+    for name, old in zip(written, before):
+        assert_bitwise(getattr(bad, name), old, f"{name} after the error")
 
 
 @pytest.mark.parametrize("wrong", CU_SEQLENS, ids=lambda wrong: wrong.says[0])
@@ -230,7 +308,7 @@ def test_wrong_cu_seqlens(op, wrong):
     refuse(op, inputs._replace(cu_seqlens=wrong.change(None)), wrong.says)
 
 
-@pytest.mark.parametrize("op", ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"))
+@pytest.mark.parametrize("op", ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "recurrent_gated_delta_rule_verify"))
 def test_value_heads_are_a_multiple_of_key_heads(op):
     args = TABLE[op][0]()
     three = args._replace(**{name: getattr(args, name)[:, :, :3] for name in ("v", "g", "beta")})
@@ -239,10 +317,9 @@ def test_value_heads_are_a_multiple_of_key_heads(op):
     refuse(op, three, ("v dimension 2 (H) must be a multiple of Hk = 2", "got 3"))
 
 
-@pytest.mark.parametrize("make", (recurrent, step), ids=("recurrent_gated_delta_rule", "dynamic_conv_step"))
-def test_pool_smaller_than_the_batch(make):
-    call = make()
-    op = "recurrent_gated_delta_rule" if isinstance(call, RecurrentCall) else "dynamic_conv_step"
+@pytest.mark.parametrize("op", [op for op, (valid, _) in TABLE.items() if hasattr(valid(), "pool")])
+def test_pool_smaller_than_the_batch(op):
+    call = TABLE[op][0]()
     small = call._replace(pool=call.pool[:2].clone(), state_indices=None)
     before = small.pool.clone()
     refuse(op, small, ("N = 3", "2"))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import draft_properties
 import pool_properties
 from cases import DeltaShape, assert_bitwise, delta_inputs, ids, laid_out, layouts, seeds, splits
 from device_backends import EARLY, assert_every_schedule_agrees, each_device, hoppersim, simulated
@@ -121,6 +122,14 @@ def test_pool_with_strides(backend, pool_dtype):
 
 
 @each_device
+def test_indices_with_strides(backend):
+    call = with_rows(random(), (4, 0, 2))
+    wide = torch.full((3, 5), 1)
+    wide[:, 2] = call.state_indices
+    pool_properties.check(backend, call._replace(state_indices=wide[:, 2]))
+
+
+@each_device
 @each_pool
 def test_index_minus_one_is_not_row_zero(backend, pool_dtype):
     pool_properties.negative_index_is_not_a_row(backend, random(BF16, pool_dtype))
@@ -230,6 +239,62 @@ def test_every_schedule_agrees(pool_dtype, shape):
     assert_every_schedule_agrees(lambda backend: run(backend, call))
 
 
+# ---- drafts: verify and commit ----
+
+DRAFT = DeltaShape("", B=3, T=5, Hk=2, H=4, K=64, V=48)
+
+
+def prefixes(shape: DeltaShape) -> list[int]:
+    return [(shape.T, 0, shape.T // 2)[n % 3] for n in range(shape.B)]
+
+
+@each_device
+@each_pool
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.T > 0], ids=ids)
+def test_drafts_equal_the_reference(backend, pool_dtype, shape):
+    call = random(BF16, pool_dtype, shape)
+    draft_properties.check(backend, call, prefixes(shape))
+
+
+@each_device
+@each_pair
+@pytest.mark.parametrize("count", range(6))
+def test_any_accepted_prefix_equals_one_call_to_the_bit(backend, dtype, pool_dtype, count):
+    call = with_rows(random(dtype, pool_dtype, DRAFT), (4, 0, 2))
+    draft_properties.accepted_prefix_equals_one_call(backend, call, [count, 5 - count, 2])
+
+
+@each_device
+@settings(max_examples=30)
+@given(call=calls(), data=st.data())
+def test_any_drafts(backend, call, data):
+    N, T = call.v.shape[:2]
+    draft_properties.check(backend, call, data.draw(st.lists(st.integers(0, T), min_size=N, max_size=N)), call.state_indices.dtype)
+
+
+@each_device
+@each_pool
+def test_draft_properties(backend, pool_dtype):
+    call = random(BF16, pool_dtype, DRAFT)
+    draft_properties.any_bits_are_kept_without_an_accepted_token(backend, call)
+    draft_properties.negative_index_is_not_a_row(backend, call)
+    draft_properties.other_rows_do_not_matter(backend, call, (3, 0, 1))
+    draft_properties.rejected_tokens_do_not_matter(backend, call, [3, 0, 5])
+    for value in (math.nan, math.inf):
+        draft_properties.nan_stays_in_its_sequence(backend, with_rows(call, (4, 0, 2)), 1, value)
+
+
+@simulated
+def test_every_schedule_of_drafts_agrees():
+    call = random(BF16, F32, DRAFT)
+
+    def run_both(backend):
+        draft = draft_properties.verify(backend, call)
+        return (*draft, draft_properties.commit(backend, call, draft, [3, 0, 5]))
+
+    assert_every_schedule_agrees(run_both)
+
+
 # ---- cost, counted by the simulator ----
 
 COSTS = (
@@ -257,6 +322,24 @@ def test_traffic_is_the_minimum(pool_dtype, shape):
     assert counters["global_read_sectors"] * 32 <= counters["global_read_bytes"] + gates * 32
     assert counters["global_write_sectors"] * 32 == counters["global_write_bytes"]
     assert counters["shared_wavefronts"] <= 1.01 * counters["shared_ideal_wavefronts"]
+
+
+@simulated
+@pytest.mark.parametrize("shape", COSTS, ids=ids)
+def test_drafts_read_states_once_and_commit_writes_them_once(shape):
+    call = random(BF16, F32, shape._replace(T=2), P=shape.B)
+    state = call.pool.numel() * call.pool.element_size()
+    draft = draft_properties.verify(EARLY, call)
+    (launch,) = hoppersim.launches()
+    inputs = sum(t.numel() * t.element_size() for t in call[:5])
+    assert launch["counters"]["global_read_bytes"] == state + inputs
+    assert launch["counters"]["global_write_bytes"] == sum(t.numel() * t.element_size() for t in draft)
+    draft_properties.commit(EARLY, call, draft, [2] * shape.B)
+    (launch,) = hoppersim.launches()
+    assert launch["counters"]["global_write_bytes"] == state
+    buffers = sum(t.numel() * t.element_size() for t in (*draft[1:], call.g))
+    number = 8 * launch["grid"][0] * launch["block"][0]  # one address, asked for by every thread of a CTA
+    assert launch["counters"]["global_read_bytes"] == state + buffers + number
 
 
 @simulated

@@ -26,6 +26,9 @@ struct ApplyDynamicConvBackwardParams {
   void* dconv_state;                // [N, D, W-1] contiguous
 };
 
+// On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). The params must satisfy dynamic_conv_kernel_takes.
+void apply_dynamic_conv_hopper(const ApplyDynamicConvParams& params, void* stream);
+
 void apply_dynamic_conv_cpu(const ApplyDynamicConvParams& params, const Parallel& parallel);
 void apply_dynamic_conv_backward_cpu(const ApplyDynamicConvBackwardParams& params, const Parallel& parallel);
 

@@ -42,6 +42,9 @@ struct DynamicConvBackwardParams {
   void* dconv_state;                // [N, D, W-1] contiguous
 };
 
+// On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). The params must satisfy dynamic_conv_kernel_takes.
+void dynamic_conv_hopper(const DynamicConvParams& params, void* stream);
+
 void dynamic_conv_cpu(const DynamicConvParams& params, const Parallel& parallel);
 void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& params, const Parallel& parallel);
 

@@ -114,7 +114,7 @@ class Step {
 
   void finish_row(long row, long d0, long n, const Acc* kernel) const {
     T* y = static_cast<T*>(p_.y) + row * p_.D + d0;
-    const int64_t s = p_.state_rows ? p_.state_rows[row] : row;
+    const int64_t s = p_.state_rows ? static_cast<const int64_t*>(p_.state_rows)[row] : row;
     if (s < 0) return store_some(y, 1, n, Vec{});
     const T* x = static_cast<const T*>(p_.x) + row * p_.x_stride[0] + d0 * p_.x_stride[1];
     T* state = static_cast<T*>(p_.conv_state) + s * p_.state_stride[0] + d0 * p_.state_stride[1];

@@ -24,9 +24,11 @@ struct Row {  // of token b * T + t
   int64_t position;  // in its sequence
 };
 
-inline int64_t sequence_begin(const ConvInputs& in, int64_t n) { return in.cu_seqlens ? in.cu_seqlens[n] : n * in.T; }
+inline int64_t sequence_begin(const ConvInputs& in, int64_t n) {
+  return in.cu_seqlens ? static_cast<const int64_t*>(in.cu_seqlens)[n] : n * in.T;
+}
 inline int64_t sequence_length(const ConvInputs& in, int64_t n) {
-  return in.cu_seqlens ? in.cu_seqlens[n + 1] - in.cu_seqlens[n] : in.T;
+  return in.cu_seqlens ? sequence_begin(in, n + 1) - sequence_begin(in, n) : in.T;
 }
 
 inline void fill_rows(const ConvInputs& in, Row* rows) {

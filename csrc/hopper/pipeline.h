@@ -31,6 +31,13 @@ struct Cursor {
       parity.next();
     }
   }
+  __device__ void skip(int turns) {  // as many advances
+    stage += turns;
+    while (stage >= stages) {
+      stage -= stages;
+      parity.next();
+    }
+  }
 };
 
 // The producer's end, held by one thread:  s = acquire(bytes); copies into stage s that complete on filled(); advance().
@@ -73,6 +80,8 @@ class Consumer {
     return at_.stage;
   }
   __device__ void advance() { at_.advance(); }
+  // Stages that another consumer takes. The next wait must not come before these have been filled.
+  __device__ void skip(int turns) { at_.skip(turns); }
   __device__ void release(int stage) { ring_.read[stage].arrive(); }
   __device__ void release_at(int stage, int rank) { ring_.read[stage].arrive_at(rank); }
 

@@ -57,9 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
         return
     for name, value in facts().items():
         print(f"{name:20} {value}")
+    width = max(map(len, OPS))
     for device, ops in table.items():
         print(f"\non {device}")
         for op, backend in ops.items():
-            print(f"  {op:28} {backend}")
+            print(f"  {op:{width}} {backend}")
     if not torch.cuda.is_available():
         print("\nno CUDA device: " + ("this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch sees none"))

@@ -1,4 +1,4 @@
-"""The five ops and their backward ops in plain PyTorch, for CUDA tensors that no kernel takes.
+"""The ops and their backward ops in plain PyTorch, for CUDA tensors that no kernel takes.
 
 Imports torch only, reads no device memory on the host (everything can be captured in a CUDA graph) and computes in
 fp32, or fp64 for fp64 inputs. Arguments are trusted: the bindings check them before they come here. What the ops mean

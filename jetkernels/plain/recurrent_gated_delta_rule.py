@@ -14,6 +14,33 @@ def head_rows(x, dtype, heads):
     return x.unsqueeze(3).expand(-1, -1, -1, groups, *x.shape[3:]).flatten(1, 3)
 
 
+def normed(q, k, l2norm_qk):
+    """q, k in the accumulation dtype, after the l2norm if there is one."""
+    q, k = (x.to(accumulation_dtype(x)) for x in (q, k))
+    return (l2norm(q)[0], l2norm(k)[0]) if l2norm_qk else (q, k)
+
+
+def run_tokens(q, k, v, g, beta, s, scale):
+    """The recurrence on states s [N*H,K,V], in place; q, k as `normed` returns them -> o, u [N,T,H,V] in s's dtype."""
+    n, tokens, heads = v.shape[:3]
+    dtype = s.dtype
+    q = (head_rows(q, dtype, heads) * scale).unsqueeze(-2)
+    k = head_rows(k, dtype, heads).unsqueeze(-2)
+    v = head_rows(v, dtype, heads).unsqueeze(-2)
+    decay = head_rows(g, dtype, heads).exp()[..., None, None]
+    strength = head_rows(beta, dtype, heads)[..., None, None]
+    o, u = torch.empty_like(v), torch.empty_like(v)
+    for t in range(tokens):
+        s.mul_(decay[t])
+        # u = beta (v - Sᵀ k)   [1, V]
+        torch.baddbmm(v[t], k[t], s, alpha=-1, out=u[t]).mul_(strength[t])
+        # S += k uᵀ   [K, V]
+        s.baddbmm_(k[t].transpose(-1, -2), u[t])
+        # o = scale Sᵀ q   [1, V]
+        torch.bmm(q[t], s, out=o[t])
+    return tuple(x.view(tokens, n, heads, -1).transpose(0, 1) for x in (o, u))
+
+
 @plain_op
 def recurrent_gated_delta_rule(q, k, v, g, beta, state, state_indices, scale, l2norm_qk):
     """jet::recurrent_gated_delta_rule.
@@ -22,32 +49,11 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, state, state_indices, scale, l2
     -> o [N,T,H,V] in v's dtype; zeros where the index is negative, and no row of the pool changes for it.
     The state is rounded to the pool's dtype once, after the last token.
     """
-    n, tokens, heads = v.shape[:3]
-    out_dtype = v.dtype
     if v.numel() == 0 or state.numel() == 0:
         return torch.zeros_like(v, memory_format=torch.contiguous_format)
-    dtype = accumulation_dtype(q)
-    q, k = q.to(dtype), k.to(dtype)
-    if l2norm_qk:
-        q, k = l2norm(q)[0], l2norm(k)[0]
-    q = (head_rows(q, dtype, heads) * scale).unsqueeze(-2)
-    k = head_rows(k, dtype, heads).unsqueeze(-2)
-    v = head_rows(v, dtype, heads).unsqueeze(-2)
-    decay = head_rows(g, dtype, heads).exp()[..., None, None]
-    strength = head_rows(beta, dtype, heads)[..., None, None]
-
-    rows = PoolRows(state, state_indices, n)
+    rows = PoolRows(state, state_indices, v.shape[0])
     old = rows.take()
-    s = old.to(dtype, copy=True).flatten(0, 1)
-    o = torch.empty_like(v)
-    for t in range(tokens):
-        s.mul_(decay[t])
-        # u = beta (v - Sᵀ k)   [1, V]
-        u = torch.baddbmm(v[t], k[t], s, alpha=-1).mul_(strength[t])
-        # S += k uᵀ   [K, V]
-        s.baddbmm_(k[t].transpose(-1, -2), u)
-        # o = scale Sᵀ q   [1, V]
-        torch.bmm(q[t], s, out=o[t])
+    s = old.to(accumulation_dtype(q), copy=True).flatten(0, 1)
+    o, _ = run_tokens(*normed(q, k, l2norm_qk), v, g, beta, s, scale)
     rows.put(old, s.view(old.shape))
-    o = o.view(tokens, n, heads, -1).transpose(0, 1)
-    return contiguous_as(rows.mask(o), out_dtype)
+    return contiguous_as(rows.mask(o), v.dtype)

@@ -1,0 +1,15 @@
+// Verify on a CPU: the recurrent step that leaves the pool alone and writes k and u out.
+#include "csrc/gated_delta_rule/recurrent_gated_delta_rule_verify.h"
+
+#include "csrc/common/cpu/isa.h"
+#include "csrc/gated_delta_rule/recurrent_item_cpu.h"
+
+namespace jet::cpu::JET_CPU_ISA {
+
+void recurrent_gated_delta_rule_verify_cpu(const RecurrentGatedDeltaRuleVerifyParams& p, const Parallel& parallel) {
+  recurrent_cpu<true>(p, parallel);
+}
+
+}  // namespace jet::cpu::JET_CPU_ISA
+
+JET_CPU_LAUNCHER(recurrent_gated_delta_rule_verify_cpu, RecurrentGatedDeltaRuleVerifyParams)

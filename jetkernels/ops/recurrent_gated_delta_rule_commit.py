@@ -1,0 +1,50 @@
+"""``jet::recurrent_gated_delta_rule_commit``: the state pool advanced by the accepted draft tokens of speculative decoding."""
+
+import torch
+from torch import Tensor
+
+from jetkernels.ops import _register
+from jetkernels.plain import recurrent_gated_delta_rule_commit as plain
+
+
+def _fake(keys, updates, g, num_accepted, state, state_indices):
+    return None
+
+
+_register.define(
+    "recurrent_gated_delta_rule_commit",
+    "(Tensor keys, Tensor updates, Tensor g, Tensor num_accepted, Tensor(a!) state, Tensor? state_indices) -> ()",
+    fake=_fake,
+    plain=plain.recurrent_gated_delta_rule_commit,
+)
+
+
+def recurrent_gated_delta_rule_commit_(
+    keys: Tensor,
+    updates: Tensor,
+    g: Tensor,
+    num_accepted: Tensor,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+) -> None:
+    """Advance ``state`` in place by the first ``num_accepted[n]`` tokens of each sequence that
+    :func:`recurrent_gated_delta_rule_verify` saw: ``S <- exp(g_t) S + k_t u_t^T``.
+
+    The pool is then what :func:`recurrent_gated_delta_rule_` on those tokens alone would have left. Not differentiable.
+
+    Args:
+        keys: [N, T, Hk, K], updates: [N, T, H, V], as verify wrote them: contiguous, fp32 or fp64.
+        g: [N, T, H], as it was given to verify. Any floating dtype.
+        num_accepted: [N] int32 or int64, each 0..T. It is not read on the host when it is on CUDA; a number outside counts
+            as the nearer bound there. With 0 the state stays as it is.
+        state: [P, H, K, V] pool that verify read, fp32 or bf16 (fp64 with fp64 keys), any strides; rounded once.
+        state_indices: [N], as it was given to verify; a negative index touches no state.
+
+    Raises:
+        RuntimeError: an argument has the wrong rank, size, dtype, device or layout; an index is out of range or named twice,
+            or a number is not in 0..T (both checked on a CPU, and on CUDA under ``JETKERNELS_CHECK=1``). The message names
+            the argument, and the pool is untouched.
+
+    Source: Gated Delta Networks (arXiv 2412.06464, section 3); speculative decoding (arXiv 2211.17192).
+    """
+    torch.ops.jet.recurrent_gated_delta_rule_commit(keys, updates, g, num_accepted, state, state_indices)

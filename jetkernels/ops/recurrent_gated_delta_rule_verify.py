@@ -1,0 +1,62 @@
+"""``jet::recurrent_gated_delta_rule_verify``: draft tokens of speculative decoding, the state pool left as it is."""
+
+import torch
+from torch import Tensor
+
+from jetkernels.ops import _register
+from jetkernels.plain import recurrent_gated_delta_rule_verify as plain
+
+
+def _fake(q, k, v, g, beta, state, state_indices, keys, updates, scale, l2norm_qk):
+    return v.new_empty(v.shape)
+
+
+_register.define(
+    "recurrent_gated_delta_rule_verify",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, Tensor? state_indices, Tensor(a!) keys, "
+    "Tensor(b!) updates, float scale, bool l2norm_qk) -> Tensor",
+    fake=_fake,
+    plain=plain.recurrent_gated_delta_rule_verify,
+)
+_register.autocast("recurrent_gated_delta_rule_verify", low_precision=(0, 1, 2), fp32=(3,))
+
+
+def recurrent_gated_delta_rule_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    keys: Tensor,
+    updates: Tensor,
+    state_indices: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> Tensor:
+    """:func:`recurrent_gated_delta_rule_` without writing the state: T draft tokens, of which a prefix may be accepted later.
+
+    What the state needs to advance by any prefix, k_t and u_t of each token, goes to ``keys`` and ``updates``: Hk * K + H * V
+    numbers per token instead of the H * K * V of a state. :func:`recurrent_gated_delta_rule_commit_` takes them. Not
+    differentiable.
+
+    Args:
+        q, k, v, g, beta, state_indices, scale, use_qk_l2norm_in_kernel: as in :func:`recurrent_gated_delta_rule_`.
+        state: [P, H, K, V] pool as in :func:`recurrent_gated_delta_rule_`; it is only read.
+        keys: [N, T, Hk, K], overwritten with k, after the l2norm if there is one.
+        updates: [N, T, H, V], overwritten with ``u_t = beta_t (v_t - exp(g_t) S^T k_t)``. Both are contiguous, fp32 (fp64
+            with fp64 inputs), and zeros where the index is negative.
+
+    Returns:
+        o [N, T, H, V] in v's dtype, equal to that of :func:`recurrent_gated_delta_rule_`.
+
+    Raises:
+        RuntimeError: as :func:`recurrent_gated_delta_rule_`; also when ``keys`` or ``updates`` is not contiguous. Nothing is
+            written then.
+
+    Source: Gated Delta Networks (arXiv 2412.06464, section 3); speculative decoding (arXiv 2211.17192).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.jet.recurrent_gated_delta_rule_verify(
+        q, k, v, g, beta, state, state_indices, keys, updates, scale, use_qk_l2norm_in_kernel
+    )
