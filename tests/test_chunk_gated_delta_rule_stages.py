@@ -1,0 +1,138 @@
+"""Each stage of the chunked Hopper kernels alone, against the reference's stages of the same names."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import DeltaShape, assert_bitwise, assert_error, delta_inputs
+from device_backends import hoppersim, simulated
+from reference import chunk_gated_delta_rule as chunk
+
+C, BLOCK, K = 64, 16, 64
+ROW_BYTES, TRIANGLE_BYTES, VECTORS = 32, 5120, ("read_k", "write", "read_q", "output", "inverse_k", "inverse_q")
+IMAGE_BYTES = 2 * TRIANGLE_BYTES + len(VECTORS) * C * 4
+each_timing = pytest.mark.parametrize("timing, seed", (("early", 0), ("late", 3)))
+
+
+def library() -> "hoppersim.Library":
+    import kernel_library  # beside the simulator's tests
+
+    return kernel_library.library("chunk_stages")
+
+
+def triangle_index() -> tuple[Tensor, Tensor]:
+    """(positions in a [C, C] matrix, positions in fp16 elements of an image's triangle) of all stored elements."""
+    at, stored = [], []
+    for i in range(C):
+        for j in range((i // BLOCK + 1) * BLOCK):
+            panel = j // BLOCK
+            begin = (panel * C - BLOCK * panel * (panel - 1) // 2) * ROW_BYTES
+            offset = begin + (i - BLOCK * panel) * ROW_BYTES + j % BLOCK * 2
+            at.append(i * C + j)
+            stored.append((offset ^ (offset >> 7 & 1) << 4) // 2)
+    return torch.tensor(at), torch.tensor(stored)
+
+
+class Image(NamedTuple):
+    T: Tensor  # (I + kk diag(beta))^-1
+    P: Tensor  # of rows of norm 1, times |k_j| beta_j
+    vectors: dict[str, Tensor]
+
+
+def decode(image: Tensor) -> Image:
+    at, stored = triangle_index()
+    squares = []
+    for begin in (0, TRIANGLE_BYTES):
+        square = torch.zeros(C * C, dtype=torch.float64)
+        square[at] = image[begin : begin + TRIANGLE_BYTES].view(torch.float16)[stored].double()
+        squares.append(square.view(C, C))
+    return Image(*squares, dict(zip(VECTORS, image[2 * TRIANGLE_BYTES :].view(torch.float32).view(-1, C).double())))
+
+
+def encode(image: Image) -> Tensor:
+    at, stored = triangle_index()
+    out = torch.zeros(IMAGE_BYTES, dtype=torch.uint8)
+    for begin, square in zip((0, TRIANGLE_BYTES), image[:2]):
+        out[begin : begin + TRIANGLE_BYTES].view(torch.float16)[stored] = square.flatten()[at].half()
+    out[2 * TRIANGLE_BYTES :].view(torch.float32).copy_(torch.cat([image.vectors[name] for name in VECTORS]))
+    return out
+
+
+def expected_image(q, k, g, beta, scale: float, l2norm: bool) -> Image:
+    """Of one chunk and head: q, k [n, K], g, beta [n], fp64; n <= C."""
+    pad = C - q.shape[0]
+    q, k = (torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (q, k))
+    g, beta = (torch.nn.functional.pad(x, (0, pad)) for x in (g, beta))
+    norms = [((x * x).sum(-1) + (1e-6 if l2norm else 0)).sqrt() for x in (q, k)]
+    q_one, k_one = (torch.where(norm[:, None] > 0, x / norm[:, None], 0) for x, norm in zip((q, k), norms))
+    q_norm, k_norm = (torch.ones(C, dtype=torch.float64) if l2norm else norm for norm in norms)
+    c = chunk.gate_cumsum(g)
+    Γ = chunk.decays(c)
+    kk = chunk.key_products(k_one * k_norm[:, None], Γ)
+    P = chunk.query_key_products(q_one, k_one * k_norm[:, None], Γ, 1.0) * beta
+    vectors = {
+        "read_k": c.exp() * k_norm, "write": beta * (c[-1] - c).exp() * k_norm, "read_q": c.exp(), "output": scale * q_norm,
+        "inverse_k": torch.where(norms[1] > 0, 1 / norms[1], 0), "inverse_q": torch.where(norms[0] > 0, 1 / norms[0], 0),
+    }  # fmt: skip
+    return Image(chunk.column_inverse(kk, beta), P, vectors)
+
+
+def images_of(x, h: int) -> list[Image]:
+    """Of all chunks of value head h."""
+    hk = h // (x.v.shape[2] // x.q.shape[2])
+    tokens = [t.double() for t in (x.q[0, :, hk], x.k[0, :, hk], x.g[0, :, h], x.beta[0, :, h])]
+    return [expected_image(*(t[i : i + C] for t in tokens), x.scale, x.l2norm_qk) for i in range(0, x.q.shape[1], C)]
+
+
+@simulated
+@each_timing
+@pytest.mark.parametrize("l2norm", (True, False))
+def test_prepare(timing, seed, l2norm):
+    x = delta_inputs(DeltaShape("", T=100, Hk=2, H=4, K=K, V=16, l2norm=l2norm), torch.bfloat16)
+    images = torch.empty(2, 4, IMAGE_BYTES, dtype=torch.uint8)
+    with hoppersim.simulate(timing=timing, seed=seed):
+        library().call("run_prepare", x.q, x.k, x.g, x.beta, images, 100, 4, 2, x.scale, int(l2norm), restype=None)
+    for h in range(4):
+        for i, expected in enumerate(images_of(x, h)):
+            found = decode(images[i, h])
+            assert_error("T'", found.T, expected.T, 5e-4)
+            assert_error("P'", found.P, expected.P, 1e-3)
+            for name in VECTORS:
+                assert_error(name, found.vectors[name], expected.vectors[name], 1e-5)
+            assert not found.T.triu(1).any() and not found.P.triu(1).any()
+            assert (found.T.diagonal() == 1).all()
+
+
+@simulated
+@each_timing
+@pytest.mark.parametrize("T", (64, 100, 192))
+def test_sweep(timing, seed, T):
+    """With images made of the reference's stages."""
+    x = delta_inputs(DeltaShape("", T=T, H=1, K=K, V=144), torch.bfloat16)
+    images = torch.cat([encode(image) for image in images_of(x, 0)])
+    o, S = torch.full((T, 144), torch.nan, dtype=torch.bfloat16), torch.full((K, 144), torch.nan)
+    with hoppersim.simulate(timing=timing, seed=seed):
+        library().call("run_sweep", x.q, x.k, x.v, images, x.initial_state, S, o, T, 144, restype=None)
+    expected = chunk.chunk_gated_delta_rule(*x)
+    assert_error("o", o, expected[0][0, :, 0], 2.5e-3)
+    assert_error("final_state", S, expected[1][0, 0], 1e-3)
+
+
+@simulated
+@pytest.mark.parametrize("cuts", (1, 2, 4))
+@pytest.mark.parametrize("K, V", ((64, 16), (96, 80), (256, 48)))
+def test_join(cuts, K, V):
+    """S_{s+1} = M_s S_s + N_s, and nothing before the second cut."""
+    torch.manual_seed(0)
+    states, transfers = torch.randn(cuts, 2, K, V), torch.randn(cuts, 2, K, K) * K**-0.5
+    transfers[0] = torch.nan  # of the first segment, never read
+    expected = states.double()
+    for s in range(1, cuts):
+        expected[s] += transfers[s].double() @ expected[s - 1]
+    found = states.clone()
+    with hoppersim.simulate():
+        library().call("run_join", found, transfers, cuts, 2, K, V, restype=None)
+    assert_bitwise(found[0], states[0], "the state behind the first segment")
+    assert_error("states", found, expected, 1e-6)
