@@ -400,7 +400,7 @@ def test_cost_of_segments():
     both = counting.added([launch["counters"] for launch in hoppersim.launches()])
     assert len(hoppersim.launches()) == 4
     assert both["tensor_flop"] <= 1.9 * case.work.flop
-    assert sum(counting.traffic(both)) <= 3.2 * case.work.bytes
+    assert counting.moved(both) <= 3.2 * case.work.bytes
 
 
 # ---- what the compiler made ----
