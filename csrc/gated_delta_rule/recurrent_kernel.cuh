@@ -428,7 +428,7 @@ inline RecurrentTiles choose_recurrent_tiles(int64_t N, int64_t H, int64_t Hk, i
   int tile = V % 64 == 0 ? 64 : V % 32 == 0 ? 32 : 16;
   // From half the multiprocessors on, latency and not the number of CTAs decides; below 128-byte rows of fp32 nothing is won.
   while (tile > 32 && N * H * (V / tile) < multiprocessors / 2) tile /= 2;
-  const int64_t full = 3 * multiprocessors;  // as many CTAs as fit at a time, about
+  const int64_t full = 3 * multiprocessors;  // as many CTAs as fit at a time, about: four at K = 64, two at K = 96 and 128
   // Inputs that slices have in common are read once if one CTA takes these slices, all those of a key head or of a value head.
   const int64_t per_head = V / tile, per_key_head = H / Hk * per_head;
   if (N * Hk >= full && per_key_head * tile <= kRecurrentMaxV) return {tile, static_cast<int>(per_key_head)};
