@@ -73,7 +73,7 @@ def test_equals_the_token_loop(backend):
 
 
 @each_device
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     K=st.sampled_from(KEY_DIMS), V=st.integers(1, 12).map(lambda n: 16 * n), Hk=st.integers(1, 2), group=st.integers(1, 3), B=st.integers(1, 2),
     T=st.integers(1, 140), cu_seqlens=st.none() | offsets(longest=140), dtype=st.sampled_from((BF16, F16)), l2norm=st.booleans(),
@@ -120,7 +120,7 @@ def test_other_shapes_take_the_plain_path(shape):
 
 
 @each_device
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(data=st.data(), T=st.integers(0, 200), seed=seeds)
 def test_any_split_into_calls_equals_one_call(backend, data, T, seed):
     inputs = random(F16, seed, T=T, B=2)
@@ -221,7 +221,7 @@ def test_correlated_keys_with_beta_one(backend, T, signs, other_keys):
 
 @each_device
 @pytest.mark.parametrize("g", (0.0, -30.0, -104.0, -1000.0, -torch.finfo(F32).max, -math.inf), ids=str)
-@pytest.mark.parametrize("T", (1, 63, 64, 130))
+@pytest.mark.parametrize("T", (63, 130))
 def test_decays(backend, T, g):
     inputs = random(T=T)
     some = inputs.g.clone()
@@ -282,7 +282,7 @@ def test_queries_and_keys_of_any_size(backend, q_scale, k_scale, l2norm):
 
 
 @each_device
-@pytest.mark.parametrize("decay", (0.0, 0.01, 1.0), ids=str)
+@pytest.mark.parametrize("decay", (0.0, 0.01), ids=str)
 def test_segments_equal_no_segments(backend, decay):
     """Against calls that are too short to be cut."""
     inputs = random(F16, T=CUT, H=2, K=96, V=48)
@@ -300,16 +300,15 @@ def test_segments_equal_no_segments(backend, decay):
 
 
 @each_device
-@pytest.mark.parametrize("K", (64, 256))
-def test_segments_of_packed_sequences(backend, K):
+def test_segments_of_packed_sequences(backend):
     """Some cut, some not, some empty; without initial state."""
-    inputs = random(T=12000, H=1, K=K, V=16, cu_seqlens=(0, 0, 5, 4101, 4101, 4500, 11000, 12000), state=False)
+    inputs = random(T=11500, H=1, V=16, cu_seqlens=(0, 0, 5, 4101, 4101, 4500, 11000, 11500), state=False)
     check(backend, inputs._replace(g=inputs.g * 0.01))
 
 
 @each_device
 def test_segments_of_rows(backend):
-    inputs = random(B=2, T=4160, H=1, K=128, V=16)
+    inputs = random(B=2, T=4160, H=1, K=256, V=16)
     check(backend, inputs._replace(g=inputs.g * 0.01))
 
 
@@ -352,7 +351,7 @@ def test_arguments_stay_and_runs_repeat_to_the_bit(backend):
 
 @each_device
 @pytest.mark.parametrize("dim", (0, 1), ids=("rows", "tokens"))
-@pytest.mark.parametrize("name", ("q", "k", "v", "g", "beta"))
+@pytest.mark.parametrize("name", ("q", "v", "g"))
 def test_strides_beyond_32_bits(backend, name, dim):
     inputs = random(B=2, T=3)
     far = inputs._replace(**{name: far_apart(getattr(inputs, name), dim)})
