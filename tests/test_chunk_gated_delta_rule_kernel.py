@@ -407,8 +407,8 @@ def test_cost_of_segments():
 
 @pytest.mark.parametrize("K", KEY_DIMS)
 def test_machine_code_of_sweep(K):
-    stem = f"csrc.gated_delta_rule.chunk_sweep_k{K}"
-    sweeps = {name: facts for name, facts in report(stem).items() if "sweep" in name}
+    stem = f"csrc.gated_delta_rule.chunk_sweep_{'narrow' if K <= 128 else 'wide'}"
+    sweeps = {name: facts for name, facts in report(stem).items() if f"SweepConfigILi{K}E" in name}
     assert len(sweeps) == 2, "with outputs and without"
     for name, facts in sweeps.items():
         assert facts.spill_bytes == 0 and facts.stack_bytes == 0, name

@@ -38,6 +38,7 @@ def test_a_layer_on_the_simulator(monkeypatch):
         kernels = [launch["kernel"] for launch in hoppersim.launches()]
     assert rms_error(y, expected) < 1e-2
     # a prefill and four steps
+    assert any("chunk_sweep_kernel" in name for name in kernels)
     assert sum("dynamic_conv_kernel" in name for name in kernels) == 5
     assert sum("recurrent_kernel" in name for name in kernels) == 4
 

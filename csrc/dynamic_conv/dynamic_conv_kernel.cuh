@@ -11,6 +11,7 @@
 #pragma once
 
 #include "csrc/dynamic_conv/conv_window.cuh"
+#include "csrc/dynamic_conv/dynamic_conv_launch.cuh"
 #include "csrc/hopper/cluster.h"
 #include "csrc/hopper/device.h"
 #include "csrc/hopper/launch.h"
@@ -39,17 +40,6 @@ struct DynamicConvConfig {
   static constexpr int stage_bytes = TileB::bytes + (resident ? 0 : TileA::bytes);
   static constexpr int x_rows = M + W - 1;
   static constexpr int x_bytes = x_rows * channels * 2;
-};
-
-struct DynamicConvArguments {
-  ConvSequences sequences;
-  ConvStates states;
-  int64_t D;
-  int panels;           // of 64 along R
-  int tiles, per_part;  // of channels, in all and for a CTA
-  bool silu;
-  const void* bias;  // or null
-  void* y;
 };
 
 template <class Config>
@@ -315,16 +305,6 @@ CUtensorMap make_weight_map(const void* weight, Dtype dtype, int64_t D, int64_t 
                           Swizzle::b128});
 }
 
-// What dynamic_conv and dynamic_conv_step have in common: M tokens in rows.
-struct DynamicConvLaunch {
-  const char* op;
-  Dtype dtype;
-  int64_t D, R;
-  const void *x, *hidden, *weight;
-  int64_t x_stride, hidden_stride;
-  DynamicConvArguments arguments;  // all but panels, tiles and per_part
-};
-
 template <class Config>
 void launch_dynamic_conv(const DynamicConvLaunch& l, const DynamicConvTiles& tiles, cudaStream_t stream) {
   const int64_t M = l.arguments.sequences.tokens;
@@ -357,14 +337,11 @@ void launch_dynamic_conv(const DynamicConvLaunch& l, cudaStream_t stream) {
   launch_dynamic_conv<DynamicConvConfig<Element, W, 1, true>>(l, chosen, stream);
 }
 
-// One per dtype: dynamic_conv_bf16.cu, dynamic_conv_f16.cu.
 template <class Element>
 void launch_dynamic_conv_of(const DynamicConvLaunch& l, int64_t W, cudaStream_t stream) {
   if (W == 2) return launch_dynamic_conv<Element, 2>(l, stream);
   if (W == 3) return launch_dynamic_conv<Element, 3>(l, stream);
   launch_dynamic_conv<Element, 4>(l, stream);
 }
-extern template void launch_dynamic_conv_of<bf16>(const DynamicConvLaunch&, int64_t, cudaStream_t);
-extern template void launch_dynamic_conv_of<f16>(const DynamicConvLaunch&, int64_t, cudaStream_t);
 
 }  // namespace jet::hopper

@@ -1,6 +1,6 @@
 #include "csrc/dynamic_conv/dynamic_conv_step.h"
 
-#include "csrc/dynamic_conv/dynamic_conv_kernel.cuh"
+#include "csrc/dynamic_conv/dynamic_conv_launch.cuh"
 
 namespace jet {
 
@@ -12,10 +12,7 @@ void dynamic_conv_step_hopper(const DynamicConvStepParams& p, void* stream) {
   a.sequences = {p.N, 1, p.N, nullptr, IndexType::i64, p.state_rows, p.state_rows_dtype, p.P};
   a.states = {p.conv_state, p.conv_state, p.state_stride[0]};
   a.D = p.D, a.silu = p.silu, a.bias = p.bias, a.y = p.y;
-  if (p.dtype == Dtype::bf16)
-    hopper::launch_dynamic_conv_of<bf16>(l, p.W, static_cast<cudaStream_t>(stream));
-  else
-    hopper::launch_dynamic_conv_of<f16>(l, p.W, static_cast<cudaStream_t>(stream));
+  hopper::launch_dynamic_conv(l, p.W, stream);
 }
 
 }  // namespace jet

@@ -168,7 +168,7 @@ __device__ Parity parity_of(int chunk) {
   return {static_cast<uint32_t>(chunk / Config::stages % 2)};
 }
 
-// One translation unit per K instantiates it: chunk_sweep_k*.cu.
+// Instantiated in chunk_sweep_narrow.cu (K <= 128) and chunk_sweep_wide.cu: two files compile at the same time.
 template <class Config>
 void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 

@@ -1,13 +1,13 @@
-// Warpgroup matrix multiply-accumulate. A shape is a type; operands are tiles in shared memory (ss) or A comes in registers (rs).
+// Warpgroup matrix multiply-accumulate. N is 8, 16, 32, 64, 96, 128, 192 or 256; a file that needs another multiple of 8 defines
+// CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED before its first include, and compiles 5 seconds longer. A shape is a type; operands are tiles in shared memory (ss) or A comes in registers (rs).
 //   Wgmma<bf16, 96>::ss(s, a.at(0, k), b.at(0, k), accumulate);   // S (+)= A B^T   [64, 96], k16
 #pragma once
 
-#ifndef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // every N that is a multiple of 8, not only the common ones
-#endif
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm90.hpp>
+#ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
+#endif
 #include <utility>
 
 #include "csrc/hopper/convert.h"
