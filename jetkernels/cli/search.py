@@ -1,0 +1,242 @@
+"""PostNAS (arXiv 2508.15884, section 2): search for the hybrid that a trained full-attention model becomes.
+
+One subcommand per stage. Each writes into its output folder a report (report.md with plots), checkpoints from which the
+same command goes on after it was killed, and the model it made. Runs in one process, or data-parallel under torchrun:
+torchrun --nproc-per-node 2 -m jetkernels search placement ...
+"""
+
+import argparse
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+from jetkernels.model.tokenizer import TOKENIZER_FILE
+from jetkernels.modules import JetBlockConfig
+from jetkernels.postnas import (
+    OBJECTIVES,
+    Copy,
+    Loader,
+    MultipleChoice,
+    PlacementOptions,
+    Recall,
+    Recipe,
+    ScoreBook,
+    SuperNetwork,
+    Task,
+    TextCorpus,
+    export,
+    from_pretrained,
+    join_ranks,
+    language_modelling,
+    ranks,
+    search_placement,
+    small_base,
+    train_base,
+    train_super_network,
+    write_report,
+)
+from jetkernels.postnas.base import text_and_tasks, weights_digest
+from jetkernels.postnas.checkpoints import write_atomic
+from jetkernels.postnas.report import curve, provenance
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="stage")
+    for name, summary, add, function in (
+        ("base", "train a small full-attention model on real text, to search on a CPU", _add_base, run_base),
+        ("placement", "stage 1: which layers keep full attention, which get a sliding window", _add_placement, run_placement),
+    ):
+        stage = stages.add_parser(name, help=summary, description=summary)
+        stage.add_argument("--output", type=Path, required=True, help="folder for model, report and checkpoints")
+        _add_training(stage)
+        add(stage)
+        stage.set_defaults(stage_run=function)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", type=Path, help="folder of text files (default: the source of Python's standard library)")
+    parser.add_argument("--suffix", default="", help="read only the files of --text whose names end so, such as .md")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default 0.002)")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a training step, over all ranks (default 8)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row (default 128)")
+    parser.add_argument("--task-share", type=float, default=0.5, help="of the rows: recall and copying (default 0.5)")
+    parser.add_argument("--distances", default="16,32,64", help="of the recall task, tokens (default 16,32,64)")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default 50)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--intermediate-size", type=int, default=384)
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, required=True, help="folder of a Qwen2/Qwen2.5 checkpoint, or of `search base`")
+    parser.add_argument("--full", type=int, default=2, help="layers that keep full attention (default 2)")
+    parser.add_argument("--window", type=int, default=0, help="layers that get sliding-window attention (default 0)")
+    parser.add_argument("--window-size", type=int, default=32, help="tokens, the current one included (default 32)")
+    parser.add_argument("--full-task", default="recall", help="task that places full attention (default recall)")
+    parser.add_argument("--window-task", default="language modelling", help="task that places windows")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="loss", help="minus the loss of the right answer, or accuracy")
+    parser.add_argument("--width", type=int, default=4, help="of the beam (default 4)")
+    parser.add_argument("--exhaustive-up-to", type=int, default=64, help="evaluate all placements if no more than this")
+    parser.add_argument("--examples", type=int, default=64, help="of each task (default 64)")
+    parser.add_argument("--questions", type=Path, action="append", default=[], help="JSON lines with query, choices, gold; another task")
+    parser.add_argument("--jet-heads", type=int, default=4)
+    parser.add_argument("--jet-head-dim", type=int, default=32)
+    parser.add_argument("--jet-expand-v", type=float, default=2.0)
+    parser.add_argument("--recompute", action="store_true", help="keep only layer inputs for the backward pass; less memory")
+
+
+def _distances(arguments: argparse.Namespace) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in arguments.distances.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 0:
+        raise ValueError(f"--distances must be integers separated by commas, got {arguments.distances!r}")
+    return found
+
+
+def _corpus(arguments: argparse.Namespace, tokenizer: Tokenizer) -> TextCorpus:
+    # The byte-level tokenizer gives each byte its value: reading them directly is the same and faster.
+    byte_level = tokenizer.backend.to_str() == Tokenizer.byte_level().backend.to_str()
+    encoder = None if byte_level else tokenizer
+    if arguments.text is None:
+        corpus = TextCorpus.from_standard_library(encoder)
+    else:
+        corpus = TextCorpus.from_folder(arguments.text, encoder, arguments.suffix)
+    if ranks()[0] == 0:
+        print(
+            f"text: {corpus.files} files ({corpus.skipped} skipped as no UTF-8 text), {len(corpus.training):,} tokens to train on, "
+            f"{len(corpus.held_out):,} held out {corpus.split}"
+        )
+    return corpus
+
+
+def _recipe(arguments: argparse.Namespace, **changes) -> Recipe:
+    return Recipe(arguments.steps, arguments.learning_rate, save_every=arguments.save_every, **changes)
+
+
+def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokenizer) -> list[Task]:
+    count, length = arguments.examples, arguments.length
+    recall = Recall(corpus.held_out, tokenizer.end_of_text_id, _distances(arguments))
+    tasks = [
+        recall.task(count, length),
+        Copy(corpus.held_out).task(count, length),
+        language_modelling(corpus.held_out, count, length),
+    ]
+    return tasks + [MultipleChoice.from_jsonl(path, tokenizer) for path in arguments.questions]
+
+
+# Options that a training does not depend on: it is not repeated when they change.
+NOT_TRAINING = ("run", "stage_run", "command", "output", "save_every", "text", "base", "full", "window", "window_size", "full_task")
+NOT_TRAINING += ("window_task", "objective", "width", "exhaustive_up_to", "examples", "questions")
+
+
+def _facts(arguments: argparse.Namespace, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> list[tuple[str, object]]:
+    """What a training depends on, for the report and to recognise checkpoints: options, digests of text and base."""
+    facts = sorted((k, v) for k, v in vars(arguments).items() if k not in NOT_TRAINING)
+    return [*facts, ("text", corpus.digest), *([("base", weights_digest(base))] if base is not None else [])]
+
+
+def _task_facts(arguments: argparse.Namespace) -> list[tuple[str, object]]:
+    """What the scores depend on beside the training."""
+    questions = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in arguments.questions]
+    return [("window_size", arguments.window_size), ("examples", arguments.examples), *questions]
+
+
+def run_base(arguments: argparse.Namespace) -> None:
+    tokenizer = Tokenizer.byte_level()
+    corpus = _corpus(arguments, tokenizer)
+    model = small_base(
+        arguments.layers,
+        arguments.seed,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+    ).to(arguments.device)
+    losses = train_base(
+        model,
+        corpus,
+        _recipe(arguments, weight_decay=0.1),
+        batch_size=arguments.batch,
+        length=arguments.length,
+        task_share=arguments.task_share,
+        distances=_distances(arguments),
+        mark=tokenizer.end_of_text_id,
+        seed=arguments.seed,
+        checkpoint=arguments.output / "base.ckpt",
+    )
+    if ranks()[0]:
+        return
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    held_out = language_modelling(corpus.held_out, 64, arguments.length).score(
+        lambda ids: model(ids.to(model.device)).logits
+    )
+    last = losses[-20:]
+    lines = ["# Base model\n"]
+    if losses:
+        curve(arguments.output / "loss.png", losses, "base: text, recall and copying", "nats per token")
+        lines.append(f"Loss of the last {len(last)} steps {sum(last) / len(last):.4f}; ")
+    lines.append(f"held-out text {held_out.loss:.4f} nats per token.\n\n## Provenance\n\n{provenance(_facts(arguments, corpus))}")
+    write_atomic(arguments.output / "report.md", "".join(lines).encode())
+    print(f"held-out text: {held_out.loss:.4f} nats per token; model and report: {arguments.output}/")
+
+
+def load_base(folder: Path, device: str) -> tuple[JetNemotronForCausalLM, Tokenizer]:
+    """Base and tokenizer of a folder."""
+    base = from_pretrained(folder, device=device, progress=partial(tqdm, desc="loading base", leave=False))
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise FileNotFoundError(f"--base: {folder} has no {TOKENIZER_FILE}")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    if tokenizer.end_of_text_id is None:
+        raise ValueError(f"--base: the tokenizer in {folder} must have <|endoftext|>, which marks the recall task's keys")
+    return base, tokenizer
+
+
+def run_placement(arguments: argparse.Namespace) -> None:
+    base, tokenizer = load_base(arguments.base, arguments.device)
+    corpus = _corpus(arguments, tokenizer)
+    jet = JetBlockConfig(num_heads=arguments.jet_heads, head_dim=arguments.jet_head_dim, expand_v=arguments.jet_expand_v)
+    network = SuperNetwork(base, jet, arguments.window_size, arguments.seed, arguments.recompute)
+    options = PlacementOptions(
+        arguments.full,
+        arguments.window,
+        arguments.full_task,
+        arguments.window_task,
+        arguments.objective,
+        arguments.width,
+        arguments.exhaustive_up_to,
+    )
+    mark = tokenizer.end_of_text_id
+    recall = Recall(corpus.training, mark, _distances(arguments))
+    sources = text_and_tasks(corpus, mark, arguments.task_share, recall)
+    loader = Loader(sources, arguments.batch, arguments.length + 1, arguments.seed)
+    facts, asked = _facts(arguments, corpus, base), _task_facts(arguments)
+    output = arguments.output
+    tasks = _tasks(arguments, corpus, tokenizer)
+    losses = train_super_network(network, loader, _recipe(arguments), dict(facts), output / "super_network.ckpt")
+    book = ScoreBook(network, tasks, dict(facts + asked), output / "scores.ckpt")
+    result = search_placement(book, options, losses)
+    if ranks()[0]:
+        return
+    write_report(output, book, result, options, facts + asked)
+    export(network, result.placement, output / "model", tokenizer)
+    print(f"placement: {' '.join(result.placement)}")
+    print(f"report: {output}/report.md; model: {output}/model (try: jetkernels generate --model {output}/model --prompt 'def ')")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for name in ("steps", "batch", "length"):
+        if getattr(arguments, name) < (name != "steps"):
+            raise ValueError(f"--{name} must be at least {int(name != 'steps')}, got {getattr(arguments, name)}")
+    join_ranks(torch.device(arguments.device))
+    arguments.stage_run(arguments)
