@@ -147,7 +147,7 @@ def test_distillation_teaches_the_paths_and_leaves_the_base_alone():
     ids = PlantedRows().rows(8, 20, torch.Generator().manual_seed(0))
     loss = network.distillation_loss(ids, placement).item()
     losses = train_super_network(network, Loader([(PlantedRows(), 1.0)], 8, 21), Recipe(60, 1e-2, warmup=2), {})
-    assert len(losses) == 60 and network.distillation_loss(ids, placement).item() < 0.7 * loss
+    assert len(losses) == 60 and network.distillation_loss(ids, placement).item() < 0.8 * loss
     assert not any(p.requires_grad for p in base.parameters())
     for name, value in before.items():
         torch.testing.assert_close(base.state_dict()[name], value, rtol=0, atol=0)

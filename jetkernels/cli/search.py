@@ -2,7 +2,7 @@
 
 One subcommand per stage. Each writes into its output folder a report (report.md with plots), checkpoints from which the
 same command goes on after it was killed, and the model it made. Runs in one process, or data-parallel under torchrun:
-torchrun --nproc-per-node 2 -m jetkernels search placement ...
+torchrun --standalone --nproc-per-node 2 -m jetkernels search placement ...
 """
 
 import argparse
@@ -106,7 +106,7 @@ def _distances(arguments: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _corpus(arguments: argparse.Namespace, tokenizer: Tokenizer) -> TextCorpus:
-    # The byte-level tokenizer gives each byte its value: reading them directly is the same and faster.
+    # The byte-level tokenizer gives each byte its value: taking the bytes themselves is faster.
     byte_level = tokenizer.backend.to_str() == Tokenizer.byte_level().backend.to_str()
     encoder = None if byte_level else tokenizer
     if arguments.text is None:
