@@ -7,6 +7,7 @@ torchrun --standalone --nproc-per-node 2 -m jetkernels search placement ...
 
 import argparse
 import hashlib
+import json
 from functools import partial
 from pathlib import Path
 
@@ -40,8 +41,8 @@ from jetkernels.postnas import (
     write_report,
 )
 from jetkernels.postnas.base import text_and_tasks, weights_digest
-from jetkernels.postnas.checkpoints import write_atomic
-from jetkernels.postnas.report import curve, provenance
+from jetkernels.postnas.report import curve, provenance, write_text
+from jetkernels.postnas.shapes import ShapeMeter, equal_cache_grid, search_shapes, write_shape_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, summary, add, function in (
         ("base", "train a small full-attention model on real text, to search on a CPU", _add_base, run_base),
         ("placement", "stage 1: which layers keep full attention, which get a sliding window", _add_placement, run_placement),
+        ("shapes", "stage 4: K, V and H of the JetBlocks, at equal cache and sufficient generation speed", _add_shapes, run_shapes),
     ):
         stage = stages.add_parser(name, help=summary, description=summary)
         stage.add_argument("--output", type=Path, required=True, help="folder for model, report and checkpoints")
@@ -77,31 +79,52 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intermediate-size", type=int, default=384)
 
 
-def _add_placement(parser: argparse.ArgumentParser) -> None:
+def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of a Qwen2/Qwen2.5 checkpoint, or of `search base`")
-    parser.add_argument("--full", type=int, default=2, help="layers that keep full attention (default 2)")
-    parser.add_argument("--window", type=int, default=0, help="layers that get sliding-window attention (default 0)")
     parser.add_argument("--window-size", type=int, default=32, help="tokens, the current one included (default 32)")
-    parser.add_argument("--full-task", default="recall", help="task that places full attention (default recall)")
-    parser.add_argument("--window-task", default="language modelling", help="task that places windows")
     parser.add_argument("--objective", choices=OBJECTIVES, default="loss", help="minus the loss of the right answer, or accuracy")
-    parser.add_argument("--width", type=int, default=4, help="of the beam (default 4)")
-    parser.add_argument("--exhaustive-up-to", type=int, default=64, help="evaluate all placements if no more than this")
     parser.add_argument("--examples", type=int, default=64, help="of each task (default 64)")
     parser.add_argument("--questions", type=Path, action="append", default=[], help="JSON lines with query, choices, gold; another task")
-    parser.add_argument("--jet-heads", type=int, default=4)
-    parser.add_argument("--jet-head-dim", type=int, default=32)
-    parser.add_argument("--jet-expand-v", type=float, default=2.0)
     parser.add_argument("--recompute", action="store_true", help="keep only layer inputs for the backward pass; less memory")
 
 
-def _distances(arguments: argparse.Namespace) -> tuple[int, ...]:
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    _add_search(parser)
+    parser.add_argument("--full", type=int, default=2, help="layers that keep full attention (default 2)")
+    parser.add_argument("--window", type=int, default=0, help="layers that get sliding-window attention (default 0)")
+    parser.add_argument("--full-task", default="recall", help="task that places full attention (default recall)")
+    parser.add_argument("--window-task", default="language modelling", help="task that places windows")
+    parser.add_argument("--width", type=int, default=4, help="of the beam (default 4)")
+    parser.add_argument("--exhaustive-up-to", type=int, default=64, help="evaluate all placements if no more than this")
+    parser.add_argument("--jet-heads", type=int, default=4)
+    parser.add_argument("--jet-head-dim", type=int, default=32)
+    parser.add_argument("--jet-expand-v", type=float, default=2.0)
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    _add_search(parser)
+    parser.add_argument("--placement", required=True, help="folder of `search placement`, or the layers: 'jet attn jet ...'")
+    parser.add_argument("--state", type=int, default=8192, help="elements of state per JetBlock: K*V*H (default 8192)")
+    parser.add_argument("--heads", default="2,4", help="H to try (default 2,4)")
+    parser.add_argument("--keys", default="16,32,64", help="K to try; V follows (default 16,32,64)")
+    parser.add_argument("--task", default="language modelling", help="whose objective is the quality")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--min-throughput", type=float, help="generated tokens per second that a shape must reach")
+    limit.add_argument("--min-share", type=float, default=0.9, help="the same as a share of the fastest shape's (default 0.9)")
+    parser.add_argument("--speed-batch", type=int, default=4, help="sequences of the speed measurement (default 4)")
+    parser.add_argument("--speed-prompt", type=int, default=64, help="tokens of its prompts (default 64)")
+    parser.add_argument("--speed-tokens", type=int, default=32, help="generated tokens that are timed (default 32)")
+
+
+def _integers(arguments: argparse.Namespace, name: str) -> tuple[int, ...]:
+    """The option --name as integers, none negative."""
+    got = getattr(arguments, name)
     try:
-        found = tuple(int(part) for part in arguments.distances.split(","))
+        found = tuple(int(part) for part in got.split(","))
     except ValueError:
         found = ()
     if not found or min(found) < 0:
-        raise ValueError(f"--distances must be integers separated by commas, got {arguments.distances!r}")
+        raise ValueError(f"--{name} must be integers separated by commas, got {got!r}")
     return found
 
 
@@ -127,7 +150,7 @@ def _recipe(arguments: argparse.Namespace, **changes) -> Recipe:
 
 def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokenizer) -> list[Task]:
     count, length = arguments.examples, arguments.length
-    recall = Recall(corpus.held_out, tokenizer.end_of_text_id, _distances(arguments))
+    recall = Recall(corpus.held_out, tokenizer.end_of_text_id, _integers(arguments, "distances"))
     tasks = [
         recall.task(count, length),
         Copy(corpus.held_out).task(count, length),
@@ -137,8 +160,9 @@ def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokeniz
 
 
 # Options that a training does not depend on: it is not repeated when they change.
-NOT_TRAINING = ("run", "stage_run", "command", "output", "save_every", "text", "base", "full", "window", "window_size", "full_task")
-NOT_TRAINING += ("window_task", "objective", "width", "exhaustive_up_to", "examples", "questions")
+NOT_TRAINING = {"run", "stage_run", "command", "output", "save_every", "text", "base", "full", "window", "window_size"}
+NOT_TRAINING |= {"full_task", "window_task", "objective", "width", "exhaustive_up_to", "examples", "questions", "task", "placement"}
+NOT_TRAINING |= {"state", "heads", "keys", "min_throughput", "min_share", "speed_batch", "speed_prompt", "speed_tokens"}
 
 
 def _facts(arguments: argparse.Namespace, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> list[tuple[str, object]]:
@@ -169,7 +193,7 @@ def run_base(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch,
         length=arguments.length,
         task_share=arguments.task_share,
-        distances=_distances(arguments),
+        distances=_integers(arguments, "distances"),
         mark=tokenizer.end_of_text_id,
         seed=arguments.seed,
         checkpoint=arguments.output / "base.ckpt",
@@ -187,7 +211,7 @@ def run_base(arguments: argparse.Namespace) -> None:
         curve(arguments.output / "loss.png", losses, "base: text, recall and copying", "nats per token")
         lines.append(f"Loss of the last {len(last)} steps {sum(last) / len(last):.4f}; ")
     lines.append(f"held-out text {held_out.loss:.4f} nats per token.\n\n## Provenance\n\n{provenance(_facts(arguments, corpus))}")
-    write_atomic(arguments.output / "report.md", "".join(lines).encode())
+    write_text(arguments.output / "report.md", "".join(lines))
     print(f"held-out text: {held_out.loss:.4f} nats per token; model and report: {arguments.output}/")
 
 
@@ -217,7 +241,7 @@ def run_placement(arguments: argparse.Namespace) -> None:
         arguments.exhaustive_up_to,
     )
     mark = tokenizer.end_of_text_id
-    recall = Recall(corpus.training, mark, _distances(arguments))
+    recall = Recall(corpus.training, mark, _integers(arguments, "distances"))
     sources = text_and_tasks(corpus, mark, arguments.task_share, recall)
     loader = Loader(sources, arguments.batch, arguments.length + 1, arguments.seed)
     facts, asked = _facts(arguments, corpus, base), _task_facts(arguments)
@@ -232,6 +256,55 @@ def run_placement(arguments: argparse.Namespace) -> None:
     export(network, result.placement, output / "model", tokenizer)
     print(f"placement: {' '.join(result.placement)}")
     print(f"report: {output}/report.md; model: {output}/model (try: jetkernels generate --model {output}/model --prompt 'def ')")
+
+
+def _placement(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """--placement: the layers themselves, or those in a folder's result.json."""
+    path = Path(arguments.placement) / "result.json"
+    if not path.is_file():
+        return tuple(arguments.placement.split())
+    try:
+        return tuple(json.loads(path.read_text(encoding="utf-8"))["placement"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--placement: {path} must be a result of `search placement`") from None
+
+
+def run_shapes(arguments: argparse.Namespace) -> None:
+    base, tokenizer = load_base(arguments.base, arguments.device)
+    corpus = _corpus(arguments, tokenizer)
+    grid = equal_cache_grid(arguments.state, _integers(arguments, "heads"), _integers(arguments, "keys"))
+    mark = tokenizer.end_of_text_id
+    sources = text_and_tasks(corpus, mark, arguments.task_share, Recall(corpus.training, mark, _integers(arguments, "distances")))
+    facts, asked = _facts(arguments, corpus, base), _task_facts(arguments)
+    placement = _placement(arguments)
+
+    def new_network(jet: JetBlockConfig) -> SuperNetwork:
+        return SuperNetwork(base, jet, arguments.window_size, arguments.seed, arguments.recompute)
+
+    meter = ShapeMeter(
+        new_network,
+        placement,
+        Loader(sources, arguments.batch, arguments.length + 1, arguments.seed),
+        _recipe(arguments),
+        _tasks(arguments, corpus, tokenizer),
+        dict(facts),
+        arguments.task,
+        arguments.objective,
+        arguments.speed_batch,
+        arguments.speed_prompt,
+        arguments.speed_tokens,
+        folder=arguments.output,
+    )
+    asked += [(name, getattr(arguments, name)) for name in ("task", "objective", "speed_batch", "speed_prompt", "speed_tokens")]
+    asked += [("placement", " ".join(placement))]
+    rows = search_shapes(grid, meter, dict(facts + asked), arguments.output / "shapes.ckpt")
+    if ranks()[0]:
+        return
+    fastest = max(row.tokens_per_second for row in rows)
+    minimum = arguments.min_share * fastest if arguments.min_throughput is None else arguments.min_throughput
+    best = write_shape_report(arguments.output, rows, minimum, facts + asked)
+    export(meter.train(best.shape), placement, arguments.output / "model", tokenizer)
+    print(f"K = {best.shape.K}, V = {best.shape.V}, H = {best.shape.H}; report: {arguments.output}/report.md; model: {arguments.output}/model")
 
 
 def run(arguments: argparse.Namespace) -> None:

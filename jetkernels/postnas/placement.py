@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from jetkernels.model import Tokenizer
 
-from .checkpoints import fingerprint, load_state, save_state, write_atomic
+from .checkpoints import fingerprint, load_state, save_state
 from .data import Loader, TextCorpus, seeded
-from .report import curve, heat_map, markdown_table, provenance
+from .report import curve, heat_map, markdown_table, provenance, write_text
 from .search import Found, beam_search, importance, uniform, with_kind
 from .super_network import Placement, SuperNetwork
 from .tasks import OBJECTIVES, Score, Task
@@ -105,16 +105,24 @@ def train_super_network(
     facts: Mapping,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    placement: Placement | None = None,
 ) -> list[float]:
-    """Trains the JetBlock paths, a random placement per step, by feature distillation. Returns the loss of every step."""
+    """Trains the JetBlock paths by feature distillation: a random placement per step, or always the given one.
+
+    facts, checkpoint, on_step: see `training.train`. Returns the loss of every step.
+    """
     device = network.base.device
+    if placement is not None:
+        placement = network.check(placement)
 
     def step_loss(rows, step):
-        placement = network.random_placement(seeded("path", loader.seed, step))
-        return network.distillation_loss(rows[:, :-1].to(device), placement)
+        path = placement or network.random_placement(seeded("path", loader.seed, step))
+        return network.distillation_loss(rows[:, :-1].to(device), path)
 
-    described = dict(facts) | {"jet": network.jet_config.to_dict(), "base": network.base.config.to_dict()}
-    return train(STAGE, dict(network.jet.named_parameters()), step_loss, loader, recipe, described, checkpoint, on_step)
+    used = [i for i in range(network.num_layers) if placement is None or placement[i] == "jet"]
+    parameters = {f"{i}.{name}": p for i in used for name, p in network.jet[i].named_parameters()}
+    described = dict(facts) | {"jet": network.jet_config.to_dict(), "base": network.base.config.to_dict(), "placement": placement}
+    return train(STAGE, parameters, step_loss, loader, recipe, described, checkpoint, on_step)
 
 
 def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequence[float] = ()) -> PlacementResult:
@@ -205,14 +213,14 @@ def write_report(
         text.append(f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}.\n\n![distillation](distillation.png)\n")
     text.append("## Provenance\n")
     text.append(provenance([*facts, *asdict(options).items()]))
-    write_atomic(folder / "report.md", "\n".join(text).encode())
+    write_text(folder / "report.md", "\n".join(text))
     values = {
         "placement": result.placement,
         "full": asdict(result.full),
         "window": asdict(result.window) if result.window else None,
         "importance": result.importance,
     }
-    write_atomic(folder / "result.json", (json.dumps(values, indent=1) + "\n").encode())
+    write_text(folder / "result.json", json.dumps(values, indent=1) + "\n")
 
 
 def export(network: SuperNetwork, placement: Placement, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

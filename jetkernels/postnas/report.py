@@ -36,6 +36,11 @@ def provenance(facts: Sequence[tuple[str, object]]) -> str:
     return markdown_table(["what", "value"], [*facts, *machine])
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a report in one step."""
+    write_atomic(path, text.encode("utf-8"))
+
+
 def _save(figure, path: Path) -> None:
     from matplotlib import pyplot
 
