@@ -8,7 +8,8 @@ from postnas_cases import text_folder, tiny_base_folder
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.modules import JetBlockConfig
-from jetkernels.postnas.shapes import Shape, ShapeResult, best_shape, equal_cache_grid, search_shapes, write_shape_report
+from jetkernels.postnas.candidates import Measured, measure_all
+from jetkernels.postnas.shapes import Shape, best_shape, equal_cache_grid, write_shape_report
 
 # The grid of the paper's Table 2.
 PAPER = [
@@ -35,7 +36,16 @@ def test_a_shape_becomes_the_jet_block_of_these_sizes(shape):
 
 def planted(speed, quality):
     """Rows whose speed and quality are functions of the shape."""
-    return lambda shape: ShapeResult(shape, 10, 20, speed(shape), quality(shape), {"recall": (1.0, 0.5)})
+
+
+    def measure(name):
+        shape = Shape.from_name(name)
+        return Measured(name, 10, shape.state, 20, 5.0, 6.0, speed(shape), quality(shape), {"recall": (1.0, 0.5)}, [0.5])
+
+    return measure
+
+
+NAMES = [shape.name for shape in PAPER]
 
 
 @pytest.mark.parametrize("best", PAPER)
@@ -43,9 +53,9 @@ def test_planted_best_is_found_under_the_constraint(tmp_path, best):
     """The best shape is just fast enough; one of higher quality is not."""
     decoy = PAPER[(PAPER.index(best) + 1) % len(PAPER)]
     measure = planted(lambda s: 99.0 if s == decoy else 100.0, lambda s: {decoy: 3.0, best: 2.0}.get(s, 1.0))
-    rows = search_shapes(PAPER, measure, {})
+    rows = measure_all(NAMES, measure, {})
     chosen = write_shape_report(tmp_path, rows, 100.0, [])
-    assert chosen.shape == best and best_shape(rows, 90.0).shape == decoy
+    assert chosen.name == best.name and best_shape(rows, 90.0).name == decoy.name
     line = f"| {best.K} | {best.V} | {best.H} |"
     assert any(row.startswith(line) and "**yes**" in row for row in (tmp_path / "report.md").read_text().splitlines())
     with pytest.raises(ValueError, match=r"throughput must reach 101\.0 tokens/s .* fastest reaches 100\.0"):
@@ -55,19 +65,19 @@ def test_planted_best_is_found_under_the_constraint(tmp_path, best):
 def test_a_killed_search_keeps_the_rows_it_has(tmp_path):
     seen = []
 
-    def measure(shape):
-        seen.append(shape)
+    def measure(name):
+        seen.append(name)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return planted(lambda s: float(len(seen)), lambda s: float(s.K))(shape)
+        return planted(lambda s: float(len(seen)), lambda s: float(s.K))(name)
 
     with pytest.raises(KeyboardInterrupt):
-        search_shapes(PAPER, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
-    rows = search_shapes(PAPER, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
-    assert seen == PAPER[:4] + PAPER[3:] and [row.shape for row in rows] == PAPER
-    assert [row.tokens_per_second for row in rows[:3]] == [1.0, 2.0, 3.0] and rows[0].scores == {"recall": (1.0, 0.5)}
+        measure_all(NAMES, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
+    rows = measure_all(NAMES, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
+    assert seen == NAMES[:4] + NAMES[3:] and [row.name for row in rows] == NAMES
+    assert [row.generation_per_second for row in rows[:3]] == [1.0, 2.0, 3.0] and rows[0].scores == {"recall": (1.0, 0.5)}
     with pytest.raises(ValueError, match="belongs to a run with other options"):
-        search_shapes(PAPER, measure, {"seed": 2}, tmp_path / "shapes.ckpt")
+        measure_all(NAMES, measure, {"seed": 2}, tmp_path / "shapes.ckpt")
 
 
 def test_the_command_measures_a_grid_and_exports_the_best(tmp_path, capsys):

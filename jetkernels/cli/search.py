@@ -1,13 +1,15 @@
 """PostNAS (arXiv 2508.15884, section 2): search for the hybrid that a trained full-attention model becomes.
 
-One subcommand per stage. Each writes into its output folder a report (report.md with plots), checkpoints from which the
-same command goes on after it was killed, and the model it made. Runs in one process, or data-parallel under torchrun:
+One subcommand per stage, and `all` for the pipeline. Each writes into its output folder a report (report.md with plots),
+checkpoints from which the same command goes on after it was killed, and the model it made, if it makes one. Runs in one process, or data-parallel under torchrun:
 torchrun --standalone --nproc-per-node 2 -m jetkernels search placement ...
 """
 
 import argparse
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,22 +43,47 @@ from jetkernels.postnas import (
     write_report,
 )
 from jetkernels.postnas.base import text_and_tasks, weights_digest
-from jetkernels.postnas.report import curve, provenance, write_text
-from jetkernels.postnas.shapes import ShapeMeter, equal_cache_grid, search_shapes, write_shape_report
+from jetkernels.postnas.blocks import BLOCKS
+from jetkernels.postnas.candidates import Measured, Meter, measure_all
+from jetkernels.postnas.design import DESIGNS, DesignedBlock
+from jetkernels.postnas.final import train_final
+from jetkernels.postnas.report import curve, markdown_table, provenance, write_text
+from jetkernels.postnas.selection import write_candidate_report
+from jetkernels.postnas.shapes import Shape, equal_cache_grid, write_shape_report
+from jetkernels.postnas.training import wait_for_ranks
+
+
+def stages() -> dict[str, tuple[str, Callable, Callable]]:
+    """Name of a stage -> what it does, adds its options, runs it; in the order of the pipeline."""
+    return {
+        "base": ("train a small full-attention model on real text, to search on a CPU", _add_base, run_base),
+        "placement": ("stage 1: which layers keep full attention, which get a sliding window", _add_placement, run_placement),
+        "blocks": ("stage 2: linear-attention blocks side by side, at equal cache", _add_blocks, run_blocks),
+        "design": ("stage 3: the JetBlock with one choice of its design changed at a time", _add_design, run_design),
+        "shapes": ("stage 4: K, V and H of the JetBlocks, at equal cache and sufficient generation speed", _add_shapes, run_shapes),
+        "final": ("stage 5: train the found hybrid, first its token mixers by distillation, then all of it", _add_final, run_final),
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="stage")
-    for name, summary, add, function in (
-        ("base", "train a small full-attention model on real text, to search on a CPU", _add_base, run_base),
-        ("placement", "stage 1: which layers keep full attention, which get a sliding window", _add_placement, run_placement),
-        ("shapes", "stage 4: K, V and H of the JetBlocks, at equal cache and sufficient generation speed", _add_shapes, run_shapes),
-    ):
-        stage = stages.add_parser(name, help=summary, description=summary)
+    subcommands = parser.add_subparsers(dest="stage", required=True, metavar="stage")
+    for name, (summary, add, function) in stages().items():
+        stage = subcommands.add_parser(name, help=summary, description=summary)
         stage.add_argument("--output", type=Path, required=True, help="folder for model, report and checkpoints")
         _add_training(stage)
         add(stage)
         stage.set_defaults(stage_run=function)
+    summary = "the whole pipeline: every stage in order, each in a folder of its own below --output"
+    whole = subcommands.add_parser("all", help=summary, description=summary)
+    whole.add_argument("--output", type=Path, required=True, help="folder for the folders of the stages")
+    whole.add_argument("--base", type=Path, help="folder of a base (default: train a small one)")
+    whole.add_argument("--full", type=int, default=2, help="layers that keep full attention (default 2)")
+    whole.add_argument("--window", type=int, default=0, help="layers that get sliding-window attention (default 0)")
+    whole.add_argument("--layers", type=int, default=6, help="of the small base (default 6)")
+    whole.add_argument("--shape", default="32x64x4", help="KxVxH of the linear blocks; the grid keeps their state (default 32x64x4)")
+    whole.add_argument("--examples", type=int, default=64, help="of each task (default 64)")
+    _add_training(whole)
+    whole.set_defaults(stage_run=run_all)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -101,19 +128,43 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jet-expand-v", type=float, default=2.0)
 
 
-def _add_shapes(parser: argparse.ArgumentParser) -> None:
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
     _add_search(parser)
     parser.add_argument("--placement", required=True, help="folder of `search placement`, or the layers: 'jet attn jet ...'")
-    parser.add_argument("--state", type=int, default=8192, help="elements of state per JetBlock: K*V*H (default 8192)")
-    parser.add_argument("--heads", default="2,4", help="H to try (default 2,4)")
-    parser.add_argument("--keys", default="16,32,64", help="K to try; V follows (default 16,32,64)")
     parser.add_argument("--task", default="language modelling", help="whose objective is the quality")
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--min-throughput", type=float, help="generated tokens per second that a shape must reach")
-    limit.add_argument("--min-share", type=float, default=0.9, help="the same as a share of the fastest shape's (default 0.9)")
     parser.add_argument("--speed-batch", type=int, default=4, help="sequences of the speed measurement (default 4)")
     parser.add_argument("--speed-prompt", type=int, default=64, help="tokens of its prompts (default 64)")
     parser.add_argument("--speed-tokens", type=int, default=32, help="generated tokens that are timed (default 32)")
+
+
+def _add_blocks(parser: argparse.ArgumentParser) -> None:
+    _add_comparison(parser)
+    parser.add_argument("--shape", default="32x64x4", help="KxVxH of every block: an equal cache (default 32x64x4)")
+    parser.add_argument("--only", action="append", choices=BLOCKS, help="compare only this block; may be repeated (default: all)")
+
+
+def _add_design(parser: argparse.ArgumentParser) -> None:
+    _add_comparison(parser)
+    parser.add_argument("--shape", default="32x64x4", help="KxVxH of every variant (default 32x64x4)")
+    parser.add_argument("--only", action="append", choices=DESIGNS, help="compare only this variant; may be repeated (default: all)")
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    _add_comparison(parser)
+    parser.add_argument("--state", type=int, default=8192, help="elements of state per JetBlock: K*V*H (default 8192)")
+    parser.add_argument("--heads", default="2,4", help="H to try (default 2,4)")
+    parser.add_argument("--keys", default="16,32,64", help="K to try; V follows (default 16,32,64)")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--min-throughput", type=float, help="generated tokens per second that a shape must reach")
+    limit.add_argument("--min-share", type=float, default=0.9, help="the same as a share of the fastest shape's (default 0.9)")
+
+
+def _add_final(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base, the teacher")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage exported")
+    parser.add_argument("--whole-steps", type=int, default=500, help="steps of the whole model, after --steps of distillation")
+    parser.add_argument("--examples", type=int, default=64, help="of each task (default 64)")
+    parser.set_defaults(questions=[])
 
 
 def _integers(arguments: argparse.Namespace, name: str) -> tuple[int, ...]:
@@ -160,9 +211,10 @@ def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokeniz
 
 
 # Options that a training does not depend on: it is not repeated when they change.
-NOT_TRAINING = {"run", "stage_run", "command", "output", "save_every", "text", "base", "full", "window", "window_size"}
-NOT_TRAINING |= {"full_task", "window_task", "objective", "width", "exhaustive_up_to", "examples", "questions", "task", "placement"}
-NOT_TRAINING |= {"state", "heads", "keys", "min_throughput", "min_share", "speed_batch", "speed_prompt", "speed_tokens"}
+NOT_TRAINING = {"run", "stage", "stage_run", "command", "model", "whole_steps", "output", "save_every", "text", "base"}
+NOT_TRAINING |= {"full", "window", "window_size", "full_task", "window_task", "objective", "width", "exhaustive_up_to"}
+NOT_TRAINING |= {"examples", "questions", "task", "placement", "state", "heads", "keys", "only", "min_throughput", "min_share"}
+NOT_TRAINING |= {"speed_batch", "speed_prompt", "speed_tokens"}
 
 
 def _facts(arguments: argparse.Namespace, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> list[tuple[str, object]]:
@@ -269,20 +321,29 @@ def _placement(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise ValueError(f"--placement: {path} must be a result of `search placement`") from None
 
 
-def run_shapes(arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """What stages 2, 3 and 4 share: the measured candidates, and what the report says about them."""
+
+    rows: list[Measured]
+    meter: Meter
+    tokenizer: Tokenizer
+    facts: list[tuple[str, object]]
+
+
+def _compare(
+    arguments: argparse.Namespace, names: Sequence[str], block: Callable[[str], JetBlockConfig | Callable[[int], torch.nn.Module]]
+) -> Comparison:
+    """Trains and measures the candidates `names`; block: name -> what `SuperNetwork` takes as its linear paths."""
     base, tokenizer = load_base(arguments.base, arguments.device)
     corpus = _corpus(arguments, tokenizer)
-    grid = equal_cache_grid(arguments.state, _integers(arguments, "heads"), _integers(arguments, "keys"))
     mark = tokenizer.end_of_text_id
     sources = text_and_tasks(corpus, mark, arguments.task_share, Recall(corpus.training, mark, _integers(arguments, "distances")))
-    facts, asked = _facts(arguments, corpus, base), _task_facts(arguments)
-    placement = _placement(arguments)
-
-    def new_network(jet: JetBlockConfig) -> SuperNetwork:
-        return SuperNetwork(base, jet, arguments.window_size, arguments.seed, arguments.recompute)
-
-    meter = ShapeMeter(
-        new_network,
+    facts, placement = _facts(arguments, corpus, base), _placement(arguments)
+    settings = ("task", "objective", "speed_batch", "speed_prompt", "speed_tokens")
+    asked = _task_facts(arguments) + [(name, getattr(arguments, name)) for name in settings] + [("placement", " ".join(placement))]
+    meter = Meter(
+        lambda name: SuperNetwork(base, block(name), arguments.window_size, arguments.seed, arguments.recompute),
         placement,
         Loader(sources, arguments.batch, arguments.length + 1, arguments.seed),
         _recipe(arguments),
@@ -293,18 +354,119 @@ def run_shapes(arguments: argparse.Namespace) -> None:
         arguments.speed_batch,
         arguments.speed_prompt,
         arguments.speed_tokens,
-        folder=arguments.output,
+        folder=arguments.output / "training",
     )
-    asked += [(name, getattr(arguments, name)) for name in ("task", "objective", "speed_batch", "speed_prompt", "speed_tokens")]
-    asked += [("placement", " ".join(placement))]
-    rows = search_shapes(grid, meter, dict(facts + asked), arguments.output / "shapes.ckpt")
+    rows = measure_all(names, meter, dict(facts + asked), arguments.output / "candidates.ckpt")
+    return Comparison(rows, meter, tokenizer, facts + asked)
+
+
+def _quality(arguments: argparse.Namespace) -> str:
+    return f"{arguments.task}, {'minus the loss' if arguments.objective == 'loss' else 'accuracy'}"
+
+
+def _report_comparison(arguments: argparse.Namespace, found: Comparison, title: str, against: Sequence[str]) -> None:
+    if ranks()[0] == 0:
+        best = write_candidate_report(arguments.output, title, found.rows, against, _quality(arguments), found.facts)
+        print(f"best: {best.name}; report: {arguments.output}/report.md")
+
+
+def _shape(arguments: argparse.Namespace) -> Shape:
+    try:
+        return Shape.from_name(arguments.shape)
+    except (ValueError, TypeError):
+        raise ValueError(f"--shape must be KxVxH, such as 96x256x12, got {arguments.shape!r}") from None
+
+
+def run_blocks(arguments: argparse.Namespace) -> None:
+    shape = _shape(arguments)
+    found = _compare(arguments, arguments.only or list(BLOCKS), lambda name: lambda size: BLOCKS[name](size, shape))
+    _report_comparison(arguments, found, "Linear-attention blocks", ("JetBlock", "Mamba2"))
+
+
+def run_design(arguments: argparse.Namespace) -> None:
+    shape, names = _shape(arguments), arguments.only or list(DESIGNS)
+    found = _compare(arguments, names, lambda name: lambda size: DesignedBlock(size, shape, DESIGNS[name]))
+    _report_comparison(arguments, found, "Design of the JetBlock", names)
+
+
+def run_shapes(arguments: argparse.Namespace) -> None:
+    grid = equal_cache_grid(arguments.state, _integers(arguments, "heads"), _integers(arguments, "keys"))
+    found = _compare(arguments, [shape.name for shape in grid], lambda name: Shape.from_name(name).config())
     if ranks()[0]:
         return
-    fastest = max(row.tokens_per_second for row in rows)
+    fastest = max(row.generation_per_second for row in found.rows)
     minimum = arguments.min_share * fastest if arguments.min_throughput is None else arguments.min_throughput
-    best = write_shape_report(arguments.output, rows, minimum, facts + asked)
-    export(meter.train(best.shape), placement, arguments.output / "model", tokenizer)
-    print(f"K = {best.shape.K}, V = {best.shape.V}, H = {best.shape.H}; report: {arguments.output}/report.md; model: {arguments.output}/model")
+    best = write_shape_report(arguments.output, found.rows, minimum, found.facts)
+    network, _ = found.meter.train(best.name)
+    export(network, found.meter.placement, arguments.output / "model", found.tokenizer)
+    print(f"best: {best.name} (KxVxH); report: {arguments.output}/report.md; model: {arguments.output}/model")
+
+
+def run_final(arguments: argparse.Namespace) -> None:
+    base, tokenizer = load_base(arguments.base, arguments.device)
+    student = JetNemotronForCausalLM.from_pretrained(arguments.model, device=arguments.device)
+    corpus = _corpus(arguments, tokenizer)
+    mark = tokenizer.end_of_text_id
+    sources = text_and_tasks(corpus, mark, arguments.task_share, Recall(corpus.training, mark, _integers(arguments, "distances")))
+    loader = Loader(sources, arguments.batch, arguments.length + 1, arguments.seed)
+    tasks, facts = _tasks(arguments, corpus, tokenizer), _facts(arguments, corpus, base)
+
+    def scores(model: JetNemotronForCausalLM) -> list[float]:
+        found = [task.score(lambda ids: model(ids.to(model.device)).logits) for task in tasks]
+        return [value for score in found for value in (score.loss, score.accuracy)]
+
+    rows = [["base", *scores(base)], ["hybrid before", *scores(student)]]
+    recipe = _recipe(arguments)
+    whole = replace(recipe, steps=arguments.whole_steps)
+    parts = train_final(student, base, loader, recipe, whole, dict(facts), arguments.output)
+    if ranks()[0]:
+        return
+    student.save_pretrained(arguments.output / "model")
+    tokenizer.save_pretrained(arguments.output / "model")
+    rows.append(["hybrid after", *scores(student)])
+    header = ["model", *(f"{task.name}, {what}" for task in tasks for what in ("loss", "accuracy"))]
+    text = ["# Final training\n", f"Layers: `{' '.join(student.config.layer_types)}`\n", markdown_table(header, rows)]
+    for name, losses, label in zip(("distillation", "whole"), parts, ("KL to the base, nats", "nats per token")):
+        if losses:
+            curve(arguments.output / f"{name}.png", losses, name, label)
+            text.append(f"![{name}]({name}.png)\n")
+    write_text(arguments.output / "report.md", "\n".join([*text, "## Provenance\n", provenance(facts)]))
+    print(f"report: {arguments.output}/report.md; model: {arguments.output}/model")
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Each stage as its own command would run it, with the defaults of that command where `all` has no option."""
+    output, shape = arguments.output, _shape(arguments)
+    common = ["steps", "learning_rate", "batch", "length", "task_share", "distances", "save_every", "device", "seed", "suffix"]
+    words = [word for name in common for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
+    if arguments.text is not None:
+        words += ["--text", str(arguments.text)]
+    base = arguments.base or output / "base"
+    examples = ["--examples", str(arguments.examples)]
+    placed = ["--base", str(base), "--placement", str(output / "placement"), *examples]
+    size = ["--shape", arguments.shape]
+    jet = ["--jet-heads", str(shape.H), "--jet-head-dim", str(shape.K), "--jet-expand-v", repr(shape.config().expand_v)]
+    budget = ["--full", str(arguments.full), "--window", str(arguments.window)]
+    keys = sorted({max(1, shape.K // 2), shape.K, 2 * shape.K})
+    grid = ["--state", str(shape.state), "--heads", f"{shape.H},{2 * shape.H}", "--keys", ",".join(map(str, keys))]
+    plan = {
+        "base": ["--layers", str(arguments.layers)],
+        "placement": ["--base", str(base), *examples, *budget, *jet],
+        "blocks": [*placed, *size],
+        "design": [*placed, *size],
+        "shapes": [*placed, *grid],
+        "final": ["--base", str(base), "--model", str(output / "shapes" / "model"), *examples, "--whole-steps", str(arguments.steps)],
+    }
+    parser = argparse.ArgumentParser(prog="jetkernels search")
+    add_arguments(parser)
+    for name, options in plan.items():
+        if name == "base" and arguments.base is not None:
+            continue
+        if ranks()[0] == 0:
+            print(f"== {name}")
+        stage = parser.parse_args([name, "--output", str(output / name), *words, *options])
+        stage.stage_run(stage)
+        wait_for_ranks()
 
 
 def run(arguments: argparse.Namespace) -> None:

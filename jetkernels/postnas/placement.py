@@ -121,7 +121,8 @@ def train_super_network(
 
     used = [i for i in range(network.num_layers) if placement is None or placement[i] == "jet"]
     parameters = {f"{i}.{name}": p for i in used for name, p in network.jet[i].named_parameters()}
-    described = dict(facts) | {"jet": network.jet_config.to_dict(), "base": network.base.config.to_dict(), "placement": placement}
+    jet = network.jet_config.to_dict() if network.jet_config is not None else type(network.jet[0]).__name__
+    described = dict(facts) | {"jet": jet, "base": network.base.config.to_dict(), "placement": placement}
     return train(STAGE, parameters, step_loss, loader, recipe, described, checkpoint, on_step)
 
 

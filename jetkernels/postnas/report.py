@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,17 +77,40 @@ def heat_map(path: str | Path, rows: Sequence[str], values: Sequence[Sequence[fl
     _save(figure, Path(path))
 
 
+def _smooth(values: Sequence[float]) -> list[float]:
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else 0.95 * smooth[-1] + 0.05 * value)
+    return smooth
+
+
 def curve(path: str | Path, losses: Sequence[float], title: str, label: str) -> None:
     """A PNG of a loss by step, and its running mean."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot(losses, color="0.75", linewidth=0.7, label="step")
-    smooth: list[float] = []
-    for value in losses:
-        smooth.append(value if not smooth else 0.95 * smooth[-1] + 0.05 * value)
-    axes.plot(smooth, label="running mean")
+    axes.plot(_smooth(losses), label="running mean")
     axes.set(xlabel="step", ylabel=label, title=title)
     axes.set_ylim(bottom=0)
     axes.legend()
+    figure.tight_layout()
+    _save(figure, Path(path))
+
+
+def quality_against_speed(
+    path: str | Path, curves: Mapping[str, Sequence[float]], points: Sequence[tuple[str, float, float]], quality: str
+) -> None:
+    """A PNG: training losses by step (running means) on the left; (name, tokens/s, quality) points on the right."""
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    for name, losses in curves.items():
+        left.plot(_smooth(losses), label=name)
+    left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+    if curves:
+        left.legend()
+    for name, speed, value in points:
+        right.scatter([speed], [value])
+        right.annotate(name, (speed, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    right.set(xlabel="generation (tokens/s)", ylabel=quality, title="quality against speed")
     figure.tight_layout()
     _save(figure, Path(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from .data import seeded
 
 # One of LAYER_TYPES per layer.
 Placement = tuple[str, ...]
+# Stands in a config whose jet layers hold another block.
+_NO_JET = JetBlockConfig(num_heads=1, head_dim=1, expand_v=1.0, dconv_generator_reduction=1)
 
 
 class SuperNetwork(nn.Module):
@@ -33,7 +35,8 @@ class SuperNetwork(nn.Module):
 
     Args:
         base: full attention in every layer; its parameters stop requiring gradients.
-        jet: sizes of the JetBlock paths.  window_size: of the windowed paths, tokens, the current one included.
+        jet: sizes of the JetBlock paths; or hidden size -> another block for each layer, which is called as a JetBlock is (such a
+            network can be trained and measured, but not exported).  window_size: of the windowed paths, tokens, the current one included.
         seed: of the JetBlocks' initial values.
         recompute_layers: keep only the layers' inputs for the backward pass and compute the rest twice.
     """
@@ -41,7 +44,7 @@ class SuperNetwork(nn.Module):
     def __init__(
         self,
         base: JetNemotronForCausalLM,
-        jet: JetBlockConfig,
+        jet: JetBlockConfig | Callable[[int], nn.Module],
         window_size: int = 64,
         seed: int = 0,
         recompute_layers: bool = False,
@@ -51,18 +54,28 @@ class SuperNetwork(nn.Module):
         if window_size < 1:
             raise ValueError(f"window_size must be at least 1, got {window_size}")
         self.base = base.requires_grad_(False)
-        self.jet_config = jet
+        self.jet_config = jet if isinstance(jet, JetBlockConfig) else None
         self.window_size = window_size
         self.recompute_layers = recompute_layers
         config = base.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=seeded("jet paths", seed))))
-            blocks = [JetBlock(config.hidden_size, jet, config.initializer_range) for _ in config.layer_types]
+            if isinstance(jet, JetBlockConfig):
+                blocks = [JetBlock(config.hidden_size, jet, config.initializer_range) for _ in config.layer_types]
+            else:
+                blocks = [jet(config.hidden_size) for _ in config.layer_types]
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
 
     @property
     def num_layers(self) -> int:
         return len(self.jet)
+
+    @property
+    def state_elements(self) -> int:
+        """Elements of recurrent state of one path and sequence: H*K*V."""
+        if self.jet_config is not None:
+            return self.jet_config.num_heads * self.jet_config.head_dim * self.jet_config.head_v_dim
+        return self.jet[0].new_state(1)[0].numel()
 
     def check(self, placement: Sequence[str]) -> Placement:
         """The placement as a tuple; ValueError unless it names a path for each layer."""
@@ -77,25 +90,27 @@ class SuperNetwork(nn.Module):
         values = self.base.config.to_dict() | {
             "layer_types": list(placement),
             "efficient_attention_config": {
-                "jet": self.jet_config.to_dict(),
+                "jet": (self.jet_config or _NO_JET).to_dict(),
                 "swa": {"window_size": self.window_size},
             },
         }
         return JetNemotronConfig.from_dict(values)
 
-    def _mix(self, i: int, kind: str, x: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout) -> Tensor:
+    def mixer(self, i: int, kind: str) -> nn.Module:
+        """The path of layer i."""
         if kind == "jet":
-            return self.jet[i](x)
+            return self.jet[i]
         attention = self.base.model.layers[i].self_attn
         if kind == "swa":
             # A shallow copy shares every tensor and differs in the window only.
             attention = copy.copy(attention)
             attention.window = self.window_size
-        return attention(x, rotary, layout)
+        return attention
 
     def _layer(self, i: int, kind: str, h: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout) -> Tensor:
-        layer = self.base.model.layers[i]
-        h = h + self._mix(i, kind, layer.input_layernorm(h), rotary, layout)
+        layer, mixer = self.base.model.layers[i], self.mixer(i, kind)
+        x = layer.input_layernorm(h)
+        h = h + (mixer(x) if kind == "jet" else mixer(x, rotary, layout))
         return h + layer.mlp(layer.post_attention_layernorm(h))
 
     def features(self, input_ids: Tensor, placement: Sequence[str]) -> list[Tensor]:
@@ -144,6 +159,8 @@ class SuperNetwork(nn.Module):
     def extract(self, placement: Sequence[str]) -> JetNemotronForCausalLM:
         """The model that a placement makes, with copies of the weights: what `save_pretrained` exports."""
         placement = self.check(placement)
+        if self.jet_config is None and "jet" in placement:
+            raise ValueError("placement must have no jet layer to be exported: the paths of this network are no JetBlocks")
         model = JetNemotronForCausalLM.empty(self.config(placement), device=self.base.device, dtype=self.base.dtype)
         state = {k: v for k, v in self.base.state_dict().items()}
         for i, kind in enumerate(placement):

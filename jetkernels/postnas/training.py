@@ -144,3 +144,9 @@ def join_ranks(device: torch.device) -> None:
     """Under `torchrun`, joins its processes (nccl for CUDA devices, else gloo); alone, does nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def wait_for_ranks() -> None:
+    """Under `torchrun`, returns when every process has come here: what rank 0 wrote before can be read after."""
+    if dist.is_initialized():
+        dist.barrier()
