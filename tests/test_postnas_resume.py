@@ -56,6 +56,11 @@ def results(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in RESULTS}
 
 
+def run_of(path) -> str:
+    """The digest of the run that a checkpoint names."""
+    return json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
+
+
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
     """The results of a run that nothing interrupted."""
@@ -70,6 +75,9 @@ def test_a_run_writes_report_and_a_model_that_generates(whole, capsys):
     assert sorted(chosen) == ["attn", "jet", "swa"] and f"`{' '.join(chosen)}`" in report
     for column in ("recall, loss", "copy, accuracy", "language modelling, loss", "distance 16"):
         assert column in report
+    assert "generated examples that the search has not seen" in report
+    books = [checkpoints.load_state(whole / name, "scores", run_of(whole / name))["scores"] for name in ("scores.ckpt", "fresh_scores.ckpt")]
+    assert books[0]["recall|jet jet jet"] != books[1]["recall|jet jet jet"]
     for plot in re.findall(r"\]\((\S+\.png)\)", report):
         assert (whole / plot).read_bytes().startswith(b"\x89PNG"), plot
     capsys.readouterr()
@@ -169,9 +177,8 @@ def test_search_base_trains_resumes_and_is_a_base(inputs, tmp_path, capsys):
 
 
 def losses(folder) -> list[float]:
-    content = (folder / "super_network.ckpt").read_bytes()
-    header = json.loads(content.split(b"\n", 2)[1])
-    return checkpoints.load_state(folder / "super_network.ckpt", header["stage"], header["run"])["losses"]
+    path = folder / "super_network.ckpt"
+    return checkpoints.load_state(path, "super network", run_of(path))["losses"]
 
 
 def test_two_gloo_ranks_give_the_losses_of_one(inputs, whole, tmp_path):

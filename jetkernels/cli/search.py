@@ -199,13 +199,14 @@ def _recipe(arguments: argparse.Namespace, **changes) -> Recipe:
     return Recipe(arguments.steps, arguments.learning_rate, save_every=arguments.save_every, **changes)
 
 
-def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokenizer) -> list[Task]:
+def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokenizer, seed: int = 0) -> list[Task]:
+    """Another seed gives other examples of the generated tasks."""
     count, length = arguments.examples, arguments.length
     recall = Recall(corpus.held_out, tokenizer.end_of_text_id, _integers(arguments, "distances"))
     tasks = [
-        recall.task(count, length),
-        Copy(corpus.held_out).task(count, length),
-        language_modelling(corpus.held_out, count, length),
+        recall.task(count, length, seed),
+        Copy(corpus.held_out).task(count, length, seed),
+        language_modelling(corpus.held_out, count, length, seed),
     ]
     return tasks + [MultipleChoice.from_jsonl(path, tokenizer) for path in arguments.questions]
 
@@ -268,8 +269,8 @@ def run_base(arguments: argparse.Namespace) -> None:
 
 
 def load_base(folder: Path, device: str) -> tuple[JetNemotronForCausalLM, Tokenizer]:
-    """Base and tokenizer of a folder."""
-    base = from_pretrained(folder, device=device, progress=partial(tqdm, desc="loading base", leave=False))
+    """Base and tokenizer of a folder. In fp32 whatever is stored: the paths beside it are trained in the base's dtype."""
+    base = from_pretrained(folder, dtype=torch.float32, device=device, progress=partial(tqdm, desc="loading base", leave=False))
     if not (folder / TOKENIZER_FILE).is_file():
         raise FileNotFoundError(f"--base: {folder} has no {TOKENIZER_FILE}")
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -304,7 +305,9 @@ def run_placement(arguments: argparse.Namespace) -> None:
     result = search_placement(book, options, losses)
     if ranks()[0]:
         return
-    write_report(output, book, result, options, facts + asked)
+    unseen = _tasks(arguments, corpus, tokenizer, seed=1)
+    fresh = ScoreBook(network, unseen, dict([*facts, *asked, ("examples seed", 1)]), output / "fresh_scores.ckpt")
+    write_report(output, book, result, options, facts + asked, fresh)
     export(network, result.placement, output / "model", tokenizer)
     print(f"placement: {' '.join(result.placement)}")
     print(f"report: {output}/report.md; model: {output}/model (try: jetkernels generate --model {output}/model --prompt 'def ')")
@@ -404,7 +407,7 @@ def run_shapes(arguments: argparse.Namespace) -> None:
 
 def run_final(arguments: argparse.Namespace) -> None:
     base, tokenizer = load_base(arguments.base, arguments.device)
-    student = JetNemotronForCausalLM.from_pretrained(arguments.model, device=arguments.device)
+    student = JetNemotronForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, device=arguments.device)
     corpus = _corpus(arguments, tokenizer)
     mark = tokenizer.end_of_text_id
     sources = text_and_tasks(corpus, mark, arguments.task_share, Recall(corpus.training, mark, _integers(arguments, "distances")))

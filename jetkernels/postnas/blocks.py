@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,7 @@ class ShortConvolution(nn.Module):
         return F.silu(y), context[:, context.shape[1] - (W - 1) :]
 
 
-class LinearBlock(nn.Module):
+class LinearBlock(nn.Module, ABC):
     """A token mixer of fixed memory that stands where a model has its attention.
 
     Called as a JetBlock is: hidden states [B, T, C] -> [B, T, C]; `state`, if given, is what the block remembers of earlier
@@ -55,9 +56,9 @@ class LinearBlock(nn.Module):
         K, V, H = self.shape
         return [(H, K, V)]
 
+    @abstractmethod
     def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """x [B, T, C] and the state before -> y [B, T, C] and the state after."""
-        raise NotImplementedError(type(self).__name__)
 
     def new_state(self, batch_size: int) -> list[Tensor]:
         """The state of `batch_size` sequences that have seen nothing."""

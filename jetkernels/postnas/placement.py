@@ -175,21 +175,33 @@ def _importance_section(folder: Path, result: PlacementResult, layers: int, obje
 
 
 def write_report(
-    folder: str | Path, book: ScoreBook, result: PlacementResult, options: PlacementOptions, facts: Sequence[tuple[str, object]]
+    folder: str | Path,
+    book: ScoreBook,
+    result: PlacementResult,
+    options: PlacementOptions,
+    facts: Sequence[tuple[str, object]],
+    fresh: ScoreBook | None = None,
 ) -> None:
-    """report.md, its plots and result.json. The same search gives the same files, whether it was interrupted or not."""
+    """report.md, its plots and result.json. The same search gives the same files, whether it was interrupted or not.
+
+    fresh: scores on examples that the search has not seen; the found placement is held against others on these, since on
+    the examples by which it was chosen it has an advantage. None: on the examples of the search, and the report says so.
+    """
     folder = Path(folder)
+    judge = book if fresh is None else fresh
     layers = book.network.num_layers
-    rows = []
+    rows, compared = [], []
     for name, placement in comparison(book, result):
-        scores = [book.score(placement, task) for task in book.tasks]
+        scores = [judge.score(placement, task) for task in judge.tasks]
         rows.append([name, " ".join(placement), *(v for s in scores for v in (s.loss, s.accuracy))])
+        pairs = {task: [score.loss, score.accuracy] for task, score in zip(judge.tasks, scores)}
+        compared.append({"name": name, "placement": placement, "scores": pairs})
     header = ["placement", "layers", *(f"{task}, {what}" for task in book.tasks for what in ("loss", "accuracy"))]
     recalled = [
         [name, group, *pair]
         for name, placement in comparison(book, result)
-        for task in book.tasks
-        for group, pair in book.score(placement, task).groups.items()
+        for task in judge.tasks
+        for group, pair in judge.score(placement, task).groups.items()
     ]
     searches = [("full attention", options.full_task, result.full)]
     if result.window is not None:
@@ -202,7 +214,8 @@ def write_report(
         "# Placement of attention layers\n",
         f"Placement: `{' '.join(result.placement)}`\n",
         markdown_table(["layers of", "chosen by task", "layers (0-based)", "objective", "placements evaluated", "search"], found),
-        "## Held against\n\nLoss in nats per token of the right answer; all within the super network, JetBlock paths as trained there.\n",
+        "## Held against\n\nLoss in nats per token of the right answer; all within the super network, JetBlock paths as trained there; on "
+        f"{'the examples of the search' if fresh is None else 'generated examples that the search has not seen'}.\n",
         markdown_table(header, rows),
     ]
     if recalled:
@@ -220,6 +233,7 @@ def write_report(
         "full": asdict(result.full),
         "window": asdict(result.window) if result.window else None,
         "importance": result.importance,
+        "compared": compared,
     }
     write_text(folder / "result.json", json.dumps(values, indent=1) + "\n")
 
