@@ -189,3 +189,13 @@ def test_two_gloo_ranks_give_the_losses_of_one(inputs, whole, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=0, abs=1e-5)
     chosen = [json.loads((folder / "result.json").read_text())["placement"] for folder in (tmp_path, whole)]
     assert chosen[0] == chosen[1]
+
+
+def test_seeds_are_tabled(inputs, tmp_path, monkeypatch, capsys):
+    from benchmarks import postnas_seeds
+
+    words = placement(inputs, tmp_path / "seeds", steps=1, window=0)[2:]
+    monkeypatch.setattr(sys, "argv", ["postnas_seeds", "--seeds", "2", *words])
+    assert postnas_seeds.main() == 0
+    report = (tmp_path / "seeds" / "report.md").read_text()
+    assert "| found |" in report and "| uniform |" in report and "± " in report and "base weights" in report
