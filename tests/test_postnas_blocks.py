@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from postnas_cases import PlantedRows, planted_base
 
 from jetkernels.postnas.blocks import BLOCKS, LinearBlock
 from jetkernels.postnas.shapes import Shape

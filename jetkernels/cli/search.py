@@ -1,7 +1,9 @@
 """PostNAS (arXiv 2508.15884, section 2): search for the hybrid that a trained full-attention model becomes.
 
 One subcommand per stage, and `all` for the pipeline. Each writes into its output folder a report (report.md with plots),
-checkpoints from which the same command goes on after it was killed, and the model it made, if it makes one. Runs in one process, or data-parallel under torchrun:
+checkpoints from which the same command goes on after it was killed, and the model it made, if it makes one. Runs in one
+process, or data-parallel under torchrun:
+
 torchrun --standalone --nproc-per-node 2 -m jetkernels search placement ...
 """
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jetkernels.model import Tokenizer
 
 from .checkpoints import fingerprint, load_state, save_state
-from .data import Loader, TextCorpus, seeded
+from .data import Loader, seeded
 from .report import curve, heat_map, markdown_table, provenance, write_text
 from .search import Found, beam_search, importance, uniform, with_kind
 from .super_network import Placement, SuperNetwork
