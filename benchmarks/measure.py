@@ -4,7 +4,6 @@ A case whose results are wrong gets no time.
 """
 
 import gc
-import statistics
 
 import torch
 
@@ -119,17 +118,14 @@ def model_work(model, batch: int, past: int) -> Work:
 
 def measure_model(model, batch: int, ceilings: Ceilings, bar) -> list[dict[str, object]]:
     """Rows of prefill and decode, by the host's clock around the whole model, as `jetkernels throughput` measures."""
-    from jetkernels.cli.throughput import measure
+    from jetkernels.model.speed import measure_speed
 
-    ids = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
-    cache = model.new_cache(batch, PROMPT + NEW_TOKENS)
-    measure(model, ids, cache, 4, None, bar)
-    times = [measure(model, ids, cache, NEW_TOKENS, None, bar) for _ in range(3)]
-    prefill, decode = (statistics.median(column) for column in zip(*times))
+    speed = measure_speed(model, batch, PROMPT, NEW_TOKENS, repeats=3, on_call=bar.update)
+    prefill, decode = speed.prefill_seconds, speed.decode_seconds
     step = decode / NEW_TOKENS
     step_work = model_work(model, batch, PROMPT)
     prefill_work = Work(step_work.bytes, 2 * batch * PROMPT * sum(p.numel() for p in model.parameters()))
-    common = {"method": "clock", "n": len(times), "served_by": "the model"}
+    common = {"method": "clock", "n": speed.runs, "served_by": "the model"}
     return [
         {"op": "model prefill", "us": prefill * 1e6, "tokens_per_s": batch * PROMPT / prefill, **common, **floor_row(prefill, prefill_work, ceilings)},
         {"op": "model decode step", "us": step * 1e6, "tokens_per_s": batch / step, **common, **floor_row(step, step_work, ceilings)},

@@ -1,4 +1,4 @@
-"""The arrows between folders: csrc/hopper <- csrc/<op> <- bindings <- jetkernels/ops <- modules <- model <- cli."""
+"""The arrows between folders: csrc/hopper <- csrc/<op> <- bindings <- jetkernels/ops <- modules <- model <- postnas <- cli."""
 
 import ast
 import re
@@ -15,7 +15,8 @@ PYTHON_ARROWS = {
     "jetkernels/ops": {"jetkernels/plain", "jetkernels"},
     "jetkernels/modules": {"jetkernels/ops"},
     "jetkernels/model": {"jetkernels/ops", "jetkernels/modules"},
-    "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
+    "jetkernels/postnas": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
+    "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/postnas"},
     "jetkernels": {"jetkernels/ops", "jetkernels/cli"},
 }
 C_ARROWS = {

@@ -5,9 +5,7 @@ Writes the model (a folder that `jetkernels generate --model` reads) and the los
 """
 
 import argparse
-import hashlib
 import math
-import sysconfig
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -21,13 +19,13 @@ from tqdm import tqdm
 
 from jetkernels.cli.info import backends
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
+from jetkernels.postnas.data import is_held_out, standard_library
 
 B, T = 8, 256  # sequences and bytes of one training step
 LEARNING_RATE = 3e-3
 TEMPERATURE = 0.5
 WORST_LOSS = 0.75  # of the unigram entropy: a model that learned less has learned little of the language
 WORST_DIFFERENCE = 1e-3  # of a logit between decode and prefill
-HELD_OUT = 20  # one file in 20 is never trained on
 CONFIG = dict(
     vocab_size=257,  # bytes, and the end of a text
     hidden_size=192,
@@ -53,13 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_corpus() -> tuple[Tensor, Tensor, int]:
     """The standard library's source as bytes: (training, held out, number of files). A file is in one of them, by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idle_test"} & set(p.parts))
+    root, files = standard_library()
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for path in files:
-        name = path.relative_to(root).as_posix()
-        held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT == 0
-        parts[held_out].append(path.read_bytes())
+        parts[is_held_out(path.relative_to(root).as_posix())].append(path.read_bytes())
     if not parts[0] or not parts[1]:
         raise ValueError(f"demo: the standard library at {root} holds too few .py files to train on")
     training, held_out = (torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for part in parts)

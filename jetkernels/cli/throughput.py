@@ -2,14 +2,11 @@
 
 import argparse
 import json
-import statistics
-import time
 
-import torch
 from tqdm import tqdm
 
 from jetkernels.cli.models import add_model_arguments, load_model
-from jetkernels.model.generation import prefill
+from jetkernels.model.speed import WARM_UP_STEPS, measure_speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,45 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@torch.no_grad()
-def measure(model, ids: torch.Tensor, cache, new_tokens: int, chunk: int | None, bar: tqdm) -> tuple[float, float]:
-    """Seconds of one prefill and of ``new_tokens`` decode steps after it."""
-    cache.reset()
-    synchronize(model.device)
-    start = time.perf_counter()
-    logits = prefill(model, ids, None, cache, chunk)
-    synchronize(model.device)
-    middle = time.perf_counter()
-    bar.update()
-    for _ in range(new_tokens):
-        logits = model(logits[:, -1].argmax(-1, keepdim=True), cache=cache).logits
-        bar.update()
-    synchronize(model.device)
-    return middle - start, time.perf_counter() - middle
-
-
 def run(arguments: argparse.Namespace) -> None:
     for name in ("batch", "prompt_length", "new_tokens", "repeats"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     model = load_model(arguments)
     B, T, new = arguments.batch, arguments.prompt_length, arguments.new_tokens
-    generator = torch.Generator().manual_seed(arguments.seed)
-    ids = torch.randint(model.config.vocab_size, (B, T), generator=generator).to(model.device)
-    cache = model.new_cache(B, T + new)
-    warm_up = min(new, 4)
-    times = []
-    with tqdm(total=1 + warm_up + arguments.repeats * (1 + new), desc="warm-up", leave=False, disable=arguments.json) as bar:
-        measure(model, ids, cache, warm_up, arguments.prefill_chunk, bar)
-        bar.set_description("timing")
-        for _ in range(arguments.repeats):
-            times.append(measure(model, ids, cache, new, arguments.prefill_chunk, bar))
-    prefill_seconds, decode_seconds = (statistics.median(column) for column in zip(*times))
+    total = 1 + min(new, WARM_UP_STEPS) + arguments.repeats * (1 + new)
+    with tqdm(total=total, desc="timing", leave=False, disable=arguments.json) as bar:
+        speed = measure_speed(
+            model, B, T, new, arguments.repeats, prefill_chunk=arguments.prefill_chunk, seed=arguments.seed, on_call=bar.update
+        )
     result = {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -68,11 +37,11 @@ def run(arguments: argparse.Namespace) -> None:
         "prompt_length": T,
         "new_tokens": new,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "prefill_tokens_per_second": B * T / prefill_seconds,
-        "decode_tokens_per_second": B * new / decode_seconds,
-        "decode_step_ms": 1e3 * decode_seconds / new,
-        "cache_mib": cache.nbytes / 2**20,
-        "runs": len(times),
+        "prefill_tokens_per_second": speed.prefill_tokens_per_second,
+        "decode_tokens_per_second": speed.decode_tokens_per_second,
+        "decode_step_ms": 1e3 * speed.decode_seconds / new,
+        "cache_mib": speed.cache_bytes / 2**20,
+        "runs": speed.runs,
     }
     if arguments.json:
         print(json.dumps(result, indent=1))

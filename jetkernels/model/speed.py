@@ -1,0 +1,83 @@
+"""The library's benchmark of a model: prefill and decode tokens per second, and the size of the cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .generation import prefill
+
+WARM_UP_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over `runs` timed runs. prefill_seconds: of all prompts; decode_seconds: of new_tokens steps of the batch."""
+
+    batch: int
+    prompt_length: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+    runs: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.batch * self.prompt_length / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.batch * self.new_tokens / self.decode_seconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def time_once(
+    model, ids: torch.Tensor, cache, new_tokens: int, chunk: int | None = None, on_call: Callable[[], object] = lambda: None
+) -> tuple[float, float]:
+    """Seconds of one prefill of ids [B, T] and of `new_tokens` decode steps after it; `on_call` is called after each forward."""
+    cache.reset()
+    synchronize(model.device)
+    start = time.perf_counter()
+    logits = prefill(model, ids, None, cache, chunk)
+    synchronize(model.device)
+    middle = time.perf_counter()
+    on_call()
+    for _ in range(new_tokens):
+        logits = model(logits[:, -1].argmax(-1, keepdim=True), cache=cache).logits
+        on_call()
+    synchronize(model.device)
+    return middle - start, time.perf_counter() - middle
+
+
+def measure_speed(
+    model,
+    batch: int,
+    prompt_length: int,
+    new_tokens: int,
+    repeats: int = 3,
+    *,
+    prefill_chunk: int | None = None,
+    seed: int = 0,
+    on_call: Callable[[], object] = lambda: None,
+) -> Speed:
+    """Times `repeats` runs on random prompts after a short one that is not counted."""
+    for name, value in (("batch", batch), ("prompt_length", prompt_length), ("new_tokens", new_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (batch, prompt_length), generator=generator).to(model.device)
+    cache = model.new_cache(batch, prompt_length + new_tokens)
+    time_once(model, ids, cache, min(new_tokens, WARM_UP_STEPS), prefill_chunk, on_call)
+    times = [time_once(model, ids, cache, new_tokens, prefill_chunk, on_call) for _ in range(repeats)]
+    prefill_seconds, decode_seconds = (statistics.median(column) for column in zip(*times))
+    return Speed(batch, prompt_length, new_tokens, prefill_seconds, decode_seconds, cache.nbytes, repeats)

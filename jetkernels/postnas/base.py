@@ -1,0 +1,191 @@
+"""Base models of a search: full attention in every layer. Published Qwen2 checkpoints, or a small one trained here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
+from jetkernels.model.checkpoint import load_weights
+from jetkernels.model.config import CONFIG_FILE
+
+from .data import Loader, RowSource, TextCorpus, Windows
+from .tasks import Copy, Recall
+from .training import Recipe, train
+
+# Keys of a published Qwen2 config that name the same thing here.
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "initializer_range",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "head_dim",
+)
+# What Qwen2 means by a key that its config does not write; each differs from ours or is missing there.
+_DEFAULTS = {"rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
+# The shape of the small base: bytes, and the end of a text.
+SMALL = {
+    "vocab_size": 257,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+END_OF_TEXT = 256
+
+
+def qwen2_config(values: Mapping) -> JetNemotronConfig:
+    """The content of a published Qwen2 or Qwen2.5 config.json -> the same model here, every layer full attention.
+
+    Raises ValueError where the model is another one: another model_type, sliding windows in use, scaled positions, another
+    activation. Source: the published config.json files and transformers' Qwen2Config.
+    """
+    model_type = values.get("model_type")
+    if model_type != "qwen2":
+        raise ValueError(f"base: model_type must be qwen2, got {model_type!r}")
+    rope = values.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for key, only, got in (
+        ("hidden_act", "silu", values.get("hidden_act", "silu")),
+        ("use_sliding_window", False, values.get("use_sliding_window") or False),
+        ("rope_scaling", None, values.get("rope_scaling")),
+        ("rope_parameters.rope_type", "default", kind),
+    ):
+        if got != only:
+            raise ValueError(f"base: {key} must be {only!r}, got {got!r}")
+    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if k not in values]
+    if missing:
+        raise ValueError(f"base: config.json must have {', '.join(missing)}")
+    known = _DEFAULTS | {key: values[key] for key in _SHARED if values.get(key) is not None}
+    if "rope_theta" in rope:
+        known["rope_theta"] = rope["rope_theta"]
+    known.setdefault("num_key_value_heads", values["num_attention_heads"])
+    known["tie_word_embeddings"] = values.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"])
+    return JetNemotronConfig(
+        **known,
+        layer_types=["attn"] * values["num_hidden_layers"],
+        efficient_attention_config={},
+        torch_dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
+    )
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device=None,
+    progress: Callable[[list], Iterable] = iter,
+) -> JetNemotronForCausalLM:
+    """A full-attention base from a local folder: a published Qwen2/Qwen2.5 checkpoint, or one that this library saved.
+
+    dtype: of the loaded model, by default the one of the weights.  progress: wraps the list of tensors, as tqdm does.
+
+    Raises:
+        FileNotFoundError: config.json or weights are missing.  ValueError: they are damaged, of another architecture, or
+            do not fit each other; or a layer is not full attention.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"base: {folder} has no {CONFIG_FILE}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model_type = values.get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"base: {path} must hold a JSON object") from None
+    config = JetNemotronConfig.from_dict(values) if model_type == "jet_nemotron" else qwen2_config(values)
+    check_base(config)
+    model = JetNemotronForCausalLM.empty(config, device=device, dtype=dtype or config.dtype)
+    load_weights(model, folder, progress)
+    return model.eval()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_base(config: JetNemotronConfig) -> None:
+    """Raises ValueError unless every layer is full attention."""
+    others = [i for i, kind in enumerate(config.layer_types) if kind != "attn"]
+    if others or not config.layer_types:
+        raise ValueError(f"base: layer_types must all be attn, got {list(config.layer_types)}")
+
+
+def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausalLM:
+    """An untrained byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
+    config = JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
+    return JetNemotronForCausalLM.random(config, seed=seed)
+
+
+def text_and_tasks(corpus: TextCorpus, mark: int, task_share: float, recall: Recall | None = None) -> list[tuple[RowSource, float]]:
+    """Sources of training rows: windows of the text, and `task_share` of the rows recall and copying, half each."""
+    if not 0 <= task_share < 1:
+        raise ValueError(f"task_share must be at least 0 and below 1, got {task_share}")
+    sources: list[tuple[RowSource, float]] = [(Windows(corpus.training), 1 - task_share)]
+    if task_share:
+        sources.append((recall or Recall(corpus.training, mark), task_share / 2))
+        sources.append((Copy(corpus.training), task_share / 2))
+    return sources
+
+
+def next_token_loss(model: JetNemotronForCausalLM, rows: Tensor) -> Tensor:
+    """Mean cross-entropy, nats per token, of rows [B, T+1] of token ids."""
+    logits = model(rows[:, :-1].to(model.device)).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten().to(model.device))
+
+
+def train_base(
+    model: JetNemotronForCausalLM,
+    corpus: TextCorpus,
+    recipe: Recipe,
+    *,
+    batch_size: int = 8,
+    length: int = 128,
+    task_share: float = 0.5,
+    distances: Sequence[int] = (16, 32, 64),
+    mark: int = END_OF_TEXT,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+) -> list[float]:
+    """Trains a base in place on real text, with recall and copying rows made from it. Returns the loss of every step.
+
+    length: positions of a row.  task_share: of the rows; 0 trains on plain text alone.  Resumable: see `training.train`.
+    """
+    check_base(model.config)
+    recall = Recall(corpus.training, mark, tuple(distances))
+    loader = Loader(text_and_tasks(corpus, mark, task_share, recall), batch_size, length + 1, seed)
+    facts = {
+        "config": model.config.to_dict(),
+        "text": corpus.digest,
+        "task_share": task_share,
+        "distances": list(distances),
+        "mark": mark,
+        "recipe": asdict(recipe),
+    }
+    model.train()
+    losses = train(
+        "base", dict(model.named_parameters()), lambda rows, step: next_token_loss(model, rows), loader, recipe, facts, checkpoint
+    )
+    model.eval()
+    return losses

@@ -1,0 +1,313 @@
+"""Linear-attention blocks behind one interface: RetNet, GLA, Mamba2, DeltaNet, Gated DeltaNet, RWKV-7 and JetBlock."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jetkernels.model.attention import rotary_table, rotate
+from jetkernels.modules import GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
+from jetkernels.modules.initialization import init_weight_
+from jetkernels.modules.jet_block import DECAY_RATES, TIME_STEPS
+from jetkernels.ops import chunk_gated_delta_rule
+
+from .recurrences import decayed_linear_attention, rwkv7
+from .shapes import Shape
+
+NORM_EPS = 1e-5
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution and SiLU: y[t, d] = silu(sum_w weight[d, w] x[t - (W-1) + w, d])."""
+
+    def __init__(self, channels: int, size: int = 4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-(size**-0.5), size**-0.5))
+
+    def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], before [B, W-1, D] (the inputs in front) -> y [B, T, D] and the last W-1 inputs."""
+        W = self.weight.shape[1]
+        context = torch.cat([before, x], 1)
+        y = F.conv1d(context.mT, self.weight[:, None], groups=self.weight.shape[0]).mT
+        return F.silu(y), context[:, context.shape[1] - (W - 1) :]
+
+
+class LinearBlock(nn.Module, ABC):
+    """A token mixer of fixed memory that stands where a model has its attention.
+
+    Called as a JetBlock is: hidden states [B, T, C] -> [B, T, C]; `state`, if given, is what the block remembers of earlier
+    tokens and is updated in place. A subclass says what it remembers (`memory`) and computes (`mix`).
+
+    Args: hidden_size: C.  shape: K, V, H; the recurrent state has H*K*V elements in every block.
+    """
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.shape = shape
+
+    def memory(self) -> list[Sequence[int]]:
+        """Shapes of the state's tensors for one sequence; the first is the recurrent state [H, K, V]."""
+        K, V, H = self.shape
+        return [(H, K, V)]
+
+    @abstractmethod
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """x [B, T, C] and the state before -> y [B, T, C] and the state after."""
+
+    def new_state(self, batch_size: int) -> list[Tensor]:
+        """The state of `batch_size` sequences that have seen nothing."""
+        weight = next(self.parameters())
+        return [torch.zeros(batch_size, *shape, device=weight.device, dtype=weight.dtype) for shape in self.memory()]
+
+    def forward(self, x: Tensor, attention_mask=None, cu_seqlens: Tensor | None = None, state: list[Tensor] | None = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. Padded and packed batches are refused: a comparison of blocks uses neither."""
+        if attention_mask is not None or cu_seqlens is not None:
+            raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens must be None")
+        y, after = self.mix(x, self.new_state(x.shape[0]) if state is None else state)
+        if state is not None:
+            for old, new in zip(state, after):
+                old.copy_(new.detach())
+        return y
+
+    def linear(self, outputs: int, inputs: int | None = None, bias: bool = False) -> nn.Linear:
+        """A projection of the layer input (or of `inputs` channels) with the initial values of this library's layers."""
+        layer = nn.Linear(inputs or self.hidden_size, outputs, bias=bias)
+        init_weight_(layer.weight, 0.02)
+        if bias:
+            nn.init.zeros_(layer.bias)
+        return layer
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.shape.H, -1))
+
+
+def head_norm(o: Tensor) -> Tensor:
+    """Group norm with one group per head and no parameters: o [..., V] to zero mean and unit variance."""
+    return F.layer_norm(o, o.shape[-1:], eps=NORM_EPS)
+
+
+def decay_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A_log and dt_bias [H] as Mamba2 and JetBlock start them."""
+    A_log = torch.empty(heads).uniform_(*map(math.log, DECAY_RATES))
+    step = torch.empty(heads).uniform_(*map(math.log, TIME_STEPS)).exp()
+    return nn.Parameter(A_log), nn.Parameter(step + torch.log(-torch.expm1(-step)))
+
+
+class RetNet(LinearBlock):
+    """Multi-scale retention (arXiv 2307.08621): fixed decay 1 - 2^(-5-h) of head h, rotated q and k, swish gate.
+
+        S <- gamma_h S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_g x) * groupnorm(o))
+    """
+
+    THETA = 1e4
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__(hidden_size, shape)
+        K, V, H = shape
+        if K % 2:
+            raise ValueError(f"RetNet: K must be even (rotary positions), got {K}")
+        self.q_proj, self.k_proj = self.linear(H * K), self.linear(H * K)
+        self.v_proj, self.g_proj, self.o_proj = self.linear(H * V), self.linear(H * V), self.linear(hidden_size, H * V)
+
+    def memory(self):
+        return [*super().memory(), (1,)]
+
+    def mix(self, x, state):
+        S, position = state
+        T = x.shape[1]
+        rotary = rotary_table(position + torch.arange(T, device=x.device), self.shape.K, self.THETA)
+        q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        gamma = 1 - 2.0 ** (-5 - torch.arange(self.shape.H, device=x.device, dtype=x.dtype))
+        g = gamma.log()[:, None].expand(*x.shape[:2], -1, -1)
+        o, S = decayed_linear_attention(rotate(q, *rotary) * self.shape.K**-0.5, rotate(k, *rotary), v, g, S)
+        return self.o_proj(F.silu(self.g_proj(x)) * head_norm(o).flatten(-2)), [S, position + T]
+
+
+class GLA(LinearBlock):
+    """Gated linear attention (arXiv 2312.06635): a decay per channel of the keys, from a low-rank projection.
+
+        alpha = sigmoid(W2 W1 x + b)^(1/16);  S <- diag(alpha) S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_r x + b_r) * norm(o))
+    """
+
+    TEMPERATURE, RANK = 16, 16
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__(hidden_size, shape)
+        K, V, H = shape
+        self.q_proj, self.k_proj = self.linear(H * K), self.linear(H * K)
+        self.v_proj, self.r_proj, self.o_proj = self.linear(H * V), self.linear(H * V, bias=True), self.linear(hidden_size, H * V)
+        self.alpha_1, self.alpha_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
+        self.norm = nn.LayerNorm(V, NORM_EPS)
+
+    def mix(self, x, state):
+        q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        g = F.logsigmoid(self.heads(self.alpha_2(self.alpha_1(x)))) / self.TEMPERATURE
+        o, S = decayed_linear_attention(q * self.shape.K**-0.5, k, v, g, state[0])
+        return self.o_proj(F.silu(self.r_proj(x)) * self.norm(o).flatten(-2)), [S]
+
+
+class Mamba2(LinearBlock):
+    """Mamba2 (arXiv 2405.21060): H heads of V channels that share one input matrix B and one read-out C of K states.
+
+        x, B, C = silu(conv(W x));  dt = softplus(W_dt x + dt_bias);  S <- exp(-exp(A_log) dt) S + dt B x^T
+        o = S^T C + D x;  y = W_o rmsnorm(o * silu(W_z x))
+    """
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__(hidden_size, shape)
+        K, V, H = shape
+        self.z_proj, self.xbc_proj, self.dt_proj = self.linear(H * V), self.linear(H * V + 2 * K), self.linear(H)
+        self.conv = ShortConvolution(H * V + 2 * K)
+        self.A_log, self.dt_bias = decay_parameters(H)
+        self.D = nn.Parameter(torch.ones(H))
+        self.norm = RMSNorm(H * V, NORM_EPS)
+        self.o_proj = self.linear(hidden_size, H * V)
+
+    def memory(self):
+        return [*super().memory(), (3, self.conv.weight.shape[0])]
+
+    def mix(self, x, state):
+        K, V, H = self.shape
+        xbc, before = self.conv(self.xbc_proj(x), state[1])
+        v, k, q = xbc.split([H * V, K, K], -1)
+        v, k, q = self.heads(v), *(t[:, :, None].expand(-1, -1, H, -1) for t in (k, q))
+        dt = F.softplus(self.dt_proj(x) + self.dt_bias)[..., None]
+        o, S = decayed_linear_attention(q, k, dt * v, -self.A_log.exp()[:, None] * dt, state[0])
+        o = (o + self.D[:, None] * v).flatten(-2)
+        return self.o_proj(self.norm(o * F.silu(self.z_proj(x)))), [S, before]
+
+
+class DeltaNet(LinearBlock):
+    """DeltaNet (arXiv 2406.06484): the delta rule without decay, short convolutions, unit q and k.
+
+        q, k, v = silu(conv(W x));  beta = sigmoid(W_b x);  S <- S + beta k (v - S^T k)^T;  o = S^T q K^-0.5;  y = W_o rmsnorm(o)
+    """
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__(hidden_size, shape)
+        K, V, H = shape
+        self.q_proj, self.k_proj, self.v_proj = self.linear(H * K), self.linear(H * K), self.linear(H * V)
+        self.q_conv, self.k_conv, self.v_conv = ShortConvolution(H * K), ShortConvolution(H * K), ShortConvolution(H * V)
+        self.b_proj, self.o_proj = self.linear(H), self.linear(hidden_size, H * V)
+        self.norm = RMSNorm(V, NORM_EPS)
+
+    def memory(self):
+        K, V, H = self.shape
+        return [*super().memory(), (3, H * K), (3, H * K), (3, H * V)]
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """[B, T, H]."""
+        return x.new_zeros(*x.shape[:2], self.shape.H)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.norm(o)
+
+    def mix(self, x, state):
+        (q, q_after), (k, k_after), (v, v_after) = (
+            getattr(self, f"{name}_conv")(getattr(self, f"{name}_proj")(x), before) for name, before in zip("qkv", state[1:])
+        )
+        beta = torch.sigmoid(self.b_proj(x))
+        o, S = chunk_gated_delta_rule(
+            *map(self.heads, (q, k, v)),
+            self.log_decay(x),
+            beta,
+            initial_state=state[0],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
+        return self.o_proj(self.read_out(o, x).flatten(-2)), [S, q_after, k_after, v_after]
+
+
+class GatedDeltaNet(DeltaNet):
+    """Gated DeltaNet (arXiv 2412.06464): DeltaNet with a decay per head and an output gate.
+
+    S is first multiplied by exp(-exp(A_log) softplus(W_a x + dt_bias));  y = W_o (rmsnorm(o) * silu(W_g x))
+    """
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__(hidden_size, shape)
+        self.a_proj, self.g_proj = self.linear(shape.H), self.linear(shape.H * shape.V)
+        self.A_log, self.dt_bias = decay_parameters(shape.H)
+        self.norm = GatedRMSNorm(shape.V, NORM_EPS)
+
+    def log_decay(self, x):
+        return -self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)
+
+    def read_out(self, o, x):
+        return self.norm(o, self.heads(self.g_proj(x)))
+
+
+class RWKV7(LinearBlock):
+    """The time mixing of RWKV-7 (arXiv 2503.14456), without the value residual from the first layer, which is no part of a
+    single block.
+
+        x_c = x + (x_before - x) mu_c for c in r, w, k, v, a, g
+        w = exp(-e^-0.5 sigmoid(w0 + tanh(x_w A_w) B_w));  a = sigmoid(a0 + x_a A_a B_a);  g = sigmoid(x_g A_g) B_g
+        kappa = unit(k * xi);  k' = k (1 + (a - 1) alpha);  recurrence: `recurrences.rwkv7`
+        y = W_o (g * (groupnorm(o) + (r . (rho * k')) v))
+    """
+
+    RANK = 16
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__(hidden_size, shape)
+        K, V, H = shape
+        self.mu = nn.Parameter(torch.full((6, hidden_size), 0.5))
+        self.r_proj, self.k_proj, self.v_proj = self.linear(H * K), self.linear(H * K), self.linear(H * V)
+        self.w_1, self.w_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
+        self.a_1, self.a_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
+        self.g_1, self.g_2 = self.linear(self.RANK), self.linear(H * V, self.RANK)
+        nn.init.uniform_(self.w_2.bias, -6.0, 1.0)
+        self.xi, self.alpha, self.rho = (nn.Parameter(torch.full((H, K), value)) for value in (0.85, 1.0, 0.1))
+        self.norm = nn.GroupNorm(H, H * V, eps=NORM_EPS * V)
+        self.o_proj = self.linear(hidden_size, H * V)
+
+    def memory(self):
+        return [*super().memory(), (1, self.hidden_size)]
+
+    def mix(self, x, state):
+        before = torch.cat([state[1], x[:, :-1]], 1)
+        x_r, x_w, x_k, x_v, x_a, x_g = (x + (before - x) * mu for mu in self.mu)
+        r, k, v = (self.heads(t) for t in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))
+        w = torch.exp(-(math.e**-0.5) * torch.sigmoid(self.heads(self.w_2(torch.tanh(self.w_1(x_w))))))
+        a = torch.sigmoid(self.heads(self.a_2(self.a_1(x_a))))
+        gate = self.g_2(torch.sigmoid(self.g_1(x_g)))
+        kappa = F.normalize(k * self.xi, dim=-1)
+        k = k * (1 + (a - 1) * self.alpha)
+        o, S = rwkv7(r, w, k, v, kappa, a, state[0])
+        o = self.norm(o.flatten(0, 1).flatten(-2)).view(*x.shape[:2], -1)
+        bonus = (r * self.rho * k).sum(-1, keepdim=True) * v
+        return self.o_proj(gate * (o + bonus.flatten(-2))), [S, x[:, -1:]]
+
+
+class Jet(LinearBlock):
+    """JetBlock (arXiv 2508.15884) behind this interface: `jetkernels.modules.JetBlock` itself, not a second version of it."""
+
+    def __init__(self, hidden_size: int, shape: Shape):
+        super().__init__(hidden_size, shape)
+        self.block = JetBlock(hidden_size, shape.config())
+
+    def memory(self):
+        config = self.block.config
+        return [*super().memory(), (config.value_dim, config.conv_size - 1)]
+
+    def mix(self, x, state):
+        inner = JetBlockState(state[1].clone(), state[0].clone())
+        return self.block(x, state=inner), [inner.recurrent_state, inner.conv_state]
+
+
+BLOCKS: dict[str, type[LinearBlock]] = {
+    "RetNet": RetNet,
+    "GLA": GLA,
+    "Mamba2": Mamba2,
+    "DeltaNet": DeltaNet,
+    "Gated DeltaNet": GatedDeltaNet,
+    "RWKV7": RWKV7,
+    "JetBlock": Jet,
+}

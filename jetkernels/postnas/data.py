@@ -1,0 +1,163 @@
+"""Text to train and test on: any folder of text files, split into training and held-out files, drawn in windows."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jetkernels.model import Tokenizer
+
+HELD_OUT = 20  # one file in 20, or the last 20th of a single file, is never trained on
+NOT_CODE = ("site-packages", "test", "tests", "idle_test")  # folders of the standard library that are left out
+
+
+def seeded(*what: object) -> torch.Generator:
+    """A CPU generator that depends on `what` alone: the same words and numbers give the same draws.
+
+    Every random choice of a search is drawn from a generator named by its purpose, the seed and the step. So the step
+    number is the whole position in the data and in the random numbers, and nothing else has to be saved to resume.
+    """
+    digest = hashlib.sha256(repr(what).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the file of this name (relative, with slashes) is held out; depends on nothing but the name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT == 0
+
+
+def text_files(folder: str | Path, suffix: str = "", without: Sequence[str] = ()) -> list[Path]:
+    """The files below `folder` whose name ends in `suffix`, sorted, none under a folder named in `without`.
+
+    Raises:
+        NotADirectoryError: `folder` is no folder.  FileNotFoundError: it holds no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"text: {folder} is not a folder")
+    excluded = set(without)
+    found = sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file() and not excluded & set(p.relative_to(folder).parts))
+    if not found:
+        raise FileNotFoundError(f"text: {folder} must hold files named *{suffix}, got none")
+    return found
+
+
+def standard_library() -> tuple[Path, list[Path]]:
+    """The folder of this Python's standard library and its source files, tests left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return root, text_files(root, ".py", NOT_CODE)
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """Tokens of a folder of text.
+
+    training, held_out: int64 [n]; a file is in one of them, by its name; a lone file (or files that all fall on one side) is
+    cut instead, its last 20th held out.  split: "by file" or "by position".  files: how many were read.
+    skipped: files that are not UTF-8 text.  digest: of the tokens, so that a resumed run can tell its data from other data.
+    """
+
+    training: Tensor
+    held_out: Tensor
+    split: str
+    files: int
+    skipped: int
+    digest: str
+
+    @classmethod
+    def from_files(cls, root: Path, files: Sequence[Path], tokenizer: Tokenizer | None = None) -> TextCorpus:
+        """Reads and encodes `files`; tokenizer None: one token per byte, its value, as in `Tokenizer.byte_level`."""
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        skipped = 0
+        for path in files:
+            raw = path.read_bytes()
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                skipped += 1
+                continue
+            if "\0" in text:
+                skipped += 1
+                continue
+            ids = list(raw) if tokenizer is None else tokenizer.encode(text)
+            if ids:
+                parts[is_held_out(path.relative_to(root).as_posix())].append(torch.tensor(ids))
+        whole = parts[0] + parts[1]
+        if not whole:
+            raise ValueError(f"text: {root} must hold text (UTF-8) in its {len(files)} files, got none in any")
+        if parts[0] and parts[1]:
+            split, training, held_out = "by file", torch.cat(parts[0]), torch.cat(parts[1])
+        else:
+            split, tokens = "by position", torch.cat(whole)
+            cut = len(tokens) - max(1, len(tokens) // HELD_OUT)
+            training, held_out = tokens[:cut], tokens[cut:]
+        digest = hashlib.sha256(training.numpy().tobytes() + b"|" + held_out.numpy().tobytes()).hexdigest()
+        return cls(training, held_out, split, len(files) - skipped, skipped, digest)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, tokenizer: Tokenizer | None = None, suffix: str = "") -> TextCorpus:
+        """Every text file below `folder` whose name ends in `suffix`."""
+        return cls.from_files(Path(folder), text_files(folder, suffix), tokenizer)
+
+    @classmethod
+    def from_standard_library(cls, tokenizer: Tokenizer | None = None) -> TextCorpus:
+        """The source text of this Python's standard library."""
+        return cls.from_files(*standard_library(), tokenizer)
+
+
+class RowSource(Protocol):
+    """Draws training rows: token ids [count, length] int64, from the generator and nothing else."""
+
+    def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows that are windows of a text, each starting anywhere."""
+
+    tokens: Tensor
+
+    def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        if len(self.tokens) < length:
+            raise ValueError(f"text: must hold at least length = {length} tokens, got {len(self.tokens)}")
+        starts = torch.randint(len(self.tokens) - length + 1, (count,), generator=generator)
+        return torch.stack([self.tokens[s : s + length] for s in starts.tolist()])
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Batches by step number: the same seed and step give the same batch in any process, before and after a resume.
+
+    sources: what rows are drawn from, with the share of a batch that each gets; the first also gets what rounding leaves.
+    batch_size: rows of a batch over all ranks.  length: tokens of a row, one more than the positions trained on.
+    """
+
+    sources: Sequence[tuple[RowSource, float]]
+    batch_size: int
+    length: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.length < 2:
+            raise ValueError(f"loader: batch_size >= 1 and length >= 2 are needed, got {self.batch_size} and {self.length}")
+        shares = [share for _, share in self.sources]
+        if not shares or min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(f"loader: shares must not be negative, their sum positive, got {shares}")
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
+        """Token ids [batch_size / ranks, length] of one rank: every ranks-th row of the batch of all, from row `rank` on."""
+        if self.batch_size % ranks:
+            raise ValueError(f"loader: batch_size must be a multiple of the {ranks} ranks, got {self.batch_size}")
+        generator = seeded("batch", self.seed, step)
+        total = sum(share for _, share in self.sources)
+        counts = [int(self.batch_size * share / total) for _, share in self.sources]
+        counts[0] += self.batch_size - sum(counts)
+        drawn = [source.rows(n, self.length, generator) for (source, _), n in zip(self.sources, counts) if n]
+        return torch.cat(drawn)[rank::ranks]

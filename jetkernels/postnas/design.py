@@ -1,0 +1,112 @@
+"""Stage 3: the design of the JetBlock, taken apart: which convolution, on what, and what its generator reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm
+from jetkernels.ops import chunk_gated_delta_rule
+
+from .blocks import NORM_EPS, LinearBlock, ShortConvolution, decay_parameters
+from .shapes import Shape
+
+
+@dataclass(frozen=True)
+class Design:
+    """A JetBlock with these choices changed; the defaults are JetBlock's own.
+
+    convolution: "dynamic" (taps generated per token) or "static".  on: which of q, k, v are convolved; the others only pass SiLU,
+    v nothing.  generator_input: "layer" (the layer's input) or "projection" (what is convolved).
+    reduction: R = channels // reduction.  kernel_size: W, 2 to 4.
+    """
+
+    convolution: str = "dynamic"
+    on: str = "v"
+    generator_input: str = "layer"
+    reduction: int = 8
+    kernel_size: int = 4
+
+    def __post_init__(self):
+        for name, allowed in (("convolution", ("dynamic", "static")), ("generator_input", ("layer", "projection"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"design: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.on or set(self.on) - set("qkv") or len(set(self.on)) != len(self.on):
+            raise ValueError(f"design: on must name some of q, k and v, got {self.on!r}")
+
+
+DESIGNS: dict[str, Design] = {
+    "JetBlock": Design(),
+    "static, v": Design(convolution="static"),
+    "static, qkv": Design(convolution="static", on="qkv"),
+    "dynamic, q": Design(on="q"),
+    "dynamic, k": Design(on="k"),
+    "dynamic, qkv": Design(on="qkv"),
+    "generator reads v": Design(generator_input="projection"),
+    "reduction 2": Design(reduction=2),
+    "reduction 32": Design(reduction=32),
+    "kernel size 2": Design(kernel_size=2),
+    "kernel size 3": Design(kernel_size=3),
+}
+
+
+class DesignedBlock(LinearBlock):
+    """The JetBlock of a design. With the default design it computes what `jetkernels.modules.JetBlock` does.
+
+    Projections, gates and norm are named as there; `convolutions` holds one convolution for each of q, k, v that has one.
+    """
+
+    def __init__(self, hidden_size: int, shape: Shape, design: Design = Design()):
+        super().__init__(hidden_size, shape)
+        K, V, H = shape
+        self.design = design
+        self.channels = {"q": H * K, "k": H * K, "v": H * V}
+        for name, width in {**self.channels, "g": H * V, "a": H, "b": H}.items():
+            setattr(self, f"{name}_proj", self.linear(width))
+        self.o_proj = self.linear(hidden_size, H * V)
+        self.A_log, self.dt_bias = decay_parameters(H)
+        self.o_norm = GatedRMSNorm(V, NORM_EPS)
+        self.convolutions = nn.ModuleDict({name: self._convolution(self.channels[name]) for name in design.on})
+
+    def _convolution(self, channels: int) -> nn.Module:
+        design = self.design
+        if design.convolution == "static":
+            return ShortConvolution(channels, design.kernel_size)
+        reads = self.hidden_size if design.generator_input == "layer" else channels
+        return DynamicShortConvolution(channels, design.kernel_size, reads, design.reduction)
+
+    def memory(self):
+        return [*super().memory(), *((self.design.kernel_size - 1, self.channels[name]) for name in self.design.on)]
+
+    def _convolve(self, name, x, projected, before):
+        convolution = self.convolutions[name]
+        if isinstance(convolution, ShortConvolution):
+            return convolution(projected, before)
+        reads = x if self.design.generator_input == "layer" else projected
+        y, after = convolution(projected, reads, before.mT.contiguous(), output_final_state=True)
+        return y, after.mT
+
+    def mix(self, x, state):
+        before = dict(zip(self.design.on, state[1:]))
+        after, mixed = {}, {}
+        for name in "qkv":
+            projected = getattr(self, f"{name}_proj")(x)
+            if name in before:
+                mixed[name], after[name] = self._convolve(name, x, projected, before[name])
+            else:
+                mixed[name] = projected if name == "v" else F.silu(projected)
+        g = -self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)
+        beta = torch.sigmoid(self.b_proj(x))
+        o, S = chunk_gated_delta_rule(
+            *(self.heads(mixed[name]) for name in "qkv"),
+            g,
+            beta,
+            initial_state=state[0],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
+        y = self.o_proj(self.o_norm(o, self.heads(self.g_proj(x))).flatten(-2))
+        return y, [S, *(after[name] for name in self.design.on)]

@@ -1,0 +1,69 @@
+"""Stage 5: the found hybrid is trained on, first its token mixers against the base's logits, then the whole model on text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jetkernels.model import JetNemotronForCausalLM
+
+from .base import next_token_loss, weights_digest
+from .data import Loader
+from .training import Recipe, train
+
+
+def logit_distillation_loss(student: JetNemotronForCausalLM, teacher: JetNemotronForCausalLM, input_ids: Tensor) -> Tensor:
+    """KL(teacher || student) of the next token, nats, mean over tokens; input_ids [B, T]."""
+    with torch.no_grad():
+        wanted = teacher(input_ids).logits.float().log_softmax(-1)
+    got = student(input_ids).logits.float().log_softmax(-1)
+    return F.kl_div(got.flatten(0, 1), wanted.flatten(0, 1), reduction="batchmean", log_target=True)
+
+
+def train_final(
+    student: JetNemotronForCausalLM,
+    base: JetNemotronForCausalLM,
+    loader: Loader,
+    distillation: Recipe,
+    whole: Recipe,
+    facts: Mapping,
+    folder: str | Path | None = None,
+) -> tuple[list[float], list[float]]:
+    """Trains a hybrid in place and returns the losses of both parts, by step.
+
+    First, with embeddings, norms, MLPs and head frozen, every token mixer (JetBlock and attention) is distilled from the
+    base's logits (`logit_distillation_loss`). Then all parameters are trained on the next token.
+
+    student: the hybrid, as an earlier stage exported it.  base: its teacher.  folder: of the two checkpoints; None: none.
+    """
+    if student.config.vocab_size != base.config.vocab_size:
+        raise ValueError(
+            f"student and base must have one vocabulary, got {student.config.vocab_size} and {base.config.vocab_size} tokens"
+        )
+    paths = [None if folder is None else Path(folder) / name for name in ("distillation.ckpt", "whole.ckpt")]
+    facts = dict(facts) | {"student": weights_digest(student), "base": weights_digest(base)}
+    base.requires_grad_(False)
+    student.requires_grad_(True)
+    student.train()
+    mixers = {name: p for name, p in student.named_parameters() if ".self_attn." in name}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in mixers)
+    losses = train(
+        "distillation",
+        mixers,
+        lambda rows, step: logit_distillation_loss(student, base, rows[:, :-1].to(student.device)),
+        loader,
+        distillation,
+        facts,
+        paths[0],
+    )
+    student.requires_grad_(True)
+    facts |= {"distillation steps": distillation.steps, "distilled": weights_digest(student)}
+    parameters = dict(student.named_parameters())
+    more = train("whole model", parameters, lambda rows, step: next_token_loss(student, rows), loader, whole, facts, paths[1])
+    student.eval()
+    return losses, more

@@ -1,0 +1,116 @@
+"""Reports of a search: Markdown tables, plots, and where the numbers come from."""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from jetkernels._version import __version__
+
+from .checkpoints import write_atomic
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; numbers that are floats get four digits behind the point."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(map(str, header)) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def provenance(facts: Sequence[tuple[str, object]]) -> str:
+    """A table of `facts` and of what ran: software, processor, threads. Holds no time of day, so that runs can be compared."""
+    machine = [
+        ("jetkernels", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+    ]
+    return markdown_table(["what", "value"], [*facts, *machine])
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a report in one step."""
+    write_atomic(path, text.encode("utf-8"))
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+    write_atomic(path, buffer.getvalue())
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def heat_map(path: str | Path, rows: Sequence[str], values: Sequence[Sequence[float]], title: str) -> None:
+    """A PNG of values [rows, layers]; each row's colours are scaled by its own largest magnitude, its numbers are written in."""
+    pyplot = _pyplot()
+    columns = len(values[0])
+    figure, axes = pyplot.subplots(figsize=(2.5 + 0.8 * columns, 1.6 + 0.6 * len(rows)))
+    scaled = [[v / (max(map(abs, row)) or 1.0) for v in row] for row in values]
+    axes.imshow(scaled, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
+    axes.set_xticks(range(columns))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="layer (0-based)", title=title)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            colour = "white" if abs(scaled[y][x]) > 0.6 else "black"
+            axes.text(x, y, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
+    figure.tight_layout()
+    _save(figure, Path(path))
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else 0.95 * smooth[-1] + 0.05 * value)
+    return smooth
+
+
+def curve(path: str | Path, losses: Sequence[float], title: str, label: str) -> None:
+    """A PNG of a loss by step, and its running mean."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(losses, color="0.75", linewidth=0.7, label="step")
+    axes.plot(_smooth(losses), label="running mean")
+    axes.set(xlabel="step", ylabel=label, title=title)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    _save(figure, Path(path))
+
+
+def quality_against_speed(
+    path: str | Path, curves: Mapping[str, Sequence[float]], points: Sequence[tuple[str, float, float]], quality: str
+) -> None:
+    """A PNG: training losses by step (running means) on the left; (name, tokens/s, quality) points on the right."""
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    for name, losses in curves.items():
+        left.plot(_smooth(losses), label=name)
+    left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+    if curves:
+        left.legend()
+    for name, speed, value in points:
+        right.scatter([speed], [value])
+        right.annotate(name, (speed, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    right.set(xlabel="generation (tokens/s)", ylabel=quality, title="quality against speed")
+    figure.tight_layout()
+    _save(figure, Path(path))

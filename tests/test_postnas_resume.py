@@ -1,0 +1,201 @@
+"""`jetkernels search`: its command line, and runs that are killed, damaged, foreign, or spread over ranks."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from postnas_cases import text_folder, tiny_base_folder
+
+from jetkernels.__main__ import main
+from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+from jetkernels.postnas import checkpoints
+
+RESULTS = ("report.md", "result.json", "importance-attn.png", "importance-swa.png", "model/model.safetensors", "model/config.json")
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing in the library catches it."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("postnas")
+    return text_folder(root / "text"), tiny_base_folder(root / "base")
+
+
+def placement(inputs, output, **changes) -> list[str]:
+    text, base = inputs
+    options = {
+        "text": text,
+        "base": base,
+        "output": output,
+        "full": 1,
+        "window": 1,
+        "window-size": 8,
+        "steps": 6,
+        "batch": 2,
+        "length": 80,
+        "distances": "4,16",
+        "examples": 4,
+        "save-every": 2,
+        "jet-heads": 2,
+        "jet-head-dim": 8,
+        "device": "cpu",
+    }
+    pairs = (options | {name.replace("_", "-"): value for name, value in changes.items()}).items()
+    return ["search", "placement", *(word for name, value in pairs for word in (f"--{name}", str(value)))]
+
+
+def results(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+def run_of(path) -> str:
+    """The digest of the run that a checkpoint names."""
+    return json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """The results of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(placement(inputs, folder)) == 0
+    return folder
+
+
+def test_a_run_writes_report_and_a_model_that_generates(whole, capsys):
+    report = (whole / "report.md").read_text()
+    chosen = json.loads((whole / "result.json").read_text())["placement"]
+    assert sorted(chosen) == ["attn", "jet", "swa"] and f"`{' '.join(chosen)}`" in report
+    for column in ("recall, loss", "copy, accuracy", "language modelling, loss", "distance 16"):
+        assert column in report
+    assert "generated examples that the search has not seen" in report
+    books = [checkpoints.load_state(whole / name, "scores", run_of(whole / name))["scores"] for name in ("scores.ckpt", "fresh_scores.ckpt")]
+    assert books[0]["recall|jet jet jet"] != books[1]["recall|jet jet jet"]
+    for plot in re.findall(r"\]\((\S+\.png)\)", report):
+        assert (whole / plot).read_bytes().startswith(b"\x89PNG"), plot
+    capsys.readouterr()
+    arguments = ["--prompt", "def f", "--max-new-tokens", "9", "--device", "cpu"]
+    assert main(["generate", "--model", str(whole / "model"), *arguments]) == 0
+    model = JetNemotronForCausalLM.from_pretrained(whole / "model")
+    ids = torch.tensor([list(b"def f")])
+    with torch.no_grad():
+        for _ in range(9):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert capsys.readouterr().out == Tokenizer.byte_level().decode(ids[0, 5:]) + "\n"
+
+
+@pytest.mark.parametrize("moment", sorted(random.Random(7).sample(range(1, 24), 5)))
+def test_a_run_killed_at_any_write_ends_with_the_same_results(inputs, whole, tmp_path, monkeypatch, moment):
+    """The moment-th file is written but not yet in place when the kill comes."""
+    written = 0
+    replace = checkpoints.os.replace
+
+    def killing(source, target):
+        nonlocal written
+        written += 1
+        if written == moment:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoints.os, "replace", killing)
+    with pytest.raises(Killed):
+        main(placement(inputs, tmp_path))
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(checkpoints.os, "replace", replace)
+    assert main(placement(inputs, tmp_path)) == 0
+    assert results(tmp_path) == results(whole)
+
+
+def test_a_process_that_is_killed_goes_on(inputs, whole, tmp_path):
+    command = [sys.executable, "-m", "jetkernels", *placement(inputs, tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "super_network.ckpt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert main(placement(inputs, tmp_path)) == 0
+    assert results(tmp_path) == results(whole)
+
+
+def test_another_budget_does_not_train_again(inputs, whole, tmp_path, monkeypatch):
+    (tmp_path / "super_network.ckpt").write_bytes((whole / "super_network.ckpt").read_bytes())
+    monkeypatch.setattr("jetkernels.postnas.SuperNetwork.distillation_loss", lambda *arguments: pytest.fail("trained"))
+    assert main(placement(inputs, tmp_path, full=2, window=0)) == 0
+    assert sorted(json.loads((tmp_path / "result.json").read_text())["placement"]) == ["attn", "attn", "jet"]
+
+
+@pytest.mark.parametrize("name", ["super_network.ckpt", "scores.ckpt"])
+def test_damaged_and_foreign_checkpoints_end_with_one_line(inputs, whole, tmp_path, capsys, name):
+    other = "scores.ckpt" if name == "super_network.ckpt" else "super_network.ckpt"
+    good, foreign = (whole / name).read_bytes(), (whole / other).read_bytes()
+    for content, sentence in ((good[:-9], "is damaged"), (foreign, "must be of stage"), (b"hello", "is not a checkpoint")):
+        (tmp_path / name).write_bytes(content)
+        assert main(placement(inputs, tmp_path, steps=0 if name == "scores.ckpt" else 6)) == 1
+        error = capsys.readouterr().err
+        assert sentence in error.splitlines()[-1] and name in error and "Traceback" not in error
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / name).write_bytes(good)
+    assert main(placement(inputs, tmp_path, seed=1)) == 1
+    assert "belongs to a run with other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"full": 4}, "budget must be between 0 and the 3 jet layers, got 4"),
+        ({"full_task": "reading"}, "task must be one of recall, copy, language modelling, got 'reading'"),
+        ({"distances": "4,x"}, "--distances must be integers separated by commas, got '4,x'"),
+        ({"base": "nowhere"}, "nowhere has no config.json"),
+        ({"text": "nowhere"}, "nowhere is not a folder"),
+        ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"length": 20}, "recall: length must be at least"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_end_with_one_line(inputs, tmp_path, capsys, changes, sentence):
+    assert main(placement(inputs, tmp_path, steps=0, **changes)) == 1
+    error = capsys.readouterr().err
+    assert sentence in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_search_base_trains_resumes_and_is_a_base(inputs, tmp_path, capsys):
+    arguments = ["--text", str(inputs[0]), "--layers", "2", "--hidden-size", "32", "--intermediate-size", "32", "--device", "cpu"]
+    arguments += ["--batch", "2", "--length", "80", "--steps", "4", "--save-every", "2", "--output", str(tmp_path / "out")]
+    assert main(["search", "base", *arguments]) == 0
+    first = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert "held-out text" in (tmp_path / "out" / "report.md").read_text()
+    assert main(["search", "base", *arguments]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == first
+    assert main(placement(inputs, tmp_path / "placed", base=tmp_path / "out", steps=0, full=1, window=0)) == 0
+
+
+def losses(folder) -> list[float]:
+    path = folder / "super_network.ckpt"
+    return checkpoints.load_state(path, "super network", run_of(path))["losses"]
+
+
+def test_two_gloo_ranks_give_the_losses_of_one(inputs, whole, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "jetkernels", *placement(inputs, tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=0, abs=1e-5)
+    chosen = [json.loads((folder / "result.json").read_text())["placement"] for folder in (tmp_path, whole)]
+    assert chosen[0] == chosen[1]
+
+
+def test_seeds_are_tabled(inputs, tmp_path, monkeypatch, capsys):
+    from benchmarks import postnas_seeds
+
+    words = placement(inputs, tmp_path / "seeds", steps=1, window=0)[2:]
+    monkeypatch.setattr(sys, "argv", ["postnas_seeds", "--seeds", "2", *words])
+    assert postnas_seeds.main() == 0
+    report = (tmp_path / "seeds" / "report.md").read_text()
+    assert "| found |" in report and "| uniform |" in report and "± " in report and "base weights" in report
