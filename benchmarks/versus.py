@@ -3,7 +3,7 @@
 A peer whose output differs gets no time.
 """
 
-import importlib.util
+import importlib.metadata
 import subprocess
 import sys
 import tempfile
@@ -44,13 +44,21 @@ def describe() -> list[str]:
     ]
 
 
+def has_pip() -> bool:
+    """Asked of the metadata: setuptools' hook takes find_spec("pip") for pip at work, and torch.compile then fails in this process."""
+    try:
+        return bool(importlib.metadata.version("pip"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def install_wheels(folder: Path) -> str:
     """Puts the wheels of a folder into a fresh directory, without dependencies and without a network; returns its path."""
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise FileNotFoundError(f"no wheels in {folder}")
     target = tempfile.mkdtemp(prefix="jetkernels-peers-")
-    if importlib.util.find_spec("pip"):
+    if has_pip():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", target]
         subprocess.run([*command, "--find-links", str(folder), *map(str, wheels)], check=True)
         return target

@@ -1,7 +1,6 @@
 """How the benchmarks measure: the clock on a GPU, what is done with a case, and that the peers are given the same problem."""
 
 import contextlib
-import importlib.util
 import tempfile
 import zipfile
 from pathlib import Path
@@ -268,7 +267,7 @@ def test_unfused_convolution_is_the_op():
 
 @pytest.mark.parametrize("pip", (True, False), ids=("pip", "no pip"))
 def test_wheels_are_installed_without_a_network(tmp_path, monkeypatch, pip):
-    if pip and importlib.util.find_spec("pip") is None:
+    if pip and not versus.has_pip():
         pytest.skip("this environment has no pip")
     with zipfile.ZipFile(tmp_path / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("a_peer.py", "x = 1\n")
@@ -276,7 +275,7 @@ def test_wheels_are_installed_without_a_network(tmp_path, monkeypatch, pip):
         wheel.writestr("a_peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("a_peer-1.0.dist-info/RECORD", "")
     if not pip:
-        monkeypatch.setattr(versus.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(versus, "has_pip", lambda: False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert (Path(versus.install_wheels(tmp_path)) / "a_peer.py").read_text() == "x = 1\n"
     (tmp_path / "empty").mkdir()
