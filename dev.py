@@ -26,7 +26,7 @@ def say(text: str) -> None:
 
 def pip(*arguments: str) -> None:
     # pip of the outer Python installs into .venv, so a Python without ensurepip (Debian without python3-venv) works too.
-    command = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     if subprocess.run([*command, *arguments], cwd=ROOT).returncode != 0:
         sys.exit(f"[dev.py] pip could not install {' '.join(arguments)}; its last lines above say why")
 

@@ -14,7 +14,7 @@ from benchmarks.shapes import Draw
 from cases import (
     LENGTHS, PACKED, DeltaInputs, DeltaShape, assert_bitwise, assert_error, delta_inputs, ids, laid_out, layouts, offsets, seeds, splits,
 )  # fmt: skip
-from device_backends import EARLY, LATE, assert_every_schedule_agrees, each_device, hoppersim, simulated
+from device_backends import EARLY, LATE, assert_every_schedule_agrees, each_device, each_machine, hoppersim, simulated
 from kernel_code import disassembly, report
 from properties import far_apart, part, poisoned_allocations, sequences
 from reference.chunk_gated_delta_rule import chunk_gated_delta_rule as reference_in_chunks
@@ -349,7 +349,7 @@ def test_arguments_stay_and_runs_repeat_to_the_bit(backend):
         assert_bitwise(t, kept)
 
 
-@each_device
+@each_machine
 @pytest.mark.parametrize("dim", (0, 1), ids=("rows", "tokens"))
 @pytest.mark.parametrize("name", ("q", "v", "g"))
 def test_strides_beyond_32_bits(backend, name, dim):

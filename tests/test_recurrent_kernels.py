@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import draft_properties
 import pool_properties
 from cases import DeltaShape, assert_bitwise, delta_inputs, ids, laid_out, layouts, seeds, splits
-from device_backends import EARLY, assert_every_schedule_agrees, each_device, hoppersim, simulated
+from device_backends import EARLY, assert_every_schedule_agrees, each_device, each_machine, hoppersim, simulated
 from kernel_code import disassembly, report
 from pool_properties import RecurrentCall, run, with_rows
 
@@ -87,7 +87,7 @@ def calls(draw) -> RecurrentCall:
 
 
 @each_device
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(call=calls())
 def test_any_call(backend, call):
     pool_properties.check(backend, call)
@@ -176,7 +176,7 @@ def test_updates_in_place_and_repeats_bitwise(backend):
     pool_properties.repeated_runs_are_equal(backend, with_rows(random(shape=DeltaShape("", B=3, T=4, K=96, V=64)), (4, 0, 2)))
 
 
-@each_device
+@each_machine
 def test_row_beyond_32_bits(backend):
     pool_properties.row_beyond_32_bits(backend, random(BF16, BF16, DeltaShape("", B=2, K=64, V=64, T=1), P=2))
 
