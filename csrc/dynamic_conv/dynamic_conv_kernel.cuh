@@ -119,15 +119,6 @@ __device__ void produce(DynamicConvShared<Config>& shared, char* hidden, const D
   }
 }
 
-template <class Config>
-__device__ void free_stage(Consumer<Config::stages>& ring, int stage, int thread) {
-  if constexpr (Config::cluster == 1) {
-    if (thread == 0) ring.release(stage);
-  } else {
-    if (thread < Config::cluster) ring.release_at(stage, thread);
-  }
-}
-
 // kernel[128 tokens, N] of one tile
 template <class Config>
 __device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], DynamicConvShared<Config>& shared, const char* hidden,
@@ -150,14 +141,14 @@ __device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], Dynamic
     wgmma_commit();
     if (panel > 0) {  // the stage before this one has been read when only this one's products are left
       wgmma_wait<1>();
-      free_stage<Config>(ring, previous, thread);
+      ring.template release_all<Config::cluster>(previous, thread);
     }
     previous = stage;
   }
   wgmma_wait<0>();
   wgmma_touch(kernel[0]);
   wgmma_touch(kernel[1]);
-  free_stage<Config>(ring, previous, thread);
+  ring.template release_all<Config::cluster>(previous, thread);
 }
 
 // One row of the tile: token m, its kernels in `kernel` (registers of half `upper`), 8 channels from d.

@@ -84,6 +84,15 @@ class Consumer {
   __device__ void skip(int turns) { at_.skip(turns); }
   __device__ void release(int stage) { ring_.read[stage].arrive(); }
   __device__ void release_at(int stage, int rank) { ring_.read[stage].arrive_at(rank); }
+  // By every thread of a warpgroup, for all `cluster` CTAs that multicast into the stage: one arrival at each.
+  template <int cluster>
+  __device__ void release_all(int stage, int thread) {
+    if constexpr (cluster == 1) {
+      if (thread == 0) release(stage);
+    } else {
+      if (thread < cluster) release_at(stage, thread);
+    }
+  }
 
  private:
   Ring<stages>& ring_;

@@ -96,15 +96,6 @@ __device__ void multiply(float (&c)[Config::Mma::registers], const typename Gemm
 }
 
 template <class Config>
-__device__ void free_stage(Consumer<Config::stages>& ring, int stage, int thread) {
-  if constexpr (Config::cluster == 1) {
-    if (thread == 0) ring.release(stage);
-  } else {
-    if (thread < Config::cluster) ring.release_at(stage, thread);
-  }
-}
-
-template <class Config>
 __device__ void consume(GemmShared<Config>& shared, const GemmArguments& p, int steps) {
   const int thread = threadIdx.x % kWarpgroup, m = (threadIdx.x / kWarpgroup - 1) * Config::Mma::M;
   Consumer<Config::stages> ring(shared.ring);
@@ -116,10 +107,10 @@ __device__ void consume(GemmShared<Config>& shared, const GemmArguments& p, int 
     // One group stays in flight, so the stage before this one is free. Register operands are reloaded: none may be in flight.
     if constexpr (Config::registers_a) {
       wgmma_wait<0>();
-      free_stage<Config>(ring, stage, thread);
+      ring.template release_all<Config::cluster>(stage, thread);
     } else if (step > 0) {
       wgmma_wait<1>();
-      free_stage<Config>(ring, previous, thread);
+      ring.template release_all<Config::cluster>(previous, thread);
     }
     previous = stage;
   }
