@@ -1,8 +1,9 @@
-"""Does the placement that a search finds beat a uniform one? One base, several seeds of the super network, one table.
+"""Does the placement that a search finds beat a uniform one? Several seeds, each with its own base and super network; one table.
 
-    python -m benchmarks.postnas_seeds --base FOLDER --output FOLDER [--seeds 3] [options of `jetkernels search placement`]
+    python -m benchmarks.postnas_seeds --output FOLDER [--seeds 3] [--full 1,2] [--base-steps 4000] [options of `search placement`]
 
-Writes report.md: for each seed what was found, then found against uniform, with the spread between seeds.
+Writes report.md: for every budget what each seed found, and found against uniform with the spread between seeds. A run that was
+killed goes on when it is called again.
 """
 
 from __future__ import annotations
@@ -14,20 +15,16 @@ import sys
 from pathlib import Path
 
 from jetkernels.__main__ import main as jetkernels
-from jetkernels.postnas import from_pretrained
-from jetkernels.postnas.base import weights_digest
+from jetkernels.postnas.checkpoints import write_atomic
 from jetkernels.postnas.report import markdown_table, provenance, write_text
 
+SUPER_NETWORK = "super_network.ckpt"  # in the output folder of `search placement`
 
-def scores(folder: Path, name: str) -> dict[str, list[float]]:
-    """{task: [loss, accuracy]} of the first compared placement whose name starts with `name`."""
+
+def compared(folder: Path) -> dict[str, dict]:
+    """{"base" | "JetBlock everywhere" | "uniform" | "found": its row of the stage's result.json}."""
     rows = json.loads((folder / "result.json").read_text())["compared"]
-    return next(row["scores"] for row in rows if row["name"].startswith(name))
-
-
-def placement(folder: Path, name: str) -> str:
-    rows = json.loads((folder / "result.json").read_text())["compared"]
-    return next(" ".join(row["placement"]) for row in rows if row["name"].startswith(name))
+    return {row["name"].split(",")[0]: row for row in rows}
 
 
 def spread(values: list[float]) -> str:
@@ -35,38 +32,67 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments, options = parser.parse_known_args()
-    folders = [arguments.output / f"seed{seed}" for seed in range(arguments.seeds)]
-    for seed, folder in enumerate(folders):
-        words = ["--base", str(arguments.base), "--output", str(folder), "--seed", str(seed), *options]
-        if jetkernels(["search", "placement", *words]) != 0:
-            return 1
-    names = ["base", "JetBlock everywhere", "uniform", "found"]
-    tasks = list(scores(folders[0], "base"))
-    each = [[seed, placement(folder, "uniform"), placement(folder, "found")] for seed, folder in enumerate(folders)]
-    rows = []
-    for name in names:
-        found = [scores(folder, name) for folder in folders]
-        rows.append([name, *(spread([s[task][i] for s in found]) for task in tasks for i in (0, 1))])
+def attention(row: dict) -> str:
+    return ", ".join(str(i) for i, kind in enumerate(row["placement"]) if kind == "attn")
+
+
+def budget_section(full: int, folders: list[Path]) -> str:
+    """The tables of one budget; folders: of the seeds' searches."""
+    seeds = [compared(folder) for folder in folders]
+    tasks = list(seeds[0]["found"]["scores"])
+    each = [[i, attention(seed["uniform"]), attention(seed["found"])] for i, seed in enumerate(seeds)]
+    means = [
+        [name, *(spread([seed[name]["scores"][task][i] for seed in seeds]) for task in tasks for i in (0, 1))]
+        for name in ("base", "JetBlock everywhere", "uniform", "found")
+    ]
     gains = []
     for task in tasks:
-        gain = [scores(f, "uniform")[task][0] - scores(f, "found")[task][0] for f in folders]
-        gains.append([task, *(f"{value:.4f}" for value in gain), spread(gain)])
+        gain = [seed["uniform"]["scores"][task][0] - seed["found"]["scores"][task][0] for seed in seeds]
+        gains.append([task, *gain, spread(gain)])
+    return "\n".join(
+        [
+            f"## {full} full layer{'s' if full > 1 else ''}\n",
+            markdown_table(["seed", "uniform: layers (0-based)", "found"], each),
+            markdown_table(["placement", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))], means),
+            "Loss of uniform minus loss of found:\n",
+            markdown_table(["task", *(f"seed {i}" for i in range(len(seeds))), "mean ± deviation"], gains),
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--full", default="1,2", help="budgets, full layers (default 1,2)")
+    parser.add_argument("--base", type=Path, help="one base for all seeds (default: each seed trains its own)")
+    parser.add_argument("--base-steps", type=int, default=4000)
+    arguments, options = parser.parse_known_args()
+    budgets = [int(word) for word in arguments.full.split(",")]
+    for seed in range(arguments.seeds):
+        folder = arguments.output / f"seed{seed}"
+        base = arguments.base or folder / "base"
+        if arguments.base is None:
+            words = ["--output", str(base), "--seed", str(seed), "--steps", str(arguments.base_steps), "--save-every", "200"]
+            if jetkernels(["search", "base", *words]) != 0:
+                return 1
+        for before, full in zip([None, *budgets], budgets):
+            output = folder / f"full{full}"
+            trained = output / SUPER_NETWORK
+            if before is not None and not trained.exists():
+                # One super network serves every budget.
+                write_atomic(trained, (folder / f"full{before}" / SUPER_NETWORK).read_bytes())
+            words = ["--base", str(base), "--output", str(output), "--seed", str(seed), "--full", str(full), *options]
+            if jetkernels(["search", "placement", *words]) != 0:
+                return 1
     text = [
         "# Found against uniform placement\n",
-        markdown_table(["seed", "uniform", "found"], each),
-        f"Mean ± standard deviation over {arguments.seeds} seeds of the super network; losses in nats per token of the right "
-        "answer, on examples that the search has not seen.\n",
-        markdown_table(["placement", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))], rows),
-        "## Loss of uniform minus loss of found\n",
-        markdown_table(["task", *(f"seed {i}" for i in range(len(folders))), "mean ± deviation"], gains),
+        f"Mean ± standard deviation over {arguments.seeds} seeds; "
+        + ("a seed is that of the super network, the base is one" if arguments.base else "each seed trains its own base and super network")
+        + ". Losses in nats per token of the right answer, on examples that the search has not seen.\n",
+        *(budget_section(full, [arguments.output / f"seed{seed}" / f"full{full}" for seed in range(arguments.seeds)]) for full in budgets),
         "## Provenance\n",
-        provenance([("options", " ".join(options) or "defaults"), ("base weights", weights_digest(from_pretrained(arguments.base)))]),
+        provenance([("base steps", arguments.base_steps), ("options of `search placement`", " ".join(options) or "defaults")]),
     ]
     write_text(arguments.output / "report.md", "\n".join(text))
     print((arguments.output / "report.md").read_text())

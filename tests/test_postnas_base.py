@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from postnas_cases import text_folder, tiny_base_folder
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +30,7 @@ from jetkernels.postnas import (
 from jetkernels.postnas.base import qwen2_config, weights_digest
 from jetkernels.postnas.checkpoints import fingerprint, load_state, save_state
 from jetkernels.postnas.data import seeded
+from jetkernels.postnas.tasks import log_likelihoods
 
 # The keys that a published Qwen2.5 config.json has.
 QWEN = {
@@ -186,27 +189,60 @@ def test_batches_depend_on_seed_and_step_only_and_ranks_share_them():
         Loader([(Windows(torch.arange(5)), 1.0)], 8, 20).batch(0)
 
 
-def test_recall_asks_for_the_value_of_the_key():
-    task = Recall(torch.arange(1000), mark=1000, distances=(0, 5, 30), key_size=3, value_size=2).task(4, 60)
-    assert task.input_ids.shape == (12, 60) and task.group_names[2] == "distance 30"
-    for ids, labels, distance in zip(task.input_ids.tolist(), task.labels.tolist(), [0] * 4 + [5] * 4 + [30] * 4):
-        marks = [i for i, token in enumerate(ids) if token == 1000]
-        assert len(marks) == 5
-        key, value = ids[marks[0] + 1 : marks[1]], ids[marks[1] + 1 : marks[2]]
-        assert marks[3] - marks[2] - 1 == distance
-        assert ids[marks[3] + 1 : marks[4]] == key and labels[-2:] == value and ids[-1] == value[0]
-        assert set(labels[:-2]) == {-100}
-    with pytest.raises(ValueError, match="length must be at least 46 at distance 31, got 40"):
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_recall_asks_for_the_value_of_every_key(data):
+    """Read back from the rows alone: pairs, text of the distance, every key once more in some order, its value asked for."""
+    key_size, value_size, pairs = (data.draw(st.integers(1, high), name) for name, high in (("key", 3), ("value", 3), ("pairs", 4)))
+    distances, seed = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)), data.draw(st.integers(0, 99))
+    tokens = torch.randint(30, (400,), generator=torch.Generator().manual_seed(seed))
+    recall = Recall(tokens, 1000, distances, key_size, value_size, pairs)
+    length = recall.overhead + max(distances) + data.draw(st.integers(0, 5))
+    task = recall.task(3, length, seed)
+    assert task.input_ids.shape == (3 * len(distances), length) and task.group_names == [f"distance {d}" for d in distances]
+    for ids, labels, group in zip(task.input_ids.tolist(), task.labels.tolist(), task.group.tolist()):
+        row = ids + labels[-1:]
+        starts = [i for i, token in enumerate(row) if token == 1000]
+        assert len(starts) == 2 * pairs + 1 and starts[pairs + 1] - starts[pairs] - 1 == distances[group]
+        spans = [row[i + 1 : i + 1 + key_size + value_size] for i in starts[:pairs] + starts[pairs + 1 :]]
+        told, asked = (sorted(spans[half]) for half in (slice(pairs), slice(pairs, None)))
+        assert told == asked and len({tuple(span[:key_size]) for span in told}) == pairs
+        assert all(len(set(span[:key_size])) == key_size and len(set(span[key_size:])) == value_size for span in told)
+        answers = {i + key_size + j for i in starts[pairs + 1 :] for j in range(value_size)}
+        assert [i for i, label in enumerate(labels) if label != -100] == sorted(answers)
+        assert all(labels[i] == row[i + 1] for i in answers)
+    rows = recall.rows(5, length + 1, torch.Generator().manual_seed(seed))
+    assert rows.shape == (5, length + 1) and ((rows == 1000).sum(1) == 2 * pairs + 1).all()
+
+
+def test_recall_needs_room_and_different_spans():
+    with pytest.raises(ValueError, match="length must be at least 80 at distance 31, got 40"):
         Recall(torch.arange(1000), 1000, (31,)).task(1, 39)
+    with pytest.raises(ValueError, match="must hold 5 spans of 3 different tokens"):
+        Recall(torch.tensor([1, 2, 3, 4] * 9), 1000, (0,), 3, 1, 5).task(1, 60)
+    with pytest.raises(ValueError, match="must hold 2 spans of 1 different tokens"):
+        Recall(torch.zeros(50, dtype=torch.int64), 1000, (0,), 1, 1, 2).task(1, 60)
 
 
 def test_copying_asks_for_the_second_occurrence_behind_its_cue():
-    task = Copy(torch.arange(1000), size=8, gap=5, cue=3).task(6, 40)
-    for ids, labels in zip(task.input_ids.tolist(), task.labels.tolist()):
+    copy = Copy(torch.arange(1000), size=8, gap=5, cue=3)
+    for ids, labels in zip(*(t.tolist() for t in (copy.task(6, 40).input_ids, copy.task(6, 40).labels))):
         row = ids + labels[-1:]
         assert row[-8:] == row[-21:-13] and labels[-5:] == row[-5:] and set(labels[:-5]) == {-100}
     with pytest.raises(ValueError, match="cue must be between"):
         Copy(torch.arange(9), size=4, cue=4)
+    with pytest.raises(ValueError, match="length must be at least 20, got 19"):
+        copy.task(1, 19)
+
+
+def test_rows_that_teach_copying_repeat_a_span():
+    rows = Copy(torch.arange(1000), cue=3).rows(50, 31, torch.Generator().manual_seed(0))
+    periods = [row.index(row[0], 1) for row in rows.tolist()]
+    assert min(periods) == 5 and max(periods) == 15
+    for row, period in zip(rows.tolist(), periods):
+        assert row == (list(range(row[0], row[0] + period)) * 31)[:31]
+    with pytest.raises(ValueError, match="copy: length must be at least 10, got 9"):
+        Copy(torch.arange(1000), cue=3).rows(1, 9, torch.Generator())
 
 
 def test_scores_are_those_of_the_asked_tokens():
@@ -237,6 +273,26 @@ def test_multiple_choice_takes_the_likeliest_choice(tmp_path):
     path.write_text('{"query": "q", "choices": ["a"], "gold": 1}')
     with pytest.raises(ValueError, match="line 1 of .* must be an object with query, choices and gold"):
         MultipleChoice.from_jsonl(path, Tokenizer.byte_level())
+
+
+def test_log_likelihoods_are_those_of_each_pair_alone():
+    model = small_base(1, seed=2, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5)
+    draw = torch.Generator().manual_seed(1)
+    sizes = [(1, 1), (5, 2), (2, 7), (3, 0), (9, 1)]
+    pairs = [tuple(torch.randint(256, (n,), generator=draw).tolist() for n in size) for size in sizes]
+    with torch.no_grad():
+        ids = [*pairs[1][0]]
+        for _ in range(2):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        pairs.append((pairs[1][0], ids[-2:]))
+        found = log_likelihoods(lambda ids: model(ids).logits, pairs, batch_size=4)
+        for (context, answer), (value, greedy) in zip(pairs, found):
+            log_p = model(torch.tensor([[*context, *answer]])).logits.double().log_softmax(-1)[0]
+            each = [log_p[len(context) - 1 + i, token].item() for i, token in enumerate(answer)]
+            assert value == pytest.approx(sum(each), abs=1e-5)
+            best = [log_p[len(context) - 1 + i].argmax().item() for i in range(len(answer))]
+            assert greedy == (best == answer)
+    assert found[-1][1] and not found[1][1]
 
 
 def test_a_base_learns_from_text(tmp_path):

@@ -7,9 +7,10 @@ from postnas_cases import PlantedRows, planted_base, text_folder, tiny_base_fold
 from jetkernels.__main__ import main
 from jetkernels.modules import JetBlock
 from jetkernels.postnas import Loader, Recipe, SuperNetwork
-from jetkernels.postnas.blocks import BLOCKS
-from jetkernels.postnas.candidates import BlockModel, Meter
+from jetkernels.postnas.blocks import BLOCKS, equal_parameters
+from jetkernels.postnas.candidates import BlockModel, Measured, Meter, over_seeds, spread, spread_sentence
 from jetkernels.postnas.design import DESIGNS, Design, DesignedBlock
+from jetkernels.postnas.selection import write_candidate_report
 from jetkernels.postnas.shapes import Shape
 
 SHAPE = Shape(6, 16, 2)
@@ -80,7 +81,7 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
     def meter() -> Meter:
         base = planted_base()
         return Meter(
-            lambda name: SuperNetwork(base, lambda size: BLOCKS[name](size, SHAPE)),
+            lambda name, seed: SuperNetwork(base, lambda size: BLOCKS[name](size, SHAPE), seed=seed),
             ("jet", "attn", "jet", "attn", "jet"),
             Loader([(PlantedRows(), 1.0)], 4, 21),
             Recipe(4, warmup=1),
@@ -92,11 +93,12 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
             repeats=1,
         )
 
-    first, second = meter()("Mamba2"), meter()("Mamba2")
+    first, second, other = meter()("Mamba2", 0), meter()("Mamba2", 0), meter()("Mamba2", 1)
     assert first.losses == second.losses and first.scores == second.scores and len(first.losses) == 4
+    assert other.losses != first.losses and (first.seed, other.seed) == (0, 1)
     assert first.state == SHAPE.state and first.generation_per_second > 0 and first.training_per_second > 0
     with pytest.raises(ValueError, match="task must be one of recall, got 'reading'"):
-        Meter(lambda name: None, ("jet",), None, None, [PlantedRows().task(1)], {}, "reading")
+        Meter(lambda name, seed: None, ("jet",), None, None, [PlantedRows().task(1)], {}, "reading")
 
 
 @pytest.mark.parametrize(("stage", "names"), [("blocks", list(BLOCKS)), ("design", ["JetBlock", "static, qkv", "dynamic, qkv"])])
@@ -104,15 +106,58 @@ def test_the_commands_compare_and_resume(tmp_path, capsys, stage, names):
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
     arguments = ["search", stage, "--text", str(text), "--base", str(base), "--output", str(tmp_path / "out"), "--device", "cpu"]
     arguments += ["--placement", "jet attn jet", "--shape", "4x8x2", "--steps", "2", "--batch", "2", "--length", "80"]
-    arguments += ["--distances", "4", "--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4"]
+    arguments += ["--distances", "4", "--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2"]
     if stage == "design":
         arguments += [word for name in names for word in ("--only", name)]
     assert main(arguments) == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(f"| {name} |" in report for name in names) and "generation (tokens/s)" in report
-    assert (tmp_path / "out" / "candidates.png").read_bytes().startswith(b"\x89PNG")
+    assert "Means over 2 seeds" in report and report.count("| JetBlock |") == 1
+    for plot in ("candidates.png", "pair.png")[: 1 + (stage == "blocks")]:
+        assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in report
     assert main(arguments) == 0
     assert (tmp_path / "out" / "report.md").read_text() == report
     capsys.readouterr()
+    if stage == "blocks":
+        arguments[arguments.index(str(tmp_path / "out"))] = str(tmp_path / "equal")
+        assert main([*arguments, "--only", "RetNet", "--only", "JetBlock", "--equal", "parameters", "--seeds", "1"]) == 0
+        rows = [line.split(" | ") for line in (tmp_path / "equal" / "report.md").read_text().splitlines() if line.count(" | ") > 8]
+        parameters = {row[0].removeprefix("| "): int(row[1].replace(",", "")) for row in rows if row[1][0].isdigit()}
+        assert abs(parameters["RetNet"] / parameters["JetBlock"] - 1) < 0.05
     assert main([*arguments, "--shape", "4by8"]) == 1
     assert "--shape must be KxVxH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_equal_parameters_are_as_close_as_a_whole_v_allows(name):
+    """At the sizes of the 2B model: within 0.1 % of a JetBlock, and no neighbouring V is closer."""
+    C, shape = 1536, Shape(96, 256, 12)
+
+    def parameters(kind, V):
+        with torch.device("meta"):
+            return sum(p.numel() for p in kind(C, shape._replace(V=V)).parameters())
+
+    found, wanted = equal_parameters(BLOCKS[name], C, shape), parameters(BLOCKS["JetBlock"], shape.V)
+    off = [abs(parameters(BLOCKS[name], found.V + d) - wanted) for d in (-1, 0, 1)]
+    assert off[1] == min(off) and off[1] <= 1e-3 * wanted and (found.K, found.H) == (96, 12)
+    assert (found == shape) == (name == "JetBlock")
+
+
+def row(name, seed, quality, speed=1.0) -> Measured:
+    return Measured(name, seed, 10, 8, 20, speed, speed, speed, quality, {"recall": (-quality, quality / 10)}, [0.5])
+
+
+def test_rows_are_averaged_over_seeds_and_their_spread_is_pooled():
+    rows = [row("a", 0, 1.0, 3.0), row("b", 0, 2.0), row("a", 1, 3.0, 5.0), row("b", 1, 4.0), row("a", 2, 5.0, 4.0), row("b", 2, 6.0)]
+    a, b = over_seeds(rows)
+    assert (a.name, a.quality, a.generation_per_second, a.scores["recall"]) == ("a", 3.0, 4.0, (-3.0, pytest.approx(0.3)))
+    assert b.quality == 4.0 and spread(rows) == pytest.approx(2.0)
+    assert spread([*rows, row("c", 0, 100.0)]) == pytest.approx(2.0) and spread(rows[:2]) is None
+    sentence = spread_sentence(rows)
+    assert "over 3 seeds" in sentence and "by 2.0000" in sentence and f"is {2 * (2 / 3) ** 0.5:.4f}" in sentence
+    assert "was not measured" in spread_sentence(rows[:2])
+
+
+def test_a_report_without_both_of_a_pair_has_no_chart_of_it(tmp_path):
+    best = write_candidate_report(tmp_path, "Title", [row("JetBlock", 0, 1.0), row("GLA", 0, 2.0)], ("JetBlock", "Mamba2"), "x", [])
+    assert best.name == "GLA" and not (tmp_path / "pair.png").exists() and "pair.png" not in (tmp_path / "report.md").read_text()

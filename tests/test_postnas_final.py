@@ -1,5 +1,7 @@
 """Stage 5, and the whole pipeline by one command."""
 
+import json
+
 import pytest
 import torch
 from postnas_cases import TINY_JET, VOCAB, PlantedRows, text_folder, tiny_base_folder
@@ -62,6 +64,23 @@ def test_then_the_whole_model_is_trained_and_a_killed_run_ends_alike(tmp_path, m
         torch.testing.assert_close(student.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_recomputed_layers_give_the_same_gradients():
+    student, base = pair()
+    ids = PlantedRows().rows(3, 20, torch.Generator().manual_seed(0))
+    gradients = []
+    for student.model.recompute_layers in (False, True):
+        student.zero_grad()
+        logit_distillation_loss(student, base, ids).backward()
+        gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        cache = student.new_cache(3, 20)
+        steps = [student(ids[:, t : t + 1], cache=cache).logits for t in range(20)]
+        torch.testing.assert_close(torch.cat(steps, 1), student(ids).logits, rtol=0, atol=1e-4)
+
+
 def test_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="must have one vocabulary"):
         train_final(pair()[0], small_base(1, **SIZES), loader(), Recipe(0), Recipe(0), {})
@@ -72,8 +91,12 @@ def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_p
     arguments = ["search", "all", "--text", str(text), "--base", str(base), "--output", str(tmp_path / "out"), "--device", "cpu"]
     arguments += ["--full", "1", "--shape", "8x16x2", "--steps", "2", "--batch", "2", "--length", "80", "--distances", "4"]
     assert main([*arguments, "--examples", "2"]) == 0
+    overview = (tmp_path / "out" / "report.md").read_text()
     for stage in ("placement", "blocks", "design", "shapes", "final"):
         assert "## Provenance" in (tmp_path / "out" / stage / "report.md").read_text(), stage
+        assert f"[{stage}]({stage}/report.md)" in overview
+    placement = " ".join(json.loads((tmp_path / "out" / "placement" / "result.json").read_text())["placement"])
+    assert f"`{placement}`" in overview and "was trained on 320 tokens" in overview and "It cannot show:" in overview
     capsys.readouterr()
     model = tmp_path / "out" / "final" / "model"
     assert main(["generate", "--model", str(model), "--prompt", "def ", "--max-new-tokens", "3", "--device", "cpu"]) == 0

@@ -168,6 +168,7 @@ def test_wrong_arguments_end_with_one_line(inputs, tmp_path, capsys, changes, se
 def test_search_base_trains_resumes_and_is_a_base(inputs, tmp_path, capsys):
     arguments = ["--text", str(inputs[0]), "--layers", "2", "--hidden-size", "32", "--intermediate-size", "32", "--device", "cpu"]
     arguments += ["--batch", "2", "--length", "80", "--steps", "4", "--save-every", "2", "--output", str(tmp_path / "out")]
+    arguments += ["--distances", "4,16"]
     assert main(["search", "base", *arguments]) == 0
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert "held-out text" in (tmp_path / "out" / "report.md").read_text()
@@ -194,8 +195,12 @@ def test_two_gloo_ranks_give_the_losses_of_one(inputs, whole, tmp_path):
 def test_seeds_are_tabled(inputs, tmp_path, monkeypatch, capsys):
     from benchmarks import postnas_seeds
 
-    words = placement(inputs, tmp_path / "seeds", steps=1, window=0)[2:]
+    words = placement(inputs, tmp_path / "seeds", steps=1, window=0, full="1,2")[2:]
     monkeypatch.setattr(sys, "argv", ["postnas_seeds", "--seeds", "2", *words])
     assert postnas_seeds.main() == 0
     report = (tmp_path / "seeds" / "report.md").read_text()
-    assert "| found |" in report and "| uniform |" in report and "± " in report and "base weights" in report
+    assert "## 1 full layer\n" in report and "## 2 full layers\n" in report
+    assert "| found |" in report and "| uniform |" in report and "± " in report
+    result = json.loads((tmp_path / "seeds" / "seed1" / "full2" / "result.json").read_text())
+    chosen = ", ".join(str(i) for i, kind in enumerate(result["placement"]) if kind == "attn")
+    assert any(line.startswith("| 1 |") and line.endswith(f"| {chosen} |") for line in report.splitlines())

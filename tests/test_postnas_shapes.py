@@ -38,9 +38,9 @@ def planted(speed, quality):
     """Rows whose speed and quality are functions of the shape."""
 
 
-    def measure(name):
+    def measure(name, seed):
         shape = Shape.from_name(name)
-        return Measured(name, 10, shape.state, 20, 5.0, 6.0, speed(shape), quality(shape), {"recall": (1.0, 0.5)}, [0.5])
+        return Measured(name, seed, 10, shape.state, 20, 5.0, 6.0, speed(shape), quality(shape), {"recall": (1.0, 0.5)}, [0.5])
 
     return measure
 
@@ -54,10 +54,11 @@ def test_planted_best_is_found_under_the_constraint(tmp_path, best):
     decoy = PAPER[(PAPER.index(best) + 1) % len(PAPER)]
     measure = planted(lambda s: 99.0 if s == decoy else 100.0, lambda s: {decoy: 3.0, best: 2.0}.get(s, 1.0))
     rows = measure_all(NAMES, measure, {})
-    chosen = write_shape_report(tmp_path, rows, 100.0, [])
+    chosen = write_shape_report(tmp_path, rows, 100.0, "planted", [])
     assert chosen.name == best.name and best_shape(rows, 90.0).name == decoy.name
     line = f"| {best.K} | {best.V} | {best.H} |"
     assert any(row.startswith(line) and "**yes**" in row for row in (tmp_path / "report.md").read_text().splitlines())
+    assert (tmp_path / "shapes.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"throughput must reach 101\.0 tokens/s .* fastest reaches 100\.0"):
         best_shape(rows, 101.0)
 
@@ -65,11 +66,11 @@ def test_planted_best_is_found_under_the_constraint(tmp_path, best):
 def test_a_killed_search_keeps_the_rows_it_has(tmp_path):
     seen = []
 
-    def measure(name):
+    def measure(name, seed):
         seen.append(name)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return planted(lambda s: float(len(seen)), lambda s: float(s.K))(name)
+        return planted(lambda s: float(len(seen)), lambda s: float(s.K))(name, seed)
 
     with pytest.raises(KeyboardInterrupt):
         measure_all(NAMES, measure, {"seed": 1}, tmp_path / "shapes.ckpt")

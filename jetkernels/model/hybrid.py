@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from jetkernels.modules import JetBlock, RMSNorm
 from jetkernels.modules.initialization import init_weight_
@@ -76,7 +77,12 @@ class DecoderLayer(nn.Module):
 
 
 class JetNemotronModel(nn.Module):
-    """Embedding, decoder layers and final norm."""
+    """Embedding, decoder layers and final norm.
+
+    recompute_layers: when gradients are computed, keep only the layers' inputs and compute the rest again in the backward pass.
+    """
+
+    recompute_layers = False
 
     def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
         super().__init__()
@@ -99,7 +105,10 @@ class JetNemotronModel(nn.Module):
         if any(layer.kind != "jet" for layer in self.layers):
             rotary = rotary_table(layout.positions, self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.layers):
-            h = layer(h, rotary, layout, None if cache is None else cache.layers[i])
+            if self.recompute_layers and cache is None and torch.is_grad_enabled():
+                h = recompute(layer, h, rotary, layout, None, use_reentrant=False)
+            else:
+                h = layer(h, rotary, layout, None if cache is None else cache.layers[i])
         return self.norm(h)
 
 

@@ -41,10 +41,11 @@ _DEFAULTS = {"rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id"
 # The shape of the small base: bytes, and the end of a text.
 SMALL = {
     "vocab_size": 257,
-    "hidden_size": 128,
-    "intermediate_size": 384,
+    "hidden_size": 96,
+    "intermediate_size": 256,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "rope_theta": 1e4,  # of texts this short; the published models' 1e6 leaves most pairs of dimensions without a turn
     "bos_token_id": 256,
     "eos_token_id": 256,
 }
@@ -160,10 +161,10 @@ def train_base(
     corpus: TextCorpus,
     recipe: Recipe,
     *,
-    batch_size: int = 8,
+    batch_size: int = 16,
     length: int = 128,
-    task_share: float = 0.5,
-    distances: Sequence[int] = (16, 32, 64),
+    task_share: float = 0.6,
+    distances: Sequence[int] = (8, 24, 48),
     mark: int = END_OF_TEXT,
     seed: int = 0,
     checkpoint: str | Path | None = None,

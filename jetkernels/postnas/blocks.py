@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -311,3 +312,16 @@ BLOCKS: dict[str, type[LinearBlock]] = {
     "RWKV7": RWKV7,
     "JetBlock": Jet,
 }
+
+
+def equal_parameters(block: type[LinearBlock], hidden_size: int, shape: Shape) -> Shape:
+    """`shape` with the V that brings the block's parameters closest to those of a JetBlock of `shape`."""
+
+    def parameters(kind: type[LinearBlock], V: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in kind(hidden_size, shape._replace(V=V)).parameters())
+
+    wanted, candidates = parameters(Jet, shape.V), range(1, 8 * shape.V + 1)
+    above = bisect_left(candidates, wanted, key=lambda V: parameters(block, V))
+    near = candidates[max(0, above - 1) : above + 1]
+    return shape._replace(V=min(near, key=lambda V: abs(parameters(block, V) - wanted)))

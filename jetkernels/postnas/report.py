@@ -98,19 +98,59 @@ def curve(path: str | Path, losses: Sequence[float], title: str, label: str) -> 
 
 
 def quality_against_speed(
-    path: str | Path, curves: Mapping[str, Sequence[float]], points: Sequence[tuple[str, float, float]], quality: str
+    path: str | Path,
+    points: Sequence[tuple[str, float, float]],
+    quality: str,
+    curves: Mapping[str, Sequence[float]] = {},
+    minimum: float | None = None,
 ) -> None:
-    """A PNG: training losses by step (running means) on the left; (name, tokens/s, quality) points on the right."""
+    """A PNG of (name, tokens/s, quality) points; left of them training losses by step (running means), if there are any.
+
+    minimum: tokens/s that were required; drawn as a line.
+    """
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for name, losses in curves.items():
-        left.plot(_smooth(losses), label=name)
-    left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+    figure, axes = pyplot.subplots(1, 2 if curves else 1, figsize=(13 if curves else 7, 4.8), squeeze=False)
+    right = axes[0, -1]
     if curves:
-        left.legend()
+        left = axes[0, 0]
+        for name, losses in curves.items():
+            left.plot(_smooth(losses), label=name, linewidth=1)
+        left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+        left.legend(fontsize=8)
     for name, speed, value in points:
         right.scatter([speed], [value])
         right.annotate(name, (speed, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    if minimum is not None:
+        right.axvline(minimum, color="0.5", linestyle="--", label="required")
+        right.legend()
     right.set(xlabel="generation (tokens/s)", ylabel=quality, title="quality against speed")
+    right.margins(x=0.15)
+    figure.tight_layout()
+    _save(figure, Path(path))
+
+
+def pair_chart(
+    path: str | Path,
+    names: tuple[str, str],
+    losses: tuple[Sequence[float], Sequence[float]],
+    accuracies: Mapping[str, tuple[float, float]],
+    speeds: Mapping[str, tuple[float, float]],
+) -> None:
+    """A PNG of two candidates: training losses, accuracy per task, and tokens/s, those of the second as 1."""
+    pyplot = _pyplot()
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.5))
+    for name, values in zip(names, losses):
+        left.plot(_smooth(values), label=name)
+    left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+    relative = {what: (first / second, 1.0) for what, (first, second) in speeds.items()}
+    for axes, values, title in ((middle, accuracies, "accuracy"), (right, relative, f"tokens/s, {names[1]} = 1")):
+        for i, name in enumerate(names):
+            bars = axes.bar([x + 0.4 * i - 0.2 for x in range(len(values))], [pair[i] for pair in values.values()], 0.38, label=name)
+            axes.bar_label(bars, fmt="%.3g", fontsize=8)
+        axes.set_xticks(range(len(values)), list(values))
+        axes.set(title=title)
+        axes.margins(y=0.15)
+    for axes in (left, middle, right):
+        axes.legend(fontsize=8)
     figure.tight_layout()
     _save(figure, Path(path))

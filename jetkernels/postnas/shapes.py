@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from jetkernels.modules import JetBlockConfig
 
-from .candidates import Measured
-from .report import markdown_table, provenance, write_text
+from .candidates import Measured, over_seeds, spread_sentence
+from .report import markdown_table, provenance, quality_against_speed, write_text
 
 
 class Shape(NamedTuple):
@@ -68,9 +68,15 @@ def best_shape(rows: Sequence[Measured], minimum: float) -> Measured:
     return max(fast, key=lambda row: (row.quality, row.generation_per_second))
 
 
-def write_shape_report(folder: str | Path, rows: Sequence[Measured], minimum: float, facts: Sequence[tuple[str, object]]) -> Measured:
-    """report.md with the grid as a table of the form of the paper's Table 2; returns the chosen row."""
-    best = best_shape(rows, minimum)
+def write_shape_report(
+    folder: str | Path, rows: Sequence[Measured], minimum: float, quality: str, facts: Sequence[tuple[str, object]]
+) -> Measured:
+    """report.md with the grid as a table of the form of the paper's Table 2, and shapes.png; returns the chosen row.
+
+    rows: every seed of every shape.  quality: what it is, in words.
+    """
+    means = over_seeds(rows)
+    best = best_shape(means, minimum)
     tasks = list(rows[0].scores)
     header = ["K", "V", "H", "parameters of a block", "cache (KiB)", "generation (tokens/s)", "fast enough", "chosen"]
     header += [f"{task}, {what}" for task in tasks for what in ("loss", "accuracy")]
@@ -84,16 +90,20 @@ def write_shape_report(folder: str | Path, rows: Sequence[Measured], minimum: fl
             "**yes**" if row is best else "",
             *(value for task in tasks for value in row.scores[task]),
         ]
-        for row in rows
+        for row in means
     ]
     chosen = Shape.from_name(best.name)
     text = [
         "# Sizes of the JetBlock\n",
         f"Chosen: K = {chosen.K}, V = {chosen.V}, H = {chosen.H}: the best quality among the shapes that generate at "
         f"least {minimum:,.1f} tokens/s on this machine. Every shape has {chosen.state:,} elements of state per JetBlock layer.\n",
+        spread_sentence(rows),
         markdown_table(header, table),
+        "![shapes](shapes.png)\n",
         "## Provenance\n",
         provenance(facts),
     ]
+    points = [(row.name, row.generation_per_second, row.quality) for row in means]
+    quality_against_speed(Path(folder) / "shapes.png", points, quality, minimum=minimum)
     write_text(Path(folder) / "report.md", "\n".join(text))
     return best

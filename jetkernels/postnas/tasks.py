@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from jetkernels.model import Tokenizer
 
@@ -88,47 +88,64 @@ def language_modelling(tokens: Tensor, count: int, length: int, seed: int = 0) -
 
 @dataclass(frozen=True)
 class Recall:
-    """Key-value retrieval made from a text: the value that followed a key must follow it again, `distance` tokens later.
+    """Key-value retrieval made from a text: after `distance` tokens of text, the value of each key is asked for again.
 
-        text ... <mark> key <mark> value <mark> text of `distance` tokens <mark> key <mark> value
+        text, pairs x (<mark> key value), <mark>, text of `distance` tokens, pairs x (<mark> key value)
 
-    Key, value and everything around them are spans of the text, of key_size and value_size tokens; mark: a token that
-    the text does not hold (the end of a text, say).  distances: tokens between the value and its question.
+    The questions come in another order than the pairs, so that position alone does not answer them. Keys and values are
+    spans of the text, of key_size and value_size tokens, no token twice in a span and no key twice in a row.
+    mark: a token that the text does not hold (the end of a text, say).
     """
 
     tokens: Tensor
     mark: int
-    distances: Sequence[int] = (16, 32, 64)
+    distances: Sequence[int] = (8, 24, 48)
     key_size: int = 3
     value_size: int = 2
+    pairs: int = 4
+
+    TRIES: ClassVar[int] = 1000  # draws of a span before the text is called too uniform
 
     @property
     def overhead(self) -> int:
-        """Tokens of a row that are neither filler before nor text between."""
-        return 5 + 2 * (self.key_size + self.value_size)
+        """Tokens of a row that are neither text in front nor text between."""
+        return 1 + 2 * self.pairs * (1 + self.key_size + self.value_size)
+
+    def _span(self, size: int, generator: torch.Generator, without: Sequence[Tensor] = ()) -> Tensor:
+        text = Windows(self.tokens)
+        for _ in range(self.TRIES):
+            span = text.rows(1, size, generator)[0]
+            if len(set(span.tolist())) == size and not any(torch.equal(span, other) for other in without):
+                return span
+        raise ValueError(f"recall: the text must hold {self.pairs} spans of {size} different tokens")
 
     def _row(self, length: int, distance: int, generator: torch.Generator) -> Tensor:
         before = length - self.overhead - distance
         if before < 0:
             raise ValueError(f"recall: length must be at least {length - before} at distance {distance}, got {length}")
-        text = Windows(self.tokens)
-        span = [text.rows(1, n, generator)[0] for n in (self.key_size, self.value_size, distance) if n]
-        key, value = span[0], span[1]
-        between = span[2] if distance else key[:0]
         mark = torch.tensor([self.mark])
-        front = text.rows(1, before, generator)[0] if before else key[:0]
-        return torch.cat([front, mark, key, mark, value, mark, between, mark, key, mark, value])
+        keys: list[Tensor] = []
+        facts = []
+        for _ in range(self.pairs):
+            keys.append(self._span(self.key_size, generator, keys))
+            facts.append(torch.cat([mark, keys[-1], self._span(self.value_size, generator)]))
+        front, between = (Windows(self.tokens).rows(1, n, generator)[0] if n else mark[:0] for n in (before, distance))
+        order = torch.randperm(self.pairs, generator=generator).tolist()
+        return torch.cat([front, *facts, mark, between, *(facts[i] for i in order)])
 
     def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
         picks = torch.randint(len(self.distances), (count,), generator=generator).tolist()
         return torch.stack([self._row(length, self.distances[i], generator) for i in picks])
 
     def task(self, count: int, length: int, seed: int = 0) -> TokenTask:
-        """`count` questions at each distance, on rows of `length` positions; a group of the score per distance."""
+        """`count` rows of `length` positions at each distance, every value asked for; a group of the score per distance."""
         generator = seeded("recall", seed)
         rows = torch.stack([self._row(length + 1, d, generator) for d in self.distances for _ in range(count)])
-        labels = rows[:, 1:].clone()
-        labels[:, : -self.value_size] = IGNORED
+        labels = torch.full_like(rows[:, 1:], IGNORED)
+        size = 1 + self.key_size + self.value_size
+        for end in range(length, length - self.pairs * size, -size):
+            answer = slice(end - self.value_size, end)
+            labels[:, answer] = rows[:, 1:][:, answer]
         group = torch.arange(len(self.distances)).repeat_interleave(count)
         return TokenTask("recall", rows[:, :-1].contiguous(), labels, [f"distance {d}" for d in self.distances], group)
 
@@ -152,19 +169,46 @@ class Copy:
             raise ValueError(f"copy: cue must be between 1 and size - 1 = {self.size - 1}, got {self.cue}")
 
     def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        if length < 2 * self.size + self.gap:
-            raise ValueError(f"copy: length must be at least {2 * self.size + self.gap}, got {length}")
+        """Training rows: a span of `cue` + 2 tokens or more, repeated without a gap until the row is full."""
+        shortest, longest = self.cue + 2, length // 2
+        if longest < shortest:
+            raise ValueError(f"copy: length must be at least {2 * shortest}, got {length}")
+        sizes = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
         text = Windows(self.tokens)
-        span, rest = (text.rows(count, n, generator) for n in (self.size, length - 2 * self.size))
-        front = length - 2 * self.size - self.gap
-        return torch.cat([rest[:, :front], span, rest[:, front:], span], 1)
+        return torch.cat([text.rows(1, n, generator).repeat(1, -(-length // n))[:, :length] for n in sizes])
 
     def task(self, count: int, length: int, seed: int = 0) -> TokenTask:
         """`count` rows of `length` positions."""
-        rows = self.rows(count, length + 1, seeded("copy", seed))
+        generator, front = seeded("copy", seed), length + 1 - 2 * self.size - self.gap
+        if front < 0:
+            raise ValueError(f"copy: length must be at least {length - front}, got {length}")
+        text = Windows(self.tokens)
+        span, rest = (text.rows(count, n, generator) for n in (self.size, front + self.gap))
+        rows = torch.cat([rest[:, :front], span, rest[:, front:], span], 1)
         labels = rows[:, 1:].clone()
         labels[:, : -(self.size - self.cue)] = IGNORED
         return TokenTask("copy", rows[:, :-1].contiguous(), labels)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    predict: Predict, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
+) -> list[tuple[float, bool]]:
+    """For each (context, continuation) of token ids: the natural log of the continuation's probability after the context, and
+    whether it is what greedy decoding gives. Contexts have at least one token."""
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    by_length = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    for start in range(0, len(pairs), batch_size):
+        batch = by_length[start : start + batch_size]
+        rows = [torch.tensor([*pairs[i][0], *pairs[i][1]]) for i in batch]
+        # Padded behind, which a causal model does not see.
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        log_p = predict(ids[:, :-1]).to("cpu", torch.float32).log_softmax(-1)
+        for i, row, of_row in zip(batch, rows, log_p):
+            asked = slice(len(pairs[i][0]) - 1, len(row) - 1)
+            answer, given = row[len(pairs[i][0]) :], of_row[asked]
+            found[i] = given.gather(1, answer[:, None]).double().sum().item(), torch.equal(given.argmax(-1), answer)
+    return found
 
 
 @dataclass(frozen=True)
@@ -198,19 +242,18 @@ class MultipleChoice:
             raise ValueError(f"choices: {path} must hold at least one question, got none")
         return cls(Path(path).stem, documents, tokenizer)
 
-    @torch.no_grad()
     def score(self, predict: Predict) -> Score:
+        pairs = []
+        for query, choices, _ in self.documents:
+            context = self.tokenizer.encode(query)
+            if not context:
+                raise ValueError(f"choices: a query of {self.name} must encode to at least one token, got {query!r}")
+            pairs += [(context, self.tokenizer.encode(choice)) for choice in choices]
+        scored = iter(zip(pairs, log_likelihoods(predict, pairs)))
         loss, tokens, right = 0.0, 0, 0
-        for query, choices, gold in self.documents:
-            sums = []
-            for i, choice in enumerate(choices):
-                context, answer = self.tokenizer.encode(query), self.tokenizer.encode(choice)
-                if not context:
-                    raise ValueError(f"choices: a query of {self.name} must encode to at least one token, got {query!r}")
-                ids = torch.tensor([context + answer])
-                log_p = predict(ids[:, :-1]).to("cpu", torch.float32).log_softmax(-1)[0, len(context) - 1 :]
-                sums.append(log_p.gather(1, ids[0, len(context) :, None]).sum().item())
-                if i == gold:
-                    loss, tokens = loss - sums[-1], tokens + len(answer)
+        for _, choices, gold in self.documents:
+            of_choices = [next(scored) for _ in choices]
+            sums = [value for _, (value, _) in of_choices]
             right += sums.index(max(sums)) == gold
+            loss, tokens = loss - sums[gold], tokens + len(of_choices[gold][0][1])
         return Score(loss / tokens, right / len(self.documents))
