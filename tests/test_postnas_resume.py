@@ -44,8 +44,7 @@ def placement(inputs, output, **changes) -> list[str]:
         "distances": "4,16",
         "examples": 4,
         "save-every": 2,
-        "jet-heads": 2,
-        "jet-head-dim": 8,
+        "shape": "8x16x2",
         "device": "cpu",
     }
     pairs = (options | {name.replace("_", "-"): value for name, value in changes.items()}).items()
@@ -155,6 +154,8 @@ def test_damaged_and_foreign_checkpoints_end_with_one_line(inputs, whole, tmp_pa
         ({"base": "nowhere"}, "nowhere has no config.json"),
         ({"text": "nowhere"}, "nowhere is not a folder"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"examples": 0}, "--examples must be at least 1, got 0"),
+        ({"shape": "8x16"}, "--shape must be KxVxH, such as 96x256x12, got '8x16'"),
         ({"length": 20}, "recall: length must be at least"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

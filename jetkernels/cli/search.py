@@ -60,15 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = subcommands.add_parser("all", help=summary, description=summary)
     whole.add_argument("--output", type=Path, required=True, help="folder for the folders of the stages")
     whole.add_argument("--base", type=Path, help="folder of a base (default: train a small one)")
-    whole.add_argument("--full", type=int, default=2, help="layers that keep full attention (default 2)")
-    whole.add_argument("--window", type=int, default=0, help="layers that get sliding-window attention (default 0)")
-    whole.add_argument("--shape", default="32x64x4", help="KxVxH of the linear blocks; the grid keeps their state (default 32x64x4)")
+    whole.add_argument("--full", type=int, default=1, help="layers that keep full attention (default 1)")
+    whole.add_argument("--window", type=int, default=1, help="layers that get sliding-window attention (default 1)")
+    _add_shape(whole)
     whole.add_argument("--base-steps", type=int, default=4000, help="training steps of the small base, on 16 rows each (default 4000)")
-    whole.add_argument("--seeds", type=int, default=1, help="of every candidate of stages 2 to 4 (default 1)")
+    whole.add_argument("--seeds", type=int, default=2, help="of every candidate of stages 2 to 4 (default 2)")
     _add_sizes(whole)
     _add_training(whole)
     _add_scoring(whole)
-    whole.set_defaults(stage_run=run_all)
+    whole.set_defaults(stage_run=run_all, steps=300)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +119,12 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window-task", default="language modelling", help="task that places windows")
     parser.add_argument("--width", type=int, default=4, help="of the beam (default 4)")
     parser.add_argument("--exhaustive-up-to", type=int, default=64, help="evaluate all placements if no more than this")
-    parser.add_argument("--jet-heads", type=int, default=4)
-    parser.add_argument("--jet-head-dim", type=int, default=32)
-    parser.add_argument("--jet-expand-v", type=float, default=2.0)
+    parser.set_defaults(steps=600)
+    _add_shape(parser)
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", default="16x32x4", help="KxVxH of the JetBlocks (default 16x32x4)")
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +132,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--placement", required=True, help="folder of `search placement`, or the layers: 'jet attn jet ...'")
     parser.add_argument("--task", default="language modelling", help="whose objective is the quality")
     parser.add_argument("--seeds", type=int, default=1, help="of every candidate; the tables hold means (default 1)")
+    parser.set_defaults(steps=300)
     parser.add_argument("--speed-batch", type=int, default=4, help="sequences of the speed measurement (default 4)")
     parser.add_argument("--speed-prompt", type=int, default=64, help="tokens of its prompts (default 64)")
     parser.add_argument("--speed-tokens", type=int, default=32, help="generated tokens that are timed (default 32)")
@@ -136,7 +140,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def _add_blocks(parser: argparse.ArgumentParser) -> None:
     _add_comparison(parser)
-    parser.add_argument("--shape", default="32x64x4", help="KxVxH of the JetBlock (default 32x64x4)")
+    _add_shape(parser)
     equal = "what the other blocks have like it: the recurrent state, or the parameters (V then differs); default state"
     parser.add_argument("--equal", choices=("state", "parameters"), default="state", help=equal)
     parser.add_argument("--only", action="append", choices=BLOCKS, help="compare only this block; may be repeated (default: all)")
@@ -144,15 +148,15 @@ def _add_blocks(parser: argparse.ArgumentParser) -> None:
 
 def _add_design(parser: argparse.ArgumentParser) -> None:
     _add_comparison(parser)
-    parser.add_argument("--shape", default="32x64x4", help="KxVxH of every variant (default 32x64x4)")
+    _add_shape(parser)
     parser.add_argument("--only", action="append", choices=DESIGNS, help="compare only this variant; may be repeated (default: all)")
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     _add_comparison(parser)
-    parser.add_argument("--state", type=int, default=8192, help="elements of state per JetBlock: K*V*H (default 8192)")
-    parser.add_argument("--heads", default="2,4", help="H to try (default 2,4)")
-    parser.add_argument("--keys", default="16,32,64", help="K to try; V follows (default 16,32,64)")
+    parser.add_argument("--state", type=int, default=2048, help="elements of state per JetBlock: K*V*H (default 2048)")
+    parser.add_argument("--heads", default="4,8", help="H to try (default 4,8)")
+    parser.add_argument("--keys", default="8,16,32", help="K to try; V follows (default 8,16,32)")
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--min-throughput", type=float, help="generated tokens per second that a shape must reach")
     limit.add_argument("--min-share", type=float, default=0.9, help="the same as a share of the fastest shape's (default 0.9)")
@@ -178,24 +182,27 @@ def _words(arguments: argparse.Namespace, *names: str) -> list[str]:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Each stage as its own command would run it, with the defaults of that command where `all` has no option."""
+    """Each stage as its own command would run it, with the defaults of that command where `all` has no option.
+
+    --steps are those of a candidate. The super network gets twice as many, since a step trains about half of its paths; the
+    grid of stage 4 keeps the state of --shape.
+    """
     output, shape = arguments.output, shape_of(arguments)
     training = ("learning_rate", "length", "task_share", "distances", "save_every", "device", "seed", "suffix", "text", "recompute")
     common = _words(arguments, *training)
     base = arguments.base or output / "base"
-    steps = [*_words(arguments, "steps", "batch"), "--base", str(base)]
-    scored = [*steps, *_words(arguments, "window_size", "objective", "examples", "questions", "harness", "harness_limit")]
-    compared = [*scored, "--placement", str(output / "placement"), *_words(arguments, "seeds")]
-    jet = ["--jet-heads", str(shape.H), "--jet-head-dim", str(shape.K), "--jet-expand-v", repr(shape.config().expand_v)]
+    scored = [*_words(arguments, "batch", "window_size", "objective", "examples", "questions", "harness", "harness_limit")]
+    scored += ["--base", str(base)]
+    compared = [*scored, *_words(arguments, "steps"), "--placement", str(output / "placement"), *_words(arguments, "seeds")]
     keys = sorted({max(1, shape.K // 2), shape.K, 2 * shape.K})
     grid = ["--state", str(shape.state), "--heads", f"{shape.H},{2 * shape.H}", "--keys", ",".join(map(str, keys))]
     plan = {
         "base": ["--steps", str(arguments.base_steps), *_words(arguments, "layers", "hidden_size", "intermediate_size")],
-        "placement": [*scored, *_words(arguments, "full", "window"), *jet],
+        "placement": [*scored, "--steps", str(2 * arguments.steps), *_words(arguments, "full", "window", "shape")],
         "blocks": [*compared, *_words(arguments, "shape")],
         "design": [*compared, *_words(arguments, "shape")],
         "shapes": [*compared, *grid],
-        "final": [*scored, "--model", str(output / "shapes" / "model"), "--whole-steps", str(arguments.steps)],
+        "final": [*scored, *_words(arguments, "steps"), "--model", str(output / "shapes" / "model"), "--whole-steps", str(arguments.steps)],
     }
     if arguments.base is not None:
         del plan["base"]
@@ -218,8 +225,8 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name in ("steps", "batch", "length"):
-        if getattr(arguments, name) < (name != "steps"):
-            raise ValueError(f"--{name} must be at least {int(name != 'steps')}, got {getattr(arguments, name)}")
+    for name, least in {"steps": 0, "batch": 1, "length": 1, "seeds": 1, "examples": 1}.items():
+        if getattr(arguments, name, least) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
     join_ranks(torch.device(arguments.device))
     arguments.stage_run(arguments)

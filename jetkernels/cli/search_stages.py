@@ -190,8 +190,7 @@ def load_base(folder: Path, device: str) -> tuple[JetNemotronForCausalLM, Tokeni
 def run_placement(arguments: argparse.Namespace) -> str | None:
     base, tokenizer = load_base(arguments.base, arguments.device)
     corpus = _corpus(arguments, tokenizer)
-    jet = JetBlockConfig(num_heads=arguments.jet_heads, head_dim=arguments.jet_head_dim, expand_v=arguments.jet_expand_v)
-    network = SuperNetwork(base, jet, arguments.window_size, arguments.seed, arguments.recompute)
+    network = SuperNetwork(base, shape_of(arguments).config(), arguments.window_size, arguments.seed, arguments.recompute)
     options = PlacementOptions(
         arguments.full,
         arguments.window,
