@@ -1,6 +1,8 @@
 """Stage 4: a planted best (K, V, H) is found under a throughput constraint, and the real measurement runs end to end."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from postnas_cases import text_folder, tiny_base_folder
@@ -9,6 +11,7 @@ from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.modules import JetBlockConfig
 from jetkernels.postnas.candidates import Measured, measure_all
+from jetkernels.postnas.checkpoints import load_state
 from jetkernels.postnas.shapes import Shape, best_shape, equal_cache_grid, write_shape_report
 
 # The grid of the paper's Table 2.
@@ -103,3 +106,27 @@ def test_the_command_measures_a_grid_and_exports_the_best(tmp_path, capsys):
     assert main(arguments) == 0
     assert main([*arguments, "--min-throughput", "1e12"]) == 1
     assert "throughput must reach" in capsys.readouterr().err
+
+
+def test_two_gloo_ranks_measure_the_grid_of_one(tmp_path):
+    """Losses within 1e-5; the ranks choose and export once. The best shape is left open: speeds are measured."""
+    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
+    arguments = ["search", "shapes", "--text", str(text), "--base", str(base), "--device", "cpu", "--placement", "jet attn jet"]
+    arguments += ["--state", "128", "--heads", "1,2", "--keys", "8", "--steps", "3", "--batch", "2", "--length", "80", "--distances", "4"]
+    arguments += ["--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2", "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "-m", "jetkernels", *arguments, str(tmp_path / "two")], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    names = [f"{shape}-seed{seed}.ckpt" for shape in ("8x16x1", "8x8x2") for seed in (0, 1)]
+    for name in names:
+        losses = []
+        for folder in ("one", "two"):
+            path = tmp_path / folder / "training" / name
+            run = json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
+            losses.append(load_state(path, "super network", run)["losses"])
+        assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5), name
+    chosen = JetNemotronForCausalLM.from_pretrained(tmp_path / "two" / "model").config.jet
+    shape = f"| {chosen.head_dim} | {chosen.head_v_dim} | {chosen.num_heads} |"
+    lines = (tmp_path / "two" / "report.md").read_text().splitlines()
+    assert [line.startswith(shape) for line in lines if "**yes**" in line] == [True]
