@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from jetkernels.postnas.blocks import BLOCKS, LinearBlock
-from jetkernels.postnas.shapes import Shape
 from jetkernels.postnas.recurrences import decayed_linear_attention
+from jetkernels.postnas.recurrences import rwkv7 as rwkv7_recurrence
+from jetkernels.postnas.shapes import Shape
 from reference.jet_block import jet_block
 
 C, SHAPE = 20, Shape(6, 10, 2)
@@ -207,6 +208,26 @@ def test_decayed_attention_has_the_gradients_of_the_recurrence():
     o, last = decayed_linear_attention(q, k, v, strong, state)
     torch.testing.assert_close(o, (q * k).sum(-1, keepdim=True) * v)
     assert last.isfinite().all()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+@torch.no_grad()
+def test_rwkv7_in_chunks_is_exact_to_fp32_at_every_decay_it_can_have(strength):
+    """fp32 chunks against an fp64 token loop: the two factors of a decay lose no more than the loop itself does in fp32."""
+    draw = torch.Generator().manual_seed(3)
+    r, k, kappa = (torch.randn(2, 50, 2, 6, generator=draw, dtype=torch.float64) for _ in range(3))
+    v, state = torch.randn(2, 50, 2, 5, generator=draw, dtype=torch.float64), torch.randn(2, 2, 6, 5, generator=draw, dtype=torch.float64)
+    g, a = -(math.e**-0.5) * strength * torch.ones_like(r), torch.rand(r.shape, generator=draw, dtype=torch.float64)
+    kappa = torch.nn.functional.normalize(kappa, dim=-1)
+    S, expected = state, []
+    for t in range(50):
+        removed = torch.einsum("bhk,bhkv->bhv", kappa[:, t], S)
+        taken = (a * kappa)[:, t, :, :, None] * removed[:, :, None]
+        S = g[:, t].exp()[..., None] * S - taken + k[:, t, :, :, None] * v[:, t, :, None]
+        expected.append(torch.einsum("bhk,bhkv->bhv", r[:, t], S))
+    o, last = rwkv7_recurrence(*(t.float() for t in (r, g, k, v, kappa, a, state)))
+    for got, want in ((o, torch.stack(expected, 1)), (last, S)):
+        assert (got - want).norm() < 2e-6 * want.norm()
 
 
 @pytest.mark.parametrize("name", BLOCKS)

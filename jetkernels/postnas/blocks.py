@@ -276,12 +276,12 @@ class RWKV7(LinearBlock):
         before = torch.cat([state[1], x[:, :-1]], 1)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + (before - x) * mu for mu in self.mu)
         r, k, v = (self.heads(t) for t in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))
-        w = torch.exp(-(math.e**-0.5) * torch.sigmoid(self.heads(self.w_2(torch.tanh(self.w_1(x_w))))))
+        log_w = -(math.e**-0.5) * torch.sigmoid(self.heads(self.w_2(torch.tanh(self.w_1(x_w)))))
         a = torch.sigmoid(self.heads(self.a_2(self.a_1(x_a))))
         gate = self.g_2(torch.sigmoid(self.g_1(x_g)))
         kappa = F.normalize(k * self.xi, dim=-1)
         k = k * (1 + (a - 1) * self.alpha)
-        o, S = rwkv7(r, w, k, v, kappa, a, state[0])
+        o, S = rwkv7(r, log_w, k, v, kappa, a, state[0])
         o = self.norm(o.flatten(0, 1).flatten(-2)).view(*x.shape[:2], -1)
         bonus = (r * self.rho * k).sum(-1, keepdim=True) * v
         return self.o_proj(gate * (o + bonus.flatten(-2))), [S, x[:, -1:]]

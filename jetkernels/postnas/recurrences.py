@@ -23,24 +23,40 @@ def decayed_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: 
         C = q.shape[1]
         earlier = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()[:, :, None, None]
         decay = (c[:, :, None] - c[:, None]).masked_fill(~earlier, -torch.inf).exp()
-        weights = (q[:, :, None] * k[:, None] * decay).sum(-1)
+        if g.shape[-1] == 1:
+            weights = torch.einsum("bihk,bjhk->bijh", q, k) * decay.squeeze(-1)
+        else:
+            weights = (q[:, :, None] * k[:, None] * decay).sum(-1)
         inside = torch.einsum("bijh,bjhv->bihv", weights, v)
         outputs.append(inside + torch.einsum("bihk,bhkv->bihv", q * c.exp(), state))
         last = c[:, -1]
         added = torch.einsum("bjhk,bjhv->bhkv", k * (last[:, None] - c).exp(), v)
-        state = last.exp().expand(*last.shape[:-1], state.shape[2])[..., None] * state + added
+        state = last.exp()[..., None] * state + added
     return torch.cat(outputs, 1), state
 
 
-def rwkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """S <- (diag(w_t) - (a_t kappa_t) kappa_t^T) S + k_t v_t^T;  o_t = S^T r_t  (arXiv 2503.14456, with S transposed).
+def rwkv7(r: Tensor, g: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """S <- (diag(exp(g_t)) - (a_t kappa_t) kappa_t^T) S + k_t v_t^T;  o_t = S^T r_t  (arXiv 2503.14456, with S transposed).
 
-    w: decay in (0, 1), kappa: unit removal key, a: in-context rate, all [B, T, H, K]. Token by token.
+    g: log decay, which RWKV-7 keeps in [-e^-0.5, 0]; kappa: unit removal key, a: in-context rate, all [B, T, H, K].
     Returns o [B, T, H, V] and the last state.
+
+    Chunk by chunk, c the cumulative g: what is removed, u_t = S_{t-1}^T kappa_t, solves (I + M) u = N v + S_0^T (kappa exp(c - g)),
+    where M and N pair kappa with the earlier a kappa and k. The decay between two tokens is a product of two factors around the
+    middle of the chunk's decay, of at most exp(CHUNK e^-0.5 / 2) = 128 each.
     """
     outputs = []
-    for r, w, k, v, kappa, a in zip(*(t.unbind(1) for t in (r, w, k, v, kappa, a))):
-        removed = torch.einsum("bhk,bhkv->bhv", kappa, state)
-        state = w[..., None] * state - (a * kappa)[..., None] * removed[:, :, None] + k[..., None] * v[:, :, None]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", r, state))
-    return torch.stack(outputs, 1), state
+    for r, g, k, v, kappa, a in zip(*(t.transpose(1, 2).split(CHUNK, 2) for t in (r, g, k, v, kappa, a))):
+        c = g.cumsum(2)
+        last = c[:, :, -1:]
+        grown = (last / 2 - c).exp()
+        sources = torch.cat([k * grown, a * kappa * grown], 2)
+        C = k.shape[2]
+        N, M = ((kappa * (c - g - last / 2).exp()) @ sources.mT).split(C, -1)
+        told = N.tril(-1) @ v + (kappa * (c - g).exp()) @ state
+        u = torch.linalg.solve_triangular(M.tril(-1), told, upper=False, unitriangular=True)
+        of_k, of_taken = ((r * (c - last / 2).exp()) @ sources.mT).split(C, -1)
+        outputs.append(of_k.tril() @ v - of_taken.tril() @ u + (r * c.exp()) @ state)
+        left = sources * (last / 2).exp()
+        state = last.exp().mT * state + left.mT @ torch.cat([v, -u], 2)
+    return torch.cat(outputs, 2).transpose(1, 2), state
