@@ -15,16 +15,22 @@ import sys
 from pathlib import Path
 
 from jetkernels.__main__ import main as jetkernels
+from jetkernels.postnas import from_pretrained
+from jetkernels.postnas.base import weights_digest
 from jetkernels.postnas.checkpoints import write_atomic
 from jetkernels.postnas.report import markdown_table, provenance, write_text
 
+SHARED = ("text", "suffix", "length", "distances", "task-share", "device")  # options that a base and its search have in common
 SUPER_NETWORK = "super_network.ckpt"  # in the output folder of `search placement`
 
 
 def compared(folder: Path) -> dict[str, dict]:
     """{"base" | "JetBlock everywhere" | "uniform" | "found": its row of the stage's result.json}."""
-    rows = json.loads((folder / "result.json").read_text())["compared"]
-    return {row["name"].split(",")[0]: row for row in rows}
+    found: dict[str, dict] = {}
+    for row in json.loads((folder / "result.json").read_text())["compared"]:
+        # Of two found placements the first has no windows, like the uniform one.
+        found.setdefault(row["name"].split(",")[0], row)
+    return found
 
 
 def spread(values: list[float]) -> str:
@@ -61,30 +67,38 @@ def budget_section(full: int, folders: list[Path]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--full", default="1,2", help="budgets, full layers (default 1,2)")
     parser.add_argument("--base", type=Path, help="one base for all seeds (default: each seed trains its own)")
     parser.add_argument("--base-steps", type=int, default=4000)
+    for name in SHARED:
+        parser.add_argument(f"--{name}", help="of base and search")
     arguments, options = parser.parse_known_args()
+    for name in SHARED:
+        value = getattr(arguments, name.replace("-", "_"))
+        options += [] if value is None else [f"--{name}", value]
+    shared = [word for name in SHARED if f"--{name}" in options for word in (f"--{name}", getattr(arguments, name.replace("-", "_")))]
     budgets = [int(word) for word in arguments.full.split(",")]
     for seed in range(arguments.seeds):
         folder = arguments.output / f"seed{seed}"
         base = arguments.base or folder / "base"
         if arguments.base is None:
-            words = ["--output", str(base), "--seed", str(seed), "--steps", str(arguments.base_steps), "--save-every", "200"]
+            words = ["--output", str(base), "--seed", str(seed), "--steps", str(arguments.base_steps), "--save-every", "200", *shared]
             if jetkernels(["search", "base", *words]) != 0:
                 return 1
         for before, full in zip([None, *budgets], budgets):
             output = folder / f"full{full}"
             trained = output / SUPER_NETWORK
-            if before is not None and not trained.exists():
+            if before is not None and not trained.exists() and (folder / f"full{before}" / SUPER_NETWORK).exists():
                 # One super network serves every budget.
                 write_atomic(trained, (folder / f"full{before}" / SUPER_NETWORK).read_bytes())
             words = ["--base", str(base), "--output", str(output), "--seed", str(seed), "--full", str(full), *options]
             if jetkernels(["search", "placement", *words]) != 0:
                 return 1
+    digest = weights_digest(from_pretrained(arguments.base)) if arguments.base else ""
+    described = f"weights {digest}" if arguments.base else f"{arguments.base_steps} steps each"
     text = [
         "# Found against uniform placement\n",
         f"Mean ± standard deviation over {arguments.seeds} seeds; "
@@ -92,7 +106,7 @@ def main() -> int:
         + ". Losses in nats per token of the right answer, on examples that the search has not seen.\n",
         *(budget_section(full, [arguments.output / f"seed{seed}" / f"full{full}" for seed in range(arguments.seeds)]) for full in budgets),
         "## Provenance\n",
-        provenance([("base steps", arguments.base_steps), ("options of `search placement`", " ".join(options) or "defaults")]),
+        provenance([("base", described), ("options of `search placement`", " ".join(options) or "defaults")]),
     ]
     write_text(arguments.output / "report.md", "\n".join(text))
     print((arguments.output / "report.md").read_text())

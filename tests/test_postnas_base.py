@@ -215,6 +215,17 @@ def test_recall_asks_for_the_value_of_every_key(data):
     assert rows.shape == (5, length + 1) and ((rows == 1000).sum(1) == 2 * pairs + 1).all()
 
 
+@pytest.mark.parametrize("shares", [(0.5, 0.25, 0.25), (0.4, 0.3, 0.3), (0.0, 1.0, 2.0), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_shares_hold_over_many_steps(shares, batch):
+    """Rows of source i are full of i."""
+    loader = Loader([(Windows(torch.full((5,), i)), share) for i, share in enumerate(shares)], batch, 2, seed=1)
+    counts = torch.stack([torch.bincount(loader.batch(step)[:, 0], minlength=3) for step in range(400)])
+    wanted = batch * torch.tensor(shares) / sum(shares)
+    assert (counts.sum(1) == batch).all() and ((counts - wanted).abs() < 1).all()
+    assert (counts.double().mean(0) - wanted).abs().max() < 0.08
+
+
 def test_recall_needs_room_and_different_spans():
     with pytest.raises(ValueError, match="length must be at least 80 at distance 31, got 40"):
         Recall(torch.arange(1000), 1000, (31,)).task(1, 39)

@@ -78,7 +78,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default 0.003)")
     parser.add_argument("--batch", type=int, default=8, help="rows of a training step, over all ranks (default %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row (default 128)")
-    parser.add_argument("--task-share", type=float, default=0.6, help="of the rows: recall and copying (default 0.6)")
+    parser.add_argument("--task-share", type=float, default=0.5, help="of the rows: recall and copying (default 0.5)")
     parser.add_argument("--distances", default="8,24,48", help="of the recall task, tokens (default 8,24,48)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default 50)")
     parser.add_argument("--recompute", action="store_true", help="keep only layer inputs for the backward pass; less memory")
@@ -100,9 +100,13 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window-size", type=int, default=32, help="tokens, the current one included (default 32)")
     parser.add_argument("--objective", choices=OBJECTIVES, default="loss", help="minus the loss of the right answer, or accuracy")
-    parser.add_argument("--examples", type=int, default=64, help="of each task (default 64)")
+    _add_tasks(parser)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--examples", type=int, default=64, help="of each task, of recall at each distance (default 64)")
     parser.add_argument("--questions", type=Path, action="append", default=[], help="JSON lines with query, choices, gold; another task")
-    parser.add_argument("--harness", action="append", default=[], help="name of a task of lm-evaluation-harness; another task")
+    parser.add_argument("--harness", action="append", default=[], help="NAME or NAME:METRIC of lm-evaluation-harness; another task")
     parser.add_argument("--harness-limit", type=int, help="questions of each such task (default: all)")
 
 
@@ -166,7 +170,7 @@ def _add_final(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base, the teacher")
     parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage exported")
     parser.add_argument("--whole-steps", type=int, default=500, help="steps of the whole model, after --steps of distillation")
-    _add_scoring(parser)
+    _add_tasks(parser)
 
 
 def _words(arguments: argparse.Namespace, *names: str) -> list[str]:
@@ -191,8 +195,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     training = ("learning_rate", "length", "task_share", "distances", "save_every", "device", "seed", "suffix", "text", "recompute")
     common = _words(arguments, *training)
     base = arguments.base or output / "base"
-    scored = [*_words(arguments, "batch", "window_size", "objective", "examples", "questions", "harness", "harness_limit")]
-    scored += ["--base", str(base)]
+    tasks = ["--base", str(base), *_words(arguments, "batch", "examples", "questions", "harness", "harness_limit")]
+    scored = [*tasks, *_words(arguments, "window_size", "objective")]
     compared = [*scored, *_words(arguments, "steps"), "--placement", str(output / "placement"), *_words(arguments, "seeds")]
     keys = sorted({max(1, shape.K // 2), shape.K, 2 * shape.K})
     grid = ["--state", str(shape.state), "--heads", f"{shape.H},{2 * shape.H}", "--keys", ",".join(map(str, keys))]
@@ -202,7 +206,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         "blocks": [*compared, *_words(arguments, "shape")],
         "design": [*compared, *_words(arguments, "shape")],
         "shapes": [*compared, *grid],
-        "final": [*scored, *_words(arguments, "steps"), "--model", str(output / "shapes" / "model"), "--whole-steps", str(arguments.steps)],
+        "final": [*tasks, *_words(arguments, "steps"), "--model", str(output / "shapes" / "model"), "--whole-steps", str(arguments.steps)],
     }
     if arguments.base is not None:
         del plan["base"]

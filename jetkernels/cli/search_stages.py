@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.model.tokenizer import TOKENIZER_FILE
-from jetkernels.modules import JetBlockConfig
+from jetkernels.modules import JetBlock, JetBlockConfig
 from jetkernels.postnas import (
     Copy,
     Loader,
@@ -94,7 +94,9 @@ def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokeniz
             from jetkernels.postnas.harness import HarnessTask
         except ModuleNotFoundError as error:
             raise ValueError(f"--harness needs the package lm_eval, got {error}; pip install 'jetkernels[harness]'") from None
-        tasks += [HarnessTask(name, tokenizer, arguments.harness_limit) for name in arguments.harness]
+        for word in arguments.harness:
+            name, _, metric = word.partition(":")
+            tasks.append(HarnessTask(name, tokenizer, arguments.harness_limit, metric=metric or "acc"))
     return tasks
 
 
@@ -204,6 +206,7 @@ def run_placement(arguments: argparse.Namespace) -> str | None:
     facts, asked = _facts(arguments, corpus, base), _task_facts(arguments)
     output = arguments.output
     tasks = _tasks(arguments, corpus, tokenizer)
+    options.check(network.num_layers, [task.name for task in tasks])
     losses = train_super_network(network, loader, _recipe(arguments), dict(facts), output / "super_network.ckpt")
     book = ScoreBook(network, tasks, dict(facts + asked), output / "scores.ckpt")
     result = search_placement(book, options, losses)
@@ -244,6 +247,11 @@ def _compare(
 ) -> Comparison:
     """Trains and measures the candidates `names`; block: name -> what `SuperNetwork` takes as its linear paths."""
     base, tokenizer = load_base(arguments.base, arguments.device)
+    for name in names:
+        # One that cannot be built is refused before any is trained.
+        paths = block(name)
+        with torch.device("meta"):
+            JetBlock(base.config.hidden_size, paths) if isinstance(paths, JetBlockConfig) else paths(base.config.hidden_size)
     corpus = _corpus(arguments, tokenizer)
     facts, placement = _facts(arguments, corpus, base), _placement(arguments)
     settings = ("task", "objective", "seeds", "speed_batch", "speed_prompt", "speed_tokens")

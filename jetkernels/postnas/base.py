@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -163,7 +162,7 @@ def train_base(
     *,
     batch_size: int = 16,
     length: int = 128,
-    task_share: float = 0.6,
+    task_share: float = 0.5,
     distances: Sequence[int] = (8, 24, 48),
     mark: int = END_OF_TEXT,
     seed: int = 0,
@@ -182,7 +181,6 @@ def train_base(
         "task_share": task_share,
         "distances": list(distances),
         "mark": mark,
-        "recipe": asdict(recipe),
     }
     model.train()
     losses = train(

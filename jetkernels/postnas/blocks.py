@@ -15,7 +15,7 @@ from jetkernels.model.attention import rotary_table, rotate
 from jetkernels.modules import GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.jet_block import DECAY_RATES, TIME_STEPS
-from jetkernels.ops import chunk_gated_delta_rule
+from jetkernels.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 from .recurrences import decayed_linear_attention, rwkv7
 from .shapes import Shape
@@ -93,8 +93,14 @@ def head_norm(o: Tensor) -> Tensor:
     return F.layer_norm(o, o.shape[-1:], eps=NORM_EPS)
 
 
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """This library's op on unit q and k: the recurrent one for a single token, else the chunked one. -> o, state after."""
+    rule = fused_recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
+    return rule(q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
+
+
 def decay_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A_log and dt_bias [H] as Mamba2 and JetBlock start them."""
+    """A_log and dt_bias [H] as this library's JetBlock starts them."""
     A_log = torch.empty(heads).uniform_(*map(math.log, DECAY_RATES))
     step = torch.empty(heads).uniform_(*map(math.log, TIME_STEPS)).exp()
     return nn.Parameter(A_log), nn.Parameter(step + torch.log(-torch.expm1(-step)))
@@ -214,14 +220,7 @@ class DeltaNet(LinearBlock):
             getattr(self, f"{name}_conv")(getattr(self, f"{name}_proj")(x), before) for name, before in zip("qkv", state[1:])
         )
         beta = torch.sigmoid(self.b_proj(x))
-        o, S = chunk_gated_delta_rule(
-            *map(self.heads, (q, k, v)),
-            self.log_decay(x),
-            beta,
-            initial_state=state[0],
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-        )
+        o, S = gated_delta_rule(*map(self.heads, (q, k, v)), self.log_decay(x), beta, state[0])
         return self.o_proj(self.read_out(o, x).flatten(-2)), [S, q_after, k_after, v_after]
 
 

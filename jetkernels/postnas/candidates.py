@@ -19,7 +19,7 @@ from .data import Loader
 from .placement import train_super_network
 from .report import markdown_table
 from .super_network import Placement, SuperNetwork
-from .tasks import OBJECTIVES, Task
+from .tasks import Task, objective_of
 from .training import Recipe, ranks
 
 TIMED_STEPS = 3
@@ -203,7 +203,7 @@ class Meter:
             training,
             speed.prefill_tokens_per_second,
             speed.decode_tokens_per_second,
-            OBJECTIVES[self.objective](scores[self.objective_task]),
+            objective_of(self.objective_task, scores[self.objective_task], self.objective),
             {task: (score.loss, score.accuracy) for task, score in scores.items()},
             losses,
         )

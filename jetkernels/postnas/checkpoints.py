@@ -53,7 +53,7 @@ def save_state(path: str | Path, stage: str, run: str, state: Mapping) -> None:
 
 
 def load_state(path: str | Path, stage: str, run: str) -> dict:
-    """What `save_state` wrote, whole and unchanged.
+    """What `save_state` wrote, whole and unchanged, its tensors on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,4 +82,4 @@ def load_state(path: str | Path, stage: str, run: str) -> dict:
             f"resume: {path} belongs to a run with other options, another base or other text; "
             "give those again, or another output folder"
         )
-    return torch.load(io.BytesIO(body), weights_only=True)
+    return torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")

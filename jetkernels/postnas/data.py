@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -59,8 +61,8 @@ def standard_library() -> tuple[Path, list[Path]]:
 class TextCorpus:
     """Tokens of a folder of text.
 
-    training, held_out: int64 [n]; a file is in one of them, by its name; a lone file (or files that all fall on one side) is
-    cut instead, its last 20th held out.  split: "by file" or "by position".  files: how many were read.
+    training, held_out: int64 [n]; a file is in one of them, by its name; where that would leave less than a 40th of the tokens on
+    one side (a lone file, or a few), the text is cut instead, its last 20th held out.  split: "by file" or "by position".  files: how many were read.
     skipped: files that are not UTF-8 text.  digest: of the tokens, so that a resumed run can tell its data from other data.
     """
 
@@ -92,7 +94,9 @@ class TextCorpus:
         whole = parts[0] + parts[1]
         if not whole:
             raise ValueError(f"text: {root} must hold text (UTF-8) in its {len(files)} files, got none in any")
-        if parts[0] and parts[1]:
+        sizes = [sum(map(len, part)) for part in parts]
+        # By file only where that leaves something worth reading on both sides.
+        if 2 * HELD_OUT * min(sizes) >= sum(sizes):
             split, training, held_out = "by file", torch.cat(parts[0]), torch.cat(parts[1])
         else:
             split, tokens = "by position", torch.cat(whole)
@@ -135,7 +139,8 @@ class Windows:
 class Loader:
     """Batches by step number: the same seed and step give the same batch in any process, before and after a resume.
 
-    sources: what rows are drawn from, with the share of a batch that each gets; the first also gets what rounding leaves.
+    sources: what rows are drawn from, with the share that each gets. Where that is no whole number of a batch's rows, chance
+    decides in each step which of the two numbers next to it is taken, so that the share holds over many steps.
     batch_size: rows of a batch over all ranks.  length: tokens of a row, one more than the positions trained on.
     """
 
@@ -157,7 +162,10 @@ class Loader:
             raise ValueError(f"loader: batch_size must be a multiple of the {ranks} ranks, got {self.batch_size}")
         generator = seeded("batch", self.seed, step)
         total = sum(share for _, share in self.sources)
-        counts = [int(self.batch_size * share / total) for _, share in self.sources]
-        counts[0] += self.batch_size - sum(counts)
+        # Systematic sampling: of the points 0, 1, 2, ... moved by one random offset, those in each source's part of the batch.
+        offset = torch.rand((), generator=seeded("shares", self.seed, step), dtype=torch.float64).item()
+        ends = [share / total * self.batch_size for share in accumulate(share for _, share in self.sources)]
+        bounds = [0, *(math.ceil(end - offset) for end in ends[:-1]), self.batch_size]
+        counts = [end - start for start, end in pairwise(bounds)]
         drawn = [source.rows(n, self.length, generator) for (source, _), n in zip(self.sources, counts) if n]
         return torch.cat(drawn)[rank::ranks]

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm
-from jetkernels.ops import chunk_gated_delta_rule
 
-from .blocks import NORM_EPS, LinearBlock, ShortConvolution, decay_parameters
+from .blocks import NORM_EPS, LinearBlock, ShortConvolution, decay_parameters, gated_delta_rule
 from .shapes import Shape
 
 
@@ -86,7 +85,10 @@ class DesignedBlock(LinearBlock):
         if isinstance(convolution, ShortConvolution):
             return convolution(projected, before)
         reads = x if self.design.generator_input == "layer" else projected
-        y, after = convolution(projected, reads, before.mT.contiguous(), output_final_state=True)
+        context = before.mT.contiguous()
+        if x.shape[1] == 1 and not torch.is_grad_enabled():
+            return convolution.step_(projected[:, 0], reads[:, 0], context)[:, None], context.mT
+        y, after = convolution(projected, reads, context, output_final_state=True)
         return y, after.mT
 
     def mix(self, x, state):
@@ -100,13 +102,6 @@ class DesignedBlock(LinearBlock):
                 mixed[name] = projected if name == "v" else F.silu(projected)
         g = -self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)
         beta = torch.sigmoid(self.b_proj(x))
-        o, S = chunk_gated_delta_rule(
-            *(self.heads(mixed[name]) for name in "qkv"),
-            g,
-            beta,
-            initial_state=state[0],
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-        )
+        o, S = gated_delta_rule(*(self.heads(mixed[name]) for name in "qkv"), g, beta, state[0])
         y = self.o_proj(self.o_norm(o, self.heads(self.g_proj(x))).flatten(-2))
         return y, [S, *(after[name] for name in self.design.on)]

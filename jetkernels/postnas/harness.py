@@ -79,7 +79,7 @@ class HarnessTask:
 
     task: a name that the harness knows, or the dict of a task's configuration, as its YAML files hold it.
     limit: documents to use; None: all.  fewshot: examples in front of each; None: the task's own number.
-    metric: of the harness's results; the score's accuracy.
+    metric: of the harness's results; the score's accuracy, negated if less of it is better.
 
     The score's loss is minus the log-likelihood of the right choice, nats per question; NaN for tasks without choices.
     """
@@ -106,6 +106,8 @@ class HarnessTask:
         if not values:
             known = sorted({key.partition(",")[0] for key in results if "," in key})
             raise ValueError(f"harness: metric of {self.name} must be one of {', '.join(known)}, got {self.metric!r}")
+        if not found["higher_is_better"][self.name].get(self.metric, True):
+            values = [-value for value in values]
         losses = [
             -sample["resps"][sample["target"]][0][0]
             for sample in found["samples"][self.name]

@@ -15,9 +15,9 @@ from jetkernels.model import Tokenizer
 from .checkpoints import fingerprint, load_state, save_state
 from .data import Loader, seeded
 from .report import curve, heat_map, markdown_table, provenance, write_text
-from .search import Found, beam_search, importance, uniform, with_kind
+from .search import Found, beam_search, check_search, importance, most_evaluations, uniform, with_kind
 from .super_network import Placement, SuperNetwork
-from .tasks import OBJECTIVES, Score, Task
+from .tasks import OBJECTIVES, Score, Task, objective_of
 from .training import Recipe, ranks, train
 
 STAGE = "super network"
@@ -42,6 +42,21 @@ class PlacementOptions:
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+
+    def check(self, layers: int, tasks: Sequence[str]) -> None:
+        """Raises ValueError where a search over `layers` layers with these tasks could not end well."""
+        check_search(layers, self.full_layers, self.width)
+        check_search(layers - self.full_layers, self.window_layers, self.width)
+        for task in (self.full_task, *([self.window_task] if self.window_layers else [])):
+            if task not in tasks:
+                raise ValueError(f"task must be one of {', '.join(tasks)}, got {task!r}")
+
+    def evaluations(self, layers: int, tasks: int) -> int:
+        """How often a search asks for a score, at most; repeated questions, which cost nothing, counted too."""
+        full = most_evaluations(layers, self.full_layers, self.width, self.exhaustive_up_to) + tasks * (layers + 1)
+        free = layers - self.full_layers
+        window = most_evaluations(free, self.window_layers, self.width, self.exhaustive_up_to) + tasks * (free + 1)
+        return full + (window if self.window_layers else 0)
 
 
 class ScoreBook:
@@ -79,7 +94,7 @@ class ScoreBook:
         """Placement -> objective of a task, more is better."""
 
         def value(placement: Placement) -> float:
-            result = OBJECTIVES[objective](self.score(placement, task))
+            result = objective_of(task, self.score(placement, task), objective)
             if bar is not None:
                 bar.update()
             return result
@@ -123,6 +138,8 @@ def train_super_network(
     parameters = {f"{i}.{name}": p for i in used for name, p in network.jet[i].named_parameters()}
     jet = network.jet_config.to_dict() if network.jet_config is not None else type(network.jet[0]).__name__
     described = dict(facts) | {"jet": jet, "base": network.base.config.to_dict(), "placement": placement}
+    if placement is not None and "swa" in placement:
+        described["window"] = network.window_size
     return train(STAGE, parameters, step_loss, loader, recipe, described, checkpoint, on_step)
 
 
@@ -131,7 +148,9 @@ def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequenc
     layers = book.network.num_layers
     start: Placement = ("jet",) * layers
     settings = {"width": options.width, "exhaustive_up_to": options.exhaustive_up_to}
-    with tqdm(desc="placements", unit="evaluation", leave=False, disable=ranks()[0] > 0) as bar:
+    options.check(layers, list(book.tasks))
+    most = options.evaluations(layers, len(book.tasks))
+    with tqdm(total=most, desc="placements", unit="evaluation", leave=False, disable=ranks()[0] > 0) as bar:
         full = beam_search(start, options.full_layers, book.evaluate(options.full_task, options.objective, bar), **settings)
         maps = {"attn": {t: importance(start, book.evaluate(t, options.objective, bar)) for t in book.tasks}}
         window, placement = None, full.placement

@@ -38,6 +38,21 @@ def uniform(layers: int, budget: int) -> tuple[int, ...]:
     return tuple(int((i + 0.5) * layers / budget) for i in range(budget))
 
 
+def check_search(free: int, budget: int, width: int, replaced: str = "jet") -> None:
+    """Raises ValueError unless `budget` of `free` layers can be chosen by a beam of `width`."""
+    if not 0 <= budget <= free:
+        raise ValueError(f"budget must be between 0 and the {free} {replaced} layers, got {budget}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+
+
+def most_evaluations(free: int, budget: int, width: int, exhaustive_up_to: int) -> int:
+    """Placements that `beam_search` looks at, at most."""
+    if budget == 0 or comb(free, budget) <= exhaustive_up_to:
+        return comb(free, budget)
+    return sum(min(comb(free, n), width * (free - n + 1)) for n in range(1, budget + 1))
+
+
 def beam_search(
     start: Placement,
     budget: int,
@@ -56,10 +71,7 @@ def beam_search(
     Raises ValueError for a budget that is negative or above the number of `replaced` layers, or a width below 1.
     """
     free = [i for i, old in enumerate(start) if old == replaced]
-    if not 0 <= budget <= len(free):
-        raise ValueError(f"budget must be between 0 and the {len(free)} {replaced} layers, got {budget}")
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+    check_search(len(free), budget, width, replaced)
     values: dict[tuple[int, ...], float] = {}
 
     def ranked(candidates: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -69,7 +81,7 @@ def beam_search(
                 values[layers] = evaluate(with_kind(start, layers, kind))
         return sorted(candidates, key=lambda layers: (-values[layers], layers))
 
-    exhaustive = comb(len(free), budget) <= exhaustive_up_to
+    exhaustive = budget == 0 or comb(len(free), budget) <= exhaustive_up_to
     if exhaustive:
         best = ranked(combinations(free, budget))[0]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,14 @@ OBJECTIVES: dict[str, Callable[[Score], float]] = {
     "loss": lambda score: -score.loss,
     "accuracy": lambda score: score.accuracy,
 }
+
+
+def objective_of(task: str, score: Score, objective: str) -> float:
+    """The objective of a task's score; ValueError if it is not a number, as the loss of a task without choices."""
+    value = OBJECTIVES[objective](score)
+    if not math.isfinite(value):
+        raise ValueError(f"objective {objective} of {task} must be finite, got {value}")
+    return value
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class Recipe:
                 f"{self.save_every}, {self.learning_rate} and {self.clip}"
             )
 
+    def facts(self) -> dict:
+        """What the result depends on: everything but how often it is saved."""
+        return {name: value for name, value in asdict(self).items() if name != "save_every"}
+
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps)))
@@ -96,7 +100,7 @@ def train(
         on_step: called after each step with its number and loss.
     """
     rank, count = ranks()
-    described = {"facts": dict(facts), "recipe": asdict(recipe), "batch": loader.batch_size, "length": loader.length}
+    described = {"facts": dict(facts), "recipe": recipe.facts(), "batch": loader.batch_size, "length": loader.length}
     run = fingerprint(json.loads(json.dumps(described | {"seed": loader.seed, "names": sorted(parameters)})))
     wide = [p for p in parameters.values() if p.dim() >= 2]
     rest = [p for p in parameters.values() if p.dim() < 2]
@@ -141,9 +145,17 @@ def train(
 
 
 def join_ranks(device: torch.device) -> None:
-    """Under `torchrun`, joins its processes (nccl for CUDA devices, else gloo); alone, does nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Under `torchrun`, joins its processes (nccl for CUDA devices, else gloo); alone, does nothing.
+
+    "cuda" then means a device of its own for each process of a machine; ValueError if one is named for all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        if device.index is not None:
+            raise ValueError(f"device must be cuda, without a number, for several ranks, got {device}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def wait_for_ranks() -> None:
