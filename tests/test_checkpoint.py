@@ -312,6 +312,25 @@ def test_byte_tokenizer_round_trip(tmp_path, text):
     assert again.decode(torch.tensor(tokenizer.encode(text))) == text
 
 
+def test_a_tokenizer_is_saved_in_one_step(tmp_path, monkeypatch):
+    """A failure leaves the old file; a file that shares its bytes by link is not written through."""
+    tokenizer = Tokenizer.byte_level()
+    tokenizer.save_pretrained(tmp_path / "m")
+    linked = tmp_path / "link"
+    linked.hardlink_to(tmp_path / "m" / "tokenizer.json")
+    before = linked.read_bytes()
+    tokenizer.backend.add_tokens(["another"])
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(checkpoint.os, "rename", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            tokenizer.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == before
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert linked.read_bytes() == before != (tmp_path / "m" / "tokenizer.json").read_bytes()
+    assert Tokenizer.from_pretrained(tmp_path / "m").vocab_size == 258
+
+
 def test_byte_tokenizer_special_token():
     tokenizer = Tokenizer.byte_level()
     assert tokenizer.vocab_size == 257 and tokenizer.end_of_text_id == 256

@@ -167,6 +167,20 @@ def test_a_single_file_is_split_by_position(tmp_path):
     assert torch.cat([corpus.training, corpus.held_out]).tolist() == list(b"abc" * 100)
 
 
+def test_files_that_would_leave_one_side_almost_empty_are_split_by_position(tmp_path):
+    """However the names fall, a 40th of the tokens is on each side."""
+    splits = set()
+    for count in range(1, 30):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for i in range(count):
+            (folder / f"{count}-{i}.txt").write_text("x" * (2000 if i == 0 else 50))
+        corpus = TextCorpus.from_folder(folder)
+        splits.add(corpus.split)
+        assert min(len(corpus.training), len(corpus.held_out)) >= (2000 + 50 * (count - 1)) // 40
+    assert splits == {"by position", "by file"}
+
+
 def test_missing_text_is_refused(tmp_path):
     with pytest.raises(NotADirectoryError, match="is not a folder"):
         TextCorpus.from_folder(tmp_path / "none")

@@ -1,12 +1,14 @@
 """Stages 2 and 3: the variants of the JetBlock, and the commands that compare blocks and designs."""
 
+import json
+
 import pytest
 import torch
 from postnas_cases import PlantedRows, planted_base, text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
 from jetkernels.modules import JetBlock
-from jetkernels.postnas import Loader, Recipe, SuperNetwork
+from jetkernels.postnas import Loader, Recipe, SuperNetwork, checkpoints
 from jetkernels.postnas.blocks import BLOCKS, equal_parameters
 from jetkernels.postnas.candidates import BlockModel, Measured, Meter, over_seeds, spread, spread_sentence
 from jetkernels.postnas.design import DESIGNS, Design, DesignedBlock
@@ -99,6 +101,66 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
     assert first.state == SHAPE.state and first.generation_per_second > 0 and first.training_per_second > 0
     with pytest.raises(ValueError, match="task must be one of recall, got 'reading'"):
         Meter(lambda name, seed: None, ("jet",), None, None, [PlantedRows().task(1)], {}, "reading")
+
+
+class Killed(BaseException):
+    """Stands in for a kill."""
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4, 6, 9])
+def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path, monkeypatch, moment):
+    """The moment-th file is written but not yet in place. Speeds are measured and may differ; what was trained may not."""
+    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
+    arguments = ["search", "blocks", "--text", str(text), "--base", str(base), "--device", "cpu", "--placement", "jet swa attn"]
+    arguments += ["--window-size", "9", "--shape", "4x8x2", "--steps", "4", "--save-every", "2", "--batch", "2", "--length", "80"]
+    arguments += ["--distances", "4", "--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2"]
+    arguments += ["--only", "GLA", "--only", "JetBlock", "--output"]
+
+    def rows(folder):
+        path = folder / "candidates.ckpt"
+        run = json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
+        found = checkpoints.load_state(path, "candidates", run)["rows"]
+        return [(row["name"], row["seed"], row["quality"], row["scores"], row["losses"]) for row in found]
+
+    written = 0
+    replace = checkpoints.os.replace
+
+    def killing(source, target):
+        nonlocal written
+        written += 1
+        if written == moment:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoints.os, "replace", killing)
+    with pytest.raises(Killed):
+        main([*arguments, str(tmp_path / "out")])
+    monkeypatch.setattr(checkpoints.os, "replace", replace)
+    if moment == 2:
+        # Half a training under one window is not the start of one under another.
+        other = [word if word != "9" else "10" for word in arguments]
+        assert main([*other, str(tmp_path / "out")]) == 1
+    for folder in ("out", "whole"):
+        assert main([*arguments, str(tmp_path / folder)]) == 0
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole") and len(rows(tmp_path / "out")) == 4
+
+
+@torch.no_grad()
+def test_single_tokens_take_the_recurrent_op(monkeypatch):
+    """Generation is measured with the op that is made for it."""
+    monkeypatch.setattr("jetkernels.postnas.blocks.chunk_gated_delta_rule", lambda *a, **o: pytest.fail("chunked"))
+    for block in (BLOCKS["DeltaNet"](20, SHAPE), BLOCKS["Gated DeltaNet"](20, SHAPE), designed(DESIGNS["dynamic, qkv"])):
+        state = block.new_state(1)
+        block(torch.randn(1, 1, 20), state=state)
+        assert state[0].abs().sum() > 0
+
+
+def test_candidates_that_cannot_be_built_are_refused_before_any_is_trained(tmp_path, capsys):
+    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
+    arguments = ["search", "design", "--text", str(text), "--base", str(base), "--device", "cpu", "--placement", "jet attn jet"]
+    assert main([*arguments, "--shape", "4x8x2", "--output", str(tmp_path / "out")]) == 1
+    assert "generator_reduction must be between 1 and channels = 16, got 32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("stage", "names"), [("blocks", list(BLOCKS)), ("design", ["JetBlock", "static, qkv", "dynamic, qkv"])])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from postnas_cases import TINY_JET, VOCAB, PlantedRows, text_folder, tiny_base_folder
+from postnas_cases import TINY_JET, VOCAB, PlantedRows, text_folder
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
@@ -68,10 +68,14 @@ def test_recomputed_layers_give_the_same_gradients():
     student, base = pair()
     ids = PlantedRows().rows(3, 20, torch.Generator().manual_seed(0))
     gradients = []
+    calls = []
+    student.model.layers[0].register_forward_pre_hook(lambda *arguments: calls.append(1))
     for student.model.recompute_layers in (False, True):
         student.zero_grad()
+        calls.clear()
         logit_distillation_loss(student, base, ids).backward()
         gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})
+        assert len(calls) == 1 + student.model.recompute_layers
     assert gradients[0].keys() == gradients[1].keys()
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=1e-9)
@@ -87,12 +91,11 @@ def test_another_vocabulary_is_refused():
 
 
 def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_path, capsys):
-    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = ["search", "all", "--text", str(text), "--base", str(base), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    arguments += ["--full", "1", "--shape", "8x16x2", "--steps", "2", "--batch", "2", "--length", "80", "--distances", "4"]
+    arguments = ["search", "all", "--text", str(text_folder(tmp_path / "text")), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    arguments += ["--layers", "3", "--hidden-size", "32", "--intermediate-size", "48", "--base-steps", "2", "--recompute", "--full", "1", "--shape", "8x16x2", "--steps", "2", "--batch", "2", "--length", "80", "--distances", "4"]
     assert main([*arguments, "--examples", "2"]) == 0
     overview = (tmp_path / "out" / "report.md").read_text()
-    for stage in ("placement", "blocks", "design", "shapes", "final"):
+    for stage in ("base", "placement", "blocks", "design", "shapes", "final"):
         assert "## Provenance" in (tmp_path / "out" / stage / "report.md").read_text(), stage
         assert f"[{stage}]({stage}/report.md)" in overview
     placement = " ".join(json.loads((tmp_path / "out" / "placement" / "result.json").read_text())["placement"])

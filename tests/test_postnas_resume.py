@@ -14,7 +14,7 @@ from postnas_cases import text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
-from jetkernels.postnas import checkpoints
+from jetkernels.postnas import checkpoints, join_ranks
 
 RESULTS = ("report.md", "result.json", "importance-attn.png", "importance-swa.png", "model/model.safetensors", "model/config.json")
 
@@ -161,9 +161,22 @@ def test_damaged_and_foreign_checkpoints_end_with_one_line(inputs, whole, tmp_pa
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_arguments_end_with_one_line(inputs, tmp_path, capsys, changes, sentence):
-    assert main(placement(inputs, tmp_path, steps=0, **changes)) == 1
+    assert main(placement(inputs, tmp_path, **changes)) == 1
     error = capsys.readouterr().err
     assert sentence in error.splitlines()[-1] and "Traceback" not in error
+    assert not list(tmp_path.iterdir()), "found out only after the training"
+
+
+def test_saving_more_often_is_no_other_run(inputs, whole, tmp_path):
+    (tmp_path / "super_network.ckpt").write_bytes((whole / "super_network.ckpt").read_bytes())
+    assert main(placement(inputs, tmp_path, save_every=3)) == 0
+    assert results(tmp_path)["result.json"] == results(whole)["result.json"]
+
+
+def test_several_ranks_need_a_device_each(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="must be cuda, without a number, for several ranks, got cuda:1"):
+        join_ranks(torch.device("cuda:1"))
 
 
 def test_search_base_trains_resumes_and_is_a_base(inputs, tmp_path, capsys):

@@ -12,6 +12,7 @@ from jetkernels.postnas import (
     Loader,
     PlacementOptions,
     Recipe,
+    Score,
     ScoreBook,
     SuperNetwork,
     beam_search,
@@ -24,6 +25,8 @@ from jetkernels.postnas import (
     write_report,
 )
 from jetkernels.postnas.data import seeded
+from jetkernels.postnas.search import most_evaluations
+from jetkernels.postnas.tasks import objective_of
 
 
 def planted_objective(planted, trap=None):
@@ -42,6 +45,7 @@ def test_beam_search_finds_planted_layers(width, planted):
     found = beam_search(("jet",) * 12, len(planted), planted_objective(planted), width=width, exhaustive_up_to=0)
     assert found.chosen == planted and found.value == len(planted) and not found.exhaustive
     assert found.placement == tuple("attn" if i in planted else "jet" for i in range(12))
+    assert found.evaluated <= most_evaluations(12, len(planted), width, 0)
 
 
 def test_exhaustive_search_looks_at_every_placement_once():
@@ -52,8 +56,19 @@ def test_exhaustive_search_looks_at_every_placement_once():
         return planted_objective((1, 4))(placement)
 
     found = beam_search(("jet",) * 6, 2, evaluate, exhaustive_up_to=15)
-    assert found.exhaustive and found.evaluated == len(seen) == len(set(seen)) == math.comb(6, 2)
+    assert found.exhaustive and found.evaluated == len(seen) == len(set(seen)) == math.comb(6, 2) == most_evaluations(6, 2, 4, 15)
     assert found.chosen == (1, 4)
+
+
+def test_a_budget_of_none_is_the_start():
+    found = beam_search(("jet", "attn"), 0, planted_objective((1,)), exhaustive_up_to=0)
+    assert found.placement == ("jet", "attn") and found.chosen == () and found.value == 1.0 and found.evaluated == 1
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    assert objective_of("x", Score(math.nan, 0.5), "accuracy") == 0.5
+    with pytest.raises(ValueError, match="objective loss of x must be finite, got nan"):
+        objective_of("x", Score(math.nan, 0.5), "loss")
 
 
 def test_a_wider_beam_escapes_what_a_greedy_search_falls_for():
@@ -158,8 +173,11 @@ def test_recomputed_layers_give_the_same_gradients():
     gradients = []
     for recompute_layers in (False, True):
         network = SuperNetwork(planted_base(), TINY_JET, recompute_layers=recompute_layers)
+        calls = []
+        network.jet[2].register_forward_pre_hook(lambda *arguments: calls.append(1))
         network.distillation_loss(rows, ("jet", "attn", "jet", "jet", "attn")).backward()
         gradients.append({name: p.grad for name, p in network.jet.named_parameters() if p.grad is not None})
+        assert len(calls) == 1 + recompute_layers
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)

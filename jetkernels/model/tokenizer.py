@@ -9,6 +9,8 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from .checkpoint import replacing
+
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 
@@ -38,8 +40,11 @@ class Tokenizer:
         return cls(backend)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(Path(folder) / TOKENIZER_FILE))
+        """Writes tokenizer.json; the folder changes in one step, whatever fails."""
+        with replacing(folder) as new:
+            # It may be a link to the old one.
+            (new / TOKENIZER_FILE).unlink(missing_ok=True)
+            self.backend.save(str(new / TOKENIZER_FILE))
 
     @property
     def vocab_size(self) -> int:

@@ -111,8 +111,10 @@ def quality_against_speed(
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2 if curves else 1, figsize=(13 if curves else 7, 4.8), squeeze=False)
     right = axes[0, -1]
+    right.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     if curves:
         left = axes[0, 0]
+        left.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for name, losses in curves.items():
             left.plot(_smooth(losses), label=name, linewidth=1)
         left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")

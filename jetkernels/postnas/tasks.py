@@ -101,7 +101,7 @@ class Recall:
 
         text, pairs x (<mark> key value), <mark>, text of `distance` tokens, pairs x (<mark> key value)
 
-    The questions come in another order than the pairs, so that position alone does not answer them. Keys and values are
+    The questions come in random order, so that position does not answer them. Keys and values are
     spans of the text, of key_size and value_size tokens, no token twice in a span and no key twice in a row.
     mark: a token that the text does not hold (the end of a text, say).
     """
