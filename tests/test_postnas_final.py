@@ -92,7 +92,8 @@ def test_another_vocabulary_is_refused():
 
 def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_path, capsys):
     arguments = ["search", "all", "--text", str(text_folder(tmp_path / "text")), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    arguments += ["--layers", "3", "--hidden-size", "32", "--intermediate-size", "48", "--base-steps", "2", "--recompute", "--full", "1", "--shape", "8x16x2", "--steps", "2", "--batch", "2", "--length", "80", "--distances", "4"]
+    arguments += ["--layers", "3", "--hidden-size", "32", "--intermediate-size", "48", "--base-steps", "2", "--recompute"]
+    arguments += ["--full", "1", "--shape", "8x16x2", "--steps", "2", "--batch", "2", "--length", "80", "--distances", "4"]
     assert main([*arguments, "--examples", "2"]) == 0
     overview = (tmp_path / "out" / "report.md").read_text()
     for stage in ("base", "placement", "blocks", "design", "shapes", "final"):
