@@ -76,10 +76,9 @@ def main() -> int:
     for name in SHARED:
         parser.add_argument(f"--{name}", help="of base and search")
     arguments, options = parser.parse_known_args()
-    for name in SHARED:
-        value = getattr(arguments, name.replace("-", "_"))
-        options += [] if value is None else [f"--{name}", value]
-    shared = [word for name in SHARED if f"--{name}" in options for word in (f"--{name}", getattr(arguments, name.replace("-", "_")))]
+    given = {name: getattr(arguments, name.replace("-", "_")) for name in SHARED}
+    shared = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    options += shared
     budgets = [int(word) for word in arguments.full.split(",")]
     for seed in range(arguments.seeds):
         folder = arguments.output / f"seed{seed}"

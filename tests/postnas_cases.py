@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 from jetkernels.modules import JetBlockConfig
-from jetkernels.postnas import TokenTask, small_base
+from jetkernels.postnas import TokenTask, checkpoints, small_base
 
 PLANTED = (1, 3)  # layers of `planted_base` that carry recall, one class of values each
 LAYERS = 5
@@ -19,6 +21,28 @@ FILLER = range(2 * VALUES, 4 * VALUES)
 QUESTIONS = (4 * VALUES, 4 * VALUES + 1)  # the token that asks for the value of each class
 VOCAB = 4 * VALUES + 2
 TINY_JET = JetBlockConfig(num_heads=2, head_dim=4, expand_v=2.0, conv_size=4, dconv_generator_reduction=2)
+
+
+class _Killed(BaseException):
+    """Stands in for a kill: nothing in the library catches it."""
+
+
+@contextmanager
+def killed_at_write(moment: int):
+    """Ends the block when its moment-th checkpoint or report is written but not yet in place; fails if it does not come to that."""
+    written = 0
+    replace = checkpoints.os.replace
+
+    def killing(source, target):
+        nonlocal written
+        written += 1
+        if written == moment:
+            raise _Killed
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(checkpoints.os, "replace", killing)
+        yield
 
 
 def text_folder(folder: Path, files: int = 30) -> Path:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from postnas_cases import PlantedRows, planted_base, text_folder, tiny_base_folder
+from postnas_cases import PlantedRows, killed_at_write, planted_base, text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
 from jetkernels.modules import JetBlock
@@ -103,13 +103,9 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
         Meter(lambda name, seed: None, ("jet",), None, None, [PlantedRows().task(1)], {}, "reading")
 
 
-class Killed(BaseException):
-    """Stands in for a kill."""
-
-
 @pytest.mark.parametrize("moment", [1, 2, 4, 6, 9])
-def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path, monkeypatch, moment):
-    """The moment-th file is written but not yet in place. Speeds are measured and may differ; what was trained may not."""
+def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path, moment):
+    """Speeds are measured and may differ; what was trained may not."""
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
     arguments = ["search", "blocks", "--text", str(text), "--base", str(base), "--device", "cpu", "--placement", "jet swa attn"]
     arguments += ["--window-size", "9", "--shape", "4x8x2", "--steps", "4", "--save-every", "2", "--batch", "2", "--length", "80"]
@@ -122,20 +118,8 @@ def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path,
         found = checkpoints.load_state(path, "candidates", run)["rows"]
         return [(row["name"], row["seed"], row["quality"], row["scores"], row["losses"]) for row in found]
 
-    written = 0
-    replace = checkpoints.os.replace
-
-    def killing(source, target):
-        nonlocal written
-        written += 1
-        if written == moment:
-            raise Killed
-        replace(source, target)
-
-    monkeypatch.setattr(checkpoints.os, "replace", killing)
-    with pytest.raises(Killed):
+    with killed_at_write(moment):
         main([*arguments, str(tmp_path / "out")])
-    monkeypatch.setattr(checkpoints.os, "replace", replace)
     if moment == 2:
         # Half a training under one window is not the start of one under another.
         other = [word if word != "9" else "10" for word in arguments]

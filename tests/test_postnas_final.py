@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from postnas_cases import TINY_JET, VOCAB, PlantedRows, text_folder
+from postnas_cases import TINY_JET, VOCAB, PlantedRows, killed_at_write, text_folder
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
-from jetkernels.postnas import Loader, Recipe, SuperNetwork, checkpoints, small_base
+from jetkernels.postnas import Loader, Recipe, SuperNetwork, small_base
 from jetkernels.postnas.final import logit_distillation_loss, train_final
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -35,28 +35,13 @@ def test_distillation_moves_the_mixers_only_and_towards_the_base():
     assert logit_distillation_loss(base, base, ids).item() == pytest.approx(0, abs=1e-6)
 
 
-class Killed(BaseException):
-    """Stands in for a kill."""
-
-
 @pytest.mark.parametrize("moment", [1, 3, 5])
-def test_then_the_whole_model_is_trained_and_a_killed_run_ends_alike(tmp_path, monkeypatch, moment):
+def test_then_the_whole_model_is_trained_and_a_killed_run_ends_alike(tmp_path, moment):
     whole, base = pair()
     recipe = Recipe(5, 1e-2, warmup=1, save_every=2)
     losses = train_final(whole, base, loader(), recipe, recipe, {"seed": 0})
     assert losses[1][-1] < losses[1][0]
-    written = 0
-    replace = checkpoints.os.replace
-
-    def killing(source, target):
-        nonlocal written
-        written += 1
-        if written == moment:
-            raise Killed
-        replace(source, target)
-
-    monkeypatch.setattr(checkpoints.os, "replace", killing)
-    with pytest.raises(Killed):
+    with killed_at_write(moment):
         train_final(*pair(), loader(), recipe, recipe, {"seed": 0}, tmp_path)
     student, base = pair()
     assert train_final(student, base, loader(), recipe, recipe, {"seed": 0}, tmp_path) == losses

@@ -10,17 +10,13 @@ import time
 
 import pytest
 import torch
-from postnas_cases import text_folder, tiny_base_folder
+from postnas_cases import killed_at_write, text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.postnas import checkpoints, join_ranks
 
 RESULTS = ("report.md", "result.json", "importance-attn.png", "importance-swa.png", "model/model.safetensors", "model/config.json")
-
-
-class Killed(BaseException):
-    """Stands in for a kill: nothing in the library catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +87,10 @@ def test_a_run_writes_report_and_a_model_that_generates(whole, capsys):
 
 
 @pytest.mark.parametrize("moment", sorted(random.Random(7).sample(range(1, 24), 5)))
-def test_a_run_killed_at_any_write_ends_with_the_same_results(inputs, whole, tmp_path, monkeypatch, moment):
-    """The moment-th file is written but not yet in place when the kill comes."""
-    written = 0
-    replace = checkpoints.os.replace
-
-    def killing(source, target):
-        nonlocal written
-        written += 1
-        if written == moment:
-            raise Killed
-        replace(source, target)
-
-    monkeypatch.setattr(checkpoints.os, "replace", killing)
-    with pytest.raises(Killed):
+def test_a_run_killed_at_any_write_ends_with_the_same_results(inputs, whole, tmp_path, moment):
+    with killed_at_write(moment):
         main(placement(inputs, tmp_path))
     assert not (tmp_path / "model").exists()
-    monkeypatch.setattr(checkpoints.os, "replace", replace)
     assert main(placement(inputs, tmp_path)) == 0
     assert results(tmp_path) == results(whole)
 

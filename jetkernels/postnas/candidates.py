@@ -31,7 +31,8 @@ class Measured:
     """One candidate, trained and measured.
 
     seed: of its initial values and its training data.  parameters: of one block.  state: elements of recurrent state of one layer
-    and sequence.  cache_bytes: of the model's cache at the measured batch and length.  *_per_second: tokens, in training (forward and backward), prefill and generation.
+    and sequence.  cache_bytes: of the model's cache at the measured batch and length.
+    *_per_second: tokens, in training (forward and backward), prefill and generation.
     quality: the objective, more is better.  scores: {task: (loss, accuracy)}.  losses: of the training, by step.
     """
 

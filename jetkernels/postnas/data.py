@@ -62,7 +62,8 @@ class TextCorpus:
     """Tokens of a folder of text.
 
     training, held_out: int64 [n]; a file is in one of them, by its name; where that would leave less than a 40th of the tokens on
-    one side (a lone file, or a few), the text is cut instead, its last 20th held out.  split: "by file" or "by position".  files: how many were read.
+    one side (a lone file, or a few), the text is cut instead, its last 20th held out.
+    split: "by file" or "by position".  files: how many were read.
     skipped: files that are not UTF-8 text.  digest: of the tokens, so that a resumed run can tell its data from other data.
     """
 
