@@ -1,4 +1,5 @@
-# Runs COMMAND (a list), writes what the compiler said to REPORT, and stops the build on an error or a register spill.
+# Runs COMMAND (a list), writes what the compiler said to REPORT, and stops the build on an error, a register spill, or wgmma
+# instructions that ptxas made wait for one another: such a kernel is right, and slow without a word.
 execute_process(COMMAND ${COMMAND} OUTPUT_VARIABLE said ERROR_VARIABLE said RESULT_VARIABLE failed)
 file(WRITE ${REPORT} "${said}")
 if(failed)

@@ -12,23 +12,41 @@ struct LaunchShape {
   int threads = 128;
   int shared_bytes = 0;  // dynamic
   int cluster = 1;       // CTAs along x; divides grid.x
+  bool early = false;    // may begin before the kernel that stands before it on the stream has ended: it calls wait_for_previous_kernel()
 };
+
+// The two halves of programmatic dependent launch. A kernel launched `early` calls the first in every CTA before it reads or writes
+// anything that another kernel of the stream may touch; when it returns, the kernels before have ended and their writes are visible. The
+// kernel before it may call the second, in every CTA, when all of its CTAs run or have run: until then nothing of the next one starts.
+__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Launches kernel(arguments...) on `stream`. `what` names the op in the text of an error.
 template <class... Parameters, class... Arguments>
 void launch(const char* what, const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  if (shape.shared_bytes > 0)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), what);
+  if (shape.shared_bytes > 0) {
+    const auto* const function = reinterpret_cast<const void*>(kernel);
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), what);
+    // Else the driver may leave room for fewer CTAs than fit.
+    check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), what);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
+  if (shape.early) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
 }
 
