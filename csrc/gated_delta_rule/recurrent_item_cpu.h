@@ -228,12 +228,24 @@ JET_INLINE void advance_by_token(const Token<T>& token, const Vector<T> (&u)[NV]
   advance<NV>(&copy, 1, K, from, to, [&](long, int j) { return u[j]; }, [](long, const auto&) {});
 }
 
+// A call of f(t), whatever f is: what takes one is compiled once for all of them.
+class Call {
+ public:
+  template <class F>
+  explicit Call(const F& f) : f_(&f), run_([](const void* g, long t) { (*static_cast<const F*>(g))(t); }) {}
+  void operator()(long t) const { run_(f_, t); }
+
+ private:
+  const void* f_;
+  void (*run_)(const void*, long);
+};
+
 // A block of tokens on one stripe, of which some may come before or after. The state is in `pool` before the first token of all
 // and after the last, and in `stripe` between tokens; verify has no use for it after the last. load_v(t) brings v to item.vo,
 // store_outputs(t) takes o from there and u from item.u.
-template <bool verify, int NV, class T, class St, class LoadV, class StoreOutputs>
-inline void recurrent_block(const RecurrentItem<T>& item, long count, bool begins, bool ends, long K, T scale, Rows<St> pool,
-                            Rows<T> stripe, const LoadV& load_v, const StoreOutputs& store_outputs) {
+template <bool verify, int NV, class T, class St>
+__attribute__((noinline)) void recurrent_block(const RecurrentItem<T>& item, long count, bool begins, bool ends, long K, T scale,
+                                               Rows<St> pool, Rows<T> stripe, Call load_v, Call store_outputs) {
   const Token<T>* token = item.tokens;
   Reading<NV, T> reading;
   Vector<T> u[NV];
@@ -291,10 +303,11 @@ inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const 
       with_vectors<T>(columns, [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value;
         const Rows<St> here{pool + v, p.pool.strides.k};
+        const Call load(load_v), store(store_outputs);
         if (whole_vectors<T>(p.pool, columns))
-          return recurrent_block<verify, NV>(item, count, begins, ends, p.K, T(p.scale), here, stripe, load_v, store_outputs);
+          return recurrent_block<verify, NV>(item, count, begins, ends, p.K, T(p.scale), here, stripe, load, store);
         if (begins) load_state(pool, p.pool.strides, p.K, v, columns, stripe.data);
-        recurrent_block<verify, NV>(item, count, begins, ends, p.K, T(p.scale), stripe, stripe, load_v, store_outputs);
+        recurrent_block<verify, NV>(item, count, begins, ends, p.K, T(p.scale), stripe, stripe, load, store);
         if (ends && !verify) store_state(stripe.data, p.pool.strides, p.K, v, columns, pool);
       });
     }
