@@ -1,7 +1,7 @@
-// How dynamic_conv and dynamic_conv_step launch their kernel (dynamic_conv_kernel.cuh), without its headers.
+// How dynamic_conv and dynamic_conv_step launch their kernels, without their headers.
 #pragma once
 
-#include "csrc/dynamic_conv/conv_window.cuh"
+#include "csrc/dynamic_conv/conv_sequences.h"
 
 namespace jet::hopper {
 
@@ -9,8 +9,7 @@ struct DynamicConvArguments {
   ConvSequences sequences;
   ConvStates states;
   int64_t D;
-  int panels;           // of 64 along R
-  int tiles, per_part;  // of channels, in all and for a CTA
+  int panels;  // of 64 along R
   bool silu;
   const void* bias;  // or null
   void* y;
@@ -20,19 +19,12 @@ struct DynamicConvArguments {
 struct DynamicConvLaunch {
   const char* op;
   Dtype dtype;
-  int64_t D, R;
+  int64_t D, R, W;
   const void *x, *hidden, *weight;
   int64_t x_stride, hidden_stride;
-  DynamicConvArguments arguments;  // all but panels, tiles and per_part
+  DynamicConvArguments arguments;  // all but panels
 };
 
-// Instantiated per dtype: dynamic_conv_bf16.cu, dynamic_conv_f16.cu.
-template <class Element>
-void launch_dynamic_conv_of(const DynamicConvLaunch& l, int64_t W, cudaStream_t stream);
-
-inline void launch_dynamic_conv(const DynamicConvLaunch& l, int64_t W, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  l.dtype == Dtype::bf16 ? launch_dynamic_conv_of<bf16>(l, W, on) : launch_dynamic_conv_of<f16>(l, W, on);
-}
+void launch_dynamic_conv(const DynamicConvLaunch& l, void* stream);  // dynamic_conv_kernels.cu
 
 }  // namespace jet::hopper
