@@ -306,7 +306,7 @@ def test_explicit_kernels_are_read_once():
 
 
 @pytest.mark.simulator
-@pytest.mark.parametrize("stem", ("dynamic_conv_kernels", "apply_dynamic_conv"))
+@pytest.mark.parametrize("stem", ("dynamic_conv", "apply_dynamic_conv"))
 def test_no_spills_and_no_local_memory(stem):
     for name, facts in report(f"csrc.dynamic_conv.{stem}").items():
         assert facts.spill_bytes == 0 and facts.stack_bytes == 0, name

@@ -53,6 +53,7 @@ __device__ void generate(typename Config::Mma::Accumulator& kernel, SmallConvSha
   using Mma = typename Config::Mma;
   Consumer<Config::stages> ring(shared.ring);
   int previous = 0;
+#pragma unroll 1
   for (int panel = 0; panel < panels; ++panel, ring.advance()) {
     const int stage = ring.wait();
     const typename Config::A a(shared.stage[stage].a);

@@ -9,7 +9,6 @@
 #include <type_traits>
 
 #include "csrc/dynamic_conv/conv_window.cuh"
-#include "csrc/dynamic_conv/dynamic_conv_launch.cuh"
 #include "csrc/hopper/cluster.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/pipeline.h"
@@ -17,6 +16,26 @@
 #include "csrc/hopper/wgmma.h"
 
 namespace jet::hopper {
+
+struct DynamicConvArguments {
+  ConvSequences sequences;
+  ConvStates states;
+  int64_t D;
+  int panels;  // of 64 along R
+  bool silu;
+  const void* bias;  // or null
+  void* y;
+};
+
+// What dynamic_conv and dynamic_conv_step have in common: M tokens in rows.
+struct DynamicConvLaunch {
+  const char* op;
+  Dtype dtype;
+  int64_t D, R, W;
+  const void *x, *hidden, *weight;
+  int64_t x_stride, hidden_stride;
+  DynamicConvArguments arguments;  // all but panels
+};
 
 template <class Element_, int W_, int P_, int M_>
 struct ConvTile {
