@@ -21,34 +21,34 @@ struct ApplyArguments {
 };
 
 template <class Element, int W>
-__device__ void apply_token(const ApplyArguments& p, const uint4 (&window)[W], int64_t m, int64_t d) {
-  uint4 x[W];
+__device__ void apply_token(const ApplyArguments& p, const Elements<8> (&window)[W], int64_t m, int64_t d) {
+  Elements<8> x[W];
 #pragma unroll
   for (int w = 0; w < W; ++w) x[w] = window[w];
   const TokenPlace place = place_of_token<W>(p.sequences, m);
-  if (place.position < W - 1) begin_of_sequence(x, p.states, place, d);
-  uint4 raw[W];  // kernels [8, W]
-  const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.kernels) + (m * p.D + d) * W);
+  if (place.position < W - 1) begin_of_sequence(x, load_state<8, W>(p.states, place, d), place.position);
+  Elements<8> raw[W];  // kernels [8, W]
+  const auto* from = static_cast<const uint16_t*>(p.kernels) + (m * p.D + d) * W;
 #pragma unroll
-  for (int i = 0; i < W; ++i) raw[i] = __ldcg(from + i);
+  for (int i = 0; i < W; ++i) raw[i] = load_elements<8>(from + 8 * i);
   float kernels[8 * W], z[8] = {};
 #pragma unroll
   for (int i = 0; i < W; ++i) {
     float eight[8];
-    unpack_8<Element>(eight, raw[i]);
+    unpack_elements<Element>(eight, raw[i]);
 #pragma unroll
     for (int c = 0; c < 8; ++c) kernels[8 * i + c] = eight[c];
   }
 #pragma unroll
   for (int w = 0; w < W; ++w) {
     float input[8];
-    unpack_8<Element>(input, x[w]);
+    unpack_elements<Element>(input, x[w]);
 #pragma unroll
     for (int c = 0; c < 8; ++c) z[c] += kernels[c * W + w] * input[c];  // z += kernel[t, d, w] x[t - (W-1) + w, d]
   }
-  uint4 y = activate_8<Element>(z, p.silu);
-  if (place.outside) y = make_uint4(0, 0, 0, 0);
-  __stcg(reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.y) + m * p.D + d), y);
+  Elements<8> y = activate<Element>(z, p.silu);
+  if (place.outside) y = {};
+  store_elements(static_cast<uint16_t*>(p.y) + m * p.D + d, y);
   if (place.last && !place.outside) end_of_sequence(x, p.states, place, d);
 }
 
@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(kApplyThreads, 1) apply_kernel(const __grid_co
       if (sequence_bound(p.sequences, n) == sequence_bound(p.sequences, n + 1)) pass_state_on<W>(p.states, n, p.D);
   if (d >= p.D) return;
   const auto input = [&](int64_t m) {
-    if (m < 0 || m >= p.sequences.tokens) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.x) + m * p.x_stride + d);
+    if (m < 0 || m >= p.sequences.tokens) return Elements<8>{};
+    return load_elements<8>(static_cast<const uint16_t*>(p.x) + m * p.x_stride + d);
   };
-  uint4 window[W];
+  Elements<8> window[W];
 #pragma unroll
   for (int w = 1; w < W; ++w) window[w] = input(m0 - W + w);
   for (int64_t m = m0; m < m0 + kRun && m < p.sequences.tokens; ++m) {

@@ -1,5 +1,5 @@
-// The inputs that a token's kernel meets, 8 channels at a time, and the state of a sequence: what the Hopper kernels of the
-// convolution share. Elements are 16 bits; 8 of them lie in a uint4.
+// The inputs that a token's kernel meets, the state of a sequence, the activation: what the Hopper kernels of the convolution share.
+// Elements have 16 bits; a thread has 4 or 8 consecutive channels, P.
 #pragma once
 
 #include "csrc/dynamic_conv/conv_inputs.h"
@@ -41,9 +41,10 @@ template <int W>
 __device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
   int64_t n = 0;
   if (s.cu_seqlens == nullptr) {
-    n = m / s.T;
+    n = static_cast<uint32_t>(m) / static_cast<uint32_t>(s.T);  // tokens are fewer than 2^31, and 64 bits are divided by a long routine
   } else {
     int64_t above = s.N + 1;  // the last n with bound(n) <= m is in [n, above)
+#pragma unroll 1
     while (above - n > 1) {
       const int64_t middle = (n + above) / 2;
       (sequence_bound(s, middle) <= m ? n : above) = middle;
@@ -56,55 +57,89 @@ __device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
   return {none ? 0 : static_cast<int>(row), static_cast<int8_t>(position < W - 1 ? position : W - 1), m + 1 == sequence_bound(s, n + 1), none};
 }
 
-// Element i of 8 n elements in registers; i is a constant after unrolling.
+// n elements in registers, a multiple of 4, 16 or 8 bytes in an access. Indices are constants after unrolling.
 template <int n>
-__device__ uint32_t element(const uint4 (&x)[n], int i) {
-  const uint4& four = x[i / 8];
-  const uint32_t word = i / 2 % 4 == 0 ? four.x : i / 2 % 4 == 1 ? four.y : i / 2 % 4 == 2 ? four.z : four.w;
-  return i % 2 == 0 ? word & 0xffff : word >> 16;
+struct Elements {
+  uint32_t words[n / 2];
+  __device__ uint32_t operator[](int i) const { return i % 2 == 0 ? words[i / 2] & 0xffff : words[i / 2] >> 16; }
+};
+
+template <int n>
+__device__ Elements<n> load_elements(const void* from) {
+  Elements<n> x;
+  if constexpr (n % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < n / 8; ++i) {
+      const uint4 eight = static_cast<const uint4*>(from)[i];
+      x.words[4 * i] = eight.x, x.words[4 * i + 1] = eight.y, x.words[4 * i + 2] = eight.z, x.words[4 * i + 3] = eight.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < n / 4; ++i) {
+      const uint2 four = static_cast<const uint2*>(from)[i];
+      x.words[2 * i] = four.x, x.words[2 * i + 1] = four.y;
+    }
+  }
+  return x;
 }
 
-// 8 elements, element(c) giving number c as the low 16 bits.
-template <class F>
-__device__ uint4 gather_8(const F& element) {
-  uint32_t words[4];
+template <int n>
+__device__ void store_elements(void* to, const Elements<n>& x) {
+  if constexpr (n % 8 == 0) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) words[j] = element(2 * j) | element(2 * j + 1) << 16;
-  return make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < n / 8; ++i)
+      __stcg(static_cast<uint4*>(to) + i, make_uint4(x.words[4 * i], x.words[4 * i + 1], x.words[4 * i + 2], x.words[4 * i + 3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < n / 4; ++i) __stcg(static_cast<uint2*>(to) + i, make_uint2(x.words[2 * i], x.words[2 * i + 1]));
+  }
+}
+
+// n elements, element(i) giving number i as the low 16 bits.
+template <int n, class F>
+__device__ Elements<n> gather(const F& element) {
+  Elements<n> x;
+#pragma unroll
+  for (int j = 0; j < n / 2; ++j) x.words[j] = element(2 * j) | element(2 * j + 1) << 16;
+  return x;
+}
+
+// Where the state of channels d.. of a sequence is.
+template <int W>
+__device__ const void* state_in(const ConvStates& states, const TokenPlace& place, int64_t d) {
+  return static_cast<const uint16_t*>(states.in) + place.row * states.stride + d * (W - 1);
+}
+
+// The state of P channels, which begin_of_sequence takes; zeros where there is none.
+template <int P, int W>
+__device__ Elements<P * (W - 1)> load_state(const ConvStates& states, const TokenPlace& place, int64_t d) {
+  if (states.in == nullptr) return {};
+  return load_elements<P * (W - 1)>(state_in<W>(states, place, d));
 }
 
 // x[w] of a token whose position is below W - 1: where the sequence had not begun, inputs come from its state.
-template <int W>
-__device__ void begin_of_sequence(uint4 (&x)[W], const ConvStates& states, const TokenPlace& place, int64_t d) {
-  uint4 state[W - 1] = {};
-  if (states.in != nullptr) {
-    const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(states.in) + place.row * states.stride + d * (W - 1));
-#pragma unroll
-    for (int i = 0; i < W - 1; ++i) state[i] = from[i];
-  }
+template <int P, int W>
+__device__ void begin_of_sequence(Elements<P> (&x)[W], const Elements<P * (W - 1)>& state, int position) {
 #pragma unroll
   for (int i = 0; i < W - 1; ++i) {
-    const uint4 inputs = gather_8([&](int c) { return element(state, c * (W - 1) + i); });  // number i of each channel
+    const Elements<P> inputs = gather<P>([&](int c) { return state[c * (W - 1) + i]; });  // number i of each channel
 #pragma unroll
     for (int w = 0; w < W - 1; ++w)
-      if (place.position + w == i) x[w] = inputs;
+      if (position + w == i) x[w] = inputs;
   }
 }
 
 // The state after a sequence's last token: its window without the oldest input.
-template <int W>
-__device__ void end_of_sequence(const uint4 (&x)[W], const ConvStates& states, const TokenPlace& place, int64_t d) {
-  auto* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(states.out) + place.row * states.stride + d * (W - 1));
+template <int P, int W>
+__device__ void end_of_sequence(const Elements<P> (&x)[W], const ConvStates& states, const TokenPlace& place, int64_t d) {
+  const auto state = gather<P * (W - 1)>([&](int e) {  // channels first
+    uint32_t value = 0;
 #pragma unroll
-  for (int i = 0; i < W - 1; ++i)
-    __stcg(to + i, gather_8([&](int c) {
-             const int e = 8 * i + c;  // of the 8 (W - 1) elements, channels first
-             uint32_t value = 0;
-#pragma unroll
-             for (int w = 1; w < W; ++w)
-               if (e % (W - 1) == w - 1) value = element(x, 8 * w + e / (W - 1));
-             return value;
-           }));
+    for (int w = 1; w < W; ++w)
+      if (e % (W - 1) == w - 1) value = x[w][e / (W - 1)];
+    return value;
+  });
+  store_elements(static_cast<uint16_t*>(states.out) + place.row * states.stride + d * (W - 1), state);
 }
 
 // A sequence of no tokens hands its state on. By one warp.
@@ -112,28 +147,40 @@ template <int W>
 __device__ void pass_state_on(const ConvStates& states, int64_t n, int64_t D) {
   const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(states.in) + n * states.stride);
   auto* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(states.out) + n * states.stride);
+#pragma unroll 1
   for (int64_t i = threadIdx.x % 32; i < D * (W - 1) / 8; i += 32) to[i] = states.in == nullptr ? make_uint4(0, 0, 0, 0) : from[i];
 }
 
-// z / (1 + e^-z), with the hardware's approximations of exp and of division: relative error about 1e-6
-__device__ inline float fast_silu(float z) { return __fdividef(z, 1.0f + __expf(-z)); }
-
-// act(z) of 8 channels, rounded
-template <class Element>
-__device__ uint4 activate_8(const float (&z)[8], bool silu) {
-  float y[8];
-#pragma unroll
-  for (int c = 0; c < 8; ++c) y[c] = silu ? fast_silu(z[c]) : z[c];
-  return make_uint4(pack<Element>(y[0], y[1]), pack<Element>(y[2], y[3]), pack<Element>(y[4], y[5]), pack<Element>(y[6], y[7]));
+// 1 / (1 + e^-z) with the hardware's 2^x and 1 / x: relative error about 1e-6 down to z = -87. Below, e^-z or its inverse leaves the range of
+// fp32 and this is 0, so silu(z) = -0 where it is above -2e-36; and NaN at -inf, as -inf * 0 is.
+__device__ inline float fast_sigmoid(float z) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.442695041f));  // log2(e)
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+  return inverse;
 }
 
-// 8 elements as fp32
-template <class Element>
-__device__ void unpack_8(float (&x)[8], const uint4& from) {
-  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+// act(z) of P channels, rounded. Without a branch, so that what stands before and behind overlaps with the approximations.
+template <class Element, int P>
+__device__ Elements<P> activate(const float (&z)[P], bool silu) {
+  float y[P];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float2 pair = unpack<Element>(words[j]);
+  for (int c = 0; c < P; ++c) {
+    const float sigmoid = fast_sigmoid(z[c]);
+    y[c] = z[c] * (silu ? sigmoid : 1.0f);
+  }
+  Elements<P> packed;
+#pragma unroll
+  for (int j = 0; j < P / 2; ++j) packed.words[j] = pack<Element>(y[2 * j], y[2 * j + 1]);
+  return packed;
+}
+
+// As fp32
+template <class Element, int n>
+__device__ void unpack_elements(float (&x)[n], const Elements<n>& from) {
+#pragma unroll
+  for (int j = 0; j < n / 2; ++j) {
+    const float2 pair = unpack<Element>(from.words[j]);
     x[2 * j] = pair.x, x[2 * j + 1] = pair.y;
   }
 }

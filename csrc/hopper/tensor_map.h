@@ -110,6 +110,12 @@ __device__ void load_multicast(void* shared, const CUtensorMap& map, Event& fill
   cute::SM90_TMA_LOAD_MULTICAST::copy(&map, filled.word(), ranks, static_cast<uint64_t>(reuse), shared, coordinates...);
 }
 
+// Asks for the same box to be brought into the L2. Nothing is written and nothing to wait for.
+template <class... Coordinates>
+__device__ void prefetch_box(const CUtensorMap& map, Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD::PREFETCH::copy(&map, coordinates...);
+}
+
 // Fills a whole operand tile: panel p holds the box at (column + p * panel_width, row).
 template <class Tile>
 __device__ void load_tile(char* shared, const CUtensorMap& map, Event& filled, Reuse reuse, int column, int row) {

@@ -1,7 +1,0 @@
-#include "csrc/dynamic_conv/dynamic_conv_kernel.cuh"
-
-namespace jet::hopper {
-
-template void launch_dynamic_conv_of<bf16>(const DynamicConvLaunch&, int64_t, cudaStream_t);
-
-}  // namespace jet::hopper
