@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, required=True)
     parser.add_argument("--cases", type=json.loads, default=[])
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
     context = Context(arguments.part, arguments.name, arguments.rows, arguments.settings, tuple(arguments.cases))
     worker = importlib.import_module(arguments.module)
     if getattr(worker, "NEEDS_LIBRARY", True):
@@ -100,6 +99,7 @@ def main() -> None:
     if hasattr(worker, "run"):
         worker.run(context)
         return
+    warnings.simplefilter("ignore")  # who served a call is in its row
     torch = sys.modules.get("torch")  # a worker that does not need it is not made to wait for it
     with torch.no_grad() if torch else contextlib.nullcontext():
         for case in context.cases:

@@ -5,6 +5,7 @@ from pathlib import Path
 from benchmarks.gpu_run import sanitizer, store
 from benchmarks.gpu_run.supervisor import Job
 
+NEEDS_LIBRARY = False
 JUDGES = True  # runs what is broken
 MOST = 6
 

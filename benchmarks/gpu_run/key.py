@@ -129,9 +129,8 @@ def launches(case: Case, context) -> dict[str, object]:
     return {"kernels": {name: round(us, 2) for name, us in found.items()}}
 
 
-def peer_call(case: Case, device):
+def peer_call(case: Case, args: tuple):
     """A call of what stands beside an op, on the same arguments."""
-    args = case.make(Draw(device, seed=2))
     if case.op in ("dynamic_conv", "dynamic_conv_step"):
         return lambda: peers.generator_gemm(*args[:4])
     return lambda: ops.function(case.op, "jet_plain")(*args, ops.PLAIN_ASKED)
@@ -140,7 +139,8 @@ def peer_call(case: Case, device):
 def peer(case: Case, context) -> dict[str, object]:
     if case.op in ("chunk_gated_delta_rule", RECURRENT):
         from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet_plain)
-    timing = device_time([peer_call(case, context.device)], seconds=0.1)
+    sets = [case.make(Draw(context.device, seed=2 + i)) for i in range(rotations(case.work.bytes, l2_bytes(context.device)))]
+    timing = device_time([peer_call(case, args) for args in sets], seconds=0.1)
     ours = context.known(case.name).get("us")
     row = {"peer": PEERS[case.op], **measure.timing_row(timing), "ours_us": ours}
     return row | ({"times_ours": row["us"] / ours} if ours else {})

@@ -6,7 +6,7 @@ HERE = "benchmarks.gpu_run"
 SECONDS = 540
 # At most 8 files come back from some machines: four of rows, results.json, summary.md, broken.json, run.log.
 LIBRARY = Part("library", f"{HERE}.library", "smoke", share=60, most=240, start=60, silence=240)
-FAILURES = Part("failures", f"{HERE}.failures", "smoke", share=30, most=32, workers=6, silence=32, watchdog=True)
+FAILURES = Part("failures", f"{HERE}.failures", "smoke", share=42, most=42, workers=6, silence=42, watchdog=True)
 WARM = Part("warm", f"{HERE}.warm", "rest", share=0)
 PARTS = (
     Part("smoke", f"{HERE}.smoke", "smoke", share=45, most=45, workers=6, ahead=2, start=30, silence=20, culprits=1, watchdog=True),
