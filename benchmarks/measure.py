@@ -126,9 +126,10 @@ def measure_model(model, batch: int, ceilings: Ceilings, bar) -> list[dict[str, 
     step_work = model_work(model, batch, PROMPT)
     prefill_work = Work(step_work.bytes, 2 * batch * PROMPT * sum(p.numel() for p in model.parameters()))
     common = {"method": "clock", "n": speed.runs, "served_by": "the model"}
+    timed = (("model prefill", prefill, batch * PROMPT, prefill_work), ("model decode step", step, batch, step_work))
     return [
-        {"op": "model prefill", "us": prefill * 1e6, "tokens_per_s": batch * PROMPT / prefill, **common, **floor_row(prefill, prefill_work, ceilings)},
-        {"op": "model decode step", "us": step * 1e6, "tokens_per_s": batch / step, **common, **floor_row(step, step_work, ceilings)},
+        {"op": op, "us": seconds * 1e6, "tokens_per_s": tokens / seconds, **common, **floor_row(seconds, work, ceilings)}
+        for op, seconds, tokens, work in timed
     ]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.gpu_run import library, plan, store, summary, versus
 from benchmarks.gpu_run.supervisor import Background, Part, Pool
+from benchmarks.rows import reason
 
 NO_GPU = 3
 LEAST = 8  # s: with less left, no part is begun
@@ -55,20 +56,21 @@ class Run:
         start = time.monotonic()
         before = store.known(self.output)
         good = {case for (name, case), row in before.items() if name == part.name and store.is_good(row)}
-        jobs = [job._replace(cases=tuple(case for case in job.cases if case not in good)) for job in self.jobs(part) if not job.cases or set(job.cases) - good]
+        jobs = [job for job in self.jobs(part) if not job.cases or set(job.cases) - good]
+        jobs = [job._replace(cases=tuple(case for case in job.cases if case not in good)) for job in jobs]
         print(f"---- {part.name}: up to {seconds:.0f} s", flush=True)
         finished = Pool(part, jobs, self.settings, start + seconds, self.folder, say=lambda text: print(text, flush=True)).run()
         rows = summary.rows_of(part.name, store.known(self.output))
         line = summary.overview(part.name, rows, finished, time.monotonic() - start, len(good))
         if not jobs and not rows:
-            line["reason"] = "there was nothing to do"
+            line["reason"] = getattr(import_module(part.module), "NOTHING", "there was nothing to do")
         self.done.append(line)
 
     def jobs(self, part: Part) -> list:
         try:
             return import_module(part.module).jobs(self.settings)
         except Exception as error:  # one part must not stop the others
-            store.append(self.output / f"rows-{part.rows}.jsonl", {"part": part.name, "case": part.name, "failed": f"{type(error).__name__}: {error}"[:300]})
+            store.append(self.output / f"rows-{part.rows}.jsonl", {"part": part.name, "case": part.name, "failed": reason(error)})
             return []
 
     def after(self, part: Part) -> None:

@@ -141,7 +141,7 @@ def make_usable() -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run.library", description=__doc__.splitlines()[0])
-    parser.add_argument("--for-python", metavar="PYTHON", help="compile the introspection module for this interpreter (its headers are needed, torch is not)")
+    parser.add_argument("--for-python", metavar="PYTHON", help="compile the introspection module for this interpreter; needs its headers, not torch")
     parser.add_argument("--watchdog", action="store_true", help="build the library whose waits have a watchdog")
     arguments = parser.parse_args()
     if arguments.for_python:

@@ -19,9 +19,9 @@ MARKER = "gpu"  # of pyproject.toml
 TESTS = ROOT / "tests"
 SHARES = 3  # of a file of tests of kernels
 OP_OF_TEST = {  # the first that is in a test's name
-    "draft": "recurrent_gated_delta_rule_verify", "accepted": "recurrent_gated_delta_rule_commit", "test_recurrent_kernels": "recurrent_gated_delta_rule",
-    "test_step": "dynamic_conv_step", "apply": "apply_dynamic_conv", "test_dynamic_conv_kernels": "dynamic_conv",
-    "chunk_gated_delta_rule": "chunk_gated_delta_rule", "recurrent_gated_delta_rule": "recurrent_gated_delta_rule",
+    "draft": "recurrent_gated_delta_rule_verify", "accepted": "recurrent_gated_delta_rule_commit",
+    "test_recurrent_kernels": "recurrent_gated_delta_rule", "test_step": "dynamic_conv_step", "apply": "apply_dynamic_conv",
+    "test_dynamic_conv_kernels": "dynamic_conv", "chunk_gated_delta_rule": "chunk_gated_delta_rule", "recurrent_gated_delta_rule": "recurrent_gated_delta_rule",
     "dynamic_conv_step": "dynamic_conv_step", "dynamic_conv": "dynamic_conv",
 }  # fmt: skip
 
@@ -33,7 +33,8 @@ def files() -> list[Path]:
 
 
 def describe() -> list[str]:
-    return [f"pytest of the tests marked {MARKER} in {', '.join(path.name for path in files())}: every test of a kernel that also runs on the simulator, on the GPU"]
+    names = ", ".join(path.name for path in files())
+    return [f"pytest of the tests marked {MARKER} in {names}: every test of a kernel that also runs on the simulator, on the GPU"]
 
 
 def jobs(settings: dict) -> list[Job]:

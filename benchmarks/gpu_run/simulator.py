@@ -26,6 +26,7 @@ DIFFERENCE_CEILING = 2e-3
 GEMM_SIZE = (130, 74, 200)  # tails in every dimension
 GEMMS = [(dtype, source) for dtype in ("bf16", "f16") for source in ("ss", "rs")]
 SWIZZLE = 128
+NOTHING = "no file was brought along: --simulated FILE"
 
 
 def describe() -> list[str]:

@@ -11,13 +11,15 @@ from benchmarks.report import Row, cell, reasons, table
 
 TIMES = {
     "case": "case", "us": "us", "forecast_us": "forecast us", "times_forecast": "us / forecast", "far": "", "floor_us": "floor us",
-    "reached_percent": "% of floor", "above_empty_us": "over empty us", "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "peer": "peer", "ours_us": "ours us",
-    "times_ours": "peer / ours", "kernels": "us of each kernel", "rms_error": "RMS error", "served_by": "served by", "n": "n", "method": "method", "note": "note",
-    "earlier": "earlier run",
+    "reached_percent": "% of floor", "above_empty_us": "over empty us", "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "peer": "peer",
+    "ours_us": "ours us", "times_ours": "peer / ours", "kernels": "us of each kernel", "rms_error": "RMS error", "served_by": "served by", "n": "n",
+    "method": "method", "note": "note", "earlier": "earlier run",
 }  # fmt: skip
 TABLES: dict[str, dict[str, str]] = {
     "library": {"step": "step", "what": "what", "seconds": "s"},
-    "smoke": {"case": "case", "status": "status", "rms_error": "RMS error", "served_by": "served by", "memcheck": "memcheck", "earlier": "earlier run"},
+    "smoke": {
+        "case": "case", "status": "status", "rms_error": "RMS error", "served_by": "served by", "memcheck": "memcheck", "earlier": "earlier run",
+    },
     "key": TIMES,
     "sizes": TIMES,
     "tests": {"file": "file", "passed": "passed", "failures": "failed", "not_run": "skipped", "left_out": "left out", "seconds": "s"},
@@ -26,9 +28,9 @@ TABLES: dict[str, dict[str, str]] = {
         "method": "method", "note": "note", "earlier": "earlier run",
     },
     "model": {
-        "case": "case", "us": "us a step", "tokens_per_s": "tokens/s", "floor_us": "floor us", "reached_percent": "% of floor", "prefill_us": "prefill us",
-        "prefill_tokens_per_s": "prefill tokens/s", "slowest_us": "slowest us", "again_us": "us again", "times_again": "first / again", "n": "n",
-        "method": "method", "earlier": "earlier run",
+        "case": "case", "us": "us a step", "tokens_per_s": "tokens/s", "floor_us": "floor us", "reached_percent": "% of floor",
+        "prefill_us": "prefill us", "prefill_tokens_per_s": "prefill tokens/s", "slowest_us": "slowest us", "again_us": "us again", "times_again": "first / again",
+        "n": "n", "method": "method", "earlier": "earlier run",
     },
     "simulator": {"case": "case", "output": "output", "rms_difference": "RMS difference", "max_difference": "largest", "bitwise_equal": "bitwise"},
     "sanitizer": {"case": "tool", "calls": "calls", "findings": "findings"},
@@ -60,7 +62,8 @@ def why(rows: Sequence[Row]) -> list[str]:
 
 
 def far_off(rows: Sequence[Row]) -> list[str]:
-    return [f"* {row['case']}: {cell(row['us'])} us where {cell(row['forecast_us'])} us were forecast ({row['limit']})" for row in rows if row.get("far")]
+    far = [row for row in rows if row.get("far")]
+    return [f"* {row['case']}: {cell(row['us'])} us where {cell(row['forecast_us'])} us were forecast ({row['limit']})" for row in far]
 
 
 def section(part: dict[str, object], rows: Sequence[Row]) -> str:
@@ -78,7 +81,8 @@ def section(part: dict[str, object], rows: Sequence[Row]) -> str:
 
 
 def rows_of(part: str, known: dict[tuple[str, str], Row]) -> list[Row]:
-    return [row for (name, _), row in known.items() if name == part]
+    """Of one part, without what says where they came from."""
+    return [{key: value for key, value in row.items() if key not in ("part", "child")} for (name, _), row in known.items() if name == part]
 
 
 def facts_of(known: dict[tuple[str, str], Row]) -> Row:
@@ -89,7 +93,7 @@ def write(output: Path, done: Sequence[dict[str, object]]) -> None:
     """After each part, so that a run that is cut off leaves what it had."""
     known = store.known(output)
     facts = facts_of(known)
-    parts = [{**part, "rows": [{k: v for k, v in row.items() if k not in ("part", "child")} for row in rows_of(str(part["part"]), known)]} for part in done]
+    parts = [{**part, "rows": rows_of(str(part["part"]), known)} for part in done]
     (output / "results.json").write_text(json.dumps({"provenance": facts, "parts": parts}, indent=1) + "\n")
     provenance = table([{"fact": key, "value": cell(value)} for key, value in facts.items()], {"fact": "fact", "value": "value"})
     sections = [section(part, part["rows"]) for part in parts]
@@ -101,9 +105,10 @@ def screen(output: Path, done: Sequence[dict[str, object]]) -> str:
     """The end of what the command prints: verdicts, key times, what went wrong. Short: of a long output only the end may come back."""
     known = store.known(output)
     tables = [table(done, {"part": "part", "status": "status", "seconds": "s", "reason": "why"})]
-    for name, columns in (("smoke", ("case", "status", "rms_error")), ("key", ("case", "us", "forecast_us", "times_forecast", "far", "reached_percent"))):
+    columns = {"smoke": ("case", "status", "rms_error"), "key": ("case", "us", "forecast_us", "times_forecast", "far", "reached_percent")}
+    for name in columns:
         if rows := [row for row in shown(name, rows_of(name, known)) if "/" not in row["case"]]:
-            tables.append(f"{name}\n" + table(rows, {key: TABLES[name][key] for key in columns}))
+            tables.append(f"{name}\n" + table(rows, {key: TABLES[name][key] for key in columns[name]}))
     if rows := shown("tests", rows_of("tests", known)):
         tables.append("tests\n" + table(rows, TABLES["tests"]))
     wrong = [f"{part['part']} {line[:300]}" for part in done for line in why(rows_of(str(part["part"]), known))[:12]]

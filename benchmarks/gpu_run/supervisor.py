@@ -92,8 +92,9 @@ class Child:
         command = [sys.executable, "-m", "benchmarks.gpu_run.child", part.module, "--part", part.name, "--name", self.name, "--rows", str(rows)]
         command += ["--settings", json.dumps(settings), "--cases", json.dumps(job.cases)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=handle, stderr=subprocess.STDOUT, cwd=ROOT, env=environment_of(part, settings), start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=handle, stderr=subprocess.STDOUT, cwd=ROOT, env=environment_of(part, settings),
+            start_new_session=True,
+        )  # fmt: skip
         os.close(handle)
 
     def go(self) -> None:

@@ -81,10 +81,12 @@ def describe() -> list[str]:
     def group(op: str) -> list[Problem]:
         return [problem for problem in problems() if problem.op == op]
 
-    return [
-        f"{op} at {', '.join(dict.fromkeys(' x '.join(map(str, p.size)) for p in group(op)))}: {', '.join(dict.fromkeys(n for p in group(op) for n in p.peers))}"
-        for op in dict.fromkeys(problem.op for problem in problems())
-    ]
+    lines = []
+    for op in dict.fromkeys(problem.op for problem in problems()):
+        sizes = dict.fromkeys(" x ".join(map(str, problem.size)) for problem in group(op))
+        names = dict.fromkeys(name for problem in group(op) for name in problem.peers)
+        lines.append(f"{op} at {', '.join(sizes)}: {', '.join(names)}")
+    return lines
 
 
 def jobs(settings: dict) -> list[Job]:
@@ -146,7 +148,8 @@ def prepare_chunk(problem: Problem, device: torch.device, broken: bool) -> Prepa
     def call(values):
         return torch.ops.jet.chunk_gated_delta_rule(*values.values(), None, None, shape.K**-0.5, True)
 
-    return Prepared([(values,) for values in inputs], *our_side(lambda: [partial(call, values) for values in inputs], lambda: call(inputs[0]), broken))
+    ours = our_side(lambda: [partial(call, values) for values in inputs], lambda: call(inputs[0]), broken)
+    return Prepared([(values,) for values in inputs], *ours)
 
 
 def prepare_recurrent(problem: Problem, device: torch.device, broken: bool) -> Prepared:

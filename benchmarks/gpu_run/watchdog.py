@@ -12,12 +12,14 @@ SLOTS = 256
 RECORD = struct.Struct("<8I")  # block x, y, z; thread; threads of the block; barrier; parity; written
 SIZE = SLOTS * RECORD.size
 FIXED_NOREPLACE = 0x100000  # <linux/mman.h>
+MAPPED = 2  # cudaHostRegisterMapped
 LINES = 12
 
 
 def line(record: tuple[int, ...]) -> str:
     x, y, z, thread, threads, barrier, parity, _ = record
-    return f"jetkernels watchdog: block ({x}, {y}, {z}), thread {thread} of {threads}, waits for parity {parity} of the barrier at shared address {barrier:#x}"
+    where = f"block ({x}, {y}, {z}), thread {thread} of {threads}"
+    return f"jetkernels watchdog: {where}, waits for parity {parity} of the barrier at shared address {barrier:#x}"
 
 
 def lines(memory: bytes) -> list[str]:
@@ -47,7 +49,7 @@ def records() -> ctypes.Array | None:
         print(f"no watchdog: nothing can be mapped at {ADDRESS:#x}", flush=True)
         return None
     torch.cuda.init()
-    status = torch.cuda.cudart().cudaHostRegister(ADDRESS, size, 0)
+    status = torch.cuda.cudart().cudaHostRegister(ADDRESS, size, MAPPED)
     if int(status) != 0:
         print(f"no watchdog: cudaHostRegister says {status}; a kernel that hangs will be called an illegal address", flush=True)
         return None
