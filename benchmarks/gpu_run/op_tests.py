@@ -21,8 +21,8 @@ SHARES = 3  # of a file of tests of kernels
 OP_OF_TEST = {  # the first that is in a test's name
     "draft": "recurrent_gated_delta_rule_verify", "accepted": "recurrent_gated_delta_rule_commit",
     "test_recurrent_kernels": "recurrent_gated_delta_rule", "test_step": "dynamic_conv_step", "apply": "apply_dynamic_conv",
-    "test_dynamic_conv_kernels": "dynamic_conv", "chunk_gated_delta_rule": "chunk_gated_delta_rule", "recurrent_gated_delta_rule": "recurrent_gated_delta_rule",
-    "dynamic_conv_step": "dynamic_conv_step", "dynamic_conv": "dynamic_conv",
+    "test_dynamic_conv_kernels": "dynamic_conv", "chunk_gated_delta_rule": "chunk_gated_delta_rule",
+    "recurrent_gated_delta_rule": "recurrent_gated_delta_rule", "dynamic_conv_step": "dynamic_conv_step", "dynamic_conv": "dynamic_conv",
 }  # fmt: skip
 
 

@@ -29,8 +29,8 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "model": {
         "case": "case", "us": "us a step", "tokens_per_s": "tokens/s", "floor_us": "floor us", "reached_percent": "% of floor",
-        "prefill_us": "prefill us", "prefill_tokens_per_s": "prefill tokens/s", "slowest_us": "slowest us", "again_us": "us again", "times_again": "first / again",
-        "n": "n", "method": "method", "earlier": "earlier run",
+        "prefill_us": "prefill us", "prefill_tokens_per_s": "prefill tokens/s", "slowest_us": "slowest us", "again_us": "us again",
+        "times_again": "first / again", "n": "n", "method": "method", "earlier": "earlier run",
     },
     "simulator": {"case": "case", "output": "output", "rms_difference": "RMS difference", "max_difference": "largest", "bitwise_equal": "bitwise"},
     "sanitizer": {"case": "tool", "calls": "calls", "findings": "findings"},
