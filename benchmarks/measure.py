@@ -7,12 +7,12 @@ import gc
 
 import torch
 
-from benchmarks import floors, ops, parts
+from benchmarks import floors, ops
 from benchmarks.floors import Ceilings, Work
 from benchmarks.ops import Case
-from benchmarks.parts import Clock, Rows
 from benchmarks.provenance import provenance
-from benchmarks.shapes import SHAPES, Draw, Shape, chosen_shapes
+from benchmarks.rows import Clock, Rows, device_is_lost, reason
+from benchmarks.shapes import SHAPES, Draw, Shape
 from benchmarks.timing import Timing, device_time, l2_bytes, rotations
 
 ERROR_CEILING = 5e-3  # outputs and states with bf16 operands, RMS against fp64
@@ -21,7 +21,7 @@ PRODUCT = 8192
 EMPTY_LAUNCHES = 64
 LAUNCH_MATTERS = 50e-6  # s: below, the time over an empty launch is told too
 MODEL_BATCHES = (1, 16, 128)
-MODEL_SECONDS = 40  # of this part, at most
+MODEL_SECONDS = 40  # at most
 PROMPT, NEW_TOKENS = 512, 32
 
 
@@ -126,71 +126,55 @@ def measure_model(model, batch: int, ceilings: Ceilings, bar) -> list[dict[str, 
     step_work = model_work(model, batch, PROMPT)
     prefill_work = Work(step_work.bytes, 2 * batch * PROMPT * sum(p.numel() for p in model.parameters()))
     common = {"method": "clock", "n": speed.runs, "served_by": "the model"}
+    timed = (("model prefill", prefill, batch * PROMPT, prefill_work), ("model decode step", step, batch, step_work))
     return [
-        {"op": "model prefill", "us": prefill * 1e6, "tokens_per_s": batch * PROMPT / prefill, **common, **floor_row(prefill, prefill_work, ceilings)},
-        {"op": "model decode step", "us": step * 1e6, "tokens_per_s": batch / step, **common, **floor_row(step, step_work, ceilings)},
+        {"op": op, "us": seconds * 1e6, "tokens_per_s": tokens / seconds, **common, **floor_row(seconds, work, ceilings)}
+        for op, seconds, tokens, work in timed
     ]
 
 
-def measure_models(rows: Rows, clock: Clock, device: torch.device, ceilings: Ceilings, quick: bool) -> None:
+def measure_models(rows: Rows, clock: Clock, device: torch.device, ceilings: Ceilings) -> None:
     from tqdm import tqdm
 
     from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 
     what = {"shape": "2b", "dtype": "bf16"}
     if clock.left() < 15:
-        rows.add(op="model", **what, skipped="the time of this part was over")
+        rows.add(op="model", **what, skipped="the time was over")
         return
     config = JetNemotronConfig.from_name("2b")
     model = JetNemotronForCausalLM.random(config, dtype=torch.bfloat16, device=device).eval()
-    for batch in MODEL_BATCHES[:1] if quick else MODEL_BATCHES:
+    for batch in MODEL_BATCHES:
         size = f"{batch} x {PROMPT} + {NEW_TOKENS}"
         if clock.left() <= 0:
-            rows.add(op="model", **what, size=size, skipped="the time of this part was over")
+            rows.add(op="model", **what, size=size, skipped="the time was over")
             continue
         try:
             found = measure_model(model, batch, ceilings, tqdm(disable=True))
         except Exception as error:  # the other batches still count
-            rows.add(op="model", **what, size=size, failed=f"{type(error).__name__}: {str(error)[:300]}")
+            rows.add(op="model", **what, size=size, failed=reason(error))
             continue
         for row in found:
             rows.add(**what, size=size, **row)
 
 
 @torch.no_grad()
-def measure(
-    rows: Rows, clock: Clock, device: torch.device, shapes: list[Shape], quick: bool = False, only: str = "", model: bool = True
-) -> None:
-    rows.add(provenance=provenance("python -m benchmarks.measure", device))
+def measure(rows: Rows, clock: Clock, device: torch.device, shapes: list[Shape], op: str = "", model: bool = True) -> None:
+    """``op``: only the ops whose name contains it."""
+    rows.add(provenance=provenance("python -m benchmarks.run", device))
     ceilings, empty = measure_ceilings(rows, device)
-    if model and not rows.resumed:
+    if model:
         # The model first: it is what everything else is for, and it is short.
-        measure_models(rows, Clock(min(clock.left(), MODEL_SECONDS)), device, ceilings, quick)
+        measure_models(rows, Clock(min(clock.left(), MODEL_SECONDS)), device, ceilings)
         gc.collect(), torch.cuda.empty_cache()
-    for case in ops.measured(shapes, quick):
+    for case in ops.measured(shapes):
         what = {"op": case.op, "shape": case.shape.name, "size": case.size, "dtype": case.dtype}
-        if only not in case.op or rows.has(**what):
+        if op not in case.op:
             continue
         if not ops.exists(case.op):
             rows.add(**what, skipped="this library has no such op")
             continue
         rows.attempt(clock, lambda case=case: measure_case(case, device, ceilings, empty), **what)
-        if parts.device_is_lost():
-            parts.start_again("measure", rows, clock, lost={"op": case.op})
-
-
-def main() -> None:
-    arguments = parts.parser("measure", __doc__).parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device")
-        raise SystemExit(parts.SKIPPED)
-    from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
-
-    rows = Rows(arguments.rows, arguments.resume)
-    device = torch.device("cuda", torch.cuda.current_device())
-    measure(rows, Clock(arguments.seconds), device, chosen_shapes(arguments.shape), arguments.quick)
-    raise SystemExit(parts.failed(rows.rows))
-
-
-if __name__ == "__main__":
-    main()
+        if device_is_lost():
+            rows.add(**what, failed="the device was lost here; what comes after it was not measured. --op chooses one op, for the others")
+            return

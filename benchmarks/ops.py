@@ -117,19 +117,15 @@ def conv_step(shape: Shape, B: int) -> Case:
 # Lists of cases
 
 
-def measured(shapes: list[Shape], quick: bool = False) -> list[Case]:
+def measured(shapes: list[Shape]) -> list[Case]:
     """In order of value: what is at the end is left out when the time is over."""
-
-    def some(values: tuple) -> tuple:
-        return values[1::3] if quick else values
-
-    cases = [recurrent(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in some(DECODE_BATCHES)]
-    cases += [chunk(s, B, T) for s in shapes for B, T in some(CHUNK_SIZES)]
-    cases += [conv(s, 1, T) for s in shapes for T in some(CONV_LENGTHS)]
-    cases += [conv_step(s, B) for s in shapes for B in some(STEP_ROWS)]
+    cases = [recurrent(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in DECODE_BATCHES]
+    cases += [chunk(s, B, T) for s in shapes for B, T in CHUNK_SIZES]
+    cases += [conv(s, 1, T) for s in shapes for T in CONV_LENGTHS]
+    cases += [conv_step(s, B) for s in shapes for B in STEP_ROWS]
     for op in (verify, commit):
-        cases += [op(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in some(VERIFY_BATCHES)]
-    return cases + [apply_conv(s, 1, T) for s in shapes for T in some(CONV_LENGTHS)]
+        cases += [op(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in VERIFY_BATCHES]
+    return cases + [apply_conv(s, 1, T) for s in shapes for T in CONV_LENGTHS]
 
 
 def small(shape: Shape) -> list[Case]:

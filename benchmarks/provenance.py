@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import ROOT
 
 
 def _output(*command: str) -> str | None:
@@ -49,10 +49,16 @@ def _gpu(index: int) -> dict[str, object]:
     }
 
 
+def _build() -> dict | str:
+    try:
+        from jetkernels import _library
+    except Exception as error:  # what was measured without the library still has a provenance
+        return f"no library: {error}"
+    return {**_library.build_info(), "library": _library.path.name}
+
+
 def provenance(command: str, device: torch.device | str = "cpu") -> dict[str, object]:
     """``command``: what was typed, e.g. "python -m benchmarks.run"; this process's arguments are added."""
-    from jetkernels import _library
-
     device = torch.device(device)
     library = ROOT / "jetkernels" / "libjetkernels.so"
     return {
@@ -60,7 +66,7 @@ def provenance(command: str, device: torch.device | str = "cpu") -> dict[str, ob
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "build": _library.build_info(),
+        "build": _build(),
         "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.exists() else None,
         "commit": commit(),
         "command": " ".join([command, *sys.argv[1:]]),

@@ -4,20 +4,10 @@ from collections.abc import Sequence
 
 Row = dict[str, object]
 
-TABLES: dict[str, dict[str, str]] = {
-    "library": {"step": "step", "what": "what", "seconds": "s"},
-    "tests": {"file": "file", "passed": "passed", "failures": "failed", "not_run": "skipped", "seconds": "s"},
-    "simulator": {"case": "case", "output": "output", "rms_difference": "RMS difference", "max_difference": "largest", "bitwise_equal": "bitwise"},
-    "sanitizer": {"tool": "tool", "calls": "calls", "findings": "findings"},
-    "measure": {
-        "op": "op", "shape": "shape", "size": "size", "dtype": "dtype", "us": "us", "above_empty_us": "over empty us", "floor_us": "floor us", "reached_percent": "% of floor",
-        "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s", "rms_error": "RMS error", "served_by": "served by",
-        "n": "n", "method": "method",
-    },
-    "peers": {
-        "op": "op", "shape": "shape", "size": "size", "peer": "peer", "us": "us", "ours_us": "ours us", "times_ours": "peer / ours",
-        "rms_difference": "RMS difference", "n": "n", "method": "method", "note": "note",
-    },
+MEASURED = {
+    "op": "op", "shape": "shape", "size": "size", "dtype": "dtype", "us": "us", "above_empty_us": "over empty us", "floor_us": "floor us",
+    "reached_percent": "% of floor", "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s", "rms_error": "RMS error",
+    "served_by": "served by", "n": "n", "method": "method",
 }  # fmt: skip
 
 
@@ -57,8 +47,7 @@ def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
 
 def named(row: Row) -> str:
     """What a row without numbers is about."""
-    keys = ("op", "peer", "shape", "size", "dtype", "case", "output", "tool", "file", "step")
-    return " ".join(str(row[key]) for key in keys if row.get(key))
+    return str(row.get("case") or " ".join(str(row[key]) for key in ("op", "shape", "size", "dtype") if row.get(key)))
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
@@ -74,25 +63,3 @@ def reasons(rows: Sequence[Row]) -> list[str]:
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(f"* {kind}: {listed or 'the part'}: {cell(reason)}")
     return lines
-
-
-def section(part: dict[str, object]) -> str:
-    """Markdown of one part: {"part", "status", "reason", "seconds", "rows", "log_tail"}."""
-    rows = [row for row in part["rows"] if "provenance" not in row]
-    good = [row for row in rows if not ({"skipped", "lost", "prepared_at"} & row.keys()) and ("failed" not in row or "rms_difference" in row)]
-    lines = [f"## {part['part']}: {part['status']}, {part['seconds']:.0f} s"]
-    if part.get("reason"):
-        lines.append(str(part["reason"]))
-    if good:
-        lines.append(table(good, TABLES[part["part"]]))
-    if found := reasons(rows):
-        lines.append("\n".join(found))
-    if part.get("log_tail"):
-        lines.append("End of its log:\n```\n" + str(part["log_tail"]).replace("```", "'''") + "\n```")
-    return "\n\n".join(lines)
-
-
-def summary(facts: dict[str, object], parts: Sequence[dict[str, object]]) -> str:
-    provenance = table([{"fact": key, "value": cell(value)} for key, value in facts.items()], {"fact": "fact", "value": "value"})
-    overview = table(parts, {"part": "part", "status": "status", "seconds": "s", "reason": "why"})
-    return "\n\n".join(["# On a GPU", provenance, overview, *map(section, parts)]) + "\n"

@@ -17,7 +17,7 @@ COMMAND = "python -m benchmarks.run"
 def on_cpu(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
     from benchmarks import cpu
 
-    rows = cpu.measure(arguments.shape, arguments.only, arguments.repeats)
+    rows = cpu.measure(arguments.shape, arguments.op, arguments.repeats)
     cpu.print_rows(rows)
     return provenance(COMMAND), rows
 
@@ -26,17 +26,17 @@ def on_cuda(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
     import torch
 
     from benchmarks import measure
-    from benchmarks.parts import Clock, Rows
-    from benchmarks.report import TABLES, reasons, table
+    from benchmarks.report import MEASURED, reasons, table
+    from benchmarks.rows import Clock, Rows
     from jetkernels import ops  # noqa: F401  (registers torch.ops.jet)
 
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; it would measure\n  " + "\n  ".join(measure.describe()))
     rows = Rows()
     device = torch.device("cuda", torch.cuda.current_device())
-    measure.measure(rows, Clock(arguments.seconds), device, chosen_shapes(arguments.shape), only=arguments.only, model=not arguments.only)
+    measure.measure(rows, Clock(arguments.seconds), device, chosen_shapes(arguments.shape), arguments.op, model=not arguments.op)
     facts, found = rows.rows[0]["provenance"], rows.rows[1:]
-    print("\n" + table([row for row in found if "us" in row], TABLES["measure"]))
+    print("\n" + table([row for row in found if "us" in row], MEASURED))
     print("\n".join(reasons(found)))
     return facts | provenance(COMMAND, "cuda"), found
 
@@ -44,7 +44,7 @@ def on_cuda(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0].replace("``", ""))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", default="", help="measure the ops whose name contains this")
+    parser.add_argument("--op", default="", help="measure the ops whose name contains this")
     parser.add_argument("--shape", default="2b", choices=[s.name for s in SHAPES] + ["all"])
     parser.add_argument("--repeats", type=int, default=7, help="cpu: interleaved rounds; the median counts")
     parser.add_argument("--seconds", type=float, default=480, help="cuda: start nothing new after this long")
@@ -56,7 +56,7 @@ def main() -> None:
     if arguments.counters:
         from benchmarks.counters import print_counters
 
-        print_counters(chosen_shapes(arguments.shape), arguments.batch, arguments.tokens, arguments.only)
+        print_counters(chosen_shapes(arguments.shape), arguments.batch, arguments.tokens, arguments.op)
         return
     facts, rows = (on_cpu if arguments.device == "cpu" else on_cuda)(arguments)
     folder = arguments.output or RESULTS / arguments.device

@@ -1,6 +1,8 @@
 """How the benchmarks measure: the clock on a GPU, what is done with a case, and that the peers are given the same problem."""
 
 import contextlib
+import functools
+import json
 import tempfile
 import zipfile
 from pathlib import Path
@@ -9,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import adapters, measure, ops, parts, peers, report, timing, versus
+from benchmarks import adapters, measure, ops, peers, report, rows, timing
 from benchmarks.floors import H200
+from benchmarks.gpu_run import child, key, model, store, versus
 from benchmarks.shapes import SHAPES, Draw, conv_inputs, delta_rule_inputs, few_heads
 from cases import rms_error
 from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
@@ -104,13 +107,15 @@ def as_if_on_a_gpu(monkeypatch):
     def host_time(calls, seconds=0.0):
         return timing.side_by_side({"x": calls[0]}, repeats=1, warmup=1)["x"]
 
-    for module in (measure, versus):
+    for module in (measure, versus, key):
         monkeypatch.setattr(module, "device_time", host_time)
         monkeypatch.setattr(module, "l2_bytes", lambda device: 1 << 12)
+    by_name = functools.cache(versus.by_name.__wrapped__)  # the lists are other ones
+    monkeypatch.setattr(versus, "by_name", by_name)
+    monkeypatch.setattr(versus, "SHAPES", (few_heads(SHAPE_4B),))
     monkeypatch.setattr(measure, "COPY_BYTES", 1 << 12)
     monkeypatch.setattr(measure, "PRODUCT", 16)
     monkeypatch.setattr(measure, "empty_launch", lambda: None)
-    monkeypatch.setattr(parts, "device_is_lost", lambda: False)
     monkeypatch.setattr(ops, "DECODE_BATCHES", (1, 4))
     for module, name in ((ops, "CONV_LENGTHS"), (versus, "CONV_LENGTHS")):
         monkeypatch.setattr(module, name, (70,))
@@ -118,24 +123,39 @@ def as_if_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, name, ((2, 70),))
     monkeypatch.setattr(versus, "RECURRENT_BATCHES", (2,))
     monkeypatch.setattr(ops, "VERIFY_BATCHES", (1,))
+    monkeypatch.setattr(versus, "STEP_ROWS", (2,))
     return torch.device("cpu"), [few_heads(SHAPE_4B)]
 
 
+@pytest.fixture
+def context(as_if_on_a_gpu, tmp_path):
+    return child.Context("peers", "x", tmp_path / "rows-x.jsonl", {"output": str(tmp_path), "device": "cpu"})
+
+
+def peers_rows(context) -> dict[tuple[str, str], dict]:
+    """(op, peer) -> row, as a child writes them."""
+    for job in versus.jobs({}):
+        for name in job.cases:
+            child.do(versus, name, context)
+    rows = store.known(context.output).values()
+    return {(store.op_of(row["case"]), row["case"].partition(" / ")[2]): row for row in rows}
+
+
 def test_measuring_on_cpu_tensors(as_if_on_a_gpu):
-    rows = parts.Rows()
-    measure.measure(rows, parts.Clock(60), *as_if_on_a_gpu, model=False)
-    timed = [row for row in rows.rows if "floor_us" in row]
-    assert not parts.failed(rows.rows) and {row["op"] for row in timed} == {c.op for c in ops.measured([]) + ops.small(SHAPE_4B) if ops.exists(c.op)}
+    found = rows.Rows()
+    measure.measure(found, rows.Clock(60), *as_if_on_a_gpu, model=False)
+    timed = [row for row in found.rows if "floor_us" in row]
+    assert not rows.failed(found.rows) and {row["op"] for row in timed} == {c.op for c in ops.measured([]) + ops.small(SHAPE_4B) if ops.exists(c.op)}
     assert all(row["us"] > 0 and row["reached_percent"] > 0 and row["n"] == 1 and row["served_by"] == "kernel" for row in timed)
-    assert "TFLOP/s" in report.table(timed, report.TABLES["measure"])
+    assert "TFLOP/s" in report.table(timed, report.MEASURED)
 
 
 def test_a_wrong_result_gets_no_time(as_if_on_a_gpu, monkeypatch):
     monkeypatch.setattr(ops, "plain_results", lambda op, args: {"o": torch.zeros(())})
     monkeypatch.setattr(ops, "results", lambda op, args: {"o": torch.ones(())})
-    rows = parts.Rows()
-    measure.measure(rows, parts.Clock(60), *as_if_on_a_gpu, only="dynamic_conv_step", model=False)
-    judged = [row for row in rows.rows if row.get("op") == "dynamic_conv_step"]
+    found = rows.Rows()
+    measure.measure(found, rows.Clock(60), *as_if_on_a_gpu, op="dynamic_conv_step", model=False)
+    judged = [row for row in found.rows if row.get("op") == "dynamic_conv_step"]
     assert judged and all("wrong result" in row["failed"] and "us" not in row for row in judged)
 
 
@@ -152,23 +172,57 @@ def test_the_model_on_cpu_tensors(as_if_on_a_gpu, monkeypatch):
     assert work.bytes > weights and measure.model_work(model, 3, 5).bytes > work.bytes
 
 
-def test_peers_on_cpu_tensors(as_if_on_a_gpu):
-    rows = parts.Rows()
-    versus.versus(rows, parts.Clock(60), *as_if_on_a_gpu)
-    timed = {(row["op"], row["peer"]): row for row in rows.rows if "times_ours" in row}
-    assert not parts.failed(rows.rows)
-    assert {("chunk_gated_delta_rule", "transformers"), ("dynamic_conv", "linear, unfold, sum"), ("dynamic_conv_step", "bare GEMM of the generator")} <= timed.keys()
-    missing = [row["peer"] for row in rows.rows if "ModuleNotFoundError" in row.get("skipped", "")]
-    assert "FlashQLA" in missing and "FlashQLA" in "".join(report.reasons(rows.rows))
+def test_steps_at_lengths_not_seen_on_cpu_tensors(as_if_on_a_gpu):
+    from model_cases import small_config
+
+    from jetkernels.model import JetNemotronForCausalLM
+
+    row = model.unseen(JetNemotronForCausalLM.random(small_config()).eval(), 6, 4)
+    assert row["slowest_us"] > 0 and row["times_again"] == row["us"] / row["again_us"] and row["n"] == 4
 
 
-def test_a_peer_that_differs_gets_no_time(as_if_on_a_gpu, monkeypatch):
+def test_key_on_cpu_tensors(context, monkeypatch):
+    shape = few_heads(SHAPE_4B)
+    cases = {case.name: case for case in (ops.chunk(shape, 2, 70), ops.conv(shape, 1, 70))}
+    monkeypatch.setattr(key, "cases", lambda: cases)
+    context.part = "key"
+    for name in (key.CEILINGS, *key.names_of(list(cases.values()))):
+        if not name.endswith(key.KERNELS):
+            child.do(key, name, context)
+    found = {name: row for (_, name), row in store.known(context.output).items()}
+    assert not rows.failed(list(found.values())) and found[key.CEILINGS]["gb_per_s"] > 0
+    for name in cases:
+        assert found[name]["floor_us"] > 0 and "note" not in found[name], "the ceilings of this run"
+        assert found[name + key.PEER]["times_ours"] == pytest.approx(found[name + key.PEER]["us"] / found[name]["us"])
+
+
+def test_peers_on_cpu_tensors(context):
+    found = peers_rows(context)
+    timed = {what for what, row in found.items() if "times_ours" in row}
+    assert not rows.failed(list(found.values()))
+    assert {("chunk_gated_delta_rule", "transformers"), ("dynamic_conv", versus.UNFUSED), ("dynamic_conv_step", versus.GEMM)} <= timed
+    assert "ModuleNotFoundError" in found["chunk_gated_delta_rule", "FlashQLA"]["skipped"]
+    assert "FlashQLA" in "".join(report.reasons(list(found.values())))
+
+
+def test_peers_of_a_broken_op_are_timed_alone(context):
+    entry = {"op": "dynamic_conv", "shape": "4b", "case": "x", "status": "hang"}
+    (context.output / store.BROKEN).write_text(json.dumps({"broken": [entry], "right": []}))
+    row = versus.work(next(name for name in versus.jobs({})[0].cases if versus.UNFUSED in name), context)
+    assert row["us"] > 0 and "times_ours" not in row
+
+
+def test_a_peer_that_differs_gets_no_time(context, monkeypatch):
     wrong = peers.Peer("wrong", lambda: None, lambda function, inputs: (lambda: (inputs["v"], None), lambda out: out))
     monkeypatch.setattr(peers, "CHUNK", (wrong,))
-    rows = parts.Rows()
-    versus.versus(rows, parts.Clock(60), *as_if_on_a_gpu)
-    (row,) = (row for row in rows.rows if row.get("peer") == "wrong")
+    row = peers_rows(context)["chunk_gated_delta_rule", "wrong"]
     assert "differs from ours" in row["failed"] and "us" not in row
+
+
+def test_what_tunes_itself_comes_after_what_does_not():
+    for job in versus.jobs({}):
+        tuning = [name.partition(" / ")[2] in versus.TUNING for name in job.cases]
+        assert tuning == sorted(tuning)
 
 
 # Peers: the adapters are exact, shown with our own op in the place of the peer
@@ -265,17 +319,12 @@ def test_unfused_convolution_is_the_op():
     assert rms_error(peers.unfused_dynamic_conv(*values), ours) < 1e-5
 
 
-@pytest.mark.parametrize("pip", (True, False), ids=("pip", "no pip"))
-def test_wheels_are_installed_without_a_network(tmp_path, monkeypatch, pip):
-    if pip and not versus.has_pip():
-        pytest.skip("this environment has no pip")
+def test_wheels_are_installed_without_a_network(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("a_peer.py", "x = 1\n")
         wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\nRequires-Dist: torch<1\n")
         wheel.writestr("a_peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("a_peer-1.0.dist-info/RECORD", "")
-    if not pip:
-        monkeypatch.setattr(versus, "has_pip", lambda: False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert (Path(versus.install_wheels(tmp_path)) / "a_peer.py").read_text() == "x = 1\n"
     (tmp_path / "empty").mkdir()

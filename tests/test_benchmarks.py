@@ -1,16 +1,15 @@
-"""What of the benchmarks can be checked without a GPU: floors, cases, tables, the parts of a run."""
+"""What of the benchmarks can be checked without a GPU: floors, cases, tables, rows, counters."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import counters, cpu, floors, library, on_gpu, op_tests, ops, parts, report, run, sanitizer, simulator
+from benchmarks import counters, cpu, floors, ops, report, rows, run
 from benchmarks import provenance as facts
 from benchmarks.floors import H200, Ceilings, Work
 from benchmarks.shapes import SHAPES, Draw, Shape, conv_inputs, delta_rule_inputs, few_heads
@@ -103,10 +102,9 @@ def test_a_plain_path_is_named():
     assert done.stdout.strip() == "plain PyTorch: JETKERNELS_BACKEND=plain asks for it", done.stderr
 
 
-def test_quick_measures_fewer_of_everything():
-    whole, quick = ops.measured(list(SHAPES)), ops.measured(list(SHAPES), quick=True)
-    assert {c.op for c in whole} == {c.op for c in quick} and len(quick) < len(whole) / 2
-    assert len({c.name for c in whole}) == len(whole)
+def test_measured_cases_have_names_of_their_own():
+    cases = ops.measured(list(SHAPES))
+    assert len({c.name for c in cases}) == len(cases)
 
 
 def test_inputs_repeat():
@@ -136,167 +134,13 @@ def test_reasons_are_grouped():
     assert report.reasons(rows) == ["* skipped: op0, op1, op2, op3 and 2 more: no time", "* failed: x: broken"]
 
 
-# The parts of a run
-
-
-def fake_part(tmp_path, monkeypatch, name: str, body: str, share: float = 1.0) -> on_gpu.Part:
-    (tmp_path / f"fake_{name}.py").write_text(body)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setitem(report.TABLES, name, {"op": "op", "us": "us"})
-    return on_gpu.Part(name, SimpleNamespace(__spec__=SimpleNamespace(name=f"fake_{name}")), share)
-
-
-ROW = "import json, sys; f = open(sys.argv[sys.argv.index('--rows') + 1], 'a'); f.write(json.dumps({'op': 'x', 'us': 1.5}) + '\\n'); f.close()\n"
-
-
-def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(on_gpu, "GRACE", 0.1)
-    chosen = [
-        fake_part(tmp_path, monkeypatch, "breaks", ROW + "raise RuntimeError('the reason')"),
-        fake_part(tmp_path, monkeypatch, "hangs", ROW + "import time; time.sleep(60)", share=0.5),
-        fake_part(tmp_path, monkeypatch, "idle", f"print('nothing here'); raise SystemExit({parts.SKIPPED})"),
-        fake_part(tmp_path, monkeypatch, "works", ROW),
-    ]
-    done = on_gpu.run_all(chosen, tmp_path, 8, {}, [])
-    assert [part["status"] for part in done] == ["failed", "out of time", "skipped", "ran"]
-    assert [len(part["rows"]) for part in done] == [1, 1, 0, 1]
-    assert "the reason" in done[0]["log_tail"] and done[2]["reason"] == "nothing here"
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert [part["part"] for part in written["parts"]] == ["breaks", "hangs", "idle", "works"]
-    summary = (tmp_path / "summary.md").read_text()
-    assert "## breaks: failed" in summary and "RuntimeError: the reason" in summary and "## works: ran" in summary
-    on_gpu.print_end(done, tmp_path)
-    assert "out of time" in capsys.readouterr().out
-
-
-def test_no_part_starts_when_the_time_is_over(tmp_path, monkeypatch):
-    done = on_gpu.run_all([fake_part(tmp_path, monkeypatch, "late", ROW)], tmp_path, 0, {}, [])
-    assert done[0]["status"] == "skipped" and "time" in done[0]["reason"]
-
-
-def test_parts_are_selected_in_order():
-    assert [p.name for p in on_gpu.chosen_parts("peers,tests,peers")] == ["peers", "tests"]
-    with pytest.raises(ValueError, match="unknown part speed; there are tests, measure"):
-        on_gpu.chosen_parts("tests,speed")
-    assert [p.name for p in on_gpu.arguments_of(["out"]).parts] == [p.name for p in on_gpu.PARTS]
-    assert all(p.name in report.TABLES for p in (*on_gpu.PARTS, on_gpu.LIBRARY))
-
-
-def test_shares_fit_into_eight_minutes():
-    assert on_gpu.SECONDS < 480
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_without_a_gpu_it_says_what_it_would_measure(tmp_path):
-    done = subprocess.run([str(ROOT / "benchmarks" / "on_gpu.sh"), "out"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == on_gpu.NO_GPU and not (tmp_path / "out").exists()
-    assert "stands ready" in done.stdout and "no CUDA device" in done.stdout
-    for part in on_gpu.PARTS:
-        assert f"\n{part.name} (python -m benchmarks." in done.stdout
-        assert part.module.describe()[0] in done.stdout
-
-
-def test_rows_survive_and_resume(tmp_path):
-    file = tmp_path / "rows"
-    rows = parts.Rows(file)
-    rows.attempt(parts.Clock(9), lambda: {"us": 1.0}, op="a")
-    rows.attempt(parts.Clock(9), lambda: 1 / 0, op="b")
-    rows.attempt(parts.Clock(0), lambda: {"us": 1.0}, op="c")
-    rows.add(lost={"op": "d"}, failed="the device was lost")
-    file.open("a").write('{"op": "cut o')
-    resumed = parts.Rows(file, resume=True)
-    assert resumed.has(op="a") and not resumed.has(op="e") and resumed.has(op="d", size="1")
-    assert resumed.is_lost(op="d", peer="x") and not resumed.is_lost(op="a")
-    assert "ZeroDivisionError" in resumed.rows[1]["failed"] and "time" in resumed.rows[2]["skipped"]
-
-
-# What single parts make of the tools they run
-
-
-def test_test_report_by_file(tmp_path):
-    report_file = tmp_path / "r.xml"
-    report_file.write_text(
-        '<testsuites><testsuite><testcase classname="tests.test_a" name="1" time="0.5"/>'
-        '<testcase classname="tests.test_a" name="2" time="0.5"><failure/></testcase>'
-        '<testcase classname="tests.test_b" name="3" time="0"><skipped/></testcase></testsuite></testsuites>'
-    )
-    assert op_tests.by_file(report_file) == [
-        {"file": "test_a", "passed": 1, "failures": 1, "not_run": 0, "seconds": 1.0},
-        {"file": "test_b", "passed": 0, "failures": 0, "not_run": 1, "seconds": 0.0},
-    ]
-
-
-def test_no_test_on_cuda_is_a_failure(monkeypatch):
-    monkeypatch.setattr(op_tests, "command", lambda report, quick: [sys.executable, "-c", "raise SystemExit(5)"])
-    rows = parts.Rows()
-    op_tests.run(rows, 30)
-    assert "no test ran on CUDA" in rows.rows[-1]["failed"]
-
-
-def test_sanitizer_verdicts():
-    calls = "recurrent_gated_delta_rule 2b 3 bf16, fp32 pool: kernel\n"
-    clean = sanitizer.verdict(calls + "========= ERROR SUMMARY: 0 errors\n", 0)
-    assert clean == {"calls": 1, "findings": 0}
-    found = sanitizer.verdict(calls + "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", sanitizer.FOUND)
-    assert found["findings"] == 2 and "hazards" in found["failed"]
-    assert "does not work here" in sanitizer.verdict("========= Error: Device not supported\n", 1)["skipped"]
-    assert "exit code 1" in sanitizer.verdict("Traceback\nValueError: x\n", 1)["failed"]
-
-
-def test_simulator_difference():
-    x = torch.randn(50)
-    assert simulator.difference(x, x) == {"rms_difference": 0.0, "max_difference": 0.0, "bitwise_equal": True}
-    assert "failed" not in simulator.difference(x * (1 + 1e-6), x) and "failed" in simulator.difference(x * 1.01, x)
-    nan = torch.full((3,), float("nan"))
-    assert simulator.difference(nan, nan)["bitwise_equal"] and "failed" in simulator.difference(nan, x[:3])
-
-
-def test_comparing_with_what_the_simulator_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.clone())
-    entries = []
-    for case in ops.small(few_heads(SHAPE_2B))[:2]:
-        args = case.make(Draw())
-        entries.append({"name": case.name, "op": case.op, "args": args, "results": ops.results(case.op, simulator.copies(args))})
-    entries[1]["results"]["output 0"] *= 1.01
-    file = tmp_path / "simulated.pt"
-    torch.save({"commit": "abc", "entries": entries, "without_kernel": ["dynamic_conv"], "gemms": []}, file)
-    rows = parts.Rows()
-    simulator.compare(rows, parts.Clock(9), file)
-    found = {(row.get("case"), row.get("output")): row for row in rows.rows}
-    assert found[entries[0]["name"], "state"]["bitwise_equal"] and "failed" not in found[entries[0]["name"], "output 0"]
-    assert "differ" in found[entries[1]["name"], "output 0"]["failed"] and found["dynamic_conv", None]["skipped"] == "no kernel"
-
-
-def test_every_tool_of_the_sanitizer_runs(tmp_path, capsys):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\necho "op 2b 3: kernel"\ncase $2 in\n racecheck) sleep 60;;\n *) echo "==== ERROR SUMMARY: 0 errors";;\nesac\n')
-    tool.chmod(0o755)
-    rows = parts.Rows()
-    sanitizer.run_tools(rows, 1.0, "2b", str(tool))
-    assert [row["tool"] for row in rows.rows] == list(sanitizer.TOOLS)
-    assert rows.rows[0] == {"tool": "memcheck", "calls": 1, "findings": 0}
-    assert rows.rows[1]["failed"] == "not finished in time; 1 calls were done"
-
-
-def test_library_as_it_is_is_taken(monkeypatch):
-    monkeypatch.setattr(library, "build_info", lambda: {"compiler": "c", "cuda_architectures": ["sm_90a"]})
-    rows = parts.Rows()
-    library.make_usable(rows)
-    assert [row["step"] for row in rows.rows] == ["as it is"] and not parts.failed(rows.rows)
-
-
-def test_architectures_of_a_library(tmp_path):
-    (tmp_path / "library.so").write_bytes(b"\0-arch sm_90a \0\xff\0sm_90a\0sm_\0")
-    assert library.architectures_of(tmp_path / "library.so") == ["sm_90a"]
-
-
-def test_library_that_cannot_be_made_is_a_failure(monkeypatch):
-    monkeypatch.setattr(library, "build_info", lambda: "ImportError: no")
-    monkeypatch.setattr(library, "build_introspection", lambda: None)
-    monkeypatch.setattr(library, "build_everything", lambda: (_ for _ in ()).throw(FileNotFoundError("cmake")))
-    rows = parts.Rows()
-    library.make_usable(rows)
-    assert parts.failed(rows.rows) and any("cmake" in str(row.get("skipped")) for row in rows.rows)
+def test_rows_are_kept_whatever_the_work_does():
+    found = rows.Rows()
+    found.attempt(rows.Clock(9), lambda: {"us": 1.0}, op="a")
+    found.attempt(rows.Clock(9), lambda: 1 / 0, op="b")
+    found.attempt(rows.Clock(0), lambda: {"us": 1.0}, op="c")
+    assert found.rows[0] == {"op": "a", "us": 1.0} and rows.failed(found.rows)
+    assert "ZeroDivisionError" in found.rows[1]["failed"] and "time" in found.rows[2]["skipped"]
 
 
 # Counters
@@ -337,7 +181,7 @@ def test_provenance(monkeypatch):
 
 
 def test_cpu_run_writes_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run", "--only", "dynamic_conv_step", "--repeats", "1", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["run", "--op", "dynamic_conv_step", "--repeats", "1", "--output", str(tmp_path)])
     run.main()
     assert "generator GEMM" in capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")

@@ -19,6 +19,42 @@ struct Parity {
 // Keeps the compiler from moving memory accesses across: the wrappers below are volatile asm without a memory clobber.
 __device__ inline void compiler_fence() { asm volatile("" ::: "memory"); }
 
+#ifdef JET_WATCHDOG
+// For finding dead-locks: a wait that takes longer than any kernel should leaves a record and stops the kernel. The records lie in host
+// memory that whoever wants to read them has mapped at a fixed address (benchmarks/gpu_run/watchdog.py), because the device's memory is lost
+// with the kernel. A printf would do without that, but a call makes ptxas serialise wgmma and ignore setmaxnreg: another kernel.
+namespace watchdog {
+
+constexpr uint64_t kRecords = 0x3a0000000000;
+constexpr int kSlots = 256;
+constexpr uint32_t kLongestWait = 2'000'000'000, kPatience = 20'000'000;  // ns; the second leaves other threads time for their records
+
+struct Record {
+  uint32_t block[3], thread, threads, barrier, parity, written;
+};
+static_assert(sizeof(Record) == 32);
+
+__device__ inline uint32_t now() {  // wraps; differences are right
+  uint32_t ns;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(ns));
+  return ns;
+}
+
+__device__ inline void stop(uint32_t barrier, uint32_t parity) {
+  const uint32_t start = now(), block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  volatile Record& record = reinterpret_cast<volatile Record*>(kRecords)[(block * (blockDim.x / 32) + threadIdx.x / 32) % kSlots];
+  record.block[0] = blockIdx.x, record.block[1] = blockIdx.y, record.block[2] = blockIdx.z;
+  record.thread = threadIdx.x, record.threads = blockDim.x;
+  record.barrier = barrier, record.parity = parity, record.written = 1;
+  __threadfence_system();
+  while (now() - start < kPatience) {
+  }
+  __trap();
+}
+
+}  // namespace watchdog
+#endif
+
 // An mbarrier, 8 bytes of shared memory. It happens when as many arrivals as `init` said and all expected bytes have come.
 class Event {
  public:
@@ -51,7 +87,13 @@ class Event {
   }
 
   __device__ void wait(Parity parity) {
+#ifdef JET_WATCHDOG
+    const uint32_t start = watchdog::now();
+    while (!Hardware::try_wait(&word_, parity.bit))
+      if (watchdog::now() - start > watchdog::kLongestWait) watchdog::stop(static_cast<uint32_t>(__cvta_generic_to_shared(&word_)), parity.bit);
+#else
     Hardware::wait(&word_, parity.bit);
+#endif
     compiler_fence();
   }
 

@@ -2,6 +2,7 @@
 
 import time
 
+import kernel_library
 import pytest
 from kernel_library import Gemm, library
 
@@ -51,6 +52,14 @@ def test_multicast_equals_plain():
     gemm = Gemm(300, 136, 200)  # three tiles of M: the last cluster has a CTA with nothing in bounds
     for timing in ("early", "late"):
         assert gemm.run("gemm_multicast", timing=timing).tobytes() == gemm.variant("bf16", "ss", 128).tobytes()
+
+
+def test_watchdog_of_waits_changes_nothing(monkeypatch):
+    gemm = Gemm(*TAILS)
+    expected = gemm.run("gemm_multicast").tobytes()
+    monkeypatch.setattr(kernel_library, "library", lambda name: library(name, "-DJET_WATCHDOG"))
+    for timing in ("early", "late"):
+        assert gemm.run("gemm_multicast", timing=timing, seed=1).tobytes() == expected
 
 
 def test_tensor_map_is_checked():

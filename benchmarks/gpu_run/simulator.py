@@ -1,12 +1,13 @@
-"""Compare the simulator with hardware on the same inputs.
+"""The simulator's results on the same inputs against the hardware's.
 
-``prepare FILE`` runs where the simulator does (nvcc, no GPU) and writes inputs, the simulator's results and, for its own
-test GEMMs, their machine code. ``compare FILE`` runs on a GPU. ``compare`` alone prepares first, where that is possible.
+    python -m benchmarks.gpu_run.simulator FILE      where the simulator runs (nvcc, no GPU)
+
+writes inputs, results and, for the simulator's own test GEMMs, their machine code; the run on a GPU takes it by --simulated FILE.
 """
 
+import argparse
 import ctypes
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ops, parts
-from benchmarks.parts import Rows
-from benchmarks.provenance import ROOT, commit
+from benchmarks import ROOT, ops
+from benchmarks.counters import hoppersim
+from benchmarks.gpu_run.supervisor import Job
+from benchmarks.provenance import commit
 from benchmarks.shapes import SHAPES, Draw, chosen_shapes, few_heads
 
 # Approximate instructions and the order of sums inside a tensor core differ; a 16-bit output may be rounded the other way.
@@ -24,6 +26,7 @@ DIFFERENCE_CEILING = 2e-3
 GEMM_SIZE = (130, 74, 200)  # tails in every dimension
 GEMMS = [(dtype, source) for dtype in ("bf16", "f16") for source in ("ss", "rs")]
 SWIZZLE = 128
+NOTHING = "no file was brought along: --simulated FILE"
 
 
 def describe() -> list[str]:
@@ -31,12 +34,12 @@ def describe() -> list[str]:
     return [f"{len(cases)} small calls of the ops with a kernel, and {len(GEMMS)} GEMMs of tests/hoppersim: RMS, largest difference, bitwise"]
 
 
-def hoppersim():
-    """The simulator, built on first use."""
-    sys.path[:0] = [path for path in (str(ROOT / "tests" / "hoppersim"),) if path not in sys.path]
-    import hoppersim as found
-
-    return found
+def jobs(settings: dict) -> list[Job]:
+    """The names of what was prepared; without a file there is nothing to do."""
+    if not settings.get("simulated"):
+        return []
+    prepared = torch.load(settings["simulated"])
+    return [Job("simulator", tuple(entry["name"] for entry in (*prepared["entries"], *prepared["gemms"])))]
 
 
 def copies(args: tuple) -> tuple:
@@ -131,58 +134,41 @@ def run_gemm(entry: dict) -> torch.Tensor:
     return c
 
 
-def compare(rows: Rows, clock: parts.Clock, file: Path) -> None:
+def compared(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, object]:
+    """One row of all outputs: the largest differences, and which output they are of."""
+    rows = {name: difference(results[name], simulated) for name, simulated in expected.items()}
+    worst = max(rows, key=lambda name: rows[name]["max_difference"])
+    found = {name: max(row[name] for row in rows.values()) for name in ("rms_difference", "max_difference")}
+    found["bitwise_equal"] = all(row["bitwise_equal"] for row in rows.values())
+    failed = next((f"{name}: {row['failed']}" for name, row in rows.items() if "failed" in row), None)
+    return {**found, **({} if found["bitwise_equal"] else {"output": worst}), **({"failed": failed} if failed else {})}
+
+
+def on_device(entry: dict, device: torch.device) -> dict[str, object]:
     from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
 
-    prepared = torch.load(file)
-    rows.add(prepared_at=prepared["commit"])
-    for op in prepared["without_kernel"]:
-        rows.add(case=op, skipped="no kernel")
-    for entry in prepared["entries"]:
-        what = {"case": entry["name"]}
-        try:
-            args = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in entry["args"])
-            if (served := ops.served_by(entry["op"], copies(args))) != "kernel":
-                rows.add(**what, failed=f"a kernel ran on the simulator, here {served}")
-                continue
-            found = ops.results(entry["op"], args)
-        except Exception as error:  # a broken op must not stop the others
-            rows.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
-            continue
-        for name, simulated in entry["results"].items():
-            rows.add(**what, output=name, **difference(found[name], simulated))
-    for entry in prepared["gemms"]:
-        C = entry["results"]["C"]
-        rows.attempt(clock, lambda entry=entry, C=C: difference(run_gemm(entry), C), case=entry["name"], output="C")
+    args = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in entry["args"])
+    if (served := ops.served_by(entry["op"], copies(args))) != "kernel":
+        return {"failed": f"a kernel ran on the simulator, here {served}"}
+    return compared(ops.results(entry["op"], args), entry["results"])
+
+
+def work(name: str, context) -> dict[str, object]:
+    if not hasattr(context, "entries"):
+        prepared = torch.load(context.settings["simulated"])
+        context.entries = {entry["name"]: entry for entry in (*prepared["entries"], *prepared["gemms"])}
+        print(f"prepared at {prepared['commit']}; no kernel then: {', '.join(prepared['without_kernel']) or 'none'}", flush=True)
+    entry = context.entries[name]
+    return compared({"C": run_gemm(entry)}, entry["results"]) if "code" in entry else on_device(entry, context.device)
 
 
 def main() -> None:
-    parser = parts.parser("simulator", __doc__)
-    parser.add_argument("what", choices=("prepare", "compare"))
-    parser.add_argument("file", nargs="?", type=Path, help="what prepare writes and compare reads")
-    parser.add_argument("--no-gemms", action="store_true", help="prepare: the ops only")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run.simulator", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--shape", default="all", help="2b, 4b, 128/128 or all")
+    parser.add_argument("--no-gemms", action="store_true", help="the ops only")
     arguments = parser.parse_args()
-    shapes = chosen_shapes(arguments.shape)[: 1 if arguments.quick else None]
-    if arguments.what == "prepare":
-        if arguments.file is None:
-            parser.error("prepare needs FILE")
-        prepare(arguments.file, shapes, gemms=not arguments.no_gemms)
-        return
-    if not torch.cuda.is_available():
-        print("no CUDA device")
-        raise SystemExit(parts.SKIPPED)
-    with tempfile.TemporaryDirectory() as folder:
-        file = arguments.file
-        if file is None:
-            file = Path(folder) / "simulated.pt"
-            command = [sys.executable, "-m", "benchmarks.simulator", "prepare", str(file), "--shape", arguments.shape]
-            done = subprocess.run(command + ["--quick"] * arguments.quick, timeout=arguments.seconds)
-            if done.returncode != 0:
-                print("no prepared file was brought along, and the simulator does not run here (see above)")
-                raise SystemExit(parts.SKIPPED)
-        rows = Rows(arguments.rows)
-        compare(rows, parts.Clock(arguments.seconds), file)
-    raise SystemExit(parts.failed(rows.rows))
+    prepare(arguments.file, chosen_shapes(arguments.shape), gemms=not arguments.no_gemms)
 
 
 if __name__ == "__main__":
