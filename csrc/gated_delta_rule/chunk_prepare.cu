@@ -2,10 +2,10 @@
 
 namespace jet::hopper {
 
-template void launch_prepare<PrepareConfig<64>>(const PrepareArguments& p, cudaStream_t stream);
-template void launch_prepare<PrepareConfig<96>>(const PrepareArguments& p, cudaStream_t stream);
-template void launch_prepare<PrepareConfig<128>>(const PrepareArguments& p, cudaStream_t stream);
-template void launch_prepare<PrepareConfig<192>>(const PrepareArguments& p, cudaStream_t stream);
-template void launch_prepare<PrepareConfig<256>>(const PrepareArguments& p, cudaStream_t stream);
+template void launch_prepare<64>(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream);
+template void launch_prepare<96>(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream);
+template void launch_prepare<128>(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream);
+template void launch_prepare<192>(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream);
+template void launch_prepare<256>(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream);
 
 }  // namespace jet::hopper
