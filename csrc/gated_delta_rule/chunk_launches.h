@@ -1,5 +1,5 @@
-// What the host passes to prepare and join, and how it launches them. Instantiated for each K in chunk_prepare.cu and chunk_join.cu, so that
-// the launcher compiles no kernel of theirs.
+// What the host passes to prepare and join, and how it launches them. Instantiated for each K in chunk_prepare.cu, so that the launcher
+// compiles no kernel of theirs.
 #pragma once
 
 #include <cuda.h>

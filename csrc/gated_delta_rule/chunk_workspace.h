@@ -35,6 +35,7 @@ struct SegmentCosts {
 };
 
 constexpr int64_t kShortestSegment = 16, kMostSegments = 64;  // chunks; of a row
+constexpr double kWorthCutting = 0.8;  // of the time without cuts: a forecast has errors, and cuts cost work that a busy device could do
 
 // With cu_seqlens, whose lengths the host does not know, as if all tokens were one sequence: sequences are cut if they turn out to be
 // twice as long as its segments.
@@ -42,9 +43,11 @@ inline ChunkSegments choose_segments(const ChunkGatedDeltaRuleParams& p, int64_t
   const int64_t rows = packed ? 1 : p.B, chunks = (p.T + C - 1) / C;
   const SegmentCosts costs{multiprocessors, rows * p.H, slices, transfer_slices};
   int64_t best = 1;
-  for (int64_t segments = 2; segments <= std::min(kMostSegments, chunks / kShortestSegment); ++segments)
+  for (int64_t parts = 2; parts <= std::min(kMostSegments, chunks / kShortestSegment); ++parts) {
+    const int64_t segments = chunks / (chunks / parts);  // as many as the device makes of one sequence and this length
     if (costs.of(chunks, segments) < costs.of(chunks, best)) best = segments;
-  if (best == 1) return {1, 0, 0};
+  }
+  if (costs.of(chunks, best) > kWorthCutting * costs.of(chunks, 1)) return {1, 0, 0};
   const int64_t length = chunks / best, most_chunks = p.T / C + p.N;
   return {static_cast<int>(best), static_cast<int>(length), static_cast<int>(packed ? most_chunks / length - 1 : p.B * (best - 1))};
 }
