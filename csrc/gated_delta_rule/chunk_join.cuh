@@ -66,7 +66,7 @@ __device__ void multiply_transfer(JoinShared<Config>& shared, SlabLoader<Config>
     if (threadIdx.x == 0) loader.next();
     __syncwarp();
     const int stage = ring.wait();
-#pragma unroll 1  // both at once would fill the registers
+#pragma unroll
     for (int k = 0; k < width; k += 4) {
       float4 x[Config::warp_columns];
 #pragma unroll
@@ -77,7 +77,10 @@ __device__ void multiply_transfer(JoinShared<Config>& shared, SlabLoader<Config>
         const float4 m = *reinterpret_cast<const float4*>(shared.slab[stage] + Config::Slab::offset(lane, share * width + k) +
                                                           32 * r * Config::Slab::row_bytes);
 #pragma unroll
-        for (int c = 0; c < Config::warp_columns; ++c) sums[r][c] += m.x * x[c].x + m.y * x[c].y + m.z * x[c].z + m.w * x[c].w;
+        for (int c = 0; c < Config::warp_columns; ++c) {
+          float& sum = sums[r][c];
+          sum += m.x * x[c].x, sum += m.y * x[c].y, sum += m.z * x[c].z, sum += m.w * x[c].w;
+        }
       }
     }
     __syncwarp();
