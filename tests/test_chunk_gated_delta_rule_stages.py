@@ -121,9 +121,10 @@ def test_sweep(timing, seed, T):
 
 
 @simulated
+@each_timing
 @pytest.mark.parametrize("cuts", (1, 2, 4))
-@pytest.mark.parametrize("K, V", ((64, 16), (96, 80), (256, 48)))
-def test_join(cuts, K, V):
+@pytest.mark.parametrize("K, V", ((64, 16), (96, 80), (128, 32), (256, 48)))
+def test_join(timing, seed, cuts, K, V):
     """S_{s+1} = M_s S_s + N_s, and nothing before the second cut."""
     torch.manual_seed(0)
     states, transfers = torch.randn(cuts, 2, K, V), torch.randn(cuts, 2, K, K) * K**-0.5
@@ -132,7 +133,7 @@ def test_join(cuts, K, V):
     for s in range(1, cuts):
         expected[s] += transfers[s].double() @ expected[s - 1]
     found = states.clone()
-    with hoppersim.simulate():
+    with hoppersim.simulate(timing=timing, seed=seed):
         library().call("run_join", found, transfers, cuts, 2, K, V, restype=None)
     assert_bitwise(found[0], states[0], "the state behind the first segment")
     assert_error("states", found, expected, 1e-6)

@@ -172,8 +172,8 @@ void launch_join(const JoinArguments& p, cudaStream_t stream) {
   const bool packed = p.plan.cu_seqlens != nullptr;
   const int64_t ctas = (packed ? p.plan.most_cuts : p.plan.N) * p.H * (p.V / Config::columns);
   const CUtensorMap transfers = make_operand_map<typename Config::Slab>("transfers", p.transfers, Dtype::f32, p.plan.most_cuts * p.H * K, K, K);
-  launch("chunk_gated_delta_rule", {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(JoinShared<Config>)), 1, true}, stream,
-         chunk_join_kernel<Config>, p, transfers);
+  launch("chunk_gated_delta_rule", {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(JoinShared<Config>)), 1, true},
+         stream, chunk_join_kernel<Config>, p, transfers);
 }
 
 }  // namespace jet::hopper

@@ -97,7 +97,7 @@ __device__ inline Gates load_gates(const PrepareArguments& p, const PreparePlace
   const float* beta = p.beta + at.row * p.beta_strides.b + (at.token + i) * p.beta_strides.t + h * p.beta_strides.h;
 #pragma unroll
   for (int e = 0; e < 2; ++e)
-    if (i + e < at.count) gates.g[e] = __ldg(g + e * p.g_strides.t), gates.beta[e] = __ldg(beta + e * p.beta_strides.t);
+    if (i + e < at.count) gates.g[e] = g[e * p.g_strides.t], gates.beta[e] = beta[e * p.beta_strides.t];
   return gates;
 }
 

@@ -42,7 +42,8 @@ extern "C" void run_join(float* states, const float* transfers, int64_t cuts, in
   ChunkPlan plan = plan_of((cuts + 1) * C);
   plan.row_segments = static_cast<int>(cuts) + 1, plan.most_cuts = static_cast<int>(cuts);
   const JoinArguments p{plan, H, V, states, transfers};
-  k == 64 ? launch_join<64>(p, nullptr) : k == 96 ? launch_join<96>(p, nullptr) : k == 128 ? launch_join<128>(p, nullptr) : launch_join<256>(p, nullptr);
+  const auto launch = k == 64 ? launch_join<64> : k == 96 ? launch_join<96> : k == 128 ? launch_join<128> : launch_join<256>;
+  launch(p, nullptr);
 }
 
 // What choose_segments() makes of B rows of T tokens, or of N sequences in them: segments of a row, chunks of a segment, most cuts.
