@@ -23,7 +23,7 @@ from reference.recurrent_gated_delta_rule import gated_delta_rule
 OP = "chunk_gated_delta_rule"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 KEY_DIMS = (64, 96, 128, 192, 256)
-CUT = 8192 + 37  # tokens: one sequence of few heads is cut into four segments
+CUT = 8192 + 37  # tokens: one sequence of few heads is cut into eight segments
 # Operands are fp16 inside, so the error of o is that of its own rounding and a few 1e-4; states are fp32.
 OUTPUT_CEILING, STATE_CEILING = {BF16: 2.5e-3, F16: 1e-3}, 1.2e-3
 
@@ -320,8 +320,8 @@ def test_which_calls_are_cut():
         EARLY(OP, *random(**shape))
         return [counting.short(launch["kernel"]).removeprefix("chunk_").removesuffix("_kernel") for launch in hoppersim.launches()]
 
-    assert kernels(T=4095, H=1, V=16) == ["prepare", "sweep", "join", "sweep"]
-    assert kernels(T=2048 + 1984, H=1, V=16) == ["prepare", "sweep"]
+    assert kernels(T=3009, H=1, V=16) == ["prepare", "sweep", "join", "sweep"]
+    assert kernels(T=3008, H=1, V=16) == ["prepare", "sweep"]
     assert kernels(T=128, H=1, V=16) == ["prepare", "sweep"]
     assert kernels(T=128, H=1, V=16, cu_seqlens=(0, 100, 128)) == ["plan", "prepare", "sweep"]
 
@@ -391,7 +391,7 @@ def test_cost(shape):
 
 @simulated
 def test_cost_of_segments():
-    """1.9 times the tensor-core work, and the second reading."""
+    """In eight: 1.9 times the tensor-core work, the second reading, and M for every 16 columns that join has."""
     shape = next(shape for shape in MEASURED if shape.name == "2b")
     case = ops.chunk(shape._replace(H=1, Hk=1), 1, 8192)
     with hoppersim.simulate():
@@ -399,7 +399,7 @@ def test_cost_of_segments():
     both = counting.added([launch["counters"] for launch in hoppersim.launches()])
     assert len(hoppersim.launches()) == 4
     assert both["tensor_flop"] <= 1.9 * case.work.flop
-    assert counting.moved(both) <= 3.2 * case.work.bytes
+    assert counting.moved(both) <= 3.5 * case.work.bytes
 
 
 # ---- what the compiler made ----
@@ -427,9 +427,19 @@ def test_machine_code_of_sweep(K):
 def test_machine_code_of_prepare():
     stem = "csrc.gated_delta_rule.chunk_prepare"
     kernels = {name: facts for name, facts in report(stem).items() if "prepare" in name}
-    assert len(kernels) == len(KEY_DIMS)
+    assert len(kernels) == 2 * len(KEY_DIMS), "bf16 and f16"
     for name, facts in kernels.items():
-        assert facts.spill_bytes == 0 and facts.stack_bytes == 0 and facts.registers <= 168, name
+        assert facts.spill_bytes == 0 and facts.stack_bytes == 0 and facts.registers <= (168 if "ILi256E" in name else 128), name
         code = disassembly(stem)[name]
         assert not code.uses("LDL", "STL"), name
-        assert code.uses("HGMMA") and code.uses("HMMA"), name
+        assert code.uses("HGMMA") and code.uses("HMMA") and code.uses("UTMALDG"), name
+        assert len(code.instructions) <= 2700, name
+
+
+def test_machine_code_of_join():
+    stem = "csrc.gated_delta_rule.chunk_prepare"
+    kernels = {name: facts for name, facts in report(stem).items() if "join" in name}
+    assert len(kernels) == len(KEY_DIMS)
+    for name, facts in kernels.items():
+        assert facts.spill_bytes == 0 and facts.stack_bytes == 0, name
+        assert disassembly(stem)[name].uses("UTMALDG"), name

@@ -121,9 +121,10 @@ def test_sweep(timing, seed, T):
 
 
 @simulated
+@each_timing
 @pytest.mark.parametrize("cuts", (1, 2, 4))
-@pytest.mark.parametrize("K, V", ((64, 16), (96, 80), (256, 48)))
-def test_join(cuts, K, V):
+@pytest.mark.parametrize("K, V", ((64, 16), (96, 80), (128, 32), (256, 48)))
+def test_join(timing, seed, cuts, K, V):
     """S_{s+1} = M_s S_s + N_s, and nothing before the second cut."""
     torch.manual_seed(0)
     states, transfers = torch.randn(cuts, 2, K, V), torch.randn(cuts, 2, K, K) * K**-0.5
@@ -132,7 +133,66 @@ def test_join(cuts, K, V):
     for s in range(1, cuts):
         expected[s] += transfers[s].double() @ expected[s - 1]
     found = states.clone()
-    with hoppersim.simulate():
+    with hoppersim.simulate(timing=timing, seed=seed):
         library().call("run_join", found, transfers, cuts, 2, K, V, restype=None)
     assert_bitwise(found[0], states[0], "the state behind the first segment")
     assert_error("states", found, expected, 1e-6)
+
+
+class Call(NamedTuple):
+    """What choose_segments() looks at."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    packed: bool = False
+    N: int = 1
+    multiprocessors: int = 132
+
+
+def segments(call: Call) -> list[int]:
+    """Segments of a row, chunks of a segment with cu_seqlens, most cuts."""
+    found = torch.zeros(3, dtype=torch.int64)
+    N = call.N if call.packed else call.B
+    library().call("segments", call.B, call.T, N, call.H, call.K, call.V, int(call.packed), call.multiprocessors, found, restype=None)
+    return found.tolist()
+
+
+MODEL_2B, MODEL_4B = dict(H=12, K=96, V=256), dict(H=16, K=128, V=256)
+
+
+@simulated
+@pytest.mark.parametrize(
+    "call, expected",
+    (
+        (Call(1, 32768, **MODEL_2B), 5),  # 120 CTAs with outputs, 132 without: a wave each
+        (Call(1, 8192, **MODEL_2B), 5),
+        (Call(1, 32768, **MODEL_4B), 4),  # 128, 128
+        (Call(8, 4096, **MODEL_2B), 1),  # fills the device as it is
+        (Call(2, 16384, **MODEL_2B), 5),  # 240, 264: two waves each
+        (Call(1, 32768, H=2, K=128, V=256), 23),  # a longer join would cost more than shorter segments save
+        (Call(1, 3009, H=1, K=64, V=16), 3),
+        (Call(1, 3008, H=1, K=64, V=16), 1),  # too short
+        (Call(1, 1 << 20, H=264, K=128, V=128), 1),
+        (Call(1, 0, **MODEL_2B), 1),
+    ),
+)
+def test_segments_of_a_row(call, expected):
+    chunks = -(-call.T // 64)
+    assert segments(call) == [expected, chunks // expected if expected > 1 else 0, call.B * (expected - 1)]
+
+
+@simulated
+@pytest.mark.parametrize("T", (3072, 8192, 8229, 32768, 100_000))
+@pytest.mark.parametrize("heads", (MODEL_2B, MODEL_4B, dict(H=1, K=64, V=16)), ids=str)
+def test_packed_sequences_have_no_more_cuts_than_room(T, heads):
+    """One sequence is cut as a row is; any others need no more room."""
+    of_row, _, _ = segments(Call(1, T, **heads))
+    for lengths in ([T], [T - 1, 1], [T // 2, T - T // 2], [T // 7] * 7, [1] * 63 + [T - 63]):
+        _, length, most = segments(Call(1, sum(lengths), **heads, packed=True, N=len(lengths)))
+        cuts = [-(-n // 64) // length - 1 for n in lengths if length and -(-n // 64) >= 2 * length]
+        assert sum(cuts) <= most
+        if lengths == [T]:
+            assert sum(cuts) == of_row - 1

@@ -1,7 +1,7 @@
 #include "csrc/gated_delta_rule/chunk_gated_delta_rule.h"
 
-#include "csrc/gated_delta_rule/chunk_join.cuh"
-#include "csrc/gated_delta_rule/chunk_prepare.cuh"
+#include "csrc/gated_delta_rule/chunk_launches.h"
+#include "csrc/gated_delta_rule/chunk_plan_kernel.cuh"
 #include "csrc/gated_delta_rule/chunk_sweep_shared.cuh"
 #include "csrc/gated_delta_rule/chunk_workspace.h"
 #include "csrc/hopper/device.h"
@@ -26,25 +26,19 @@ CUtensorMap tokens_map(const ChunkGatedDeltaRuleParams& p, const char* name, con
 int slices_of(const ChunkGatedDeltaRuleParams& p) { return static_cast<int>((p.V + kSlice - 1) / kSlice); }
 
 ChunkSegments segments_of_call(const ChunkGatedDeltaRuleParams& p, bool packed) {
-  return choose_segments(p, slices_of(p), packed, current_device_facts().multiprocessors);
+  return choose_segments(p, slices_of(p), transfer_slices(p.K), packed, current_device_facts().multiprocessors);
 }
 
 template <int K>
-void run_sweeps(const ChunkGatedDeltaRuleParams& p, const SweepArguments& sweep, cudaStream_t stream) {
+SweepMaps maps_of(const ChunkGatedDeltaRuleParams& p) {
   using Config = SweepConfig<K, true>;
+  const TokenStrides o_strides{p.T * p.H * p.V, p.H * p.V, p.V, 1};
   SweepMaps maps = {};
-  if (p.T > 0) {
-    const TokenStrides o_strides{p.T * p.H * p.V, p.H * p.V, p.V, 1};
-    maps.q = tokens_map(p, "q", p.q, p.q_strides, p.Hk, p.K, Config::Rows::panel_width, Config::swizzle);
-    maps.k = tokens_map(p, "k", p.k, p.k_strides, p.Hk, p.K, Config::Rows::panel_width, Config::swizzle);
-    maps.v = tokens_map(p, "v", p.v, p.v_strides, p.H, p.V, kRows, ValueTile::swizzle);
-    maps.o = tokens_map(p, "o", p.o, o_strides, p.H, p.V, kRows, ValueTile::swizzle);
-  }
-  if (sweep.plan.most_cuts > 0) {
-    launch_sweep<SweepConfig<K, false>>(sweep, maps, stream);
-    launch_join({sweep.plan, p.H, p.V, K, sweep.states, sweep.transfers}, stream);
-  }
-  launch_sweep<Config>(sweep, maps, stream);
+  maps.q = tokens_map(p, "q", p.q, p.q_strides, p.Hk, p.K, Config::Rows::panel_width, Config::swizzle);
+  maps.k = tokens_map(p, "k", p.k, p.k_strides, p.Hk, p.K, Config::Rows::panel_width, Config::swizzle);
+  maps.v = tokens_map(p, "v", p.v, p.v_strides, p.H, p.V, kRows, ValueTile::swizzle);
+  maps.o = tokens_map(p, "o", p.o, o_strides, p.H, p.V, kRows, ValueTile::swizzle);
+  return maps;
 }
 
 template <int K>
@@ -54,21 +48,28 @@ void run(const ChunkGatedDeltaRuleLaunch& l, cudaStream_t stream) {
   const ChunkSegments segments = segments_of_call(p, packed);
   const ChunkWorkspace w = chunk_workspace(p, packed, segments);
   char* workspace = static_cast<char*>(l.workspace);
-  ChunkPlan plan{p.T, p.N, l.cu_seqlens.data, l.cu_seqlens.type, nullptr, nullptr, w.most_chunks, segments.chunks, segments.most_cuts};
+  ChunkPlan plan{p.T, p.N, l.cu_seqlens.data, l.cu_seqlens.type, nullptr, nullptr, w.most_chunks, segments.most_cuts, segments.chunks,
+                 static_cast<int>(chunks_of(p.T)), segments.of_row};
   if (packed) {
     plan.first_chunk = reinterpret_cast<int*>(workspace + w.first_chunk), plan.first_cut = reinterpret_cast<int*>(workspace + w.first_cut);
-    launch(kOp, {dim3(1), kPlanThreads}, stream, chunk_plan_kernel, plan);
+    launch(kOp, {dim3(1), kPlanThreads, 0, 1, true}, stream, chunk_plan_kernel, plan);
   }
   char* images = workspace + w.images;
-  if (w.most_chunks > 0 && p.T > 0)
-    launch_prepare<PrepareConfig<K>>({plan, p.dtype, p.H, p.Hk, static_cast<float>(p.scale), p.l2norm_qk, p.q, p.k, static_cast<const float*>(p.g),
-                                      static_cast<const float*>(p.beta), p.q_strides, p.k_strides, p.g_strides, p.beta_strides, images},
-                                     stream);
-  run_sweeps<K>(p,
-                {plan, p.dtype, p.H, p.Hk, p.K, p.V, slices_of(p), images, static_cast<const float*>(p.initial_state), p.initial_state_strides,
-                 static_cast<float*>(p.final_state), reinterpret_cast<float*>(workspace + w.states),
-                 reinterpret_cast<float*>(workspace + w.transfers), static_cast<uint16_t*>(p.o)},
-                stream);
+  SweepMaps maps = {};
+  if (p.T > 0) {
+    maps = maps_of<K>(p);
+    launch_prepare<K>({plan, p.dtype, p.H, p.Hk, static_cast<float>(p.scale), p.l2norm_qk, static_cast<const float*>(p.g),
+                       static_cast<const float*>(p.beta), p.g_strides, p.beta_strides, images},
+                      {maps.q, maps.k}, stream);
+  }
+  const SweepArguments sweep{plan, p.dtype, p.H, p.Hk, p.K, p.V, slices_of(p), images, static_cast<const float*>(p.initial_state),
+                             p.initial_state_strides, static_cast<float*>(p.final_state), reinterpret_cast<float*>(workspace + w.states),
+                             reinterpret_cast<float*>(workspace + w.transfers), static_cast<uint16_t*>(p.o)};
+  if (plan.most_cuts > 0) {
+    launch_sweep<SweepConfig<K, false>>(sweep, maps, stream);
+    launch_join<K>({plan, p.H, p.V, sweep.states, sweep.transfers}, stream);
+  }
+  launch_sweep<SweepConfig<K, true>>(sweep, maps, stream);
 }
 
 }  // namespace

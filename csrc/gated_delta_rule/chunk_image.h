@@ -31,6 +31,9 @@ JET_INDEX_MAP int image_offset(int i, int j) {
   return SquareTile::offset(i, j) - panel_in_tile(p) + panel_in_image(p);
 }
 
+// Byte offset, in tile and image alike, of element (i, j) of a block behind the block's first element.
+JET_INDEX_MAP int in_block(int i, int j) { return SquareTile::offset(i, j); }
+
 enum Vector : int {
   kReadK,      // e^{c_j} |k_j|: of S^T k_j
   kWrite,      // beta_j e^{c_C - c_j} |k_j|: of U'_j on its way into the state
@@ -60,6 +63,18 @@ constexpr bool image_is_a_part_of_the_tile() {
   return true;
 }
 static_assert(image_is_a_part_of_the_tile());
+
+// The swizzle repeats within a block, so that an element's place is its block's plus its own.
+constexpr bool blocks_are_alike() {
+  for (int i = 0; i < C; ++i)
+    for (int j = 0; j < C; ++j) {
+      const int block_i = i / kBlock * kBlock, block_j = j / kBlock * kBlock, inside = in_block(i % kBlock, j % kBlock);
+      if (SquareTile::offset(i, j) != SquareTile::offset(block_i, block_j) + inside) return false;
+      if (j <= i && image_offset(i, j) != image_offset(block_i, block_j) + inside) return false;
+    }
+  return true;
+}
+static_assert(blocks_are_alike());
 
 }  // namespace proof
 }  // namespace jet::hopper

@@ -2,16 +2,15 @@
 #include "csrc/gated_delta_rule/chunk_join.cuh"
 #include "csrc/gated_delta_rule/chunk_prepare.cuh"
 #include "csrc/gated_delta_rule/chunk_sweep.cuh"
+#include "csrc/gated_delta_rule/chunk_workspace.h"
 
 namespace jet::hopper {
-
-template void launch_prepare<PrepareConfig<64>>(const PrepareArguments& p, cudaStream_t stream);
 
 namespace {
 
 constexpr int K = 64;
 
-ChunkPlan plan_of(int64_t T) { return {T, 1, nullptr, IndexType::i64, nullptr, nullptr, chunks_of(T), 0, 0}; }
+ChunkPlan plan_of(int64_t T) { return {T, 1, nullptr, IndexType::i64, nullptr, nullptr, chunks_of(T), 0, 0, static_cast<int>(chunks_of(T)), 1}; }
 
 CUtensorMap map_of(const void* data, int64_t T, int64_t heads, int64_t D) {
   const auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
@@ -24,9 +23,9 @@ CUtensorMap map_of(const void* data, int64_t T, int64_t heads, int64_t D) {
 // q, k [T, Hk, K], g, beta [T, H] -> images [chunks, H]
 extern "C" void run_prepare(const void* q, const void* k, const float* g, const float* beta, char* images, int64_t T, int64_t H, int64_t Hk,
                             double scale, int64_t l2norm) {
-  const TokenStrides rows{T * Hk * K, Hk * K, K, 1}, gates{T * H, H, 1, 0};
-  launch_prepare<PrepareConfig<K>>(
-      {plan_of(T), Dtype::bf16, H, Hk, static_cast<float>(scale), l2norm != 0, q, k, g, beta, rows, rows, gates, gates, images}, nullptr);
+  const TokenStrides gates{T * H, H, 1, 0};
+  launch_prepare_as<PrepareConfig<K, bf16>>({plan_of(T), Dtype::bf16, H, Hk, static_cast<float>(scale), l2norm != 0, g, beta, gates, gates, images},
+                                            {map_of(q, T, Hk, K), map_of(k, T, Hk, K)}, nullptr);
 }
 
 // q, k [T, 1, K], v [T, 1, V], images [chunks, 1], initial_state [K, V] -> o [T, 1, V], final_state [K, V]
@@ -41,8 +40,18 @@ extern "C" void run_sweep(const void* q, const void* k, const void* v, const cha
 // states [cuts, H, K, V], transfers [cuts, H, K, K] of one sequence, in place
 extern "C" void run_join(float* states, const float* transfers, int64_t cuts, int64_t H, int64_t k, int64_t V) {
   ChunkPlan plan = plan_of((cuts + 1) * C);
-  plan.segment_chunks = 1, plan.most_cuts = static_cast<int>(cuts);
-  launch_join({plan, H, V, static_cast<int>(k), states, transfers}, nullptr);
+  plan.row_segments = static_cast<int>(cuts) + 1, plan.most_cuts = static_cast<int>(cuts);
+  const JoinArguments p{plan, H, V, states, transfers};
+  const auto launch = k == 64 ? launch_join<64> : k == 96 ? launch_join<96> : k == 128 ? launch_join<128> : launch_join<256>;
+  launch(p, nullptr);
+}
+
+// What choose_segments() makes of B rows of T tokens, or of N sequences in them: segments of a row, chunks of a segment, most cuts.
+extern "C" void segments(int64_t B, int64_t T, int64_t N, int64_t H, int64_t k, int64_t V, int64_t packed, int64_t multiprocessors, int64_t* found) {
+  ChunkGatedDeltaRuleParams p = {};
+  p.B = B, p.T = T, p.N = N, p.H = H, p.K = k, p.V = V;
+  const ChunkSegments s = choose_segments(p, (V + kSlice - 1) / kSlice, transfer_slices(k), packed != 0, static_cast<int>(multiprocessors));
+  found[0] = s.of_row, found[1] = s.chunks, found[2] = s.most_cuts;
 }
 
 }  // namespace jet::hopper
