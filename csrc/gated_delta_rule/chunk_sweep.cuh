@@ -34,8 +34,9 @@ __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, cons
     Event& loaded = ring.filled();
 #pragma unroll
     for (int panel = 0; panel < Rows::panels; ++panel) {
-      load(stage.k + panel * Rows::panel_bytes, maps.k, loaded, Reuse::normal, panel * Rows::panel_width, hk, token, row);
-      if constexpr (Config::outputs) load(stage.q + panel * Rows::panel_bytes, maps.q, loaded, Reuse::normal, panel * Rows::panel_width, hk, token, row);
+      const int at = panel * Rows::panel_bytes, k = panel * Rows::panel_width;
+      load(stage.k + at, maps.k, loaded, Reuse::normal, k, hk, token, row);
+      if constexpr (Config::outputs) load(stage.q + at, maps.q, loaded, Reuse::normal, k, hk, token, row);
     }
     bulk_load(stage.vectors, image + kVectorsAt, kVectors * kVectorBytes, loaded);
 #pragma unroll
@@ -289,6 +290,14 @@ __device__ void store_last_output(const uint32_t (&y)[kSteps][4], const SweepArg
         *reinterpret_cast<const uint4*>(tile + ValueTile::offset(v, i));
 }
 
+// S = e^{c_C} S, once S^T has become an A operand.
+template <class Config>
+__device__ void decay_state(typename Config::State& s, const SweepStage<Config>& stage) {
+  const float decay = stage.vectors[kReadQ][C - 1];
+#pragma unroll
+  for (int at = 0; at < Config::MmaState::registers; ++at) s[at] *= decay;
+}
+
 // y: the output of the chunk before on entry, of this one on return; it is stored behind the next chunk's first products.
 template <class Config>
 __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4], const SweepArguments& p, const SweepMaps& maps,
@@ -300,11 +309,13 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   typename Config::Tokens x, o;
   const StateProduct<Config> sk{x, typename Config::RowsOperand(stage.k)}, sq{o, typename Config::RowsOperand(stage.q)};
   uint32_t a[Config::state_steps][4], r[kSteps][4];
-  if constexpr (Config::outputs)
+  if constexpr (Config::outputs) {
     multiply_state<Config>(a, s, sk, sq);  // X = Sᵀ Knᵀ, O = Sᵀ Qnᵀ   [64, C]
-  else
+    decay_state<Config>(s, stage);
+    if (chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
+  } else {
     multiply_state<Config>(a, s, sk);
-  if (Config::outputs && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
+  }
   wgmma_wait<Config::outputs && Config::o_behind_residual ? 1 : 0>();
   wgmma_touch(x);
   if constexpr (!Config::o_behind_residual) wgmma_touch(o), hold(a);
@@ -316,23 +327,26 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
   wgmma_commit();
-  wgmma_wait<0>();
-  wgmma_touch(x);
-  if constexpr (Config::outputs && Config::o_behind_residual) wgmma_touch(o);
-  hold(r);
-  if constexpr (Config::o_behind_residual) hold(a);
-  uint32_t u[kSteps][4], write[kSteps][4];
-  updates<Config>(u, write, x, stage, me.thread);
   if constexpr (Config::outputs) {
+    if constexpr (Config::o_behind_residual) {
+      wgmma_wait<1>();
+      wgmma_touch(o);
+      hold(a);
+    }
 #pragma unroll
     for (int at = 0; at < Mma::registers; at += 2) {
       const float2 read = columns_of(stage.vectors[kReadQ], me.thread, at);
       o[at] *= read.x, o[at + 1] *= read.y;
     }
+  } else {
+    decay_state<Config>(s, stage);  // earlier, ptxas would have it wait for X
   }
-  const float decay = stage.vectors[kReadQ][C - 1];
-#pragma unroll
-  for (int at = 0; at < MmaState::registers; ++at) s[at] *= decay;
+  wgmma_wait<0>();
+  wgmma_touch(x);
+  hold(r);
+  if constexpr (!Config::outputs && Config::o_behind_residual) hold(a);
+  uint32_t u[kSteps][4], write[kSteps][4];
+  updates<Config>(u, write, x, stage, me.thread);
   wgmma_fence();
   if constexpr (Config::outputs) {
 #pragma unroll
