@@ -23,11 +23,12 @@ struct SweepConfig {
   static constexpr int K = K_;
   static constexpr bool outputs = outputs_;  // false: the pass over the segments before a cut, for their effect on the state alone
   static constexpr int stages = K <= 128 ? 3 : 2;             // what fits
-  static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;  // k16 steps of S^T held as A operands: all, or what fits
+  static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;   // k16 steps of S^T held as A operands: all, or what fits
+  static constexpr bool o_behind_residual = K <= 192;         // S^T Qn^T runs while R is made; beyond, its operands have no registers then
   static constexpr int threads = kWarpgroup * (1 + kGroups);
   static constexpr bool few_registers = K > 128;  // S^T alone has K / 2 of a consumer's
   static constexpr int producer_registers = few_registers ? 24 : 40, consumer_registers = few_registers ? 240 : 232;
-  static constexpr int producer_unroll = few_registers ? 1 : 2;
+  static constexpr int normaliser_batch = few_registers ? 2 : 4;  // units of 16 bytes that a thread has in flight
   static_assert(producer_registers + kGroups * consumer_registers <= 504, "what 384 threads get at launch: 168 each");
   static constexpr Swizzle swizzle = K % 64 == 0 ? Swizzle::b128 : Swizzle::b64;  // 96 is three panels of 32 elements
   using Rows = OperandTile<f16, swizzle, Major::k, C, K>;     // k or q: [C tokens][K] in panels
@@ -61,6 +62,9 @@ struct SweepArguments {
   float* final_state;          // [N, H, K, V]
   float *states, *transfers;   // [cuts, H, K, V], [cuts, H, K, K]: chunk_workspace.h
   uint16_t* o;                 // [B, T, H, V]
+  // By launch_sweep, so that no CTA divides 64-bit numbers for them:
+  int heads_per_key = 0;       // value heads per key head
+  int row_chunks = 0, row_segments = 0;  // of each row, without cu_seqlens
 };
 
 // q, k: (K, Hk, T, B), v, o: (V, H, T, B)
@@ -84,14 +88,21 @@ struct SweepWork {
   __device__ bool is_transfer() const { return initial == InitialState::identity; }
 };
 
+// Sequence n; without cu_seqlens as `sequence_of` has it.
+__device__ inline Sequence swept_sequence(const SweepArguments& p, int64_t n) {
+  if (p.plan.cu_seqlens != nullptr) return sequence_of(p.plan, n);
+  return {n, 0, p.plan.T, n * p.row_chunks, p.row_chunks, p.row_segments, static_cast<int>(n) * (p.row_segments - 1)};
+}
+
 // Segment s of sequence n.
-__device__ inline SweepWork segment_work(const SweepArguments& p, int64_t n, int s, int h, int values, int column) {
-  const Sequence sequence = sequence_of(p.plan, n);
-  const int begin = segment_begin(sequence.chunks, sequence.segments, s), end = segment_begin(sequence.chunks, sequence.segments, s + 1);
+__device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence& sequence, int64_t n, int s, int h, int values, int column) {
+  int begin = 0, end = sequence.chunks;
+  if (sequence.segments > 1)
+    begin = segment_begin(sequence.chunks, sequence.segments, s), end = segment_begin(sequence.chunks, sequence.segments, s + 1);
   SweepWork work{};
   work.row = sequence.row, work.token = sequence.begin + int64_t{begin} * C, work.length = sequence.length - int64_t{begin} * C;
   work.first_chunk = sequence.first_chunk + begin, work.chunks = end - begin;
-  work.h = h, work.hk = h / static_cast<int>(p.H / p.Hk);
+  work.h = h, work.hk = h / p.heads_per_key;
   work.values = values, work.column = column, work.groups = values - column > kRows ? 2 : 1;
   if (s > 0 || p.initial_state == nullptr) return work;
   work.initial = InitialState::memory, work.strides = p.initial_state_strides;
@@ -99,13 +110,23 @@ __device__ inline SweepWork segment_work(const SweepArguments& p, int64_t n, int
   return work;
 }
 
+// Which part of the work a CTA is: CTAs (part, head, slice). launch_sweep has checked that there are fewer than 2^31.
+struct SweepPart {
+  int part, h, slice;
+};
+__device__ inline SweepPart part_of_cta(const SweepArguments& p, int slices) {
+  const int cta = static_cast<int>(blockIdx.x), H = static_cast<int>(p.H), head = cta / slices, part = head / H;
+  return {part, head - part * H, cta - head * slices};
+}
+
 // Outputs: CTAs (segment, head, slice of V).
 __device__ inline SweepWork output_work(const SweepArguments& p) {
-  const int64_t head = blockIdx.x / p.slices, segment = head / p.H, n = sequence_of_segment(p.plan, segment);
+  const auto [segment, h, slice] = part_of_cta(p, p.slices);
+  const int64_t n = p.plan.cu_seqlens == nullptr ? segment / p.row_segments : sequence_of_segment(p.plan, segment);
   if (n < 0) return {};
-  const Sequence sequence = sequence_of(p.plan, n);
-  const int h = static_cast<int>(head % p.H), s = static_cast<int>(segment - n - sequence.first_cut);
-  SweepWork work = segment_work(p, n, s, h, static_cast<int>(p.V), static_cast<int>(blockIdx.x % p.slices) * kSlice);
+  const Sequence sequence = swept_sequence(p, n);
+  const int s = static_cast<int>(segment - n - sequence.first_cut);
+  SweepWork work = segment_work(p, sequence, n, s, h, static_cast<int>(p.V), slice * kSlice);
   if (s > 0) {
     work.initial = InitialState::memory, work.strides = {0, 0, p.V, 1};
     work.initial_state = p.states + ((sequence.first_cut + s - 1) * p.H + h) * p.K * p.V;
@@ -118,14 +139,15 @@ JET_INDEX_MAP int transfer_slices(int64_t K) { return static_cast<int>((K + kSli
 
 // No outputs: CTAs (segment before a cut, head, slice of V, then of the K columns of its transfer matrix).
 __device__ inline SweepWork cut_work(const SweepArguments& p) {
-  const int slices = p.slices + transfer_slices(p.K), slice = blockIdx.x % slices;
-  const int64_t head = blockIdx.x / slices, cut = head / p.H, n = sequence_of_cut(p.plan, cut);
+  const auto [cut, h, slice] = part_of_cta(p, p.slices + transfer_slices(p.K));
+  const int64_t n = p.plan.cu_seqlens == nullptr ? cut / (p.row_segments - 1) : sequence_of_cut(p.plan, cut);
   if (n < 0) return {};
-  const int h = static_cast<int>(head % p.H), s = static_cast<int>(cut - sequence_of(p.plan, n).first_cut);
+  const Sequence sequence = swept_sequence(p, n);
+  const int s = cut - sequence.first_cut;
   const bool transfer = slice >= p.slices;
   if (transfer && s == 0) return {};  // the first segment starts from the true state
   const int64_t values = transfer ? p.K : p.V;
-  SweepWork work = segment_work(p, n, s, h, static_cast<int>(values), (transfer ? slice - p.slices : slice) * kSlice);
+  SweepWork work = segment_work(p, sequence, n, s, h, static_cast<int>(values), (transfer ? slice - p.slices : slice) * kSlice);
   work.final_state = (transfer ? p.transfers : p.states) + (cut * p.H + h) * p.K * values;
   if (transfer) work.initial = InitialState::identity;
   return work;
@@ -147,11 +169,13 @@ struct SweepShared {
   }
 
   // Above the diagonal of T' and P' nothing is ever loaded.
-  __device__ void zero_upper_blocks() {
+  __device__ void zero_upper_blocks(int thread, int threads) {
+#pragma unroll 1
     for (int s = 0; s < Config::stages; ++s)
       for (int panel = 1; panel < kBlocks; ++panel) {
         const int at = panel * SquareTile::panel_bytes, bytes = panel_in_tile(panel) - at;
-        for (int i = threadIdx.x * 16; i < bytes; i += Config::threads * 16) {
+#pragma unroll 1
+        for (int i = thread * 16; i < bytes; i += threads * 16) {
           *reinterpret_cast<uint4*>(stage[s].t + at + i) = make_uint4(0, 0, 0, 0);
           *reinterpret_cast<uint4*>(stage[s].p + at + i) = make_uint4(0, 0, 0, 0);
         }
@@ -170,7 +194,7 @@ __device__ Parity parity_of(int chunk) {
 
 // Instantiated in chunk_sweep_narrow.cu (K <= 128) and chunk_sweep_wide.cu: two files compile at the same time.
 template <class Config>
-void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+void launch_sweep(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
 
 // Registers of an A operand that wgmma may read until the wait before this line.
 template <int n>
