@@ -144,8 +144,8 @@ __device__ void load_state(typename Config::State& s, const SweepWork& work, con
     const float* at = work.initial_state + k * next_k + v * work.strides.v;
 #pragma unroll
     for (int r = 0; r < Config::MmaState::registers; r += 4, at += 8 * next_k) {
-      s[r] = __ldg(at), s[r + 1] = __ldg(at + next_k);
-      s[r + 2] = __ldg(at + v_8), s[r + 3] = __ldg(at + next_k + v_8);
+      s[r] = at[0], s[r + 1] = at[next_k];
+      s[r + 2] = at[v_8], s[r + 3] = at[next_k + v_8];
     }
   }
 }
@@ -438,13 +438,10 @@ __global__ void __launch_bounds__(Config::threads, 1)
 }
 
 template <class Config>
-void launch_sweep(SweepArguments p, const SweepMaps& maps, cudaStream_t stream) {
+void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream) {
   const int64_t segments = Config::outputs ? p.plan.N + p.plan.most_cuts : p.plan.most_cuts;
   const int64_t ctas = segments * p.H * (p.slices + (Config::outputs ? 0 : transfer_slices(p.K)));
   require(ctas < (int64_t{1} << 31), "chunk_gated_delta_rule", "N * H * V / 128", "below 2^31", ctas);
-  p.heads_per_key = static_cast<int>(p.H / p.Hk);
-  p.row_chunks = static_cast<int>(chunks_of(p.plan.T));
-  p.row_segments = segments_of(p.row_chunks, p.plan.segment_chunks);
   launch("chunk_gated_delta_rule", {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(SweepShared<Config>)), 1, true},
          stream, chunk_sweep_kernel<Config>, p, maps);
 }

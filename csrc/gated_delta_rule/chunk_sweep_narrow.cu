@@ -2,11 +2,11 @@
 
 namespace jet::hopper {
 
-template void launch_sweep<SweepConfig<64, true>>(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<64, false>>(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<96, true>>(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<96, false>>(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<128, true>>(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<128, false>>(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<64, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<64, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<96, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<96, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<128, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<128, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 
 }  // namespace jet::hopper

@@ -62,9 +62,6 @@ struct SweepArguments {
   float* final_state;          // [N, H, K, V]
   float *states, *transfers;   // [cuts, H, K, V], [cuts, H, K, K]: chunk_workspace.h
   uint16_t* o;                 // [B, T, H, V]
-  // By launch_sweep, so that no CTA divides 64-bit numbers for them:
-  int heads_per_key = 0;       // value heads per key head
-  int row_chunks = 0, row_segments = 0;  // of each row, without cu_seqlens
 };
 
 // q, k: (K, Hk, T, B), v, o: (V, H, T, B)
@@ -88,12 +85,6 @@ struct SweepWork {
   __device__ bool is_transfer() const { return initial == InitialState::identity; }
 };
 
-// Sequence n; without cu_seqlens as `sequence_of` has it.
-__device__ inline Sequence swept_sequence(const SweepArguments& p, int64_t n) {
-  if (p.plan.cu_seqlens != nullptr) return sequence_of(p.plan, n);
-  return {n, 0, p.plan.T, n * p.row_chunks, p.row_chunks, p.row_segments, static_cast<int>(n) * (p.row_segments - 1)};
-}
-
 // Segment s of sequence n.
 __device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence& sequence, int64_t n, int s, int h, int values, int column) {
   int begin = 0, end = sequence.chunks;
@@ -102,7 +93,7 @@ __device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence
   SweepWork work{};
   work.row = sequence.row, work.token = sequence.begin + int64_t{begin} * C, work.length = sequence.length - int64_t{begin} * C;
   work.first_chunk = sequence.first_chunk + begin, work.chunks = end - begin;
-  work.h = h, work.hk = h / p.heads_per_key;
+  work.h = h, work.hk = h / static_cast<int>(quotient(p.H, p.Hk));
   work.values = values, work.column = column, work.groups = values - column > kRows ? 2 : 1;
   if (s > 0 || p.initial_state == nullptr) return work;
   work.initial = InitialState::memory, work.strides = p.initial_state_strides;
@@ -122,9 +113,9 @@ __device__ inline SweepPart part_of_cta(const SweepArguments& p, int slices) {
 // Outputs: CTAs (segment, head, slice of V).
 __device__ inline SweepWork output_work(const SweepArguments& p) {
   const auto [segment, h, slice] = part_of_cta(p, p.slices);
-  const int64_t n = p.plan.cu_seqlens == nullptr ? segment / p.row_segments : sequence_of_segment(p.plan, segment);
+  const int64_t n = sequence_of_segment(p.plan, segment);
   if (n < 0) return {};
-  const Sequence sequence = swept_sequence(p, n);
+  const Sequence sequence = sequence_of(p.plan, n);
   const int s = static_cast<int>(segment - n - sequence.first_cut);
   SweepWork work = segment_work(p, sequence, n, s, h, static_cast<int>(p.V), slice * kSlice);
   if (s > 0) {
@@ -140,9 +131,9 @@ JET_INDEX_MAP int transfer_slices(int64_t K) { return static_cast<int>((K + kSli
 // No outputs: CTAs (segment before a cut, head, slice of V, then of the K columns of its transfer matrix).
 __device__ inline SweepWork cut_work(const SweepArguments& p) {
   const auto [cut, h, slice] = part_of_cta(p, p.slices + transfer_slices(p.K));
-  const int64_t n = p.plan.cu_seqlens == nullptr ? cut / (p.row_segments - 1) : sequence_of_cut(p.plan, cut);
+  const int64_t n = sequence_of_cut(p.plan, cut);
   if (n < 0) return {};
-  const Sequence sequence = swept_sequence(p, n);
+  const Sequence sequence = sequence_of(p.plan, n);
   const int s = cut - sequence.first_cut;
   const bool transfer = slice >= p.slices;
   if (transfer && s == 0) return {};  // the first segment starts from the true state
@@ -194,7 +185,7 @@ __device__ Parity parity_of(int chunk) {
 
 // Instantiated in chunk_sweep_narrow.cu (K <= 128) and chunk_sweep_wide.cu: two files compile at the same time.
 template <class Config>
-void launch_sweep(SweepArguments p, const SweepMaps& maps, cudaStream_t stream);
+void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 
 // Registers of an A operand that wgmma may read until the wait before this line.
 template <int n>
