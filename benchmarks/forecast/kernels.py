@@ -14,7 +14,7 @@ from benchmarks.shapes import Shape
 
 FP32, BF16 = 0, 2  # Dtype
 IMAGE = 2 * 5120 + 6 * 256  # bytes that prepare hands to sweep for a chunk and head
-TENSOR_MAP = 128
+BEHIND_MAPS = 0x280 + 3 * 128  # three tensor maps, aligned to 128 bytes
 VALUES = 64  # value columns of a consumer of sweep
 
 
@@ -26,6 +26,7 @@ class Timed(NamedTuple):
     busy: dict[str, float]  # cycles of schedulers, pipes, shared memory, tensor cores, memory
     waits: dict[str, float] = {}  # share of the time that the warps of a role wait for others
     latency: float = 0  # of a CTA alone, where CTAs are the unit
+    total: float = 0  # of all CTAs of the multiprocessor
 
     @property
     def limit(self) -> str:
@@ -100,14 +101,15 @@ def together(roles: dict[str, list[Role]], turns: int, skip: int = 4) -> Timed:
     return Timed(cycles, instructions, {unit: n / turns for unit, n in machine.busy.items()}, waits)
 
 
-def one_after_another(roles: list[Role], resident: int, clock: str = "light clock", share: float = 1.0) -> Timed:
-    """CTAs that come and go. The unit is a CTA."""
+def one_after_another(roles: list[Role], resident: int, count: int, clock: str = "light clock", share: float = 1.0) -> Timed:
+    """CTAs that come and go on one multiprocessor, `count` of them in all. The unit is a CTA."""
     alone = Multiprocessor(clock, share)
     latency = alone.run_many(roles, 1, 1)
-    machine, count = Multiprocessor(clock, share), 6 * resident
-    cycles = machine.run_many(roles, count, resident)
+    machine, tried = Multiprocessor(clock, share), min(count, 5 * resident)
+    cycles = machine.run_many(roles, tried, resident)
+    total = machine.now + (count - tried) * cycles
     streams = {f"warp {role.warps[0]}": len(role.stream) for role in roles}
-    return Timed(cycles, streams, {unit: n / count for unit, n in machine.busy.items()}, latency=latency)
+    return Timed(cycles, streams, {unit: n / tried for unit, n in machine.busy.items()}, latency=latency, total=total)
 
 
 def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 16) -> Timed:
@@ -130,8 +132,8 @@ def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 16) -> 
     return together(roles, turns)
 
 
-def prepare(build: Build, shape: Shape) -> Timed:
-    """Cycles per CTA, of a chunk and a key head."""
+def prepare(build: Build, shape: Shape, count: int = 12) -> Timed:
+    """Cycles per CTA, of a chunk and a key head; `count` on each multiprocessor."""
     graph, registers = build.find(rf"chunk_prepare_kernel.*PrepareConfigILi{shape.K}E")
     heads = shape.H // shape.Hk
     way = Way("HGMMA|LDG|UBLKCP", "(?!)", (Work(r"UBLKCP\.G", heads),), build.chunked("PrepareArguments", shape))
@@ -139,14 +141,14 @@ def prepare(build: Build, shape: Shape) -> Timed:
     roles = whole(graph, way, 4)
     loads = sum(x.name == "UTMALDG" for x in roles[0].stream)
     roles[0].copied = copied / loads if loads else 0
-    return one_after_another(roles, min(resident_ctas(registers, 4), 4), "clock")
+    return one_after_another(roles, min(resident_ctas(registers, 4), 4), count, "clock")
 
 
 def join(build: Build, shape: Shape) -> Timed:
     """Cycles of a CTA for one cut."""
     graph, registers = build.find("chunk_join_kernel")
     way = Way("LDG|STG|HMMA|FFMA", constants=build.chunked("JoinArguments", shape))
-    return one_after_another(whole(graph, way, 8), 1)
+    return one_after_another(whole(graph, way, 8), 1, 1)
 
 
 def products_and_epilogue(stream: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
@@ -186,47 +188,61 @@ def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
     return pair._replace(cycles=pair.cycles / 2, busy={unit: n / 2 for unit, n in pair.busy.items()}), alone.now
 
 
-def conv_step(build: Build, shape: Shape, rows: int) -> tuple[Timed, int]:
-    """A CTA for one tile, and how many there are."""
-    small = SmallStep(64 if rows <= 64 else 128, 16 if rows <= 64 else 32)
-    try:
-        graph, registers = build.find(rf"small_dynamic_conv_kernel.*SmallConvConfigINS\w+bf16ELi4ELi{small.channels // 4}ELi{small.tokens // 64}E")
-    except LookupError:
-        return _conv_step_by_large(build, shape, rows)
-    consumers = small.tokens // 64
-    panels, ctas = -(-shape.R // 64), -(-rows // small.tokens) * shape.D // small.channels
-    return _step(build, shape, graph, 4 * consumers + 1, panels, 4 * consumers, (small.channels * 4 + small.tokens) * 128, ctas, registers)
+def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
+    """Of one multiprocessor's CTAs, each a tile of 64 tokens and 16 channels, or 128 and 32 beyond 64 rows."""
+    tokens, channels = (64, 16) if rows <= 64 else (128, 32)
+    graph, registers = build.find(rf"small_dynamic_conv_kernel.*SmallConvConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E")
+    panels, consumers, stages = -(-shape.R // 64), tokens // 64, 6
+    ctas = -(-rows // tokens) * shape.D // channels
+    arguments = build.arguments("DynamicConvArguments", BEHIND_MAPS, panels=panels, D=shape.D, silu=1, **{"sequences.tokens": rows, "sequences.N": rows})
+    way = Way(r"HGMMA|UTMALDG|MUFU\.EX2", "(?!)", (Work("HGMMA", 4 * panels), Work(r"UTMALDG\.5D", panels)), arguments)
+    roles = whole(graph, way, 4 * consumers + 1)
+    loader = roles[-1]
+    copies = sum(x.name == "UTMALDG" for x in loader.stream)
+    loader.copied = 128 * panels * (channels * shape.W + tokens) / copies
+    loader.free = {next(event_of(x) for x in loader.stream if "TRYWAIT" in x.opcode): stages}
+    resident = 2 if consumers == 1 else 1
+    return one_after_another(roles, resident, per_multiprocessor(ctas), share=share_of_memory(ctas))
 
 
-class SmallStep(NamedTuple):
-    tokens: int
-    channels: int
+def per_multiprocessor(ctas: float) -> int:
+    return int(-(-ctas // A["multiprocessors"]))
 
 
-def _conv_step_by_large(build: Build, shape: Shape, rows: int) -> tuple[Timed, int]:
-    raise LookupError("the convolution's step by its large kernel is not modelled")
+def share_of_memory(ctas: float) -> float:
+    """Of a multiprocessor, when not all have something to do."""
+    most = A["bytes per multiprocessor"] * A["light clock"] * A["multiprocessors"] / A["bandwidth"]
+    return min(max(A["multiprocessors"] / ctas, 1), most)
 
 
-def _step(build, shape, graph, warps, panels, loader, stage_bytes, ctas, registers) -> tuple[Timed, int]:
-    arguments = build.arguments("DynamicConvArguments", FIRST + 3 * TENSOR_MAP + 48, panels=panels, D=shape.D, silu=1)
-    way = Way(r"HGMMA|UTMALDG|MUFU\.EX2", "(?!)", (Work("HGMMA", 4 * panels), Work("UTMALDG.5D", panels)), arguments)
-    roles = whole(graph, way, warps)
-    copies = sum(x.name == "UTMALDG" for x in roles[loader].stream)
-    roles[loader].copied = stage_bytes * panels / max(copies, 1)
-    return one_after_another(roles, 1, share=A["multiprocessors"] / min(ctas, A["multiprocessors"])), ctas
-
-
-def recurrent(build: Build, shape: Shape, item: int, tile: int, slices: int, share: float) -> tuple[Timed, int]:
-    """Cycles per CTA of `slices` slices of `tile` columns, and how many are on a multiprocessor at a time."""
+def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
     H, K, V = shape.H, shape.K, shape.V
-    graph, registers = build.find(rf"recurrent_kernel.*RecurrentConfigI(f|NS_4bf16E)Li{tile}E.*ModeE0E".replace("(f|NS_4bf16E)", "f" if item == 4 else "NS_4bf16E"))
+    tile, slices = recurrent_tiles(N, shape)
+    state = "f" if item == 4 else "NS_4bf16E"
+    graph, registers = build.find(rf"recurrent_kernel.*RecurrentConfigI{state}Li{tile}E.*ModeE0E")
     accesses = tile * item // 16 // 2 * slices  # of a thread, 16 bytes wide
     loops = (Work(r"STG\.E\.128.*STRONG", accesses), Work(r"LDG\.E\.128", accesses))
-    values = {"dtype": BF16, "o_dtype": BF16, "g_dtype": FP32, "beta_dtype": FP32, "N": 64, "T": 1, "H": H, "Hk": shape.Hk, "K": K, "V": V}
+    values = {"dtype": BF16, "o_dtype": BF16, "g_dtype": FP32, "beta_dtype": FP32, "N": N, "T": 1, "H": H, "Hk": shape.Hk, "K": K, "V": V}
     values |= {f"{x}.dtype": FP32 if x in ("g", "beta") else BF16 for x in ("q", "k", "v", "g", "beta")}
     values |= {"tokens": 1, "slices": slices, "columns": slices * tile, "heads": max(slices * tile // V, 1), "l2norm_qk": 1}
     values |= {"pool.rows": 1 << 40, "pool.rows_dtype": 0}
     way = Way(r"LDG|SHFL|STG\.E\.128", "(?!)", loops, {0x0: 2 * K} | build.arguments("RecurrentArguments", **values))
-    warps = 2 * K // 32
-    resident = resident_ctas(registers, warps)
-    return one_after_another(whole(graph, way, warps), resident, share=share), resident
+    warps, ctas = 2 * K // 32, N * H * V / (slices * tile)
+    return one_after_another(whole(graph, way, warps), resident_ctas(registers, warps), per_multiprocessor(ctas), share=share_of_memory(ctas))
+
+
+def recurrent_tiles(N: int, shape: Shape) -> tuple[int, int]:
+    """choose_recurrent_tiles of csrc/gated_delta_rule for one token: columns of a slice, slices of a CTA."""
+    H, V, sms = shape.H, shape.V, int(A["multiprocessors"])
+    tile = 64
+
+    def most(columns: int) -> int:
+        return -(-N * H * V // columns // sms) * columns
+
+    if N * H * (V // 64) < 3 * sms and most(32) < most(64):
+        tile = 32
+    per_head = V // tile
+    for slices in (H // shape.Hk * per_head, per_head):
+        if N * H * per_head // slices >= 3 * sms and 16 * most(slices * tile) <= 17 * most(tile):
+            return tile, slices
+    return tile, 1

@@ -26,8 +26,9 @@ ASSUMPTIONS = {
     "clock": Assumption(1755, "MHz", "assumed: between base and boost under tensor load"),
     "light clock": Assumption(1980, "MHz", "boost, of kernels without tensor cores"),
     "bandwidth": Assumption(4.3e6, "B/us", "measured once on an H200 (benchmarks/floors.py)"),
-    "launch": Assumption(3.0, "us", "assumed: an empty kernel, back to back"),
-    "gap": Assumption(1.0, "us", "assumed: between dependent kernels of one stream"),
+    "bytes per multiprocessor": Assumption(64, "B a cycle", ASSUMED + ": between the L2 and a multiprocessor"),
+    "launch": Assumption(1.0, "us", ASSUMED + ": a kernel's share of its graph that is not its own run"),
+    "cta": Assumption(5.0, "us", ASSUMED + ": begin and end of a sweep CTA: state, pipeline"),
     "ALU": Assumption(2, "cycles a warp instruction", GUIDE + ": 64 lanes"),
     "FMA": Assumption(1, "cycles a warp instruction", GUIDE + ": 128 lanes"),
     "IMAD": Assumption(2, "cycles a warp instruction", GUIDE + ": 64 lanes"),
@@ -36,6 +37,7 @@ ASSUMPTIONS = {
     "uniform": Assumption(2, "cycles an instruction", ASSUMED),
     "LSU": Assumption(2, "cycles a warp instruction", ASSUMED),
     "shared bytes": Assumption(128, "B a cycle", "CUDA C++ Programming Guide: 32 banks of 4 bytes"),
+    "thread share": Assumption(0.5, "of shared memory's cycles that wgmma leaves to threads at least", ASSUMED),
     "LDS": Assumption(29, "cycles", BENCH + ": shared memory latency"),
     "LDSM": Assumption(33, "cycles", ASSUMED),
     "STS": Assumption(12, "cycles until the operands have been read", ASSUMED),
@@ -182,7 +184,7 @@ class Multiprocessor:
     # Shared resources
 
     def _shared(self, fronts: float, at: float) -> float:
-        rate = 1 - (self.tensor_share if self.tensor_free > at else 0)
+        rate = 1 - (min(self.tensor_share, A["thread share"]) if self.tensor_free > at else 0)
         behind = min(self.landing, fronts)  # copies that land take turns with the threads
         self.landing -= behind
         self.shared_free = max(self.shared_free, at) + (fronts + behind) / rate
@@ -310,7 +312,7 @@ class Multiprocessor:
         if self.issued[group, number] == 4:
             cycles = tensor_cycles(x.opcode)
             share = tensor_bytes(x.opcode, x.operands.split(",")[1].strip().startswith("R")) / cycles / A["shared bytes"]
-            self.tensor_share = min(share, 0.95)
+            self.tensor_share = share
             self.tensor_free = max(self.tensor_free, self.now + 4) + cycles * max(share, 1)
             self.busy["tensor"] += cycles
             self.busy["shared"] += cycles * share

@@ -101,7 +101,8 @@ class Lanes:
         if name in ("S2R", "S2UR"):
             if a[1] == "SR_TID.X":
                 return tuple(32 * self.warp + lane for lane in LANES)
-            return LANES if a[1] == "SR_LANEID" else (0,) * len(LANES) if a[1].startswith(("SR_TID", "SR_CTAID")) else UNKNOWN
+            zero = a[1].startswith(("SR_TID", "SR_CTAID", "SR_CgaCtaId"))
+            return LANES if a[1] == "SR_LANEID" else (0,) * len(LANES) if zero else UNKNOWN
         if op.startswith("CS2R") and a[1] == "SRZ":
             return (0,) * len(LANES)
         if name in ("MOV", "R2UR", "LDC") or op == "ULDC":
@@ -109,7 +110,7 @@ class Lanes:
         if name == "HFMA2" and a[1] == "-RZ" and a[2] == "RZ":  # two halves, written as floating-point numbers
             return (int.from_bytes(struct.pack("<2e", float(a[4]), float(a[3])), "little"),) * len(LANES)
         if name == "SHFL" and ".IDX" in op:
-            return (self._one(a[2])[0],) * len(LANES) if a[3] == "RZ" else UNKNOWN
+            return (self._one(a[1])[0],) * len(LANES) if a[2] == "RZ" else UNKNOWN
         if name == "IMAD":
             if ".WIDE" in op or ".HI" in op:
                 return self._product(op, a)[".HI" in op]
@@ -176,6 +177,8 @@ class Lanes:
     def execute(self, x: Instruction) -> None:
         a = [part.strip() for part in x.operands.split(",")]
         under = self.predicate(x.predicate)
+        if x.name == "SHFL":
+            self._put(a.pop(0), UNKNOWN, under)
         if x.name in ("ISETP", "UISETP") and x.opcode.split(".")[1] in COMPARE:
             value = self._compare(x, a) if len(a) > 4 else UNKNOWN
             self._put(a[1], UNKNOWN, under)
