@@ -19,6 +19,7 @@ COMMITTED = ROOT / "benchmarks" / "results" / "forecast" / "forecast.json"
 COMMAND = "python -m benchmarks.run --forecast --shape all --write"
 MARGIN = 0.10
 COLUMNS = {"case": "case", "kernel": "kernel", "unit": "unit", "cycles": "cycles", "limit": "limit", "us": "us", "committed": "committed"}
+OPS = {"chunk": "chunk_gated_delta_rule", "conv": "dynamic_conv", "step": "dynamic_conv_step", "recurrent": ops.RECURRENT}
 ROWS = (1, 16, 64, 256)
 STEP_ROWS = (1, 128, 256)
 
@@ -100,7 +101,8 @@ class Forecast:
         """The kernels, and the call as the sum of them and their launches."""
         us = sum(row["us"] for row in rows) + A["launch"] * len(rows)
         slowest = max(rows, key=lambda row: row["us"])
-        return [*rows, {"op": case.partition(" ")[0], "case": case, "kernel": "call", "us": round(us, 2), "limit": f"{slowest['kernel']}: {slowest['limit']}"}]
+        limit = f"{slowest['kernel']}: {slowest['limit']}"
+        return [*rows, {"op": case.partition(" ")[0], "case": case, "kernel": "call", "us": round(us, 2), "limit": limit}]
 
     def rows(self, shapes: list[Shape], only: str = "") -> Iterator[dict[str, object]]:
         for shape in shapes:
@@ -109,12 +111,13 @@ class Forecast:
                 calls += [(self.conv, shape, T) for T in ops.CONV_LENGTHS] + [(self.step, shape, rows) for rows in STEP_ROWS]
                 calls += [(self.recurrent, shape, pool, N) for pool in (ops.FP32, ops.BF16) for N in ROWS]
             for call, *arguments in calls:
-                if only not in {"chunk": "chunk_gated_delta_rule", "conv": "dynamic_conv", "step": "dynamic_conv_step"}.get(call.__name__, ops.RECURRENT):
+                if only not in OPS[call.__name__]:
                     continue
                 try:
                     yield from call(*arguments)
                 except (AssertionError, LookupError) as error:  # a kernel that the model does not follow must not hide the others
-                    yield {"op": call.__name__, "case": f"{call.__name__} {shape.name} {arguments[1:]}", "kernel": "failed", "limit": str(error)[:200]}
+                    case = f"{OPS[call.__name__]} {shape.name} {arguments[1:]}"
+                    yield {"op": OPS[call.__name__], "case": case, "kernel": "failed", "limit": str(error)[:200]}
 
 
 def segments_of(B: int, T: int, shape: Shape) -> tuple[int, int]:
@@ -130,17 +133,17 @@ def committed() -> dict[tuple[str, str], dict[str, object]]:
     return {(row["case"], row["kernel"]): row for row in rows}
 
 
-def compare(rows: list[dict[str, object]]) -> list[str]:
-    """What is slower than the committed forecast, or so much faster that it should be committed."""
-    old, said = committed(), []
+def compare(rows: list[dict[str, object]], old: dict[tuple[str, str], dict[str, object]]) -> list[str]:
+    """What is slower than the committed forecast `old`, or so much faster that it should be committed, or no longer followed."""
+    said, ops_then = [], {row["op"] for row in old.values()}
     for row in rows:
         name = (row["case"], row["kernel"])
         if "us" not in row:
-            said.append(f"{row['case']}: {row['limit']}")
+            said += [f"{row['case']}: {row['limit']}"] if row["op"] in ops_then else []
         elif name in old and row["us"] > old[name]["us"] * (1 + MARGIN):
             said.append(f"{row['case']}, {row['kernel']}: {row['us']} us, {old[name]['us']} committed")
         elif name in old and row["us"] < old[name]["us"] * (1 - MARGIN):
-            said.append(f"{row['case']}, {row['kernel']}: {row['us']} us is faster than the {old[name]['us']} committed; commit the new forecast: {COMMAND}")
+            said.append(f"{row['case']}, {row['kernel']}: {row['us']} us, faster than the {old[name]['us']} committed; commit it: {COMMAND}")
     return said
 
 
@@ -162,5 +165,5 @@ def print_forecast(shapes: list[Shape], only: str, where: Path | None, csrc: Pat
     if write:
         assert shapes == list(SHAPES) and not only, f"the committed forecast has all shapes: {COMMAND}"
         COMMITTED.parent.mkdir(parents=True, exist_ok=True)
-        COMMITTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        COMMITTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows if "us" in row) + "\n]\n")
         print(f"written to {COMMITTED}")

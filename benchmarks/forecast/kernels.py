@@ -194,12 +194,13 @@ def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
     graph, registers = build.find(rf"small_dynamic_conv_kernel.*SmallConvConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E")
     panels, consumers, stages = -(-shape.R // 64), tokens // 64, 6
     ctas = -(-rows // tokens) * shape.D // channels
-    arguments = build.arguments("DynamicConvArguments", BEHIND_MAPS, panels=panels, D=shape.D, silu=1, **{"sequences.tokens": rows, "sequences.N": rows})
+    sequences = {"sequences.tokens": rows, "sequences.N": rows, "sequences.T": 1, "sequences.cu_seqlens": 0}
+    arguments = build.arguments("DynamicConvArguments", BEHIND_MAPS, panels=panels, D=shape.D, silu=1, **sequences)
     way = Way(r"HGMMA|UTMALDG|MUFU\.EX2", "(?!)", (Work("HGMMA", 4 * panels), Work(r"UTMALDG\.5D", panels)), arguments)
     roles = whole(graph, way, 4 * consumers + 1)
     loader = roles[-1]
     copies = sum(x.name == "UTMALDG" for x in loader.stream)
-    loader.copied = 128 * panels * (channels * shape.W + tokens) / copies
+    loader.copied = 128 * panels * channels * shape.W / copies  # hidden comes from the L2, and its rows that are not there from nowhere
     loader.free = {next(event_of(x) for x in loader.stream if "TRYWAIT" in x.opcode): stages}
     resident = 2 if consumers == 1 else 1
     return one_after_another(roles, resident, per_multiprocessor(ctas), share=share_of_memory(ctas))

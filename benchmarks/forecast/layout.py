@@ -16,9 +16,8 @@ def _texts(csrc: Path) -> str:
 @cache
 def _members(csrc: Path, name: str) -> tuple[tuple[str, str], ...]:
     """(type, member) of a struct; type "*" for pointers."""
-    found = re.search(rf"\bstruct (?:alignas\(\d+\) )?{name} \{{(.*?)\n\}};", _texts(csrc), re.DOTALL) or re.search(
-        rf"\bstruct {name} \{{([^{{}}]*)\}};", _texts(csrc)
-    )
+    opens = rf"\bstruct (?:alignas\(\d+\) )?{name} \{{"
+    found = re.search(opens + r"([^{}\n]*)\};", _texts(csrc)) or re.search(opens + r"(.*?)\n\};", _texts(csrc), re.DOTALL)
     assert found, f"struct {name}"
     body = re.sub(r"#\w+.*", "", found[1])
     while (without := re.sub(r"[^;{}]*\([^;{}]*\)[^;{}]*(\{[^{}]*\};?|;)|\{[^{}]*\}", "", body)) != body:  # functions

@@ -19,12 +19,12 @@ class Assumption(NamedTuple):
 
 
 GUIDE = "CUDA C++ Programming Guide, throughput of native instructions, 9.0"
-BENCH = "Luo et al., arXiv 2402.13499"
+BENCH = "assumed, near Luo et al., arXiv 2402.13499"
 ASSUMED = "assumed"
 ASSUMPTIONS = {
     "multiprocessors": Assumption(132, "", "H100 SXM, H200"),
-    "clock": Assumption(1755, "MHz", "assumed: between base and boost under tensor load"),
-    "light clock": Assumption(1980, "MHz", "boost, of kernels without tensor cores"),
+    "clock": Assumption(1755, "MHz", ASSUMED + ": between base and boost under tensor load"),
+    "light clock": Assumption(1980, "MHz", "maximal boost of an H100 SXM; of kernels without tensor cores"),
     "bandwidth": Assumption(4.3e6, "B/us", "measured once on an H200 (benchmarks/floors.py)"),
     "bytes per multiprocessor": Assumption(64, "B a cycle", ASSUMED + ": between the L2 and a multiprocessor"),
     "launch": Assumption(1.0, "us", ASSUMED + ": a kernel's share of its graph that is not its own run"),
@@ -37,6 +37,7 @@ ASSUMPTIONS = {
     "uniform": Assumption(2, "cycles an instruction", ASSUMED),
     "LSU": Assumption(2, "cycles a warp instruction", ASSUMED),
     "shared bytes": Assumption(128, "B a cycle", "CUDA C++ Programming Guide: 32 banks of 4 bytes"),
+    "queue": Assumption(64, "cycles of accesses to shared memory that may be under way", ASSUMED),
     "thread share": Assumption(0.5, "of shared memory's cycles that wgmma leaves to threads at least", ASSUMED),
     "LDS": Assumption(29, "cycles", BENCH + ": shared memory latency"),
     "LDSM": Assumption(33, "cycles", ASSUMED),
@@ -51,8 +52,7 @@ ASSUMPTIONS = {
     "wake": Assumption(14, "cycles from the last arrival to a waiting thread", ASSUMED),
     "next CTA": Assumption(300, "cycles from a CTA's end to the next one's start", ASSUMED),
     "fence": Assumption(20, "cycles of MEMBAR.CTA and the proxy fence", ASSUMED),
-    "DRAM": Assumption(600, "cycles of a load from memory", BENCH + ": about 480 idle; loaded assumed"),
-    "L2": Assumption(270, "cycles of a load from L2", BENCH),
+    "DRAM": Assumption(600, "cycles of a load from memory", BENCH + ", idle; more under load"),
     "copy": Assumption(1000, "cycles from a bulk copy to its mbarrier", ASSUMED),
     "store": Assumption(900, "cycles of a bulk store until it is done", ASSUMED),
     "tensor": Assumption(4096, "FLOP a cycle of 16-bit operands", "H100 white paper: 989 TFLOP/s"),
@@ -60,6 +60,7 @@ ASSUMPTIONS = {
 }
 A = {name: a.value for name, a in ASSUMPTIONS.items()}
 
+SHARED = ("LDS", "LDSM", "STS", "STSM", "ATOMS")
 PIPES = ("ALU", "FMA", "IMAD", "MUFU", "FP64", "uniform", "LSU", "none")
 NAMES = {
     **dict.fromkeys("FMUL FFMA FADD HADD2 HFMA2 HMUL2".split(), "FMA"),
@@ -156,7 +157,7 @@ class Multiprocessor:
         self.now = 0.0
         self.warps: list[Warp] = []
         self.pipes = [dict.fromkeys(PIPES, 0.0) for _ in range(4)]
-        self.lsu_free = self.shared_free = self.tensor_free = self.memory_free = 0.0
+        self.shared_free = self.tensor_free = self.memory_free = 0.0
         self.landing = 0.0  # wavefronts of bulk copies that wait for shared memory
         self.tensor_share = 0.0  # of shared memory that the running product takes
         self.bytes_per_cycle = A["bandwidth"] / A[clock] / A["multiprocessors"] * share
@@ -249,7 +250,7 @@ class Multiprocessor:
     def _effects(self, warp: Warp, x: Instruction) -> tuple[float, float]:
         """When the result is there and when the operands have been read."""
         T, name = self.now, x.name
-        if name in ("LDS", "LDSM", "STS", "STSM", "ATOMS"):
+        if name in SHARED:
             end = self._shared(wavefronts(x.opcode), T + 6)
             if name in ("STS", "STSM"):
                 warp.stored = end + A["STS"] - 6
@@ -257,7 +258,8 @@ class Multiprocessor:
             return end + A[name if name in A else "LDS"] - 6, end
         if name in ("LDG", "LD"):
             size = 32 * (16 if ".128" in x.opcode else 8 if ".64" in x.opcode else 2 if "16" in x.opcode else 4)
-            return self._memory(size), T + 20
+            there = self._memory(size)
+            return there if ".128" in x.opcode else T + A["DRAM"], T + 20  # what is small does not queue
         if name in ("STG", "ST"):
             self._memory(32 * (16 if ".128" in x.opcode else 8 if ".64" in x.opcode else 2 if "16" in x.opcode else 4))
             return T + 20, T + 20
@@ -329,6 +331,8 @@ class Multiprocessor:
             kind = pipe(x.name)
             if kind != "none":
                 ready = max(ready, pipes[kind], pipes["FMA"] if kind == "IMAD" else 0)
+            if kind == "LSU" and x.name in SHARED:
+                ready = max(ready, self.shared_free - A["queue"])
             if ready > self.now:
                 warp.time = ready
                 return False

@@ -81,7 +81,8 @@ def objects(root: Path = ROOT, stem: str = "*") -> list[Path]:
 
 def find_kernel(pattern: str, files: list[Path]) -> tuple[Path, str]:
     """The file of the kernel whose mangled name matches, and the name; the kernel for bf16 where several match."""
-    found = {name.decode(): file for file in files for name in re.findall(rb"\.text\.(_Z\w+)", file.read_bytes()) if re.search(pattern.encode(), name)}
+    every = ((name.decode(), file) for file in files for name in re.findall(rb"\.text\.(_Z\w+)", file.read_bytes()))
+    found = {name: file for name, file in every if re.search(pattern, name)}
     if len(found) > 1:
         found = {name: file for name, file in found.items() if "bf16" in name}
     if len(found) != 1:
