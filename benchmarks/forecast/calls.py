@@ -152,12 +152,12 @@ def assumptions() -> str:
     return table(rows, {name: name for name in ("name", "value", "unit", "source")})
 
 
-def print_forecast(shapes: list[Shape], only: str, where: Path | None, csrc: Path | None, write: bool) -> None:
+def print_forecast(shapes: list[Shape], only: str, where: list[Path], csrc: Path | None, write: bool) -> None:
     if cuobjdump() is None:
         raise SystemExit("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    files = tuple(objects()) if where is None else (where,) if where.is_file() else tuple(where.rglob("*.cu.o"))
+    files = tuple(file for place in where for file in ([place] if place.is_file() else place.rglob("*.cu.o"))) if where else tuple(objects())
     if not files:
-        raise SystemExit(f"no CUDA objects in {where or 'build/'}")
+        raise SystemExit("no CUDA objects in " + (", ".join(map(str, where)) or "build/"))
     old = committed()
     rows = list(Forecast(Build(files, csrc or ROOT / "csrc")).rows(shapes, only))
     print(table([row | {"committed": old.get((row["case"], row["kernel"]), {}).get("us")} for row in rows], COLUMNS))

@@ -80,15 +80,15 @@ def objects(root: Path = ROOT, stem: str = "*") -> list[Path]:
 
 
 def find_kernel(pattern: str, files: list[Path]) -> tuple[Path, str]:
-    """The file of the kernel whose mangled name matches, and the name; the kernel for bf16 where several match."""
-    every = ((name.decode(), file) for file in files for name in re.findall(rb"\.text\.(_Z\w+)", file.read_bytes()))
-    found = {name: file for name, file in every if re.search(pattern, name)}
-    if len(found) > 1:
-        found = {name: file for name, file in found.items() if "bf16" in name}
-    if len(found) != 1:
-        raise LookupError(f"{len(found)} kernels match {pattern}")
-    (name,) = found
-    return found[name], name
+    """The first file with a kernel whose mangled name matches, and the name; the kernel for bf16 where several match."""
+    for file in files:
+        names = {name.decode() for name in re.findall(rb"\.text\.(_Z\w+)", file.read_bytes())}
+        found = [name for name in names if re.search(pattern, name)]
+        if len(found) > 1:
+            found = [name for name in found if "bf16" in name]
+        if len(found) == 1:
+            return file, found[0]
+    raise LookupError(f"no kernel, or several, match {pattern}")
 
 
 @cache
