@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="counters: sequences of the ops of decode")
     parser.add_argument("--tokens", type=int, default=256, help="counters: tokens of the other ops")
     parser.add_argument("--forecast", action="store_true", help="predict cycles and times from the machine code of a build; measures no time")
-    parser.add_argument("--objects", type=Path, nargs="+", default=[], help="forecast: object files or folders of them; the first that has a kernel counts")
+    parser.add_argument("--objects", type=Path, nargs="+", default=[], help="forecast: object files or folders; the first with a kernel counts")
     parser.add_argument("--csrc", type=Path, help="forecast: the sources of the objects, if not those here")
     parser.add_argument("--write", action="store_true", help="forecast: replace the committed one")
     arguments = parser.parse_args()
