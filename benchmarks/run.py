@@ -1,4 +1,5 @@
-"""Measure the ops: ``python -m benchmarks.run --device cpu`` or ``cuda``; ``--counters`` counts on the simulator instead.
+"""Measure the ops: ``python -m benchmarks.run --device cpu`` or ``cuda``; ``--counters`` counts on the simulator and
+``--forecast`` predicts from the machine code instead.
 
 Prints a table and writes ``benchmarks/results/<device>/<date>-<commit>.json`` with what is needed to repeat the run.
 """
@@ -52,7 +53,16 @@ def main() -> None:
     parser.add_argument("--counters", action="store_true", help="count bytes, FLOP and conflicts on the simulator; measures no time")
     parser.add_argument("--batch", type=int, default=2, help="counters: sequences of the ops of decode")
     parser.add_argument("--tokens", type=int, default=256, help="counters: tokens of the other ops")
+    parser.add_argument("--forecast", action="store_true", help="predict cycles and times from the machine code of a build; measures no time")
+    parser.add_argument("--objects", type=Path, nargs="+", default=[], help="forecast: object files or folders; the first with a kernel counts")
+    parser.add_argument("--csrc", type=Path, help="forecast: the sources of the objects, if not those here")
+    parser.add_argument("--write", action="store_true", help="forecast: replace the committed one")
     arguments = parser.parse_args()
+    if arguments.forecast:
+        from benchmarks.forecast.calls import print_forecast
+
+        print_forecast(chosen_shapes(arguments.shape), arguments.only, arguments.objects, arguments.csrc, arguments.write)
+        return
     if arguments.counters:
         from benchmarks.counters import print_counters
 

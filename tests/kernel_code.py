@@ -1,17 +1,13 @@
 """What the compiler made of a CUDA source of the product: ptxas's report, and the machine code."""
 
-import os
 import re
-import subprocess
-import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-
-ROOT = Path(__file__).parent.parent
+from benchmarks.forecast import sass
 
 
 class Facts(NamedTuple):
@@ -21,11 +17,10 @@ class Facts(NamedTuple):
 
 
 def _object(stem: str) -> Path:
-    """The object file of ``csrc/<op>/<name>.cu``, ``stem`` being ``csrc.<op>.<name>``, from the newest build."""
-    objects = sorted(ROOT.glob(f"build/*/cuda/{stem}.cu.o"), key=lambda path: path.stat().st_mtime)
-    if not objects:
+    found = sass.objects(stem=stem)
+    if not found:
         pytest.skip("the CUDA objects are not here: the library was built without nvcc or elsewhere")
-    return objects[-1]
+    return found[0]
 
 
 @cache
@@ -50,27 +45,11 @@ class Code(NamedTuple):
         return any(self.count(opcode) for opcode in opcodes)
 
 
-def _cuobjdump() -> str:
-    tool = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    for program in (tool, tool.with_name("nvdisasm")):
-        program.chmod(program.stat().st_mode | 0o111)  # the packages install them without the permission to run
-    return str(tool)
-
-
 @cache
 def disassembly(stem: str) -> dict[str, Code]:
-    tool = _cuobjdump()
-    environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}
-    command = [tool, "-sass", str(_object(stem))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    kernels = {}
-    for part in done.stdout.split("Function : ")[1:]:
-        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([^;]+);", part, re.MULTILINE)
-        kernels[part.split()[0]] = Code(tuple(lines))
-    assert kernels, f"{stem} has no machine code"
-    return kernels
-
-
+    file = _object(stem)
+    if sass.cuobjdump() is None:
+        pytest.skip("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    code = sass.parse(sass.run_cuobjdump("-sass", file))
+    assert code, f"{stem} has no machine code"
+    return {kernel: Code(tuple(x.text for x in instructions)) for kernel, instructions in code.items()}

@@ -1,0 +1,169 @@
+"""Time of a call from the cycles of its kernels: waves, memory, launches. The names of the cases are those of benchmarks/ops.py."""
+
+import json
+import math
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from benchmarks import ops
+from benchmarks.floors import CHUNK
+from benchmarks.forecast import kernels
+from benchmarks.forecast.kernels import IMAGE, Build, Timed
+from benchmarks.forecast.machine import A, ASSUMPTIONS
+from benchmarks.forecast.sass import ROOT, cuobjdump, objects
+from benchmarks.report import table
+from benchmarks.shapes import SHAPES, Shape
+
+COMMITTED = ROOT / "benchmarks" / "results" / "forecast" / "forecast.json"
+COMMAND = "python -m benchmarks.run --forecast --shape all --write"
+MARGIN = 0.10
+COLUMNS = {"case": "case", "kernel": "kernel", "unit": "unit", "cycles": "cycles", "limit": "limit", "us": "us", "committed": "committed"}
+OPS = {"chunk": "chunk_gated_delta_rule", "conv": "dynamic_conv", "step": "dynamic_conv_step", "recurrent": ops.RECURRENT}
+ROWS = (1, 16, 64, 256)
+STEP_ROWS = (1, 128, 256)
+
+
+def here() -> Build | None:
+    """The newest build of this checkout, if it has CUDA objects and there is a disassembler."""
+    files = tuple(objects()) if cuobjdump() else ()
+    return Build(files, ROOT / "csrc") if files else None
+
+
+class Forecast:
+    def __init__(self, build: Build):
+        self.build = build
+
+    @cache
+    def timed(self, name: str, shape: Shape, *arguments) -> Timed:
+        found = getattr(kernels, name)(self.build, shape, *arguments)
+        return found[0] if isinstance(found, tuple) and not isinstance(found, Timed) else found
+
+    def row(self, case: str, kernel: str, unit: str, timed: Timed, us: float) -> dict[str, object]:
+        busy = {name: round(n) for name, n in timed.busy.items() if n > 0.1 * timed.cycles and name != "none"}
+        return {
+            "op": case.partition(" ")[0], "case": case, "kernel": kernel, "unit": unit, "cycles": round(timed.cycles), "limit": timed.limit,
+            "us": round(us, 2), "busy": busy, "instructions": timed.instructions,
+        }  # fmt: skip
+
+    def chunk(self, shape: Shape, B: int, T: int) -> list[dict[str, object]]:
+        """The chunked rule: prepare; with cut sequences a pass without outputs and join; sweep."""
+        case, sms, clock = ops.chunk(shape, B, T).name, A["multiprocessors"], A["clock"]
+        chunks, slices = -(-T // CHUNK), -(-shape.V // 128)
+        ctas = B * chunks * shape.Hk
+        prepared = self.timed("prepare", shape, kernels.per_multiprocessor(ctas) if ctas < 12 * sms else 12)
+        fill = max(prepared.total - 12 * prepared.cycles, 0)
+        compute = prepared.cycles * ctas / sms + fill if ctas >= 12 * sms else prepared.total
+        moved = B * chunks * (shape.Hk * 4 * CHUNK * shape.K + shape.H * (8 * CHUNK + IMAGE))
+        rows = [self.row(case, "prepare", "CTA", prepared, max(compute / clock, moved / A["bandwidth"]))]
+        segments, longest = segments_of(B, T, shape)
+        if segments > 1:
+            cuts = self.timed("sweep", shape, False)
+            rows.append(self.row(case, "cuts", "chunk", cuts, longest * cuts.cycles / clock + A["cta"]))
+            if segments > 2:
+                joined = self.timed("join", shape)
+                rows.append(self.row(case, "join", "cut", joined, (segments - 2) * joined.cycles / A["light clock"]))
+        swept = self.timed("sweep", shape, True)
+        # Slices of a head, and value heads of a key head, read the same rows through the L2.
+        per_chunk = 4 * CHUNK * shape.K / max(slices, shape.H // shape.Hk) + IMAGE / slices + 2 * 2 * CHUNK * min(shape.V, 128)
+        us, left = 0.0, B * segments * shape.H * slices
+        while left > 0:
+            wave = min(left, sms)
+            us += longest * max(swept.cycles / clock, wave * per_chunk / A["bandwidth"]) + A["cta"]
+            left -= wave
+        rows.append(self.row(case, "sweep", "chunk", swept, us))
+        return self.whole(case, rows)
+
+    def conv(self, shape: Shape, T: int) -> list[dict[str, object]]:
+        case, (timed, epilogue) = ops.conv(shape, 1, T).name, self._conv(shape)
+        token_tiles, tiles = -(-T // 256) * 2, shape.D // 32
+        per_part = min(range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2))
+        waves = math.ceil(token_tiles * -(-tiles // per_part) / A["multiprocessors"])
+        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue  # the first products wait for copies, the last epilogue stands alone
+        row = self.row(case, "conv", "tile", timed, waves * (per_part * timed.cycles + ends) / A["clock"])
+        return self.whole(case, [row | {"epilogue": round(epilogue)}])
+
+    @cache
+    def _conv(self, shape: Shape) -> tuple[Timed, float]:
+        return kernels.conv(self.build, shape)
+
+    def step(self, shape: Shape, rows: int) -> list[dict[str, object]]:
+        timed, case = self.timed("conv_step", shape, rows), ops.conv_step(shape, rows).name
+        return self.whole(case, [self.row(case, "step", "CTA", timed, timed.total / A["light clock"])])
+
+    def recurrent(self, shape: Shape, pool, N: int) -> list[dict[str, object]]:
+        case = ops.recurrent(shape, N, pool)
+        timed = self.timed("recurrent", shape, pool.itemsize, N)
+        us = max(timed.total / A["light clock"], case.work.bytes / A["bandwidth"])
+        return self.whole(case.name, [self.row(case.name, "recurrent", "CTA", timed, us)])
+
+    def whole(self, case: str, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+        """The kernels, and the call as the sum of them and their launches."""
+        us = sum(row["us"] for row in rows) + A["launch"] * len(rows)
+        slowest = max(rows, key=lambda row: row["us"])
+        limit = f"{slowest['kernel']}: {slowest['limit']}"
+        return [*rows, {"op": case.partition(" ")[0], "case": case, "kernel": "call", "us": round(us, 2), "limit": limit}]
+
+    def rows(self, shapes: list[Shape], only: str = "") -> Iterator[dict[str, object]]:
+        for shape in shapes:
+            calls = [(self.chunk, shape, B, T) for B, T in ops.CHUNK_SIZES]
+            if shape.name != "128/128":
+                calls += [(self.conv, shape, T) for T in ops.CONV_LENGTHS] + [(self.step, shape, rows) for rows in STEP_ROWS]
+                calls += [(self.recurrent, shape, pool, N) for pool in (ops.FP32, ops.BF16) for N in ROWS]
+            for call, *arguments in calls:
+                if only not in OPS[call.__name__]:
+                    continue
+                try:
+                    yield from call(*arguments)
+                except (AssertionError, LookupError) as error:  # a kernel that the model does not follow must not hide the others
+                    case = f"{OPS[call.__name__]} {shape.name} {arguments[1:]}"
+                    yield {"op": OPS[call.__name__], "case": case, "kernel": "failed", "limit": str(error)[:200]}
+
+
+def segments_of(B: int, T: int, shape: Shape) -> tuple[int, int]:
+    """choose_segments of csrc/gated_delta_rule without cu_seqlens: segments of a row, chunks of the longest."""
+    per_row, parts = -(-T // CHUNK), int(A["multiprocessors"]) // (shape.H * -(-shape.V // 128))
+    chunks = max(-(-B * per_row // parts), 32) if parts >= 2 else 0
+    segments = max(per_row // chunks, 1) if chunks and per_row >= 2 * chunks else 1
+    return segments, -(-per_row // segments)
+
+
+def committed() -> dict[tuple[str, str], dict[str, object]]:
+    rows = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else []
+    return {(row["case"], row["kernel"]): row for row in rows}
+
+
+def compare(rows: list[dict[str, object]], old: dict[tuple[str, str], dict[str, object]]) -> list[str]:
+    """What is slower than the committed forecast `old`, or so much faster that it should be committed, or no longer followed."""
+    said, ops_then = [], {row["op"] for row in old.values()}
+    for row in rows:
+        name = (row["case"], row["kernel"])
+        if "us" not in row:
+            said += [f"{row['case']}: {row['limit']}"] if row["op"] in ops_then else []
+        elif name in old and row["us"] > old[name]["us"] * (1 + MARGIN):
+            said.append(f"{row['case']}, {row['kernel']}: {row['us']} us, {old[name]['us']} committed")
+        elif name in old and row["us"] < old[name]["us"] * (1 - MARGIN):
+            said.append(f"{row['case']}, {row['kernel']}: {row['us']} us, faster than the {old[name]['us']} committed; commit it: {COMMAND}")
+    return said
+
+
+def assumptions() -> str:
+    rows = [{"name": name, "value": a.value, "unit": a.unit, "source": a.source} for name, a in ASSUMPTIONS.items()]
+    return table(rows, {name: name for name in ("name", "value", "unit", "source")})
+
+
+def print_forecast(shapes: list[Shape], only: str, where: list[Path], csrc: Path | None, write: bool) -> None:
+    if cuobjdump() is None:
+        raise SystemExit("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    files = tuple(file for place in where for file in ([place] if place.is_file() else place.rglob("*.cu.o"))) if where else tuple(objects())
+    if not files:
+        raise SystemExit("no CUDA objects in " + (", ".join(map(str, where)) or "build/"))
+    old = committed()
+    rows = list(Forecast(Build(files, csrc or ROOT / "csrc")).rows(shapes, only))
+    print(table([row | {"committed": old.get((row["case"], row["kernel"]), {}).get("us")} for row in rows], COLUMNS))
+    print("\n" + assumptions() + "\n\nNothing here is measured; docs/forecast.md says what it cannot know.")
+    if write:
+        assert shapes == list(SHAPES) and not only, f"the committed forecast has all shapes: {COMMAND}"
+        COMMITTED.parent.mkdir(parents=True, exist_ok=True)
+        COMMITTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows if "us" in row) + "\n]\n")
+        print(f"written to {COMMITTED}")

@@ -1,0 +1,249 @@
+"""The kernels: which warps play which role, which loop is timed, and what a condition that the walk cannot know comes out as."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.floors import CHUNK
+from benchmarks.forecast.layout import FIRST, constants
+from benchmarks.forecast.machine import A, Multiprocessor, Role, event_of
+from benchmarks.forecast.sass import Graph, Instruction, code_of, find_kernel, registers_of
+from benchmarks.forecast.walk import Walker, Way, Work
+from benchmarks.shapes import Shape
+
+FP32, BF16 = 0, 2  # Dtype
+IMAGE = 2 * 5120 + 6 * 256  # bytes that prepare hands to sweep for a chunk and head
+BEHIND_MAPS = 0x280 + 3 * 128  # three tensor maps, aligned to 128 bytes
+VALUES = 64  # value columns of a consumer of sweep
+
+
+class Timed(NamedTuple):
+    """What a multiprocessor does for a unit of work."""
+
+    cycles: float
+    instructions: dict[str, int]  # of a warp of each role
+    busy: dict[str, float]  # cycles of schedulers, pipes, shared memory, tensor cores, memory
+    waits: dict[str, float] = {}  # share of the time that the warps of a role wait for others
+    latency: float = 0  # of a CTA alone, where CTAs are the unit
+    total: float = 0  # of all CTAs of the multiprocessor
+
+    @property
+    def limit(self) -> str:
+        """What is busy, or else who keeps the others waiting."""
+        unit = max(self.busy, key=self.busy.get)
+        if self.busy[unit] > 0.85 * self.cycles:
+            return unit
+        return f"latency of {min(self.waits, key=self.waits.get)}" if self.waits else f"latency; {unit} {self.busy[unit] / self.cycles:.0%}"
+
+
+class Build(NamedTuple):
+    """Objects and the sources that they are of."""
+
+    files: tuple[Path, ...]
+    csrc: Path
+
+    def find(self, pattern: str) -> tuple[Graph, int]:
+        """A kernel and its registers."""
+        file, name = find_kernel(pattern, list(self.files))
+        return _graph(file, name), registers_of(file, name)
+
+    def arguments(self, struct: str, first: int = FIRST, **values: int) -> dict[int, int]:
+        return constants(self.csrc, struct, values, first)
+
+    def chunked(self, struct: str, shape: Shape, T: int = 4096) -> dict[int, int]:
+        """Arguments of a kernel of the chunked rule: sequences of T tokens."""
+        plan = {"T": T, "N": 8, "cu_seqlens": 0, "first_chunk": 0, "first_cut": 0, "segment_chunks": 0, "most_cuts": 0}
+        values = {f"plan.{name}": value for name, value in plan.items()}
+        values |= {"dtype": BF16, "l2norm": 1, "H": shape.H, "Hk": shape.Hk, "K": shape.K, "V": shape.V, "slices": -(-shape.V // 128)}
+        chunks = -(-T // CHUNK)
+        return self.arguments(struct, **values, heads_per_key=shape.H // shape.Hk, row_chunks=chunks, row_segments=1)
+
+
+@cache
+def _graph(file: Path, name: str) -> Graph:
+    return Graph(code_of(file, name))
+
+
+def one_turn(graph: Graph, loop, way: Way, warp: int) -> list[Instruction]:
+    """Of a loop that the warp comes to."""
+    walker = Walker(graph, way, warp)
+    walker.to(0, frozenset([loop.header]))
+    return walker.turn(loop)
+
+
+def whole(graph: Graph, way: Way, warps: int) -> list[Role]:
+    """Warps from the kernel's first instruction to its last. Loops with a barrier turn as often as those of warp 0."""
+    roles = []
+    for warp in range(warps):
+        walker = Walker(graph, way, warp)
+        walker.to_exit()
+        roles.append(Role(walker.out, [warp], warp // 4))
+        if warp == 0:
+            shared = {h: walker.visits[h] for h, loop in graph.loops.items() if any(x.name == "BAR" for b in loop.blocks for x in graph.body(b))}
+            way = way._replace(turns=shared)
+    return roles
+
+
+def resident_ctas(registers: int, warps: int) -> int:
+    return 65536 // (-(-registers // 8) * 8 * 32 * warps)
+
+
+def together(roles: dict[str, list[Role]], turns: int, skip: int = 4) -> Timed:
+    """Roles that turn together; the first turns are not counted. The unit is a turn of the first role. Memory is never late."""
+    machine = Multiprocessor(share=1e9)
+    machine.add([role for many in roles.values() for role in many])
+    machine.run()
+    last = [w for w in machine.warps if any(w.role is role for role in next(iter(roles.values())))][-1]
+    cycles = (last.ends[-1] - last.ends[skip]) / (turns - 1 - skip)
+    waits = {name: min(w.waited for w in machine.warps if any(w.role is r for r in many)) / machine.now for name, many in roles.items()}
+    instructions = {name: max(len(role.stream) for role in many) for name, many in roles.items()}
+    return Timed(cycles, instructions, {unit: n / turns for unit, n in machine.busy.items()}, waits)
+
+
+def one_after_another(roles: list[Role], resident: int, count: int, clock: str = "light clock", share: float = 1.0) -> Timed:
+    """CTAs that come and go on one multiprocessor, `count` of them in all. The unit is a CTA."""
+    alone = Multiprocessor(clock, share)
+    latency = alone.run_many(roles, 1, 1)
+    machine, tried = Multiprocessor(clock, share), min(count, 5 * resident)
+    cycles = machine.run_many(roles, tried, resident)
+    total = machine.now + (count - tried) * cycles
+    streams = {f"warp {role.warps[0]}": len(role.stream) for role in roles}
+    return Timed(cycles, streams, {unit: n / tried for unit, n in machine.busy.items()}, latency=latency, total=total)
+
+
+def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 16) -> Timed:
+    """Cycles per chunk of a CTA."""
+    K = shape.K
+    graph, _ = build.find(rf"chunk_sweep_kernel.*SweepConfigILi{K}ELb{int(outputs)}")
+    way = Way("F2FP|UTMALDG|UBLKCP|UTMASTG|STSM", r"^STG|^ST ", (Work("UTMALDG", 8),), build.chunked("SweepArguments", shape))
+    products, loads = graph.find_loop(["HGMMA"]), graph.find_loop(["UTMALDG"])
+    normalises = graph.find_loop(["F2FP", "SYNCS.ARRIVE"], "HGMMA")
+    stream = one_turn(graph, loads, way, 0)
+    copies = sum(x.name in ("UTMALDG", "UBLKCP") for x in stream)
+    size = (4 if outputs else 2) * CHUNK * K + 2 * CHUNK * 2 * VALUES + (IMAGE if outputs else IMAGE - 5120)
+    acquired = next(event_of(x) for x in stream if "TRYWAIT" in x.opcode)
+    stages = 3 if K <= 128 else 2
+    roles = {
+        "consumers": [Role(one_turn(graph, products, way, w), [w], w // 4, turns) for w in range(4, 12)],
+        "normalisers": [Role(one_turn(graph, normalises, way, w), [w], turns=turns) for w in range(1, 4)],
+        "loader": [Role(stream, [0], turns=turns, copied=size / copies, free={acquired: stages})],
+    }
+    return together(roles, turns)
+
+
+def prepare(build: Build, shape: Shape, count: int = 12) -> Timed:
+    """Cycles per CTA, of a chunk and a key head; `count` on each multiprocessor."""
+    graph, registers = build.find(rf"chunk_prepare_kernel.*PrepareConfigILi{shape.K}E")
+    heads = shape.H // shape.Hk
+    way = Way("HGMMA|LDG|UBLKCP", "(?!)", (Work(r"UBLKCP\.G", heads),), build.chunked("PrepareArguments", shape))
+    copied = 2 * CHUNK * shape.K * 2
+    roles = whole(graph, way, 4)
+    loads = sum(x.name == "UTMALDG" for x in roles[0].stream)
+    roles[0].copied = copied / loads if loads else 0
+    return one_after_another(roles, min(resident_ctas(registers, 4), 4), count, "clock")
+
+
+def join(build: Build, shape: Shape) -> Timed:
+    """Cycles of a CTA for one cut."""
+    graph, registers = build.find("chunk_join_kernel")
+    way = Way("LDG|STG|HMMA|FFMA", constants=build.chunked("JoinArguments", shape))
+    return one_after_another(whole(graph, way, 8), 1, 1)
+
+
+def products_and_epilogue(stream: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
+    """Of a turn that waits for its products once: what stands before that wait and what stands behind."""
+    last = max(i for i, x in enumerate(stream) if x.name == "HGMMA")
+    end = next(i for i, x in enumerate(stream) if i > last and "DEPBAR.LE" in x.opcode and re.search("0x0$", x.operands))
+    return stream[: end + 1], stream[end + 1 :]
+
+
+def signal(opcode: str, event: int) -> Instruction:
+    return Instruction(0, "", f"SYNCS.{opcode}.A1T0", f"[{event:#x}]", 1, 7, 7, 0)
+
+
+def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
+    """Cycles per tile of 128 tokens and 32 channels, and those of the epilogue alone. The weights are there when they are needed."""
+    graph, _ = build.find(r"\d+dynamic_conv_kernelI.*(DynamicConvConfigINS\w+bf16ELi4ELi2ELb1|LargeConvConfigINS\w+bf16ELi4E)")
+    panels = -(-shape.R // 64)
+    way = Way(r"HGMMA|MUFU\.EX2|MUFU\.TANH|FFMA", r"LDG\.E\.128", (Work("HGMMA", 8 * panels),))
+    loop = graph.find_loop(["HGMMA", r"STG\.E\.128"])
+    groups: dict[str, list[Role]] = {}
+    epilogues = []
+    for g in (1, 2):
+        groups[f"consumer {g}"] = many = []
+        for w in range(4 * g, 4 * g + 4):
+            stream = [x for x in one_turn(graph, loop, way, w) if x.name != "SYNCS"]
+            products, epilogue = products_and_epilogue(stream)
+            if (found := sum(x.name == "HGMMA" for x in products)) != 8 * panels:
+                raise LookupError(f"{found} products of a tile, not {8 * panels}")
+            # The one whose products have been issued lets the other one's begin.
+            stream = [signal("TRYWAIT", g), *products[:-1], signal("ARRIVE", 3 - g), products[-1], *epilogue]
+            many.append(Role(stream, [w], g, turns, free={"0x1": 1} if g == 1 else {}))
+            epilogues.append(Role(epilogue, [w], g))
+    pair = together(groups, turns, 2)
+    alone = Multiprocessor()
+    alone.add(epilogues[:4])
+    alone.run()
+    return pair._replace(cycles=pair.cycles / 2, busy={unit: n / 2 for unit, n in pair.busy.items()}), alone.now
+
+
+def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
+    """Of one multiprocessor's CTAs, each a tile of 64 tokens and 16 channels, or 128 and 32 beyond 64 rows."""
+    tokens, channels = (64, 16) if rows <= 64 else (128, 32)
+    graph, registers = build.find(rf"small_dynamic_conv_kernel.*SmallConvConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E")
+    panels, consumers, stages = -(-shape.R // 64), tokens // 64, 6
+    ctas = -(-rows // tokens) * shape.D // channels
+    sequences = {"sequences.tokens": rows, "sequences.N": rows, "sequences.T": 1, "sequences.cu_seqlens": 0}
+    arguments = build.arguments("DynamicConvArguments", BEHIND_MAPS, panels=panels, D=shape.D, silu=1, **sequences)
+    way = Way(r"HGMMA|UTMALDG|MUFU\.EX2", "(?!)", (Work("HGMMA", 4 * panels), Work(r"UTMALDG\.5D", panels)), arguments)
+    roles = whole(graph, way, 4 * consumers + 1)
+    loader = roles[-1]
+    copies = sum(x.name == "UTMALDG" for x in loader.stream)
+    loader.copied = 128 * panels * channels * shape.W / copies  # hidden comes from the L2, and its rows that are not there from nowhere
+    loader.free = {next(event_of(x) for x in loader.stream if "TRYWAIT" in x.opcode): stages}
+    resident = 2 if consumers == 1 else 1
+    return one_after_another(roles, resident, per_multiprocessor(ctas), share=share_of_memory(ctas))
+
+
+def per_multiprocessor(ctas: float) -> int:
+    return int(-(-ctas // A["multiprocessors"]))
+
+
+def share_of_memory(ctas: float) -> float:
+    """Of a multiprocessor, when not all have something to do."""
+    most = A["bytes per multiprocessor"] * A["light clock"] * A["multiprocessors"] / A["bandwidth"]
+    return min(max(A["multiprocessors"] / ctas, 1), most)
+
+
+def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
+    H, K, V = shape.H, shape.K, shape.V
+    tile, slices = recurrent_tiles(N, shape)
+    state = "f" if item == 4 else "NS_4bf16E"
+    graph, registers = build.find(rf"recurrent_kernel.*RecurrentConfigI{state}Li{tile}E.*ModeE0E")
+    accesses = tile * item // 16 // 2 * slices  # of a thread, 16 bytes wide
+    loops = (Work(r"STG\.E\.128.*STRONG", accesses), Work(r"LDG\.E\.128", accesses))
+    values = {"dtype": BF16, "o_dtype": BF16, "g_dtype": FP32, "beta_dtype": FP32, "N": N, "T": 1, "H": H, "Hk": shape.Hk, "K": K, "V": V}
+    values |= {f"{x}.dtype": FP32 if x in ("g", "beta") else BF16 for x in ("q", "k", "v", "g", "beta")}
+    values |= {"tokens": 1, "slices": slices, "columns": slices * tile, "heads": max(slices * tile // V, 1), "l2norm_qk": 1}
+    values |= {"pool.rows": 1 << 40, "pool.rows_dtype": 0}
+    way = Way(r"LDG|SHFL|STG\.E\.128", "(?!)", loops, {0x0: 2 * K} | build.arguments("RecurrentArguments", **values))
+    warps, ctas = 2 * K // 32, N * H * V / (slices * tile)
+    return one_after_another(whole(graph, way, warps), resident_ctas(registers, warps), per_multiprocessor(ctas), share=share_of_memory(ctas))
+
+
+def recurrent_tiles(N: int, shape: Shape) -> tuple[int, int]:
+    """choose_recurrent_tiles of csrc/gated_delta_rule for one token: columns of a slice, slices of a CTA."""
+    H, V, sms = shape.H, shape.V, int(A["multiprocessors"])
+    tile = 64
+
+    def most(columns: int) -> int:
+        return -(-N * H * V // columns // sms) * columns
+
+    if N * H * (V // 64) < 3 * sms and most(32) < most(64):
+        tile = 32
+    per_head = V // tile
+    for slices in (H // shape.Hk * per_head, per_head):
+        if N * H * per_head // slices >= 3 * sms and 16 * most(slices * tile) <= 17 * most(tile):
+            return tile, slices
+    return tile, 1
