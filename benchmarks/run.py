@@ -61,7 +61,7 @@ def main() -> None:
     if arguments.forecast:
         from benchmarks.forecast.calls import print_forecast
 
-        print_forecast(chosen_shapes(arguments.shape), arguments.only, arguments.objects, arguments.csrc, arguments.write)
+        print_forecast(chosen_shapes(arguments.shape), arguments.op, arguments.objects, arguments.csrc, arguments.write)
         return
     if arguments.counters:
         from benchmarks.counters import print_counters

@@ -122,10 +122,23 @@ class Forecast:
 
 def segments_of(B: int, T: int, shape: Shape) -> tuple[int, int]:
     """choose_segments of csrc/gated_delta_rule without cu_seqlens: segments of a row, chunks of the longest."""
-    per_row, parts = -(-T // CHUNK), int(A["multiprocessors"]) // (shape.H * -(-shape.V // 128))
-    chunks = max(-(-B * per_row // parts), 32) if parts >= 2 else 0
-    segments = max(per_row // chunks, 1) if chunks and per_row >= 2 * chunks else 1
-    return segments, -(-per_row // segments)
+    chunks, heads, slices, transfer_slices = -(-T // CHUNK), B * shape.H, -(-shape.V // 128), -(-shape.K // 128)
+
+    def cost(segments: int) -> float:
+        def waves(ctas: int) -> int:
+            return -(-ctas // int(A["multiprocessors"]))
+
+        segment = -(-chunks // segments) + 3
+        outputs = waves(heads * segments * slices) * segment
+        if segments == 1:
+            return outputs
+        effects = waves(heads * ((segments - 1) * slices + (segments - 2) * transfer_slices)) * segment * 0.6
+        return outputs + effects + (segments - 2) * 1.5 + 4
+
+    candidates = [chunks // (chunks // parts) for parts in range(2, min(64, chunks // 16) + 1)]
+    best = min([1, *candidates], key=cost)
+    segments = best if cost(best) <= 0.8 * cost(1) else 1
+    return segments, -(-chunks // segments)
 
 
 def committed() -> dict[tuple[str, str], dict[str, object]]:

@@ -1,6 +1,6 @@
 """What a model of the kernels' machine code expects of each case, beside what was measured.
 
-benchmarks/results/forecast/*.json: rows {"op", "case", "us", "limit"}; the case is named as benchmarks/ops.py names it. The newest file counts.
+benchmarks/results/forecast/*.json: rows {"op", "case", "kernel", "us", "limit"}, of which those of kernel "call" count here; the case is named as benchmarks/ops.py names it. The newest file counts.
 """
 
 import json
@@ -22,7 +22,7 @@ def forecasts(folder: Path = FOLDER) -> dict[str, dict]:
         return {}
     found = json.loads(files[-1].read_text())
     rows = found if isinstance(found, list) else found["rows"]
-    return {row["case"]: row for row in rows if row.get("us")}
+    return {row["case"]: row for row in rows if row.get("us") and row.get("kernel", "call") == "call"}
 
 
 def beside(row: dict, expected: dict[str, dict]) -> dict:
