@@ -2,7 +2,7 @@
 //
 // A CTA of 2 K threads has one sequence and one key head, and walks over slices of `tile` columns of the states S [K, V] of the value
 // heads that read it. A thread keeps `rows` x `columns` of a slice in registers, loaded and stored in 16-byte accesses; while it waits,
-// other CTAs of the multiprocessor work. Per token:
+// the other CTAs of the multiprocessor work. Per token:
 //   p = S^T k, r = S^T q   [tile]: partial sums per thread, then per warp by shuffles, then over the warps through shared memory
 //   u = beta (v - e^g p)
 //   o = scale (e^g r + <q, k> u)       = scale S'^T q of the updated state S' = e^g S + k u^T, without a second pass
@@ -28,25 +28,38 @@ struct RecurrentThread {
 template <class Config>
 using RecurrentState = float[Config::rows][Config::columns];
 
-// The slice that begins at `from`, as it is in memory: 32 bits in each of the first four columns. Waits for nothing.
+// A thread's part of a slice as it is in memory, 16 bytes of each row. In fp32 that is the state.
 template <class Config>
-__device__ void load_state(RecurrentState<Config>& s, const typename Config::State* from, int64_t stride, bool asked = true) {
+using RecurrentRaw = float[Config::rows][4];
+
+// Waits for nothing.
+template <class Config>
+__device__ void load_state(RecurrentRaw<Config>& raw, const typename Config::State* from, int64_t stride, bool asked = true) {
 #pragma unroll
   for (int j = 0; j < Config::rows; ++j)
     asm volatile("{\n.reg .pred asked;\nsetp.ne.s32 asked, %5, 0;\n@asked ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
-                 : "=f"(s[j][0]), "=f"(s[j][1]), "=f"(s[j][2]), "=f"(s[j][3])
+                 : "=f"(raw[j][0]), "=f"(raw[j][1]), "=f"(raw[j][2]), "=f"(raw[j][3])
                  : "l"(from + j * stride), "r"(int{asked})
                  : "memory");
 }
 
+// Where the next slice is loaded to.
 template <class Config>
-__device__ void unpack_state(RecurrentState<Config>& s) {
-  if constexpr (Config::columns == 8)
+__device__ RecurrentRaw<Config>& place_of_next(RecurrentState<Config>& s, RecurrentRaw<Config>& ahead) {
+  if constexpr (Config::ahead)
+    return ahead;
+  else
+    return s;
+}
+
+template <class Config>
+__device__ void unpack_state(RecurrentState<Config>& s, const RecurrentRaw<Config>& raw) {
+  if constexpr (Config::ahead)
 #pragma unroll
     for (int j = 0; j < Config::rows; ++j)
 #pragma unroll
-      for (int w = 3; w >= 0; --w) {
-        const float2 pair = unpack<bf16>(__float_as_uint(s[j][w]));
+      for (int w = 0; w < 4; ++w) {
+        const float2 pair = unpack<bf16>(__float_as_uint(raw[j][w]));
         s[j][2 * w] = pair.x, s[j][2 * w + 1] = pair.y;
       }
 }
@@ -225,7 +238,9 @@ __global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(co
   const StateStrides& strides = p.pool.strides;
   State* state = static_cast<State*>(p.pool.data) + row * strides.n + at.h * strides.h + me.i * strides.k + at.column + me.c;
   RecurrentState<Config> s;
-  load_state<Config>(s, state, strides.k, row >= 0);
+  RecurrentRaw<Config> ahead;
+  RecurrentRaw<Config>& next = place_of_next<Config>(s, ahead);
+  load_state<Config>(next, state, strides.k, row >= 0);
   first.store(p, shared, at, 0, T, 0);
   if (row < 0) return write_zeros<Config>(p, at);
   let_next_kernel_start();
@@ -251,17 +266,23 @@ __global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(co
     const TokenGates* gates = shared.gates;
 #pragma unroll 1
     for (int column = 0; column < p.columns; column += Config::tile) {
-      if (column > 0) {
-        state += Config::tile;
-        if (p.width.quotient(column) * p.V == column) state += strides.h - p.V, ++gates;  // the next head
-        load_state<Config>(s, state, strides.k);
-      }
-      if (t == 0) unpack_state<Config>(s);
+      State* const here = state;
+      const int following = column + Config::tile;
+      const bool next_head = p.width.quotient(following) * p.V == following;
+      const auto load_following = [&] {
+        if (following >= p.columns) return;
+        state += next_head ? strides.h - p.V + Config::tile : Config::tile;
+        load_state<Config>(next, state, strides.k);
+      };
+      if (t == 0) unpack_state<Config>(s, next);
+      if constexpr (Config::ahead) load_following();
 #pragma unroll 1
       for (int i = 0; i < count; ++i, half ^= 1)
         recurrent_token<Config>(s, p, shared, at, me, factors.of_lane(i), gates[i * p.heads], column, t + i, i, half);
       if constexpr (Config::mode != RecurrentMode::verify)
-        if (t + count == T) store_state<Config>(state, strides.k, s);
+        if (t + count == T) store_state<Config>(here, strides.k, s);
+      if constexpr (!Config::ahead) load_following();
+      if (next_head) ++gates;
     }
     forget(at.n), forget(at.h), forget(at.hk), forget(at.column);
   }

@@ -16,8 +16,10 @@ struct RecurrentConfig {
   static constexpr int columns = 16 / sizeof(State);  // of a thread: one 16-byte access
   static constexpr int lanes = tile / columns;        // threads side by side in a row
   static constexpr int rows = lanes / 2;              // of a thread, so that K / rows * lanes = 2 K threads cover a slice
-  // That share the registers of a multiprocessor. 768: 80 registers each, four CTAs at K = 96, three at K = 128.
-  static constexpr int threads_at_a_time = mode == RecurrentMode::verify ? 640 : 768;
+  // Whether the next slice is loaded while this one is worked on. In fp32 it would take 32 registers, and a CTA less on a multiprocessor.
+  static constexpr bool ahead = columns == 8;
+  // That share the registers of a multiprocessor. 768: 80 registers each, four CTAs at K = 96, three at K = 128; 640: 96, three and two.
+  static constexpr int threads_at_a_time = ahead ? 640 : 768;
   static constexpr int first_tokens = mode == RecurrentMode::step ? 1 : 2;  // whose loads a thread has under way at the beginning
   static_assert(rows >= 1 && lanes <= 16, "neighbouring row groups of a warp add up the two sums of a column");
 };
