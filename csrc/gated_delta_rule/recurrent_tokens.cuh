@@ -99,7 +99,8 @@ __device__ inline int64_t load_row(const StatePool& pool, uint32_t n) {
       "@narrow ld.global.b32 %1, [%2];\n"
       "}\n"
       : "=l"(wide_row), "=r"(narrow_row)
-      : "l"(static_cast<const char*>(pool.rows) + n * uint64_t{wide ? 8u : 4u}), "r"(int{pool.rows != nullptr && wide}), "r"(int{pool.rows != nullptr && !wide})
+      : "l"(static_cast<const char*>(pool.rows) + n * uint64_t{wide ? 8u : 4u}), "r"(int{pool.rows != nullptr && wide}),
+        "r"(int{pool.rows != nullptr && !wide})
       : "memory");
   if (pool.rows != nullptr) row = wide ? wide_row : narrow_row;
   return row < pool.P ? row : -1;
