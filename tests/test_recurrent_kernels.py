@@ -30,7 +30,7 @@ SHAPES = (
     DeltaShape("without l2norm", B=2, T=3, K=96, V=64, l2norm=False),
     DeltaShape("a CTA for all slices of a value head", B=99, T=2, Hk=1, H=4, K=64, V=128),
     DeltaShape("a CTA for all slices of a key head", B=99, T=2, Hk=4, H=8, K=64, V=128),
-    DeltaShape("more tokens than are prepared at a time, several slices in a CTA", B=100, T=10, Hk=4, H=4, K=64, V=128),
+    DeltaShape("more tokens than are prepared at a time, where a CTA could have several slices", B=99, T=10, Hk=4, H=4, K=64, V=128),
 )
 AGREE = ("the 2B model's heads", "three value heads per key head", "T = 17", "a CTA for all slices of a key head")
 
@@ -298,9 +298,9 @@ def test_every_schedule_of_drafts_agrees():
 # ---- cost, counted by the simulator ----
 
 COSTS = (
-    DeltaShape("2B, batch 34", B=34, T=1, Hk=12, H=12, K=96, V=256),
-    DeltaShape("4B, batch 25", B=25, T=1, Hk=16, H=16, K=128, V=256),
-    DeltaShape("128/128, batch 25", B=25, T=1, Hk=16, H=32, K=128, V=128),
+    DeltaShape("2B, batch 33", B=33, T=1, Hk=12, H=12, K=96, V=256),
+    DeltaShape("4B, batch 33", B=33, T=1, Hk=16, H=16, K=128, V=256),
+    DeltaShape("128/128, batch 33", B=33, T=1, Hk=16, H=32, K=128, V=128),
 )
 
 

@@ -6,7 +6,7 @@ namespace jet {
 
 void recurrent_gated_delta_rule_hopper(const RecurrentGatedDeltaRuleParams& p, void* stream) {
   hopper::RecurrentArguments a = hopper::recurrent_arguments(p);
-  hopper::launch_recurrent<hopper::RecurrentMode::step>("recurrent_gated_delta_rule", a, p.N, stream);
+  hopper::launch_recurrent<hopper::RecurrentMode::step>("recurrent_gated_delta_rule", a, stream);
 }
 
 }  // namespace jet

@@ -7,7 +7,7 @@ namespace jet {
 void recurrent_gated_delta_rule_verify_hopper(const RecurrentGatedDeltaRuleVerifyParams& p, void* stream) {
   hopper::RecurrentArguments a = hopper::recurrent_arguments(p.forward);
   a.keys = static_cast<float*>(p.keys), a.updates = static_cast<float*>(p.updates);
-  hopper::launch_recurrent<hopper::RecurrentMode::verify>("recurrent_gated_delta_rule_verify", a, p.forward.N, stream);
+  hopper::launch_recurrent<hopper::RecurrentMode::verify>("recurrent_gated_delta_rule_verify", a, stream);
 }
 
 }  // namespace jet
