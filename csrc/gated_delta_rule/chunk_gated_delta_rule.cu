@@ -1,7 +1,9 @@
+// The launcher, and all kernels but sweep: in a file of their own they would spend most of their compile time on the same headers.
 #include "csrc/gated_delta_rule/chunk_gated_delta_rule.h"
 
-#include "csrc/gated_delta_rule/chunk_launches.h"
+#include "csrc/gated_delta_rule/chunk_join.cuh"
 #include "csrc/gated_delta_rule/chunk_plan_kernel.cuh"
+#include "csrc/gated_delta_rule/chunk_prepare.cuh"
 #include "csrc/gated_delta_rule/chunk_sweep_shared.cuh"
 #include "csrc/gated_delta_rule/chunk_workspace.h"
 #include "csrc/hopper/device.h"
