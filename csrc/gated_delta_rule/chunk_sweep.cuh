@@ -305,7 +305,8 @@ __device__ void decay_state(typename Config::State& s, const SweepStage<Config>&
   for (int at = 0; at < Config::MmaState::registers; ++at) s[at] *= decay;
 }
 
-// y: the output of the chunk before on entry, of this one on return; it is stored behind the next chunk's first products.
+// y: the output of the chunk before on entry, of this one on return; it is stored behind U' of the next chunk, or where registers are few
+// behind its first products.
 template <class Config>
 __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4], const SweepArguments& p, const SweepMaps& maps,
                             const SweepWork& work, SweepShared<Config>& shared, const SweepStage<Config>& stage, const SweepThread& me, int chunk) {
@@ -319,7 +320,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   if constexpr (Config::outputs) {
     multiply_state<Config>(a, s, sk, sq);  // X = Sᵀ Knᵀ, O = Sᵀ Qnᵀ   [64, C]
     decay_state<Config>(s, stage);
-    if (chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
+    if (Config::few_registers && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
   } else {
     multiply_state<Config>(a, s, sk);
   }
@@ -345,6 +346,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
       const float2 read = columns_of(stage.vectors[kReadQ], me.thread, at);
       o[at] *= read.x, o[at + 1] *= read.y;
     }
+    if (!Config::few_registers && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
   } else {
     decay_state<Config>(s, stage);  // earlier, ptxas would have it wait for X
   }
