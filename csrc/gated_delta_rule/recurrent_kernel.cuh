@@ -185,7 +185,7 @@ __device__ void recurrent_token(RecurrentState<Config>& s, const RecurrentArgume
       u[c] = gates.beta * fmaf(-gates.decay, predicted, u[c]);                 // u = beta (v - e^g p)
       o[c] = p.scale * fmaf(gates.decay, x[c], __fmul_rn(factors.qk, u[c]));  // o = scale (e^g r + <q, k> u)
     }
-    if (threadIdx.x / Config::lanes == 1) {
+    if (threadIdx.x / Config::lanes == 1 && (!Config::partial || column + me.c < at.columns<Config>(p))) {
       const int64_t out = ((uint64_t{at.n} * p.T + t) * p.H + at.h) * p.V + at.column + column + me.c;
       store_rounded(p.o, p.o_dtype, out, o);
       if constexpr (Config::mode == RecurrentMode::verify) store_rounded(p.updates, Dtype::f32, out, u);
@@ -206,7 +206,7 @@ __device__ void write_zeros(const RecurrentArguments& p, const RecurrentPlace& a
   for (int t = 0; t < p.T; ++t) {
     const int64_t token = uint64_t{at.n} * p.T + t, out = (token * p.H + at.h) * p.V + at.column;
 #pragma unroll 1
-    for (int c = threadIdx.x * 4; c < p.columns; c += blockDim.x * 4) {
+    for (int c = threadIdx.x * 4; c < at.columns<Config>(p); c += blockDim.x * 4) {
       store_rounded(p.o, p.o_dtype, out + c, zeros);
       if constexpr (Config::mode == RecurrentMode::verify) store_rounded(p.updates, Dtype::f32, out + c, zeros);
     }
@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(co
   RecurrentState<Config> s;
   RecurrentRaw<Config> ahead;
   RecurrentRaw<Config>& next = place_of_next<Config>(s, ahead);
-  load_state<Config>(next, state, strides.k, row >= 0);
+  const bool has_columns = !Config::partial || me.c < at.columns<Config>(p);  // in every slice of a CTA with more than one
+  load_state<Config>(next, state, strides.k, row >= 0 && has_columns);
   first.store(p, shared, at, 0, T, 0);
   if (row < 0) return write_zeros<Config>(p, at);
   let_next_kernel_start();
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(co
       for (int i = 0; i < count; ++i, half ^= 1)
         recurrent_token<Config>(s, p, shared, at, me, factors.of_lane(i), gates[i * p.heads], column, t + i, i, half);
       if constexpr (Config::mode != RecurrentMode::verify)
-        if (t + count == T) store_state<Config>(here, strides.k, s);
+        if (t + count == T && has_columns) store_state<Config>(here, strides.k, s);
       if constexpr (!Config::ahead) load_following();
       if (next_head) ++gates;
     }

@@ -12,11 +12,11 @@ void launch_recurrent(const char* op, RecurrentArguments& p, int slices, cudaStr
   using Config = RecurrentConfig<State, tile, mode>;
   p.tokens = p.T < kMaxTokens ? p.T : kMaxTokens;
   p.columns = slices * tile;
-  p.heads = p.columns > p.V ? p.columns / p.V : 1;
-  p.parts = Divisor(p.columns < p.V ? p.V / p.columns : 1), p.head_groups = Divisor(p.H / p.heads);
+  p.heads = p.columns > p.V && p.V % tile == 0 ? p.columns / p.V : 1;
+  p.parts = Divisor((p.V + p.columns - 1) / p.columns), p.head_groups = Divisor(p.H / p.heads);
   p.group = Divisor(p.H / p.Hk), p.width = Divisor(p.V);
-  const int64_t ctas = p.N * p.H * p.V / p.columns;
-  require(ctas < (int64_t{1} << 31), op, "N * H * V / 16", "below 2^31", ctas);
+  const int64_t ctas = p.N * p.head_groups.d * p.parts.d;
+  require(ctas < (int64_t{1} << 31), op, "N * H * V / 32", "below 2^31", ctas);
   LaunchShape shape{dim3(static_cast<unsigned>(ctas)), 2 * p.K, 4 * static_cast<int>(RecurrentShared::floats(p, tile))};
   shape.early = true;
   launch(op, shape, stream, recurrent_kernel<Config>, p);
@@ -34,8 +34,7 @@ void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
       launch_recurrent<bf16, tile.value, mode>(op, p, tiles.slices, static_cast<cudaStream_t>(stream));
   };
   if (tiles.tile == 64) return on(std::integral_constant<int, 64>());
-  if (tiles.tile == 32) return on(std::integral_constant<int, 32>());
-  on(std::integral_constant<int, 16>());
+  on(std::integral_constant<int, 32>());
 }
 
 // The arguments that step and verify share.
