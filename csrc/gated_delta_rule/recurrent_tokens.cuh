@@ -13,7 +13,7 @@ struct RecurrentConfig {
   using State = State_;  // float or bf16
   static constexpr RecurrentMode mode = mode_;
   static constexpr int tile = tile_;                  // columns of a slice
-  static constexpr bool partial = tile < 64;          // a head's last slice may be wider than what is left of the head; see choose_recurrent_tiles
+  static constexpr bool partial = tile < 64;          // a slice may be wider than what is left of a head, where 64 does not divide V
   static constexpr int columns = 16 / sizeof(State);  // of a thread: one 16-byte access
   static constexpr int lanes = tile / columns;        // threads side by side in a row
   static constexpr int rows = lanes / 2;              // of a thread, so that K / rows * lanes = 2 K threads cover a slice
