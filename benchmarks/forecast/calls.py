@@ -82,8 +82,8 @@ class Forecast:
         token_tiles, tiles = -(-tokens // 256) * 2, shape.D // 32
         per_part = min(range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2))
         waves = math.ceil(token_tiles * -(-tiles // per_part) / A["multiprocessors"])
-        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue  # the first products wait for copies, the last epilogue stands alone
-        us = max(waves * (per_part * timed.cycles + ends) / A["clock"], case.work.bytes / A["bandwidth"])
+        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue  # of the first tile the copies, of the last one all; no products beside it
+        us = max(waves * ((per_part - 1) * timed.cycles + ends) / A["clock"], case.work.bytes / A["bandwidth"])
         return self.whole(case.name, [self.row(case.name, "conv", "tile", timed, us) | {"epilogue": round(epilogue)}])
 
     @cache
@@ -103,7 +103,7 @@ class Forecast:
         timed = self.timed("recurrent", shape, pool.itemsize, N)
         us = max(timed.total / A["light clock"], case.work.bytes / A["bandwidth"])
         of_copy = 100 * 2 * N * state_bytes(shape, pool.itemsize) / A["bandwidth"] / us
-        return self.whole(case.name, [self.row(case.name, "recurrent", "CTA", timed, us) | {"of copy, %": round(of_copy)}])
+        return self.whole(case.name, [self.row(case.name, "recurrent", "CTA", timed, us) | {"of copy, %": round(of_copy, 1)}])
 
     def whole(self, case: str, rows: list[dict[str, object]]) -> list[dict[str, object]]:
         """The kernels, and the call as the sum of them and their launches."""

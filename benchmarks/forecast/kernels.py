@@ -147,7 +147,7 @@ def prepare(build: Build, shape: Shape, count: int = 12) -> Timed:
     copied = 2 * CHUNK * shape.K * 2
     roles = whole(graph, way, 4)
     loads = sum(x.name == "UTMALDG" for x in roles[0].stream)
-    roles[0].copied = copied / loads if loads else 0
+    roles[0].copied, roles[0].stored = copied / loads if loads else 0, IMAGE
     return one_after_another(roles, min(resident_ctas(registers, 4), 4), count, "clock")
 
 

@@ -290,6 +290,7 @@ class Multiprocessor:
             self._copy(warp)
         if name == "UTMASTG" or x.opcode.startswith("UBLKCP.G.S"):
             self._bulk(warp.role.stored, T)
+            self._memory(warp.role.stored)
             warp.bulk_stored = T + A["store"]
         if name == "MEMBAR":
             end = max(T + A["fence"], warp.stored)

@@ -83,6 +83,9 @@ class Lanes:
             return (known,) * len(LANES)
         return self.values.get(name, UNKNOWN)
 
+    def value(self, name: str) -> Value:
+        return self._one(name)
+
     def predicate(self, text: str) -> Value:
         return self._one(text.removeprefix("@")) if text else (1,) * len(LANES)
 
@@ -334,11 +337,15 @@ class Walker:
             self.lanes.execute(x)
 
     def _as_executed(self, x: Instruction) -> Instruction:
-        """An access to memory by the lanes that do it; by none: an instruction that only issues."""
+        """An access to memory by the lanes that do it; by none: an instruction that only issues; of one place: as if by one lane."""
         if x.name not in ACCESSES:
             return x
         does = [m and u != 0 for m, u in zip(self.lanes.mask, self.lanes.predicate(x.predicate))]
         lanes = sum(n for n, d in zip(UP_TO_NEXT, does) if d)
+        if lanes and x.name == "LDS":
+            registers = re.findall(r"U?R\w+", x.operands.partition("[")[2])
+            places = [{v for v, d in zip(self.lanes.value(name), does) if d} for name in registers]
+            lanes = 1 if all(len(p) == 1 and None not in p for p in places) else lanes
         return x._replace(lanes=lanes) if lanes else x._replace(opcode="NOP", operands="", writes=7, reads=7)
 
     def _takes(self, x: Instruction) -> tuple[int | None, ...]:
