@@ -425,7 +425,7 @@ def test_machine_code_of_sweep(K):
 
 
 def test_machine_code_of_prepare():
-    stem = "csrc.gated_delta_rule.chunk_prepare"
+    stem = "csrc.gated_delta_rule.chunk_gated_delta_rule"
     kernels = {name: facts for name, facts in report(stem).items() if "prepare" in name}
     assert len(kernels) == 2 * len(KEY_DIMS), "bf16 and f16"
     for name, facts in kernels.items():
@@ -437,7 +437,7 @@ def test_machine_code_of_prepare():
 
 
 def test_machine_code_of_join():
-    stem = "csrc.gated_delta_rule.chunk_prepare"
+    stem = "csrc.gated_delta_rule.chunk_gated_delta_rule"
     kernels = {name: facts for name, facts in report(stem).items() if "join" in name}
     assert len(kernels) == len(KEY_DIMS)
     for name, facts in kernels.items():

@@ -1,7 +1,9 @@
+// The launcher, and all kernels but sweep: in a file of their own they would spend most of their compile time on the same headers.
 #include "csrc/gated_delta_rule/chunk_gated_delta_rule.h"
 
-#include "csrc/gated_delta_rule/chunk_launches.h"
+#include "csrc/gated_delta_rule/chunk_join.cuh"
 #include "csrc/gated_delta_rule/chunk_plan_kernel.cuh"
+#include "csrc/gated_delta_rule/chunk_prepare.cuh"
 #include "csrc/gated_delta_rule/chunk_sweep_shared.cuh"
 #include "csrc/gated_delta_rule/chunk_workspace.h"
 #include "csrc/hopper/device.h"
@@ -62,7 +64,7 @@ void run(const ChunkGatedDeltaRuleLaunch& l, cudaStream_t stream) {
                        static_cast<const float*>(p.beta), p.g_strides, p.beta_strides, images},
                       {maps.q, maps.k}, stream);
   }
-  const SweepArguments sweep{plan, p.dtype, p.H, p.Hk, p.K, p.V, slices_of(p), images, static_cast<const float*>(p.initial_state),
+  const SweepArguments sweep{plan, p.dtype, p.H, p.Hk, p.K, p.V, slices_of(p), static_cast<float>(p.scale), p.l2norm_qk, images, static_cast<const float*>(p.initial_state),
                              p.initial_state_strides, static_cast<float*>(p.final_state), reinterpret_cast<float*>(workspace + w.states),
                              reinterpret_cast<float*>(workspace + w.transfers), static_cast<uint16_t*>(p.o)};
   if (plan.most_cuts > 0) {

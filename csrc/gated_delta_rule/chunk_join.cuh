@@ -8,12 +8,19 @@
 // lane + 32, .. of M, which lie in different banks, and all lanes read the same of S. The four partial sums meet in shared memory.
 #pragma once
 
-#include "csrc/gated_delta_rule/chunk_launches.h"
+#include "csrc/gated_delta_rule/chunk_plan.cuh"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/pipeline.h"
 #include "csrc/hopper/tensor_map.h"
 
 namespace jet::hopper {
+
+struct JoinArguments {
+  ChunkPlan plan;
+  int64_t H, V;
+  float* states;           // [cuts, H, K, V]
+  const float* transfers;  // [cuts, H, K, K]
+};
 
 template <int K_>
 struct JoinConfig {

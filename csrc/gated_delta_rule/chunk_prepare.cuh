@@ -11,13 +11,29 @@
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk_inverse.cuh"
-#include "csrc/gated_delta_rule/chunk_launches.h"
+#include "csrc/gated_delta_rule/chunk_plan.cuh"
 #include "csrc/hopper/cluster.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/tensor_map.h"
 #include "csrc/hopper/wgmma.h"
 
 namespace jet::hopper {
+
+struct PrepareArguments {
+  ChunkPlan plan;
+  Dtype dtype;
+  int64_t H, Hk;
+  float scale;
+  bool l2norm;
+  const float *g, *beta;
+  TokenStrides g_strides, beta_strides;
+  char* images;  // [chunks, H] of kImageBytes
+};
+
+// (K, Hk, T, B), boxes of 64 tokens and a panel of SweepConfig<K>::Rows
+struct PrepareMaps {
+  CUtensorMap q, k;
+};
 
 template <int K_, class Element_>
 struct PrepareConfig {

@@ -235,17 +235,24 @@ __device__ void updates(uint32_t (&u)[kSteps][4], uint32_t (&write)[kSteps][4], 
   }
 }
 
-// Rows of the output, scale |q_i| (..), in their own type.
+// Rows of the output, scale |q_i| (..), in their own type. With l2norm |q_i| is 1, and shared memory, which bounds the chunk, is not read.
 template <class Config, class Element>
-__device__ void pack_output(uint32_t (&y)[kSteps][4], const typename Config::Tokens& o, const SweepStage<Config>& stage, int thread) {
+__device__ void pack_output(uint32_t (&y)[kSteps][4], const typename Config::Tokens& o, const SweepArguments& p, const SweepStage<Config>& stage,
+                            int thread) {
+  const auto pack_all = [&](const auto& factor_of) {
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step)
+    for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = 2 * kStep / 4 * step + 2 * i;
-      const float2 factor = columns_of(stage.vectors[kOutput], thread, at);
-      y[step][i] = pack<Element>(o[at] * factor.x, o[at + 1] * factor.y);
-    }
+      for (int i = 0; i < 4; ++i) {
+        const int at = 2 * kStep / 4 * step + 2 * i;
+        const float2 factor = factor_of(at);
+        y[step][i] = pack<Element>(o[at] * factor.x, o[at + 1] * factor.y);
+      }
+  };
+  if (p.l2norm)
+    pack_all([&](int) { return make_float2(p.scale, p.scale); });
+  else
+    pack_all([&](int at) { return columns_of(stage.vectors[kOutput], thread, at); });
 }
 
 // The warpgroup's output tile [C, 64] in shared memory, as the copy engine and every thread of the warpgroup see it.
@@ -298,7 +305,8 @@ __device__ void decay_state(typename Config::State& s, const SweepStage<Config>&
   for (int at = 0; at < Config::MmaState::registers; ++at) s[at] *= decay;
 }
 
-// y: the output of the chunk before on entry, of this one on return; it is stored behind the next chunk's first products.
+// y: the output of the chunk before on entry, of this one on return; it is stored behind U' of the next chunk, or where registers are few
+// behind its first products.
 template <class Config>
 __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4], const SweepArguments& p, const SweepMaps& maps,
                             const SweepWork& work, SweepShared<Config>& shared, const SweepStage<Config>& stage, const SweepThread& me, int chunk) {
@@ -312,7 +320,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   if constexpr (Config::outputs) {
     multiply_state<Config>(a, s, sk, sq);  // X = Sᵀ Knᵀ, O = Sᵀ Qnᵀ   [64, C]
     decay_state<Config>(s, stage);
-    if (chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
+    if (Config::few_registers && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
   } else {
     multiply_state<Config>(a, s, sk);
   }
@@ -338,6 +346,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
       const float2 read = columns_of(stage.vectors[kReadQ], me.thread, at);
       o[at] *= read.x, o[at + 1] *= read.y;
     }
+    if (!Config::few_registers && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
   } else {
     decay_state<Config>(s, stage);  // earlier, ptxas would have it wait for X
   }
@@ -361,9 +370,9 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
     wgmma_touch(o);
     hold(u);
     if (p.dtype == Dtype::bf16)
-      pack_output<Config, bf16>(y, o, stage, me.thread);
+      pack_output<Config, bf16>(y, o, p, stage, me.thread);
     else
-      pack_output<Config, f16>(y, o, stage, me.thread);
+      pack_output<Config, f16>(y, o, p, stage, me.thread);
   }
   wgmma_wait<0>();
   wgmma_touch(s);

@@ -56,6 +56,8 @@ struct SweepArguments {
   Dtype dtype;
   int64_t H, Hk, K, V;
   int slices;                  // of a value head: ceil(V / kSlice)
+  float scale;
+  bool l2norm;
   const char* images;          // [chunks, H] of kImageBytes, from prepare
   const float* initial_state;  // null: zeros
   StateStrides initial_state_strides;
