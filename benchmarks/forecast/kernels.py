@@ -53,8 +53,9 @@ class Build(NamedTuple):
 
     def chunked(self, struct: str, shape: Shape, T: int = 4096, segments: int = 1) -> dict[int, int]:
         """Arguments of a kernel of the chunked rule: sequences of T tokens, in so many segments."""
+        chunks = -(-T // CHUNK)
         plan = {"T": T, "N": 8, "cu_seqlens": 0, "first_chunk": 0, "first_cut": 0, "segment_chunks": 0, "most_cuts": 0}
-        plan |= {"row_chunks": -(-T // CHUNK), "row_segments": segments}
+        plan |= {"row_chunks": chunks, "row_segments": segments}
         values = {f"plan.{name}": value for name, value in plan.items()}
         values |= {"dtype": BF16, "l2norm": 1, "H": shape.H, "Hk": shape.Hk, "K": shape.K, "V": shape.V, "slices": -(-shape.V // 128)}
         return self.arguments(struct, **values, heads_per_key=shape.H // shape.Hk)
@@ -156,6 +157,8 @@ def join(build: Build, shape: Shape, sequences: int, cuts: int) -> Timed:
     graph, registers = build.find(rf"chunk_join_kernel(?!.*JoinConfigILi(?!{shape.K}E))")
     way = Way("LDG|STG|HMMA|FFMA|UTMALDG", constants=build.chunked("JoinArguments", shape, segments=cuts + 2))
     roles = whole(graph, way, 8)
+    if (found := sum(x.name == "FFMA" for x in roles[0].stream)) < shape.K**2 * 16 * cuts / 256:
+        raise LookupError(f"{found} products of a warp of join for {cuts} cuts")
     take_copies(roles[0], shape.K * 4 * shape.K * cuts, 3)
     ctas = sequences * shape.H * shape.V // 16
     resident = min(resident_ctas(registers, 8), 2 if shape.K <= 128 else 1)
