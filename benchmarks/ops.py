@@ -16,7 +16,7 @@ NAMES = {BF16: "bf16", FP32: "fp32"}
 RECURRENT = "recurrent_gated_delta_rule"
 PLAIN_ASKED = 4  # PlainReason::asked
 
-DECODE_BATCHES = (1, 4, 16, 64, 128, 256, 512, 1024)
+DECODE_BATCHES = (1, 4, 8, 16, 64, 128, 256, 512, 1024)
 VERIFY_BATCHES = (1, 16, 128, 512)
 DRAFT_TOKENS = 4
 CONV_LENGTHS = (2048, 8192, 32768)

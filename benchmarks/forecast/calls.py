@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import ops
-from benchmarks.floors import CHUNK
+from benchmarks.floors import CHUNK, state_bytes
 from benchmarks.forecast import kernels
 from benchmarks.forecast.kernels import IMAGE, Build, Timed
 from benchmarks.forecast.machine import A, ASSUMPTIONS
@@ -18,9 +18,9 @@ from benchmarks.shapes import SHAPES, Shape
 COMMITTED = ROOT / "benchmarks" / "results" / "forecast" / "forecast.json"
 COMMAND = "python -m benchmarks.run --forecast --shape all --write"
 MARGIN = 0.10
-COLUMNS = {"case": "case", "kernel": "kernel", "unit": "unit", "cycles": "cycles", "limit": "limit", "us": "us", "committed": "committed"}
+COLUMNS = {"case": "case", "kernel": "kernel", "unit": "unit", "cycles": "cycles", "limit": "limit", "us": "us", "of copy, %": "of copy, %", "committed": "committed"}
 OPS = {"chunk": "chunk_gated_delta_rule", "conv": "dynamic_conv", "step": "dynamic_conv_step", "recurrent": ops.RECURRENT}
-ROWS = (1, 16, 64, 256)
+ROWS = (1, 8, 64, 256)
 STEP_ROWS = (1, 128, 256)
 
 
@@ -61,8 +61,8 @@ class Forecast:
             cuts = self.timed("sweep", shape, False)
             rows.append(self.row(case, "cuts", "chunk", cuts, longest * cuts.cycles / clock + A["cta"]))
             if segments > 2:
-                joined = self.timed("join", shape)
-                rows.append(self.row(case, "join", "cut", joined, (segments - 2) * joined.cycles / A["light clock"]))
+                joined = self.timed("join", shape, B, segments - 2)
+                rows.append(self.row(case, "join", "CTA", joined, joined.total / A["light clock"]))
         swept = self.timed("sweep", shape, True)
         # Slices of a head, and value heads of a key head, read the same rows through the L2.
         per_chunk = 4 * CHUNK * shape.K / max(slices, shape.H // shape.Hk) + IMAGE / slices + 2 * 2 * CHUNK * min(shape.V, 128)
@@ -75,27 +75,35 @@ class Forecast:
         return self.whole(case, rows)
 
     def conv(self, shape: Shape, T: int) -> list[dict[str, object]]:
-        case, (timed, epilogue) = ops.conv(shape, 1, T).name, self._conv(shape)
-        token_tiles, tiles = -(-T // 256) * 2, shape.D // 32
+        return self.large_conv(ops.conv(shape, 1, T), shape, T)
+
+    def large_conv(self, case: ops.Case, shape: Shape, tokens: int) -> list[dict[str, object]]:
+        timed, epilogue = self._conv(shape)
+        token_tiles, tiles = -(-tokens // 256) * 2, shape.D // 32
         per_part = min(range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2))
         waves = math.ceil(token_tiles * -(-tiles // per_part) / A["multiprocessors"])
-        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue  # the first products wait for copies, the last epilogue stands alone
-        row = self.row(case, "conv", "tile", timed, waves * (per_part * timed.cycles + ends) / A["clock"])
-        return self.whole(case, [row | {"epilogue": round(epilogue)}])
+        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue  # of the first tile the copies, of the last one all; no products beside it
+        us = max(waves * ((per_part - 1) * timed.cycles + ends) / A["clock"], case.work.bytes / A["bandwidth"])
+        return self.whole(case.name, [self.row(case.name, "conv", "tile", timed, us) | {"epilogue": round(epilogue)}])
 
     @cache
     def _conv(self, shape: Shape) -> tuple[Timed, float]:
         return kernels.conv(self.build, shape)
 
     def step(self, shape: Shape, rows: int) -> list[dict[str, object]]:
-        timed, case = self.timed("conv_step", shape, rows), ops.conv_step(shape, rows).name
-        return self.whole(case, [self.row(case, "step", "CTA", timed, timed.total / A["light clock"])])
+        """As launch_dynamic_conv chooses the kernel."""
+        case = ops.conv_step(shape, rows)
+        if rows > 128 and shape.R <= 512:
+            return self.large_conv(case, shape, rows)
+        timed = self.timed("conv_step", shape, rows)
+        return self.whole(case.name, [self.row(case.name, "step", "CTA", timed, timed.total / A["light clock"])])
 
     def recurrent(self, shape: Shape, pool, N: int) -> list[dict[str, object]]:
         case = ops.recurrent(shape, N, pool)
         timed = self.timed("recurrent", shape, pool.itemsize, N)
         us = max(timed.total / A["light clock"], case.work.bytes / A["bandwidth"])
-        return self.whole(case.name, [self.row(case.name, "recurrent", "CTA", timed, us)])
+        of_copy = 100 * 2 * N * state_bytes(shape, pool.itemsize) / A["bandwidth"] / us
+        return self.whole(case.name, [self.row(case.name, "recurrent", "CTA", timed, us) | {"of copy, %": round(of_copy, 1)}])
 
     def whole(self, case: str, rows: list[dict[str, object]]) -> list[dict[str, object]]:
         """The kernels, and the call as the sum of them and their launches."""

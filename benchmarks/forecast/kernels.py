@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.floors import CHUNK
 from benchmarks.forecast.layout import FIRST, constants
-from benchmarks.forecast.machine import A, Multiprocessor, Role, event_of
+from benchmarks.forecast.machine import A, Multiprocessor, Role, event_of, is_load
 from benchmarks.forecast.sass import Graph, Instruction, code_of, find_kernel, registers_of
 from benchmarks.forecast.walk import Walker, Way, Work
 from benchmarks.shapes import Shape
@@ -51,13 +51,14 @@ class Build(NamedTuple):
     def arguments(self, struct: str, first: int = FIRST, **values: int) -> dict[int, int]:
         return constants(self.csrc, struct, values, first)
 
-    def chunked(self, struct: str, shape: Shape, T: int = 4096) -> dict[int, int]:
-        """Arguments of a kernel of the chunked rule: sequences of T tokens."""
+    def chunked(self, struct: str, shape: Shape, T: int = 4096, segments: int = 1) -> dict[int, int]:
+        """Arguments of a kernel of the chunked rule: sequences of T tokens, in so many segments."""
+        chunks = -(-T // CHUNK)
         plan = {"T": T, "N": 8, "cu_seqlens": 0, "first_chunk": 0, "first_cut": 0, "segment_chunks": 0, "most_cuts": 0}
+        plan |= {"row_chunks": chunks, "row_segments": segments}
         values = {f"plan.{name}": value for name, value in plan.items()}
         values |= {"dtype": BF16, "l2norm": 1, "H": shape.H, "Hk": shape.Hk, "K": shape.K, "V": shape.V, "slices": -(-shape.V // 128)}
-        chunks = -(-T // CHUNK)
-        return self.arguments(struct, **values, heads_per_key=shape.H // shape.Hk, row_chunks=chunks, row_segments=1)
+        return self.arguments(struct, **values, heads_per_key=shape.H // shape.Hk)
 
 
 @cache
@@ -107,12 +108,12 @@ def one_after_another(roles: list[Role], resident: int, count: int, clock: str =
     latency = alone.run_many(roles, 1, 1)
     machine, tried = Multiprocessor(clock, share), min(count, 5 * resident)
     cycles = machine.run_many(roles, tried, resident)
-    total = machine.now + (count - tried) * cycles
+    total = max(machine.now, machine.memory_free) + (count - tried) * cycles  # stores included
     streams = {f"warp {role.warps[0]}": len(role.stream) for role in roles}
     return Timed(cycles, streams, {unit: n / tried for unit, n in machine.busy.items()}, latency=latency, total=total)
 
 
-def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 16) -> Timed:
+def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 40) -> Timed:
     """Cycles per chunk of a CTA."""
     K = shape.K
     graph, _ = build.find(rf"chunk_sweep_kernel.*SweepConfigILi{K}ELb{int(outputs)}")
@@ -122,11 +123,18 @@ def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 16) -> 
     stream = one_turn(graph, loads, way, 0)
     copies = sum(x.name in ("UTMALDG", "UBLKCP") for x in stream)
     size = (4 if outputs else 2) * CHUNK * K + 2 * CHUNK * 2 * VALUES + (IMAGE if outputs else IMAGE - 5120)
+    row_units = 8 if K % 64 == 0 else 4  # 16 bytes wide, in a panel
+    panels = K // 8 // row_units * (2 if outputs else 1)
+
+    def rows_of(w: int) -> Way:
+        rows = len(range((w - 1) * 32 // row_units, CHUNK, 96 // row_units))  # of the first lane of a warp
+        return way._replace(through="F2FP", around=r"STS\.128.*RZ", loops=(Work(r"LDS\.128", rows * panels),))
+
     acquired = next(event_of(x) for x in stream if "TRYWAIT" in x.opcode)
     stages = 3 if K <= 128 else 2
     roles = {
-        "consumers": [Role(one_turn(graph, products, way, w), [w], w // 4, turns) for w in range(4, 12)],
-        "normalisers": [Role(one_turn(graph, normalises, way, w), [w], turns=turns) for w in range(1, 4)],
+        "consumers": [Role(one_turn(graph, products, way, w), [w], w // 4, turns, stored=CHUNK * VALUES * 2) for w in range(4, 12)],
+        "normalisers": [Role(one_turn(graph, normalises, rows_of(w), w), [w], turns=turns) for w in range(1, 4)],
         "loader": [Role(stream, [0], turns=turns, copied=size / copies, free={acquired: stages})],
     }
     return together(roles, turns)
@@ -140,15 +148,29 @@ def prepare(build: Build, shape: Shape, count: int = 12) -> Timed:
     copied = 2 * CHUNK * shape.K * 2
     roles = whole(graph, way, 4)
     loads = sum(x.name == "UTMALDG" for x in roles[0].stream)
-    roles[0].copied = copied / loads if loads else 0
+    roles[0].copied, roles[0].stored = copied / loads if loads else 0, IMAGE
     return one_after_another(roles, min(resident_ctas(registers, 4), 4), count, "clock")
 
 
-def join(build: Build, shape: Shape) -> Timed:
-    """Cycles of a CTA for one cut."""
-    graph, registers = build.find("chunk_join_kernel")
-    way = Way("LDG|STG|HMMA|FFMA", constants=build.chunked("JoinArguments", shape))
-    return one_after_another(whole(graph, way, 8), 1, 1)
+def join(build: Build, shape: Shape, sequences: int, cuts: int) -> Timed:
+    """Cycles of a CTA, for all cuts of a sequence but the first and 16 columns of a head."""
+    graph, registers = build.find(rf"chunk_join_kernel(?!.*JoinConfigILi(?!{shape.K}E))")
+    way = Way("LDG|STG|HMMA|FFMA|UTMALDG", constants=build.chunked("JoinArguments", shape, segments=cuts + 2))
+    roles = whole(graph, way, 8)
+    if (found := sum(x.name == "FFMA" for x in roles[0].stream)) < shape.K**2 * 16 * cuts / 256:
+        raise LookupError(f"{found} products of a warp of join for {cuts} cuts")
+    take_copies(roles[0], shape.K * 4 * shape.K * cuts, 3)
+    ctas = sequences * shape.H * shape.V // 16
+    resident = min(resident_ctas(registers, 8), 2 if shape.K <= 128 else 1)
+    return one_after_another(roles, resident, per_multiprocessor(ctas), share=share_of_memory(ctas))
+
+
+def take_copies(role: Role, size: int, stages: int) -> None:
+    """Bytes of all its bulk copies; it finds that many stages empty."""
+    copies = sum(is_load(x) for x in role.stream)
+    if copies:
+        role.copied = size / copies
+        role.free = {next(event_of(x) for x in role.stream if "TRYWAIT" in x.opcode): stages}
 
 
 def products_and_epilogue(stream: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
@@ -199,9 +221,7 @@ def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
     way = Way(r"HGMMA|UTMALDG|MUFU\.EX2", "(?!)", (Work("HGMMA", 4 * panels), Work(r"UTMALDG\.5D", panels)), arguments)
     roles = whole(graph, way, 4 * consumers + 1)
     loader = roles[-1]
-    copies = sum(x.name == "UTMALDG" for x in loader.stream)
-    loader.copied = 128 * panels * channels * shape.W / copies  # hidden comes from the L2, and its rows that are not there from nowhere
-    loader.free = {next(event_of(x) for x in loader.stream if "TRYWAIT" in x.opcode): stages}
+    take_copies(loader, 128 * panels * channels * shape.W, stages)  # hidden comes from the L2, and its rows that are not there from nowhere
     resident = 2 if consumers == 1 else 1
     return one_after_another(roles, resident, per_multiprocessor(ctas), share=share_of_memory(ctas))
 
@@ -211,9 +231,9 @@ def per_multiprocessor(ctas: float) -> int:
 
 
 def share_of_memory(ctas: float) -> float:
-    """Of a multiprocessor, when not all have something to do."""
+    """Of the multiprocessor that has most to do: memory that is always busy is done with all CTAs when this one is."""
     most = A["bytes per multiprocessor"] * A["light clock"] * A["multiprocessors"] / A["bandwidth"]
-    return min(max(A["multiprocessors"] / ctas, 1), most)
+    return min(per_multiprocessor(ctas) * A["multiprocessors"] / ctas, most)
 
 
 def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
@@ -225,25 +245,33 @@ def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
     loops = (Work(r"STG\.E\.128.*STRONG", accesses), Work(r"LDG\.E\.128", accesses))
     values = {"dtype": BF16, "o_dtype": BF16, "g_dtype": FP32, "beta_dtype": FP32, "N": N, "T": 1, "H": H, "Hk": shape.Hk, "K": K, "V": V}
     values |= {f"{x}.dtype": FP32 if x in ("g", "beta") else BF16 for x in ("q", "k", "v", "g", "beta")}
-    values |= {"tokens": 1, "slices": slices, "columns": slices * tile, "heads": max(slices * tile // V, 1), "l2norm_qk": 1}
+    heads, columns = max(slices * tile // V, 1), slices * tile
+    values |= {"tokens": 1, "slices": slices, "columns": columns, "heads": heads, "l2norm_qk": 1}
+    values |= divisor("parts", max(V // columns, 1)) | divisor("head_groups", H // heads) | divisor("group", H // shape.Hk) | divisor("width", V)
     values |= {"pool.rows": 1 << 40, "pool.rows_dtype": 0}
     way = Way(r"LDG|SHFL|STG\.E\.128", "(?!)", loops, {0x0: 2 * K} | build.arguments("RecurrentArguments", **values))
     warps, ctas = 2 * K // 32, N * H * V / (slices * tile)
     return one_after_another(whole(graph, way, warps), resident_ctas(registers, warps), per_multiprocessor(ctas), share=share_of_memory(ctas))
 
 
+def divisor(name: str, d: int) -> dict[str, int]:
+    """Members of a Divisor of csrc/gated_delta_rule/recurrent_arguments.h."""
+    shift = 31 + (d - 1).bit_length()
+    return {f"{name}.d": d, f"{name}.factor": -(-(1 << shift) // d), f"{name}.shift": shift}
+
+
 def recurrent_tiles(N: int, shape: Shape) -> tuple[int, int]:
     """choose_recurrent_tiles of csrc/gated_delta_rule for one token: columns of a slice, slices of a CTA."""
     H, V, sms = shape.H, shape.V, int(A["multiprocessors"])
-    tile = 64
+    tile = next(tile for tile in (64, 32, 16) if V % tile == 0)
 
     def most(columns: int) -> int:
-        return -(-N * H * V // columns // sms) * columns
+        return (N * H * V // columns + sms - 1) // sms * columns
 
-    if N * H * (V // 64) < 3 * sms and most(32) < most(64):
+    if tile == 64 and N * H * (V // 64) < 3 * sms and most(32) < most(64):
         tile = 32
     per_head = V // tile
     for slices in (H // shape.Hk * per_head, per_head):
-        if N * H * per_head // slices >= 3 * sms and 16 * most(slices * tile) <= 17 * most(tile):
+        if slices * tile <= 1024 and N * H * per_head // slices >= 3 * sms and 16 * most(slices * tile) <= 17 * most(tile):
             return tile, slices
     return tile, 1

@@ -4,7 +4,7 @@ Everything assumed of the hardware is in ASSUMPTIONS.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -99,6 +99,11 @@ def tensor_bytes(opcode: str, from_registers: bool) -> float:
     return (N + (0 if from_registers else M)) * K * (4 if "TF32" in opcode else 2)
 
 
+def access_bytes(x: Instruction) -> int:
+    """Of a warp's access to global memory."""
+    return x.lanes * (16 if ".128" in x.opcode else 8 if ".64" in x.opcode else 2 if "16" in x.opcode else 4)
+
+
 @dataclass
 class Role:
     """Warps that run the same stream again and again."""
@@ -108,8 +113,8 @@ class Role:
     group: int = 0  # which warpgroup's barriers and products are meant
     turns: int = 1
     copied: float = 0  # bytes of each of its bulk copies
+    stored: float = 0  # and of each of its bulk stores
     free: dict[str, int] = field(default_factory=dict)  # events that a first wait finds happened, and how often
-
 
     def __post_init__(self):
         # An arrival that expects bytes happens when the last copy before the next barrier operation has come: copy -> arrival.
@@ -158,7 +163,8 @@ class Multiprocessor:
         self.warps: list[Warp] = []
         self.pipes = [dict.fromkeys(PIPES, 0.0) for _ in range(4)]
         self.shared_free = self.tensor_free = self.memory_free = 0.0
-        self.landing = 0.0  # wavefronts of bulk copies that wait for shared memory
+        self.coming: deque = deque()  # bulk copies: when they begin, wavefronts
+        self.landing = 0.0  # wavefronts of those that have begun
         self.tensor_share = 0.0  # of shared memory that the running product takes
         self.bytes_per_cycle = A["bandwidth"] / A[clock] / A["multiprocessors"] * share
         self.busy = Counter()  # cycles
@@ -185,12 +191,24 @@ class Multiprocessor:
     # Shared resources
 
     def _shared(self, fronts: float, at: float) -> float:
-        rate = 1 - (min(self.tensor_share, A["thread share"]) if self.tensor_free > at else 0)
-        behind = min(self.landing, fronts)  # copies that land take turns with the threads
+        """The end of a warp's access. Bulk copies take turns with the threads; what threads leave they use as fast as the L2 is."""
+        begin, mark, speed = max(self.shared_free, at), self.shared_free, A["bytes per multiprocessor"] / A["shared bytes"]
+        while self.coming and self.coming[0][0] <= begin:
+            time, size = self.coming.popleft()
+            self.landing = max(self.landing - speed * max(time - mark, 0), 0) + size
+            mark = max(mark, time)
+        self.landing = max(self.landing - speed * (begin - mark), 0)
+        behind = min(self.landing, fronts)
         self.landing -= behind
-        self.shared_free = max(self.shared_free, at) + (fronts + behind) / rate
+        rate = 1 - (min(self.tensor_share, A["thread share"]) if self.tensor_free > begin else 0)
+        self.shared_free = begin + (fronts + behind) / rate
         self.busy["shared"] += fronts
         return self.shared_free
+
+    def _bulk(self, size: float, at: float) -> None:
+        """A bulk copy writes or reads shared memory from then on."""
+        self.coming.append((at, size / A["shared bytes"]))
+        self.busy["shared"] += size / A["shared bytes"]
 
     def _memory(self, size: float) -> float:
         self.memory_free = max(self.memory_free, self.now) + size / self.bytes_per_cycle
@@ -251,17 +269,16 @@ class Multiprocessor:
         """When the result is there and when the operands have been read."""
         T, name = self.now, x.name
         if name in SHARED:
-            end = self._shared(wavefronts(x.opcode), T + 6)
+            end = self._shared(max(wavefronts(x.opcode) * x.lanes / 32, 1), T + 6)
             if name in ("STS", "STSM"):
                 warp.stored = end + A["STS"] - 6
                 return warp.stored, warp.stored
             return end + A[name if name in A else "LDS"] - 6, end
         if name in ("LDG", "LD"):
-            size = 32 * (16 if ".128" in x.opcode else 8 if ".64" in x.opcode else 2 if "16" in x.opcode else 4)
-            there = self._memory(size)
+            there = self._memory(access_bytes(x))
             return there if ".128" in x.opcode else T + A["DRAM"], T + 20  # what is small does not queue
         if name in ("STG", "ST"):
-            self._memory(32 * (16 if ".128" in x.opcode else 8 if ".64" in x.opcode else 2 if "16" in x.opcode else 4))
+            self._memory(access_bytes(x))
             return T + 20, T + 20
         if name == "SYNCS":
             if "ARRIVE" in x.opcode and not any(e is x for e in warp.role.lands.values()):
@@ -272,6 +289,8 @@ class Multiprocessor:
         if is_load(x):
             self._copy(warp)
         if name == "UTMASTG" or x.opcode.startswith("UBLKCP.G.S"):
+            self._bulk(warp.role.stored, T)
+            self._memory(warp.role.stored)
             warp.bulk_stored = T + A["store"]
         if name == "MEMBAR":
             end = max(T + A["fence"], warp.stored)
@@ -282,9 +301,9 @@ class Multiprocessor:
 
     def _copy(self, warp: Warp) -> None:
         """A bulk copy into shared memory."""
-        self.landing += warp.role.copied / A["shared bytes"]
-        self.busy["shared"] += warp.role.copied / A["shared bytes"]
-        here = self._memory(warp.role.copied) - A["DRAM"] + A["copy"]
+        comes = self._memory(warp.role.copied)
+        self._bulk(warp.role.copied, comes)
+        here = comes - A["DRAM"] + A["copy"]
         if warp.at in warp.role.lands:
             self._arrive(warp, warp.role.lands[warp.at], here)
 

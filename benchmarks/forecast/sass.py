@@ -21,6 +21,7 @@ class Instruction(NamedTuple):
     writes: int  # scoreboard that is freed when the result is there; 7: none
     reads: int  # scoreboard that is freed when the operands have been read; 7: none
     waits: int  # mask of the six scoreboards that must be free before this one issues
+    lanes: int = 32  # of a warp that execute it
 
     @property
     def name(self) -> str:

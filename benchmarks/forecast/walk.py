@@ -1,6 +1,6 @@
 """The way that a warp takes through machine code.
 
-Integers that follow from the thread's number and from constants are computed, for a few lanes of the warp; branches that hang on them
+Integers that follow from the thread's number and from constants are computed, for some lanes of the warp; branches that hang on them
 are taken as the hardware would, both ways where lanes disagree. Where a branch hangs on something else (arguments, memory), a `Way`
 says what matters.
 """
@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from benchmarks.forecast.sass import Graph, Instruction, Loop
 
-LANES = (0, 1, 2, 4, 16, 31)
+LANES = (0, 1, 2, 4, 8, 16, 31)
+UP_TO_NEXT = (1, 1, 2, 4, 8, 15, 1)  # lanes that each of these stands for
+ACCESSES = "LDS STS LDSM STSM LDG STG LD ST".split()
 WORD = 0xFFFFFFFF
 Value = tuple[int | None, ...]  # of each lane
 UNKNOWN: Value = (None,) * len(LANES)
@@ -81,6 +83,9 @@ class Lanes:
             return (known,) * len(LANES)
         return self.values.get(name, UNKNOWN)
 
+    def value(self, name: str) -> Value:
+        return self._one(name)
+
     def predicate(self, text: str) -> Value:
         return self._one(text.removeprefix("@")) if text else (1,) * len(LANES)
 
@@ -138,8 +143,10 @@ class Lanes:
             return self._map(lambda p, q, s: ((p << s) + q) & WORD, *[s for s in a[1:] if "P" not in s][:3])
         if name == "SEL":
             return self._map(lambda p, q, c: p if c else q, *a[1:4])
-        if name == "VIMNMX":
-            return self._map(lambda p, q, c: (min if c else max)(p, q, key=_signed), *a[1:4])
+        if name in ("VIMNMX", "VIADDMNMX"):
+            read = int if ".U32" in op else _signed
+            first = (lambda p: p) if name == "VIMNMX" else (lambda p, q: p + q & WORD)
+            return self._map(lambda *v: (min if v[-1] else max)(first(*v[:-2]), v[-2], key=read), *a[1:])
         return UNKNOWN
 
     def _product(self, op: str, a: list[str]) -> tuple[Value, Value]:
@@ -319,7 +326,7 @@ class Walker:
         for work in self.way.loops:
             self.at_header[block, work.marker] = self.done[work.marker]
         for x in self.graph.body(block):
-            self.out.append(x)
+            self.out.append(self._as_executed(x))
             for work in self.way.loops:
                 if re.search(work.marker, x.text):
                     self.done[work.marker] += 1
@@ -328,6 +335,18 @@ class Walker:
             if x.name == "BSSY":
                 self.labels.append(self.graph.block_at(x.target))
             self.lanes.execute(x)
+
+    def _as_executed(self, x: Instruction) -> Instruction:
+        """An access to memory by the lanes that do it; by none: an instruction that only issues; of one place: as if by one lane."""
+        if x.name not in ACCESSES:
+            return x
+        does = [m and u != 0 for m, u in zip(self.lanes.mask, self.lanes.predicate(x.predicate))]
+        lanes = sum(n for n, d in zip(UP_TO_NEXT, does) if d)
+        if lanes and x.name == "LDS":
+            registers = re.findall(r"U?R\w+", x.operands.partition("[")[2])
+            places = [{v for v, d in zip(self.lanes.value(name), does) if d} for name in registers]
+            lanes = 1 if all(len(p) == 1 and None not in p for p in places) else lanes
+        return x._replace(lanes=lanes) if lanes else x._replace(opcode="NOP", operands="", writes=7, reads=7)
 
     def _takes(self, x: Instruction) -> tuple[int | None, ...]:
         """Of each lane, whether a branch is taken."""
