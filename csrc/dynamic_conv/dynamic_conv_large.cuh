@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   }
   cluster_sync();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const ChannelPart part(cut);
   if (warp_index() < kWarpgroup / 32) {
     give_registers_back<40>();

@@ -121,13 +121,15 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   const bool producer = warp_index() == Config::threads / 32 - 1;
   if (producer && elected()) {
     maps.prefetch_all();
-    // Into the L2, where it does no harm should the kernel before still be writing them; once for all tiles of tokens.
-#pragma unroll 1
-    for (int panel = 0; blockIdx.x == 0 && panel < p.panels; ++panel)
-      prefetch_box(maps.weight, panel * Config::K, 0, static_cast<int>(blockIdx.y) * 4, 0, 0);
     shared.ring.init(Config::consumers);
     shared.x_loaded.init(1);
     publish_inits();
+    // Weights into the L2, where it does no harm should the kernel before still be writing them; once for all tiles of tokens, and no more
+    // than are soon loaded.
+    const int soon = min(p.panels, 2 * Config::stages);
+#pragma unroll 1
+    for (int panel = 0; blockIdx.x == 0 && panel < soon; ++panel)
+      prefetch_box(maps.weight, panel * Config::K, 0, static_cast<int>(blockIdx.y) * 4, 0, 0);
   }
   __syncthreads();
   wait_for_previous_kernel();

@@ -137,7 +137,7 @@ __device__ void join_states(JoinShared<Config>& shared, SlabLoader<Config>& load
         const float4 part = *reinterpret_cast<const float4*>(&of_share[row][column]);
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
-      *at(state, row, column) = sum;
+      __stcg(at(state, row, column), sum);
       put_state(shared, row, column, sum);
     });
     __syncthreads();

@@ -189,7 +189,7 @@ __device__ void multiply_rows(const PrepareArguments& p, const PreparePlace& at,
   if (p.l2norm) squares += float(kL2NormEps);
   const float inverse = squares == 0 ? 0 : rsqrtf(squares);  // a zero row without l2norm
   shared.inverse_norm[of][row] = inverse;
-  shared.norm[of][row] = p.l2norm ? 1 : squares * inverse;
+  shared.norm[of][row] = p.l2norm ? 1 : inverse == 0 ? squares : squares * inverse;
   if (of == kKey) shared.key_factor[row] = p.l2norm ? inverse : 1;
 }
 

@@ -194,7 +194,7 @@ __device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const type
     }
 #pragma unroll
     for (int i = 0; i < Config::state_steps; ++i) fragment_of<f16>(a[i], s, step + i);
-    wgmma_fence();
+    wgmma_fence(a);
     (multiply_fragments(products, a, step), ...);
   }
 }
@@ -331,7 +331,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
     residual<Config, bf16>(r, x, stage, me);
   else
     residual<Config, f16>(r, x, stage, me);
-  wgmma_fence();
+  wgmma_fence(r);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
   wgmma_commit();
@@ -357,12 +357,12 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   uint32_t u[kSteps][4], write[kSteps][4];
   updates<Config>(u, write, x, stage, me.thread);
   if constexpr (Config::outputs) {
-    wgmma_fence(o, s);
+    wgmma_fence(o, s, u, write);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
     wgmma_commit();
   } else {
-    wgmma_fence(s);
+    wgmma_fence(s, write);
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]

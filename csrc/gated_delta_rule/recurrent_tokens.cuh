@@ -104,7 +104,7 @@ __device__ inline int64_t load_row(const StatePool& pool, uint32_t n) {
       "@wide ld.global.b64 %0, [%2];\n"
       "@narrow ld.global.b32 %1, [%2];\n"
       "}\n"
-      : "=l"(wide_row), "=r"(narrow_row)
+      : "=&l"(wide_row), "=&r"(narrow_row)
       : "l"(static_cast<const char*>(pool.rows) + n * uint64_t{wide ? 8u : 4u}), "r"(int{pool.rows != nullptr && wide}),
         "r"(int{pool.rows != nullptr && !wide})
       : "memory");

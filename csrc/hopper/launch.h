@@ -7,6 +7,8 @@
 
 namespace jet::hopper {
 
+constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
+
 struct LaunchShape {
   dim3 grid;
   int threads = 128;
@@ -26,7 +28,8 @@ template <class... Parameters, class... Arguments>
 void launch(const char* what, const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Parameters...), Arguments&&... arguments) {
   if (shape.shared_bytes > 0) {
     const auto* const function = reinterpret_cast<const void*>(kernel);
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), what);
+    // The limit belongs to the kernel and not to this launch: a smaller one would make the launch of another thread fail.
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes), what);
     // Else the driver may leave room for fewer CTAs than fit.
     check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), what);
   }

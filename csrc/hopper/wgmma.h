@@ -28,10 +28,17 @@ __device__ void wgmma_touch(float (&accumulator)[registers]) {
   for (int r = 0; r < registers; ++r) cute::warpgroup_fence_operand(accumulator[r]);
 }
 
-// Accumulators must not be touched between the fence before the first wgmma that writes them and the wait that follows its commit. Those
-// that were computed with since their last wait are named, or the compiler may move the arithmetic behind the fence.
-template <class... Accumulators>
-__device__ void wgmma_fence(Accumulators&... computed) {
+// The same for A operands in registers.
+template <int n>
+__device__ void wgmma_touch(uint32_t (&a)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+}
+
+// Registers of wgmma must not be touched between the fence before the first one that writes or reads them and the wait that follows its
+// commit. Those that were computed are named, or the compiler may move the arithmetic behind the fence.
+template <class... Registers>
+__device__ void wgmma_fence(Registers&... computed) {
   (wgmma_touch(computed), ...);
   cute::warpgroup_arrive();
 }
