@@ -18,7 +18,7 @@ from benchmarks.shapes import SHAPES, Shape
 COMMITTED = ROOT / "benchmarks" / "results" / "forecast" / "forecast.json"
 COMMAND = "python -m benchmarks.run --forecast --shape all --write"
 MARGIN = 0.10
-COLUMNS = {"case": "case", "kernel": "kernel", "unit": "unit", "cycles": "cycles", "limit": "limit", "us": "us", "of copy, %": "of copy, %", "committed": "committed"}
+COLUMNS = {name: name for name in ("case", "kernel", "unit", "cycles", "limit", "us", "of copy, %", "committed")}
 OPS = {"chunk": "chunk_gated_delta_rule", "conv": "dynamic_conv", "step": "dynamic_conv_step", "recurrent": ops.RECURRENT}
 ROWS = (1, 8, 64, 256)
 STEP_ROWS = (1, 128, 256)
