@@ -24,7 +24,7 @@ def compile_that_says(text: str, tmp_path: Path, *options: str) -> tuple[int, st
     return done.returncode, " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize("code", ["C7507", "C7510", "C7511", "C7512", "C7514", "C7515"])
+@pytest.mark.parametrize("code", ["C7507", "C7510", "C7511", "C7512", "C7514", "C7515", "C7517"])
 def test_serialised_wgmma_stops_the_build(code, tmp_path):
     line = SERIALISED % (code, "insufficient register resources", "_ZN3jet6hopper12other_kernelEv")
     failed, said = compile_that_says(f"{REPORT}\n{line}\n{REPORT}", tmp_path)

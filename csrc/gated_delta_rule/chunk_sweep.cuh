@@ -356,11 +356,13 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   if constexpr (!Config::outputs && Config::o_behind_residual) hold(a);
   uint32_t u[kSteps][4], write[kSteps][4];
   updates<Config>(u, write, x, stage, me.thread);
-  wgmma_fence();
   if constexpr (Config::outputs) {
+    wgmma_fence(o, s);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
     wgmma_commit();
+  } else {
+    wgmma_fence(s);
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]

@@ -62,7 +62,7 @@ struct RecurrentArguments {
   // From the tiles: CTA ((n * H / heads + i) * parts + j) has columns from j * columns on of value heads i * heads .. + heads - 1.
   int tokens;          // prepared at a time
   int slices;          // of a CTA
-  int columns, heads;  // of a CTA; whole heads if more than one
+  int columns, heads;  // of a CTA; whole heads if more than one. Its last columns may be beyond V
   Divisor parts, head_groups, group, width;  // CTAs of a head, H / heads, H / Hk, V
 };
 
@@ -76,13 +76,13 @@ inline RecurrentTiles choose_recurrent_tiles(int64_t N, int64_t T, int64_t H, in
   // Columns of the multiprocessor that has most to do.
   const auto most = [&](int64_t columns) { return (N * H * V / columns + multiprocessors - 1) / multiprocessors * columns; };
   const int64_t full = 3 * multiprocessors;  // CTAs: enough for one to work while others wait for memory
-  int tile = V % 64 == 0 ? 64 : V % 32 == 0 ? 32 : 16;  // 64: whole 256-byte rows in fp32
+  int tile = V % 64 == 0 ? 64 : 32;  // 64: whole 256-byte rows in fp32
   // While all CTAs run at once, halves spread better: 1, 3, 4, 6 sequences of the 2B model. Below 128-byte rows of fp32 nothing is won.
   if (tile == 64 && N * H * (V / 64) < full && most(32) < most(64)) tile = 32;
   // Inputs that slices have in common are read once if one CTA takes these slices, all those of a key head or of a value head. It
   // may not make the last multiprocessor later by more than a sixteenth. Slices share tokens that are in shared memory at the same time.
   const int64_t per_head = V / tile, per_key_head = H / Hk * per_head;
-  if (T > kMaxTokens) return {tile, 1};
+  if (T > kMaxTokens || V % tile != 0) return {tile, 1};
   for (const int64_t slices : {per_key_head, per_head})
     if (slices * tile <= kRecurrentMaxV && N * H * per_head / slices >= full && 16 * most(slices * tile) <= 17 * most(tile))
       return {tile, static_cast<int>(slices)};

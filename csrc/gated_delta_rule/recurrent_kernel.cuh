@@ -10,7 +10,6 @@
 #pragma once
 
 #include "csrc/gated_delta_rule/recurrent_tokens.cuh"
-#include "csrc/hopper/device.h"
 #include "csrc/hopper/launch.h"
 
 namespace jet::hopper {
@@ -186,7 +185,7 @@ __device__ void recurrent_token(RecurrentState<Config>& s, const RecurrentArgume
       u[c] = gates.beta * fmaf(-gates.decay, predicted, u[c]);                 // u = beta (v - e^g p)
       o[c] = p.scale * fmaf(gates.decay, x[c], __fmul_rn(factors.qk, u[c]));  // o = scale (e^g r + <q, k> u)
     }
-    if (threadIdx.x / Config::lanes == 1) {
+    if (threadIdx.x / Config::lanes == 1 && (!Config::partial || column + me.c < at.columns<Config>(p))) {
       const int64_t out = ((uint64_t{at.n} * p.T + t) * p.H + at.h) * p.V + at.column + column + me.c;
       store_rounded(p.o, p.o_dtype, out, o);
       if constexpr (Config::mode == RecurrentMode::verify) store_rounded(p.updates, Dtype::f32, out, u);
@@ -207,7 +206,7 @@ __device__ void write_zeros(const RecurrentArguments& p, const RecurrentPlace& a
   for (int t = 0; t < p.T; ++t) {
     const int64_t token = uint64_t{at.n} * p.T + t, out = (token * p.H + at.h) * p.V + at.column;
 #pragma unroll 1
-    for (int c = threadIdx.x * 4; c < p.columns; c += blockDim.x * 4) {
+    for (int c = threadIdx.x * 4; c < at.columns<Config>(p); c += blockDim.x * 4) {
       store_rounded(p.o, p.o_dtype, out + c, zeros);
       if constexpr (Config::mode == RecurrentMode::verify) store_rounded(p.updates, Dtype::f32, out + c, zeros);
     }
@@ -240,7 +239,8 @@ __global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(co
   RecurrentState<Config> s;
   RecurrentRaw<Config> ahead;
   RecurrentRaw<Config>& next = place_of_next<Config>(s, ahead);
-  load_state<Config>(next, state, strides.k, row >= 0);
+  const bool has_columns = !Config::partial || me.c < at.columns<Config>(p);  // in every slice of a CTA with more than one
+  load_state<Config>(next, state, strides.k, row >= 0 && has_columns);
   first.store(p, shared, at, 0, T, 0);
   if (row < 0) return write_zeros<Config>(p, at);
   let_next_kernel_start();
@@ -280,54 +280,12 @@ __global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(co
       for (int i = 0; i < count; ++i, half ^= 1)
         recurrent_token<Config>(s, p, shared, at, me, factors.of_lane(i), gates[i * p.heads], column, t + i, i, half);
       if constexpr (Config::mode != RecurrentMode::verify)
-        if (t + count == T) store_state<Config>(here, strides.k, s);
+        if (t + count == T && has_columns) store_state<Config>(here, strides.k, s);
       if constexpr (!Config::ahead) load_following();
       if (next_head) ++gates;
     }
     forget(at.n), forget(at.h), forget(at.hk), forget(at.column);
   }
-}
-
-template <class State, int tile, RecurrentMode mode>
-void launch_recurrent(const char* op, RecurrentArguments& p, int slices, cudaStream_t stream) {
-  using Config = RecurrentConfig<State, tile, mode>;
-  p.tokens = p.T < kMaxTokens ? p.T : kMaxTokens;
-  p.columns = slices * tile;
-  p.heads = p.columns > p.V ? p.columns / p.V : 1;
-  p.parts = Divisor(p.columns < p.V ? p.V / p.columns : 1), p.head_groups = Divisor(p.H / p.heads);
-  p.group = Divisor(p.H / p.Hk), p.width = Divisor(p.V);
-  const int64_t ctas = p.N * p.H * p.V / p.columns;
-  require(ctas < (int64_t{1} << 31), op, "N * H * V / 16", "below 2^31", ctas);
-  LaunchShape shape{dim3(static_cast<unsigned>(ctas)), 2 * p.K, 4 * static_cast<int>(RecurrentShared::floats(p, tile))};
-  shape.early = true;
-  launch(op, shape, stream, recurrent_kernel<Config>, p);
-}
-
-// All of `p` but the tiles is filled in.
-template <RecurrentMode mode>
-void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
-  if (p.N * p.H == 0 || p.T == 0) return;
-  const RecurrentTiles tiles = choose_recurrent_tiles(p.N, p.T, p.H, p.Hk, p.V, current_device_facts().multiprocessors);
-  const auto on = [&](auto tile) {
-    if (p.pool.dtype == Dtype::f32)
-      launch_recurrent<float, tile.value, mode>(op, p, tiles.slices, static_cast<cudaStream_t>(stream));
-    else
-      launch_recurrent<bf16, tile.value, mode>(op, p, tiles.slices, static_cast<cudaStream_t>(stream));
-  };
-  if (tiles.tile == 64) return on(std::integral_constant<int, 64>());
-  if (tiles.tile == 32) return on(std::integral_constant<int, 32>());
-  on(std::integral_constant<int, 16>());
-}
-
-// The arguments that step and verify share.
-inline RecurrentArguments recurrent_arguments(const RecurrentGatedDeltaRuleParams& p) {
-  RecurrentArguments a{};
-  a.N = p.N, a.T = static_cast<int>(p.T), a.H = p.H, a.Hk = p.Hk, a.K = static_cast<int>(p.K), a.V = static_cast<int>(p.V);
-  a.scale = static_cast<float>(p.scale), a.l2norm_qk = p.l2norm_qk;
-  a.q = token_tensor(p.q, p.dtype, p.q_strides), a.k = token_tensor(p.k, p.dtype, p.k_strides), a.v = token_tensor(p.v, p.dtype, p.v_strides);
-  a.g = token_tensor(p.g, p.g_dtype, p.g_strides), a.beta = token_tensor(p.beta, p.beta_dtype, p.beta_strides);
-  a.pool = p.pool, a.o = p.o, a.o_dtype = p.dtype;
-  return a;
 }
 
 }  // namespace jet::hopper

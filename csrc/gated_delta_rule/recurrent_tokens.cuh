@@ -13,6 +13,7 @@ struct RecurrentConfig {
   using State = State_;  // float or bf16
   static constexpr RecurrentMode mode = mode_;
   static constexpr int tile = tile_;                  // columns of a slice
+  static constexpr bool partial = tile < 64;          // a slice may be wider than what is left of a head, where 64 does not divide V
   static constexpr int columns = 16 / sizeof(State);  // of a thread: one 16-byte access
   static constexpr int lanes = tile / columns;        // threads side by side in a row
   static constexpr int rows = lanes / 2;              // of a thread, so that K / rows * lanes = 2 K threads cover a slice
@@ -51,6 +52,11 @@ struct RecurrentShared {
 // Where a CTA begins. Unsigned: a product with a stride of 64 bits is two instructions, with a sign it would be four.
 struct RecurrentPlace {
   uint32_t n, h, hk, column;  // column: of value head h
+  // Of the CTA's columns those that are there.
+  template <class Config>
+  __device__ uint32_t columns(const RecurrentArguments& p) const {
+    return Config::partial ? min(static_cast<uint32_t>(p.columns), p.heads * p.V - column) : p.columns;
+  }
 };
 
 __device__ inline RecurrentPlace recurrent_place(const RecurrentArguments& p) {
@@ -166,7 +172,7 @@ struct TokensInFlight {
   // Column c of the CTA's, counted through its heads: one of more than one head begins at column 0.
   static __device__ AnyElement load_column(bool asked, const RecurrentArguments& p, const RecurrentPlace& at, int t, uint32_t c) {
     const uint32_t h = p.width.quotient(c);
-    return load_element(asked && c < p.columns, p.v, at.n, t, at.h + h, at.column + c - h * p.V);
+    return load_element(asked && c < at.columns<Config>(p), p.v, at.n, t, at.h + h, at.column + c - h * p.V);
   }
 };
 

@@ -15,19 +15,25 @@
 
 namespace jet::hopper {
 
-// Accumulators must not be touched between the fence before the first wgmma that writes them and the wait that follows its commit.
-__device__ inline void wgmma_fence() { cute::warpgroup_arrive(); }
 __device__ inline void wgmma_commit() { cute::warpgroup_commit_batch(); }
 template <int groups_left>
 __device__ void wgmma_wait() {
   cute::warpgroup_wait<groups_left>();
 }
 
-// After a wait: tells the compiler that the registers have changed, so that it does not read them early.
+// After a wait: tells the compiler that the registers have changed, so that it does not read them early. Before a fence: that they are read.
 template <int registers>
 __device__ void wgmma_touch(float (&accumulator)[registers]) {
 #pragma unroll
   for (int r = 0; r < registers; ++r) cute::warpgroup_fence_operand(accumulator[r]);
+}
+
+// Accumulators must not be touched between the fence before the first wgmma that writes them and the wait that follows its commit. Those
+// that were computed with since their last wait are named, or the compiler may move the arithmetic behind the fence.
+template <class... Accumulators>
+__device__ void wgmma_fence(Accumulators&... computed) {
+  (wgmma_touch(computed), ...);
+  cute::warpgroup_arrive();
 }
 
 // A wgmma operand in shared memory: tile layout and base address.
