@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import ops
-from benchmarks.forecast import calls, layout
+from benchmarks.forecast import calls, kernels, layout
 from benchmarks.forecast.machine import A, Multiprocessor, Role, wavefronts
 from benchmarks.forecast.sass import Graph, Instruction, parse
 from benchmarks.forecast.walk import Walker, Way, Work
@@ -50,6 +50,44 @@ def test_lanes_that_disagree_go_both_ways():
     lines = ["S2R R0, SR_TID.X", "LOP3.LUT R1, R0, 0x10, RZ, 0xc0, !PT", "ISETP.NE.AND P0, PT, R1, RZ, PT", "BSSY B0, 0x80"]
     lines += ["@P0 BRA 0x70", "FADD R2, R2, R2", "BRA 0x80", "FMUL R2, R2, R2", "EXIT"]
     assert addresses(Way(), 3, *lines) == [0x0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80]
+
+
+def executed(warp: int, *lines: str) -> list[tuple[str, int]]:
+    walker = Walker(Graph(code(*lines)), Way(), warp)
+    walker.to_exit()
+    return [(x.opcode, x.lanes) for x in walker.out]
+
+
+def test_an_access_counts_the_lanes_that_do_it():
+    lines = ["S2R R0, SR_TID.X", "ISETP.GE.AND P0, PT, R0, 0x8, PT", "@!P0 STG.E.128 desc[UR4][R2.64], R4", "@P0 LDS R1, [R0]", "EXIT"]
+    assert executed(0, *lines)[2:4] == [("STG.E.128", 8), ("LDS", 24)]
+    assert executed(1, *lines)[2:4] == [("NOP", 32), ("LDS", 32)]
+
+
+def test_a_load_of_one_place_returns_two_registers_a_cycle():
+    assert executed(0, "MOV R0, 0x10", "LDS.128 R4, [R0]", "LDS.128 R4, [R9]", "EXIT")[1:3] == [("LDS.128", 16), ("LDS.128", 32)]
+
+
+@pytest.mark.parametrize("operands, value", [("R1, R0, 0x5, 0x7, PT", 7), ("R1, R0, 0x5, 0x7, !PT", 8)])
+def test_minimum_and_maximum_of_a_sum(operands, value):
+    lines = ["MOV R0, 0x3", f"VIADDMNMX {operands}", f"ISETP.EQ.AND P0, PT, R1, {value:#x}, PT", "@P0 BRA 0x50", "NOP", "EXIT"]
+    assert 0x40 not in addresses(Way(), 0, *lines)
+
+
+def test_copies_that_land_take_turns_with_threads():
+    stream = code("LDS.128 R4, [R1]")
+    alone, _ = cycles(*[stream] * 4)
+    machine = Multiprocessor()
+    machine.add([Role(stream, [warp], 0, 50) for warp in range(4)])
+    machine._bulk(128 * 1000, 0)
+    machine.run()
+    assert machine.now / 50 == pytest.approx(2 * alone, rel=0.1)
+
+
+def test_tiles_of_the_recurrent_kernel():
+    two, four = chosen_shapes("2b")[0], chosen_shapes("4b")[0]
+    assert [kernels.recurrent_tiles(N, two) for N in (1, 8, 64)] == [(32, 1), (64, 1), (64, 4)]
+    assert kernels.recurrent_tiles(8, four)[0] == 64
 
 
 def test_what_is_unknown_goes_the_way_that_matters():

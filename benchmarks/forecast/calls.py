@@ -11,14 +11,14 @@ from benchmarks.floors import CHUNK, state_bytes
 from benchmarks.forecast import kernels
 from benchmarks.forecast.kernels import IMAGE, Build, Timed
 from benchmarks.forecast.machine import A, ASSUMPTIONS
-from benchmarks.forecast.sass import ROOT, cuobjdump, objects
+from benchmarks.forecast.sass import ROOT, cuobjdump, newest_first, objects
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES, Shape
 
 COMMITTED = ROOT / "benchmarks" / "results" / "forecast" / "forecast.json"
 COMMAND = "python -m benchmarks.run --forecast --shape all --write"
 MARGIN = 0.10
-COLUMNS = {"case": "case", "kernel": "kernel", "unit": "unit", "cycles": "cycles", "limit": "limit", "us": "us", "of copy, %": "of copy, %", "committed": "committed"}
+COLUMNS = {name: name for name in ("case", "kernel", "unit", "cycles", "limit", "us", "of copy, %", "committed")}
 OPS = {"chunk": "chunk_gated_delta_rule", "conv": "dynamic_conv", "step": "dynamic_conv_step", "recurrent": ops.RECURRENT}
 ROWS = (1, 8, 64, 256)
 STEP_ROWS = (1, 128, 256)
@@ -176,7 +176,8 @@ def assumptions() -> str:
 def print_forecast(shapes: list[Shape], only: str, where: list[Path], csrc: Path | None, write: bool) -> None:
     if cuobjdump() is None:
         raise SystemExit("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    files = tuple(file for place in where for file in ([place] if place.is_file() else place.rglob("*.cu.o"))) if where else tuple(objects())
+    of_places = [[place] if place.is_file() else newest_first(place.rglob("*.cu.o")) for place in where]
+    files = tuple(file for of_place in of_places for file in of_place) if where else tuple(objects())
     if not files:
         raise SystemExit("no CUDA objects in " + (", ".join(map(str, where)) or "build/"))
     old = committed()

@@ -263,13 +263,15 @@ def divisor(name: str, d: int) -> dict[str, int]:
 def recurrent_tiles(N: int, shape: Shape) -> tuple[int, int]:
     """choose_recurrent_tiles of csrc/gated_delta_rule for one token: columns of a slice, slices of a CTA."""
     H, V, sms = shape.H, shape.V, int(A["multiprocessors"])
-    tile = next(tile for tile in (64, 32, 16) if V % tile == 0)
+    tile = 64 if V % 64 == 0 else 32
 
     def most(columns: int) -> int:
         return (N * H * V // columns + sms - 1) // sms * columns
 
     if tile == 64 and N * H * (V // 64) < 3 * sms and most(32) < most(64):
         tile = 32
+    if V % tile:
+        return tile, 1
     per_head = V // tile
     for slices in (H // shape.Hk * per_head, per_head):
         if slices * tile <= 1024 and N * H * per_head // slices >= 3 * sms and 16 * most(slices * tile) <= 17 * most(tile):

@@ -80,10 +80,10 @@ def pipe(name: str) -> str:
 
 @cache
 def wavefronts(opcode: str) -> int:
-    """Of a warp's access to shared memory without conflicts; 64-bit accesses are those of a few addresses."""
+    """Of a warp's access to shared memory without conflicts: a register of each lane a cycle, also where lanes read the same."""
     if opcode.startswith(("LDSM", "STSM")):
         return int(opcode.rpartition(".")[2]) if opcode[-1].isdigit() else 1
-    return 4 if ".128" in opcode else 1
+    return 4 if ".128" in opcode else 2 if ".64" in opcode else 1
 
 
 @cache

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +77,12 @@ def objects(root: Path = ROOT, stem: str = "*") -> list[Path]:
     newest: dict[str, Path] = {}
     for path in sorted(root.glob(f"build/*/cuda/{stem}.cu.o"), key=lambda path: path.stat().st_mtime):
         newest[path.name] = path
-    return list(newest.values())
+    return newest_first(newest.values())
+
+
+def newest_first(files: Iterable[Path]) -> list[Path]:
+    """A build folder keeps objects of sources that have gone; their kernels are then in newer ones."""
+    return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def find_kernel(pattern: str, files: list[Path]) -> tuple[Path, str]:

@@ -64,14 +64,14 @@ class Lanes:
         self.values: dict[str, Value] = {}
         self.mask = (True,) * len(LANES)
 
-    def _one(self, name: str) -> Value:
+    def operand(self, name: str) -> Value:
         name = name.replace(".reuse", "").strip()
         if name.startswith("-"):
-            return tuple(None if v is None else (1 << 32) - v for v in self._one(name[1:]))  # its carry is the hardware's
+            return tuple(None if v is None else (1 << 32) - v for v in self.operand(name[1:]))  # its carry is the hardware's
         if name.startswith("~"):
-            return tuple(None if v is None else ~v & WORD for v in self._one(name[1:]))
+            return tuple(None if v is None else ~v & WORD for v in self.operand(name[1:]))
         if name.startswith("!"):
-            return tuple(None if v is None else 1 - v for v in self._one(name[1:]))
+            return tuple(None if v is None else 1 - v for v in self.operand(name[1:]))
         if name in ("RZ", "URZ"):
             return (0,) * len(LANES)
         if name in ("PT", "UPT"):
@@ -83,11 +83,8 @@ class Lanes:
             return (known,) * len(LANES)
         return self.values.get(name, UNKNOWN)
 
-    def value(self, name: str) -> Value:
-        return self._one(name)
-
     def predicate(self, text: str) -> Value:
-        return self._one(text.removeprefix("@")) if text else (1,) * len(LANES)
+        return self.operand(text.removeprefix("@")) if text else (1,) * len(LANES)
 
     def _put(self, name: str, value: Value, under: Value) -> None:
         if name in ("RZ", "URZ", "PT", "UPT"):
@@ -98,7 +95,7 @@ class Lanes:
 
     def _map(self, f: Callable, *names: str) -> Value:
         """f of the operands, lane by lane, where all are known."""
-        columns = zip(*map(self._one, names))
+        columns = zip(*map(self.operand, names))
         return tuple(None if None in column else f(*column) for column in columns)
 
     def _result(self, x: Instruction, a: list[str]) -> Value:
@@ -115,7 +112,7 @@ class Lanes:
         if name == "HFMA2" and a[1] == "-RZ" and a[2] == "RZ":  # two halves, written as floating-point numbers
             return (int.from_bytes(struct.pack("<2e", float(a[4]), float(a[3])), "little"),) * len(LANES)
         if name == "SHFL" and ".IDX" in op:
-            return (self._one(a[1])[0],) * len(LANES) if a[2] == "RZ" else UNKNOWN
+            return (self.operand(a[1])[0],) * len(LANES) if a[2] == "RZ" else UNKNOWN
         if name == "IMAD":
             if ".WIDE" in op or ".HI" in op:
                 return self._product(op, a)[".HI" in op]
@@ -175,8 +172,8 @@ class Lanes:
         both = self._map(lambda p, q: int(COMPARE[parts[1]](read(p), read(q))), a[2], a[3])
         if "EX" in parts:  # the upper halves of 64 bits; the lower ones decide where these are equal
             equal = self._map(lambda p, q: p == q, a[2], a[3])
-            both = tuple(low if e else high for e, low, high in zip(equal, self._one(a[5]), both))
-        also = self._one(a[4])
+            both = tuple(low if e else high for e, low, high in zip(equal, self.operand(a[5]), both))
+        also = self.operand(a[4])
         if "AND" in parts:
             return tuple(0 if 0 in (p, q) else None if None in (p, q) else 1 for p, q in zip(both, also))
         return tuple(1 if 1 in (p, q) else None if None in (p, q) else 0 for p, q in zip(both, also))
@@ -205,7 +202,7 @@ class Lanes:
             if ".WIDE" in x.opcode and ".X" not in x.opcode:
                 values[1] = self._product(x.opcode, a)[1]
             if x.opcode in ("LDC.64", "ULDC.64") and (found := re.search(r"c\[0x0\]\[(0x[0-9a-f]+)\]", a[1])):
-                values[1] = self._one(f"c[0x0][{int(found[1], 16) + 4:#x}]")
+                values[1] = self.operand(f"c[0x0][{int(found[1], 16) + 4:#x}]")
             if x.name in ("LEA", "ULEA") and ".HI" not in x.opcode and re.fullmatch(r"U?P\d", a[1]):
                 carry = self._map(lambda p, q, s: ((p << s & WORD) + q) >> 32 & 1, *a[2:5])
                 self._put(a[0], values[0], under), self._put(a[1], carry, under)
@@ -337,15 +334,16 @@ class Walker:
             self.lanes.execute(x)
 
     def _as_executed(self, x: Instruction) -> Instruction:
-        """An access to memory by the lanes that do it; by none: an instruction that only issues; of one place: as if by one lane."""
+        """An access to memory by the lanes that do it; by none: an instruction that only issues; a load of one place: as if by half of
+        them, as hardware packs two registers then."""
         if x.name not in ACCESSES:
             return x
         does = [m and u != 0 for m, u in zip(self.lanes.mask, self.lanes.predicate(x.predicate))]
         lanes = sum(n for n, d in zip(UP_TO_NEXT, does) if d)
         if lanes and x.name == "LDS":
             registers = re.findall(r"U?R\w+", x.operands.partition("[")[2])
-            places = [{v for v, d in zip(self.lanes.value(name), does) if d} for name in registers]
-            lanes = 1 if all(len(p) == 1 and None not in p for p in places) else lanes
+            places = [{v for v, d in zip(self.lanes.operand(name), does) if d} for name in registers]
+            lanes = (lanes + 1) // 2 if all(len(p) == 1 and None not in p for p in places) else lanes
         return x._replace(lanes=lanes) if lanes else x._replace(opcode="NOP", operands="", writes=7, reads=7)
 
     def _takes(self, x: Instruction) -> tuple[int | None, ...]:
