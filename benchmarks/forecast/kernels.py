@@ -238,7 +238,7 @@ def share_of_memory(ctas: float) -> float:
 
 def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
     H, K, V = shape.H, shape.K, shape.V
-    tile, slices = recurrent_tiles(N, shape)
+    tile, slices = recurrent_tiles(item, N, shape)
     state = "f" if item == 4 else "NS_4bf16E"
     graph, registers = build.find(rf"recurrent_kernel.*RecurrentConfigI{state}Li{tile}E.*ModeE0E")
     accesses = tile * item // 16 // 2 * slices  # of a thread, 16 bytes wide
@@ -260,7 +260,7 @@ def divisor(name: str, d: int) -> dict[str, int]:
     return {f"{name}.d": d, f"{name}.factor": -(-(1 << shift) // d), f"{name}.shift": shift}
 
 
-def recurrent_tiles(N: int, shape: Shape) -> tuple[int, int]:
+def recurrent_tiles(item: int, N: int, shape: Shape) -> tuple[int, int]:
     """choose_recurrent_tiles of csrc/gated_delta_rule for one token: columns of a slice, slices of a CTA."""
     H, V, sms = shape.H, shape.V, int(A["multiprocessors"])
     tile = 64 if V % 64 == 0 else 32
@@ -273,7 +273,21 @@ def recurrent_tiles(N: int, shape: Shape) -> tuple[int, int]:
     if V % tile:
         return tile, 1
     per_head = V // tile
-    for slices in (H // shape.Hk * per_head, per_head):
-        if slices * tile <= 1024 and N * H * per_head // slices >= 3 * sms and 16 * most(slices * tile) <= 17 * most(tile):
-            return tile, slices
-    return tile, 1
+    per_key_head = H // shape.Hk * per_head
+
+    def ctas(slices: int) -> int:
+        return N * H * per_head // slices
+
+    def cost(slices: int) -> int:
+        return -(-ctas(slices) // sms) * (2 * slices + 3)
+
+    best = 1
+    if item == 2:
+        for slices in (*(n for n in range(2, per_head + 1) if per_head % n == 0), per_key_head):
+            if slices * tile <= 1024 and 4 * ctas(slices) >= 7 * sms and cost(slices) <= cost(best):
+                best = slices
+        return tile, best
+    for slices in (per_head, per_key_head):
+        if slices * tile <= 1024 and ctas(slices) >= 3 * sms and 16 * most(slices * tile) <= 17 * most(tile):
+            best = slices
+    return tile, best

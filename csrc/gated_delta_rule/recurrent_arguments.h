@@ -72,21 +72,35 @@ struct RecurrentTiles {
 };
 
 // For N sequences.
-inline RecurrentTiles choose_recurrent_tiles(int64_t N, int64_t T, int64_t H, int64_t Hk, int64_t V, int multiprocessors) {
+inline RecurrentTiles choose_recurrent_tiles(Dtype pool, int64_t N, int64_t T, int64_t H, int64_t Hk, int64_t V, int multiprocessors) {
   // Columns of the multiprocessor that has most to do.
   const auto most = [&](int64_t columns) { return (N * H * V / columns + multiprocessors - 1) / multiprocessors * columns; };
   const int64_t full = 3 * multiprocessors;  // CTAs: enough for one to work while others wait for memory
   int tile = V % 64 == 0 ? 64 : 32;  // 64: whole 256-byte rows in fp32
   // While all CTAs run at once, halves spread better: 1, 3, 4, 6 sequences of the 2B model. Below 128-byte rows of fp32 nothing is won.
   if (tile == 64 && N * H * (V / 64) < full && most(32) < most(64)) tile = 32;
-  // Inputs that slices have in common are read once if one CTA takes these slices, all those of a key head or of a value head. It
-  // may not make the last multiprocessor later by more than a sixteenth. Slices share tokens that are in shared memory at the same time.
+  // Slices share tokens that are in shared memory at the same time.
   const int64_t per_head = V / tile, per_key_head = H / Hk * per_head;
   if (T > kMaxTokens || V % tile != 0) return {tile, 1};
-  for (const int64_t slices : {per_key_head, per_head})
-    if (slices * tile <= kRecurrentMaxV && N * H * per_head / slices >= full && 16 * most(slices * tile) <= 17 * most(tile))
-      return {tile, static_cast<int>(slices)};
-  return {tile, 1};
+  const auto ctas = [&](int64_t slices) { return N * H * per_head / slices; };
+  int64_t best = 1;
+  if (pool == Dtype::bf16) {
+    // A slice is half the bytes, so that a CTA's start counts: as much as one and a half slices. Unless that leaves fewer than about two
+    // CTAs to a multiprocessor, several slices of a head, or all of a key head, go to one.
+    const auto cost = [&](int64_t slices) { return (ctas(slices) + multiprocessors - 1) / multiprocessors * (2 * slices + 3); };
+    const auto consider = [&](int64_t slices) {
+      if (slices * tile <= kRecurrentMaxV && 4 * ctas(slices) >= 7 * multiprocessors && cost(slices) <= cost(best)) best = slices;
+    };
+    for (int64_t slices = 2; slices <= per_head; ++slices)
+      if (per_head % slices == 0) consider(slices);
+    consider(per_key_head);
+  } else {
+    // Inputs that slices have in common are read once if one CTA takes these slices, all those of a key head or of a value head. It
+    // may not make the last multiprocessor later by more than a sixteenth.
+    for (const int64_t slices : {per_head, per_key_head})
+      if (slices * tile <= kRecurrentMaxV && ctas(slices) >= full && 16 * most(slices * tile) <= 17 * most(tile)) best = slices;
+  }
+  return {tile, static_cast<int>(best)};
 }
 
 }  // namespace jet::hopper

@@ -26,7 +26,7 @@ void launch_recurrent(const char* op, RecurrentArguments& p, int slices, cudaStr
 template <RecurrentMode mode>
 void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
   if (p.N * p.H == 0 || p.T == 0) return;
-  const RecurrentTiles tiles = choose_recurrent_tiles(p.N, p.T, p.H, p.Hk, p.V, current_device_facts().multiprocessors);
+  const RecurrentTiles tiles = choose_recurrent_tiles(p.pool.dtype, p.N, p.T, p.H, p.Hk, p.V, current_device_facts().multiprocessors);
   const auto on = [&](auto tile) {
     if (p.pool.dtype == Dtype::f32)
       launch_recurrent<float, tile.value, mode>(op, p, tiles.slices, static_cast<cudaStream_t>(stream));
