@@ -82,7 +82,10 @@ def test_a_run_writes_report_and_a_model_that_generates(whole, capsys):
     ids = torch.tensor([list(b"def f")])
     with torch.no_grad():
         for _ in range(9):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            token = model(ids).logits[:, -1:].argmax(-1)
+            if token.item() in model.config.stop_token_ids:
+                break
+            ids = torch.cat([ids, token], 1)
     assert capsys.readouterr().out == Tokenizer.byte_level().decode(ids[0, 5:]) + "\n"
 
 
