@@ -32,8 +32,8 @@ extern "C" void run_prepare(const void* q, const void* k, const float* g, const 
 extern "C" void run_sweep(const void* q, const void* k, const void* v, const char* images, const float* initial_state, float* final_state,
                           uint16_t* o, int64_t T, int64_t V) {
   const SweepMaps maps{map_of(q, T, 1, K), map_of(k, T, 1, K), map_of(v, T, 1, V), map_of(o, T, 1, V)};
-  launch_sweep<SweepConfig<K, true>>({plan_of(T), Dtype::bf16, 1, 1, K, V, static_cast<int>((V + kSlice - 1) / kSlice), images, initial_state,
-                                      {K * V, K * V, V, 1}, final_state, nullptr, nullptr, o},
+  launch_sweep<SweepConfig<K, true>>({plan_of(T), Dtype::bf16, 1, 1, K, V, static_cast<int>((V + kSlice - 1) / kSlice), 0, false, images,
+                                      initial_state, {K * V, K * V, V, 1}, final_state, nullptr, nullptr, o},
                                      maps, nullptr);
 }
 
