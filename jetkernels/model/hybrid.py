@@ -122,6 +122,8 @@ class JetNemotronForCausalLM(nn.Module):
     def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
         super().__init__()
         self.config = config
+        # Name -> content of the small files that lay beside the weights; see `checkpoint.COMPANIONS`.
+        self.companions: dict[str, bytes] = {}
         self.model = JetNemotronModel(config, device=device, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
@@ -226,14 +228,18 @@ class JetNemotronForCausalLM(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, dtype: torch.dtype | None = None, device=None, progress: Progress = iter
     ) -> JetNemotronForCausalLM:
-        """Loads config.json and safetensors weights from a local folder; see `checkpoint.load_weights`.
+        """Loads config.json and safetensors weights from a local folder; see `checkpoint.load` for what is refused.
 
         dtype: of the loaded model, by default the config's torch_dtype.  progress: wraps the list of tensors, as tqdm does.
+        All files are of one save, even if others save into the folder meanwhile. The tokenizer's files, chat template and
+        generation_config.json that lie beside the weights are kept for `save_pretrained`.
+
+        Raises:
+            OSError: the folder or a file in it is missing or cannot be opened.  ValueError: a file is damaged, or does not fit the others.
         """
-        config = JetNemotronConfig.from_file(Path(folder))
-        model = cls.empty(config, device=device, dtype=dtype or config.dtype)
-        checkpoint.load_weights(model, folder, progress)
-        return model
+        with checkpoint.opened(folder) as saved:
+            config = saved.parse(JetNemotronConfig.from_dict)
+            return checkpoint.load(cls, config, saved, dtype=dtype, device=device, progress=progress)
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
         """Writes config.json and safetensors weights into a local folder; see `checkpoint.save`."""

@@ -5,32 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from jetkernels.files import write_atomic
+
 MAGIC = b"jetkernels postnas checkpoint\n"
 FORMAT_VERSION = 1
-
-
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Gives `path` this content in one step: a reader, or a kill, sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def fingerprint(facts: Mapping) -> str:

@@ -169,4 +169,5 @@ class SuperNetwork(nn.Module):
                 state = {k: v for k, v in state.items() if not k.startswith(prefix)}
                 state |= {prefix + k: v for k, v in self.jet[i].state_dict().items()}
         model.load_state_dict(state)
+        model.companions = self.base.companions
         return model.eval()
