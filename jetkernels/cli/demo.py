@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from jetkernels.cli.info import backends
+from jetkernels.cli.options import device, new_folder, number, seed
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 from jetkernels.postnas.data import is_held_out, standard_library
 
@@ -43,10 +44,10 @@ CONFIG = dict(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=2.5, help="training time (default 2.5)")
-    parser.add_argument("--output", type=Path, default=Path("jetkernels-demo"), help="folder for model and plot")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=number(0, 24 * 60, above=True), default=2.5, help="training time (default 2.5)")
+    parser.add_argument("--output", type=new_folder, default="jetkernels-demo", help="folder for model and plot")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def load_corpus() -> tuple[Tensor, Tensor, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import fingerprint, load_state, save_state
+from .checkpoints import load_state, save_state
 from .data import Loader
 
 
@@ -100,8 +99,9 @@ def train(
         on_step: called after each step with its number and loss.
     """
     rank, count = ranks()
-    described = {"facts": dict(facts), "recipe": recipe.facts(), "batch": loader.batch_size, "length": loader.length}
-    run = fingerprint(json.loads(json.dumps(described | {"seed": loader.seed, "names": sorted(parameters)})))
+    # By the names that the command line has for them; positions are one fewer than tokens.
+    loading = {"batch": loader.batch_size, "length": loader.length - 1, "seed": loader.seed}
+    run = {"facts": dict(facts), "recipe": recipe.facts(), **loading, "names": sorted(parameters)}
     wide = [p for p in parameters.values() if p.dim() >= 2]
     rest = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": wide, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
