@@ -186,12 +186,10 @@ def _remove_if_dead(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Removes a workplace, the lock last: a kill on the way leaves something that is still seen to be a dead writer's."""
     with suppress(OSError):
-        for name in os.listdir(path):
-            if name == NEW and (path / name).is_dir():
-                shutil.rmtree(path / name, ignore_errors=True)
-            elif name != LOCK:
-                (path / name).unlink(missing_ok=True)
-        (path / LOCK).unlink(missing_ok=True)
+        if (path / NEW).is_dir():
+            shutil.rmtree(path / NEW, ignore_errors=True)
+        for name in (NEW, REMOVED, LOCK):
+            (path / name).unlink(missing_ok=True)
         path.rmdir()
 
 
@@ -384,6 +382,8 @@ def _finished(folder: Path) -> bool:
             stack.callback(os.close, lock)
             if not _try_lock(lock) or not os.fstat(lock).st_nlink:
                 return False
-        _move(place, folder)
+        # Without the list its writer had done everything, and died when it cleaned up.
+        if REMOVED in os.listdir(opened):
+            _move(place, folder)
         _remove(place)
         return True
