@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+from jetkernels._startup import TRACEBACK
 from jetkernels._version import __version__
 from jetkernels.cli.options import UsageError
 
@@ -16,7 +17,6 @@ COMMANDS = {
     "search": "turn a trained full-attention model into a Jet hybrid (PostNAS), stage by stage",
     "throughput": "measure prefill and decode tokens per second and the size of the cache",
 }
-TRACEBACK = "JETKERNELS_TRACEBACK"
 EPILOG = f"""exit codes: 0 done, 1 failed (a sentence on standard error says why), 2 wrong usage, 130 interrupted;
 {TRACEBACK}=1 in the environment shows where a failure came from"""
 LONGEST_MESSAGE = 1500

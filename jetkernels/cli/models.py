@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
-from jetkernels.model.checkpoint import weight_files
+from jetkernels.model.checkpoint import opened
 
 from . import memory
 from .options import UsageError, default_device, device, progress, seed
@@ -30,9 +30,8 @@ def read_config(arguments: argparse.Namespace) -> JetNemotronConfig:
     if arguments.model is not None:
         if arguments.random_weights:
             raise UsageError("--random-weights goes with --config, not with --model")
-        config = JetNemotronConfig.from_file(arguments.model)
-        weight_files(arguments.model)
-        return config
+        with opened(arguments.model) as saved:
+            return saved.parse(JetNemotronConfig.from_dict)
     if not arguments.random_weights:
         raise UsageError("--config names a shape without weights: add --random-weights, or give --model FOLDER")
     path = Path(arguments.config)

@@ -58,12 +58,9 @@ def number(least: float, most: float = math.inf, *, above: bool = False, below: 
 seed = integer(0, 2**63 - 1)
 
 
-def integers_of(text: str, least: int = 0, most: int = LARGEST) -> tuple[int, ...]:
-    """What `integers` let pass; ValueError where it is something else."""
-    found = tuple(int(part) for part in text.split(","))
-    if min(found) < least or max(found) > most:
-        raise ValueError(text)
-    return found
+def integers_of(text: str) -> tuple[int, ...]:
+    """The integers that `integers` let pass."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def integers(least: int = 0, most: int = LARGEST) -> Callable[[str], str]:
@@ -71,10 +68,11 @@ def integers(least: int = 0, most: int = LARGEST) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         try:
-            integers_of(text, least, most)
+            found = integers_of(text)
         except ValueError:
-            bounds = f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be integers separated by commas, each {bounds}, got {_short(text)}") from None
+            raise argparse.ArgumentTypeError(f"must be integers separated by commas, got {_short(text)}") from None
+        if min(found) < least or max(found) > most:
+            raise argparse.ArgumentTypeError(f"must be integers from {least} to {most}, got {_short(text)}")
         return text
 
     return parse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from jetkernels.modules import parameter_groups
 
-from .checkpoints import fingerprint, load_state, save_state
+from .checkpoints import load_state, save_state
 from .data import Loader
 
 
@@ -102,8 +101,9 @@ def train(
         on_step: called after each step with its number and loss.
     """
     rank, count = ranks()
-    described = {"facts": dict(facts), "recipe": recipe.facts(), "batch": loader.batch_size, "length": loader.length}
-    run = fingerprint(json.loads(json.dumps(described | {"seed": loader.seed, "names": sorted(parameters)})))
+    # By the names that the command line has for them; positions are one fewer than tokens.
+    loading = {"batch": loader.batch_size, "length": loader.length - 1, "seed": loader.seed}
+    run = {"facts": dict(facts), "recipe": recipe.facts(), **loading, "names": sorted(parameters)}
     groups = parameter_groups(parameters.values(), recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     losses: list[float] = []
