@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from jetkernels import _machine
 from jetkernels.cli.info import backends
+from jetkernels.cli.options import device, new_folder, number, seed
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 from jetkernels.postnas.data import is_held_out, standard_library
 
@@ -51,10 +52,11 @@ CONFIG = dict(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=2.5, help="training time (default 2.5); longer where the loss needs it")
-    parser.add_argument("--output", type=Path, default=Path("jetkernels-demo"), help="folder for model and plot")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--seed", type=int, default=0)
+    minutes = "training time (default 2.5); longer where the loss needs it"
+    parser.add_argument("--minutes", type=number(0, 24 * 60, above=True), default=2.5, help=minutes)
+    parser.add_argument("--output", type=new_folder, default="jetkernels-demo", help="folder for model and plot")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def load_corpus() -> tuple[Tensor, Tensor, int]:
@@ -292,7 +294,7 @@ def check(difference: float, loss: float, enough: float) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device)
+    device = arguments.device
     torch.manual_seed(arguments.seed)
     found = _machine.processors()
     if notice := _machine.busy_notice(found, "training sees fewer bytes than on a quiet one, and may take longer than asked for"):
