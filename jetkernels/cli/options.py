@@ -143,6 +143,9 @@ class _NoBar:
     def update(self, n: float = 1) -> None:
         pass
 
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        pass
+
 
 def _short(text: str, shown: Callable[[str], str] = repr, limit: int = 60) -> str:
     return shown(text) if len(text) <= limit else f"{shown(text[:limit])}... ({len(text):,} characters)"
