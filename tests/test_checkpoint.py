@@ -8,6 +8,7 @@ import torch
 from model_cases import JET, padded, small_config, small_model, tokens
 from safetensors.torch import load_file, save_file
 
+from jetkernels import files
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, StreamDecoder, Tokenizer, checkpoint
 
 PUBLISHED = {
@@ -176,13 +177,13 @@ def test_a_failed_save_changes_nothing(tmp_path, exists, monkeypatch):
     before = content(tmp_path)
     written = []
 
-    def fail_at_third(tensors, path, metadata):
+    def fail_at_third(tensors, path):
         written.append(path)
         if len(written) == 3:
             raise OSError("No space left on device")
-        save_file(tensors, path, metadata)
+        save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", fail_at_third)
+    monkeypatch.setattr(checkpoint, "_save_file", fail_at_third)
     with pytest.raises(OSError, match="No space left"):
         small_model(seed=7).save_pretrained(folder, 20_000)
     assert len(written) == 3 and content(tmp_path) == before and folder.exists() == exists
@@ -222,7 +223,7 @@ def test_a_stored_copy_of_the_tied_head_is_accepted(tmp_path):
 
 
 def test_broken_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         JetNemotronForCausalLM.from_pretrained(tmp_path / "nowhere")
     folder = tmp_path / "m"
     small_model().save_pretrained(folder, 20_000)
@@ -234,9 +235,10 @@ def test_broken_folders_are_refused(tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=f"names {shard.name}, which"):
         JetNemotronForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match="must be JSON with a weight_map"):
-        JetNemotronForCausalLM.from_pretrained(folder)
+    for content, message in (("[]", "must hold a JSON object, got list"), ("{}", "must be JSON with a weight_map")):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            JetNemotronForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match="has neither"):
         JetNemotronForCausalLM.from_pretrained(folder)
@@ -321,8 +323,7 @@ def test_a_tokenizer_is_saved_in_one_step(tmp_path, monkeypatch):
     before = linked.read_bytes()
     tokenizer.backend.add_tokens(["another"])
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
-        patch.setattr(checkpoint.os, "rename", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(files, "_exchange", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             tokenizer.save_pretrained(tmp_path / "m")
     assert (tmp_path / "m" / "tokenizer.json").read_bytes() == before

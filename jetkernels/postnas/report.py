@@ -11,8 +11,7 @@ import torch
 
 from jetkernels._optional import optional
 from jetkernels._version import __version__
-
-from .checkpoints import write_atomic
+from jetkernels.files import write_atomic
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
