@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
 
+from . import checks
 from .dynamic_conv import DynamicShortConvolution
 from .initialization import init_weight_
 from .linear import has_hooks
@@ -45,19 +46,25 @@ class JetBlockConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            kind = float if field.name in ("expand_v", "norm_eps") else int
-            got = getattr(self, field.name)
-            try:
-                value = kind(got)
-            except (TypeError, ValueError):
-                raise ValueError(f"jet: {field.name} must be a number, got {got!r}") from None
-            if value <= 0 or value != float(got):
-                raise ValueError(f"jet: {field.name} must be a positive {kind.__name__}, got {got!r}")
+            name, got = f"jet: {field.name}", getattr(self, field.name)
+            if field.name in ("expand_v", "norm_eps"):
+                value = checks.number(name, got, text=True)
+                if value <= 0:
+                    raise ValueError(f"{name} must be a positive float, got {checks.shown(got)}")
+            else:
+                value = checks.count(name, got, "positive int")
             object.__setattr__(self, field.name, value)
+        if self.norm_eps >= 1:
+            raise ValueError(f"jet: norm_eps must be below 1, got {self.norm_eps}")
         if not 2 <= self.conv_size <= 4:
             raise ValueError(f"jet: conv_size must be 2, 3 or 4, got {self.conv_size}")
-        if self.head_v_dim < 1:
-            raise ValueError(f"jet: head_dim * expand_v must be at least 1, got {self.head_dim} * {self.expand_v}")
+        # Before it is rounded: the product may be infinite.
+        if not 1 <= self.head_dim * self.expand_v <= checks.MAX_SIZE:
+            raise ValueError(
+                f"jet: head_dim * expand_v must be at least 1 and at most {checks.MAX_SIZE}, got {self.head_dim} * {self.expand_v}"
+            )
+        checks.below_limit("jet: num_heads * head_dim", self.key_dim)
+        checks.below_limit("jet: num_heads * head_dim * expand_v", self.value_dim)
         if self.dconv_generator_reduction > self.value_dim:
             raise ValueError(
                 f"jet: dconv_generator_reduction must be at most {self.value_dim}, got {self.dconv_generator_reduction}"
@@ -84,6 +91,8 @@ class JetBlockConfig:
 
         Its `mode` and `dconv_implementation` choose between implementations of one result; here the device does that.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"efficient_attention_config.jet must be a mapping, got {checks.shown(values)}")
         sizes = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         missing = [name for name in ("num_heads", "head_dim", "expand_v") if name not in sizes]
         if missing:
