@@ -112,6 +112,8 @@ class JetBlockState(NamedTuple):
     @classmethod
     def zeros(cls, config: JetBlockConfig, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
         """Of sequences that have seen nothing. `dtype` is the layer's; the recurrent state is fp32 (fp64 if it is)."""
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"JetBlockState: batch_size must be an integer from 0, got {batch_size!r}")
         dtype = dtype or torch.get_default_dtype()
         H, K, V = config.num_heads, config.head_dim, config.head_v_dim
         return cls(
@@ -147,6 +149,9 @@ class JetBlock(nn.Module):
     ):
         super().__init__()
         config = JetBlockConfig() if jet_block_config is None else jet_block_config
+        if not isinstance(config, JetBlockConfig):
+            raise ValueError(f"JetBlock: jet_block_config must be a JetBlockConfig, got {type(config).__name__}")
+        hidden_size = checks.count("JetBlock: hidden_size", hidden_size)
         self.hidden_size = hidden_size
         self.config = config
         self.initializer_range = initializer_range
@@ -216,18 +221,30 @@ class JetBlock(nn.Module):
 
         Returns: [B, T, C], in the dtype of hidden_states.
         """
+        self._check(hidden_states, cu_seqlens, state)
         B, T, _ = hidden_states.shape
         padding = None
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("JetBlock: attention_mask and cu_seqlens exclude each other; got both")
-            padding = find_padding(attention_mask, B, T)
+            padding = find_padding(attention_mask, B, T, hidden_states.device)
         call = None
         if state is not None and may_be_repeated(hidden_states):
             call = RepeatableCall("JetBlock", state, hidden_states)
         if padding is None:
             return self._run(hidden_states, cu_seqlens, state, call)
         return padding.restore(self._run(padding.pack(hidden_states), padding.cu_seqlens, state, call))
+
+    def _check(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None) -> None:
+        """What the ops cannot check, or not by the names that a caller of this layer knows."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"JetBlock: hidden_states must be a tensor, got {type(x).__name__}")
+        if x.dim() != 3 or x.shape[2] != self.hidden_size or not x.is_floating_point():
+            raise ValueError(f"JetBlock: hidden_states must be floating [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}")
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"JetBlock: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+        if state is not None and not isinstance(state, JetBlockState):
+            raise ValueError(f"JetBlock: state must be a JetBlockState (new_state makes one), got {type(state).__name__}")
 
     def _run(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
         gate = self.g_proj(x).unflatten(-1, (self.config.num_heads, -1))
@@ -250,6 +267,9 @@ class JetBlock(nn.Module):
         g, beta = self._gates(x)
         # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook would see.
         if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None and not has_hooks(self.dynamic_conv1d):
+            if state.conv_state.shape[0] != x.shape[0]:
+                # The step op would take it for a pool of states, and the first of them.
+                raise ValueError(f"JetBlock: state must be of B = {x.shape[0]} sequences, got {state.conv_state.shape[0]}")
             v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
             v = v.view(-1, 1, H, V)
             return recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
@@ -298,7 +318,7 @@ class JetBlock(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in GATE_PARAMETERS:
             value = state_dict.get(prefix + name)
-            if value is not None:
+            if isinstance(value, Tensor):
                 # load_state_dict(assign=True) takes the tensor as it is.
                 state_dict[prefix + name] = value.to(torch.promote_types(value.dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)
