@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import processors, provenance
 from benchmarks.report import write_text
 from benchmarks.shapes import SHAPES, chosen_shapes
 
@@ -19,9 +19,10 @@ COMMAND = "python -m benchmarks.run"
 def on_cpu(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
     from benchmarks import cpu
 
+    facts = provenance(COMMAND)
     rows = cpu.measure(arguments.shape, arguments.op, arguments.repeats)
     cpu.print_rows(rows)
-    return provenance(COMMAND), rows
+    return {**facts, "processors_after": processors()}, rows
 
 
 def on_cuda(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:

@@ -315,8 +315,9 @@ inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const 
 }
 
 template <bool verify, class In, class T, class St>
-inline void recurrent_slices(const RecurrentGatedDeltaRuleVerifyParams& vp, const Parallel& parallel) {
+inline void recurrent_slices(const RecurrentGatedDeltaRuleVerifyParams& vp, const Parallel& caller) {
   const RecurrentGatedDeltaRuleParams& p = vp.forward;
+  const Parallel parallel = for_work(caller, 3. * p.N * p.T * p.H * p.K * p.V);
   const auto carve = [&](Carver& from, long columns) {
     RecurrentItem<T> item;
     item.carve(from, p.K, columns);

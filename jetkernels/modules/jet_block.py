@@ -15,15 +15,17 @@ from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
 
 from .dynamic_conv import DynamicShortConvolution
 from .initialization import init_weight_
+from .linear import has_hooks
 from .norm import GatedRMSNorm
 from .padding import find_padding
+from .repeatable import RepeatableCall, may_be_repeated
 
 # Decay rates exp(A_log) and time steps softplus(dt_bias) of a new layer: log-uniform over these ranges, so that from
 # the start some heads forget within a few tokens (rate * step near 1.6) and some remember for thousands (near 0.001).
 DECAY_RATES = (1.0, 16.0)
 TIME_STEPS = (1e-3, 1e-1)
 # The decay is an exponential of a product of these two: a bf16 rounding of them would move every state.
-FP32_PARAMETERS = ("A_log", "dt_bias")
+GATE_PARAMETERS = ("A_log", "dt_bias")
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class JetBlock(nn.Module):
         y = o_proj(rmsnorm(o) * o_norm.weight * silu(g_proj(x)))
 
     Gates and norm compute in fp32. A_log [H] and dt_bias [H] stay fp32 when the module is cast to a narrower dtype
-    and when a narrower checkpoint is loaded.
+    and when a narrower checkpoint is loaded. Both have `_no_weight_decay = True`, as in flash-linear-attention: whoever makes
+    the optimiser should not let them decay (towards a decay rate of 1).
 
     Args:
         hidden_size: C.  jet_block_config: the sizes.  initializer_range: standard deviation of the projections.
@@ -163,10 +166,13 @@ class JetBlock(nn.Module):
         gate_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.A_log = nn.Parameter(torch.empty(H, device=device, dtype=gate_dtype))
         self.dt_bias = nn.Parameter(torch.empty(H, device=device, dtype=gate_dtype))
+        self._exempt_from_weight_decay()
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.A_log.is_meta:
+            return
         for name in "qkvgabo":
             init_weight_(getattr(self, f"{name}_proj").weight, self.initializer_range)
         self.dynamic_conv1d.reset_parameters()
@@ -178,7 +184,8 @@ class JetBlock(nn.Module):
 
     def new_state(self, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
         """A state of `batch_size` sequences that have seen nothing; its device and dtype are the layer's by default."""
-        weight = self.o_proj.weight
+        # Not that of a projection, which may be quantised.
+        weight = self.o_norm.weight
         return JetBlockState.zeros(self.config, batch_size, device=device or weight.device, dtype=dtype or weight.dtype)
 
     def forward(
@@ -194,20 +201,28 @@ class JetBlock(nn.Module):
             hidden_states: [B, T, C].
             attention_mask: [B, T], zero at padding, which may be anywhere; output rows there are zero.
             cu_seqlens: [N+1] int32 or int64 boundaries of sequences packed into one row (B = 1); not with a mask.
-            state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient.
+            state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient. Under
+                `torch.utils.checkpoint` the second run starts from the state as the first found it and leaves it alone; where it
+                cannot know which call it repeats it raises RuntimeError.
 
         Returns: [B, T, C], in the dtype of hidden_states.
         """
         B, T, _ = hidden_states.shape
+        padding = None
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("JetBlock: attention_mask and cu_seqlens exclude each other; got both")
             padding = find_padding(attention_mask, B, T)
-            if padding is not None:
-                packed = self(padding.pack(hidden_states), cu_seqlens=padding.cu_seqlens, state=state)
-                return padding.restore(packed)
-        gate = self.g_proj(hidden_states).unflatten(-1, (self.config.num_heads, -1))
-        o = self._mix(hidden_states, cu_seqlens, state)
+        call = None
+        if state is not None and may_be_repeated(hidden_states):
+            call = RepeatableCall("JetBlock", state, hidden_states)
+        if padding is None:
+            return self._run(hidden_states, cu_seqlens, state, call)
+        return padding.restore(self._run(padding.pack(hidden_states), padding.cu_seqlens, state, call))
+
+    def _run(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
+        gate = self.g_proj(x).unflatten(-1, (self.config.num_heads, -1))
+        o = self._mix(x, cu_seqlens, state, call)
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,22 +232,19 @@ class JetBlock(nn.Module):
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
         return g, torch.sigmoid(b.to(wide))
 
-    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None) -> Tensor:
-        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]."""
+    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
+        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]. `call`: of the state, if it may be repeated."""
         H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
         q = F.silu(self.q_proj(x)).unflatten(-1, (H, K))
         k = F.silu(self.k_proj(x)).unflatten(-1, (H, K))
         x_v = self.v_proj(x)
         g, beta = self._gates(x)
-        # The step ops write into the state they read, so they have no gradient.
-        if state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook would see.
+        if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None and not has_hooks(self.dynamic_conv1d):
             v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
             v = v.view(-1, 1, H, V)
             return recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
-        conv_before = recurrent_before = None
-        if state is not None:
-            # Backward still needs the values that are overwritten below.
-            conv_before, recurrent_before = (s.clone() if torch.is_grad_enabled() else s for s in state)
+        conv_before, recurrent_before = (None, None) if state is None else state if call is None else call.before
         v, conv_after = self.dynamic_conv1d(x_v, x, conv_before, cu_seqlens, output_final_state=state is not None)
         o, recurrent_after = chunk_gated_delta_rule(
             q,
@@ -245,13 +257,15 @@ class JetBlock(nn.Module):
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=cu_seqlens,
         )
-        if state is not None:
-            state.conv_state.copy_(conv_after.detach())
-            state.recurrent_state.copy_(recurrent_after.detach())
+        if call is not None:
+            call.finish((conv_after, recurrent_after), o)
+        elif state is not None:
+            state.conv_state.copy_(conv_after)
+            state.recurrent_state.copy_(recurrent_after)
         return o
 
     def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name).data for name in FP32_PARAMETERS}
+        before = {name: getattr(self, name).data for name in GATE_PARAMETERS}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
@@ -260,15 +274,26 @@ class JetBlock(nn.Module):
                 new.data = old.to(device=new.device, dtype=torch.float32)
                 if new.grad is not None:
                     new.grad = new.grad.to(torch.float32)
+        self._exempt_from_weight_decay()
         return self
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # A copied parameter has no attributes.
+        self._exempt_from_weight_decay()
+
+    def _exempt_from_weight_decay(self) -> None:
+        for name in GATE_PARAMETERS:
+            getattr(self, name)._no_weight_decay = True
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in FP32_PARAMETERS:
+        for name in GATE_PARAMETERS:
             value = state_dict.get(prefix + name)
             if value is not None:
                 # load_state_dict(assign=True) takes the tensor as it is.
                 state_dict[prefix + name] = value.to(torch.promote_types(value.dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._exempt_from_weight_decay()
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.config}"

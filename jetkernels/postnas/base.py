@@ -110,6 +110,12 @@ def from_pretrained(
         return load(JetNemotronForCausalLM, config, saved, dtype=dtype, device=device, progress=progress).eval()
 
 
+def read_config(folder: str | Path) -> JetNemotronConfig:
+    """The config of the base that `from_pretrained` would load; raises what it raises before weights are read."""
+    with opened(folder) as saved:
+        return saved.parse(_base_config)
+
+
 def _base_config(values: Mapping) -> JetNemotronConfig:
     config = JetNemotronConfig.from_dict(values) if values.get("model_type") == "jet_nemotron" else qwen2_config(values)
     check_base(config)
@@ -132,10 +138,14 @@ def check_base(config: JetNemotronConfig) -> None:
         raise ValueError(f"base: layer_types must all be attn, got {list(config.layer_types)}")
 
 
+def small_config(layers: int = 6, **changes) -> JetNemotronConfig:
+    """Of a byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
+    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
+
+
 def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausalLM:
-    """An untrained byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
-    config = JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
-    return JetNemotronForCausalLM.random(config, seed=seed)
+    """An untrained base of `small_config`."""
+    return JetNemotronForCausalLM.random(small_config(layers, **changes), seed=seed)
 
 
 def text_and_tasks(corpus: TextCorpus, mark: int, task_share: float, recall: Recall | None = None) -> list[tuple[RowSource, float]]:

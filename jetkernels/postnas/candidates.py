@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jetkernels.model import JetNemotronCache, JetNemotronForCausalLM
 from jetkernels.model.speed import measure_speed, synchronize
 
-from .checkpoints import fingerprint, load_state, save_state
+from .checkpoints import load_state, save_state
 from .data import Loader
 from .placement import train_super_network
 from .report import markdown_table
@@ -83,7 +83,7 @@ def measure_all(
 
     facts: JSON values that the rows depend on; a checkpoint of other ones is refused.
     """
-    run = fingerprint(dict(facts) | {"candidates": list(names), "seeds": list(seeds)})
+    run = dict(facts) | {"candidates": list(names), "runs": list(seeds)}
     wanted = [(name, seed) for seed in seeds for name in names]
     rows: list[Measured] = []
     if checkpoint is not None and Path(checkpoint).exists():

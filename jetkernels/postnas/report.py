@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from jetkernels._optional import optional
 from jetkernels._version import __version__
 from jetkernels.files import write_atomic
 
@@ -50,9 +51,7 @@ def _save(figure, path: Path) -> None:
 
 
 def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
+    optional("matplotlib", "all", "a plot of the search").use("Agg")
     from matplotlib import pyplot
 
     return pyplot
