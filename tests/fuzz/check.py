@@ -187,10 +187,10 @@ def _check_sequences(case: Case, backend: OpsBackend, values: bool) -> list[Meas
         for name, again in _run_sequences(case, backend, autograd).items():
             assert_bitwise(again, outs[name], f"{name} of a second call, into memory that was NaN,")
     arguments.check()
+    dtypes = {"output": case.dtype, "state": accumulator(case.dtype) if case.op.startswith("chunk") else case.dtype}
+    dtypes |= {f"d{name}": t.dtype for name, t in floating(case.inputs).items()}
     for name, out in outs.items():
-        like = case.inputs[0].dtype if name == "output" else None
-        like = like or (accumulator(case.dtype) if case.op.startswith("chunk") else case.dtype) if name == "state" else out.dtype
-        assert out.dtype == like, f"{name} is {out.dtype}"
+        assert out.dtype == dtypes[name], f"{name} is {out.dtype}, not {dtypes[name]}"
     measured = compare(case, outs, lambda change: _sequence_definition(case, change)) if values else []
     N = outs["state"].shape[0]
     if N and case.choice.random() < 0.25:
@@ -306,6 +306,8 @@ def _check_pool(case: Case, backend: OpsBackend, values: bool) -> list[Measured]
     assert torch.equal(_storage(pool), _storage(expected)), "rows of the pool that no sequence moves, or what lies between its elements"
     nowhere = [n for n, row in enumerate(by_sequence) if row < 0]
     for name, out in outs.items():
+        dtype = case.dtype if name == "output" else accumulator(case.dtype)
+        assert out.dtype == dtype, f"{name} is {out.dtype}, not {dtype}"
         assert_bitwise(out[nowhere], torch.zeros_like(out[nowhere]), f"{name} of a negative index")
 
     # Rows that nobody has hold NaN: the definition is asked for the others only.
