@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from benchmarks.provenance import processors, provenance
+from benchmarks.report import write_text
 from benchmarks.shapes import SHAPES, chosen_shapes
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,7 +74,7 @@ def main() -> None:
     folder = arguments.output or RESULTS / arguments.device
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['date'][:10]}-{facts['commit']}.json"
-    path.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=1) + "\n")
+    write_text(path, json.dumps({"provenance": facts, "rows": rows}, indent=1) + "\n")
     print(f"written to {path}")
 
 

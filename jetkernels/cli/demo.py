@@ -5,6 +5,7 @@ Writes the model (a folder that `jetkernels generate --model` reads) and the los
 """
 
 import argparse
+import io
 import math
 import statistics
 import time
@@ -20,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jetkernels import _machine
 from jetkernels._optional import optional
+from jetkernels._progress import progress
 from jetkernels.cli.info import backends
-from jetkernels.cli.options import device, new_folder, number, progress, seed
+from jetkernels.cli.options import device, new_folder, number, seed
+from jetkernels.files import write_atomic
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 from jetkernels.modules import parameter_groups
 from jetkernels.postnas.data import is_held_out, standard_library
@@ -230,7 +233,9 @@ def plot(history: list[tuple[float, float]], unigram: float, held_out: float, pa
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(path, picture.getvalue())
     pyplot.close(figure)
 
 

@@ -47,6 +47,7 @@ SMALL = {
     "eos_token_id": 256,
 }
 END_OF_TEXT = 256
+MAX_LAYERS = 10_000
 
 
 def qwen2_config(values: Mapping) -> JetNemotronConfig:
@@ -59,6 +60,8 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     if model_type != "qwen2":
         raise ValueError(f"base: model_type must be qwen2, got {model_type!r}")
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"base: rope_parameters must be an object, got {rope!r:.100}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     for key, only, got in (
         ("hidden_act", "silu", values.get("hidden_act", "silu")),
@@ -71,6 +74,9 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if k not in values]
     if missing:
         raise ValueError(f"base: config.json must have {', '.join(missing)}")
+    layers = values["num_hidden_layers"]
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= MAX_LAYERS:
+        raise ValueError(f"base: num_hidden_layers must be an integer from 1 to {MAX_LAYERS}, got {layers!r:.100}")
     known = _DEFAULTS | {key: values[key] for key in _SHARED if values.get(key) is not None}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]
@@ -78,7 +84,7 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     known["tie_word_embeddings"] = values.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"])
     return JetNemotronConfig(
         **known,
-        layer_types=["attn"] * values["num_hidden_layers"],
+        layer_types=["attn"] * layers,
         efficient_attention_config={},
         torch_dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
     )
