@@ -126,8 +126,8 @@ def in_child(work) -> tuple[int, str]:
 
 
 def read_until(scenario: Scenario, stop: Path) -> str:
-    loads, wrong = 0, []
-    while not stop.exists():
+    loads, wrong, parent = 0, [], os.getppid()
+    while not stop.exists() and os.getppid() == parent and len(wrong) < 1000:
         try:
             scenario.load()
             loads += 1
