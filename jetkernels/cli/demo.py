@@ -294,7 +294,7 @@ def check(difference: float, loss: float, enough: float) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    device = arguments.device
+    device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
     found = _machine.processors()
     if notice := _machine.busy_notice(found, "training sees fewer bytes than on a quiet one, and may take longer than asked for"):

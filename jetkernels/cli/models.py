@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from jetkernels._progress import progress
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 from jetkernels.model.checkpoint import opened
 
 from . import memory
-from .options import UsageError, default_device, device, progress, seed
+from .options import UsageError, default_device, device, seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,7 +7,7 @@ Values that a report or a checkpoint names (devices, lists) stay as they were ty
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,34 +114,6 @@ def new_folder(text: str) -> Path:
     if not os.access(present, os.W_OK | os.X_OK):
         raise PermissionError(f"--output {text}: {present} cannot be written by this user")
     return path
-
-
-def progress(items: Iterable | None = None, **options):
-    """tqdm, which draws nothing where standard error is no terminal. Without the package: the items as they are, no bar."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return _NoBar(items)
-    return tqdm(items, **{"disable": None, "leave": False} | options)
-
-
-class _NoBar:
-    """Stands for a bar where there is none."""
-
-    def __init__(self, items: Iterable | None):
-        self.items = items
-
-    def __iter__(self):
-        return iter(self.items)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def update(self, n: float = 1) -> None:
-        pass
 
 
 def _short(text: str, shown: Callable[[str], str] = repr, limit: int = 60) -> str:

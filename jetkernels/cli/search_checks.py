@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from jetkernels._optional import optional
 from jetkernels.model import JetNemotronConfig, Tokenizer
 from jetkernels.model.tokenizer import TOKENIZER_FILE
 from jetkernels.modules import JetBlock
@@ -65,6 +65,10 @@ def placement_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises where the options of a stage cannot lead to its end. Reads configs, tokenizer and questions, but no weights."""
+    for package in ("matplotlib", "safetensors", "tokenizers"):  # some are needed at the end only, hours later
+        optional(package, "all", "jetkernels search")
+    if getattr(arguments, "harness", None):
+        optional("lm_eval", "harness", "--harness")
     distances = integers_option(arguments, "distances")
     needed = {f"--distances {arguments.distances}": Recall(torch.empty(0), 0, distances).shortest - 1, "copying": 2 * Copy.size + Copy.gap - 1}
     for what, least in needed.items():
@@ -91,8 +95,6 @@ def check(arguments: argparse.Namespace) -> None:
             JetBlock(config.hidden_size, shape_of(arguments.shape).config())
     if hasattr(arguments, "state"):
         equal_cache_grid(arguments.state, integers_option(arguments, "heads"), integers_option(arguments, "keys"))
-    if getattr(arguments, "harness", None) and find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("--harness needs the package lm_eval, which is not installed: pip install 'jetkernels[harness]'")
 
 
 def _base_config(arguments: argparse.Namespace) -> JetNemotronConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from jetkernels._progress import progress
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.modules import JetBlock, JetBlockConfig
 from jetkernels.postnas import (
@@ -43,7 +44,6 @@ from jetkernels.postnas.report import curve, markdown_table, provenance, write_t
 from jetkernels.postnas.selection import write_candidate_report
 from jetkernels.postnas.shapes import Shape, equal_cache_grid, write_shape_report
 
-from .options import progress
 from .search_checks import base_tokenizer, integers_option, placement_of, shape_of
 
 

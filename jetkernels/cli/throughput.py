@@ -3,8 +3,9 @@
 import argparse
 import json
 
+from jetkernels._progress import progress
 from jetkernels.cli.models import add_model_arguments, check_memory, load_model, read_config
-from jetkernels.cli.options import integer, progress
+from jetkernels.cli.options import integer
 from jetkernels.model.speed import WARM_UP_STEPS, measure_speed
 
 
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_memory(arguments, config, B, T + new)
     model = load_model(arguments, config)
     total = 1 + min(new, WARM_UP_STEPS) + arguments.repeats * (1 + new)
-    with progress(total=total, desc="timing") as bar:
+    with progress(total=total, desc="timing", disable=arguments.json) as bar:
         speed = measure_speed(
             model, B, T, new, arguments.repeats, prefill_chunk=arguments.prefill_chunk, seed=arguments.seed, on_call=bar.update
         )

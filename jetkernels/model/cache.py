@@ -93,9 +93,13 @@ class JetNemotronCache:
     """
 
     def __init__(self, config: JetNemotronConfig, batch_size: int, max_length: int, *, device=None, dtype=None):
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"cache: {name} must be an integer, got {value!r}")
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"cache: batch_size and max_length must be at least 1, got {batch_size} and {max_length}")
         self.max_length = max_length
+        self.layer_types = list(config.layer_types)
         # One that belongs to a function which is being run again starts anew, as it did the first time.
         self.made_in_backward = in_backward()
         self.lengths = [0] * batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
     top_k keeps that many tokens, top_p the fewest most likely ones whose probabilities reach it; both: top_k first.
     """
-    # Below it fp32 has zero, and a draw would be the most likely token anyway.
-    if temperature < torch.finfo(torch.float32).tiny:
+    limits = torch.finfo(torch.float32)
+    # Below it fp32 has zero, and a draw would be the most likely token anyway; above it infinity, and all tokens are alike.
+    if temperature < limits.tiny:
         return logits.argmax(-1)
+    temperature = min(temperature, limits.max)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The largest becomes zero, which no temperature turns into infinity.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -56,7 +58,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_token_ids: Sequence[int] | None = None,
+    stop_token_ids: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     on_tokens: Callable[[Tensor, Tensor], None] | None = None,
     generator: torch.Generator | None = None,
@@ -188,7 +190,7 @@ def _token_ids(name: str, values) -> list[int]:
     """A list of ids from a sequence, a tensor or a single id."""
     if isinstance(values, Tensor):
         values = values.tolist()
-    return [_integer(name, value) for value in (values if isinstance(values, Sequence) else [values])]
+    return [_integer(name, value) for value in (values if isinstance(values, Iterable) else [values])]
 
 
 def _check_finite(logits: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from jetkernels.modules import JetBlock, RMSNorm
 from jetkernels.modules.initialization import init_weight_
+from jetkernels.modules.linear import has_hooks
 from jetkernels.modules.padding import Unpadding, find_padding
 
 from . import checkpoint, generation
@@ -204,6 +205,7 @@ class JetNemotronForCausalLM(nn.Module):
             last_logits_only: logits of the last new token of each sequence, [N, 1, vocab]; zeros where there is none.
         """
         _check_ids(input_ids, self.config.vocab_size)
+        self._check_place(input_ids, cache)
         if labels is not None:
             _check_labels(labels, input_ids, self.config.vocab_size)
         layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
@@ -221,6 +223,16 @@ class JetNemotronForCausalLM(nn.Module):
                 logits = padding.restore(logits)
             return CausalLMOutput(loss=loss, logits=logits, cache=cache)
 
+    def _check_place(self, input_ids: Tensor, cache: JetNemotronCache | None) -> None:
+        embedding = self.model.embed_tokens
+        # A hook may bring the ids to the weight, or the weight to the ids.
+        if type(embedding) is nn.Embedding and embedding.weight.device != input_ids.device and not has_hooks(embedding):
+            raise ValueError(f"input_ids must be on {embedding.weight.device}, like the model, got {input_ids.device}")
+        if cache is not None and not isinstance(cache, JetNemotronCache):
+            raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
+        if cache is not None and cache.layer_types != self.config.layer_types:
+            raise ValueError("cache must be of this model: it was made for other layer_types")
+
     def _arrange(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: JetNemotronCache | None, cu_seqlens: Tensor | None
     ) -> tuple[TokenLayout, Unpadding | None]:
@@ -230,6 +242,11 @@ class JetNemotronForCausalLM(nn.Module):
         if cu_seqlens is not None:
             if attention_mask is not None:
                 raise ValueError("attention_mask and cu_seqlens exclude each other; got both")
+            if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+                got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+                raise ValueError(f"cu_seqlens must be a tensor [N+1] of int64 or int32, got {got}")
+            if cu_seqlens.device != input_ids.device:
+                raise ValueError(f"cu_seqlens must be on {input_ids.device}, like input_ids, got {cu_seqlens.device}")
             bounds = cu_seqlens.tolist()
             new = [b - a for a, b in zip(bounds, bounds[1:])]
             if B != 1 or not bounds or bounds[0] != 0 or bounds[-1] != T or min(new, default=0) < 0:
@@ -237,7 +254,7 @@ class JetNemotronForCausalLM(nn.Module):
         else:
             new = [T] * B
             if attention_mask is not None:
-                padding = find_padding(attention_mask, B, T)
+                padding = find_padding(attention_mask, B, T, input_ids.device)
             if padding is not None:
                 new, cu_seqlens = padding.lengths, padding.cu_seqlens
         past, past_device = [0] * len(new), None
@@ -314,6 +331,8 @@ class JetNemotronForCausalLM(nn.Module):
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
     if input_ids.dtype not in (torch.int64, torch.int32):
@@ -326,6 +345,10 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def _check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.device != input_ids.device:
+        raise ValueError(f"labels must be on {input_ids.device}, like input_ids, got {labels.device}")
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels must be {list(input_ids.shape)}, got {list(labels.shape)}")
     if labels.dtype not in (torch.int64, torch.int32):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
 
+from . import checks
 from .dynamic_conv import DynamicShortConvolution
 from .initialization import init_weight_
 from .linear import has_hooks
@@ -45,19 +46,25 @@ class JetBlockConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            kind = float if field.name in ("expand_v", "norm_eps") else int
-            got = getattr(self, field.name)
-            try:
-                value = kind(got)
-            except (TypeError, ValueError):
-                raise ValueError(f"jet: {field.name} must be a number, got {got!r}") from None
-            if value <= 0 or value != float(got):
-                raise ValueError(f"jet: {field.name} must be a positive {kind.__name__}, got {got!r}")
+            name, got = f"jet: {field.name}", getattr(self, field.name)
+            if field.name in ("expand_v", "norm_eps"):
+                value = checks.number(name, got, text=True)
+                if value <= 0:
+                    raise ValueError(f"{name} must be a positive float, got {checks.shown(got)}")
+            else:
+                value = checks.count(name, got, "positive int")
             object.__setattr__(self, field.name, value)
+        if self.norm_eps >= 1:
+            raise ValueError(f"jet: norm_eps must be below 1, got {self.norm_eps}")
         if not 2 <= self.conv_size <= 4:
             raise ValueError(f"jet: conv_size must be 2, 3 or 4, got {self.conv_size}")
-        if self.head_v_dim < 1:
-            raise ValueError(f"jet: head_dim * expand_v must be at least 1, got {self.head_dim} * {self.expand_v}")
+        # Before it is rounded: the product may be infinite.
+        if not 1 <= self.head_dim * self.expand_v <= checks.MAX_SIZE:
+            raise ValueError(
+                f"jet: head_dim * expand_v must be at least 1 and at most {checks.MAX_SIZE}, got {self.head_dim} * {self.expand_v}"
+            )
+        checks.below_limit("jet: num_heads * head_dim", self.key_dim)
+        checks.below_limit("jet: num_heads * head_dim * expand_v", self.value_dim)
         if self.dconv_generator_reduction > self.value_dim:
             raise ValueError(
                 f"jet: dconv_generator_reduction must be at most {self.value_dim}, got {self.dconv_generator_reduction}"
@@ -84,6 +91,8 @@ class JetBlockConfig:
 
         Its `mode` and `dconv_implementation` choose between implementations of one result; here the device does that.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"efficient_attention_config.jet must be a mapping, got {checks.shown(values)}")
         sizes = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         missing = [name for name in ("num_heads", "head_dim", "expand_v") if name not in sizes]
         if missing:
@@ -103,6 +112,8 @@ class JetBlockState(NamedTuple):
     @classmethod
     def zeros(cls, config: JetBlockConfig, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
         """Of sequences that have seen nothing. `dtype` is the layer's; the recurrent state is fp32 (fp64 if it is)."""
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"JetBlockState: batch_size must be an integer from 0, got {batch_size!r}")
         dtype = dtype or torch.get_default_dtype()
         H, K, V = config.num_heads, config.head_dim, config.head_v_dim
         return cls(
@@ -138,6 +149,9 @@ class JetBlock(nn.Module):
     ):
         super().__init__()
         config = JetBlockConfig() if jet_block_config is None else jet_block_config
+        if not isinstance(config, JetBlockConfig):
+            raise ValueError(f"JetBlock: jet_block_config must be a JetBlockConfig, got {type(config).__name__}")
+        hidden_size = checks.count("JetBlock: hidden_size", hidden_size)
         self.hidden_size = hidden_size
         self.config = config
         self.initializer_range = initializer_range
@@ -207,18 +221,30 @@ class JetBlock(nn.Module):
 
         Returns: [B, T, C], in the dtype of hidden_states.
         """
+        self._check(hidden_states, cu_seqlens, state)
         B, T, _ = hidden_states.shape
         padding = None
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("JetBlock: attention_mask and cu_seqlens exclude each other; got both")
-            padding = find_padding(attention_mask, B, T)
+            padding = find_padding(attention_mask, B, T, hidden_states.device)
         call = None
         if state is not None and may_be_repeated(hidden_states):
             call = RepeatableCall("JetBlock", state, hidden_states)
         if padding is None:
             return self._run(hidden_states, cu_seqlens, state, call)
         return padding.restore(self._run(padding.pack(hidden_states), padding.cu_seqlens, state, call))
+
+    def _check(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None) -> None:
+        """What the ops cannot check, or not by the names that a caller of this layer knows."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"JetBlock: hidden_states must be a tensor, got {type(x).__name__}")
+        if x.dim() != 3 or x.shape[2] != self.hidden_size or not x.is_floating_point():
+            raise ValueError(f"JetBlock: hidden_states must be floating [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}")
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"JetBlock: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+        if state is not None and not isinstance(state, JetBlockState):
+            raise ValueError(f"JetBlock: state must be a JetBlockState (new_state makes one), got {type(state).__name__}")
 
     def _run(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
         gate = self.g_proj(x).unflatten(-1, (self.config.num_heads, -1))
@@ -241,6 +267,9 @@ class JetBlock(nn.Module):
         g, beta = self._gates(x)
         # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook would see.
         if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None and not has_hooks(self.dynamic_conv1d):
+            if state.conv_state.shape[0] != x.shape[0]:
+                # The step op would take it for a pool of states, and the first of them.
+                raise ValueError(f"JetBlock: state must be of B = {x.shape[0]} sequences, got {state.conv_state.shape[0]}")
             v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
             v = v.view(-1, 1, H, V)
             return recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
@@ -289,7 +318,7 @@ class JetBlock(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in GATE_PARAMETERS:
             value = state_dict.get(prefix + name)
-            if value is not None:
+            if isinstance(value, Tensor):
                 # load_state_dict(assign=True) takes the tensor as it is.
                 state_dict[prefix + name] = value.to(torch.promote_types(value.dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)

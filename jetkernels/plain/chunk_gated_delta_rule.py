@@ -50,6 +50,12 @@ def multiply_lower(a, b):
     return multiply(a, finite).add_((b - b).cumsum(-2))
 
 
+def multiply_upper(a, b):
+    """a @ b for upper-triangular a, likewise: row i has rows i .. of b in it."""
+    finite = torch.where(b.isfinite(), b, 0)
+    return multiply(a, finite).add_((b - b).flip(-2).cumsum(-2).flip(-2))
+
+
 def multiply_shared(a, b):
     """a [M,Z,C,C] @ b [M,Zk,C,K] -> [M,Z,C,K]; the Z // Zk value heads that share b[:, zk] are one GEMM."""
     shape = a.shape[:3] + b.shape[3:]
@@ -177,7 +183,7 @@ def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
     layout, count = heads.layout, heads.layout.count
     rows = stages.v.shape[1]
     # dU = Pᵀ dO + diag(e^{c_C-c}) K dS1   [C, V]; the second term follows in the sweep
-    du = multiply(stages.p.transpose(-1, -2), grad_o)
+    du = multiply_upper(stages.p.transpose(-1, -2), grad_o)
     ds1 = stages.v.new_empty(count, rows, *state_shape[2:])
     final = ds1.new_zeros(state_shape) if grad_final_state is None else grad_final_state.to(heads.dtype)
     if layout.packed:
@@ -234,7 +240,7 @@ def gate_gradients(y, read, stored, through):
 
 def chunk_gradients(heads, stages, states, u, grad_o, ds1, du, scale):
     """Gradients within the chunks, [M,Z,C,...]: of normed q and k for every value head, v, beta and g."""
-    x = multiply(stages.t.transpose(-1, -2), du)
+    x = multiply_upper(stages.t.transpose(-1, -2), du)
     dv = stages.beta * x
     # U' = V - diag(e^c) K S0 - kk U   [C, V]
     u_prime = stages.v - multiply(stages.k_in, states) - multiply_lower(stages.kk, u)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
+from jetkernels._progress import progress
 from jetkernels.model import JetNemotronCache, JetNemotronForCausalLM
 from jetkernels.model.speed import measure_speed, synchronize
 
@@ -90,7 +89,7 @@ def measure_all(
         for values in load_state(checkpoint, "candidates", run)["rows"]:
             scores = {task: tuple(pair) for task, pair in values.pop("scores").items()}
             rows.append(Measured(scores=scores, **values))
-    with tqdm(total=len(wanted), initial=len(rows), desc="candidates", leave=False, disable=ranks()[0] > 0) as bar:
+    with progress(total=len(wanted), initial=len(rows), desc="candidates", disable=ranks()[0] > 0) as bar:
         for name, seed in wanted[len(rows) :]:
             rows.append(measure(name, seed))
             if checkpoint is not None and ranks()[0] == 0:

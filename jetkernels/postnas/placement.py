@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from jetkernels._progress import progress
 from jetkernels.model import Tokenizer
 
 from .checkpoints import load_state, save_state
@@ -90,8 +90,8 @@ class ScoreBook:
         loss, accuracy, groups = self.scores[key]
         return Score(loss, accuracy, {name: tuple(pair) for name, pair in groups.items()})
 
-    def evaluate(self, task: str, objective: str, bar: tqdm | None = None) -> Callable[[Placement], float]:
-        """Placement -> objective of a task, more is better."""
+    def evaluate(self, task: str, objective: str, bar=None) -> Callable[[Placement], float]:
+        """Placement -> objective of a task, more is better.  bar: of `progress`, advanced by each evaluation."""
 
         def value(placement: Placement) -> float:
             result = objective_of(task, self.score(placement, task), objective)
@@ -150,7 +150,7 @@ def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequenc
     settings = {"width": options.width, "exhaustive_up_to": options.exhaustive_up_to}
     options.check(layers, list(book.tasks))
     most = options.evaluations(layers, len(book.tasks))
-    with tqdm(total=most, desc="placements", unit="evaluation", leave=False, disable=ranks()[0] > 0) as bar:
+    with progress(total=most, desc="placements", unit="evaluation", disable=ranks()[0] > 0) as bar:
         full = beam_search(start, options.full_layers, book.evaluate(options.full_task, options.objective, bar), **settings)
         maps = {"attn": {t: importance(start, book.evaluate(t, options.objective, bar)) for t in book.tasks}}
         window, placement = None, full.placement

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from jetkernels._progress import progress
 
 from jetkernels.modules import parameter_groups
 
@@ -120,7 +121,7 @@ def train(
             values = {name: p.detach().cpu() for name, p in parameters.items()}
             save_state(checkpoint, stage, run, {"parameters": values, "optimizer": optimizer.state_dict(), "losses": losses})
 
-    with tqdm(total=recipe.steps, initial=len(losses), desc=stage, unit="step", leave=False, disable=rank > 0) as bar:
+    with progress(total=recipe.steps, initial=len(losses), desc=stage, unit="step", disable=rank > 0) as bar:
         for step in range(len(losses), recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
