@@ -55,7 +55,7 @@ class Scenario:
         from jetkernels.postnas.checkpoints import save_state
 
         if self.name == "file":
-            save_state(self.path, "kill", "run", {"stamp": stamp, "filler": "x" * (1000 + 10 * (stamp % 7))})
+            save_state(self.path, "kill", {"of": "kills"}, {"stamp": stamp, "filler": "x" * (1000 + 10 * (stamp % 7))})
             return
         if self.name == "one by one":
             files._exchange = refuse
@@ -69,7 +69,7 @@ class Scenario:
         from jetkernels.postnas.checkpoints import load_state
 
         if self.name == "file":
-            state = load_state(self.path, "kill", "run")
+            state = load_state(self.path, "kill", {"of": "kills"})
             return state["stamp"]
         model = JetNemotronForCausalLM.from_pretrained(self.path)
         values = {p.flatten()[0].item() for p in model.parameters()} | {p.flatten()[-1].item() for p in model.parameters()}
