@@ -224,7 +224,7 @@ def main() -> int:
             kills = arguments.kills * (i + 1) // len(names) - arguments.kills * i // len(names)
             whole[name] = campaign(Scenario(name, where), kills, Path(folder) / "stop", random.Random(arguments.seed + i))
         wrong = sum(len(found[key]) for found in whole.values() for key in ("lost or mixed", "leftovers", "failed"))
-        shown = {name: {k: v[:3] + [f"{len(v)} in all"] * (len(v) > 3) if isinstance(v, list) else v for k, v in f.items()} for name, f in whole.items()}
+        shown = {name: {k: v[:5] if isinstance(v, list) else v for k, v in found.items()} for name, found in whole.items()}
         print(json.dumps({"wrong": wrong, "seconds": round(time.time() - start), **shown}))
         return int(wrong > 0)
 
