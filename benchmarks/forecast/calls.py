@@ -12,7 +12,7 @@ from benchmarks.forecast import kernels
 from benchmarks.forecast.kernels import IMAGE, Build, Timed
 from benchmarks.forecast.machine import A, ASSUMPTIONS
 from benchmarks.forecast.sass import ROOT, cuobjdump, newest_first, objects
-from benchmarks.report import table
+from benchmarks.report import table, write_text
 from benchmarks.shapes import SHAPES, Shape
 
 COMMITTED = ROOT / "benchmarks" / "results" / "forecast" / "forecast.json"
@@ -187,5 +187,5 @@ def print_forecast(shapes: list[Shape], only: str, where: list[Path], csrc: Path
     if write:
         assert shapes == list(SHAPES) and not only, f"the committed forecast has all shapes: {COMMAND}"
         COMMITTED.parent.mkdir(parents=True, exist_ok=True)
-        COMMITTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows if "us" in row) + "\n]\n")
+        write_text(COMMITTED, "[\n" + ",\n".join(json.dumps(row) for row in rows if "us" in row) + "\n]\n")
         print(f"written to {COMMITTED}")

@@ -424,8 +424,9 @@ void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk,
 }
 
 template <class In, class T>
-void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& parallel) {
+void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& caller) {
   const ChunkGatedDeltaRuleParams& p = bp.forward;
+  const Parallel parallel = for_work(caller, 4 * chunk_work(p));
   const long items = p.N * p.Hk, workers = parallel.threads < items ? parallel.threads : items;
   if (p.H == 0) {
     __builtin_memset(bp.dq, 0, p.B * p.T * p.Hk * p.K * sizeof(In));

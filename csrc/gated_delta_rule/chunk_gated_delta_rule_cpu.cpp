@@ -110,7 +110,8 @@ void forward_item(const ChunkGatedDeltaRuleParams& p, long n, long h, long v0, l
 }
 
 template <class In, class T>
-void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel) {
+void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
+  const Parallel parallel = for_work(caller, chunk_work(p));
   constexpr long W = Simd<T>::stripe;
   const long heads = p.N * p.H, stripes = round_up(p.V, W) / W;
   if (heads == 0) return;
