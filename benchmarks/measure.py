@@ -70,9 +70,9 @@ def measure_ceilings(rows: Rows, device: torch.device) -> tuple[Ceilings, float]
 
 
 def empty_launch() -> None:
-    from jetkernels import _introspection
+    from jetkernels import _library
 
-    status = _introspection.empty_launch(torch.cuda.current_stream().cuda_stream)
+    status = _library.empty_launch(torch.cuda.current_stream().cuda_stream)
     if status != 0:
         raise RuntimeError(f"empty launch failed with cudaError {status}")
 

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from jetkernels.__main__ import main as jetkernels
+from jetkernels.files import write_atomic
 from jetkernels.postnas import from_pretrained
 from jetkernels.postnas.base import weights_digest
-from jetkernels.postnas.checkpoints import write_atomic
 from jetkernels.postnas.report import markdown_table, provenance, write_text
 
 SHARED = ("text", "suffix", "length", "distances", "task-share", "device")  # options that a base and its search have in common

@@ -3,7 +3,6 @@
 
 #include <optional>
 
-#include "csrc/common/export.h"
 #include "csrc/common/plain_reason.h"
 
 namespace jet::bindings {
@@ -18,7 +17,7 @@ constexpr int kHost = -1;  // the "device" of tensors that are not on one
 
 // Why the plain PyTorch path serves tensors on a CUDA device (or kHost); nothing if a kernel of this library does.
 // JETKERNELS_BACKEND=plain asks for the plain path everywhere. `has_kernel`: whether the op has a Hopper kernel at all.
-JET_EXPORT std::optional<PlainReason> plain_reason(int device, bool has_kernel);
+std::optional<PlainReason> plain_reason(int device, bool has_kernel);
 
 // The same for one call; `takes`: whether the Hopper kernel takes its shapes and dtypes.
 inline std::optional<PlainReason> plain_reason_of_call(int device, bool takes) {
@@ -31,6 +30,6 @@ inline std::optional<PlainReason> plain_reason_of_call(int device, bool takes) {
 struct HasHopperKernel {
   explicit HasHopperKernel(const char* op);
 };
-JET_EXPORT bool has_hopper_kernel(const char* op);
+bool has_hopper_kernel(const char* op);
 
 }  // namespace jet::bindings

@@ -1,7 +1,6 @@
-// What was built: compiler, instruction sets, architectures. No torch headers here (they do not mix with pybind11's).
-#include <pybind11/pybind11.h>
-
-#include <sstream>
+// What was built and which backend serves which op, as C functions: jetkernels/_library.py calls them with ctypes, so that one library
+// serves every Python. Texts live as long as the library.
+#include <exception>
 #include <string>
 
 #include "bindings/backend.h"
@@ -10,48 +9,30 @@
 #include "csrc/common/plain_reason.h"
 #include "csrc/hopper/empty_launch.h"
 
-namespace py = pybind11;
+#define JET_C_FUNCTION extern "C" __attribute__((visibility("default")))  // everything else in the library is hidden
 
-namespace {
-
-py::list lines(const std::string& text) {
-  py::list result;
-  std::istringstream stream(text);
-  for (std::string line; std::getline(stream, line);)
-    if (!line.empty()) result.append(line);
-  return result;
+// One JSON object: torch, compiler, cpu_isas, cuda_architectures, and cpu_isa, the one in use.
+JET_C_FUNCTION const char* jetkernels_build_info() {
+  static const std::string info =
+      std::string("{") + JET_BUILD_FACTS + ", \"cpu_isa\": \"" + jet::cpu::isa_name(jet::cpu::active_isa()) + "\"}";
+  return info.c_str();
 }
 
-py::dict build_info() {
-  py::dict info;
-  info["torch"] = JET_BUILD_TORCH;
-  info["compiler"] = JET_BUILD_COMPILER;
-  info["cpu_isas"] = lines(JET_BUILD_CPU_ISAS);
-  info["cpu_isa"] = jet::cpu::isa_name(jet::cpu::active_isa());
-  info["cuda_architectures"] = lines(JET_BUILD_CUDA_ARCHITECTURES);
-  return info;
+// The reason that the bindings pass to the plain PyTorch path, as text.
+JET_C_FUNCTION const char* jetkernels_plain_reason_text(int64_t code) { return jet::text(static_cast<jet::PlainReason>(code)); }
+
+// Why the plain PyTorch path serves `op` on a CUDA device (-1: on a CPU); null if a kernel does.
+JET_C_FUNCTION const char* jetkernels_plain_reason(const char* op, int device) {
+  try {
+    const auto reason = jet::bindings::plain_reason(device, jet::bindings::has_hopper_kernel(op));
+    return reason ? jet::text(*reason) : nullptr;
+  } catch (const std::exception& error) {  // of the CUDA runtime
+    static thread_local std::string said;
+    said = error.what();
+    return said.c_str();
+  }
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_introspection, m) {
-  m.doc() = "Build facts of jetkernels.";
-  m.def("build_info", &build_info, "Compiler, torch version, CPU instruction sets and CUDA architectures of this build.");
-  m.def(
-      "plain_reason_text", [](int64_t code) { return jet::text(static_cast<jet::PlainReason>(code)); }, py::arg("code"),
-      "The reason that the bindings pass to the plain PyTorch path, as text.");
-  m.def(
-      "plain_reason",
-      [](const std::string& op, int device) -> py::object {
-        const auto reason = jet::bindings::plain_reason(device, jet::bindings::has_hopper_kernel(op.c_str()));
-        return reason ? py::object(py::str(jet::text(*reason))) : py::object(py::none());
-      },
-      py::arg("op"), py::arg("device"),
-      "Why the plain PyTorch path serves an op on a CUDA device (-1: on a CPU); None if a kernel does. Single calls may differ\n"
-      "on a CUDA device: for shapes that the kernel does not take.");
 #ifdef JET_WITH_CUDA
-  m.def(
-      "empty_launch", [](uintptr_t stream) { return jet::hopper::empty_launch(reinterpret_cast<void*>(stream)); },
-      py::arg("stream"), "Launches an empty kernel on a CUDA stream; returns the cudaError_t.");
+JET_C_FUNCTION int jetkernels_empty_launch(void* stream) { return jet::hopper::empty_launch(stream); }
 #endif
-}

@@ -2,37 +2,153 @@
 
 import argparse
 import importlib
+import os
+import re
 import sys
+
+from jetkernels._startup import TRACEBACK
+from jetkernels._version import __version__
+from jetkernels.cli.options import UsageError
 
 COMMANDS = {
     "info": "what was built, and which backend serves which op on this machine",
     "demo": "train a small byte-level hybrid on Python's own source text and complete held-out code",
-    "generate": "complete a prompt with a checkpoint, or with random weights of a shipped config",
+    "generate": "complete prompts with a checkpoint, or with random weights of a shipped config",
     "search": "turn a trained full-attention model into a Jet hybrid (PostNAS), stage by stage",
     "throughput": "measure prefill and decode tokens per second and the size of the cache",
 }
+EPILOG = f"""exit codes: 0 done, 1 failed (a sentence on standard error says why), 2 wrong usage, 130 interrupted;
+{TRACEBACK}=1 in the environment shows where a failure came from"""
+LONGEST_MESSAGE = 1500
+# What a wrong input, this machine or the file system can cause; anything else is a fault of the program.
+EXPECTED = (OSError, ValueError, RuntimeError, MemoryError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage ends with one line that names the option; nothing given, with the help."""
+
+    def error(self, message: str):
+        message = re.sub(r"^argument (\S+): must", r"\1 must", message).removeprefix("argument ")
+        self.exit(2, f"{self.prog}: {_one_line(message)}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file=None):
+        # argparse's own passes over a full disk.
+        (file or sys.stderr).write(message)
+
+
+def parser_for(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser of a command line. Only the command that it names is imported: the others have no options here."""
+    parser = Parser(
+        prog="jetkernels",
+        description="JetBlock kernels and the hybrid model on them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jetkernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser)
+    named = command_of(argv)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == named:
+            module = importlib.import_module(f"jetkernels.cli.{name}")
+            command.description = module.__doc__.strip()
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def command_of(argv: list[str]) -> str | None:
+    """The first word that is no option: none of those in front of it takes a value."""
+    return next((word for word in argv if not word.startswith("-")), None)
+
+
+def run(argv: list[str]) -> int:
+    parser = parser_for(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return arguments.run(arguments) or 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="jetkernels", description="JetBlock kernels and the hybrid model on them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"jetkernels.cli.{name}")
-        command = commands.add_parser(name, help=summary, description=module.__doc__.strip())
-        command.formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    """Runs a command and returns its exit code. argv: the words behind `jetkernels`, by default those of this process."""
+    if argv is None:
+        argv = sys.argv[1:]
+        _prepare_streams()
+    name = command_of(argv)
+    prog = f"jetkernels {name}" if name in COMMANDS else "jetkernels"
     try:
-        return arguments.run(arguments) or 0
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError):
-            return 0
-        print(f"jetkernels {arguments.command}: {error}", file=sys.stderr)
-        return 1
+        try:
+            code = run(argv)
+        except SystemExit as end:  # of argparse: help, version, wrong usage
+            code = end.code
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        _drop_output()
+        return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say(f"{prog}: interrupted")
+        _drop_output()
         return 130
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _say(f"{prog}: {sentence(error)}")
+        _drop_output()
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def sentence(error: Exception) -> str:
+    """What an error says to people, in one line."""
+    text = _one_line(str(error))
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        size = re.search(r"tried to allocate (\d+) bytes", text, re.IGNORECASE) or re.search(r"tried to allocate ([\d.]+ \wiB)", text, re.IGNORECASE)
+        tried = "" if size is None else f": tried to allocate {_size(size[1])}"
+        return f"out of memory{tried}; fewer tokens or sequences at once, a narrower dtype or a smaller model need less"
+    if not isinstance(error, EXPECTED):
+        return f"unexpected {type(error).__name__}: {text}; this is a fault of jetkernels, and {TRACEBACK}=1 shows where it is"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return text or type(error).__name__
+
+
+def _size(text: str) -> str:
+    return f"{int(text) / 2**30:,.1f} GiB" if text.isdigit() else text
+
+
+def _one_line(text: str) -> str:
+    """Without line ends; of a message of torch, what is in front of its stack; cut where it gets too long to read."""
+    text = " ".join(text.split("\nException raised from")[0].split())
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass  # there is nowhere left to say it
+
+
+def _prepare_streams() -> None:
+    """A stream that was closed leads nowhere, or the first file opened would get its number and our output;
+    a character that the terminal does not have is shown as a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (as long as the process)
+    sys.stdout.reconfigure(errors="replace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried again when Python ends, which would complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        if sys.stdout is sys.__stdout__:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

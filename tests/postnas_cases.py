@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 from jetkernels.modules import JetBlockConfig
-from jetkernels.postnas import TokenTask, checkpoints, small_base
+from jetkernels.postnas import TokenTask, small_base
 
 PLANTED = (1, 3)  # layers of `planted_base` that carry recall, one class of values each
 LAYERS = 5
@@ -31,7 +32,7 @@ class _Killed(BaseException):
 def killed_at_write(moment: int):
     """Ends the block when its moment-th checkpoint or report is written but not yet in place; fails if it does not come to that."""
     written = 0
-    replace = checkpoints.os.replace
+    replace = os.replace
 
     def killing(source, target):
         nonlocal written
@@ -41,7 +42,7 @@ def killed_at_write(moment: int):
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
-        patch.setattr(checkpoints.os, "replace", killing)
+        patch.setattr(os, "replace", killing)
         yield
 
 
@@ -58,10 +59,10 @@ def text_folder(folder: Path, files: int = 30) -> Path:
     return folder
 
 
-def tiny_base_folder(folder: Path, layers: int = 3) -> Path:
+def tiny_base_folder(folder: Path, layers: int = 3, seed: int = 3) -> Path:
     """An untrained byte-level base with its tokenizer, saved."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-    small_base(layers, seed=3, initializer_range=0.2, **sizes).save_pretrained(folder)
+    small_base(layers, seed=seed, initializer_range=0.2, **sizes).save_pretrained(folder)
     Tokenizer.byte_level().save_pretrained(folder)
     return folder
 

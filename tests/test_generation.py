@@ -125,6 +125,51 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, kept):
     assert not got[need == 0].any()
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-38, 1e-30, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_lowest_temperatures_draw_the_most_likely_token(temperature, dtype):
+    logits = torch.tensor([[-3e4, 2.0, 3e4, 2.9e4, -torch.inf]]).to(dtype)
+    for options in ((None, None), (3, None), (None, 0.5)):
+        assert generation.choose(logits, temperature, *options, torch.Generator().manual_seed(0)).tolist() == [2]
+
+
+def test_the_highest_temperature_draws_all_possible_tokens_alike():
+    logits = torch.tensor([3e4, -3e4, 0.0, -torch.inf]).expand(8000, 4)
+    drawn = generation.choose(logits, 1e308, None, None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 8000, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]), atol=0.02, rtol=0)
+
+
+def test_logits_that_are_not_finite_are_no_tokens(model):
+    broken = small_model(seed=3)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = torch.nan
+    with pytest.raises(RuntimeError, match="the logits after prompt 0 are not finite"):
+        broken.generate(tokens(2, 3))
+
+
+def test_what_the_callback_raises_is_passed_on_and_the_model_goes_on_working(model):
+    class Enough(Exception):
+        pass
+
+    def stop(tokens, running):
+        raise Enough
+
+    before = model.generate(tokens(1, 5), max_new_tokens=4)
+    with pytest.raises(Enough):
+        model.generate(tokens(1, 5), max_new_tokens=4, on_tokens=stop)
+    assert torch.equal(model.generate(tokens(1, 5), max_new_tokens=4), before)
+
+
+def test_ids_of_32_bits_and_stop_tokens_of_any_form_give_the_same(model):
+    ids = tokens(2, 5)
+    stop = int(model.generate(ids, max_new_tokens=3, stop_token_ids=())[0, 6])
+    need = model.generate(ids, max_new_tokens=6, stop_token_ids=[stop])
+    for form in (stop, (stop,), torch.tensor([stop]), range(stop, stop + 1)):
+        assert torch.equal(model.generate(ids.int(), max_new_tokens=6, stop_token_ids=form), need)
+    none = model.generate(ids.int(), max_new_tokens=0)
+    assert none.dtype == torch.int64 and torch.equal(none, ids) and none.data_ptr() != ids.data_ptr()
+
+
 def test_ties_keep_exactly_top_k():
     drawn = generation.choose(torch.zeros(500, 8), 1.0, 3, None, torch.Generator().manual_seed(0))
     assert len(set(drawn.tolist())) == 3
@@ -158,8 +203,27 @@ def test_decode_steps_use_the_step_ops(model, monkeypatch):
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
+        ({"temperature": float("inf")}, "temperature must be finite, got inf"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, got nan"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.int64)}, r"got \[0, 3\]"),
+        ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"input_ids must be \[B, T\] with B, T >= 1, got \[3\]"),
+        ({"input_ids": torch.zeros(2, 3)}, "input_ids must be int64 or int32, got torch.float32"),
+        ({"input_ids": torch.zeros(2, 3), "max_new_tokens": 0}, "input_ids must be int64 or int32, got torch.float32"),
+        ({"input_ids": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, "input_ids must be on the model's device cpu, got meta"),
+        ({"input_ids": torch.full((2, 3), VOCAB)}, f"input_ids must be in 0..{VOCAB - 1}, got {VOCAB}"),
+        ({"input_ids": [[1, 2]]}, r"input_ids must be a tensor \[B, T\], got list"),
+        ({"attention_mask": [[1, 1, 1]] * 2}, r"attention_mask must be a tensor \[B, T\], got list"),
+        ({"attention_mask": torch.tensor([[0, 0, 0], [1, 1, 1]]), "max_new_tokens": 0}, "row of zeros: row 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
+        ({"max_new_tokens": None}, "max_new_tokens must be an integer, got None"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_k": 2.0}, "top_k must be an integer, got 2.0"),
+        ({"top_p": "all"}, "top_p must be a number, got 'all'"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids must be an integer, got 1.5"),
+        ({"stop_token_ids": "end"}, "stop_token_ids must be an integer, got 'e'"),
+        ({"pad_token_id": "0"}, "pad_token_id must be an integer, got '0'"),
     ],
 )
 def test_bad_options_are_refused(model, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         model.generate(**{"input_ids": tokens(2, 3) % VOCAB, **options})

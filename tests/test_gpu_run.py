@@ -180,7 +180,7 @@ def test_a_library_that_does_not_load(tmp_path, workers, monkeypatch):
     (workers / "fake_library.py").write_text(
         "from benchmarks.gpu_run.library import *\nfrom benchmarks.gpu_run import library\n"
         "def no(): raise FileNotFoundError('cmake is not here')\n"
-        "library.build_introspection = library.build_everything = no\n"
+        "library.build_everything = no\n"
     )
     monkeypatch.setenv("JETKERNELS_LIBRARY", str(tmp_path / "missing.so"))
     parts = [plan.LIBRARY._replace(module="fake_library"), Part("key", "fake_key", "key", share=9, **QUICK)]
@@ -383,11 +383,6 @@ def test_comparing_with_what_the_simulator_said(tmp_path):
 def test_the_library_as_it_is_is_taken(monkeypatch):
     monkeypatch.setattr(library, "build_info", lambda: {"compiler": "c", "cuda_architectures": ["sm_90a"]})
     assert library.make_usable() == ("as brought along", "c, sm_90a")
-
-
-def test_architectures_of_a_library(tmp_path):
-    (tmp_path / "library.so").write_bytes(b"\0-arch sm_90a \0\xff\0sm_90a\0sm_\0")
-    assert library.architectures_of(tmp_path / "library.so") == ["sm_90a"]
 
 
 def test_another_library_is_loaded_where_it_is_named(tmp_path):

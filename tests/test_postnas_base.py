@@ -28,7 +28,7 @@ from jetkernels.postnas import (
     train_base,
 )
 from jetkernels.postnas.base import qwen2_config, weights_digest
-from jetkernels.postnas.checkpoints import fingerprint, load_state, save_state
+from jetkernels.postnas.checkpoints import DifferentRun, load_state, save_state
 from jetkernels.postnas.data import seeded
 from jetkernels.postnas.tasks import log_likelihoods
 
@@ -241,7 +241,7 @@ def test_shares_hold_over_many_steps(shares, batch):
 
 
 def test_recall_needs_room_and_different_spans():
-    with pytest.raises(ValueError, match="length must be at least 80 at distance 31, got 40"):
+    with pytest.raises(ValueError, match="length must be at least 79 at distance 31, got 39"):
         Recall(torch.arange(1000), 1000, (31,)).task(1, 39)
     with pytest.raises(ValueError, match="must hold 5 spans of 3 different tokens"):
         Recall(torch.tensor([1, 2, 3, 4] * 9), 1000, (0,), 3, 1, 5).task(1, 60)
@@ -331,7 +331,7 @@ def test_a_base_learns_from_text(tmp_path):
 def test_checkpoint_files_are_whole_or_refused(tmp_path):
     path = tmp_path / "a.ckpt"
     state = {"x": torch.arange(3), "losses": [1.5], "name": "n"}
-    run = fingerprint({"seed": 1})
+    run = {"seed": 1, "facts": {"steps": 3}}
     save_state(path, "base", run, state)
     loaded = load_state(path, "base", run)
     assert torch.equal(loaded["x"], state["x"]) and loaded["losses"] == [1.5]
@@ -342,7 +342,7 @@ def test_checkpoint_files_are_whole_or_refused(tmp_path):
         (content[:-5] + bytes([content[-5] ^ 1]) + content[-4:], "does not have the digest"),
         (b"PK" + content, "is not a checkpoint of a search"),
         (b"", "is not a checkpoint of a search"),
-        (content.replace(b'"version": 1', b'"version": 9'), "must have format version 1, got 9"),
+        (content.replace(b'"version": 2', b'"version": 9'), "must have format version 2, got 9"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=sentence):
@@ -350,17 +350,18 @@ def test_checkpoint_files_are_whole_or_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="must be of stage scores, got base"):
         load_state(path, "scores", run)
-    with pytest.raises(ValueError, match="belongs to a run with other options"):
-        load_state(path, "base", fingerprint({"seed": 2}))
+    with pytest.raises(DifferentRun, match="belongs to a run with other options.*: steps was 3, now 4; rows was null, now 2") as found:
+        load_state(path, "base", {"seed": 1, "facts": {"steps": 4, "rows": 2}})
+    assert found.value.differences == [("steps", 3, 4), ("rows", None, 2)]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.ckpt"
-    save_state(path, "base", "r", {"x": 1})
+    save_state(path, "base", {}, {"x": 1})
     monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        save_state(path, "base", "r", {"x": 2})
-    assert load_state(path, "base", "r") == {"x": 1} and list(tmp_path.iterdir()) == [path]
+        save_state(path, "base", {}, {"x": 2})
+    assert load_state(path, "base", {}) == {"x": 1} and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("changes", "name"), [({"steps": -1}, "steps"), ({"steps": 1, "save_every": 0}, "save_every")])

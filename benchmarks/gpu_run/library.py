@@ -1,15 +1,12 @@
 """Make the library importable on a machine: as it was brought along, else built there with nvcc.
 
-The op library does not depend on Python's version, the introspection module does: where only that does not fit, only that is compiled.
-
-    python -m benchmarks.gpu_run.library --for-python python3.12      the introspection module for another Python, beside this one's
-    python -m benchmarks.gpu_run.library --watchdog                   libjetkernels_watchdog.so: a wait that takes over 2 s ends the kernel
+    python -m benchmarks.gpu_run.library                 jetkernels/libjetkernels.so, if the one that is there does not do
+    python -m benchmarks.gpu_run.library --watchdog      libjetkernels_watchdog.so: a wait that takes over 2 s ends the kernel
 """
 
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +24,7 @@ BUILD = ROOT / "build" / "gpu_run"
 
 def describe() -> list[str]:
     return [
-        "the library: as brought along (jetkernels/libjetkernels.so and the introspection module of this Python), else built for sm_90a with nvcc",
+        "the library: as brought along (jetkernels/libjetkernels.so), else built for sm_90a with nvcc",
         f"smoke and tests use {WATCHDOG.name} where it is: a dead-lock ends after 2 s and says where it was",
     ]
 
@@ -88,43 +85,9 @@ def build_watchdog() -> None:
     shutil.copy2(build / LIBRARY.name, WATCHDOG)
 
 
-def architectures_of(library: Path) -> list[str]:
-    """The GPUs that a built library has machine code for: its fat binaries name them."""
-    return sorted({name.decode() for name in re.findall(rb"\bsm_\d+[a-z]?\b", library.read_bytes())})
-
-
-def facts_of_build() -> str:
-    """build_facts.h, which CMake writes: of the library that is importable, else as CMake would build it here, compiling nothing."""
-    if isinstance(info := build_info(), dict):
-        facts = {"TORCH": info["torch"], "COMPILER": info["compiler"], "CPU_ISAS": "\\n".join(info["cpu_isas"])}
-        text = "#pragma once\n" + "".join(f'#define JET_BUILD_{name} "{value}"\n' for name, value in facts.items())
-    else:
-        configure(BUILD, "-DJETKERNELS_BUILD=cpu")  # needs neither nvcc nor CUTLASS
-        text = re.sub(r".*JET_BUILD_CUDA_ARCHITECTURES.*\n", "", (BUILD / "build_facts.h").read_text())
-    return text + '#define JET_BUILD_CUDA_ARCHITECTURES "{}"\n'.format("\\n".join(architectures_of(LIBRARY)))
-
-
-def build_introspection(python: str = sys.executable) -> Path:
-    """For a Python, which needs its headers and no packages, against the op library that is in the package."""
-    import pybind11
-
-    script = "import sysconfig; print(sysconfig.get_path('include')); print(sysconfig.get_config_var('EXT_SUFFIX'))"
-    headers, suffix = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build_facts.h").write_text(facts_of_build())
-    module = PACKAGE / f"_introspection{suffix}"
-    execute(tool(os.environ.get("CXX", "c++")), "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-DJET_WITH_CUDA=1",
-        *(f"-I{path}" for path in (ROOT, BUILD, pybind11.get_include(), headers)), str(ROOT / "bindings" / "introspection.cpp"), str(LIBRARY),
-        "-Wl,-rpath,$ORIGIN", "-o", str(module))  # fmt: skip
-    return module
-
-
 def make_usable() -> tuple[str, str]:
     """(the step that did it, what there is now), or ("", why there is no library)."""
-    steps = {"as brought along": lambda: None}
-    if LIBRARY.exists():
-        steps["introspection module compiled, op library as brought along"] = build_introspection
-    steps["built here"] = build_everything
+    steps = {"as brought along": lambda: None, "built here": build_everything}
     reasons = []
     for step, make in steps.items():
         try:
@@ -141,18 +104,15 @@ def make_usable() -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run.library", description=__doc__.splitlines()[0])
-    parser.add_argument("--for-python", metavar="PYTHON", help="compile the introspection module for this interpreter; needs its headers, not torch")
     parser.add_argument("--watchdog", action="store_true", help="build the library whose waits have a watchdog")
     arguments = parser.parse_args()
-    if arguments.for_python:
-        print(f"written: {build_introspection(arguments.for_python)}")
     if arguments.watchdog:
         build_watchdog()
         print(f"written: {WATCHDOG}")
-    if not arguments.for_python and not arguments.watchdog:
-        step, what = make_usable()
-        print(f"{step or 'no library'}: {what}")
-        raise SystemExit(not step)
+        return
+    step, what = make_usable()
+    print(f"{step or 'no library'}: {what}")
+    raise SystemExit(not step)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@
 //   dP = scale tril(dO U^T) ∘ Γ            dM = -tril(dV U^T, -1) ∘ Γ
 //   dQ = scale e^c (dO S0^T) + dP K        dK_row = -e^c (dV S0^T) + dM K
 //   dK_st = e^{c_L-c} (U dS^T)             dK_col = dP^T Q + dM^T K + dK_st         dK = dK_row + dK_col
-//   dc = <q,dQ> + <k,dK_row> - <k,dK_col>, and to the last dc e^{c_L} <S0,dS> + sum <k,dK_st>
 //   dS <- e^{c_L} dS + Q^T diag(scale e^c) dO - K^T diag(e^c) dV
+// g_t decays what passes from before token t to t or later: with Y = tril(dP ∘ Q K^T + dM ∘ K K^T, -1) and the parts of <q,dQ> and
+// <k,dK_row> that come from S0, read_i = <q_i, scale e^{c_i} S0 dO_i> - <k_i, e^{c_i} S0 dV_i>,
+//   dg_t = sum_{j<t<=i} Y_ij + sum_{t<=i} read_i + sum_{j<t} <k_j, dK_st,j> + e^{c_L} <S0,dS>
+// Each term has e^{g_t} as a factor and none cancels another exactly, so that dg keeps its relative accuracy at any decay; as a
+// reverse cumulative sum of <q,dQ> + <k,dK_row> - <k,dK_col> it would not.
 // The gradients of q and k are formed transposed, [K, C], so that the tokens lie along the vectors: the factors per token,
 // the dots and the l2norm are then vertical operations, and the right operands are dO^T, dV^T and U^T.
 //
@@ -51,7 +55,8 @@ struct Item {
   T *qt, *dqt, *dkt;                 // [ld, C] q and the gradients of normalised q and k, transposed
   T *m, *dp, *dm, *dpt, *dmt;        // [C, C] -diag(beta) kk or -kk diag(beta); dP, dM and their transposes
   T *q_column, *k_column;            // [C] scale e^c, -e^c
-  T *dbeta, *dc;                     // [C]
+  T *dbeta, *read, *stored;          // [C] read_j and <k_j, dK_st,j>
+  T *y;                              // [C, C] Y
   T *grad_o, *x;                     // [V / W][C, W] dO; X, then dV
   T *grad_o_t, *dv_t, *u_t;          // [V, C] transposed dO, dV, U
   T *ds;                             // [heads][V / W][K, W]
@@ -62,8 +67,8 @@ struct Item {
     plan = plan_;
     chunk.carve(from, plan.K);
     T** const rows_like[] = {&k_in, &k_out, &q_in, &rows, &qt, &dqt, &dkt};
-    T** const square[] = {&m, &dp, &dm, &dpt, &dmt};
-    T** const column[] = {&q_column, &k_column, &dbeta, &dc};
+    T** const square[] = {&m, &dp, &dm, &dpt, &dmt, &y};
+    T** const column[] = {&q_column, &k_column, &dbeta, &read, &stored};
     T** const values_like[] = {&grad_o, &x, &grad_o_t, &dv_t, &u_t};
     for (T** array : rows_like) *array = from.take<T>(C * chunk.ld);
     for (T** array : square) *array = from.take<T>(C * C);
@@ -123,8 +128,9 @@ void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, lon
   Chunk<T>& c = item.chunk;
   prepare_keys<In>(p, b, begin, L, h, c);
   scale_rows(c, c.k, T(-1), c.e_c, item.k_in);
-  for (long i = 0; i < C; ++i) item.dc[i] = c.beta[i] * c.e_rest[i];
-  scale_rows(c, c.k, T(1), item.dc, item.k_out);
+  alignas(64) T write[C];
+  for (long i = 0; i < C; ++i) write[i] = c.beta[i] * c.e_rest[i];
+  scale_rows(c, c.k, T(1), write, item.k_out);
   for (long i = 0; i < L; ++i)
     for (long j = 0; j < C; j += S::lanes) S::store(item.m + i * C + j, -S::load(c.kk + i * C + j) * S::load(c.beta + j));
   const In* v = at<In>(p.v, p.v_strides, b, begin, h);
@@ -148,7 +154,8 @@ void solve_stripe(const Item<T>& item, const T* grad_o, const T* ds, T* x) {
     constexpr int R = decltype(rows)::value;
     Tile<T, R, NV> tile;
     tile.zero();
-    tile.add_product(c.qk + i * C + i, 1, C, grad_o + i * W, W, c.L - i);
+    tile.template add_triangle_product<true>(c.qk + i * C + i, C, grad_o + i * W, W);
+    tile.add_product(c.qk + (i + R) * C + i, 1, C, grad_o + (i + R) * W, W, c.L - i - R);
     tile.add_product(item.k_out + i * c.ld, c.ld, 1, ds, W, c.K);
     tile.add_product(item.m + (i + R) * C + i, 1, C, x + (i + R) * W, W, c.L - i - R);
     tile.solve_upper(item.m + i * C + i, 1, C);
@@ -187,26 +194,29 @@ void finish_values(const Item<T>& item, const T* u) {
   }
 }
 
-// out [C, C] = factor tril(rows U^T) ∘ Γ for rows [V / W][C, W], and its transpose; without the diagonal when strict
+// out [C, C] = sign scale tril(rows U^T) ∘ Γ for rows [V / W][C, W], the gradient of a product of rows of q or k with k, and its
+// transpose; without the diagonal when strict. Adds that gradient times that product to Y: `score` is the product times scale Γ.
 template <class T>
-void score_gradient(const Item<T>& item, const T* rows, T factor, bool strict, T* out, T* out_t) {
-  constexpr long W = Simd<T>::stripe;
+void score_gradient(const Item<T>& item, const T* rows, T sign, T scale, const T* score, bool strict, T* out, T* out_t) {
+  using S = Simd<T>;
+  constexpr long W = S::stripe;
+  const Chunk<T>& c = item.chunk;
   for (long s = 0; s < item.plan.stripes; ++s)
-    gemm<T>(item.chunk.L, C, columns<T>(item.plan, s), factor, {rows + s * C * W, W, 1}, {item.u_t + s * W * C, C, 1}, s > 0,
-            out, C, Skip::upper_c);
-  apply_decay(item.chunk, strict, out);
-  zero_row(out + item.chunk.L * C, (C - item.chunk.L) * C);
+    gemm<T>(c.L, C, columns<T>(item.plan, s), sign, {rows + s * C * W, W, 1}, {item.u_t + s * W * C, C, 1}, s > 0, out, C, Skip::upper_c);
+  apply_decay(c, strict, scale, out, [&](long at, typename S::Vec products) __attribute__((always_inline)) {
+    S::store(item.y + at, S::load(item.y + at) + products * S::load(score + at));
+  });
+  zero_row(out + c.L * C, (C - c.L) * C);
   transpose(out, C, C, C, out_t, C);
 }
 
-// The products over V and over the chunk that give dQ^T and dK^T [K, C]; adds to dqt, dkt, dc. Returns sum <k, dK_st>.
+// The products over V and over the chunk that give dQ^T and dK^T [K, C]; adds to dqt, dkt, read, stored.
 template <class T>
-T key_gradients(const Item<T>& item, const T* s0, const T* ds) {
+void key_gradients(const Item<T>& item, const T* s0, const T* ds) {
   using S = Simd<T>;
   constexpr long W = S::stripe;
   constexpr int NV = kTileVectors;
   const Chunk<T>& c = item.chunk;
-  alignas(64) T stored[C] = {};
   for (long j = 0; j < C; j += W)
     for_row_blocks(0, c.K, [&](auto rows, long i) {
       using RowTile = Tile<T, decltype(rows)::value, NV>;
@@ -221,28 +231,23 @@ T key_gradients(const Item<T>& item, const T* s0, const T* ds) {
       // dQ^T = (S0 dO^T) diag(scale e^c) + K^T dP^T
       over_v(tile, s0, item.grad_o_t);
       tile.scale_columns(item.q_column + j);
+      tile.dot_columns(item.qt + i * C + j, C, item.read + j);
       tile.add_product(c.k + i, 1, c.ld, item.dpt + j, C, past);
-      tile.dot_columns(item.qt + i * C + j, C, item.dc + j);
       tile.add_to(item.dqt + i * C + j, C);
       // dK_row^T = -(S0 dV^T) diag(e^c) + K^T dM^T
       over_v(tile, s0, item.dv_t);
       tile.scale_columns(item.k_column + j);
+      tile.dot_columns(c.kt + i * C + j, C, item.read + j);
       tile.add_product(c.k + i, 1, c.ld, item.dmt + j, C, past);
-      tile.dot_columns(c.kt + i * C + j, C, item.dc + j);
       tile.add_to(item.dkt + i * C + j, C);
-      // dK_col^T = dK_st^T + Q^T dP + K^T dM, dK_st^T = (dS U^T) diag(e^{c_L-c}); its dots enter dc with a minus
+      // dK_col^T = dK_st^T + Q^T dP + K^T dM, dK_st^T = (dS U^T) diag(e^{c_L-c})
       over_v(tile, ds, item.u_t);
       tile.scale_columns(c.e_rest + j);
-      tile.dot_columns(c.kt + i * C + j, C, stored + j);
+      tile.dot_columns(c.kt + i * C + j, C, item.stored + j);
       tile.add_product(c.q + i + j * c.ld, 1, c.ld, item.dp + j * C + j, C, future);
       tile.add_product(c.k + i + j * c.ld, 1, c.ld, item.dm + j * C + j, C, future);
       tile.add_to(item.dkt + i * C + j, C);
-      tile.scale(T(-1));
-      tile.dot_columns(c.kt + i * C + j, C, item.dc + j);
     });
-  T sum = 0;
-  for (long j = 0; j < C; ++j) sum += stored[j];
-  return sum;
 }
 
 // <a, b> of two states in stripes; the vectors of a stripe beyond V hold nothing
@@ -255,6 +260,31 @@ T state_dot(const Plan& plan, const T* a, const T* b) {
     for (long i = s * plan.K * W; i < (s + 1) * plan.K * W; i += W)
       for (long j = i; j < i + columns<T>(plan, s); j += S::lanes) sum += S::load(a + j) * S::load(b + j);
   return horizontal_sum<T>(sum);
+}
+
+// dg of L tokens, `dg_stride` apart, from Y, read, stored and through = e^{c_L} <S0,dS>; zero where g is clamped.
+template <class T>
+void gate_gradient(const Item<T>& item, T through, const T* g, long g_stride, T* dg, long dg_stride) {
+  using S = Simd<T>;
+  const long L = item.chunk.L;
+  alignas(64) T below[C] = {};  // sum_{t<=i} Y_ij for j < t
+  double stored_before[C], stored = 0, read = 0;
+  for (long t = 0; t < L; ++t) stored_before[t] = stored, stored += item.stored[t];
+  typename S::Vec lane;
+  for (int j = 0; j < S::lanes; ++j) lane[j] = T(j);
+  for (long t = L - 1; t >= 0; --t) {
+    typename S::Vec across{};
+    const typename S::Vec none{};
+    for (long j = 0; j < t; j += S::lanes) {
+      const typename S::Vec sum = S::load(below + j) + S::load(item.y + t * C + j);
+      S::store(below + j, sum);
+      const auto before = lane < S::all(T(t - j));
+      across += before ? sum : none;
+    }
+    read += item.read[t];
+    const double gradient = double(horizontal_sum<T>(across)) + read + stored_before[t] + through;
+    dg[t * dg_stride] = g[t * g_stride] < kMinLogDecay ? T(0) : T(gradient);
+  }
 }
 
 template <class T>
@@ -300,11 +330,17 @@ void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin
   }
   for (long j = 0; j < item.plan.values; j += S::lanes)  // U = diag(beta) U'
     S::store(item.u_t + j, S::load(item.u_t + j) * S::load(c.beta + j % C));
-  score_gradient(item, item.grad_o, T(p.scale), false, item.dp, item.dpt);
-  score_gradient(item, item.x, T(-1), true, item.dm, item.dmt);
-  zero_row(item.dc, C);
-  const T stored = key_gradients(item, s0, ds);
-  item.dc[L - 1] += c.e_last * state_dot(item.plan, s0, ds) + stored;
+  zero_row(item.y, C * C);
+  score_gradient(item, item.grad_o, T(1), T(p.scale), c.qk, false, item.dp, item.dpt);
+  score_gradient(item, item.x, T(-1), T(1), c.kk, true, item.dm, item.dmt);
+  zero_row(item.read, C);
+  zero_row(item.stored, C);
+  key_gradients(item, s0, ds);
+  const T* g = at<T>(p.g, p.g_strides, b, begin, h);
+  T* dg = static_cast<T*>(bp.dg) + (b * p.T + begin) * p.H + h;
+  gate_gradient(item, c.e_last * state_dot(item.plan, s0, ds), g, p.g_strides.t, dg, p.H);
+  T* dbeta = static_cast<T*>(bp.dbeta) + (b * p.T + begin) * p.H + h;
+  for (long i = 0; i < L; ++i) dbeta[i * p.H] = item.dbeta[i];
 
   In* dv = static_cast<In*>(bp.dv) + ((b * p.T + begin) * p.H + h) * p.V;
   for (long s = 0; s < item.plan.stripes; ++s) {
@@ -312,14 +348,6 @@ void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin
     with_vectors<T>(columns<T>(item.plan, s), [&](auto vectors) {
       update_stripe<T, decltype(vectors)::value>(item, item.grad_o + s * C * W, item.x + s * C * W, ds + s * c.K * W);
     });
-  }
-  const T* g = at<T>(p.g, p.g_strides, b, begin, h);
-  T *dg = static_cast<T*>(bp.dg) + (b * p.T + begin) * p.H + h, *dbeta = static_cast<T*>(bp.dbeta) + (b * p.T + begin) * p.H + h;
-  double sum = 0;  // dg is the reverse cumulative sum of dc, and zero where g is clamped
-  for (long i = L - 1; i >= 0; --i) {
-    sum += item.dc[i];
-    dg[i * p.H] = g[i * p.g_strides.t] < kMinLogDecay ? T(0) : T(sum);
-    dbeta[i * p.H] = item.dbeta[i];
   }
 }
 
@@ -396,8 +424,9 @@ void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk,
 }
 
 template <class In, class T>
-void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& parallel) {
+void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& caller) {
   const ChunkGatedDeltaRuleParams& p = bp.forward;
+  const Parallel parallel = for_work(caller, 4 * chunk_work(p));
   const long items = p.N * p.Hk, workers = parallel.threads < items ? parallel.threads : items;
   if (p.H == 0) {
     __builtin_memset(bp.dq, 0, p.B * p.T * p.Hk * p.K * sizeof(In));

@@ -19,6 +19,12 @@ JET_INLINE Sequence sequence(const ChunkGatedDeltaRuleParams& p, long n) {
   return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
 }
 
+// Multiply-adds of a forward: three products with the state, three within a chunk; and states copied in and out.
+inline double chunk_work(const ChunkGatedDeltaRuleParams& p) {
+  const double states = double(p.H) * p.K * p.V, scores = double(p.H) * C * (p.K + p.V);
+  return p.B * p.T * (3 * states + scores) + 2 * p.N * states;
+}
+
 JET_INLINE StateStrides contiguous_state(const ChunkGatedDeltaRuleParams& p) { return {p.H * p.K * p.V, p.K * p.V, p.V, 1}; }
 
 // The part of a chunk that does not depend on V. Rows at and beyond L of q, k (columns of kt) are zero.
@@ -91,19 +97,27 @@ inline void load_decays(const T* g, long g_stride, const T* beta, long beta_stri
     }
 }
 
-// out [C, C] = tril(out ∘ Γ), without the diagonal when strict; only rows < L
-template <class T>
-inline void apply_decay(const Chunk<T>& c, bool strict, T* out) {
+// out [C, C] = factor tril(out ∘ Γ), without the diagonal when strict; only rows < L. see(at, x) is shown x, what out + at held, zero
+// where Γ is.
+template <class T, class See>
+inline void apply_decay(const Chunk<T>& c, bool strict, T factor, T* out, const See& see) {
   using S = Simd<T>;
   for (long i = 0; i < c.L; ++i) {
     const long end = round_up(i + 1, S::lanes);
     for (long j = 0; j < end; j += S::lanes) {
-      const typename S::Vec gamma = S::load(c.decay + i * C + j), none{};
-      S::store(out + i * C + j, gamma != none ? S::load(out + i * C + j) * gamma : none);
+      const typename S::Vec gamma = S::load(c.decay + i * C + j), none{}, held = S::load(out + i * C + j);
+      const typename S::Vec x = gamma != none ? held : none;
+      see(i * C + j, x);
+      S::store(out + i * C + j, x * gamma * factor);
     }
     zero_row(out + i * C + end, C - end);
     if (strict) out[i * C + i] = T(0);
   }
+}
+
+template <class T>
+inline void apply_decay(const Chunk<T>& c, bool strict, T* out) {
+  apply_decay(c, strict, T(1), out, [](long, const auto&) {});
 }
 
 // Everything in Chunk but q, qk, q_factor, for L tokens from `begin` of batch row b and value head h.

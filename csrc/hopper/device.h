@@ -1,8 +1,6 @@
 // What launchers and the choice of a backend ask of a device.
 #pragma once
 
-#include "csrc/common/export.h"
-
 namespace jet::hopper {
 
 struct DeviceFacts {
@@ -11,7 +9,7 @@ struct DeviceFacts {
 };
 
 // Of the CUDA device `device`; asked once per device. Throws std::runtime_error if CUDA knows no such device.
-JET_EXPORT const DeviceFacts& device_facts(int device);
+const DeviceFacts& device_facts(int device);
 
 // Of the current device.
 const DeviceFacts& current_device_facts();

@@ -1,11 +1,9 @@
 // An empty kernel: the floor that every launch pays. Benchmarks subtract it.
 #pragma once
 
-#include "csrc/common/export.h"
-
 namespace jet::hopper {
 
 // Launches `<<<1, 32>>>` on `stream` (a cudaStream_t) and returns the launch's cudaError_t.
-JET_EXPORT int empty_launch(void* stream);
+int empty_launch(void* stream);
 
 }  // namespace jet::hopper

@@ -1,75 +1,192 @@
-"""Complete a prompt. With --model the folder's tokenizer reads and writes text, streamed as it is made; with
---config and --random-weights there is no tokenizer, so token ids are printed.
+"""Complete prompts. With --model the folder's tokenizer reads and writes text; with --config and --random-weights there
+is no tokenizer: bytes stand in for tokens, and token ids are printed.
+
+The completion of a single prompt is streamed as it is made. Several prompts (--prompt more than once, or --prompt-file) are
+completed --batch at a time, at temperature 0 each as it would be alone. With --json every prompt gives a line with an object:
+prompt, prompt_ids, ids (of the completion, without the token that ended it), text (null without a tokenizer), stopped (whether
+it ended by itself).
 """
 
 import argparse
+import json
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from jetkernels.cli.models import add_model_arguments, load_model
-from jetkernels.model import StreamDecoder, Tokenizer
+from jetkernels.cli.models import add_model_arguments, check_memory, load_model, read_config
+from jetkernels.cli.options import integer, integers, integers_of, number
+from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, StreamDecoder, Tokenizer
+
+STANDARD_INPUT = "standard input"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: None where token ids were given."""
+
+    text: str | None
+    ids: list[int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--prompt", help="text to complete (default: read standard input)")
-    parser.add_argument("--prompt-ids", help="token ids to complete, separated by commas, instead of text")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--prefill-chunk", type=int, help="prompt tokens per forward; bounds the memory of a long prompt")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", action="append", help="text to complete; may be repeated (default: read standard input)")
+    what.add_argument("--prompt-ids", type=integers(), action="append", help="token ids to complete, separated by commas; may be repeated")
+    what.add_argument("--prompt-file", help="file with a prompt in each line (UTF-8); - is standard input")
+    parser.add_argument("--batch", type=integer(1, 2**16), default=8, help="prompts that are completed at once (default 8)")
+    parser.add_argument("--max-new-tokens", type=integer(), default=128, help="of each completion, at most (default 128)")
+    temperature = "0 (default): always the most likely token"
+    parser.add_argument("--temperature", type=number(0), default=0.0, help=temperature)
+    parser.add_argument("--top-k", type=integer(1), help="draw from this many most likely tokens")
+    parser.add_argument("--top-p", type=number(0, 1, above=True), help="draw from the fewest tokens with this probability")
+    parser.add_argument("--prefill-chunk", type=integer(1), help="prompt tokens per forward; bounds the memory of a long prompt")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per prompt, one in each line")
 
 
-def prompt_ids(arguments: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    if arguments.prompt_ids is not None:
-        try:
-            ids = [int(part) for part in arguments.prompt_ids.split(",")]
-        except ValueError:
-            raise ValueError(f"--prompt-ids must be integers separated by commas, got {arguments.prompt_ids!r}") from None
-    elif tokenizer is None:
-        # Random weights complete anything equally well: bytes of the prompt stand in for its tokens.
-        ids = list((arguments.prompt or "JetBlock").encode())
+def _text(raw: bytes, source: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} must be UTF-8 text, got byte 0x{raw[error.start]:02x} at position {error.start:,}") from None
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        print("reading from standard input; end with Ctrl-D", file=sys.stderr)
+    # Decoded here: Python would use the encoding of the terminal.
+    raw = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode("utf-8")
+    return _text(raw, STANDARD_INPUT)
+
+
+def _texts(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """(where it comes from, text) of every prompt that is text."""
+    if arguments.prompt is not None:
+        # What is not UTF-8 on a command line comes as halves of surrogate pairs.
+        return [("--prompt", _text(text.encode("utf-8", "surrogateescape"), "--prompt")) for text in arguments.prompt]
+    if arguments.prompt_file is None:
+        return [(STANDARD_INPUT, _standard_input())]
+    if arguments.prompt_file == "-":
+        source, text = STANDARD_INPUT, _standard_input()
     else:
-        ids = tokenizer.encode(arguments.prompt if arguments.prompt is not None else sys.stdin.read())
-    if not ids:
-        raise ValueError("the prompt must hold at least one token, got none")
-    outside = [i for i in ids if not 0 <= i < vocab_size]
-    if outside:
-        raise ValueError(f"token ids must be below the vocabulary size {vocab_size} and not negative, got {outside[0]}")
-    return ids
+        source = f"--prompt-file {arguments.prompt_file}"
+        text = _text(Path(arguments.prompt_file).read_bytes(), source)
+    lines = text.removesuffix("\n").split("\n")
+    return [(f"line {n} of {source}", line.removesuffix("\r")) for n, line in enumerate(lines, 1)]
+
+
+def read_prompts(arguments: argparse.Namespace, tokenizer: Tokenizer | None, config: JetNemotronConfig) -> list[Prompt]:
+    """Every prompt that the options name, checked against the model's vocabulary and context."""
+    if arguments.prompt_ids is not None:
+        found = [("--prompt-ids", Prompt(None, list(integers_of(text)))) for text in arguments.prompt_ids]
+    else:
+        encode = tokenizer.encode if tokenizer is not None else lambda text: list(text.encode("utf-8"))
+        found = [(source, Prompt(text, encode(text))) for source, text in _texts(arguments)]
+    new, longest = arguments.max_new_tokens, config.max_position_embeddings
+    for source, prompt in found:
+        if not prompt.ids:
+            raise ValueError(f"{source}: a prompt must hold at least one token, got none")
+        outside = [i for i in prompt.ids if not 0 <= i < config.vocab_size]
+        if outside:
+            raise ValueError(
+                f"{source}: token ids must be below the vocabulary size {config.vocab_size} and not negative, got {outside[0]}"
+            )
+        if len(prompt.ids) + new > longest:
+            raise ValueError(
+                f"{source}: {len(prompt.ids):,} tokens and --max-new-tokens {new:,} are more than the {longest:,} "
+                "that the model is made for (max_position_embeddings of its config.json)"
+            )
+    return [prompt for _, prompt in found]
+
+
+def _padded(prompts: list[Prompt], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, T], padded on the left."""
+    T = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.tensor([[pad] * (T - len(p.ids)) + p.ids for p in prompts], device=device)
+    mask = torch.tensor([[0] * (T - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+    return ids, mask
+
+
+class Output:
+    """Prints completions, a single one as it is made."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: set[int], stream: bool, as_json: bool):
+        self.tokenizer, self.stop, self.stream, self.as_json = tokenizer, stop, stream, as_json
+        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.times: list[float] = []
+        self.tokens = 0
+
+    def step(self, tokens: torch.Tensor, running: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.tokens += int(running.sum())
+        if self.stream and (token := tokens.item()) not in self.stop:
+            print(self.decoder.push(token) if self.decoder is not None else f"{token} ", end="", flush=True)
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids) if self.tokenizer is not None else " ".join(map(str, ids))
+
+    def done(self, number: int, prompt: Prompt, ids: list[int]) -> None:
+        """A prompt's completion: ids up to the token that ended it, or all."""
+        if self.stream:
+            print(self.decoder.finish() if self.decoder is not None else "", flush=True)
+            return
+        end = next((n for n, token in enumerate(ids) if token in self.stop), len(ids))
+        kept, stopped = ids[:end], end < len(ids)
+        if self.as_json:
+            text = self.text(kept) if self.tokenizer is not None else None
+            values = {"prompt": prompt.text, "prompt_ids": prompt.ids, "ids": kept, "text": text, "stopped": stopped}
+            print(json.dumps(values), flush=True)
+        else:
+            print(f"--- prompt {number}: {prompt.text if prompt.text is not None else prompt.ids}\n{self.text(kept)}", flush=True)
+
+
+def complete(arguments: argparse.Namespace, model: JetNemotronForCausalLM, prompts: list[Prompt], output: Output) -> float:
+    """Completes all prompts, --batch at a time; returns the seconds until the first token of the first batch."""
+    generator = torch.Generator(device=model.device).manual_seed(arguments.seed)
+    start, first = time.perf_counter(), 0.0
+    for begin in range(0, len(prompts), arguments.batch):
+        group = prompts[begin : begin + arguments.batch]
+        ids, mask = _padded(group, 0, model.device)
+        found = model.generate(
+            ids,
+            mask if len(group) > 1 else None,
+            arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            prefill_chunk=arguments.prefill_chunk,
+            generator=generator,
+            on_tokens=output.step,
+        )
+        if begin == 0 and output.times:
+            first = output.times[0] - start
+        for n, (prompt, row) in enumerate(zip(group, found[:, ids.shape[1] :].tolist())):
+            output.done(begin + n + 1, prompt, row)
+    return first
 
 
 def run(arguments: argparse.Namespace) -> None:
-    start = time.perf_counter()
-    model = load_model(arguments)
+    config = read_config(arguments)
     tokenizer = Tokenizer.from_pretrained(arguments.model) if arguments.model is not None else None
+    if arguments.prompt is None and arguments.prompt_file is None and arguments.prompt_ids is None and tokenizer is None:
+        # Random weights complete anything equally well.
+        arguments.prompt = ["JetBlock"]
+    prompts = read_prompts(arguments, tokenizer, config)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    check_memory(arguments, config, min(arguments.batch, len(prompts)), longest + arguments.max_new_tokens)
+    start = time.perf_counter()
+    model = load_model(arguments, config)
     print(f"model ready in {time.perf_counter() - start:.1f} s on {model.device}, {model.dtype}", file=sys.stderr)
-    ids = prompt_ids(arguments, tokenizer, model.config.vocab_size)
-    decoder = StreamDecoder(tokenizer) if tokenizer else None
-    times = [time.perf_counter()]
-    stop = set(model.config.stop_token_ids)
-
-    def show(tokens: torch.Tensor, running: torch.Tensor) -> None:
-        token = tokens.item()
-        times.append(time.perf_counter())
-        if token not in stop:
-            print(decoder.push(token) if decoder else f"{token} ", end="", flush=True)
-
-    generator = torch.Generator(device=model.device).manual_seed(arguments.seed)
-    model.generate(
-        torch.tensor([ids], device=model.device),
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        prefill_chunk=arguments.prefill_chunk,
-        generator=generator,
-        on_tokens=show,
-    )
-    print(decoder.finish() if decoder else "")
-    if len(times) > 2:
-        rate = (len(times) - 2) / (times[-1] - times[1])
-        print(f"prompt of {len(ids)} tokens in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s", file=sys.stderr)
+    stream = len(prompts) == 1 and not arguments.json
+    output = Output(tokenizer, set(config.stop_token_ids), stream, arguments.json)
+    first = complete(arguments, model, prompts, output)
+    times = output.times
+    if len(prompts) == 1 and len(times) > 2:
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        print(f"prompt of {len(prompts[0].ids)} tokens in {first:.2f} s, then {rate:.1f} tokens/s", file=sys.stderr)
+    elif len(times) > 1:
+        seconds = time.perf_counter() - start
+        print(f"{len(prompts)} prompts, {output.tokens:,} new tokens in {seconds:.2f} s", file=sys.stderr)

@@ -2,17 +2,15 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from jetkernels._progress import progress
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
-from jetkernels.model.tokenizer import TOKENIZER_FILE
 from jetkernels.modules import JetBlock, JetBlockConfig
 from jetkernels.postnas import (
     Copy,
@@ -46,17 +44,7 @@ from jetkernels.postnas.report import curve, markdown_table, provenance, write_t
 from jetkernels.postnas.selection import write_candidate_report
 from jetkernels.postnas.shapes import Shape, equal_cache_grid, write_shape_report
 
-
-def _integers(arguments: argparse.Namespace, name: str) -> tuple[int, ...]:
-    """The option --name as integers, none negative."""
-    got = getattr(arguments, name)
-    try:
-        found = tuple(int(part) for part in got.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 0:
-        raise ValueError(f"--{name} must be integers separated by commas, got {got!r}")
-    return found
+from .search_checks import base_tokenizer, integers_option, placement_of, shape_of
 
 
 def _corpus(arguments: argparse.Namespace, tokenizer: Tokenizer) -> TextCorpus:
@@ -72,6 +60,8 @@ def _corpus(arguments: argparse.Namespace, tokenizer: Tokenizer) -> TextCorpus:
             f"text: {corpus.files} files ({corpus.skipped} skipped as no UTF-8 text), {len(corpus.training):,} tokens to train on, "
             f"{len(corpus.held_out):,} held out {corpus.split}"
         )
+    if min(len(corpus.training), len(corpus.held_out)) <= arguments.length:
+        raise ValueError(f"--length {arguments.length} needs more tokens on either side than the text has; give more --text, or a shorter length")
     return corpus
 
 
@@ -82,7 +72,7 @@ def _recipe(arguments: argparse.Namespace, **changes) -> Recipe:
 def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokenizer, seed: int = 0) -> list[Task]:
     """Another seed gives other examples of the generated tasks."""
     count, length = arguments.examples, arguments.length
-    recall = Recall(corpus.held_out, tokenizer.end_of_text_id, _integers(arguments, "distances"))
+    recall = Recall(corpus.held_out, tokenizer.end_of_text_id, integers_option(arguments, "distances"))
     tasks = [
         recall.task(count, length, seed),
         Copy(corpus.held_out).task(count, length, seed),
@@ -90,10 +80,8 @@ def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokeniz
     ]
     tasks += [MultipleChoice.from_jsonl(path, tokenizer) for path in arguments.questions]
     if arguments.harness:
-        try:
-            from jetkernels.postnas.harness import HarnessTask
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--harness needs the package lm_eval, got {error}; pip install 'jetkernels[harness]'") from None
+        from jetkernels.postnas.harness import HarnessTask
+
         for word in arguments.harness:
             name, _, metric = word.partition(":")
             tasks.append(HarnessTask(name, tokenizer, arguments.harness_limit, metric=metric or "acc"))
@@ -103,12 +91,12 @@ def _tasks(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokeniz
 def _sources(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Tokenizer) -> list[tuple[RowSource, float]]:
     """What training rows are drawn from."""
     mark = tokenizer.end_of_text_id
-    recall = Recall(corpus.training, mark, _integers(arguments, "distances"))
+    recall = Recall(corpus.training, mark, integers_option(arguments, "distances"))
     return text_and_tasks(corpus, mark, arguments.task_share, recall)
 
 
 # Options that a training does not depend on: it is not repeated when they change.
-NOT_TRAINING = {"run", "stage", "stage_run", "command", "model", "whole_steps", "output", "save_every", "text", "base"}
+NOT_TRAINING = {"run", "stage", "stage_run", "usage", "command", "model", "whole_steps", "output", "save_every", "text", "base"}
 NOT_TRAINING |= {"full", "window", "window_size", "full_task", "window_task", "objective", "width", "exhaustive_up_to"}
 NOT_TRAINING |= {"examples", "questions", "harness", "harness_limit", "seeds", "task", "placement", "state", "heads", "keys"}
 NOT_TRAINING |= {"only", "min_throughput", "min_share", "speed_batch", "speed_prompt", "speed_tokens"}
@@ -144,7 +132,7 @@ def run_base(arguments: argparse.Namespace) -> str | None:
         batch_size=arguments.batch,
         length=arguments.length,
         task_share=arguments.task_share,
-        distances=_integers(arguments, "distances"),
+        distances=integers_option(arguments, "distances"),
         mark=tokenizer.end_of_text_id,
         seed=arguments.seed,
         checkpoint=arguments.output / "base.ckpt",
@@ -154,7 +142,7 @@ def run_base(arguments: argparse.Namespace) -> str | None:
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     mark, count, length = tokenizer.end_of_text_id, 64, arguments.length
-    recall = Recall(corpus.held_out, mark, _integers(arguments, "distances")).task(count, length)
+    recall = Recall(corpus.held_out, mark, integers_option(arguments, "distances")).task(count, length)
     tasks = [recall, Copy(corpus.held_out).task(count, length), language_modelling(corpus.held_out, count, length)]
     rows = [[task.name, score.loss, score.accuracy] for task in tasks for score in [_score(task, model)]]
     text = [
@@ -180,19 +168,14 @@ def _score(task: Task, model: JetNemotronForCausalLM) -> Score:
 
 def load_base(folder: Path, device: str) -> tuple[JetNemotronForCausalLM, Tokenizer]:
     """Base and tokenizer of a folder. In fp32 whatever is stored: the paths beside it are trained in the base's dtype."""
-    base = from_pretrained(folder, dtype=torch.float32, device=device, progress=partial(tqdm, desc="loading base", leave=False))
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise FileNotFoundError(f"--base: {folder} has no {TOKENIZER_FILE}")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    if tokenizer.end_of_text_id is None:
-        raise ValueError(f"--base: the tokenizer in {folder} must have <|endoftext|>, which marks the recall task's keys")
-    return base, tokenizer
+    tokenizer = base_tokenizer(folder)
+    return from_pretrained(folder, dtype=torch.float32, device=device, progress=partial(progress, desc="loading base")), tokenizer
 
 
 def run_placement(arguments: argparse.Namespace) -> str | None:
     base, tokenizer = load_base(arguments.base, arguments.device)
     corpus = _corpus(arguments, tokenizer)
-    network = SuperNetwork(base, shape_of(arguments).config(), arguments.window_size, arguments.seed, arguments.recompute)
+    network = SuperNetwork(base, shape_of(arguments.shape).config(), arguments.window_size, arguments.seed, arguments.recompute)
     options = PlacementOptions(
         arguments.full,
         arguments.window,
@@ -221,17 +204,6 @@ def run_placement(arguments: argparse.Namespace) -> str | None:
     return f"`{' '.join(result.placement)}`"
 
 
-def _placement(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """--placement: the layers themselves, or those in a folder's result.json."""
-    path = Path(arguments.placement) / "result.json"
-    if not path.is_file():
-        return tuple(arguments.placement.split())
-    try:
-        return tuple(json.loads(path.read_text(encoding="utf-8"))["placement"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"--placement: {path} must be a result of `search placement`") from None
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What stages 2, 3 and 4 share: the measured candidates, and what the report says about them."""
@@ -253,7 +225,7 @@ def _compare(
         with torch.device("meta"):
             JetBlock(base.config.hidden_size, paths) if isinstance(paths, JetBlockConfig) else paths(base.config.hidden_size)
     corpus = _corpus(arguments, tokenizer)
-    facts, placement = _facts(arguments, corpus, base), _placement(arguments)
+    facts, placement = _facts(arguments, corpus, base), placement_of(arguments)
     settings = ("task", "objective", "seeds", "speed_batch", "speed_prompt", "speed_tokens")
     asked = _task_facts(arguments) + [(name, getattr(arguments, name)) for name in settings] + [("placement", " ".join(placement))]
     meter = Meter(
@@ -289,15 +261,8 @@ def _report_comparison(
     return f"best {_quality(arguments)}: {best.name}, {best.quality:.4f}"
 
 
-def shape_of(arguments: argparse.Namespace) -> Shape:
-    try:
-        return Shape.from_name(arguments.shape)
-    except (ValueError, TypeError):
-        raise ValueError(f"--shape must be KxVxH, such as 96x256x12, got {arguments.shape!r}") from None
-
-
 def run_blocks(arguments: argparse.Namespace) -> str | None:
-    shape = shape_of(arguments)
+    shape = shape_of(arguments.shape)
 
     def block(name: str) -> Callable[[int], torch.nn.Module]:
         kind = BLOCKS[name]
@@ -310,13 +275,13 @@ def run_blocks(arguments: argparse.Namespace) -> str | None:
 
 
 def run_design(arguments: argparse.Namespace) -> str | None:
-    shape, names = shape_of(arguments), arguments.only or list(DESIGNS)
+    shape, names = shape_of(arguments.shape), arguments.only or list(DESIGNS)
     found = _compare(arguments, names, lambda name: lambda size: DesignedBlock(size, shape, DESIGNS[name]))
     return _report_comparison(arguments, found, "Design of the JetBlock")
 
 
 def run_shapes(arguments: argparse.Namespace) -> str | None:
-    grid = equal_cache_grid(arguments.state, _integers(arguments, "heads"), _integers(arguments, "keys"))
+    grid = equal_cache_grid(arguments.state, integers_option(arguments, "heads"), integers_option(arguments, "keys"))
     found = _compare(arguments, [shape.name for shape in grid], lambda name: Shape.from_name(name).config())
     if ranks()[0]:
         return None

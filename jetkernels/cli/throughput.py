@@ -3,30 +3,29 @@
 import argparse
 import json
 
-from tqdm import tqdm
-
-from jetkernels.cli.models import add_model_arguments, load_model
+from jetkernels._progress import progress
+from jetkernels.cli.models import add_model_arguments, check_memory, load_model, read_config
+from jetkernels.cli.options import integer
 from jetkernels.model.speed import WARM_UP_STEPS, measure_speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
-    parser.add_argument("--prompt-length", type=int, default=512, help="tokens of each prompt (default 512)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="decode steps that are timed (default 32)")
-    parser.add_argument("--prefill-chunk", type=int, help="prompt tokens per forward")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median counts (default 3)")
+    parser.add_argument("--batch", type=integer(1, 2**16), default=1, help="sequences (default 1)")
+    parser.add_argument("--prompt-length", type=integer(1, 2**28), default=512, help="tokens of each prompt (default 512)")
+    parser.add_argument("--new-tokens", type=integer(1, 2**28), default=32, help="decode steps that are timed (default 32)")
+    parser.add_argument("--prefill-chunk", type=integer(1), help="prompt tokens per forward")
+    parser.add_argument("--repeats", type=integer(1), default=3, help="timed runs; the median counts (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name in ("batch", "prompt_length", "new_tokens", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    model = load_model(arguments)
+    config = read_config(arguments)
     B, T, new = arguments.batch, arguments.prompt_length, arguments.new_tokens
+    check_memory(arguments, config, B, T + new)
+    model = load_model(arguments, config)
     total = 1 + min(new, WARM_UP_STEPS) + arguments.repeats * (1 + new)
-    with tqdm(total=total, desc="timing", leave=False, disable=arguments.json) as bar:
+    with progress(total=total, desc="timing", disable=arguments.json) as bar:
         speed = measure_speed(
             model, B, T, new, arguments.repeats, prefill_chunk=arguments.prefill_chunk, seed=arguments.seed, on_call=bar.update
         )

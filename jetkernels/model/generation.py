@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +24,14 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
     top_k keeps that many tokens, top_p the fewest most likely ones whose probabilities reach it; both: top_k first.
     """
-    if temperature == 0:
+    limits = torch.finfo(torch.float32)
+    # Below it fp32 has zero, and a draw would be the most likely token anyway; above it infinity, and all tokens are alike.
+    if temperature < limits.tiny:
         return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    temperature = min(temperature, limits.max)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The largest becomes zero, which no temperature turns into infinity.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         # By index, not by value: exactly top_k tokens survive a tie.
         values, indices = logits.topk(top_k, -1)
@@ -51,7 +58,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_token_ids: Sequence[int] | None = None,
+    stop_token_ids: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     on_tokens: Callable[[Tensor, Tensor], None] | None = None,
     generator: torch.Generator | None = None,
@@ -60,10 +67,11 @@ def generate(
     """Continues each prompt of a batch with a JetNemotronForCausalLM.
 
     Args:
-        input_ids: [B, T] int64, T >= 1.  attention_mask: [B, T], zero at padding (either side).
+        input_ids: [B, T] int64 or int32, T >= 1, on the model's device.  attention_mask: [B, T], zero at padding (either side),
+            never in a whole row.
         max_new_tokens: upper bound per row.
-        temperature: 0 picks the most likely token, otherwise logits are divided by it before a draw.
-        top_k, top_p: restrict the draw to the top_k most likely tokens, to the fewest tokens with probability top_p.
+        temperature: 0 picks the most likely token, otherwise logits are divided by it before a draw; finite.
+        top_k, top_p: restrict the draw to the top_k most likely tokens, to the fewest tokens with probability top_p in (0, 1].
         stop_token_ids: a row ends with the first of these; the config's eos by default, () for none.
         pad_token_id: what follows in rows that ended before others; the config's pad (eos) by default.
         on_tokens: called after each step with the new tokens [B] and which rows were still running [B] (bool).
@@ -71,20 +79,24 @@ def generate(
         prefill_chunk: prompt tokens per forward; bounds the memory of a long prompt. The whole prompt by default.
 
     Returns: [B, T + new] int64, the prompt as given and the new tokens; new <= max_new_tokens, fewer when all rows end.
+    Raises ValueError or TypeError for a wrong argument, before anything is computed; RuntimeError if logits after a prompt are
+    not finite. What on_tokens raises ends the generation and is passed on.
     """
-    _check(input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, prefill_chunk)
+    _check_prompt(model, input_ids, attention_mask)
+    _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, generator, input_ids.device)
     config = model.config
-    stop = config.stop_token_ids if stop_token_ids is None else list(stop_token_ids)
-    pad = config.padding_token_id if pad_token_id is None else pad_token_id
+    stop = config.stop_token_ids if stop_token_ids is None else _token_ids("stop_token_ids", stop_token_ids)
+    pad = config.padding_token_id if pad_token_id is None else _integer("pad_token_id", pad_token_id)
     B, T = input_ids.shape
     if max_new_tokens == 0:
-        return input_ids.clone()
+        return input_ids.to(torch.int64, copy=True)
     device = input_ids.device
     out = torch.full((B, T + max_new_tokens), pad, dtype=torch.int64, device=device)
     out[:, :T] = input_ids
     # The last of the new tokens is never fed back.
     cache = model.new_cache(B, T + max_new_tokens - 1)
     logits = prefill(model, input_ids, attention_mask, cache, prefill_chunk)
+    _check_finite(logits)
     stops = torch.tensor(stop, dtype=torch.int64, device=device)
     running = torch.ones(B, dtype=torch.bool, device=device)
     # How many tokens each row has got, its stop token included.
@@ -116,8 +128,6 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor | None, cache, chun
     if attention_mask is not None:
         # Every row then ends in the last column, whichever side was padded.
         input_ids, attention_mask = align_right(input_ids, attention_mask)
-        if bool((attention_mask[:, -1] == 0).any()):
-            raise ValueError("attention_mask must keep at least one token of each row, got a row of zeros")
     size = chunk or T
     for start in range(0, T, size):
         mask = None if attention_mask is None else attention_mask[:, start : start + size]
@@ -125,18 +135,69 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor | None, cache, chun
     return logits
 
 
-def _check(input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, prefill_chunk) -> None:
+def _check_prompt(model, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
         raise ValueError(f"input_ids must be [B, T] with B, T >= 1, got {list(input_ids.shape)}")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if input_ids.device != model.device:
+        raise ValueError(f"input_ids must be on the model's device {model.device}, got {input_ids.device}")
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor [B, T], got {type(attention_mask).__name__}")
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask must be {list(input_ids.shape)}, got {list(attention_mask.shape)}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not temperature >= 0:
+    if attention_mask.device != input_ids.device:
+        raise ValueError(f"attention_mask must be on the device of input_ids, {input_ids.device}, got {attention_mask.device}")
+    kept = (attention_mask != 0).any(dim=1)
+    if not bool(kept.all()):
+        row = kept.tolist().index(False)
+        raise ValueError(f"attention_mask must keep at least one token of each row, got a row of zeros: row {row}")
+
+
+def _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, generator, device: torch.device) -> None:
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1), ("prefill_chunk", prefill_chunk, 1)):
+        if (value is not None or name == "max_new_tokens") and _integer(name, value) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not _number("temperature", temperature) >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if math.isinf(temperature):
+        raise ValueError(f"temperature must be finite, got {temperature}")
+    if top_p is not None and not 0 < _number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator must be on the model's device {device}, got one on {generator.device}")
+
+
+def _integer(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _number(name: str, value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+
+
+def _token_ids(name: str, values) -> list[int]:
+    """A list of ids from a sequence, a tensor or a single id."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    return [_integer(name, value) for value in (values if isinstance(values, Iterable) else [values])]
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Of the logits [B, 1, vocab] after the prompts: a draw from NaN would be a token like any other."""
+    good = logits.isfinite().all(-1).flatten()
+    if not bool(good.all()):
+        row = good.tolist().index(False)
+        raise RuntimeError(
+            f"the logits after prompt {row} are not finite: the weights hold NaN or infinity, or {logits.dtype} is too narrow for them"
+        )

@@ -4,34 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tokenizers
 import torch
 from torch import Tensor
 
-from .checkpoint import replacing
+from jetkernels._optional import optional
+from jetkernels.files import replacing
+from jetkernels.reading import reading
+
+from .checkpoint import TOKENIZER_FILES, check_folder, read_companions
+
+if TYPE_CHECKING:
+    import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """A tokenizer.json, as published with the models (byte-level BPE), or one token per byte."""
+    """A tokenizer.json, as published with the models (byte-level BPE), or one token per byte.
+
+    companions: name -> content of the other files of a tokenizer that lay beside it (chat template, ...), for `save_pretrained`.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
+        self.companions: dict[str, bytes] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """Reads tokenizer.json in a local folder."""
-        path = Path(folder) / TOKENIZER_FILE
-        if not path.is_file():
+        """Reads tokenizer.json in a local folder.
+
+        Raises:
+            OSError: the folder or the file is missing or cannot be opened.  ValueError: the file is damaged.
+        """
+        check_folder(folder, "tokenizer")
+        with reading(folder, lambda opened: read_companions(opened, TOKENIZER_FILES)) as found:
+            content = found.pop(TOKENIZER_FILE, None)
+        if content is None:
             raise FileNotFoundError(f"tokenizer: {folder} has no {TOKENIZER_FILE}")
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        path = Path(folder) / TOKENIZER_FILE
+        try:
+            backend = _library().Tokenizer.from_buffer(content)
+        except BaseException as error:  # the library's errors are bare Exceptions, and a panic in it is not even one
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError, ImportError)):
+                raise
+            raise ValueError(f"tokenizer: {path} is damaged: {error}") from None
+        tokenizer = cls(backend)
+        tokenizer.companions = found
+        return tokenizer
 
     @classmethod
     def byte_level(cls) -> Tokenizer:
         """256 tokens, the id of each the value of its byte in UTF-8, and `<|endoftext|>` = 256."""
+        tokenizers = _library()
         vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
         backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -40,11 +67,11 @@ class Tokenizer:
         return cls(backend)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer.json; the folder changes in one step, whatever fails."""
+        """Writes tokenizer.json and what came with it; the folder changes in one step, whatever fails."""
         with replacing(folder) as new:
-            # It may be a link to the old one.
-            (new / TOKENIZER_FILE).unlink(missing_ok=True)
-            self.backend.save(str(new / TOKENIZER_FILE))
+            (new / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+            for name, content in self.companions.items():
+                (new / name).write_bytes(content)
 
     @property
     def vocab_size(self) -> int:
@@ -56,7 +83,16 @@ class Tokenizer:
         return self.backend.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids. Raises ValueError for text that is not Unicode (bytes that were not UTF-8, read as surrogates)."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            if not isinstance(text, str):
+                raise TypeError(f"text must be a str, got {type(text).__name__}") from None
+            bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if bad is None:
+                raise
+            raise ValueError(f"text must be Unicode, got the lone surrogate U+{ord(text[bad]):04X} at character {bad}") from None
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -106,6 +142,10 @@ class StreamDecoder:
     def _emit(self, text: str) -> str:
         self.context, self.pending = self.pending, []
         return text
+
+
+def _library():
+    return optional("tokenizers", "model", "reading and writing text")
 
 
 def _byte_symbols() -> list[str]:

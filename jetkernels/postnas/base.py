@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
-from jetkernels.model.checkpoint import load_weights
-from jetkernels.model.config import CONFIG_FILE
+from jetkernels.model.checkpoint import load, opened
+from jetkernels.model.config import layer_count
 
 from .data import Loader, RowSource, TextCorpus, Windows
 from .tasks import Copy, Recall
@@ -61,6 +60,8 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     if model_type != "qwen2":
         raise ValueError(f"base: model_type must be qwen2, got {model_type!r}")
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"base: rope_parameters must be an object, got {rope!r:.100}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     for key, only, got in (
         ("hidden_act", "silu", values.get("hidden_act", "silu")),
@@ -80,7 +81,7 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     known["tie_word_embeddings"] = values.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"])
     return JetNemotronConfig(
         **known,
-        layer_types=["attn"] * values["num_hidden_layers"],
+        layer_types=["attn"] * layer_count(values["num_hidden_layers"]),
         efficient_attention_config={},
         torch_dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
     )
@@ -98,22 +99,24 @@ def from_pretrained(
     dtype: of the loaded model, by default the one of the weights.  progress: wraps the list of tensors, as tqdm does.
 
     Raises:
-        FileNotFoundError: config.json or weights are missing.  ValueError: they are damaged, of another architecture, or
+        OSError: the folder or a file in it is missing or cannot be opened.  ValueError: they are damaged, of another architecture, or
             do not fit each other; or a layer is not full attention.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"base: {folder} has no {CONFIG_FILE}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        model_type = values.get("model_type")
-    except (ValueError, AttributeError):
-        raise ValueError(f"base: {path} must hold a JSON object") from None
-    config = JetNemotronConfig.from_dict(values) if model_type == "jet_nemotron" else qwen2_config(values)
+    with opened(folder) as saved:
+        config = saved.parse(_base_config)
+        return load(JetNemotronForCausalLM, config, saved, dtype=dtype, device=device, progress=progress).eval()
+
+
+def read_config(folder: str | Path) -> JetNemotronConfig:
+    """The config of the base that `from_pretrained` would load; raises what it raises before weights are read."""
+    with opened(folder) as saved:
+        return saved.parse(_base_config)
+
+
+def _base_config(values: Mapping) -> JetNemotronConfig:
+    config = JetNemotronConfig.from_dict(values) if values.get("model_type") == "jet_nemotron" else qwen2_config(values)
     check_base(config)
-    model = JetNemotronForCausalLM.empty(config, device=device, dtype=dtype or config.dtype)
-    load_weights(model, folder, progress)
-    return model.eval()
+    return config
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -132,10 +135,14 @@ def check_base(config: JetNemotronConfig) -> None:
         raise ValueError(f"base: layer_types must all be attn, got {list(config.layer_types)}")
 
 
+def small_config(layers: int = 6, **changes) -> JetNemotronConfig:
+    """Of a byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
+    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layer_count(values["num_hidden_layers"]), efficient_attention_config={})
+
+
 def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausalLM:
-    """An untrained byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
-    config = JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
-    return JetNemotronForCausalLM.random(config, seed=seed)
+    """An untrained base of `small_config`."""
+    return JetNemotronForCausalLM.random(small_config(layers, **changes), seed=seed)
 
 
 def text_and_tasks(corpus: TextCorpus, mark: int, task_share: float, recall: Recall | None = None) -> list[tuple[RowSource, float]]:

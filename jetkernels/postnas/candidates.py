@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
+from jetkernels._progress import progress
 from jetkernels.model import JetNemotronCache, JetNemotronForCausalLM
 from jetkernels.model.speed import measure_speed, synchronize
 
-from .checkpoints import fingerprint, load_state, save_state
+from .checkpoints import load_state, save_state
 from .data import Loader
 from .placement import train_super_network
 from .report import markdown_table
@@ -83,14 +82,14 @@ def measure_all(
 
     facts: JSON values that the rows depend on; a checkpoint of other ones is refused.
     """
-    run = fingerprint(dict(facts) | {"candidates": list(names), "seeds": list(seeds)})
+    run = dict(facts) | {"candidates": list(names), "runs": list(seeds)}
     wanted = [(name, seed) for seed in seeds for name in names]
     rows: list[Measured] = []
     if checkpoint is not None and Path(checkpoint).exists():
         for values in load_state(checkpoint, "candidates", run)["rows"]:
             scores = {task: tuple(pair) for task, pair in values.pop("scores").items()}
             rows.append(Measured(scores=scores, **values))
-    with tqdm(total=len(wanted), initial=len(rows), desc="candidates", leave=False, disable=ranks()[0] > 0) as bar:
+    with progress(total=len(wanted), initial=len(rows), desc="candidates", disable=ranks()[0] > 0) as bar:
         for name, seed in wanted[len(rows) :]:
             rows.append(measure(name, seed))
             if checkpoint is not None and ranks()[0] == 0:

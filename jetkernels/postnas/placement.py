@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from jetkernels._progress import progress
 from jetkernels.model import Tokenizer
 
-from .checkpoints import fingerprint, load_state, save_state
+from .checkpoints import load_state, save_state
 from .data import Loader, seeded
 from .report import curve, heat_map, markdown_table, provenance, write_text
 from .search import Found, beam_search, check_search, importance, most_evaluations, uniform, with_kind
@@ -70,7 +70,7 @@ class ScoreBook:
         if len(self.tasks) != len(tasks):
             raise ValueError(f"tasks must have different names, got {[task.name for task in tasks]}")
         self.path = path
-        self.run = fingerprint(facts)
+        self.run = dict(facts)
         self.scores: dict[str, list] = {}
         if path is not None and Path(path).exists():
             self.scores = load_state(path, "scores", self.run)["scores"]
@@ -90,8 +90,8 @@ class ScoreBook:
         loss, accuracy, groups = self.scores[key]
         return Score(loss, accuracy, {name: tuple(pair) for name, pair in groups.items()})
 
-    def evaluate(self, task: str, objective: str, bar: tqdm | None = None) -> Callable[[Placement], float]:
-        """Placement -> objective of a task, more is better."""
+    def evaluate(self, task: str, objective: str, bar=None) -> Callable[[Placement], float]:
+        """Placement -> objective of a task, more is better.  bar: of `progress`, advanced by each evaluation."""
 
         def value(placement: Placement) -> float:
             result = objective_of(task, self.score(placement, task), objective)
@@ -137,7 +137,7 @@ def train_super_network(
     used = [i for i in range(network.num_layers) if placement is None or placement[i] == "jet"]
     parameters = {f"{i}.{name}": p for i in used for name, p in network.jet[i].named_parameters()}
     jet = network.jet_config.to_dict() if network.jet_config is not None else type(network.jet[0]).__name__
-    described = dict(facts) | {"jet": jet, "base": network.base.config.to_dict(), "placement": placement}
+    described = dict(facts) | {"jet": jet, "base config": network.base.config.to_dict(), "placement": placement}
     if placement is not None and "swa" in placement:
         described["window"] = network.window_size
     return train(STAGE, parameters, step_loss, loader, recipe, described, checkpoint, on_step)
@@ -150,7 +150,7 @@ def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequenc
     settings = {"width": options.width, "exhaustive_up_to": options.exhaustive_up_to}
     options.check(layers, list(book.tasks))
     most = options.evaluations(layers, len(book.tasks))
-    with tqdm(total=most, desc="placements", unit="evaluation", leave=False, disable=ranks()[0] > 0) as bar:
+    with progress(total=most, desc="placements", unit="evaluation", disable=ranks()[0] > 0) as bar:
         full = beam_search(start, options.full_layers, book.evaluate(options.full_task, options.objective, bar), **settings)
         maps = {"attn": {t: importance(start, book.evaluate(t, options.objective, bar)) for t in book.tasks}}
         window, placement = None, full.placement

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from jetkernels._optional import optional
 from jetkernels._version import __version__
-
-from .checkpoints import write_atomic
+from jetkernels.files import write_atomic
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -51,9 +51,7 @@ def _save(figure, path: Path) -> None:
 
 
 def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
+    optional("matplotlib", "all", "a plot of the search").use("Agg")
     from matplotlib import pyplot
 
     return pyplot

@@ -132,7 +132,7 @@ class SuperNetwork(nn.Module):
 
     def forward(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes."""
-        return F.linear(self.features(input_ids, placement)[-1], self.base.head_weight)
+        return self.base.head(self.features(input_ids, placement)[-1])
 
     def random_placement(self, generator: torch.Generator) -> Placement:
         """Each layer independently its attention or its JetBlock, even odds; never attention everywhere, which trains nothing."""
@@ -169,4 +169,5 @@ class SuperNetwork(nn.Module):
                 state = {k: v for k, v in state.items() if not k.startswith(prefix)}
                 state |= {prefix + k: v for k, v in self.jet[i].state_dict().items()}
         model.load_state_dict(state)
+        model.companions = self.base.companions
         return model.eval()

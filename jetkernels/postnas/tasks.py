@@ -120,6 +120,11 @@ class Recall:
         """Tokens of a row that are neither text in front nor text between."""
         return 1 + 2 * self.pairs * (1 + self.key_size + self.value_size)
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of a row that has room for the largest distance."""
+        return self.overhead + max(self.distances)
+
     def _span(self, size: int, generator: torch.Generator, without: Sequence[Tensor] = ()) -> Tensor:
         text = Windows(self.tokens)
         for _ in range(self.TRIES):
@@ -130,8 +135,6 @@ class Recall:
 
     def _row(self, length: int, distance: int, generator: torch.Generator) -> Tensor:
         before = length - self.overhead - distance
-        if before < 0:
-            raise ValueError(f"recall: length must be at least {length - before} at distance {distance}, got {length}")
         mark = torch.tensor([self.mark])
         keys: list[Tensor] = []
         facts = []
@@ -143,11 +146,16 @@ class Recall:
         return torch.cat([front, *facts, mark, between, *(facts[i] for i in order)])
 
     def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Rows of `length` tokens, each at one of the distances."""
+        if length < self.shortest:
+            raise ValueError(f"recall: length must be at least {self.shortest} at distance {max(self.distances)}, got {length}")
         picks = torch.randint(len(self.distances), (count,), generator=generator).tolist()
         return torch.stack([self._row(length, self.distances[i], generator) for i in picks])
 
     def task(self, count: int, length: int, seed: int = 0) -> TokenTask:
         """`count` rows of `length` positions at each distance, every value asked for; a group of the score per distance."""
+        if length + 1 < self.shortest:
+            raise ValueError(f"recall: length must be at least {self.shortest - 1} at distance {max(self.distances)}, got {length}")
         generator = seeded("recall", seed)
         rows = torch.stack([self._row(length + 1, d, generator) for d in self.distances for _ in range(count)])
         labels = torch.full_like(rows[:, 1:], IGNORED)

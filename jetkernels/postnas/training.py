@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -12,9 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .checkpoints import fingerprint, load_state, save_state
+from jetkernels._progress import progress
+
+from jetkernels.modules import parameter_groups
+
+from .checkpoints import load_state, save_state
 from .data import Loader
 
 
@@ -23,7 +25,7 @@ class Recipe:
     """How parameters are trained.
 
     steps: optimiser steps.  learning_rate: peak, after `warmup` steps, then a cosine down to final_share of it.
-    weight_decay: of parameters with two or more dimensions.  clip: largest norm of the gradient.
+    weight_decay: of matrices (`parameter_groups`).  clip: largest norm of the gradient.
     save_every: steps between two checkpoints.
     """
 
@@ -100,12 +102,11 @@ def train(
         on_step: called after each step with its number and loss.
     """
     rank, count = ranks()
-    described = {"facts": dict(facts), "recipe": recipe.facts(), "batch": loader.batch_size, "length": loader.length}
-    run = fingerprint(json.loads(json.dumps(described | {"seed": loader.seed, "names": sorted(parameters)})))
-    wide = [p for p in parameters.values() if p.dim() >= 2]
-    rest = [p for p in parameters.values() if p.dim() < 2]
-    groups = [{"params": wide, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))
+    # By the names that the command line has for them; positions are one fewer than tokens.
+    loading = {"batch": loader.batch_size, "length": loader.length - 1, "seed": loader.seed}
+    run = {"facts": dict(facts), "recipe": recipe.facts(), **loading, "names": sorted(parameters)}
+    groups = parameter_groups(parameters.values(), recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     losses: list[float] = []
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint, stage, run)
@@ -120,7 +121,7 @@ def train(
             values = {name: p.detach().cpu() for name, p in parameters.items()}
             save_state(checkpoint, stage, run, {"parameters": values, "optimizer": optimizer.state_dict(), "losses": losses})
 
-    with tqdm(total=recipe.steps, initial=len(losses), desc=stage, unit="step", leave=False, disable=rank > 0) as bar:
+    with progress(total=recipe.steps, initial=len(losses), desc=stage, unit="step", disable=rank > 0) as bar:
         for step in range(len(losses), recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)

@@ -8,15 +8,14 @@
 // JET_CPU_GENERIC_ONLY has the generic variant alone.
 #pragma once
 
-#include "csrc/common/export.h"
 #include "csrc/common/parallel.h"
 
 namespace jet::cpu {
 
 enum class Isa { generic, avx2, avx512 };
 
-JET_EXPORT Isa active_isa();
-JET_EXPORT const char* isa_name(Isa isa);
+Isa active_isa();
+const char* isa_name(Isa isa);
 
 }  // namespace jet::cpu
 

@@ -1,4 +1,0 @@
-#pragma once
-
-// Visible outside the op library (everything else is hidden), for the introspection module beside it.
-#define JET_EXPORT __attribute__((visibility("default")))
