@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, _C
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 Kernel = Callable  # (keyset, *args of the op) -> the op's results
 _BELOW_AUTOGRAD = _C._after_autograd_keyset
@@ -34,10 +36,12 @@ def _refuse_tangents(name: str, args: Sequence, instead: str) -> None:
 def _kernel(name: str, backward: Callable, setup_context: Callable, forward_mode: str) -> Kernel:
     redispatch = _overload(name)._handle.redispatch_boxed
 
-    class Function(torch.autograd.Function):
+    # of one level, as a kernel is called level by level under the transforms of torch.func
+    class Function(_SingleLevelFunction):
         @staticmethod
         def forward(keyset, *args):
-            with _C._AutoDispatchBelowAutograd():
+            # torch turns gradients off in here; a transform of torch.func around this level needs them
+            with torch.enable_grad(), _C._AutoDispatchBelowAutograd():
                 return redispatch(keyset & _BELOW_AUTOGRAD, *args)
 
         @staticmethod
@@ -54,7 +58,10 @@ def _kernel(name: str, backward: Callable, setup_context: Callable, forward_mode
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args, forward_mode)
         if _C.is_grad_enabled() and _C._any_requires_grad(*args):
-            return Function.apply(keyset, *args)
+            if not _C._are_functorch_transforms_active():
+                return Function.apply(keyset, *args)
+            with enable_single_level_autograd_function():
+                return Function.apply(keyset, *args)
         return redispatch(keyset & _BELOW_AUTOGRAD, *args)
 
     return kernel
