@@ -137,7 +137,7 @@ def check_base(config: JetNemotronConfig) -> None:
 
 def small_config(layers: int = 6, **changes) -> JetNemotronConfig:
     """Of a byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
-    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layer_count(values["num_hidden_layers"]), efficient_attention_config={})
+    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
 
 
 def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausalLM:
