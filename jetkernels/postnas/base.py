@@ -71,7 +71,7 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     ):
         if got != only:
             raise ValueError(f"base: {key} must be {only!r}, got {got!r}")
-    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if k not in values]
+    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if values.get(k) is None]
     if missing:
         raise ValueError(f"base: config.json must have {', '.join(missing)}")
     known = _DEFAULTS | {key: values[key] for key in _SHARED if values.get(key) is not None}
