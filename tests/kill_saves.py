@@ -127,7 +127,7 @@ def in_child(work) -> tuple[int, str]:
 
 def read_until(scenario: Scenario, stop: Path) -> str:
     loads, wrong, parent = 0, [], os.getppid()
-    while not stop.exists() and os.getppid() == parent and len(wrong) < 1000:
+    while (not loads or not stop.exists()) and os.getppid() == parent and len(wrong) < 1000:
         try:
             scenario.load()
             loads += 1

@@ -539,7 +539,7 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
         patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(OSError, match="No space left on device: .*model.safetensors") as caught:
             saved(tmp_path / "m")
-    assert caught.value.errno == 28 and list(tmp_path.iterdir()) == []
+    assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "m" / "model.safetensors") and list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_values_is_not_saved(tmp_path):

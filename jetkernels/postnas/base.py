@@ -71,7 +71,7 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     ):
         if got != only:
             raise ValueError(f"base: {key} must be {only!r}, got {got!r}")
-    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if k not in values]
+    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if values.get(k) is None]
     if missing:
         raise ValueError(f"base: config.json must have {', '.join(missing)}")
     known = _DEFAULTS | {key: values[key] for key in _SHARED if values.get(key) is not None}
@@ -137,7 +137,7 @@ def check_base(config: JetNemotronConfig) -> None:
 
 def small_config(layers: int = 6, **changes) -> JetNemotronConfig:
     """Of a byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
-    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layer_count(values["num_hidden_layers"]), efficient_attention_config={})
+    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
 
 
 def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausalLM:
