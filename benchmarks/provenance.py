@@ -1,4 +1,4 @@
-"""What every number carries: device, driver, torch, commit, command, date."""
+"""What every number carries: device, driver, torch, commit, command, date, and whether other processes took the processors."""
 
 import datetime
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT
+from benchmarks import ROOT, machine
 
 
 def _output(*command: str) -> str | None:
@@ -57,6 +57,20 @@ def _build() -> dict | str:
     return {**_library.build_info(), "library": _library.path.name}
 
 
+def processors() -> dict[str, float]:
+    """What a program gets of the processors at this moment; where others take them, that is said on stderr."""
+    found = machine.processors()
+    if notice := machine.busy_notice(found, "times measured now are too long and vary; measure again on a quiet one"):
+        print(notice, file=sys.stderr, flush=True)
+    return {"got": round(found.got, 2), "count": found.count}
+
+
+def _waiting() -> dict[str, str]:
+    """What the environment says about how idle threads of OpenMP wait; a program of ours sets GOMP_SPINCOUNT (jetkernels/_machine.py)."""
+    names = ("OMP_WAIT_POLICY", machine.SPIN, "KMP_BLOCKTIME")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def provenance(command: str, device: torch.device | str = "cpu") -> dict[str, object]:
     """``command``: what was typed, e.g. "python -m benchmarks.run"; this process's arguments are added."""
     device = torch.device(device)
@@ -64,6 +78,8 @@ def provenance(command: str, device: torch.device | str = "cpu") -> dict[str, ob
     return {
         **({"device": _cpu()} if device.type == "cpu" else _gpu(device.index or 0)),
         "threads": torch.get_num_threads(),
+        "waiting": _waiting(),
+        "processors": processors(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "build": _build(),

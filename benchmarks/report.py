@@ -1,6 +1,8 @@
-"""Readable tables of results: Markdown, columns aligned."""
+"""Readable tables of results: Markdown, columns aligned. And how results get on the disk."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 Row = dict[str, object]
 
@@ -9,6 +11,16 @@ MEASURED = {
     "reached_percent": "% of floor", "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s", "rms_error": "RMS error",
     "served_by": "served by", "n": "n", "method": "method",
 }  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """In one step. The library has a writer that does more, but a run may begin before there is a library."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cell(value: object) -> str:

@@ -8,7 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import processors, provenance
+from benchmarks.report import write_text
 from benchmarks.shapes import SHAPES, chosen_shapes
 
 RESULTS = Path(__file__).parent / "results"
@@ -18,9 +19,10 @@ COMMAND = "python -m benchmarks.run"
 def on_cpu(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
     from benchmarks import cpu
 
+    facts = provenance(COMMAND)
     rows = cpu.measure(arguments.shape, arguments.op, arguments.repeats)
     cpu.print_rows(rows)
-    return provenance(COMMAND), rows
+    return {**facts, "processors_after": processors()}, rows
 
 
 def on_cuda(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
@@ -72,7 +74,7 @@ def main() -> None:
     folder = arguments.output or RESULTS / arguments.device
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['date'][:10]}-{facts['commit']}.json"
-    path.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=1) + "\n")
+    write_text(path, json.dumps({"provenance": facts, "rows": rows}, indent=1) + "\n")
     print(f"written to {path}")
 
 

@@ -41,6 +41,7 @@ NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.
 def write_atomic(path: str | Path, content: bytes) -> None:
     """Gives `path` this content in one step: a reader, or a kill, sees the old file or the new one, never a part."""
     path = Path(os.path.realpath(path))
+    _clean(path.parent)
     for attempt in range(TRIES):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -71,6 +72,8 @@ def replacing(folder: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save: {folder} is not a folder")
+    _clean(folder.parent)
+    _clean(folder)
     with _Workplace(_place_of(folder)) as place:
         new = place.path / NEW
         new.mkdir()
@@ -114,7 +117,6 @@ class _Workplace:
     """
 
     def __init__(self, parent: Path):
-        _clean(parent)
         for _ in range(TRIES):
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=parent))
             if self._lock():

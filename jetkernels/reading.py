@@ -118,7 +118,7 @@ def parse_json(content: bytes, where: object) -> dict:
         values = dict(pairs)
         if len(values) != len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+            raise ValueError(f"has the key {next(key for key in keys if keys.count(key) > 1)!r:.100} twice")
         return values
 
     try:

@@ -164,9 +164,13 @@ def state_gradient(x: Chunk, dO: Tensor, dV: Tensor, dS1: Tensor, scale: float) 
     return x.c[..., -1:].exp()[..., None] * dS1 + x.q.mT @ (scale * e_c * dO) - x.k.mT @ (e_c * dV)
 
 
-def gate_cumsum_gradient(dc: Tensor, g: Tensor) -> Tensor:
-    """dg: reverse cumulative sum of dc; zero where g was clamped."""
-    return dc.flip(-1).cumsum(-1).flip(-1) * (g >= MIN_LOG_DECAY)
+def gate_gradient(Y: Tensor, read: Tensor, stored: Tensor, through: Tensor, g: Tensor) -> Tensor:
+    """dg_t = sum_{j<t<=i} Y_ij + sum_{t<=i} read_i + sum_{j<t} stored_j + through; zero where g was clamped.
+
+    What passes token t, and nothing that would have to cancel: every term has e^{g_t} as a factor, and dg its accuracy at any decay.
+    """
+    passing = [Y[..., t:, :t].sum((-2, -1)) + read[..., t:].sum(-1) + stored[..., :t].sum(-1) + through for t in range(g.shape[-1])]
+    return torch.where(g >= MIN_LOG_DECAY, torch.stack(passing, -1), 0)
 
 
 def token_gradients(x: Chunk, g: Tensor, dO: Tensor, s: Swept, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,14 +178,16 @@ def token_gradients(x: Chunk, g: Tensor, dO: Tensor, s: Swept, scale: float) -> 
     e_c, e_rest = x.c.exp()[..., None], (x.c[..., -1:] - x.c).exp()[..., None]
     dP = scale * (dO @ s.U.mT).tril() * x.Γ                     # dP     = scale tril(dO U^T) ∘ Γ
     dM = -(s.dV @ s.U.mT).tril(-1) * x.Γ                        # dM     = -tril(dV U^T, -1) ∘ Γ
-    dQ = scale * e_c * (dO @ s.S0.mT) + dP @ x.k                # dQ     = scale e^c (dO S0^T) + dP K
-    dK_row = -e_c * (s.dV @ s.S0.mT) + dM @ x.k                 # dK_row = -e^c (dV S0^T) + dM K
+    dQ_S = scale * e_c * (dO @ s.S0.mT)                         # of S0
+    dK_S = -e_c * (s.dV @ s.S0.mT)                              # likewise
+    dQ = dQ_S + dP @ x.k                                        # dQ     = scale e^c (dO S0^T) + dP K
+    dK_row = dK_S + dM @ x.k                                    # dK_row = -e^c (dV S0^T) + dM K
     dK_st = e_rest * (s.U @ s.dS1.mT)                           # dK_st  = e^{c_C - c} (U dS1^T)
     dK_col = dP.mT @ x.q + dM.mT @ x.k + dK_st                  # dK_col = dP^T Q + dM^T K + dK_st
-    dc = (x.q * dQ + x.k * dK_row - x.k * dK_col).sum(-1)       # dc_i   = <q,dQ> + <k,dK_row> - <k,dK_col>
-    dc_last = x.c[..., -1].exp() * (s.S0 * s.dS1).sum((-2, -1)) + (x.k * dK_st).sum((-2, -1))
-    dc = torch.cat([dc[..., :-1], dc[..., -1:] + dc_last[..., None]], -1)
-    return dQ, dK_row + dK_col, gate_cumsum_gradient(dc, g)
+    Y = (dP * (x.q @ x.k.mT) + dM * (x.k @ x.k.mT)).tril(-1)    # Y      = tril(dP ∘ Q K^T + dM ∘ K K^T, -1)
+    read, stored = (x.q * dQ_S + x.k * dK_S).sum(-1), (x.k * dK_st).sum(-1)
+    through = x.c[..., -1].exp() * (s.S0 * s.dS1).sum((-2, -1))
+    return dQ, dK_row + dK_col, gate_gradient(Y, read, stored, through, g)
 
 
 def l2norm_gradient(dy: Tensor, x: Tensor) -> Tensor:

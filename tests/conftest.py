@@ -4,10 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-from hypothesis import HealthCheck, settings
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import machine  # noqa: E402
+
+machine.spin_shortly()  # before anything imports torch
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # A failing example prints the line that reproduces it; every example draws its tensors from a seed that is printed too.
 # Timing limits say nothing on a shared machine.
@@ -17,6 +21,18 @@ settings.register_profile(
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=300)
 settings.register_profile("gpu", settings.get_profile("default"), max_examples=4, derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+BUSY = "durations say little, and a test with a time limit may miss it"
+
+
+def pytest_report_header():
+    return machine.busy_notice(machine.processors(), BUSY) or []
+
+
+def pytest_terminal_summary(terminalreporter):
+    if notice := machine.busy_notice(machine.processors(), BUSY):
+        terminalreporter.write_line(notice)
 
 
 def pytest_collection_modifyitems(items):

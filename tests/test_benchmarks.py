@@ -174,7 +174,8 @@ def test_an_op_without_kernel_is_named():
 
 def test_provenance(monkeypatch):
     found = facts.provenance("python -m benchmarks.run")
-    assert {"device", "torch", "commit", "command", "date", "build"} <= found.keys()
+    assert {"device", "torch", "commit", "command", "date", "build", "waiting"} <= found.keys()
+    assert 0 < found["processors"]["got"] <= found["processors"]["count"] + 0.1
     monkeypatch.setattr(facts, "_output", lambda *command: None)
     monkeypatch.setenv("JETKERNELS_COMMIT", "abc1234")
     assert facts.commit() == "abc1234"

@@ -320,10 +320,10 @@ def test_which_calls_are_cut():
         EARLY(OP, *random(**shape))
         return [counting.short(launch["kernel"]).removeprefix("chunk_").removesuffix("_kernel") for launch in hoppersim.launches()]
 
-    assert kernels(T=3009, H=1, V=16) == ["prepare", "sweep", "join", "sweep"]
-    assert kernels(T=3008, H=1, V=16) == ["prepare", "sweep"]
-    assert kernels(T=128, H=1, V=16) == ["prepare", "sweep"]
-    assert kernels(T=128, H=1, V=16, cu_seqlens=(0, 100, 128)) == ["plan", "prepare", "sweep"]
+    assert kernels(T=3009, H=1, V=16) == ["prepare", "sweep", "join", "sweep", "replay"]
+    assert kernels(T=3008, H=1, V=16) == ["prepare", "sweep", "replay"]
+    assert kernels(T=128, H=1, V=16) == ["prepare", "sweep", "replay"]
+    assert kernels(T=128, H=1, V=16, cu_seqlens=(0, 100, 128)) == ["plan", "prepare", "sweep", "replay"]
 
 
 # ---- memory ----
@@ -373,8 +373,8 @@ def test_cost(shape):
     case = ops.chunk(shape._replace(H=H, Hk=Hk), 1, 1024)
     with hoppersim.simulate():
         ops.results(case.op, case.make(Draw()), "jet_sim")
-    prepare, sweep = [launch["counters"] for launch in hoppersim.launches()]
-    both = counting.added([prepare, sweep])
+    prepare, sweep, replay = [launch["counters"] for launch in hoppersim.launches()]
+    both = counting.added([prepare, sweep, replay])
     assert sum(counting.traffic(both)) <= TRAFFIC[shape.name] * case.work.bytes
     assert counting.moved(both) <= 2.2 * case.work.bytes
     assert both["tensor_flop"] <= 1.0 * case.work.flop
@@ -387,6 +387,8 @@ def test_cost(shape):
     image = 2 * 10 * 16 * 16 * 2 + 6 * 64 * 4  # ten of sixteen blocks of T' and P', six vectors
     assert prepare["bulk_write_bytes"] == chunks * image
     assert sweep["bulk_read_bytes"] == chunks * (slices * (image + 2 * 64 * shape.K * 2) + 64 * shape.V * 2)
+    assert replay["global_read_bytes"] == H * shape.V * 4, "a row of each final state"
+    assert replay["global_write_bytes"] == 0
 
 
 @simulated
@@ -397,7 +399,7 @@ def test_cost_of_segments():
     with hoppersim.simulate():
         ops.results(case.op, case.make(Draw()), "jet_sim")
     both = counting.added([launch["counters"] for launch in hoppersim.launches()])
-    assert len(hoppersim.launches()) == 4
+    assert len(hoppersim.launches()) == 5
     assert both["tensor_flop"] <= 1.9 * case.work.flop
     assert counting.moved(both) <= 3.5 * case.work.bytes
 
@@ -443,3 +445,9 @@ def test_machine_code_of_join():
     for name, facts in kernels.items():
         assert facts.spill_bytes == 0 and facts.stack_bytes == 0, name
         assert disassembly(stem)[name].uses("UTMALDG"), name
+
+
+def test_machine_code_of_replay():
+    stem = "csrc.gated_delta_rule.chunk_gated_delta_rule"
+    (facts,) = (facts for name, facts in report(stem).items() if "replay" in name)
+    assert facts.spill_bytes == 0 and facts.stack_bytes == 0 and facts.registers <= 64

@@ -1,12 +1,12 @@
 """The random driver: a short run of it, and that it finds what is wrong."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from fuzz import ROOT, campaign
+from fuzz import campaign
+from fuzz.__main__ import main
 from fuzz.draw import OPS, SEQUENCE_OPS, case_of
 
 
@@ -88,6 +88,18 @@ def test_case_follows_from_its_number(op):
         assert a is b is None or (torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, torch.Tensor) else a == b)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_case_for_the_kernels_is_one_that_they_take(op):
+    for number in range(20):
+        case = case_of(number, op, kernel=True, backward=False)
+        assert case.grads is None and case.dtype != torch.float64
+        if "conv" in op:
+            assert case.inputs.x.shape[-1] % 8 == 0 and (op != "dynamic_conv_step" or case.inputs.pool.is_contiguous())
+        else:
+            k, v = case.inputs[:2] if op.endswith("commit") else case.inputs[1:3]
+            assert k.shape[-1] in (64, 96, 128, 192, 256) and v.shape[-1] % 16 == 0
+
+
 def test_process_that_dies_names_its_case(monkeypatch, capfd):
     """The cases behind it are run by another process."""
     stand_in = (
@@ -104,12 +116,10 @@ def test_process_that_dies_names_its_case(monkeypatch, capfd):
     assert failure.command == "python -m tests.fuzz --case 2 --backend plain"
 
 
-def test_command():
-    def run(*arguments):
-        command = [sys.executable, "-m", "tests.fuzz", *arguments]
-        return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    done = run("--case", "3", "--backend", "plain", "--op", "dynamic_conv_step")
-    assert done.returncode == 0 and "dynamic_conv_step" in done.stdout and "right" in done.stdout, done.stdout
-    done = run("--op", "dynamic_convolution")
-    assert done.returncode == 2 and "--op must be one of" in done.stdout
+def test_command(capsys):
+    assert main(["--case", "3", "--backend", "plain", "--op", "dynamic_conv_step"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("dynamic_conv_step ") and said.endswith("right\n")
+    with pytest.raises(SystemExit):
+        main(["--op", "dynamic_convolution"])
+    assert "--op must be one of" in capsys.readouterr().err

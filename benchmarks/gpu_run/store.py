@@ -5,8 +5,9 @@ The case of an op is named "op shape size dtype", and something about it has mor
 """
 
 import json
-import os
 from pathlib import Path
+
+from benchmarks.report import write_text
 
 BROKEN = "broken.json"
 ALWAYS = ("library", "ceilings")  # cases that each run does again: it may be on another device
@@ -75,10 +76,7 @@ def carry_over(output: Path, earlier: Path) -> int:
     count = 0
     for path in files(earlier):
         good = [row for row in latest(read(path)).values() if is_good(row) and row["case"] not in ALWAYS]
-        fresh = output / f"{path.name}.new"
-        fresh.unlink(missing_ok=True)
-        append(fresh, *({**row, "earlier": True} for row in good))
-        os.replace(fresh, output / path.name)
+        write_text(output / path.name, "".join(json.dumps({**row, "earlier": True}) + "\n" for row in good))
         count += len(good)
     return count
 
@@ -118,7 +116,7 @@ def write_broken(output: Path) -> list[dict]:
     rows = known(output)
     found = broken_ops(rows)
     right = sorted({f"{op_of(case)} {shape_of(case)}" for (part, case), row in rows.items() if part == "smoke" and row.get("status") == "right"})
-    (output / BROKEN).write_text(json.dumps({"broken": found, "right": right}, indent=1) + "\n")
+    write_text(output / BROKEN, json.dumps({"broken": found, "right": right}, indent=1) + "\n")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.gpu_run import store
 from benchmarks.gpu_run.forecasts import beside, forecasts
 from benchmarks.gpu_run.op_tests import by_file
-from benchmarks.report import Row, cell, reasons, table
+from benchmarks.report import Row, cell, reasons, table, write_text
 
 TIMES = {
     "case": "case", "us": "us", "forecast_us": "forecast us", "times_forecast": "us / forecast", "far": "", "floor_us": "floor us",
@@ -94,11 +94,11 @@ def write(output: Path, done: Sequence[dict[str, object]]) -> None:
     known = store.known(output)
     facts = facts_of(known)
     parts = [{**part, "rows": rows_of(str(part["part"]), known)} for part in done]
-    (output / "results.json").write_text(json.dumps({"provenance": facts, "parts": parts}, indent=1) + "\n")
+    write_text(output / "results.json", json.dumps({"provenance": facts, "parts": parts}, indent=1) + "\n")
     provenance = table([{"fact": key, "value": cell(value)} for key, value in facts.items()], {"fact": "fact", "value": "value"})
     sections = [section(part, part["rows"]) for part in parts]
     whole = ["# On a GPU", provenance, table(done, {"part": "part", "status": "status", "seconds": "s", "reason": "why"}), *sections]
-    (output / "summary.md").write_text("\n\n".join(whole) + "\n")
+    write_text(output / "summary.md", "\n\n".join(whole) + "\n")
 
 
 def screen(output: Path, done: Sequence[dict[str, object]]) -> str:

@@ -19,34 +19,35 @@ class Apply {
   }
 
   void forward(const Parallel& parallel) const {
-    T* y = static_cast<T*>(p_.y);
-    parallel(0, tokens_, grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t token = begin; token < end; ++token)
-        for (long d0 = 0; d0 < in_.D; d0 += L) {
-          const long n = smaller(L, in_.D - d0);
-          Vec kernel[W], input[W];
-          const Vec z = convolve(token, d0, n, kernel, input);
-          store_some(y + token * in_.D + d0, 1, n, p_.silu ? silu(z) : z);
-        }
+    parallel(0, tokens_ + in_.N, larger(1, 16384 / in_.D), [&](int64_t begin, int64_t end) {  // tokens, then states
+      for (int64_t token = begin; token < smaller(end, tokens_); ++token) forward_token(token);
+      for (int64_t n = larger(begin, tokens_); n < end; ++n)
+        write_conv_state(in_, n - tokens_, static_cast<T*>(p_.conv_state_out));
     });
   }
 
   void backward(const ApplyDynamicConvBackwardParams& p, const Parallel& parallel) const {
     const long slots = larger(1, parallel.threads), width = round_up(in_.D, L);
-    const long chunk = larger(64, (tokens_ + 4 * slots - 1) / (4 * slots));
-    Buffer<Acc> rings(slots * W * width), dstate(in_.N * in_.D * K);
-    run_tasks(parallel, slots, (tokens_ + chunk - 1) / chunk, [&](long slot, long task) {
-      backward_chunk(p, task * chunk, smaller(tokens_, task * chunk + chunk), rings.get() + slot * W * width, width);
+    const long chunk = larger(64, (tokens_ + 4 * slots - 1) / (4 * slots)), chunks = (tokens_ + chunk - 1) / chunk;
+    Buffer<Acc> scratch(slots * W * width);
+    run_tasks(parallel, slots, chunks + in_.N, [&](long slot, long task) {
+      Acc* own = scratch.get() + slot * W * width;
+      if (task < chunks)
+        backward_chunk(p, task * chunk, smaller(tokens_, task * chunk + chunk), own, width);
+      else
+        backward_state(p, task - chunks, own);
     });
-    start_state_gradient<T>(in_, static_cast<const T*>(p.grad_conv_state_out), dstate.get());
-    parallel(0, in_.N, larger(1, grain() / K), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) backward_state(p, n, dstate.get());
-    });
-    convert_all(dstate.get(), static_cast<T*>(p.dconv_state), in_.N * in_.D * K, parallel);
   }
 
  private:
-  long grain() const { return larger(1, 16384 / in_.D); }
+  void forward_token(int64_t token) const {
+    for (long d0 = 0; d0 < in_.D; d0 += L) {
+      const long n = smaller(L, in_.D - d0);
+      Vec kernel[W], input[W];
+      const Vec z = convolve(token, d0, n, kernel, input);
+      store_some(static_cast<T*>(p_.y) + token * in_.D + d0, 1, n, p_.silu ? silu(z) : z);
+    }
+  }
 
   // The taps of n channels, tap by tap.
   JET_INLINE void load_kernel(int64_t token, long d0, long n, Vec (&kernel)[W]) const {
@@ -119,9 +120,10 @@ class Apply {
         for (int w = 0; w < W; ++w) to[c * W + w] = taps[w][c];
   }
 
-  // dconv_state[n, :, i] += sum over the tokens p <= i of dz kernel[i - p]
+  // dconv_state[n, :, i] += sum over the tokens p <= i of dz kernel[i - p], summed up in dstate [D, W-1]
   void backward_state(const ApplyDynamicConvBackwardParams& p, int64_t n, Acc* dstate) const {
     const int64_t first = sequence_begin(in_, n), length = sequence_length(in_, n);
+    start_state_gradient<T>(in_, static_cast<const T*>(p.grad_conv_state_out), n, 0, in_.D, dstate);
     for (int64_t position = 0; position < smaller(K, length); ++position)
       for (long d0 = 0; d0 < in_.D; d0 += L) {
         const long channels = smaller(L, in_.D - d0);
@@ -129,8 +131,9 @@ class Apply {
         const Vec z = convolve(first + position, d0, channels, kernel, input);
         const Vec dz = output_gradient(p, first + position, d0, channels, z);
         for (int w = 0; position + w < K; ++w)
-          add_state_gradient<Acc>(dstate + (n * in_.D + d0) * K + position + w, K, channels, dz * kernel[w]);
+          add_state_gradient<Acc>(dstate + d0 * K + position + w, K, channels, dz * kernel[w]);
       }
+    store_row(dstate, in_.D * K, static_cast<T*>(p.dconv_state) + n * in_.D * K);
   }
 
   const ApplyDynamicConvParams& p_;
@@ -139,15 +142,18 @@ class Apply {
   Buffer<Row> rows_;
 };
 
+// Each of an element and a tap is loaded and stored for one multiply-add: memory's pace, a quarter of the arithmetic's.
+double work(const ConvInputs& in) { return 4. * (in.B * in.T + in.N) * in.D * in.W; }
+
 // f(Apply<T, W>) for the dtype and taps of p.
 template <class F>
 void with_types(const ApplyDynamicConvParams& p, const F& f) {
   const auto with_taps = [&](auto element) {
     using T = decltype(element);
     switch (p.in.W) {
-      case 2: return f(Apply<T, 2>(p), element);
-      case 3: return f(Apply<T, 3>(p), element);
-      case 4: return f(Apply<T, 4>(p), element);
+      case 2: return f(Apply<T, 2>(p));
+      case 3: return f(Apply<T, 3>(p));
+      case 4: return f(Apply<T, 4>(p));
     }
   };
   switch (p.in.dtype) {
@@ -161,14 +167,11 @@ void with_types(const ApplyDynamicConvParams& p, const F& f) {
 }  // namespace
 
 void apply_dynamic_conv_cpu(const ApplyDynamicConvParams& p, const Parallel& parallel) {
-  with_types(p, [&](const auto& apply, auto element) {
-    apply.forward(parallel);
-    write_conv_state(p.in, static_cast<decltype(element)*>(p.conv_state_out), parallel);
-  });
+  with_types(p, [&](const auto& apply) { apply.forward(for_work(parallel, work(p.in))); });
 }
 
 void apply_dynamic_conv_backward_cpu(const ApplyDynamicConvBackwardParams& p, const Parallel& parallel) {
-  with_types(p.forward, [&](const auto& apply, auto) { apply.backward(p, parallel); });
+  with_types(p.forward, [&](const auto& apply) { apply.backward(p, for_work(parallel, 2 * work(p.forward.in))); });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA

@@ -1,7 +1,7 @@
 // Backward, a block of tokens at a time, in two parallel loops:
 //
 //   over panels of channels: regenerate the kernels, form dkernel, dx, dbias, and dweight += dkernel^T hidden
-//   over columns of hidden:  dhidden = dkernel weight
+//   over columns of hidden:  dhidden = dkernel weight; and hidden of the next block is packed
 //
 // The dkernel of a block is all that passes between them. Each sum is taken by one task in the order of the tokens, so
 // results do not depend on the number of threads.
@@ -48,27 +48,27 @@ class Backward {
   }
 
   void run() {
-    start_state_gradient<T>(in_, static_cast<const T*>(p_.grad_conv_state_out), dstate_.get());
-    for (long i = 0; i < panels_ * W * L; ++i) dbias_.get()[i] = 0;
-    for (long i = 0; i < panels_ * K * L; ++i) halo_.get()[i] = 0;
-    if (tokens_ == 0)
-      for (long i = 0; i < in_.D * W * f_.R; ++i) dweight()[i] = 0;
-    run_tasks(parallel_, slots_, hidden_columns_ * panels_, [&](long, long task) {
-      pack_weight_columns(task / panels_, task % panels_, weight_.get() + task * W * L / terms * VH * L);
+    const long weights = hidden_columns_ * panels_, first_end = smaller(tokens_, block_);
+    run_tasks(parallel_, slots_, weights + hidden_tasks(0, first_end), [&](long, long task) {
+      if (task < weights)
+        pack_weight_columns(task / panels_, task % panels_, weight_.get() + task * W * L / terms * VH * L);
+      else
+        pack_hidden(0, first_end, task - weights);
     });
-    for (long begin = 0; begin < tokens_; begin += block_) {
-      const long end = smaller(tokens_, begin + block_);
-      pack_hidden(begin, end);
+    long begin = 0, end = first_end;
+    do {  // once even for no tokens, whose gradients are zero
       run_tasks(parallel_, slots_, (panels_ + G - 1) / G, [&](long slot, long task) {
         for (long panel = task * G; panel < smaller(panels_, task * G + G); ++panel) run_panel(slot, panel, begin, end);
       });
-      const long chunks = (end - begin + kChunkTokens - 1) / kChunkTokens;
-      run_tasks(parallel_, slots_, hidden_columns_ * chunks, [&](long, long task) {
+      const long chunks = (end - begin + kChunkTokens - 1) / kChunkTokens, columns = hidden_columns_ * chunks;
+      const long next = smaller(tokens_, end + block_);
+      run_tasks(parallel_, slots_, columns + hidden_tasks(end, next), [&](long, long task) {
+        if (task >= columns) return pack_hidden(end, next, task - columns);
         const long first = task % chunks * kChunkTokens;
         run_columns(task / chunks, begin, first, smaller(end - begin, first + kChunkTokens));
       });
-    }
-    finish();
+      begin = end, end = next;
+    } while (begin < tokens_);
   }
 
  private:
@@ -77,29 +77,36 @@ class Backward {
   Number* dkernel_row(long panel, long i) const { return dkernel_.get() + (panel * block_ + i) * W * L; }
   const T* hidden_row(long token) const { return token_at<T>(f_.hidden, f_.hidden_stride, in_, rows_.get()[token], token); }
 
-  // Twice: tile by tile for the kernels (as in the forward), and by columns [t][r] for dweight.
-  void pack_hidden(long begin, long end) const {
-    run_tasks(parallel_, slots_, (end - begin + M - 1) / M, [&](long, long task) {
-      Unit* tile = tiles_.get() + task * M * steps_;
-      for (long i = 0; i < M; ++i) {
-        const long token = begin + task * M + i;
-        if (token < end)
-          pack_tile_row<P>(hidden_row(token), f_.hidden_stride[2], f_.R, i, M, tile);
-        else
-          for (long s = 0; s < steps_; ++s) tile[s * M + i] = Unit{};
-      }
-    });
+  // hidden of tokens [begin, end), twice: tile by tile for the kernels (as in the forward), and by columns [t][r] for dweight.
+  long hidden_tiles(long begin, long end) const { return (end - begin + M - 1) / M; }
+  long hidden_tasks(long begin, long end) const { return end > begin ? hidden_tiles(begin, end) + weight_columns_ : 0; }
+
+  void pack_hidden(long begin, long end, long task) const {
+    const long tiles = hidden_tiles(begin, end);
+    if (task < tiles)
+      pack_hidden_tile(begin + task * M, end, tiles_.get() + task * M * steps_);
+    else
+      pack_hidden_columns(begin, end, task - tiles);
+  }
+
+  void pack_hidden_tile(long token, long end, Unit* tile) const {
+    for (long i = 0; i < M; ++i)
+      if (token + i < end)
+        pack_tile_row<P>(hidden_row(token + i), f_.hidden_stride[2], f_.R, i, M, tile);
+      else
+        for (long s = 0; s < steps_; ++s) tile[s * M + i] = Unit{};
+  }
+
+  void pack_hidden_columns(long begin, long end, long j) const {
     const int64_t stride = f_.hidden_stride[2];
-    run_tasks(parallel_, slots_, weight_columns_, [&](long, long j) {
-      Unit* out = columns_.get() + j * (block_ / terms) * VW * L;
-      for (long token = begin; token < end; token += terms)
-        for (int v = 0; v < VW; ++v, out += L) {
-          const long r = (j * VW + v) * L;
-          const T* rows[terms];
-          for (int i = 0; i < terms; ++i) rows[i] = token + i < end && r < f_.R ? hidden_row(token + i) + r * stride : nullptr;
-          Simd<Unit>::store(out, P::combine(rows, stride, f_.R - r));
-        }
-    });
+    Unit* out = columns_.get() + j * (block_ / terms) * VW * L;
+    for (long token = begin; token < end; token += terms)
+      for (int v = 0; v < VW; ++v, out += L) {
+        const long r = (j * VW + v) * L;
+        const T* rows[terms];
+        for (int i = 0; i < terms; ++i) rows[i] = token + i < end && r < f_.R ? hidden_row(token + i) + r * stride : nullptr;
+        Simd<Unit>::store(out, P::combine(rows, stride, f_.R - r));
+      }
   }
 
   void run_panel(long slot, long panel, long begin, long end) const {
@@ -110,6 +117,7 @@ class Backward {
     pack_weight_panel<P, T, W>(static_cast<const T*>(f_.weight), f_.R, d0, n, packed);
     pack_bias_panel<T, W>(static_cast<const T*>(f_.bias), d0, n, bias);
     Acc* halo = halo_.get() + panel * K * L;
+    if (begin == 0) start_panel(panel, d0, n);
     for (long j = 0; j < (end - begin + K) * L; ++j) dx[j] = j < K * L ? halo[j] : Acc(0);
     for (long token = begin; token < end; token += M) {
       prefetch_rows(token, end, d0);
@@ -129,6 +137,26 @@ class Backward {
     for (long token = larger(0, begin - K); token < complete; ++token) write_dx(token, d0, n, dx + (token - begin + K) * L);
     for (long j = 0; j < K * L; ++j) halo[j] = dx[(end - begin) * L + j];
     add_dweight(slot, panel, d0, n, begin, end);
+    if (end == tokens_) finish_panel(panel, d0, n);
+  }
+
+  Acc* dstate(long sequence, long d0) const { return dstate_.get() + (sequence * in_.D + d0) * K; }
+
+  void start_panel(long panel, long d0, long n) const {
+    for (long i = 0; i < W * L; ++i) dbias_.get()[panel * W * L + i] = 0;
+    for (long i = 0; i < K * L; ++i) halo_.get()[panel * K * L + i] = 0;
+    for (int64_t sequence = 0; sequence < in_.N; ++sequence)
+      start_state_gradient<T>(in_, static_cast<const T*>(p_.grad_conv_state_out), sequence, d0, n, dstate(sequence, d0));
+  }
+
+  // What was summed up over all tokens, in the dtype that is returned.
+  void finish_panel(long panel, long d0, long n) const {
+    const long row = W * f_.R;
+    if (!kDirect) store_row(dweight() + d0 * row, n * row, static_cast<T*>(p_.dweight) + d0 * row);
+    for (int64_t sequence = 0; sequence < in_.N; ++sequence)
+      store_row(dstate(sequence, d0), n * K, static_cast<T*>(p_.dconv_state) + (sequence * in_.D + d0) * K);
+    for (int w = 0; w < W; ++w)
+      store_some(static_cast<T*>(p_.dbias) + d0 * W + w, W, n, Simd<Acc>::load(dbias_.get() + (panel * W + w) * L));
   }
 
   void prefetch_rows(long token, long end, long d0) const {
@@ -166,7 +194,7 @@ class Backward {
       if (p >= 0)
         Simd<Acc>::store(dx + w * L, Simd<Acc>::load(dx + w * L) + dinput);
       else
-        add_state_gradient(dstate_.get() + (row.sequence * in_.D + d0) * K + p + K, K, n, dinput);
+        add_state_gradient(dstate(row.sequence, d0) + p + K, K, n, dinput);
     }
   }
 
@@ -272,15 +300,6 @@ class Backward {
       }
   }
 
-  void finish() const {
-    if (!kDirect) convert_all(dweight(), static_cast<T*>(p_.dweight), in_.D * W * f_.R, parallel_);
-    convert_all(dstate_.get(), static_cast<T*>(p_.dconv_state), in_.N * in_.D * K, parallel_);
-    for (long panel = 0; panel < panels_; ++panel)
-      for (int w = 0; w < W; ++w)
-        store_some(static_cast<T*>(p_.dbias) + panel * L * W + w, W, smaller(L, in_.D - panel * L),
-                   Simd<Acc>::load(dbias_.get() + (panel * W + w) * L));
-  }
-
   const DynamicConvBackwardParams& p_;
   const DynamicConvParams& f_;
   const ConvInputs& in_;
@@ -296,7 +315,8 @@ class Backward {
 };
 
 template <class P, class T>
-void backward(const DynamicConvBackwardParams& p, const Parallel& parallel) {
+void backward(const DynamicConvBackwardParams& p, const Parallel& caller) {
+  const Parallel parallel = for_work(caller, 3 * conv_work(p.forward.in, p.forward.R));
   switch (p.forward.in.W) {
     case 2: return Backward<P, T, 2>(p, parallel).run();
     case 3: return Backward<P, T, 3>(p, parallel).run();

@@ -29,7 +29,11 @@ class Forward {
 
   void run(const Parallel& parallel) {
     const long tokens = in_.B * in_.T, panels = (in_.D + L - 1) / L, groups = (panels + G - 1) / G;
-    if (tokens == 0 || groups == 0) return;
+    const auto write_state = [&](long n) { write_conv_state(in_, n, static_cast<T*>(p_.conv_state_out)); };
+    if (tokens == 0 || groups == 0) {
+      for (long n = 0; n < in_.N; ++n) write_state(n);
+      return;
+    }
     const long block = smaller(tokens, kBlockTokens), slots = larger(1, parallel.threads);
     // Few channels: tasks get fewer tokens instead, at the price of packing the panels several times.
     const long parts = groups >= 4 * slots ? 1 : larger(1, smaller(4 * slots / groups, block / 256));
@@ -37,8 +41,12 @@ class Forward {
     Buffer<Unit> hidden(tiles * M * steps_), panel(slots * G * panel_units());
     for (long begin = 0; begin < tokens; begin += block) {
       const long end = smaller(tokens, begin + block), block_tiles = (end - begin + M - 1) / M;
-      run_tasks(parallel, slots, (block_tiles + 15) / 16, [&](long, long task) {
-        for (long i = task * 16; i < smaller(block_tiles, task * 16 + 16); ++i)
+      const long states = begin == 0 ? in_.N : 0;
+      const Parallel packing = for_work(parallel, kCopy * ((end - begin) * p_.R + states * in_.D * (W - 1)));
+      run_tasks(packing, slots, states + (block_tiles + 15) / 16, [&](long, long task) {
+        if (task < states) return write_state(task);
+        const long first = (task - states) * 16;
+        for (long i = first; i < smaller(block_tiles, first + 16); ++i)
           pack_tile(begin + i * M, end, hidden.get() + i * M * steps_);
       });
       run_tasks(parallel, slots, groups * parts, [&](long slot, long task) {
@@ -131,13 +139,13 @@ class Forward {
 };
 
 template <class P, class T>
-void forward(const DynamicConvParams& p, const Parallel& parallel) {
+void forward(const DynamicConvParams& p, const Parallel& caller) {
+  const Parallel parallel = for_work(caller, conv_work(p.in, p.R));
   switch (p.in.W) {
     case 2: Forward<P, T, 2>(p).run(parallel); break;
     case 3: Forward<P, T, 3>(p).run(parallel); break;
     case 4: Forward<P, T, 4>(p).run(parallel); break;
   }
-  write_conv_state(p.in, static_cast<T*>(p.conv_state_out), parallel);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ class Step {
   void run(const Parallel& parallel) {
     const long tiles = (p_.N + M - 1) / M, panels = (p_.D + L - 1) / L, slots = larger(1, parallel.threads);
     Buffer<Unit> hidden(tiles * M * padded_steps_), panel(direct_ ? 0 : slots * W * L * padded_steps_);
-    run_tasks(parallel, direct_ ? 1 : slots, tiles,
+    run_tasks(for_work(parallel, kCopy * p_.N * p_.R), direct_ ? 1 : slots, tiles,
               [&](long, long i) { pack_hidden(i * M, hidden.get() + i * M * padded_steps_); });
     run_tasks(parallel, slots, panels, [&](long slot, long task) {
       run_panel(task * L, hidden.get(), panel.get() + slot * W * L * padded_steps_);
@@ -147,7 +147,8 @@ class Step {
 };
 
 template <class P, class T>
-void step(const DynamicConvStepParams& p, const Parallel& parallel) {
+void step(const DynamicConvStepParams& p, const Parallel& caller) {
+  const Parallel parallel = for_work(caller, double(p.N) * p.D * p.W * (p.R + kCopy));
   switch (p.W) {
     case 2: return Step<P, T, 2>(p).run(parallel);
     case 3: return Step<P, T, 3>(p).run(parallel);

@@ -7,6 +7,7 @@
 
 #include "csrc/common/cpu/elements.h"
 #include "csrc/common/cpu/gemm.h"
+#include "csrc/dynamic_conv/conv_inputs.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 
@@ -56,6 +57,13 @@ struct Bf16Product {
   }
 };
 #endif
+
+constexpr double kCopy = 4;  // multiply-adds that take the time of copying a number
+
+// Multiply-adds of a forward: the kernels' product, and the convolution with its loads.
+inline double conv_work(const ConvInputs& in, long R) {
+  return double(in.B * in.T) * in.D * in.W * (R + kCopy) + kCopy * in.N * in.D * in.W;
+}
 
 constexpr long units_for(long numbers, int terms) { return (numbers + terms - 1) / terms; }
 

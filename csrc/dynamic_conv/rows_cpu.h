@@ -63,22 +63,18 @@ JET_INLINE bool is_interior(const Row* rows, int64_t token, int64_t M, int64_t e
 
 // conv_state_out[n, :, j] = input(n, length - (W-1) + j)
 template <class T>
-void write_conv_state(const ConvInputs& in, T* conv_state_out, const Parallel& parallel) {
+void write_conv_state(const ConvInputs& in, int64_t n, T* conv_state_out) {
   const long K = in.W - 1;
-  parallel(0, in.N, larger(1, 16384 / larger(1, in.D * K)), [&](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) {
-      const int64_t length = sequence_length(in, n);
-      const Row start{n, 0};
-      const T* x = token_at<T>(in.x, in.x_stride, in, start, sequence_begin(in, n));
-      for (long j = 0; j < K; ++j) {
-        const int64_t p = length - K + j;
-        T* out = conv_state_out + n * in.D * K + j;
-        const T* old = static_cast<const T*>(in.conv_state) + n * in.D * K + p + K;
-        for (long d = 0; d < in.D; ++d)
-          out[d * K] = p >= 0 ? x[p * in.x_stride[1] + d * in.x_stride[2]] : in.conv_state ? old[d * K] : T{};
-      }
-    }
-  });
+  const int64_t length = sequence_length(in, n);
+  const Row start{n, 0};
+  const T* x = token_at<T>(in.x, in.x_stride, in, start, sequence_begin(in, n));
+  for (long j = 0; j < K; ++j) {
+    const int64_t p = length - K + j;
+    T* out = conv_state_out + n * in.D * K + j;
+    const T* old = static_cast<const T*>(in.conv_state) + n * in.D * K + p + K;
+    for (long d = 0; d < in.D; ++d)
+      out[d * K] = p >= 0 ? x[p * in.x_stride[1] + d * in.x_stride[2]] : in.conv_state ? old[d * K] : T{};
+  }
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA

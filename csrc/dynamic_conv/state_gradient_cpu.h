@@ -5,20 +5,19 @@
 
 namespace jet::cpu::JET_CPU_ISA {
 
-// dconv_state [N, D, W-1]: what a sequence shorter than W-1 hands on of its conv_state. Position i of conv_state is
-// position i - length of conv_state_out.
+// dstate [channels, W-1], the dconv_state of sequence n and the channels from d0: what a sequence shorter than W-1 hands on of
+// its conv_state. Position i of conv_state is position i - length of conv_state_out.
 template <class T>
-void start_state_gradient(const ConvInputs& in, const T* grad_conv_state_out, Arithmetic<T>* dstate) {
+void start_state_gradient(const ConvInputs& in, const T* grad_conv_state_out, int64_t n, long d0, long channels,
+                          Arithmetic<T>* dstate) {
   const long K = in.W - 1;
-  for (int64_t n = 0; n < in.N; ++n) {
-    const int64_t length = sequence_length(in, n);
-    for (long d = 0; d < in.D; ++d)
-      for (long i = 0; i < K; ++i) {
-        const long at = (n * in.D + d) * K;
-        const bool passes = grad_conv_state_out && i >= length;
-        dstate[at + i] = passes ? load_some(grad_conv_state_out + at + i - length, 1, 1)[0] : Arithmetic<T>(0);
-      }
-  }
+  const int64_t length = sequence_length(in, n);
+  for (long c = 0; c < channels; ++c)
+    for (long i = 0; i < K; ++i) {
+      const bool passes = grad_conv_state_out && i >= length;
+      const long at = (n * in.D + d0 + c) * K + i - length;
+      dstate[c * K + i] = passes ? load_some(grad_conv_state_out + at, 1, 1)[0] : Arithmetic<T>(0);
+    }
 }
 
 template <class A>
@@ -33,13 +32,6 @@ JET_INLINE Vector<Arithmetic<T>> tail_gradient(const ConvInputs& in, const T* gr
   const int64_t j = grad_conv_state_out ? row.position - sequence_length(in, row.sequence) + (W - 1) : -1;
   if (j < 0) return Vector<Arithmetic<T>>{};
   return load_some(grad_conv_state_out + (row.sequence * in.D + d0) * (W - 1) + j, W - 1, n);
-}
-
-template <class A, class T>
-void convert_all(const A* from, T* to, long count, const Parallel& parallel) {
-  parallel(0, count, 1 << 16, [&](int64_t begin, int64_t end) {
-    store_row(from + begin, end - begin, to + begin);
-  });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA

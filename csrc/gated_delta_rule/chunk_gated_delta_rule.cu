@@ -4,6 +4,7 @@
 #include "csrc/gated_delta_rule/chunk_join.cuh"
 #include "csrc/gated_delta_rule/chunk_plan_kernel.cuh"
 #include "csrc/gated_delta_rule/chunk_prepare.cuh"
+#include "csrc/gated_delta_rule/chunk_replay.cuh"
 #include "csrc/gated_delta_rule/chunk_sweep_shared.cuh"
 #include "csrc/gated_delta_rule/chunk_workspace.h"
 #include "csrc/hopper/device.h"
@@ -72,6 +73,10 @@ void run(const ChunkGatedDeltaRuleLaunch& l, cudaStream_t stream) {
     launch_join<K>({plan, p.H, p.V, sweep.states, sweep.transfers}, stream);
   }
   launch_sweep<SweepConfig<K, true>>(sweep, maps, stream);
+  if (p.T == 0) return;
+  static_assert(K <= kReplayMostK && K % kReplayBatch == 0 && kSlice == kReplayThreads);
+  const int64_t ctas = p.N * p.H * sweep.slices;  // not more than sweep's
+  launch(kOp, {dim3(static_cast<unsigned>(ctas)), kReplayThreads, 0, 1, true}, stream, chunk_replay_kernel, ReplayArguments{plan, p, sweep.slices});
 }
 
 }  // namespace

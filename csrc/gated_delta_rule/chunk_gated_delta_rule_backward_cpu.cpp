@@ -154,7 +154,8 @@ void solve_stripe(const Item<T>& item, const T* grad_o, const T* ds, T* x) {
     constexpr int R = decltype(rows)::value;
     Tile<T, R, NV> tile;
     tile.zero();
-    tile.add_product(c.qk + i * C + i, 1, C, grad_o + i * W, W, c.L - i);
+    tile.template add_triangle_product<true>(c.qk + i * C + i, C, grad_o + i * W, W);
+    tile.add_product(c.qk + (i + R) * C + i, 1, C, grad_o + (i + R) * W, W, c.L - i - R);
     tile.add_product(item.k_out + i * c.ld, c.ld, 1, ds, W, c.K);
     tile.add_product(item.m + (i + R) * C + i, 1, C, x + (i + R) * W, W, c.L - i - R);
     tile.solve_upper(item.m + i * C + i, 1, C);
@@ -423,8 +424,9 @@ void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk,
 }
 
 template <class In, class T>
-void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& parallel) {
+void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& caller) {
   const ChunkGatedDeltaRuleParams& p = bp.forward;
+  const Parallel parallel = for_work(caller, 4 * chunk_work(p));
   const long items = p.N * p.Hk, workers = parallel.threads < items ? parallel.threads : items;
   if (p.H == 0) {
     __builtin_memset(bp.dq, 0, p.B * p.T * p.Hk * p.K * sizeof(In));

@@ -47,7 +47,7 @@ void chunk_stripe(const Chunk<T>& c, T* state, T* u, T* o) {
     tile.zero();
     tile.add_product(c.q + i * c.ld, c.ld, 1, state, W, c.K);
     tile.add_product(c.qk + i * C, C, 1, u, W, i);
-    tile.add_lower_product(c.qk + i * C + i, C, u + i * W, W);
+    tile.template add_triangle_product<false>(c.qk + i * C + i, C, u + i * W, W);
     tile.store(o + i * W, W);
   });
   // S1 = e^{c_L} S0 + K^T diag(e^{c_L - c}) U   [K, W]
@@ -110,7 +110,8 @@ void forward_item(const ChunkGatedDeltaRuleParams& p, long n, long h, long v0, l
 }
 
 template <class In, class T>
-void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel) {
+void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
+  const Parallel parallel = for_work(caller, chunk_work(p));
   constexpr long W = Simd<T>::stripe;
   const long heads = p.N * p.H, stripes = round_up(p.V, W) / W;
   if (heads == 0) return;

@@ -19,6 +19,12 @@ JET_INLINE Sequence sequence(const ChunkGatedDeltaRuleParams& p, long n) {
   return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
 }
 
+// Multiply-adds of a forward: three products with the state, three within a chunk; and states copied in and out.
+inline double chunk_work(const ChunkGatedDeltaRuleParams& p) {
+  const double states = double(p.H) * p.K * p.V, scores = double(p.H) * C * (p.K + p.V);
+  return p.B * p.T * (3 * states + scores) + 2 * p.N * states;
+}
+
 JET_INLINE StateStrides contiguous_state(const ChunkGatedDeltaRuleParams& p) { return {p.H * p.K * p.V, p.K * p.V, p.V, 1}; }
 
 // The part of a chunk that does not depend on V. Rows at and beyond L of q, k (columns of kt) are zero.

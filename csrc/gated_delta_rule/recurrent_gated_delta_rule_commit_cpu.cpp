@@ -47,7 +47,8 @@ void commit_item(const RecurrentGatedDeltaRuleCommitParams& p, const Slice& slic
 }
 
 template <class T, class St>
-void commit(const RecurrentGatedDeltaRuleCommitParams& p, const Parallel& parallel) {
+void commit(const RecurrentGatedDeltaRuleCommitParams& p, const Parallel& caller) {
+  const Parallel parallel = for_work(caller, double(p.N) * p.H * p.K * p.V * (p.T + 1));
   const auto carve = [&](Carver& from, long) {
     CommitItem<T> item;
     item.carve(from, p.T, p.K);

@@ -1,4 +1,4 @@
-// Verify on a CPU: the recurrent step that leaves the pool alone and writes k and u out.
+// Verify on a CPU: the recurrent step that leaves the pool alone and writes k and u out, and the one that does neither.
 #include "csrc/gated_delta_rule/recurrent_gated_delta_rule_verify.h"
 
 #include "csrc/common/cpu/isa.h"
@@ -7,7 +7,7 @@
 namespace jet::cpu::JET_CPU_ISA {
 
 void recurrent_gated_delta_rule_verify_cpu(const RecurrentGatedDeltaRuleVerifyParams& p, const Parallel& parallel) {
-  recurrent_cpu<true>(p, parallel);
+  recurrent_cpu(p, parallel);
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA

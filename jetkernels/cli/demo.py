@@ -5,27 +5,39 @@ Writes the model (a folder that `jetkernels generate --model` reads) and the los
 """
 
 import argparse
+import io
 import math
+import statistics
 import time
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
+from jetkernels import _machine
+from jetkernels._optional import optional
+from jetkernels._progress import progress
 from jetkernels.cli.info import backends
 from jetkernels.cli.options import device, new_folder, number, seed
+from jetkernels.files import write_atomic
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
+from jetkernels.modules import parameter_groups
 from jetkernels.postnas.data import is_held_out, standard_library
 
 B, T = 8, 256  # sequences and bytes of one training step
 LEARNING_RATE = 3e-3
 TEMPERATURE = 0.5
 WORST_LOSS = 0.75  # of the unigram entropy: a model that learned less has learned little of the language
+FEWEST_STEPS = 80  # of one schedule; they reach WORST_LOSS with room to spare, however long they take
+SCHEDULES = 4  # one after another, until the loss is reached; a model that has not learned by then does not learn
+RESTART = 0.3  # of the learning rate, with which a further schedule begins
+NEW, FEWEST_NEW = 160, 16  # bytes of a completion: so many, or as many as COMPLETION_SECONDS allow, but never fewer than the second
+COMPLETION_SECONDS = 12.0
 WORST_DIFFERENCE = 1e-3  # of a logit between decode and prefill
 CONFIG = dict(
     vocab_size=257,  # bytes, and the end of a text
@@ -44,7 +56,8 @@ CONFIG = dict(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=number(0, 24 * 60, above=True), default=2.5, help="training time (default 2.5)")
+    minutes = "training time (default 2.5); longer where the loss needs it"
+    parser.add_argument("--minutes", type=number(0, 24 * 60, above=True), default=2.5, help=minutes)
     parser.add_argument("--output", type=new_folder, default="jetkernels-demo", help="folder for model and plot")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--seed", type=seed, default=0)
@@ -64,9 +77,8 @@ def load_corpus() -> tuple[Tensor, Tensor, int]:
 
 def unigram_entropy(data: Tensor) -> float:
     """Nats per byte of a model that knows only how frequent each byte is."""
-    counts = torch.tensor(list(Counter(data.tolist()).values()), dtype=torch.float64)
-    p = counts / counts.sum()
-    return -(p * p.log()).sum().item()
+    p = torch.bincount(data, minlength=256).double() / len(data)
+    return -torch.special.xlogy(p, p).sum().item()
 
 
 def batch(data: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -81,16 +93,14 @@ def loss_of(model: JetNemotronForCausalLM, tokens: Tensor) -> Tensor:
 
 def autocast_pays(device: torch.device) -> bool:
     """Whether this machine multiplies bf16 matrices clearly faster than fp32 ones."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 1024, device=device).to(dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
-            product = a @ a
-        product.sum().item()
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < 0.6 * seconds[torch.float32]
+    fastest = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    factors = {dtype: torch.randn(1024, 1024, device=device).to(dtype) for dtype in fastest}
+    for _ in range(6):  # in turns, and the fastest counts: other processes disturb single products
+        for dtype, a in factors.items():
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()
+            fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
+    return fastest[torch.bfloat16] < 0.6 * fastest[torch.float32]
 
 
 class CountOps(TorchDispatchMode):
@@ -106,42 +116,102 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def stopwatch(seconds: dict[str, float], name: str):
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
+class Schedule:
+    """A cosine over as many steps as ``seconds`` allow at the speed of the last ones, and over at least ``fewest``.
+
+    ``progress`` goes from 0 to 1. Each step moves it by one part of the steps that are left, and by at most 1 / fewest: it
+    arrives at 1 whether the machine turns slow or fast on the way, and never in a leap.
+    """
+
+    def __init__(self, seconds: float, fewest: int, clock: Callable[[], float] = time.perf_counter):
+        self.fewest, self.clock = fewest, clock
+        self.steps, self.progress = 0, 0.0
+        self.last = clock()
+        self.end = self.last + seconds
+        self.recent: deque[float] = deque(maxlen=9)
+
+    def step(self) -> None:
+        """Is called behind each step."""
+        now = self.clock()
+        self.recent.append(now - self.last)
+        self.last, self.steps = now, self.steps + 1
+        affordable = max(0.0, self.end - now) / max(self.step_seconds, 1e-9)
+        self.progress += min(1 / self.fewest, (1 - self.progress) / (affordable + 1))
+        if self.progress > 1 - 1e-6:
+            self.progress = 1.0
+
+    @property
+    def done(self) -> bool:
+        return self.progress == 1.0
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.recent)
+
+    @property
+    def seconds_left(self) -> float:
+        """From now to the end, which comes later than was asked for where the fewest steps take longer."""
+        return max(self.end - self.last, (1 - self.progress) * self.fewest * self.step_seconds)
+
+    @property
+    def factor(self) -> float:
+        """Of the learning rate."""
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
 
 
-def train(model, data: Tensor, seconds: float, seed: int, bf16: bool, device: torch.device) -> list[tuple[float, float]]:
-    """AdamW with a cosine schedule over wall-clock time, under bf16 autocast if asked. Returns (seconds, loss) of every step."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(seed)
-    history: list[tuple[float, float]] = []
-    smooth = None
-    start = time.perf_counter()
-    with tqdm(total=round(seconds), unit="s", desc="training", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}s{postfix}") as bar:
-        while (elapsed := time.perf_counter() - start) < seconds:
-            progress = elapsed / seconds
-            warmup = min(1.0, (len(history) + 1) / 20)
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = loss_of(model, batch(data, generator, device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            value = loss.item()
-            smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
-            history.append((time.perf_counter() - start, value))
-            rate = len(history) * B * T / history[-1][0]
-            bar.set_postfix_str(f"step {len(history)}, loss {smooth:.3f}, {rate:,.0f} bytes/s")
-            bar.update(min(history[-1][0], seconds) - bar.n)
-    return history
+class Trainer:
+    """AdamW on batches of one random order, under bf16 autocast if asked."""
+
+    def __init__(self, model, data: Tensor, seed: int, bf16: bool, device: torch.device):
+        self.model, self.data, self.bf16, self.device = model, data, bf16, device
+        groups = parameter_groups(model.parameters(), 0.1)
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.start = time.perf_counter()
+        self.history: list[tuple[float, float]] = []  # (seconds, loss) of every step
+
+    def step(self, factor: float) -> None:
+        """One step with this part of the learning rate."""
+        warmup = min(1.0, (len(self.history) + 1) / 20)
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warmup * factor
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = loss_of(self.model, batch(self.data, self.generator, self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        value = loss.item()
+        self.history.append((time.perf_counter() - self.start, value))
+
+    def run(self, schedule: Schedule, peak: float = 1.0) -> None:
+        """Steps until the schedule is done, from ``peak`` of the learning rate on. Says what is planned as soon as the speed is known."""
+        while not schedule.done and schedule.steps < 5:
+            self.step(peak * schedule.factor)
+            schedule.step()
+        print(f"training: a step takes {schedule.step_seconds:.2f} s ({B * T / schedule.step_seconds:,.0f} bytes/s), done in about "
+              f"{schedule.seconds_left:.0f} s", flush=True)
+        smooth, shown = None, 0.0
+        with progress(total=100, desc="training", leave=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
+            while not schedule.done:
+                self.step(peak * schedule.factor)
+                schedule.step()
+                smooth = self.history[-1][1] if smooth is None else 0.95 * smooth + 0.05 * self.history[-1][1]
+                bar.set_postfix_str(f"{schedule.seconds_left:.0f} s left, step {len(self.history)}, loss {smooth:.3f}, "
+                                    f"{B * T / schedule.step_seconds:,.0f} bytes/s", refresh=False)
+                bar.update(100 * schedule.progress - shown)
+                shown = 100 * schedule.progress
+
+
+def train(trainer: Trainer, seconds: float, held_out: Callable[[], float], enough: float) -> float:
+    """Trains for ``seconds``, and on until the held-out loss is ``enough``. Returns that loss, which is higher where it was not reached."""
+    trainer.run(Schedule(seconds, FEWEST_STEPS))
+    for _ in range(SCHEDULES - 1):
+        if (loss := held_out()) <= enough:
+            return loss
+        print(f"the held-out loss is {loss:.3f} and must be {enough:.3f}: trains {FEWEST_STEPS} steps more", flush=True)
+        trainer.run(Schedule(0, FEWEST_STEPS), RESTART)
+    return held_out()
 
 
 def plot(history: list[tuple[float, float]], unigram: float, held_out: float, path: Path) -> None:
@@ -163,7 +233,9 @@ def plot(history: list[tuple[float, float]], unigram: float, held_out: float, pa
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(path, picture.getvalue())
     pyplot.close(figure)
 
 
@@ -184,29 +256,61 @@ def snippets(data: Tensor, count: int) -> list[bytes]:
     return found
 
 
+class Completion(NamedTuple):
+    new: bytes
+    seconds: float  # of decode
+    difference: float  # largest one of the logits between decode and prefill
+
+
 @torch.no_grad()
-def complete(model, prompt: bytes, new: int, seed: int, device: torch.device, seconds: dict[str, float]) -> tuple[bytes, float]:
-    """Prefill and recurrent decode; then the whole text again in one prefill. Returns the text and the largest
-    difference of the logits between the two."""
+def complete(model, prompt: bytes, seed: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Completion:
+    """Prefill and recurrent decode of up to NEW bytes; then the whole text again in one prefill."""
     tokens = torch.tensor([list(prompt)], device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
-    cache = model.new_cache(1, len(prompt) + new)
-    with stopwatch(seconds, "prefill"):
-        logits = [model(tokens, cache=cache).logits[:, -1]]
-    with stopwatch(seconds, "decode"):
-        for _ in range(new):
-            p = (logits[-1][:, :256] / TEMPERATURE).softmax(-1)
-            token = torch.multinomial(p, 1, generator=generator)
-            tokens = torch.cat([tokens, token], dim=1)
-            logits.append(model(token, cache=cache).logits[:, -1])
+    cache = model.new_cache(1, len(prompt) + NEW)
+    logits = [model(tokens, cache=cache).logits[:, -1]]
+    start = clock()
+    for count in range(NEW):
+        if count >= FEWEST_NEW and clock() - start > COMPLETION_SECONDS:
+            break
+        p = (logits[-1][:, :256] / TEMPERATURE).softmax(-1)
+        token = torch.multinomial(p, 1, generator=generator)
+        tokens = torch.cat([tokens, token], dim=1)
+        logits.append(model(token, cache=cache).logits[:, -1])
+    seconds = clock() - start
     again = model(tokens).logits[:, len(prompt) - 1 :]
     difference = (torch.stack(logits, dim=1) - again).abs().max().item()
-    return bytes(tokens[0, len(prompt) :].tolist()), difference
+    return Completion(bytes(tokens[0, len(prompt) :].tolist()), seconds, difference)
+
+
+def complete_all(model, prompts: list[bytes], seed: int, device: torch.device) -> list[Completion]:
+    """Completes and prints each."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        found.append(complete(model, prompt, seed + i, device))
+        print(f"\n--- held-out prompt {i + 1}, then the completion after >>>\n{prompt.decode('utf-8', 'replace')}>>>"
+              f"{found[-1].new.decode('utf-8', 'replace')}", flush=True)
+        if len(found[-1].new) < NEW:
+            print(f"[ended after {len(found[-1].new)} of {NEW} bytes, as decode is slow here: {found[-1].seconds:.0f} s]")
+    return found
+
+
+def check(difference: float, loss: float, enough: float) -> None:
+    """Raises where decode and prefill differ, or the loss was not reached."""
+    if not difference <= WORST_DIFFERENCE:
+        raise RuntimeError(f"decode and prefill must agree within {WORST_DIFFERENCE}, got {difference:.2e}")
+    if not loss <= enough:
+        raise RuntimeError(f"the held-out loss must fall to {enough:.3f} ({WORST_LOSS} of the unigram entropy), got {loss:.3f}")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for package in ("matplotlib", "numpy", "safetensors", "tokenizers"):  # before anything is trained
+        optional(package, "all", "jetkernels demo")
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
+    found = _machine.processors()
+    if notice := _machine.busy_notice(found, "training sees fewer bytes than on a quiet one, and may take longer than asked for"):
+        print(notice)
     training, held_out, files = load_corpus()
     unigram = unigram_entropy(held_out)
     print(f"corpus: {files} files of the Python standard library, {len(training) / 1e6:.1f} MB to train on, "
@@ -220,33 +324,34 @@ def run(arguments: argparse.Namespace) -> int:
         loss_of(model, batch(training, torch.Generator().manual_seed(2), device)).backward()
     model.zero_grad(set_to_none=True)
 
-    history = train(model, training, 60 * arguments.minutes, arguments.seed, bf16, device)
-    final = held_out_loss(model, held_out, device)
+    trainer, asked, enough = Trainer(model, training, arguments.seed, bf16, device), 60 * arguments.minutes, WORST_LOSS * unigram
+    final = train(trainer, asked, lambda: held_out_loss(model, held_out, device), enough)
+    history = trainer.history
     arguments.output.mkdir(parents=True, exist_ok=True)
     plot(history, unigram, final, arguments.output / "loss.png")
     model.save_pretrained(arguments.output)
     Tokenizer.byte_level().save_pretrained(arguments.output)
-    print(f"loss: {history[0][1]:.3f} -> {sum(v for _, v in history[-20:]) / len(history[-20:]):.3f} (training), "
-          f"{final:.3f} on held-out files; unigram entropy {unigram:.3f}")
+    last = [loss for _, loss in history[-20:]]
+    print(f"loss: {history[0][1]:.3f} -> {sum(last) / len(last):.3f} (training), {final:.3f} on held-out files; "
+          f"unigram entropy {unigram:.3f}")
+    taken = history[-1][0]
+    if taken > 1.2 * asked + 5:
+        print(f"training took {taken:.0f} s instead of {asked:.0f}: the loss needs {len(history)} steps, each {taken / len(history):.2f} s here")
 
-    seconds: dict[str, float] = {}
-    worst, new = 0.0, 160
+    if len(history) < 4 * FEWEST_STEPS:
+        print(f"trained on {len(history) * B * T:,} bytes only: the completions will be poor")
+
     with counted:
-        for i, prompt in enumerate(snippets(held_out, 3)):
-            text, difference = complete(model, prompt, new, arguments.seed + i, device, seconds)
-            worst = max(worst, difference)
-            print(f"\n--- held-out prompt {i + 1}, then the completion after >>>\n{prompt.decode('utf-8', 'replace')}>>>"
-                  f"{text.decode('utf-8', 'replace')}")
-    print(f"\ndecode against prefill: largest difference of a logit {worst:.2e}")
-    print(f"speed: training {len(history) * B * T / history[-1][0]:,.0f} bytes/s, "
-          f"decode {new / seconds['decode']:,.0f} bytes/s (one sequence)")
+        completions = complete_all(model, snippets(held_out, 3), arguments.seed, device)
+    difference = max(each.difference for each in completions)
+    decoded, seconds = sum(len(each.new) for each in completions), sum(each.seconds for each in completions)
+    print(f"\ndecode against prefill: largest difference of a logit {difference:.2e}")
+    print(f"speed: training {len(history) * B * T / taken:,.0f} bytes/s, decode {decoded / seconds:,.0f} bytes/s (one sequence)"
+          + (f", on a busy machine ({found})" if found.busy else ""))
     served_by = backends(device)
     print("ops called in one training step and the completions, and the backend that served them:")
     for op, calls in sorted(counted.calls.items()):
         print(f"  {op:34} {calls:6} calls   {served_by[op.removesuffix('_backward')]}")
     print(f"model and plot: {arguments.output}/ (try: jetkernels generate --model {arguments.output} --prompt 'def ')")
-    if not worst <= WORST_DIFFERENCE:
-        raise RuntimeError(f"decode and prefill must agree within {WORST_DIFFERENCE}, got {worst:.2e}")
-    if not final <= WORST_LOSS * unigram:
-        raise RuntimeError(f"the held-out loss {final:.3f} did not fall well below the unigram entropy {unigram:.3f}")
+    check(difference, final, enough)
     return 0

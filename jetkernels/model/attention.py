@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jetkernels.modules.initialization import init_weight_
+from jetkernels.modules.repeatable import in_backward
 
 from .cache import AttentionCache
 from .config import JetNemotronConfig
@@ -98,8 +99,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout, cache: AttentionCache | None = None
     ) -> Tensor:
-        """x [N, T, C] or packed [1, total, C] as `layout` says; `cache` is read and updated in place."""
+        """x [N, T, C] or packed [1, total, C] as `layout` says; `cache` is read and updated in place, without gradients."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is not None and torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or in_backward()):
+            raise RuntimeError("Attention: a call with a cache computes no gradient; call it under torch.no_grad(), or without a cache")
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if layout.max_new == 0:
             return self.o_proj(q.flatten(-2))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jetkernels.modules import JetBlockState
+from jetkernels.modules.repeatable import in_backward
 
 from .config import JetNemotronConfig
 from .layout import TokenLayout
@@ -92,9 +93,15 @@ class JetNemotronCache:
     """
 
     def __init__(self, config: JetNemotronConfig, batch_size: int, max_length: int, *, device=None, dtype=None):
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"cache: {name} must be an integer, got {value!r}")
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"cache: batch_size and max_length must be at least 1, got {batch_size} and {max_length}")
         self.max_length = max_length
+        self.layer_types = list(config.layer_types)
+        # One that belongs to a function which is being run again starts anew, as it did the first time.
+        self.made_in_backward = in_backward()
         self.lengths = [0] * batch_size
         dtype = dtype or torch.get_default_dtype()
         self.layers: list[AttentionCache | JetBlockState] = []
@@ -121,7 +128,12 @@ class JetNemotronCache:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def check(self, new: list[int]) -> None:
-        """Raises ValueError unless `new[n]` more tokens of sequence n fit."""
+        """Raises ValueError unless `new[n]` more tokens of sequence n fit; RuntimeError if they have been here before."""
+        if torch.is_grad_enabled() and in_backward() and not self.made_in_backward:
+            raise RuntimeError(
+                "cache: a call with a cache cannot be repeated in a backward pass, as activation checkpointing does: the cache "
+                "already holds its tokens. Call the model outside the checkpointed function, or make the cache inside it"
+            )
         if len(new) != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, got {len(new)}")
         for n, (length, more) in enumerate(zip(self.lengths, new)):

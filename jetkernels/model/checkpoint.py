@@ -122,7 +122,7 @@ class SavedModel:
         try:
             file = folder.stack.enter_context(safetensors.safe_open(path, framework="pt"))
         except safetensors.SafetensorError as error:
-            raise ValueError(f"checkpoint: {self.path / name} is not a whole safetensors file: {error}") from None
+            raise ValueError(f"checkpoint: {self.path / name} is not a whole safetensors file: {_short(error)}") from None
         self._opened[name] = file
         self._names[name] = frozenset(file.keys())
         return file
@@ -132,7 +132,7 @@ class SavedModel:
         try:
             return read(self._config)
         except ValueError as error:
-            raise ValueError(f"{error} ({self.path / CONFIG_FILE})") from None
+            raise ValueError(f"{_short(error, 1000)} ({self.path / CONFIG_FILE})") from None
 
     def __len__(self) -> int:
         return len(self._file_of)
@@ -160,7 +160,7 @@ class SavedModel:
 
     def _facts(self, name: str, file: str) -> tuple[list[int], str]:
         if name not in self._names[file]:
-            raise ValueError(f"checkpoint: {self.path / file} must hold {name}, as the index says")
+            raise ValueError(f"checkpoint: {self.path / file} must hold {_short(name)}, as the index says")
         entry = self._opened[file].get_slice(name)
         return list(entry.get_shape()), entry.get_dtype()
 
@@ -206,7 +206,10 @@ def load(
         raise ValueError(
             f"checkpoint: {saved.path} does not fit the config: {config.num_hidden_layers} layers, but only {len(saved)} weights"
         )
-    model = kind(config, device="meta", dtype=dtype or config.dtype)
+    try:
+        model = kind(config, device="meta", dtype=dtype or config.dtype)
+    except (TypeError, OverflowError, RuntimeError) as error:  # what torch says of sizes beyond its integers
+        raise ValueError(f"checkpoint: no model has the sizes in {saved.path / CONFIG_FILE}: {_short(error)}") from error
     tied = config.tie_word_embeddings
     saved.check(model.state_dict(), tied)
     model = model.to_empty(device=device or "cpu")
@@ -302,7 +305,13 @@ def split(state: dict[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
     return shards
 
 
+def _short(text: object, most: int = 300) -> str:
+    """What comes from a file may be long, or not fit a line."""
+    text = str(text) if str(text).isprintable() else repr(str(text))
+    return text if len(text) <= most else text[:most] + "..."
+
+
 def _some(names: list[str], separator: str = ", ", limit: int = 8) -> str:
     """The first names of a list, and how many more there are."""
-    shown = separator.join(names[:limit])
+    shown = separator.join(map(_short, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -11,13 +11,29 @@ from pathlib import Path
 
 import torch
 
-from jetkernels.modules import JetBlockConfig
+from jetkernels.files import write_atomic
+from jetkernels.modules import JetBlockConfig, checks
+from jetkernels.reading import parse_json
 
 LAYER_TYPES = ("jet", "attn", "swa")
 CONFIG_FILE = "config.json"
 
-# Published keys with the only value that this model computes; another value means another model.
-_ONLY_VALUE = {"hidden_act": "silu", "rope_scaling": None, "use_mrope": False, "attention_dropout": 0.0}
+MAX_LAYERS = 4096
+_ARCHITECTURES = ["JetNemotronForCausalLM"]
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+# Published keys, and keys of related configs, with the only value that this model computes; another value means another model.
+_PUBLISHED = {"hidden_act": "silu", "rope_scaling": None, "use_mrope": False, "attention_dropout": 0.0}
+_ONLY_VALUE = {key: only for key, only in _PUBLISHED.items() if key != "rope_scaling"} | {
+    "attention_bias": True,  # of q, k and v; the output projection has none
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "use_qk_norm": False,
+    "use_sliding_window": False,  # windows are those of swa layers, of efficient_attention_config.swa
+}
 
 
 @dataclass(eq=True)
@@ -49,42 +65,67 @@ class JetNemotronConfig:
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
             self._require_count(name)
         if self.head_dim is None:
             self._require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._require_count("head_dim")
-        self.rms_norm_eps = float(self.rms_norm_eps)
-        self.rope_theta = float(self.rope_theta)
-        self.layer_types = list(self.layer_types)
-        self._check()
+        checks.below_limit("config: num_attention_heads * head_dim", self.num_attention_heads * self.head_dim)
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim must be even (rotary embedding), got {self.head_dim}")
+        self._require_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        self._require_number("rms_norm_eps", 0.0, 1.0, text=True)
+        self._require_number("rope_theta", 1.0, float("inf"))
+        self._require_number("initializer_range", 0.0, 100.0)
+        self._check_layers()
+        self._check_choices()
 
     def _require_count(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+        setattr(self, name, checks.count(f"config: {name}", getattr(self, name)))
+
+    def _require_number(self, name: str, least: float, most: float, text: bool = False) -> None:
+        value = checks.number(f"config: {name}", getattr(self, name), text=text)
+        if not least <= value <= most:
+            raise ValueError(f"config: {name} must be at least {least:g} and at most {most:g}, got {value:g}")
+        setattr(self, name, value)
 
     @staticmethod
     def _require_multiple(name: str, value: int, of: str, unit: int) -> None:
         if value % unit:
             raise ValueError(f"config: {name} must be a multiple of {of} = {unit}, got {value}")
 
-    def _check(self) -> None:
+    def _check_layers(self) -> None:
+        if not isinstance(self.layer_types, (list, tuple)):
+            raise ValueError(f"config: layer_types must be a list of {', '.join(LAYER_TYPES)}, got {checks.shown(self.layer_types)}")
+        layer_count(len(self.layer_types), "layer_types must have")
         for i, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
-                raise ValueError(f"config: layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {kind!r}")
-        self._require_multiple(
-            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
-        )
-        if self.head_dim % 2:
-            raise ValueError(f"config: head_dim must be even (rotary embedding), got {self.head_dim}")
-        if not isinstance(getattr(torch, self.torch_dtype, None), torch.dtype):
-            raise ValueError(f"config: torch_dtype must name a dtype, got {self.torch_dtype!r}")
+                raise ValueError(f"config: layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {checks.shown(kind)}")
+        self.layer_types = list(self.layer_types)
+        if not isinstance(self.efficient_attention_config, Mapping):
+            raise ValueError(
+                f"config: efficient_attention_config must be a mapping with jet and swa, got {checks.shown(self.efficient_attention_config)}"
+            )
         if "jet" in self.layer_types:
             self.jet  # noqa: B018  (parses, and so checks, the sizes)
         if "swa" in self.layer_types:
             self.window_size  # noqa: B018
+
+    def _check_choices(self) -> None:
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"config: tie_word_embeddings must be true or false, got {checks.shown(self.tie_word_embeddings)}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]:
+                if not (token is None and token is value) and (type(token) is not int or not 0 <= token < 1 << 63):
+                    raise ValueError(f"config: {name} must be None or a token id (an integer from 0), got {checks.shown(value)}")
+        if isinstance(self.torch_dtype, (str, torch.dtype)):
+            self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
+        if not isinstance(self.torch_dtype, str) or self.torch_dtype not in DTYPES:
+            raise ValueError(f"config: torch_dtype must name a dtype, got {checks.shown(self.torch_dtype)}; one of {', '.join(DTYPES)}")
+        if not isinstance(self.extra, Mapping) or not all(isinstance(key, str) for key in self.extra):
+            raise ValueError(f"config: extra must be a mapping of names, got {checks.shown(self.extra)}")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -97,7 +138,7 @@ class JetNemotronConfig:
     def _section(self, name: str) -> Mapping:
         section = self.efficient_attention_config.get(name)
         if not isinstance(section, Mapping):
-            raise ValueError(f"config: efficient_attention_config.{name} is needed by a {name} layer, got {section!r}")
+            raise ValueError(f"config: efficient_attention_config.{name} is needed by a {name} layer, got {checks.shown(section)}")
         return section
 
     @cached_property
@@ -109,11 +150,7 @@ class JetNemotronConfig:
     def window_size(self) -> int:
         """Tokens that a sliding-window layer sees, the current one included."""
         window = self._section("swa").get("window_size")
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(
-                f"config: efficient_attention_config.swa.window_size must be a positive integer, got {window!r}"
-            )
-        return window
+        return checks.count("config: efficient_attention_config.swa.window_size", window)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -131,28 +168,34 @@ class JetNemotronConfig:
     @classmethod
     def from_dict(cls, values: Mapping) -> JetNemotronConfig:
         """Reads the parsed content of a published config.json. Keys that mean nothing here are kept in `extra`."""
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise ValueError(f"config: must be a mapping of names, got {checks.shown(values)}")
         values = dict(values)
         model_type = values.pop("model_type", "jet_nemotron")
         if model_type != "jet_nemotron":
-            raise ValueError(f"config: model_type must be jet_nemotron, got {model_type!r}")
-        for key, only in _ONLY_VALUE.items():
-            if values.get(key, only) != only:
-                raise ValueError(f"config: {key} must be {only!r}, got {values[key]!r}")
-        if "dtype" in values:
-            values.setdefault("torch_dtype", values.pop("dtype"))
+            raise ValueError(f"config: model_type must be jet_nemotron, got {checks.shown(model_type)}")
+        refuse_other_models(values)
+        values |= rope_theta(values)
+        # Written again by `to_dict`, all of them with the one value there is.
+        for key in (*_PUBLISHED, "rope_parameters"):
+            values.pop(key, None)
+        if values.get("architectures") == _ARCHITECTURES:
+            del values["architectures"]
+        dtypes = {str(d) for key in ("dtype", "torch_dtype") if (d := values.pop(key, None)) is not None}
+        if len(dtypes) > 1:
+            raise ValueError(f"config: torch_dtype and dtype must agree, got {' and '.join(map(checks.shown, sorted(dtypes)))}")
         layers = values.pop("num_hidden_layers", None)
-        names = {f.name for f in fields(cls)} - {"extra"}
-        missing = [f.name for f in fields(cls) if f.name not in values and f.name in _REQUIRED]
+        missing = [name for name in _REQUIRED if name not in values]
         if missing:
             raise ValueError(f"config: missing {', '.join(missing)}")
-        if layers is not None and layers != len(values["layer_types"]):
-            raise ValueError(
-                f"config: layer_types must have num_hidden_layers = {layers} entries, got {len(values['layer_types'])}"
-            )
+        names = {f.name for f in fields(cls)} - {"extra"}
         known = {key: values.pop(key) for key in list(values) if key in names}
-        if known.get("torch_dtype", "") is None:
-            del known["torch_dtype"]
-        return cls(**known, extra=values)
+        config = cls(**known, **{"torch_dtype": d for d in dtypes}, extra=values)
+        if layers is not None and layer_count(layers) != config.num_hidden_layers:
+            raise ValueError(
+                f"config: layer_types must have num_hidden_layers = {layers} entries, got {config.num_hidden_layers}"
+            )
+        return config
 
     def to_dict(self) -> dict:
         """The content of config.json, published keys, sorted."""
@@ -163,7 +206,7 @@ class JetNemotronConfig:
             values["pad_token_id"] = self.pad_token_id
         values["model_type"] = "jet_nemotron"
         values["num_hidden_layers"] = self.num_hidden_layers
-        defaults = {"architectures": ["JetNemotronForCausalLM"], **_ONLY_VALUE}
+        defaults = {"architectures": list(_ARCHITECTURES), **_PUBLISHED}
         return dict(sorted((defaults | self.extra | values).items()))
 
     @classmethod
@@ -173,13 +216,7 @@ class JetNemotronConfig:
         path = path / CONFIG_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"config: no file {path}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config: {path} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"config: {path} must hold a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(parse_json(path.read_bytes(), f"config: {path}"))
 
     @classmethod
     def from_name(cls, name: str) -> JetNemotronConfig:
@@ -192,7 +229,52 @@ class JetNemotronConfig:
         return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes a config.json, in one step."""
+        write_atomic(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode("utf-8"))
+
+
+def layer_count(value: object, subject: str = "num_hidden_layers must be") -> int:
+    """A number of layers, checked before anything of its length is made."""
+    if type(value) is not int or not 1 <= value <= MAX_LAYERS:
+        raise ValueError(f"config: {subject} 1 to {MAX_LAYERS}, got {checks.shown(value)}")
+    return value
+
+
+def refuse_other_models(values: Mapping) -> None:
+    """ValueError if a key of a config.json has a value that this model does not compute."""
+    for key, only in _ONLY_VALUE.items():
+        got = values.get(key, only)
+        if not _same(got, only):
+            raise ValueError(f"config: {key} must be {only!r}, got {checks.shown(got)}")
+
+
+def _same(got: object, only: object) -> bool:
+    # 0 == False, but a number is no switch.
+    return got == only and isinstance(got, bool) == isinstance(only, bool)
+
+
+def rope_theta(values: Mapping) -> dict[str, object]:
+    """{"rope_theta": base of the rotary frequencies} of a config.json, {} if it has none.
+
+    It stands at the top, or, as transformers writes it since version 5, in `rope_parameters` (`rope_scaling` in older files), which
+    may also ask for scaled or partial rotations: those are refused.
+    """
+    found = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        section = values.get(key)
+        if section is None:
+            continue
+        if not isinstance(section, Mapping):
+            raise ValueError(f"config: {key} must be None, got {checks.shown(section)}")
+        neutral = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        if any(name != "rope_theta" and not (name in neutral and _same(value, neutral[name])) for name, value in section.items()):
+            raise ValueError(f"config: {key} must be None, got {checks.shown(section)}; of its kinds only rope_type 'default' is computed")
+        if "rope_theta" in section:
+            theta = checks.number(f"config: {key}.rope_theta", section["rope_theta"])
+            if found and found["rope_theta"] != theta:
+                raise ValueError(f"config: rope_theta and {key}.rope_theta must agree, got {checks.shown(found['rope_theta'])} and {theta:g}")
+            found = {"rope_theta": theta}
+    return found
 
 
 _REQUIRED = (

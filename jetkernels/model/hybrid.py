@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from jetkernels.modules import JetBlock, RMSNorm
 from jetkernels.modules.initialization import init_weight_
+from jetkernels.modules.linear import has_hooks
 from jetkernels.modules.padding import Unpadding, find_padding
 
 from . import checkpoint, generation
@@ -24,12 +24,34 @@ from .layout import TokenLayout
 Progress = Callable[[list], Iterable]
 
 
-class CausalLMOutput(NamedTuple):
-    """logits [B, T, vocab], or [N, 1, vocab] with last_logits_only; cache as given; loss: a scalar if labels were given."""
+class CausalLMOutput(dict):
+    """What a call of the model gives: loss, logits and cache, in this order, those that are not None.
 
-    logits: Tensor
-    cache: JetNemotronCache | None
-    loss: Tensor | None
+    loss: a scalar, if labels were given.  logits: [B, T, vocab], or [N, 1, vocab] with last_logits_only.  cache: as given.
+    Read as an attribute, by name or, as the outputs of transformers' models, by position among those that are there: [0] is
+    the loss of a call with labels and the logits of one without. `to_tuple` unpacks.
+    """
+
+    def __init__(self, *args, **fields):
+        super().__init__({name: value for name, value in dict(*args, **fields).items() if value is not None})
+
+    def __getitem__(self, key: str | int | slice):
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        return tuple(self.values())
+
+    @property
+    def loss(self) -> Tensor | None:
+        return self.get("loss")
+
+    @property
+    def logits(self) -> Tensor:
+        return self["logits"]
+
+    @property
+    def cache(self) -> JetNemotronCache | None:
+        return self.get("cache")
 
 
 class MLP(nn.Module):
@@ -134,13 +156,26 @@ class JetNemotronForCausalLM(nn.Module):
         """[vocab, C]."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    def head(self, h: Tensor) -> Tensor:
+        """Final hidden states [..., C] -> logits [..., vocab]."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(h)
+        weight = self.model.embed_tokens.weight
+        if not isinstance(weight, Tensor) or weight.device != h.device:
+            got = f"on {weight.device}" if isinstance(weight, Tensor) else f"{type(weight).__name__} (a quantised module?)"
+            raise RuntimeError(
+                f"the head is tied to embed_tokens, whose weight must be a tensor on {h.device}, got {got}: leave embed_tokens out "
+                "of offloading and quantisation, or give the head a weight of its own (tie_word_embeddings=False)"
+            )
+        return F.linear(h, weight)
+
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head_weight.dtype
+        return self.model.norm.weight.dtype
 
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
@@ -170,25 +205,33 @@ class JetNemotronForCausalLM(nn.Module):
             last_logits_only: logits of the last new token of each sequence, [N, 1, vocab]; zeros where there is none.
         """
         _check_ids(input_ids, self.config.vocab_size)
+        self._check_place(input_ids, cache)
+        if labels is not None:
+            _check_labels(labels, input_ids, self.config.vocab_size)
+        layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
             h = self.model(input_ids if padding is None else padding.pack(input_ids), layout, cache)
             if cache is not None:
                 cache.advance(layout)
-            loss = None
-            if labels is not None:
-                if labels.shape != input_ids.shape:
-                    raise ValueError(f"labels must be {list(input_ids.shape)}, got {list(labels.shape)}")
-                logits = F.linear(h, self.head_weight)
-                loss = _mean_cross_entropy(logits, layout.next_labels(labels, padding))
+            if last_logits_only and labels is None:
+                return CausalLMOutput(logits=self.head(layout.last(h)), cache=cache)
+            logits = self.head(h)
+            loss = None if labels is None else _mean_cross_entropy(logits, layout.next_labels(labels, padding))
             if last_logits_only:
-                logits = F.linear(layout.last(h), self.head_weight)
-            elif labels is None:
-                # Zero hidden states at the padding give zero logits there.
-                logits = F.linear(h if padding is None else padding.restore(h), self.head_weight)
+                logits = layout.last(logits)
             elif padding is not None:
                 logits = padding.restore(logits)
-            return CausalLMOutput(logits, cache, loss)
+            return CausalLMOutput(loss=loss, logits=logits, cache=cache)
+
+    def _check_place(self, input_ids: Tensor, cache: JetNemotronCache | None) -> None:
+        embedding = self.model.embed_tokens
+        # A hook may bring the ids to the weight, or the weight to the ids.
+        if type(embedding) is nn.Embedding and embedding.weight.device != input_ids.device and not has_hooks(embedding):
+            raise ValueError(f"input_ids must be on {embedding.weight.device}, like the model, got {input_ids.device}")
+        if cache is not None and not isinstance(cache, JetNemotronCache):
+            raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
+        if cache is not None and cache.layer_types != self.config.layer_types:
+            raise ValueError("cache must be of this model: it was made for other layer_types")
 
     def _arrange(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: JetNemotronCache | None, cu_seqlens: Tensor | None
@@ -199,6 +242,11 @@ class JetNemotronForCausalLM(nn.Module):
         if cu_seqlens is not None:
             if attention_mask is not None:
                 raise ValueError("attention_mask and cu_seqlens exclude each other; got both")
+            if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+                got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+                raise ValueError(f"cu_seqlens must be a tensor [N+1] of int64 or int32, got {got}")
+            if cu_seqlens.device != input_ids.device:
+                raise ValueError(f"cu_seqlens must be on {input_ids.device}, like input_ids, got {cu_seqlens.device}")
             bounds = cu_seqlens.tolist()
             new = [b - a for a, b in zip(bounds, bounds[1:])]
             if B != 1 or not bounds or bounds[0] != 0 or bounds[-1] != T or min(new, default=0) < 0:
@@ -206,7 +254,7 @@ class JetNemotronForCausalLM(nn.Module):
         else:
             new = [T] * B
             if attention_mask is not None:
-                padding = find_padding(attention_mask, B, T)
+                padding = find_padding(attention_mask, B, T, input_ids.device)
             if padding is not None:
                 new, cu_seqlens = padding.lengths, padding.cu_seqlens
         past, past_device = [0] * len(new), None
@@ -283,6 +331,8 @@ class JetNemotronForCausalLM(nn.Module):
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
     if input_ids.dtype not in (torch.int64, torch.int32):
@@ -294,8 +344,23 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
                 raise ValueError(f"input_ids must be in 0..{vocab_size - 1}, got {value}")
 
 
+def _check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.device != input_ids.device:
+        raise ValueError(f"labels must be on {input_ids.device}, like input_ids, got {labels.device}")
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels must be {list(input_ids.shape)}, got {list(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
+    if labels.device.type == "cpu" and labels.numel():
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+        if wrong.numel():
+            raise ValueError(f"labels must be in 0..{vocab_size - 1}, or -100 for none, got {wrong[0].item()}")
+
+
 def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets that are not -100, in fp32; 0 if all are."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(wide.flatten(0, 1), targets.flatten().to(torch.int64), ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)

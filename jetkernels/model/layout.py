@@ -98,8 +98,10 @@ class TokenLayout:
         """Labels of the tokens -> what each token should predict: its successor's label, -100 for the last of a sequence."""
         if padding is not None:
             labels = padding.pack(labels)
+        if not labels.shape[1]:
+            return labels
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if not self.is_dense and labels.shape[1]:
+        if not self.is_dense:
             # An empty sequence names the end of the one before it, or, if it is the first, the end of the last one.
             shifted = shifted.index_fill(1, (self.cu_seqlens[1:].to(torch.int64) - 1) % labels.shape[1], -100)
         return shifted

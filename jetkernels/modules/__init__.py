@@ -3,6 +3,7 @@
 from .dynamic_conv import DynamicShortConvolution, KernelGenerator
 from .jet_block import JetBlock, JetBlockConfig, JetBlockState
 from .norm import GatedRMSNorm, RMSNorm
+from .weight_decay import parameter_groups
 
 __all__ = [
     "DynamicShortConvolution",
@@ -12,4 +13,5 @@ __all__ = [
     "JetBlockState",
     "KernelGenerator",
     "RMSNorm",
+    "parameter_groups",
 ]

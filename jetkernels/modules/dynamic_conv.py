@@ -6,16 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jetkernels.ops import dynamic_conv, dynamic_conv_step_
+from jetkernels.ops import apply_dynamic_conv, dynamic_conv, dynamic_conv_step_
 
 from .initialization import init_weight_
+from .linear import plain_weights
 
 
 class KernelGenerator(nn.Module):
     """The two matrices that turn a layer input into convolution taps: kernel = w2 silu(w1 x) + bias.
 
     w1.weight [R, C]; w2.weight [D*W, R] and w2.bias [D*W], row d*W+w for tap w of channel d. Only `w1` runs here: the
-    product with w2 is part of the convolution op, so that the taps [B, T, D, W] never exist in memory.
+    product with w2 is part of the convolution op, so that the taps [B, T, D, W] never exist in memory. Where w2 is not a plain
+    Linear (an adapter, a hook, ...: `plain_weights`) it is called and they do.
     """
 
     def __init__(self, input_size: int, width: int, outputs: int, *, device=None, dtype=None):
@@ -91,12 +93,15 @@ class DynamicShortConvolution(nn.Module):
         x [B, T, D], generator_input [B, T, C]; conv_state [N, D, W-1] left context, zeros if None; cu_seqlens [N+1]
         with B = 1 for packed sequences. Returns y [B, T, D] and, if asked for, the state after the last token.
         """
-        w2 = self.kernel_generator.w2
+        hidden = self.kernel_generator(generator_input)
+        weights = self._plain_weights()
+        if weights is None:
+            kernels = self._kernels(hidden)
+            return apply_dynamic_conv(x, kernels, conv_state, cu_seqlens, self.activation, output_final_state)
         return dynamic_conv(
             x,
-            self.kernel_generator(generator_input),
-            w2.weight,
-            w2.bias,
+            hidden,
+            *weights,
             conv_state=conv_state,
             cu_seqlens=cu_seqlens,
             activation=self.activation,
@@ -107,9 +112,31 @@ class DynamicShortConvolution(nn.Module):
         self, x: Tensor, generator_input: Tensor, conv_state: Tensor, state_indices: Tensor | None = None
     ) -> Tensor:
         """One token per sequence: x [N, D], generator_input [N, C] -> y [N, D]; updates conv_state [P, D, W-1] in place."""
-        w2 = self.kernel_generator.w2
         hidden = self.kernel_generator(generator_input)
-        return dynamic_conv_step_(x, hidden, w2.weight, w2.bias, conv_state, state_indices, self.activation)
+        weights = self._plain_weights()
+        if weights is None:
+            return self._step_with_kernels_(x, hidden, conv_state, state_indices)
+        return dynamic_conv_step_(x, hidden, *weights, conv_state, state_indices, self.activation)
+
+    def _plain_weights(self) -> tuple[Tensor, Tensor | None] | None:
+        return plain_weights(self.kernel_generator.w2, "kernel_generator.w2")
+
+    def _kernels(self, hidden: Tensor) -> Tensor:
+        """Taps [..., D, W] from w2 as a module."""
+        return self.kernel_generator.w2(hidden).unflatten(-1, (self.channels, self.kernel_size))
+
+    def _step_with_kernels_(self, x: Tensor, hidden: Tensor, conv_state: Tensor, state_indices: Tensor | None) -> Tensor:
+        kernels = self._kernels(hidden)
+        if state_indices is None:
+            y, after = apply_dynamic_conv(x[:, None], kernels[:, None], conv_state.clone(), None, self.activation, True)
+            conv_state.copy_(after.detach())
+            return y[:, 0]
+        before = conv_state[state_indices.clamp(0, conv_state.shape[0] - 1)]
+        # What the step op leaves in the pool depends on x and the indices alone, so it does the checks and the writing.
+        weight = hidden.new_zeros(self.channels * self.kernel_size, hidden.shape[-1])
+        dynamic_conv_step_(x, hidden, weight, None, conv_state, state_indices, self.activation)
+        y, _ = apply_dynamic_conv(x[:, None], kernels[:, None], before, None, self.activation)
+        return y[:, 0].masked_fill((state_indices < 0)[:, None], 0.0)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation}"

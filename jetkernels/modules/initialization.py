@@ -10,6 +10,9 @@ LARGE = 1 << 20
 @torch.no_grad()
 def init_weight_(tensor: torch.Tensor, std: float) -> torch.Tensor:
     """Fills `tensor` in place, in its own dtype, with independent zero-mean values of standard deviation `std`."""
+    if tensor.is_meta:
+        # There is nothing to fill, and the first random number there would import torch's Python references: seconds.
+        return tensor
     if tensor.numel() > LARGE:
         bound = std * 3.0**0.5
         return tensor.uniform_(-bound, bound)

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
 
+from . import checks
 from .dynamic_conv import DynamicShortConvolution
 from .initialization import init_weight_
+from .linear import has_hooks
 from .norm import GatedRMSNorm
 from .padding import find_padding
+from .repeatable import RepeatableCall, may_be_repeated
 
 # Decay rates exp(A_log) and time steps softplus(dt_bias) of a new layer: log-uniform over these ranges, so that from
 # the start some heads forget within a few tokens (rate * step near 1.6) and some remember for thousands (near 0.001).
 DECAY_RATES = (1.0, 16.0)
 TIME_STEPS = (1e-3, 1e-1)
 # The decay is an exponential of a product of these two: a bf16 rounding of them would move every state.
-FP32_PARAMETERS = ("A_log", "dt_bias")
+GATE_PARAMETERS = ("A_log", "dt_bias")
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,25 @@ class JetBlockConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            kind = float if field.name in ("expand_v", "norm_eps") else int
-            got = getattr(self, field.name)
-            try:
-                value = kind(got)
-            except (TypeError, ValueError):
-                raise ValueError(f"jet: {field.name} must be a number, got {got!r}") from None
-            if value <= 0 or value != float(got):
-                raise ValueError(f"jet: {field.name} must be a positive {kind.__name__}, got {got!r}")
+            name, got = f"jet: {field.name}", getattr(self, field.name)
+            if field.name in ("expand_v", "norm_eps"):
+                value = checks.number(name, got, text=True)
+                if value <= 0:
+                    raise ValueError(f"{name} must be a positive float, got {checks.shown(got)}")
+            else:
+                value = checks.count(name, got, "positive int")
             object.__setattr__(self, field.name, value)
+        if self.norm_eps >= 1:
+            raise ValueError(f"jet: norm_eps must be below 1, got {self.norm_eps}")
         if not 2 <= self.conv_size <= 4:
             raise ValueError(f"jet: conv_size must be 2, 3 or 4, got {self.conv_size}")
-        if self.head_v_dim < 1:
-            raise ValueError(f"jet: head_dim * expand_v must be at least 1, got {self.head_dim} * {self.expand_v}")
+        # Before it is rounded: the product may be infinite.
+        if not 1 <= self.head_dim * self.expand_v <= checks.MAX_SIZE:
+            raise ValueError(
+                f"jet: head_dim * expand_v must be at least 1 and at most {checks.MAX_SIZE}, got {self.head_dim} * {self.expand_v}"
+            )
+        checks.below_limit("jet: num_heads * head_dim", self.key_dim)
+        checks.below_limit("jet: num_heads * head_dim * expand_v", self.value_dim)
         if self.dconv_generator_reduction > self.value_dim:
             raise ValueError(
                 f"jet: dconv_generator_reduction must be at most {self.value_dim}, got {self.dconv_generator_reduction}"
@@ -82,6 +91,8 @@ class JetBlockConfig:
 
         Its `mode` and `dconv_implementation` choose between implementations of one result; here the device does that.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"efficient_attention_config.jet must be a mapping, got {checks.shown(values)}")
         sizes = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         missing = [name for name in ("num_heads", "head_dim", "expand_v") if name not in sizes]
         if missing:
@@ -101,6 +112,8 @@ class JetBlockState(NamedTuple):
     @classmethod
     def zeros(cls, config: JetBlockConfig, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
         """Of sequences that have seen nothing. `dtype` is the layer's; the recurrent state is fp32 (fp64 if it is)."""
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"JetBlockState: batch_size must be an integer from 0, got {batch_size!r}")
         dtype = dtype or torch.get_default_dtype()
         H, K, V = config.num_heads, config.head_dim, config.head_v_dim
         return cls(
@@ -118,7 +131,8 @@ class JetBlock(nn.Module):
         y = o_proj(rmsnorm(o) * o_norm.weight * silu(g_proj(x)))
 
     Gates and norm compute in fp32. A_log [H] and dt_bias [H] stay fp32 when the module is cast to a narrower dtype
-    and when a narrower checkpoint is loaded.
+    and when a narrower checkpoint is loaded. Both have `_no_weight_decay = True`, as in flash-linear-attention: whoever makes
+    the optimiser should not let them decay (towards a decay rate of 1).
 
     Args:
         hidden_size: C.  jet_block_config: the sizes.  initializer_range: standard deviation of the projections.
@@ -135,6 +149,9 @@ class JetBlock(nn.Module):
     ):
         super().__init__()
         config = JetBlockConfig() if jet_block_config is None else jet_block_config
+        if not isinstance(config, JetBlockConfig):
+            raise ValueError(f"JetBlock: jet_block_config must be a JetBlockConfig, got {type(config).__name__}")
+        hidden_size = checks.count("JetBlock: hidden_size", hidden_size)
         self.hidden_size = hidden_size
         self.config = config
         self.initializer_range = initializer_range
@@ -163,10 +180,13 @@ class JetBlock(nn.Module):
         gate_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.A_log = nn.Parameter(torch.empty(H, device=device, dtype=gate_dtype))
         self.dt_bias = nn.Parameter(torch.empty(H, device=device, dtype=gate_dtype))
+        self._exempt_from_weight_decay()
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.A_log.is_meta:
+            return
         for name in "qkvgabo":
             init_weight_(getattr(self, f"{name}_proj").weight, self.initializer_range)
         self.dynamic_conv1d.reset_parameters()
@@ -178,7 +198,8 @@ class JetBlock(nn.Module):
 
     def new_state(self, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
         """A state of `batch_size` sequences that have seen nothing; its device and dtype are the layer's by default."""
-        weight = self.o_proj.weight
+        # Not that of a projection, which may be quantised.
+        weight = self.o_norm.weight
         return JetBlockState.zeros(self.config, batch_size, device=device or weight.device, dtype=dtype or weight.dtype)
 
     def forward(
@@ -194,20 +215,40 @@ class JetBlock(nn.Module):
             hidden_states: [B, T, C].
             attention_mask: [B, T], zero at padding, which may be anywhere; output rows there are zero.
             cu_seqlens: [N+1] int32 or int64 boundaries of sequences packed into one row (B = 1); not with a mask.
-            state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient.
+            state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient. Under
+                `torch.utils.checkpoint` the second run starts from the state as the first found it and leaves it alone; where it
+                cannot know which call it repeats it raises RuntimeError.
 
         Returns: [B, T, C], in the dtype of hidden_states.
         """
+        self._check(hidden_states, cu_seqlens, state)
         B, T, _ = hidden_states.shape
+        padding = None
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("JetBlock: attention_mask and cu_seqlens exclude each other; got both")
-            padding = find_padding(attention_mask, B, T)
-            if padding is not None:
-                packed = self(padding.pack(hidden_states), cu_seqlens=padding.cu_seqlens, state=state)
-                return padding.restore(packed)
-        gate = self.g_proj(hidden_states).unflatten(-1, (self.config.num_heads, -1))
-        o = self._mix(hidden_states, cu_seqlens, state)
+            padding = find_padding(attention_mask, B, T, hidden_states.device)
+        call = None
+        if state is not None and may_be_repeated(hidden_states):
+            call = RepeatableCall("JetBlock", state, hidden_states)
+        if padding is None:
+            return self._run(hidden_states, cu_seqlens, state, call)
+        return padding.restore(self._run(padding.pack(hidden_states), padding.cu_seqlens, state, call))
+
+    def _check(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None) -> None:
+        """What the ops cannot check, or not by the names that a caller of this layer knows."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"JetBlock: hidden_states must be a tensor, got {type(x).__name__}")
+        if x.dim() != 3 or x.shape[2] != self.hidden_size or not x.is_floating_point():
+            raise ValueError(f"JetBlock: hidden_states must be floating [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}")
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"JetBlock: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+        if state is not None and not isinstance(state, JetBlockState):
+            raise ValueError(f"JetBlock: state must be a JetBlockState (new_state makes one), got {type(state).__name__}")
+
+    def _run(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
+        gate = self.g_proj(x).unflatten(-1, (self.config.num_heads, -1))
+        o = self._mix(x, cu_seqlens, state, call)
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,22 +258,22 @@ class JetBlock(nn.Module):
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
         return g, torch.sigmoid(b.to(wide))
 
-    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None) -> Tensor:
-        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]."""
+    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
+        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]. `call`: of the state, if it may be repeated."""
         H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
         q = F.silu(self.q_proj(x)).unflatten(-1, (H, K))
         k = F.silu(self.k_proj(x)).unflatten(-1, (H, K))
         x_v = self.v_proj(x)
         g, beta = self._gates(x)
-        # The step ops write into the state they read, so they have no gradient.
-        if state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook would see.
+        if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None and not has_hooks(self.dynamic_conv1d):
+            if state.conv_state.shape[0] != x.shape[0]:
+                # The step op would take it for a pool of states, and the first of them.
+                raise ValueError(f"JetBlock: state must be of B = {x.shape[0]} sequences, got {state.conv_state.shape[0]}")
             v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
             v = v.view(-1, 1, H, V)
             return recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
-        conv_before = recurrent_before = None
-        if state is not None:
-            # Backward still needs the values that are overwritten below.
-            conv_before, recurrent_before = (s.clone() if torch.is_grad_enabled() else s for s in state)
+        conv_before, recurrent_before = (None, None) if state is None else state if call is None else call.before
         v, conv_after = self.dynamic_conv1d(x_v, x, conv_before, cu_seqlens, output_final_state=state is not None)
         o, recurrent_after = chunk_gated_delta_rule(
             q,
@@ -245,13 +286,15 @@ class JetBlock(nn.Module):
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=cu_seqlens,
         )
-        if state is not None:
-            state.conv_state.copy_(conv_after.detach())
-            state.recurrent_state.copy_(recurrent_after.detach())
+        if call is not None:
+            call.finish((conv_after, recurrent_after), o)
+        elif state is not None:
+            state.conv_state.copy_(conv_after)
+            state.recurrent_state.copy_(recurrent_after)
         return o
 
     def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name).data for name in FP32_PARAMETERS}
+        before = {name: getattr(self, name).data for name in GATE_PARAMETERS}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
@@ -260,15 +303,26 @@ class JetBlock(nn.Module):
                 new.data = old.to(device=new.device, dtype=torch.float32)
                 if new.grad is not None:
                     new.grad = new.grad.to(torch.float32)
+        self._exempt_from_weight_decay()
         return self
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # A copied parameter has no attributes.
+        self._exempt_from_weight_decay()
+
+    def _exempt_from_weight_decay(self) -> None:
+        for name in GATE_PARAMETERS:
+            getattr(self, name)._no_weight_decay = True
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in FP32_PARAMETERS:
+        for name in GATE_PARAMETERS:
             value = state_dict.get(prefix + name)
-            if value is not None:
+            if isinstance(value, Tensor):
                 # load_state_dict(assign=True) takes the tensor as it is.
                 state_dict[prefix + name] = value.to(torch.promote_types(value.dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._exempt_from_weight_decay()
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.config}"

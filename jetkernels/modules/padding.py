@@ -32,18 +32,25 @@ class Unpadding:
         return full.index_copy(0, self.indices, x[0]).unflatten(0, (self.batch_size, self.width))
 
 
-def find_padding(attention_mask: Tensor, batch_size: int, width: int) -> Unpadding | None:
-    """Reads an attention mask [B, T'] (nonzero: a real token) for a call on [B, T] tokens; None if nothing is padded.
+def find_padding(attention_mask: Tensor, batch_size: int, width: int, device: torch.device) -> Unpadding | None:
+    """Reads an attention mask [B, T'] (nonzero: a real token) for a call on [B, T] tokens on `device`; None if nothing is padded.
 
     T' may exceed T, as it does where past tokens are counted too: the last T columns are those of this call.
     Padding may be on the left, on the right or in between; it simply does not exist for the layers.
     Reads the mask on the host, once: how many tokens there are decides the shapes that follow.
     """
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+    if attention_mask.device != device:
+        raise ValueError(f"attention_mask must be on {device}, like the tokens, got {attention_mask.device}")
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < width:
         raise ValueError(
             f"attention_mask must be [{batch_size}, {width}] (or longer, past tokens first), "
             f"got {list(attention_mask.shape)}"
         )
+    if attention_mask.is_floating_point() and not (attention_mask >= 0).all():
+        # Read as it is here, a mask that is added to scores would keep the padding and drop the tokens.
+        raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got negative values or NaN: is it an additive mask?")
     kept = attention_mask[:, attention_mask.shape[1] - width :] != 0
     counts = kept.sum(1)
     lengths = counts.tolist()

@@ -6,7 +6,12 @@ cumulative log decay c, Γ_ij = e^{c_i-c_j} for j <= i, kk = tril(K Kᵀ ∘ Γ,
     T = (I + diag(beta) kk)^-1      U = T diag(beta) (V - diag(e^c) K S0) = U0 - W S0
     O = scale diag(e^c) Q S0 + P U  S1 = e^{c_C} S0 + (diag(e^{c_C-c}) K)ᵀ U
 
-The backward needs no division: with U' from U = diag(beta) U', U' = V - diag(e^c) K S0 - kk U.
+The backward needs no division: with U' from U = diag(beta) U', U' = V - diag(e^c) K S0 - kk U. The gradient of g_t sums what
+passes from before token t to t or later, with Y = tril(dP ∘ Q Kᵀ + dM ∘ K Kᵀ, -1):
+
+    dg_t = Σ_{j<t<=i} Y_ij + Σ_{t<=i} (<q_i, scale e^{c_i} S0 dO_i> - <k_i, e^{c_i} S0 dV_i>) + Σ_{j<t} <k_j, dK_st,j> + e^{c_C} <S0,dS1>
+
+Each term has e^{g_t} in it and none cancels another exactly, so that dg keeps its relative accuracy at any decay.
 """
 
 import torch
@@ -33,6 +38,22 @@ def l2norm_backward(grad, normed, rnorm):
 def multiply(a, b):
     """Batched a @ b over the leading two dimensions [M,Z]."""
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def multiply_lower(a, b):
+    """a @ b for lower-triangular a [M,Z,C,C]: row i has rows 0 .. i of b [M,Z,C,N] in it, and nothing of the others.
+
+    A product with the zeros above the diagonal would carry a NaN or an infinity of b to the rows before it. Columns of b are
+    apart: in one that has such a number the product is NaN from there on.
+    """
+    finite = torch.where(b.isfinite(), b, 0)
+    return multiply(a, finite).add_((b - b).cumsum(-2))
+
+
+def multiply_upper(a, b):
+    """a @ b for upper-triangular a, likewise: row i has rows i .. of b in it."""
+    finite = torch.where(b.isfinite(), b, 0)
+    return multiply(a, finite).add_((b - b).flip(-2).cumsum(-2).flip(-2))
 
 
 def multiply_shared(a, b):
@@ -82,8 +103,10 @@ class Stages:
             self.q, self.q_rnorm = l2norm(self.q)
             self.k, self.k_rnorm = l2norm(self.k)
         self.beta = heads.split(beta).unsqueeze(-1)
+        g = heads.split(g, torch.float64).clamp(min=LOG_DECAY_MIN)
+        self._move_nan_to_values(heads, g)
         # c reaches -6656, where fp32 resolves 5e-4: sums and differences in fp64, one rounding before exp
-        c = heads.split(g, torch.float64).clamp(min=LOG_DECAY_MIN).cumsum(-1)
+        c = g.cumsum(-1)
         self.decay_in = c.exp().to(heads.dtype).unsqueeze(-1)
         self.decay_out = (c[..., -1:] - c).exp().to(heads.dtype).unsqueeze(-1)
         self.decay = self.decay_in[..., -1:, :]
@@ -102,8 +125,20 @@ class Stages:
         # T = (I + diag(beta) kk)^-1   [C, C]
         self.t = torch.linalg.solve_triangular(self.kk * self.beta, eye, upper=False, unitriangular=True)
         t_beta = self.t * self.beta.transpose(-1, -2)
-        self.u0 = multiply(t_beta, self.v)
+        self.u0 = multiply_lower(t_beta, self.v)
         self.w = multiply(t_beta, self.k_in)
+
+    def _move_nan_to_values(self, heads, g):
+        """Tokens whose k, g or beta is not finite become NaN in v and harmless in these.
+
+        Such a token makes NaN of the whole state, as NaN in all of v does; elsewhere it would reach the tokens before it too.
+        """
+        of_keys = heads.per_head((self.k - self.k).sum(-1, keepdim=True))
+        of_gates = (g - g).to(heads.dtype).unsqueeze(-1) + (self.beta - self.beta)
+        self.v += of_keys + of_gates
+        self.k = torch.where((self.k - self.k).sum(-1, keepdim=True) == 0, self.k, 0)
+        self.beta.nan_to_num_(0, 0, 0)
+        g.nan_to_num_(0, 0, 0)
 
 
 def sweep(heads, stages, initial_state, state_shape):
@@ -148,7 +183,7 @@ def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
     layout, count = heads.layout, heads.layout.count
     rows = stages.v.shape[1]
     # dU = Pᵀ dO + diag(e^{c_C-c}) K dS1   [C, V]; the second term follows in the sweep
-    du = multiply(stages.p.transpose(-1, -2), grad_o)
+    du = multiply_upper(stages.p.transpose(-1, -2), grad_o)
     ds1 = stages.v.new_empty(count, rows, *state_shape[2:])
     final = ds1.new_zeros(state_shape) if grad_final_state is None else grad_final_state.to(heads.dtype)
     if layout.packed:
@@ -189,36 +224,48 @@ def chunk_gated_delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l
     stages = Stages(heads, q, k, v, g, beta, scale, l2norm_qk)
     states, u, final_state = sweep(heads, stages, initial_state, state_shape)
     # O = scale diag(e^c) Q S0 + P U   [C, V]
-    o = multiply(stages.q_in, states)
-    o.flatten(0, 1).baddbmm_(stages.p.flatten(0, 1), u.flatten(0, 1))
+    o = multiply(stages.q_in, states).add_(multiply_lower(stages.p, u))
     return heads.join(o, heads.heads, v.dtype), final_state
 
 
+def gate_gradients(y, read, stored, through):
+    """dg [M,Z,C] from the terms of the module's text: y [M,Z,C,C], read, stored [M,Z,C], through [M,Z]."""
+    # sums in fp64, so that those of 64 add no error
+    below = y.flip(-2).cumsum(-2).flip(-2)
+    passing = below.tril_(-1).sum(-1, dtype=torch.float64)
+    read = read.double().flip(-1).cumsum(-1).flip(-1)
+    stored = torch.nn.functional.pad(stored.double()[..., :-1], (1, 0)).cumsum(-1)
+    return passing + read + stored + through.double().unsqueeze(-1)
+
+
 def chunk_gradients(heads, stages, states, u, grad_o, ds1, du, scale):
-    """Gradients within the chunks, [M,Z,C,...]: of normed q and k for every value head, v, beta, and of c."""
-    x = multiply(stages.t.transpose(-1, -2), du)
+    """Gradients within the chunks, [M,Z,C,...]: of normed q and k for every value head, v, beta and g."""
+    x = multiply_upper(stages.t.transpose(-1, -2), du)
     dv = stages.beta * x
     # U' = V - diag(e^c) K S0 - kk U   [C, V]
-    u_prime = stages.v - multiply(stages.k_in, states)
-    u_prime.flatten(0, 1).baddbmm_(stages.kk.flatten(0, 1), u.flatten(0, 1), alpha=-1)
+    u_prime = stages.v - multiply(stages.k_in, states) - multiply_lower(stages.kk, u)
     dbeta = (u_prime * x).sum(-1)
 
-    # dP = scale tril(dO Uᵀ) ∘ Γ,  dM = -tril(dV Uᵀ, -1) ∘ Γ   [C, C]
-    dp = multiply(grad_o, u.transpose(-1, -2)).mul_(stages.gamma).mul_(scale).tril_()
-    dm = multiply(dv, u.transpose(-1, -2)).mul_(stages.gamma).neg_().tril_(-1)
-    # dQ = scale diag(e^c) dO S0ᵀ + dP K   [C, K]
-    dq = multiply_shared(dp, stages.k).add_(multiply(grad_o, states.transpose(-1, -2)).mul_(stages.decay_in * scale))
-    # dK as row of kk, as column of kk and P, and as what the state stores   [C, K]
-    dk_row = multiply_shared(dm, stages.k).sub_(multiply(dv, states.transpose(-1, -2)).mul_(stages.decay_in))
+    # dP = scale tril(dO Uᵀ) ∘ Γ,  dM = -tril(dV Uᵀ, -1) ∘ Γ,  Y   [C, C]
+    dp = multiply(grad_o, u.transpose(-1, -2))
+    dm = multiply(dv, u.transpose(-1, -2)).neg_()
+    y = (dp * stages.p).addcmul_(dm, stages.kk).tril_(-1)
+    dp.mul_(stages.gamma).mul_(scale).tril_()
+    dm.mul_(stages.gamma).tril_(-1)
+    # What is read from and stored in the state   [C, K]
+    dq_state = multiply(grad_o, states.transpose(-1, -2)).mul_(stages.decay_in * scale)
+    dk_read = multiply(dv, states.transpose(-1, -2)).mul_(stages.decay_in)
     dk_state = multiply(u, ds1.transpose(-1, -2)).mul_(stages.decay_out)
-    dk_col = multiply_shared(dp.transpose(-1, -2), stages.q).add_(dk_state)
-    dk_col.add_(multiply_shared(dm.transpose(-1, -2), stages.k))
-
     q, k = heads.per_head(stages.q), heads.per_head(stages.k)
-    dc = (q * dq).sum(-1) + (k * (dk_row - dk_col)).sum(-1)
-    stored = (k * dk_state).sum((-1, -2)) + (states * ds1).sum((-1, -2)) * stages.decay[..., 0, 0]
-    dc[..., -1] += stored
-    return dq, dk_row + dk_col, dv, dbeta, dc
+    read, stored = (q * dq_state).sum(-1) - (k * dk_read).sum(-1), (k * dk_state).sum(-1)
+    dg = gate_gradients(y, read, stored, (states * ds1).sum((-1, -2)) * stages.decay[..., 0, 0])
+
+    # dQ = scale diag(e^c) dO S0ᵀ + dP K   [C, K]
+    dq = multiply_shared(dp, stages.k).add_(dq_state)
+    # dK as row of kk, as column of kk and P, and as what the state stores   [C, K]
+    dk = multiply_shared(dm, stages.k).sub_(dk_read).add_(dk_state)
+    dk.add_(multiply_shared(dp.transpose(-1, -2), stages.q)).add_(multiply_shared(dm.transpose(-1, -2), stages.k))
+    return dq, dk, dv, dbeta, dg
 
 
 @plain_op
@@ -243,15 +290,13 @@ def chunk_gated_delta_rule_backward(
     states, u, _ = sweep(heads, stages, initial_state, state_shape)
     do = heads.split(grad_o)
     ds1, du, dinitial = sweep_backward(heads, stages, do, grad_final_state, state_shape)
-    dq, dk, dv, dbeta, dc = chunk_gradients(heads, stages, states, u, do, ds1, du, scale)
+    dq, dk, dv, dbeta, dg = chunk_gradients(heads, stages, states, u, do, ds1, du, scale)
 
     dq, dk = heads.per_key_head(dq), heads.per_key_head(dk)
     if l2norm_qk:
         dq = l2norm_backward(dq, stages.q, stages.q_rnorm)
         dk = l2norm_backward(dk, stages.k, stages.k_rnorm)
-    # c_i = sum of g_j over j <= i; fp64 so that the sums of 64 add no error to dg
-    dg = heads.join(dc.double().flip(-1).cumsum(-1).flip(-1), heads.heads, g.dtype)
-    dg = torch.where(g < LOG_DECAY_MIN, 0, dg)
+    dg = torch.where(g < LOG_DECAY_MIN, 0, heads.join(dg, heads.heads, g.dtype))
     return (heads.join(dq, heads.key_heads, q.dtype), heads.join(dk, heads.key_heads, k.dtype),
             heads.join(dv, heads.heads, v.dtype), dg, heads.join(dbeta, heads.heads, beta.dtype),
             dinitial.to(state_dtype))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 from jetkernels.model.checkpoint import load, opened
+from jetkernels.model.config import layer_count
 
 from .data import Loader, RowSource, TextCorpus, Windows
 from .tasks import Copy, Recall
@@ -59,6 +60,8 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     if model_type != "qwen2":
         raise ValueError(f"base: model_type must be qwen2, got {model_type!r}")
     rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"base: rope_parameters must be an object, got {rope!r:.100}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     for key, only, got in (
         ("hidden_act", "silu", values.get("hidden_act", "silu")),
@@ -78,7 +81,7 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     known["tie_word_embeddings"] = values.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"])
     return JetNemotronConfig(
         **known,
-        layer_types=["attn"] * values["num_hidden_layers"],
+        layer_types=["attn"] * layer_count(values["num_hidden_layers"]),
         efficient_attention_config={},
         torch_dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
     )
@@ -134,7 +137,7 @@ def check_base(config: JetNemotronConfig) -> None:
 
 def small_config(layers: int = 6, **changes) -> JetNemotronConfig:
     """Of a byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
-    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
+    return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layer_count(values["num_hidden_layers"]), efficient_attention_config={})
 
 
 def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausalLM:

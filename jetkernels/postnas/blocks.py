@@ -15,6 +15,7 @@ from jetkernels.model.attention import rotary_table, rotate
 from jetkernels.modules import GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.jet_block import DECAY_RATES, TIME_STEPS
+from jetkernels.modules.repeatable import RepeatableCall, may_be_repeated
 from jetkernels.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 from .recurrences import decayed_linear_attention, rwkv7
@@ -70,10 +71,16 @@ class LinearBlock(nn.Module, ABC):
         """x [B, T, C] -> [B, T, C]. Padded and packed batches are refused: a comparison of blocks uses neither."""
         if attention_mask is not None or cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens must be None")
-        y, after = self.mix(x, self.new_state(x.shape[0]) if state is None else state)
-        if state is not None:
-            for old, new in zip(state, after):
-                old.copy_(new.detach())
+        if state is None:
+            return self.mix(x, self.new_state(x.shape[0]))[0]
+        if may_be_repeated(x):
+            call = RepeatableCall(type(self).__name__, state, x)
+            y, after = self.mix(x, list(call.before))
+            call.finish(after, y)
+            return y
+        y, after = self.mix(x, state)
+        for old, new in zip(state, after):
+            old.copy_(new)
         return y
 
     def linear(self, outputs: int, inputs: int | None = None, bias: bool = False) -> nn.Linear:
@@ -100,10 +107,13 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
 
 
 def decay_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A_log and dt_bias [H] as this library's JetBlock starts them."""
+    """A_log and dt_bias [H] as this library's JetBlock starts them, exempt from weight decay alike."""
     A_log = torch.empty(heads).uniform_(*map(math.log, DECAY_RATES))
     step = torch.empty(heads).uniform_(*map(math.log, TIME_STEPS)).exp()
-    return nn.Parameter(A_log), nn.Parameter(step + torch.log(-torch.expm1(-step)))
+    parameters = nn.Parameter(A_log), nn.Parameter(step + torch.log(-torch.expm1(-step)))
+    for parameter in parameters:
+        parameter._no_weight_decay = True
+    return parameters
 
 
 class RetNet(LinearBlock):

@@ -132,7 +132,7 @@ class SuperNetwork(nn.Module):
 
     def forward(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes."""
-        return F.linear(self.features(input_ids, placement)[-1], self.base.head_weight)
+        return self.base.head(self.features(input_ids, placement)[-1])
 
     def random_placement(self, generator: torch.Generator) -> Placement:
         """Each layer independently its attention or its JetBlock, even odds; never attention everywhere, which trains nothing."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from jetkernels._progress import progress
 
+from jetkernels.modules import parameter_groups
+
 from .checkpoints import load_state, save_state
 from .data import Loader
 
@@ -23,7 +25,7 @@ class Recipe:
     """How parameters are trained.
 
     steps: optimiser steps.  learning_rate: peak, after `warmup` steps, then a cosine down to final_share of it.
-    weight_decay: of parameters with two or more dimensions.  clip: largest norm of the gradient.
+    weight_decay: of matrices (`parameter_groups`).  clip: largest norm of the gradient.
     save_every: steps between two checkpoints.
     """
 
@@ -103,10 +105,8 @@ def train(
     # By the names that the command line has for them; positions are one fewer than tokens.
     loading = {"batch": loader.batch_size, "length": loader.length - 1, "seed": loader.seed}
     run = {"facts": dict(facts), "recipe": recipe.facts(), **loading, "names": sorted(parameters)}
-    wide = [p for p in parameters.values() if p.dim() >= 2]
-    rest = [p for p in parameters.values() if p.dim() < 2]
-    groups = [{"params": wide, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))
+    groups = parameter_groups(parameters.values(), recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     losses: list[float] = []
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint, stage, run)

@@ -3,12 +3,13 @@
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 
 from . import __doc__ as description
 from . import campaign
 
 
-def main() -> int:
+def main(command_line: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, help="in all, shared by the backends (60 where --cases is not given)")
     parser.add_argument("--cases", type=int, help="in all, shared by the backends")
@@ -19,7 +20,7 @@ def main() -> int:
     parser.add_argument("--sanitize", choices=("address", "thread"), help="the CPU library under ASan and UBSan, or under TSan")
     parser.add_argument("--bits-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     if arguments.child:
         campaign.child(arguments.backend[0], arguments.op, arguments.seed, arguments.cases, arguments.seconds, not arguments.bits_only)
         return 0
@@ -51,4 +52,5 @@ def main() -> int:
     return int(bool(summary.failures))
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

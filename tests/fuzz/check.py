@@ -144,6 +144,8 @@ def compare(
     return found
 
 
+# The properties compare a call with one on copies. Copies have other strides, which may decide in which order a product is
+# summed: both calls get copies then.
 def _changed(inputs: NamedTuple, change: Callable[[Tensor], Tensor]) -> NamedTuple:
     return inputs._replace(**{name: change(t) for name, t in floating(inputs).items()})
 
@@ -185,23 +187,23 @@ def _check_sequences(case: Case, backend: OpsBackend, values: bool) -> list[Meas
         for name, again in _run_sequences(case, backend, autograd).items():
             assert_bitwise(again, outs[name], f"{name} of a second call, into memory that was NaN,")
     arguments.check()
+    dtypes = {"output": case.dtype, "state": accumulator(case.dtype) if case.op.startswith("chunk") else case.dtype}
+    dtypes |= {f"d{name}": t.dtype for name, t in floating(case.inputs).items()}
     for name, out in outs.items():
-        like = case.inputs[0].dtype if name == "output" else None
-        like = like or (accumulator(case.dtype) if case.op.startswith("chunk") else case.dtype) if name == "state" else out.dtype
-        assert out.dtype == like, f"{name} is {out.dtype}"
+        assert out.dtype == dtypes[name], f"{name} is {out.dtype}, not {dtypes[name]}"
     measured = compare(case, outs, lambda change: _sequence_definition(case, change)) if values else []
     N = outs["state"].shape[0]
     if N and case.choice.random() < 0.25:
         n, value = case.choice.randrange(N), case.choice.choice((math.nan, math.inf))
-        properties.nan_stays_in_its_sequence(backend, case.op, case.inputs, n, value)
+        properties.nan_stays_in_its_sequence(backend, case.op, _changed(case.inputs, Tensor.clone), n, value)
     if case.choice.random() < 0.25:
-        _later_tokens_do_not_matter(case, backend, outs)
+        _later_tokens_do_not_matter(case, backend)
     if case.choice.random() < 0.1:
         _calls_at_once(lambda: list(_run_sequences(case, backend, False).values()), backend)
     return measured
 
 
-def _later_tokens_do_not_matter(case: Case, backend: OpsBackend, outs: dict[str, Tensor]) -> None:
+def _later_tokens_do_not_matter(case: Case, backend: OpsBackend) -> None:
     """NaN at a token leaves every bit of earlier outputs, and in a convolution a NaN cotangent every bit of later gradients.
 
     The chunked rule's backward multiplies the cotangents of a chunk by triangles whose zeros a NaN gets through.
@@ -212,16 +214,19 @@ def _later_tokens_do_not_matter(case: Case, backend: OpsBackend, outs: dict[str,
     if end - begin < 2 or not case.inputs[0].shape[0]:
         return
     row, t = case.choice.randrange(case.inputs[0].shape[0]), case.choice.randrange(begin + 1, end)
-    poisoned = {name: x.clone() for name, x in floating(case.inputs).items() if name in TOKENS}
-    for x in poisoned.values():
+    tokens = {name: x.clone() for name, x in floating(case.inputs).items() if name in TOKENS}
+    inputs = case.inputs._replace(**tokens)  # in the layout of the copies, which may decide how a product is summed
+    expected = backend(case.op, *inputs)[0]
+    for x in tokens.values():
         x[row, t] = math.nan
-    out = backend(case.op, *case.inputs._replace(**poisoned))[0]
-    assert_bitwise(out[row, begin:t], outs["output"][row, begin:t], f"outputs before a NaN at token {t} of row {row}")
+    out = backend(case.op, *inputs)[0]
+    assert_bitwise(out[row, begin:t], expected[row, begin:t], f"outputs before a NaN at token {t} of row {row}")
     if case.grads is None or case.op == "chunk_gated_delta_rule":
         return
     grad = case.grads[0].clone()
+    clean = properties.backward(backend, case.op, case.inputs, (grad, case.grads[1]))
+    grad = grad.clone()
     grad[row, t] = math.nan
-    clean = properties.backward(backend, case.op, case.inputs, case.grads)
     for name, dirty in properties.backward(backend, case.op, case.inputs, (grad, case.grads[1])).items():
         if name in TOKENS:
             assert_bitwise(dirty[row, t + 1 : end], clean[name][row, t + 1 : end], f"d{name} after a NaN cotangent at token {t} of row {row}")
@@ -301,6 +306,8 @@ def _check_pool(case: Case, backend: OpsBackend, values: bool) -> list[Measured]
     assert torch.equal(_storage(pool), _storage(expected)), "rows of the pool that no sequence moves, or what lies between its elements"
     nowhere = [n for n, row in enumerate(by_sequence) if row < 0]
     for name, out in outs.items():
+        dtype = case.dtype if name == "output" else accumulator(case.dtype)
+        assert out.dtype == dtype, f"{name} is {out.dtype}, not {dtype}"
         assert_bitwise(out[nowhere], torch.zeros_like(out[nowhere]), f"{name} of a negative index")
 
     # Rows that nobody has hold NaN: the definition is asked for the others only.
@@ -310,9 +317,9 @@ def _check_pool(case: Case, backend: OpsBackend, values: bool) -> list[Measured]
     if with_row and case.choice.random() < 0.25:
         n, value = case.choice.choice(with_row), case.choice.choice((math.nan, math.inf))
         if case.op == "recurrent_gated_delta_rule_verify":
-            draft_properties.nan_stays_in_its_sequence(backend, x, n, value)
+            draft_properties.nan_stays_in_its_sequence(backend, _changed(x, Tensor.clone), n, value)
         elif case.op != "recurrent_gated_delta_rule_commit":
-            pool_properties.nan_stays_in_its_sequence(backend, x, n, value)
+            pool_properties.nan_stays_in_its_sequence(backend, _changed(x, Tensor.clone), n, value)
     if case.choice.random() < 0.1:
         _calls_at_once(lambda: [*(results := _run_pool(case, backend))[0].values(), results[1]], backend)
     return measured

@@ -107,16 +107,17 @@ struct Tile {
     }
   }
 
-  // acc += L B for the lower part of L [R, R]. Row r is made of rows s <= r of B alone, whatever the others hold.
-  JET_INLINE void add_lower_product(const T* l, long ldl, const T* b, long ldb) {
+  // acc += L B, or L^T B, for the lower part of L [R, R]. Row r is made of rows s <= r, or s >= r, of B alone, whatever the others hold.
+  template <bool transposed>
+  JET_INLINE void add_triangle_product(const T* l, long ldl, const T* b, long ldb) {
 #pragma GCC unroll 16
     for (int s = 0; s < R; ++s) {
       Vec bs[NV];
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) bs[v] = S::load(b + s * ldb + v * S::lanes);
 #pragma GCC unroll 16
-      for (int r = s; r < R; ++r) {
-        const Vec lrs = S::all(l[r * ldl + s]);
+      for (int r = transposed ? 0 : s; r < (transposed ? s + 1 : R); ++r) {
+        const Vec lrs = S::all(transposed ? l[s * ldl + r] : l[r * ldl + s]);
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) acc[r][v] += lrs * bs[v];
       }

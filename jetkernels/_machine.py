@@ -1,0 +1,82 @@
+"""The machine a program runs on: how its idle threads wait, and how much of the processors it gets.
+
+Only the standard library, as the first question must be settled before torch is imported.
+"""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+SPIN = "GOMP_SPINCOUNT"
+# Turns of the loop in which an idle thread waits before it sleeps; one takes 35 ns (Xeon at 2.1 GHz). Where others use the
+# processors, a parallel region loses all turns before the thread that is waited for can run: 35 us with 1,000, 105 us with
+# 3,000, 450 us with 10,000, and whole time slices with libgomp's default of 300,000; a training step opens a thousand regions.
+# Without any turn even the shortest pause between two regions puts a thread to sleep, which costs a quiet machine more.
+SPINS = "1000"
+PROGRAMS = ("jetkernels", "benchmarks", "tests")  # what `python -m` of ours starts with
+
+
+def program() -> str:
+    """What this process was started as: the name behind ``python -m``, or the name of the script."""
+    if sys.argv[:1] == ["-m"]:  # until the module has been found, for example while its package is imported
+        return sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    return Path(sys.argv[0]).stem if sys.argv else ""
+
+
+def spin_shortly() -> None:
+    """Lets idle OpenMP threads of this process and its children sleep soon, unless the user has said how they wait.
+
+    libgomp, which PyTorch's Linux builds use, reads this once, when torch is imported; later there is nothing to be done.
+    """
+    chosen = "OMP_WAIT_POLICY" in os.environ or SPIN in os.environ or any(name.startswith("KMP_") for name in os.environ)
+    if "torch" not in sys.modules and not chosen:
+        os.environ[SPIN] = SPINS
+
+
+def spin_shortly_in_programs() -> None:
+    """The same where this process is a program of ours; a library leaves the environment as it is."""
+    if program().partition(".")[0] in PROGRAMS:
+        spin_shortly()
+
+
+class Processors(NamedTuple):
+    """What a program gets of the processors that it may run on."""
+
+    got: float
+    count: int
+
+    @property
+    def busy(self) -> bool:
+        return self.got < 0.8 * self.count
+
+    def __str__(self) -> str:
+        return f"{self.got:.1f} of {self.count} processors"
+
+
+def processors(seconds: float = 0.25) -> Processors:
+    """Measured: computes on each processor for so long, and compares the processor time with the time that passed."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares: list[float] = []
+
+    def compute() -> None:
+        data = bytes(1 << 20)
+        start, start_cpu = time.perf_counter(), time.thread_time()
+        while time.perf_counter() - start < seconds:
+            hashlib.sha256(data)  # does not hold the interpreter's lock
+        shares.append((time.thread_time() - start_cpu) / (time.perf_counter() - start))
+
+    threads = [threading.Thread(target=compute) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Processors(sum(shares), count)
+
+
+def busy_notice(found: Processors, consequence: str) -> str | None:
+    """The sentence for people where other processes take the processors: what was found, and what follows from it."""
+    return f"this machine is busy: a program gets {found} ({consequence})" if found.busy else None

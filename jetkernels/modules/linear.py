@@ -1,0 +1,70 @@
+"""Which Linear layers may give their weight to a fused op instead of being called."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+# Not DTensor, quantised tensors and other subclasses: what they compute is decided where they are used. FakeTensor stands
+# for a plain tensor while a program is being exported.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+_FORWARD = nn.Linear.forward
+_announced: set[tuple[str, str]] = set()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs anything beside the forward of its class."""
+    attributes = module.__dict__
+    return bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+        or _has_any_global_hook()
+    )
+
+
+def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that computes x W^T + b and does nothing else; None if it has to be called instead.
+
+    Adapters, hooks, pruning, parametrizations, offloading and quantisation change what a call of the layer does, and its weight
+    alone knows nothing of them. `name`, for people, is used to announce once that and why such a layer is called.
+    """
+    if type(module) is nn.Linear and not has_hooks(module) and nn.Linear.forward is _FORWARD:
+        # Much cheaper than two attributes of a module, and on the path of every decoded token.
+        parameters = module._parameters
+        weight = parameters.get("weight")
+        if weight is None:
+            # A replica of DataParallel has its tensors as attributes.
+            weight, bias = module.weight, module.bias
+        else:
+            bias = parameters["bias"]
+        if type(weight) in _PLAIN_TENSORS and (bias is None or type(bias) in _PLAIN_TENSORS):
+            return weight, bias
+    if not torch.compiler.is_compiling():
+        _announce(module, name)
+    return None
+
+
+def _announce(module: nn.Module, name: str) -> None:
+    reason = _reason(module)
+    if (name, reason) not in _announced:
+        _announced.add((name, reason))
+        warnings.warn(f"jetkernels: {name} is called as a module, not fused with what follows it: {reason}", stacklevel=3)
+
+
+def _reason(module: nn.Module) -> str:
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__module__}.{type(module).__qualname__}, not a torch.nn.Linear"
+    if _has_any_global_hook():
+        return "there is a hook on all modules"
+    if "forward" in module.__dict__ or nn.Linear.forward is not _FORWARD:
+        return "its forward was replaced"
+    if has_hooks(module):
+        return "it has hooks"
+    return f"its weight is a {type(module.weight).__qualname__}, not a plain tensor"
