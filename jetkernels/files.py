@@ -374,7 +374,7 @@ def _move(place: Path, folder: Path) -> None:
 def finish(folder: Path) -> None:
     """Waits for a writer that is putting its files in place one by one; if it is dead, does the rest."""
     until = time.monotonic() + PATIENCE
-    while (folder / INSTALLING).exists():
+    while os.path.lexists(folder / INSTALLING):
         # Gone meanwhile, or another user's: then only its owner can tell whether it lives.
         with suppress(FileNotFoundError, PermissionError):
             if _finished(folder):

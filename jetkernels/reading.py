@@ -74,7 +74,7 @@ class OpenFolder:
         try:
             if self._folder is not None and not os.path.samestat(os.stat(self.path), os.fstat(self._folder)):
                 return False
-            return not (self.path / INSTALLING).exists() and all(same(self.path / name, fd) for name, fd in self._files.items())
+            return not os.path.lexists(self.path / INSTALLING) and all(same(self.path / name, fd) for name, fd in self._files.items())
         except OSError:
             return False
 
