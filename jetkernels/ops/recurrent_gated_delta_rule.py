@@ -109,6 +109,8 @@ def _start(q, k, v, g, beta, initial_state) -> Tensor | None:
     shape, dtype = (q.shape[0], v.shape[2], q.shape[3], v.shape[3]), real_dtype(q)
     if initial_state is None:
         return q.new_zeros(shape, dtype=dtype)
-    if initial_state.shape != shape or initial_state.dtype != dtype or initial_state.device != q.device:
+    if (initial_state.shape, initial_state.dtype, initial_state.device) != (shape, dtype, q.device):
+        return None
+    if initial_state.layout != torch.strided:
         return None
     return initial_state.clone(memory_format=torch.contiguous_format)
