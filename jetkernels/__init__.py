@@ -1,8 +1,11 @@
 """JetBlock for PyTorch: dynamic causal convolution and the gated delta rule, as ``torch.ops.jet.*`` and functions."""
 
-from jetkernels import _machine
+from jetkernels import _machine, _startup
 
-_machine.spin_shortly_in_programs()  # before torch, which the next line imports
+# Before torch, which the next line imports.
+_machine.spin_shortly_in_programs()
+if _machine.program() == "jetkernels":
+    _startup.fail_with_a_sentence()
 
 from jetkernels import ops  # noqa: E402
 from jetkernels._version import __version__  # noqa: E402

@@ -5,6 +5,7 @@ Writes the model (a folder that `jetkernels generate --model` reads) and the los
 """
 
 import argparse
+import io
 import math
 import statistics
 import time
@@ -17,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from jetkernels import _machine
+from jetkernels._optional import optional
+from jetkernels._progress import progress
 from jetkernels.cli.info import backends
 from jetkernels.cli.options import device, new_folder, number, seed
+from jetkernels.files import write_atomic
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
+from jetkernels.modules import parameter_groups
 from jetkernels.postnas.data import is_held_out, standard_library
 
 B, T = 8, 256  # sequences and bytes of one training step
@@ -160,9 +164,7 @@ class Trainer:
 
     def __init__(self, model, data: Tensor, seed: int, bf16: bool, device: torch.device):
         self.model, self.data, self.bf16, self.device = model, data, bf16, device
-        decay = [p for p in model.parameters() if p.dim() >= 2]
-        rest = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        groups = parameter_groups(model.parameters(), 0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
         self.generator = torch.Generator().manual_seed(seed)
         self.start = time.perf_counter()
@@ -183,16 +185,22 @@ class Trainer:
         self.history.append((time.perf_counter() - self.start, value))
 
     def run(self, schedule: Schedule, peak: float = 1.0) -> None:
-        """Steps until the schedule is done, from ``peak`` of the learning rate on."""
-        smooth = None
-        with tqdm(total=100, desc="training", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
+        """Steps until the schedule is done, from ``peak`` of the learning rate on. Says what is planned as soon as the speed is known."""
+        while not schedule.done and schedule.steps < 5:
+            self.step(peak * schedule.factor)
+            schedule.step()
+        print(f"training: a step takes {schedule.step_seconds:.2f} s ({B * T / schedule.step_seconds:,.0f} bytes/s), done in about "
+              f"{schedule.seconds_left:.0f} s", flush=True)
+        smooth, shown = None, 0.0
+        with progress(total=100, desc="training", leave=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
             while not schedule.done:
                 self.step(peak * schedule.factor)
                 schedule.step()
                 smooth = self.history[-1][1] if smooth is None else 0.95 * smooth + 0.05 * self.history[-1][1]
                 bar.set_postfix_str(f"{schedule.seconds_left:.0f} s left, step {len(self.history)}, loss {smooth:.3f}, "
                                     f"{B * T / schedule.step_seconds:,.0f} bytes/s", refresh=False)
-                bar.update(100 * schedule.progress - bar.n)
+                bar.update(100 * schedule.progress - shown)
+                shown = 100 * schedule.progress
 
 
 def train(trainer: Trainer, seconds: float, held_out: Callable[[], float], enough: float) -> float:
@@ -225,7 +233,9 @@ def plot(history: list[tuple[float, float]], unigram: float, held_out: float, pa
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(path, picture.getvalue())
     pyplot.close(figure)
 
 
@@ -294,6 +304,8 @@ def check(difference: float, loss: float, enough: float) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for package in ("matplotlib", "numpy", "safetensors", "tokenizers"):  # before anything is trained
+        optional(package, "all", "jetkernels demo")
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
     found = _machine.processors()
@@ -325,6 +337,9 @@ def run(arguments: argparse.Namespace) -> int:
     taken = history[-1][0]
     if taken > 1.2 * asked + 5:
         print(f"training took {taken:.0f} s instead of {asked:.0f}: the loss needs {len(history)} steps, each {taken / len(history):.2f} s here")
+
+    if len(history) < 4 * FEWEST_STEPS:
+        print(f"trained on {len(history) * B * T:,} bytes only: the completions will be poor")
 
     with counted:
         completions = complete_all(model, snippets(held_out, 3), arguments.seed, device)

@@ -229,7 +229,8 @@ class JetNemotronConfig:
         return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
     def save(self, path: str | Path) -> None:
-        write_atomic(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        """Writes a config.json, in one step."""
+        write_atomic(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode("utf-8"))
 
 
 def layer_count(value: object, subject: str = "num_hidden_layers must be") -> int:
