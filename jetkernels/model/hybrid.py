@@ -297,7 +297,9 @@ class JetNemotronForCausalLM(nn.Module):
     @classmethod
     def empty(cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | None = None) -> JetNemotronForCausalLM:
         """A model whose parameters are allocated, in their dtype, but hold no values yet."""
-        return cls(config, device="meta", dtype=dtype or config.dtype).to_empty(device=device or "cpu")
+        model = cls(config, device="meta", dtype=dtype or config.dtype)
+        # What `to_empty` does; but its `empty_like` of a meta tensor imports torch's Python references: seconds.
+        return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device or "cpu"))
 
     @classmethod
     def random(
