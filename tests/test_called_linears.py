@@ -138,6 +138,7 @@ def test_a_hook_on_a_layer_runs_once_for_a_padded_batch():
 
 
 @pytest.mark.parametrize("indices", [None, [1, 0], [2, -1], [-1, -1]])
+@torch.no_grad()
 def test_a_step_with_a_called_w2_equals_the_fused_one(indices):
     conv, called = (small_block(dtype=torch.float64).dynamic_conv1d for _ in range(2))
     called.kernel_generator.w2.register_forward_hook(lambda *_: None)
