@@ -138,6 +138,7 @@ def test_a_hook_on_a_layer_runs_once_for_a_padded_batch():
 
 
 @pytest.mark.parametrize("indices", [None, [1, 0], [2, -1], [-1, -1]])
+@torch.no_grad()
 def test_a_step_with_a_called_w2_equals_the_fused_one(indices):
     conv, called = (small_block(dtype=torch.float64).dynamic_conv1d for _ in range(2))
     called.kernel_generator.w2.register_forward_hook(lambda *_: None)
@@ -188,6 +189,18 @@ def test_dynamically_quantised_layers_run():
         for t in range(9):
             step = quantised(x[:, t : t + 1], state=state)
     assert (step[:, 0] - need[:, -1]).norm() < 0.2 * need.norm()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_offloaded_layer_computes_where_its_hook_says(nested):
+    """As accelerate's: the weights are on meta between calls."""
+    model = small_model(tie_word_embeddings=False).to("meta")
+    hook = type("Hook", (), {"execution_device": "cpu"})()
+    for module in (model.model.embed_tokens, model.model.layers[0].self_attn):
+        module._hf_hook = type("Hooks", (), {"hooks": [object(), hook]})() if nested else hook
+    assert model.device == torch.device("cpu") and model.new_cache(1, 2).layers[1].key.device.type == "cpu"
+    assert model.model.layers[0].self_attn.new_state(1).conv_state.device.type == "cpu"
+    assert model.model.layers[2].self_attn.new_state(1).conv_state.device.type == "meta"
 
 
 def test_norms_in_fp32_leave_the_state_in_the_layers_dtype():

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from jetkernels.modules import JetBlock, RMSNorm
 from jetkernels.modules.initialization import init_weight_
-from jetkernels.modules.linear import floating_weight, has_hooks
+from jetkernels.modules.linear import computing_device, floating_weight, has_hooks
 from jetkernels.modules.padding import Unpadding, find_padding
 
 from . import checkpoint, generation
@@ -171,7 +171,8 @@ class JetNemotronForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return floating_weight(self.model.embed_tokens, self.model.norm).device
+        embedding = self.model.embed_tokens
+        return computing_device(embedding, floating_weight(embedding, self.model.norm))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -296,7 +297,9 @@ class JetNemotronForCausalLM(nn.Module):
     @classmethod
     def empty(cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | None = None) -> JetNemotronForCausalLM:
         """A model whose parameters are allocated, in their dtype, but hold no values yet."""
-        return cls(config, device="meta", dtype=dtype or config.dtype).to_empty(device=device or "cpu")
+        model = cls(config, device="meta", dtype=dtype or config.dtype)
+        # What `to_empty` does; but its `empty_like` of a meta tensor imports torch's Python references: seconds.
+        return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device or "cpu"))
 
     @classmethod
     def random(

@@ -111,7 +111,10 @@ class DynamicShortConvolution(nn.Module):
     def step_(
         self, x: Tensor, generator_input: Tensor, conv_state: Tensor, state_indices: Tensor | None = None
     ) -> Tensor:
-        """One token per sequence: x [N, D], generator_input [N, C] -> y [N, D]; updates conv_state [P, D, W-1] in place."""
+        """One token per sequence: x [N, D], generator_input [N, C] -> y [N, D]; updates conv_state [P, D, W-1] in place.
+
+        Not differentiable: for inference, under `torch.no_grad()`.
+        """
         hidden = self.kernel_generator(generator_input)
         weights = self._plain_weights()
         if weights is None:

@@ -57,6 +57,16 @@ def floating_weight(*modules: nn.Module) -> Tensor:
     return next(w for w in weights if isinstance(w, Tensor) and w.is_floating_point())
 
 
+def computing_device(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a module with this weight computes. accelerate's offloading leaves the weight on meta between calls and names the device."""
+    if weight.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            if (device := getattr(part, "execution_device", None)) is not None:
+                return torch.device(device)
+    return weight.device
+
+
 def _announce(module: nn.Module, name: str) -> None:
     reason = _reason(module)
     if (name, reason) not in _announced:
