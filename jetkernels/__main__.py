@@ -111,7 +111,9 @@ def sentence(error: Exception) -> str:
     if not isinstance(error, EXPECTED):
         return f"unexpected {type(error).__name__}: {text}; this is a fault of jetkernels, and {TRACEBACK}=1 shows where it is"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        name = _one_line(str(error.filename))
+        name = name if len(name) <= 300 else f"{name[:300]}..."
+        return f"{name}: {error.strerror}" if error.filename is not None else error.strerror
     return text or type(error).__name__
 
 

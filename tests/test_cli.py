@@ -92,6 +92,7 @@ def test_what_was_not_expected_names_its_kind_and_how_to_see_where(capsys, monke
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes."), "allocate 4.0 GiB;"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "out of memory: tried to allocate 20.00 GiB;"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
+        (OSError(36, "File name too long", "9" * 5000), "99...: File name too long"),
         (ValueError("two\nlines"), "two lines"),
         (RuntimeError("wrong\nException raised from check at x.cpp:1 (most recent call first):\nframe #0"), "wrong"),
     ],
