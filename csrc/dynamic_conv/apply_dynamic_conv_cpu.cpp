@@ -158,7 +158,7 @@ void with_types(const ApplyDynamicConvParams& p, const F& f) {
   };
   switch (p.in.dtype) {
     case Dtype::f32: return with_taps(float{});
-    case Dtype::f64: return with_taps(double{});
+    case Dtype::f64: JET_CPU_FP64(with_taps(double{}));
     case Dtype::f16: return with_taps(f16{});
     case Dtype::bf16: return with_taps(bf16{});
   }
@@ -176,5 +176,5 @@ void apply_dynamic_conv_backward_cpu(const ApplyDynamicConvBackwardParams& p, co
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(apply_dynamic_conv_cpu, ApplyDynamicConvParams)
-JET_CPU_LAUNCHER(apply_dynamic_conv_backward_cpu, ApplyDynamicConvBackwardParams)
+JET_CPU_LAUNCHER(apply_dynamic_conv_cpu, ApplyDynamicConvParams, params.in.dtype)
+JET_CPU_LAUNCHER(apply_dynamic_conv_backward_cpu, ApplyDynamicConvBackwardParams, params.forward.in.dtype)

@@ -335,7 +335,7 @@ bool bf16_dkernel_is_exact_enough(const DynamicConvParams& p) { return p.in.B * 
 void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& p, const Parallel& parallel) {
   switch (p.forward.in.dtype) {
     case Dtype::f32: return backward<PlainProduct<float>, float>(p, parallel);
-    case Dtype::f64: return backward<PlainProduct<double>, double>(p, parallel);
+    case Dtype::f64: JET_CPU_FP64(backward<PlainProduct<double>, double>(p, parallel));
     case Dtype::f16: return backward<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
@@ -347,4 +347,4 @@ void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& p, const Paralle
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(dynamic_conv_backward_cpu, DynamicConvBackwardParams)
+JET_CPU_LAUNCHER(dynamic_conv_backward_cpu, DynamicConvBackwardParams, params.forward.in.dtype)

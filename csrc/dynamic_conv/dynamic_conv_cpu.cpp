@@ -153,7 +153,7 @@ void forward(const DynamicConvParams& p, const Parallel& caller) {
 void dynamic_conv_cpu(const DynamicConvParams& p, const Parallel& parallel) {
   switch (p.in.dtype) {
     case Dtype::f32: return forward<PlainProduct<float>, float>(p, parallel);
-    case Dtype::f64: return forward<PlainProduct<double>, double>(p, parallel);
+    case Dtype::f64: JET_CPU_FP64(forward<PlainProduct<double>, double>(p, parallel));
     case Dtype::f16: return forward<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
@@ -165,4 +165,4 @@ void dynamic_conv_cpu(const DynamicConvParams& p, const Parallel& parallel) {
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(dynamic_conv_cpu, DynamicConvParams)
+JET_CPU_LAUNCHER(dynamic_conv_cpu, DynamicConvParams, params.in.dtype)

@@ -161,7 +161,7 @@ void step(const DynamicConvStepParams& p, const Parallel& caller) {
 void dynamic_conv_step_cpu(const DynamicConvStepParams& p, const Parallel& parallel) {
   switch (p.dtype) {
     case Dtype::f32: return step<PlainProduct<float>, float>(p, parallel);
-    case Dtype::f64: return step<PlainProduct<double>, double>(p, parallel);
+    case Dtype::f64: JET_CPU_FP64(step<PlainProduct<double>, double>(p, parallel));
     case Dtype::f16: return step<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
@@ -173,4 +173,4 @@ void dynamic_conv_step_cpu(const DynamicConvStepParams& p, const Parallel& paral
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(dynamic_conv_step_cpu, DynamicConvStepParams)
+JET_CPU_LAUNCHER(dynamic_conv_step_cpu, DynamicConvStepParams, params.dtype)

@@ -451,7 +451,7 @@ void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& calle
 void chunk_gated_delta_rule_backward_cpu(const ChunkGatedDeltaRuleBackwardParams& p, const Parallel& parallel) {
   switch (p.forward.dtype) {
     case Dtype::f32: return backward<float, float>(p, parallel);
-    case Dtype::f64: return backward<double, double>(p, parallel);
+    case Dtype::f64: JET_CPU_FP64(backward<double, double>(p, parallel));
     case Dtype::bf16: return backward<bf16, float>(p, parallel);
     case Dtype::f16: return backward<f16, float>(p, parallel);
   }
@@ -459,4 +459,4 @@ void chunk_gated_delta_rule_backward_cpu(const ChunkGatedDeltaRuleBackwardParams
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(chunk_gated_delta_rule_backward_cpu, ChunkGatedDeltaRuleBackwardParams)
+JET_CPU_LAUNCHER(chunk_gated_delta_rule_backward_cpu, ChunkGatedDeltaRuleBackwardParams, params.forward.dtype)

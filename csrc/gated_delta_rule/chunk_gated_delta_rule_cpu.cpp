@@ -137,7 +137,7 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
 void chunk_gated_delta_rule_cpu(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel) {
   switch (p.dtype) {
     case Dtype::f32: return forward<float, float>(p, parallel);
-    case Dtype::f64: return forward<double, double>(p, parallel);
+    case Dtype::f64: JET_CPU_FP64(forward<double, double>(p, parallel));
     case Dtype::bf16: return forward<bf16, float>(p, parallel);
     case Dtype::f16: return forward<f16, float>(p, parallel);
   }
@@ -145,4 +145,4 @@ void chunk_gated_delta_rule_cpu(const ChunkGatedDeltaRuleParams& p, const Parall
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(chunk_gated_delta_rule_cpu, ChunkGatedDeltaRuleParams)
+JET_CPU_LAUNCHER(chunk_gated_delta_rule_cpu, ChunkGatedDeltaRuleParams, params.dtype)

@@ -61,10 +61,10 @@ void commit(const RecurrentGatedDeltaRuleCommitParams& p, const Parallel& caller
 }  // namespace
 
 void recurrent_gated_delta_rule_commit_cpu(const RecurrentGatedDeltaRuleCommitParams& p, const Parallel& parallel) {
-  if (p.pool.dtype == Dtype::f64) return commit<double, double>(p, parallel);
+  if (p.pool.dtype == Dtype::f64) JET_CPU_FP64(commit<double, double>(p, parallel));
   with_fp32_pool(p.pool.dtype, [&](auto state) { commit<float, typename decltype(state)::Type>(p, parallel); });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(recurrent_gated_delta_rule_commit_cpu, RecurrentGatedDeltaRuleCommitParams)
+JET_CPU_LAUNCHER(recurrent_gated_delta_rule_commit_cpu, RecurrentGatedDeltaRuleCommitParams, params.pool.dtype)

@@ -339,7 +339,7 @@ inline void recurrent_cpu(const RecurrentGatedDeltaRuleVerifyParams& vp, const P
   };
   switch (vp.forward.dtype) {
     case Dtype::f32: return with_inputs(float());
-    case Dtype::f64: return recurrent_slices<double, double, double>(vp, parallel);
+    case Dtype::f64: JET_CPU_FP64(recurrent_slices<double, double, double>(vp, parallel));
     case Dtype::bf16: return with_inputs(bf16());
     case Dtype::f16: return with_inputs(f16());
   }
