@@ -14,14 +14,14 @@ namespace {
 
 std::vector<int64_t> check(Checks& checks, const Tensor& x, const Tensor& kernels, const OptionalTensor& conv_state,
                            const OptionalTensor& cu_seqlens) {
-  checks.floating("x", x);
   checks.shape("x", x, {"B", "T", "D"});
+  checks.floating("x", x);
   checks.shape("kernels", kernels, {"B", "T", "D", "W"});
   check_like(checks, "kernels", kernels, "x", x);
   const int64_t W = checks.size("W");
-  if (checks.size("D") < 1) checks.fail("x dimension 2 (D) must be at least 1, got 0");
+  check_channels(checks, x);
   if (W < 2 || W > kMaxTaps) checks.fail("kernels dimension 3 (W) must be in 2..", kMaxTaps, ", got ", W);
-  checks.bind("W-1", W - 1, "from kernels");
+  checks.bind("W-1", W - 1, "from ", "kernels");
   return check_sequences(checks, x, conv_state, cu_seqlens);
 }
 
@@ -36,13 +36,13 @@ std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, Optional
   if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(p)))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::apply_dynamic_conv", *reason, x, kernels,
                                                   conv_state, cu_seqlens, silu);
-  Tensor y = torch::stable::new_empty(x, {checks.size("B"), checks.size("T"), checks.size("D")});
+  Tensor y = allocate(x, {checks.size("B"), checks.size("T"), checks.size("D")});
   Tensor conv_state_out = new_conv_state(checks, x);
   if (device != kHost) {
     x = as_rows(x), kernels = aligned(kernels), conv_state = aligned(conv_state);
     p.in = device_conv_inputs(checks, x, conv_state, cu_seqlens);
   } else {
-    kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);
+    kernels = dense(kernels), conv_state = dense(conv_state);
     p.in = conv_inputs(checks, x, conv_state, offsets);
   }
   p.kernels = kernels.const_data_ptr();
@@ -65,10 +65,10 @@ Gradients apply_dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_st
   if (const auto reason = plain_reason(launch_device(x), false))
     return call_plain<Gradients>("jet_plain::apply_dynamic_conv_backward", *reason, grad_y,
                                  grad_conv_state_out, x, kernels, conv_state, cu_seqlens, silu);
-  kernels = torch::stable::contiguous(kernels), conv_state = contiguous(conv_state);
-  grad_conv_state_out = contiguous(grad_conv_state_out);
+  kernels = dense(kernels), conv_state = dense(conv_state);
+  grad_conv_state_out = dense(grad_conv_state_out);
   const int64_t B = checks.size("B"), T = checks.size("T"), D = checks.size("D");
-  Tensor dx = torch::stable::new_empty(x, {B, T, D}), dkernels = torch::stable::new_empty(x, {B, T, D, checks.size("W")});
+  Tensor dx = allocate(x, {B, T, D}), dkernels = allocate(x, {B, T, D, checks.size("W")});
   Tensor dconv_state = new_conv_state(checks, x);
   ApplyDynamicConvBackwardParams p{};
   p.forward.in = conv_inputs(checks, x, conv_state, offsets);

@@ -1,7 +1,9 @@
 #include "bindings/checks.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace jet::bindings {
 
@@ -15,9 +17,12 @@ bool host_may_read(const Tensor& t) {
   return t.device().is_cpu() || check_cuda;
 }
 
+Tensor on_host(const Tensor& t) {
+  return t.device().is_cpu() ? t : torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
 std::vector<int64_t> host_values(const Tensor& t) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const Tensor host = torch::stable::contiguous(torch::stable::to(t, cpu));
+  const Tensor host = dense(on_host(t));
   std::vector<int64_t> values(static_cast<std::size_t>(host.numel()));
   for (std::size_t i = 0; i < values.size(); ++i)
     values[i] = host.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(host.const_data_ptr())[i]
@@ -25,12 +30,125 @@ std::vector<int64_t> host_values(const Tensor& t) {
   return values;
 }
 
+int64_t item_size(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    default: return 2;  // bfloat16, float16: the checks before let nothing else through
+  }
+}
+
+// The bytes that a tensor with elements occupies: `rows` blocks of `span` bytes, `pitch` apart. What dimension 0 does not lay
+// out in blocks one after the other is one block.
+struct Footprint {
+  explicit Footprint(const Tensor& t) : begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())) {
+    const int64_t item = item_size(t);
+    const auto sizes = t.sizes(), strides = t.strides();
+    for (std::size_t i = 1; i < sizes.size(); ++i) span += (sizes[i] - 1) * strides[i];
+    span *= item;
+    if (sizes[0] > 1 && strides[0] * item >= span)
+      rows = sizes[0], pitch = strides[0] * item;
+    else
+      span += (sizes[0] - 1) * strides[0] * item;
+  }
+
+  uintptr_t row(int64_t i) const { return begin + static_cast<uintptr_t>(i * pitch); }
+  uintptr_t end() const { return row(rows - 1) + static_cast<uintptr_t>(span); }
+
+  bool meets(const Footprint& other) const {
+    if (end() <= other.begin || other.end() <= begin) return false;
+    for (int64_t i = 0; i < other.rows; ++i)
+      if (meets(other.row(i), other.span)) return true;
+    return false;
+  }
+
+  uintptr_t begin;
+  int64_t rows = 1, pitch = 0, span = 1;
+
+ private:
+  bool meets(uintptr_t block, int64_t bytes) const {
+    if (end() <= block || block + static_cast<uintptr_t>(bytes) <= begin) return false;
+    // the first row that ends after the block begins
+    const int64_t before = static_cast<int64_t>(block - begin) - span;
+    const int64_t first = pitch == 0 || before < 0 ? 0 : before / pitch + 1;
+    return first < rows && row(first) < block + static_cast<uintptr_t>(bytes);
+  }
+};
+
+bool overlaps_itself(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (std::size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] > 1) dims.emplace_back(strides[i], sizes[i]);
+  std::sort(dims.begin(), dims.end());
+  int64_t inner = 0;  // offset of the last element of the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    if (stride <= inner) return true;
+    inner += stride * (size - 1);
+  }
+  return false;
+}
+
+// The place of an element of g [B,T,H] above 0, or nothing. `Bits` is the signed integer of the element's size, `infinity` the
+// bits of inf: in between lie the positive numbers, above it the NaNs.
+template <class Bits>
+std::vector<int64_t> positive_place(const Tensor& g, Bits infinity) {
+  const Bits* p = static_cast<const Bits*>(g.const_data_ptr());
+  const int64_t B = g.size(0), T = g.size(1), H = g.size(2), b_stride = g.stride(0), t_stride = g.stride(1), h_stride = g.stride(2);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = 0; t < T; ++t) {
+      const Bits* row = p + b * b_stride + t * t_stride;
+      for (int64_t h = 0; h < H; ++h)
+        if (const Bits bits = row[h * h_stride]; bits > 0 && bits <= infinity) return {b, t, h};
+    }
+  return {};
+}
+
+std::vector<int64_t> positive_place(const Tensor& g) {
+  switch (g.scalar_type()) {
+    case ScalarType::Double: return positive_place<int64_t>(g, 0x7ff0000000000000);
+    case ScalarType::Float: return positive_place<int32_t>(g, 0x7f800000);
+    case ScalarType::BFloat16: return positive_place<int16_t>(g, 0x7f80);
+    default: return positive_place<int16_t>(g, 0x7c00);
+  }
+}
+
 }  // namespace
+
+void Checks::written(std::initializer_list<Named> tensors, std::initializer_list<Named> others) const {
+  for (const Named* here = tensors.begin(); here != tensors.end(); ++here) {
+    const Tensor& t = *here->tensor;
+    if (t.numel() == 0) continue;
+    if (!t.is_contiguous() && overlaps_itself(t))
+      fail(here->name, " is written in place and must not overlap itself, got strides ", list_text(t.strides()), " for shape ",
+           shape_text(t));
+    const Footprint footprint(t);
+    const auto apart = [&](const Named& other) {
+      if (other.tensor != nullptr && other.tensor->numel() != 0 && footprint.meets(Footprint(*other.tensor)))
+        fail(here->name, " is written in place and must not share memory with ", other.name);
+    };
+    for (const Named* next = here + 1; next != tensors.end(); ++next) apart(*next);
+    for (const Named& other : others) apart(other);
+  }
+}
+
+void Checks::decay(const char* name, const Tensor& g) const {
+  if (!host_may_read(g)) return;
+  const Tensor host = on_host(g);
+  const std::vector<int64_t> place = positive_place(host);
+  if (place.empty()) return;
+  const Tensor values = in_dtype(host, ScalarType::Double);
+  const auto* value = static_cast<const double*>(values.const_data_ptr());
+  for (int64_t i = 0; i < 3; ++i) value += place[i] * values.stride(i);
+  fail(name, " must be <= 0 (the logarithm of a decay), got ", *value, " at ", list_text(place));
+}
 
 std::vector<int64_t> Checks::sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name, const Tensor& like) {
   const int64_t B = size("B"), T = size("T");
   if (!cu_seqlens) {
-    bind("N", B, "as B");
+    bind("N", B, "as B", "");
     return {};
   }
   const Tensor& t = *cu_seqlens;
@@ -38,7 +156,7 @@ std::vector<int64_t> Checks::sequences(const std::optional<Tensor>& cu_seqlens, 
   dtype("cu_seqlens", t, {ScalarType::Int, ScalarType::Long});
   device("cu_seqlens", t, like_name, like);
   if (B != 1) fail(like_name, " dimension 0 (B) must be 1 with cu_seqlens, got ", B);
-  bind("N", t.size(0) - 1, "from cu_seqlens");
+  bind("N", t.size(0) - 1, "from ", "cu_seqlens");
   if (!host_may_read(t)) return {};
   std::vector<int64_t> offsets = host_values(t);
   if (offsets.front() != 0) fail("cu_seqlens[0] must be 0, got ", offsets.front());

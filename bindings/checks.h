@@ -2,10 +2,8 @@
 // one line that names the op, the argument, the dimension, what it got and what it needs.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -13,12 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "bindings/tensors.h"
 #include "csrc/common/dtype.h"
 
 namespace jet::bindings {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
@@ -33,6 +29,15 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Char: return "int8";
     case ScalarType::Short: return "int16";
     default: return "another dtype";
+  }
+}
+
+// The dtype of `t`; Undefined for one that the stable interface of torch does not know.
+inline ScalarType scalar_type(const Tensor& t) {
+  try {
+    return t.scalar_type();
+  } catch (const std::exception&) {
+    return ScalarType::Undefined;
   }
 }
 
@@ -53,19 +58,18 @@ inline std::string device_name(const torch::stable::Device& device) {
   return name;
 }
 
-inline std::string shape_text(const Tensor& t) {
+template <class Numbers>
+std::string list_text(const Numbers& numbers) {
   std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? "," : "") + std::to_string(t.size(i));
+  for (const auto number : numbers) text += (text.size() > 1 ? "," : "") + std::to_string(number);
   return text + "]";
 }
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : t;
-}
+inline std::string shape_text(const Tensor& t) { return list_text(t.sizes()); }
 
 class Checks {
  public:
-  explicit Checks(const char* op) : op_(op) {}
+  explicit Checks(const char* op) : op_(op) { bounds_.reserve(12); }
 
   template <class... Parts>
   [[noreturn]] void fail(const Parts&... parts) const {
@@ -76,26 +80,29 @@ class Checks {
   }
 
   // Checks the rank against `dims` (symbols as in the schema, e.g. {"B", "T", "Hk", "K"}), and every symbol against
-  // the size it had where it was first seen. `size` reads a bound symbol.
+  // the size it had where it was first seen. `size` reads a bound symbol. It is the first check of every argument: None
+  // arrives as a Tensor that is not defined.
   void shape(const char* name, const Tensor& t, std::initializer_list<const char*> dims) {
+    if (!t.defined()) fail(name, " must be a Tensor, got None");
     if (t.dim() != static_cast<int64_t>(dims.size()))
       fail(name, " must have ", dims.size(), " dimensions ", list(dims), ", got ", t.dim(), " with shape ", shape_text(t));
-    int64_t i = 0;
+    const auto sizes = t.sizes();
+    std::size_t i = 0;
     for (const char* symbol : dims) {
-      const int64_t got = t.size(i);
+      const int64_t got = sizes[i];
       if (const Bound* bound = find(symbol)) {
         if (bound->size != got)
-          fail(name, " ", list(dims), " dimension ", i, " must be ", symbol, " = ", bound->size, " (", bound->source, "), got ",
-               got);
+          fail(name, " ", list(dims), " dimension ", i, " must be ", symbol, " = ", bound->size, " (", bound->how, bound->name,
+               "), got ", got);
       } else {
-        bind(symbol, got, std::string("as in ") + name);
+        bind(symbol, got, "as in ", name);
       }
       ++i;
     }
   }
 
-  // Binds a symbol whose size follows from other arguments; `source` completes "K = 96 (…)".
-  void bind(const char* symbol, int64_t size, std::string source) { bounds_.push_back({symbol, size, std::move(source)}); }
+  // Binds a symbol whose size follows from other arguments; `how` and `name` complete "K = 96 (…)".
+  void bind(const char* symbol, int64_t size, const char* how, const char* name) { bounds_.push_back({symbol, size, how, name}); }
 
   int64_t size(const char* symbol) const { return find(symbol)->size; }
 
@@ -110,31 +117,34 @@ class Checks {
 
   void dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {
     std::string names;
-    for (ScalarType type : allowed) {
-      if (t.scalar_type() == type) return;
-      names += (names.empty() ? "" : " or ") + std::string(dtype_name(type));
-    }
-    fail(name, " must be ", names, ", got ", dtype_name(t.scalar_type()));
+    const ScalarType got = scalar_type(t);
+    for (ScalarType type : allowed)
+      if (got == type) return;
+    for (ScalarType type : allowed) names += (names.empty() ? "" : " or ") + std::string(dtype_name(type));
+    fail(name, " must be ", names, ", got ", dtype_name(got));
   }
 
   void dtype_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
-    if (t.scalar_type() != like.scalar_type())
-      fail(name, " must be ", dtype_name(like.scalar_type()), " like ", like_name, ", got ", dtype_name(t.scalar_type()));
-  }
-
-  // For what is written in place: rows that share memory would be written more than once.
-  void not_expanded(const char* name, const Tensor& t) const {
-    for (int64_t i = 0; i < t.dim(); ++i)
-      if (t.size(i) > 1 && t.stride(i) == 0)
-        fail(name, " dimension ", i, " must not be expanded (it is written in place), got stride 0");
+    if (scalar_type(t) != like.scalar_type())
+      fail(name, " must be ", dtype_name(like.scalar_type()), " like ", like_name, ", got ", dtype_name(scalar_type(t)));
   }
 
   void contiguous(const char* name, const Tensor& t) const {
-    if (t.is_contiguous()) return;
-    std::string strides;
-    for (int64_t i = 0; i < t.dim(); ++i) strides += (i ? "," : "") + std::to_string(t.stride(i));
-    fail(name, " must be contiguous, got strides [", strides, "] for shape ", shape_text(t));
+    if (!t.is_contiguous())
+      fail(name, " must be contiguous, got strides ", list_text(t.strides()), " for shape ", shape_text(t));
   }
+
+  // For `tensors`, which are written in place: no two of their elements share memory, and none shares memory with `others`.
+  struct Named {
+    Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
+    Named(const char* name, const std::optional<Tensor>& t) : name(name), tensor(t ? &*t : nullptr) {}
+    const char* name;
+    const Tensor* tensor;  // nothing: it was not given
+  };
+  void written(std::initializer_list<Named> tensors, std::initializer_list<Named> others) const;
+
+  // Checks that no g is above 0, where the host may read it. NaN is for the arithmetic to spread.
+  void decay(const char* name, const Tensor& g) const;
 
   // Checks cu_seqlens [N+1] against B = 1 and T, binds N, and returns the offsets where they may be read on the host
   // (on a CPU always, on CUDA under JETKERNELS_CHECK=1; empty otherwise). Without cu_seqlens N is B.
@@ -150,14 +160,15 @@ class Checks {
 
  private:
   struct Bound {
-    std::string symbol;
+    const char* symbol;
     int64_t size;
-    std::string source;
+    const char* how;
+    const char* name;
   };
 
   const Bound* find(const char* symbol) const {
     for (const Bound& bound : bounds_)
-      if (bound.symbol == symbol) return &bound;
+      if (std::strcmp(bound.symbol, symbol) == 0) return &bound;
     return nullptr;
   }
 

@@ -46,13 +46,13 @@ ChunkGatedDeltaRuleParams params(const Checks& checks, const Tensor& q, const Te
 }
 
 Tensor new_state(const Checks& checks, const Tensor& q) {
-  return torch::stable::new_empty(q, {checks.size("N"), checks.size("H"), checks.size("K"), checks.size("V")}, real_dtype(q));
+  return allocate(q, {checks.size("N"), checks.size("H"), checks.size("K"), checks.size("V")}, real_dtype(q));
 }
 
 // `t` itself where the kernels can read it, else a contiguous copy.
 Tensor readable(const Tensor& t) {
   if (chunk_kernel_reads(t.const_data_ptr(), token_strides(t), t.size(0), t.size(1), t.size(2))) return t;
-  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  Tensor copy = allocate(t, t.sizes());
   return torch::stable::copy_(copy, t);
 }
 
@@ -63,10 +63,10 @@ void launch(ChunkGatedDeltaRuleParams p, const Tensor& q, const Tensor& k, const
   p.k = readable_k.const_data_ptr(), p.k_strides = token_strides(readable_k);
   p.v = readable_v.const_data_ptr(), p.v_strides = token_strides(readable_v);
   std::optional<Tensor> offsets;
-  if (cu_seqlens) offsets = torch::stable::contiguous(*cu_seqlens);
+  if (cu_seqlens) offsets = dense(*cu_seqlens);
   if constexpr (kWithCuda) {
     const LaunchScope scope(q);
-    const Tensor workspace = torch::stable::new_empty(q, {chunk_gated_delta_rule_workspace(p, offsets.has_value())}, ScalarType::Byte);
+    const Tensor workspace = allocate(q, {chunk_gated_delta_rule_workspace(p, offsets.has_value())}, ScalarType::Byte);
     ChunkGatedDeltaRuleLaunch call{p, {nullptr, IndexType::i64}, workspace.mutable_data_ptr()};
     if (offsets) call.cu_seqlens = {offsets->const_data_ptr(), index_type(*offsets)};
     chunk_gated_delta_rule_hopper(call, scope.stream());
@@ -83,10 +83,10 @@ std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, 
   if (const auto reason = plain_reason_of_call(device, chunk_kernel_takes(p)))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, q, k, v, g,
                                                   beta, initial_state, cu_seqlens, scale, l2norm_qk);
-  g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
+  g = in_dtype(g, real_dtype(q)), beta = in_dtype(beta, real_dtype(q));
   p.g = g.const_data_ptr(), p.g_strides = token_strides(g);
   p.beta = beta.const_data_ptr(), p.beta_strides = token_strides(beta);
-  const Tensor o = torch::stable::new_empty(v, v.sizes()), final_state = new_state(checks, q);
+  const Tensor o = allocate(v, v.sizes()), final_state = new_state(checks, q);
   p.o = o.mutable_data_ptr();
   p.final_state = final_state.mutable_data_ptr();
   if (device != kHost) {
@@ -112,8 +112,8 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
     return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o,
                                  grad_final_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
   const ScalarType g_dtype = g.scalar_type(), beta_dtype = beta.scalar_type();
-  g = torch::stable::to(g, real_dtype(q)), beta = torch::stable::to(beta, real_dtype(q));
-  const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
+  g = in_dtype(g, real_dtype(q)), beta = in_dtype(beta, real_dtype(q));
+  const auto like = [](const Tensor& t) { return allocate(t, t.sizes()); };
   const Tensor dq = like(q), dk = like(k), dv = like(v), dg = like(g), dbeta = like(beta);
   const Tensor dinitial_state = new_state(checks, q);
   ChunkGatedDeltaRuleBackwardParams p{};
@@ -124,7 +124,7 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
   p.dg = dg.mutable_data_ptr(), p.dbeta = dbeta.mutable_data_ptr(), p.dinitial_state = dinitial_state.mutable_data_ptr();
   chunk_gated_delta_rule_backward_cpu(p, torch_parallel());
-  return {dq, dk, dv, torch::stable::to(dg, g_dtype), torch::stable::to(dbeta, beta_dtype), dinitial_state};
+  return {dq, dk, dv, in_dtype(dg, g_dtype), in_dtype(dbeta, beta_dtype), dinitial_state};
 }
 
 const HasHopperKernel has_kernel("chunk_gated_delta_rule");

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "bindings/checks.h"
@@ -19,14 +18,17 @@ inline void check_like(const Checks& checks, const char* name, const Tensor& t, 
   checks.device(name, t, like_name, like);
 }
 
+inline void check_channels(const Checks& checks, const Tensor& x) {
+  if (checks.size("D") < 1) checks.fail("x dimension ", x.dim() - 1, " (D) must be at least 1, got 0");
+}
+
 // Binds W from `rows` = D * W rows of the generator.
 inline void bind_taps(Checks& checks, const char* name, int64_t rows) {
   const int64_t D = checks.size("D");
-  if (D < 1) checks.fail("x dimension 2 (D) must be at least 1, got 0");
   if (rows % D != 0 || rows / D < 2 || rows / D > kMaxTaps)
     checks.fail(name, " dimension 0 must be D*W with D = ", D, " (as in x) and W in 2..", kMaxTaps, ", got ", rows);
-  checks.bind("W", rows / D, std::string("from ") + name);
-  checks.bind("W-1", rows / D - 1, std::string("from ") + name);
+  checks.bind("W", rows / D, "from ", name);
+  checks.bind("W-1", rows / D - 1, "from ", name);
 }
 
 // weight [D*W, R], bias [D*W]
@@ -35,6 +37,7 @@ inline void check_generator(Checks& checks, const Tensor& x, const Tensor& hidde
   check_like(checks, "hidden", hidden, "x", x);
   checks.shape("weight", weight, {"D*W", "R"});
   check_like(checks, "weight", weight, "x", x);
+  check_channels(checks, x);
   bind_taps(checks, "weight", weight.size(0));
   if (!bias) return;
   checks.shape("bias", *bias, {"D*W"});
@@ -68,7 +71,7 @@ void set_strides(const Tensor& t, int64_t (&stride)[rank]) {
 }
 
 inline Tensor new_conv_state(const Checks& checks, const Tensor& x) {
-  return torch::stable::new_empty(x, {checks.size("N"), checks.size("D"), checks.size("W-1")});
+  return allocate(x, {checks.size("N"), checks.size("D"), checks.size("W-1")});
 }
 
 // For a launch: cu_seqlens stays where it is. The pointers stay valid as long as x, conv_state (contiguous) and cu_seqlens do.
@@ -95,7 +98,7 @@ inline ConvInputs conv_inputs(const Checks& checks, const Tensor& x, const Optio
 // What a kernel reads 16 bytes at a time: `t` if it is contiguous and aligned, else a copy.
 inline Tensor aligned(const Tensor& t) {
   const bool is = t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  return is ? t : torch::stable::clone(torch::stable::contiguous(t));
+  return is ? t : torch::stable::clone(dense(t));
 }
 inline OptionalTensor aligned(const OptionalTensor& t) { return t ? OptionalTensor(aligned(*t)) : t; }
 

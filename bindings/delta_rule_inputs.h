@@ -34,8 +34,8 @@ inline void check_heads(const Checks& checks, const char* values, const char* ke
 // q, k [batch,T,Hk,K], v [batch,T,H,V], g, beta [batch,T,H]; `batch` is the symbol B or N
 inline void check_tokens(Checks& checks, const char* batch, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                          const Tensor& beta) {
-  checks.floating("q", q);
   checks.shape("q", q, {batch, "T", "Hk", "K"});
+  checks.floating("q", q);
   checks.shape("k", k, {batch, "T", "Hk", "K"});
   checks.shape("v", v, {batch, "T", "H", "V"});
   checks.shape("g", g, {batch, "T", "H"});
@@ -49,6 +49,7 @@ inline void check_tokens(Checks& checks, const char* batch, const Tensor& q, con
   checks.device("v", v, "q", q);
   checks.device("g", g, "q", q);
   checks.device("beta", beta, "q", q);
+  checks.decay("g", g);
 }
 
 // A state or its gradient, [N,H,K,V]

@@ -14,8 +14,8 @@ namespace {
 
 std::vector<int64_t> check(Checks& checks, const Tensor& x, const Tensor& hidden, const Tensor& weight,
                            const OptionalTensor& bias, const OptionalTensor& conv_state, const OptionalTensor& cu_seqlens) {
-  checks.floating("x", x);
   checks.shape("x", x, {"B", "T", "D"});
+  checks.floating("x", x);
   checks.shape("hidden", hidden, {"B", "T", "R"});
   check_generator(checks, x, hidden, weight, bias);
   return check_sequences(checks, x, conv_state, cu_seqlens);
@@ -43,13 +43,13 @@ std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, 
   if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(p)))
     return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::dynamic_conv", *reason, x, hidden, weight,
                                                   bias, conv_state, cu_seqlens, silu);
-  Tensor y = torch::stable::new_empty(x, {checks.size("B"), checks.size("T"), checks.size("D")});
+  Tensor y = allocate(x, {checks.size("B"), checks.size("T"), checks.size("D")});
   Tensor conv_state_out = new_conv_state(checks, x);
   if (device != kHost) {
-    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), bias = contiguous(bias), conv_state = aligned(conv_state);
+    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), bias = dense(bias), conv_state = aligned(conv_state);
     p = params(checks, device_conv_inputs(checks, x, conv_state, cu_seqlens), hidden, weight, bias, silu);
   } else {
-    weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);
+    weight = dense(weight), bias = dense(bias), conv_state = dense(conv_state);
     p = params(checks, conv_inputs(checks, x, conv_state, offsets), hidden, weight, bias, silu);
   }
   p.y = y.mutable_data_ptr();
@@ -71,11 +71,11 @@ Gradients dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_state_ou
   if (const auto reason = plain_reason(launch_device(x), false))
     return call_plain<Gradients>("jet_plain::dynamic_conv_backward", *reason, grad_y, grad_conv_state_out,
                                  x, hidden, weight, bias, conv_state, cu_seqlens, silu);
-  weight = torch::stable::contiguous(weight), bias = contiguous(bias), conv_state = contiguous(conv_state);
-  grad_conv_state_out = contiguous(grad_conv_state_out);
+  weight = dense(weight), bias = dense(bias), conv_state = dense(conv_state);
+  grad_conv_state_out = dense(grad_conv_state_out);
   const int64_t B = checks.size("B"), T = checks.size("T"), R = checks.size("R"), rows = checks.size("D*W");
-  Tensor dx = torch::stable::new_empty(x, {B, T, checks.size("D")}), dhidden = torch::stable::new_empty(x, {B, T, R});
-  Tensor dweight = torch::stable::new_empty(x, {rows, R}), dbias = torch::stable::new_empty(x, {rows});
+  Tensor dx = allocate(x, {B, T, checks.size("D")}), dhidden = allocate(x, {B, T, R});
+  Tensor dweight = allocate(x, {rows, R}), dbias = allocate(x, {rows});
   Tensor dconv_state = new_conv_state(checks, x);
   DynamicConvBackwardParams p{};
   p.forward = params(checks, conv_inputs(checks, x, conv_state, offsets), hidden, weight, bias, silu);

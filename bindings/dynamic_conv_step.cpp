@@ -13,14 +13,15 @@ namespace {
 Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor bias, Tensor conv_state,
                          OptionalTensor state_indices, bool silu) {
   Checks checks("dynamic_conv_step");
-  checks.floating("x", x);
   checks.shape("x", x, {"N", "D"});
+  checks.floating("x", x);
   checks.shape("hidden", hidden, {"N", "R"});
   check_generator(checks, x, hidden, weight, bias);
   checks.shape("conv_state", conv_state, {"P", "D", "W-1"});
   check_like(checks, "conv_state", conv_state, "x", x);
-  checks.not_expanded("conv_state", conv_state);
   const std::vector<int64_t> rows = checks.state_rows(state_indices, "x", x);
+  checks.written({{"conv_state", conv_state}},
+                 {{"x", x}, {"hidden", hidden}, {"weight", weight}, {"bias", bias}, {"state_indices", state_indices}});
   const auto params = [&] {
     DynamicConvStepParams p{};
     p.dtype = kernel_dtype(x);
@@ -42,8 +43,8 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
   if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(params())))
     return call_plain<Tensor>("jet_plain::dynamic_conv_step", *reason, x, hidden, weight, bias, conv_state,
                               state_indices, silu);
-  Tensor y = torch::stable::new_empty(x, {checks.size("N"), checks.size("D")});
-  bias = contiguous(bias);
+  Tensor y = allocate(x, {checks.size("N"), checks.size("D")});
+  bias = dense(bias);
   if (device != kHost) {
     x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight);
     DynamicConvStepParams p = params();
@@ -51,7 +52,7 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
     if constexpr (kWithCuda) dynamic_conv_step_hopper(p, LaunchScope(x).stream());
     return y;
   }
-  weight = torch::stable::contiguous(weight);
+  weight = dense(weight);
   DynamicConvStepParams p = params();
   if (state_indices) p.state_rows = rows.data(), p.state_rows_dtype = IndexType::i64;
   p.y = y.mutable_data_ptr();

@@ -18,15 +18,16 @@ Tensor recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor
   Checks checks("recurrent_gated_delta_rule");
   check_tokens(checks, "N", q, k, v, g, beta);
   const std::vector<int64_t> rows = check_pool(checks, state, state_indices, "q", q);
-  state_indices = contiguous(state_indices);
-  checks.not_expanded("state", state);
+  checks.written({{"state", state}},
+                 {{"q", q}, {"k", k}, {"v", v}, {"g", g}, {"beta", beta}, {"state_indices", state_indices}});
+  state_indices = dense(state_indices);
   RecurrentGatedDeltaRuleParams p = recurrent_params(checks, q, k, v, g, beta, scale, l2norm_qk);
   p.pool = device_pool(state, state_indices);
   const int device = launch_device(q);
   if (const auto reason = plain_reason_of_call(device, recurrent_kernel_takes(p)))
     return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", *reason, q, k, v, g, beta, state,
                               state_indices, scale, l2norm_qk);
-  const Tensor o = torch::stable::new_empty(v, v.sizes());
+  const Tensor o = allocate(v, v.sizes());
   p.o = o.mutable_data_ptr();
   if (device != kHost) {
     if constexpr (kWithCuda) recurrent_gated_delta_rule_hopper(p, LaunchScope(q).stream());

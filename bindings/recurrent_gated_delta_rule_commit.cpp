@@ -22,10 +22,12 @@ void recurrent_gated_delta_rule_commit(Tensor keys, Tensor updates, Tensor g, Te
   checks.floating("g", g);
   checks.device("updates", updates, "keys", keys);
   checks.device("g", g, "keys", keys);
+  checks.decay("g", g);
   const std::vector<int64_t> accepted = checks.counts("num_accepted", num_accepted, "T", "keys", keys);
   const std::vector<int64_t> rows = check_pool(checks, state, state_indices, "keys", keys);
-  state_indices = contiguous(state_indices), num_accepted = torch::stable::contiguous(num_accepted);
-  checks.not_expanded("state", state);
+  checks.written({{"state", state}}, {{"keys", keys}, {"updates", updates}, {"g", g}, {"num_accepted", num_accepted},
+                                      {"state_indices", state_indices}});
+  state_indices = dense(state_indices), num_accepted = dense(num_accepted);
   RecurrentGatedDeltaRuleCommitParams p{};
   p.g_dtype = kernel_dtype(g);
   p.N = checks.size("N"), p.T = checks.size("T");
@@ -42,7 +44,7 @@ void recurrent_gated_delta_rule_commit(Tensor keys, Tensor updates, Tensor g, Te
     if constexpr (kWithCuda) recurrent_gated_delta_rule_commit_hopper(p, LaunchScope(keys).stream());
     return;
   }
-  const Tensor real_g = torch::stable::to(g, keys.scalar_type());
+  const Tensor real_g = in_dtype(g, keys.scalar_type());
   p.g = real_g.const_data_ptr(), p.g_strides = token_strides(real_g), p.g_dtype = kernel_dtype(real_g);
   p.num_accepted = accepted.data(), p.num_accepted_dtype = IndexType::i64;
   p.pool = host_pool(state, state_indices, rows);

@@ -38,7 +38,7 @@ inline RecurrentGatedDeltaRuleParams recurrent_params(const Checks& checks, cons
 class RealGates {
  public:
   RealGates(RecurrentGatedDeltaRuleParams& p, const Tensor& q, const Tensor& g, const Tensor& beta)
-      : g_(torch::stable::to(g, real_dtype(q))), beta_(torch::stable::to(beta, real_dtype(q))) {
+      : g_(in_dtype(g, real_dtype(q))), beta_(in_dtype(beta, real_dtype(q))) {
     p.g = g_.const_data_ptr(), p.g_strides = token_strides(g_), p.g_dtype = kernel_dtype(g_);
     p.beta = beta_.const_data_ptr(), p.beta_strides = token_strides(beta_), p.beta_dtype = kernel_dtype(beta_);
   }

@@ -47,8 +47,9 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         try:
             with _Workplace(path.parent) as place:
                 temporary = place.path / NEW
-                temporary.write_bytes(content)
-                _flush(temporary)
+                with _naming(place, path):
+                    temporary.write_bytes(content)
+                    _flush(temporary)
                 with _alone(path.parent):
                     os.replace(temporary, path)
                 _flush(path.parent)
@@ -77,7 +78,8 @@ def replacing(folder: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
     with _Workplace(_place_of(folder)) as place:
         new = place.path / NEW
         new.mkdir()
-        yield new
+        with _naming(place, folder):
+            yield new
         for root, _, names in os.walk(new):
             for name in names:
                 # Some libraries make private files.
@@ -85,6 +87,18 @@ def replacing(folder: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
                 _flush(os.path.join(root, name))
             _flush(root)
         _put_in_place(place, folder, list(drop))
+
+
+@contextmanager
+def _naming(place: _Workplace, target: Path) -> Iterator[None]:
+    """Errors of the system name what was to be written, not the temporary file, or nothing."""
+    try:
+        yield
+    except OSError as error:
+        name, new = os.fsdecode(error.filename or b""), str(place.path / NEW)
+        if error.errno is None or name and not name.startswith(new):
+            raise
+        raise OSError(error.errno, error.strerror, str(target) + name.removeprefix(new)) from None
 
 
 def _place_of(folder: Path) -> Path:
@@ -118,7 +132,10 @@ class _Workplace:
 
     def __init__(self, parent: Path):
         for _ in range(TRIES):
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=parent))
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=parent))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(parent)) from None
             if self._lock():
                 return
         raise OSError(f"save: the temporary folders made in {parent} vanish")

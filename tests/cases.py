@@ -280,8 +280,8 @@ def reference_gradients(op: str, inputs: NamedTuple, grads: Sequence[Tensor | No
 def dg_floor(outs: tuple[Tensor, Tensor], grads: Sequence[Tensor | None]) -> float:
     """The size of the terms that make dg: <o, dO> of a token and <S1, dS1> of a head.
 
-    dg itself is a difference of such terms: exactly zero before anything is remembered, tiny under strong decay. There an
-    error relative to dg alone would say nothing.
+    dg itself is zero before anything is remembered, and of a few tokens a sum of terms that may nearly cancel. Its accuracy
+    under strong decay, where it is tiny, has tests of its own (test_gate_gradient.py).
     """
     dims = (-1, (-2, -1))
     return sum(rms((out.double() * grad.double()).sum(d)) for out, grad, d in zip(outs, grads, dims) if grad is not None)

@@ -117,7 +117,7 @@ def nan_stays_in_its_sequence(backend: OpsBackend, call: RecurrentCall, n: int, 
     accepted, row = [call.v.shape[1]] * call.v.shape[0], rows_of(call)[n]
     bad = call._replace(**{name: getattr(call, name).clone() for name in call._fields if name in (*TOKENS, "pool")})
     for name in call._fields[:5]:
-        getattr(bad, name)[n] = value
+        getattr(bad, name)[n] = -abs(value) if name == "g" else value  # a g above 0 is refused
     bad.pool[row] = value
     draft, bad_draft = verify(backend, call), verify(backend, bad)
     pools = commit(backend, call, draft, accepted), commit(backend, bad, bad_draft, accepted)

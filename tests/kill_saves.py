@@ -55,7 +55,7 @@ class Scenario:
         from jetkernels.postnas.checkpoints import save_state
 
         if self.name == "file":
-            save_state(self.path, "kill", "run", {"stamp": stamp, "filler": "x" * (1000 + 10 * (stamp % 7))})
+            save_state(self.path, "kill", {"of": "kills"}, {"stamp": stamp, "filler": "x" * (1000 + 10 * (stamp % 7))})
             return
         if self.name == "one by one":
             files._exchange = refuse
@@ -69,7 +69,7 @@ class Scenario:
         from jetkernels.postnas.checkpoints import load_state
 
         if self.name == "file":
-            state = load_state(self.path, "kill", "run")
+            state = load_state(self.path, "kill", {"of": "kills"})
             return state["stamp"]
         model = JetNemotronForCausalLM.from_pretrained(self.path)
         values = {p.flatten()[0].item() for p in model.parameters()} | {p.flatten()[-1].item() for p in model.parameters()}
@@ -126,8 +126,8 @@ def in_child(work) -> tuple[int, str]:
 
 
 def read_until(scenario: Scenario, stop: Path) -> str:
-    loads, wrong = 0, []
-    while not stop.exists():
+    loads, wrong, parent = 0, [], os.getppid()
+    while (not loads or not stop.exists()) and os.getppid() == parent and len(wrong) < 1000:
         try:
             scenario.load()
             loads += 1
@@ -224,7 +224,7 @@ def main() -> int:
             kills = arguments.kills * (i + 1) // len(names) - arguments.kills * i // len(names)
             whole[name] = campaign(Scenario(name, where), kills, Path(folder) / "stop", random.Random(arguments.seed + i))
         wrong = sum(len(found[key]) for found in whole.values() for key in ("lost or mixed", "leftovers", "failed"))
-        shown = {name: {k: v[:3] + [f"{len(v)} in all"] * (len(v) > 3) if isinstance(v, list) else v for k, v in f.items()} for name, f in whole.items()}
+        shown = {name: {k: v[:5] if isinstance(v, list) else v for k, v in found.items()} for name, found in whole.items()}
         print(json.dumps({"wrong": wrong, "seconds": round(time.time() - start), **shown}))
         return int(wrong > 0)
 

@@ -103,7 +103,7 @@ def nan_stays_in_its_sequence(backend: OpsBackend, call: NamedTuple, n: int, val
     row = rows_of(call)[n]
     for name in bad._fields:
         if name in TOKENS:
-            getattr(bad, name)[n] = value
+            getattr(bad, name)[n] = -abs(value) if name == "g" else value  # a g above 0 is refused
     bad.pool[row] = value
     (out, pool), (bad_out, bad_pool) = run(backend, call), run(backend, bad)
     for t, index in ((out, n), (bad_out, n), (pool, row), (bad_pool, row)):

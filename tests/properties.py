@@ -99,7 +99,8 @@ def nan_stays_in_its_sequence(backend: OpsBackend, op: str, inputs: NamedTuple, 
     bad_grads = tuple(grad.clone() for grad in grads)
     here = (0, slice(*inputs.cu_seqlens[n : n + 2].tolist())) if packed else (n,)
     for name in names:
-        poison[name][here if name in TOKENS else (n,)] = value
+        # a g above 0 is refused
+        poison[name][here if name in TOKENS else (n,)] = -abs(value) if name == "g" else value
     bad_grads[0][here], bad_grads[1][n] = value, value
     bad = inputs._replace(**poison)
 

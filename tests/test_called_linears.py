@@ -190,6 +190,20 @@ def test_dynamically_quantised_layers_run():
     assert (step[:, 0] - need[:, -1]).norm() < 0.2 * need.norm()
 
 
+def test_norms_in_fp32_leave_the_state_in_the_layers_dtype():
+    model = small_model(dtype=torch.bfloat16)
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.float()
+    ids = tokens(1, 5)
+    need = model(ids).logits
+    with torch.no_grad():
+        cache = model.new_cache(1, 5)
+        for t in range(5):
+            got = model(ids[:, t : t + 1], cache=cache).logits
+    assert model.dtype == got.dtype == torch.bfloat16 and (got[0, 0] - need[0, -1]).norm() < 0.05 * need[0, -1].norm()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantised_model_generates(tied):
     model = small_model(tie_word_embeddings=tied)

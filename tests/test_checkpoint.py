@@ -364,3 +364,187 @@ def test_streaming_does_not_wait_for_ever_on_broken_text():
 def test_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+# ---- what a folder may hold
+
+
+def saved(folder: Path, max_shard_bytes: int = 10**9, **changes):
+    model = small_model(**changes)
+    model.save_pretrained(folder, max_shard_bytes)
+    return model
+
+
+@pytest.mark.parametrize("name", ["../m/{}", "/etc/passwd", "{0}/../{0}", "./{}", "sub/{}", "..", "", ".{}", "a\0.safetensors", "\ud800.safetensors",
+                                  "{}\n", "config.json", "a" * 300 + ".safetensors", None, 3, ["{}"], {"a": "{}"}])  # fmt: skip
+def test_an_index_names_plain_files_only(tmp_path, name):
+    saved(tmp_path / "m", 20_000)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    file = values["weight_map"]["model.norm.weight"]
+    values["weight_map"]["model.norm.weight"] = name.format(file) if isinstance(name, str) else name
+    index.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"index\.json: weight_map must name a \.safetensors file in the same folder for 'model\.norm\.weight', got"):
+        JetNemotronForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_links_to_files_are_followed_as_downloads_lay_them(tmp_path):
+    model = saved(tmp_path / "m")
+    (tmp_path / "blobs").mkdir()
+    for path in list((tmp_path / "m").iterdir()):
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(Path("..") / "blobs" / path.name)
+    assert same_state(JetNemotronForCausalLM.from_pretrained(tmp_path / "m"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_that_are_not_floating_are_refused(tmp_path, dtype):
+    saved(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda s: s.update({"model.norm.weight": s["model.norm.weight"].to(dtype)}))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight in model\.safetensors must be one of F64, F32, F16, BF16, got"):
+        JetNemotronForCausalLM.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "stored, value, dtype",
+    [
+        (torch.float32, 65520.0, torch.float16),
+        (torch.float32, -3.4e38, torch.bfloat16),
+        (torch.float64, 1e39, torch.float32),
+        (torch.bfloat16, 1e5, torch.float16),
+    ],
+)
+def test_numbers_too_large_for_the_dtype_are_refused(tmp_path, stored, value, dtype):
+    saved(tmp_path / "m")
+
+    def plant(state):
+        weight = state["model.norm.weight"].to(stored)
+        weight[3] = value
+        state["model.norm.weight"] = weight
+
+    rewrite(tmp_path / "m", plant)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight in .*model\.safetensors holds .*, too large for (float16|bfloat16|float32)"):
+        JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_inf_and_nan_are_loaded_as_they_are_stored(tmp_path, dtype):
+    saved(tmp_path / "m")
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 65504.0])
+
+    def plant(state):
+        state["model.norm.weight"][:4] = special
+        state["model.embed_tokens.weight"][0, :4] = special
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+
+    rewrite(tmp_path / "m", plant)
+    model = JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+    for got in (model.model.norm.weight[:4], model.model.embed_tokens.weight[0, :4]):
+        assert torch.equal(got.nan_to_num(nan=-1.0, posinf=-2.0, neginf=-3.0), special.to(dtype).nan_to_num(nan=-1.0, posinf=-2.0, neginf=-3.0))
+
+
+def test_nothing_is_allocated_for_a_config_that_the_weights_do_not_fit(tmp_path):
+    saved(tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    values = json.loads(config.read_text())
+    for changes, message in (
+        ({"vocab_size": 1 << 24, "intermediate_size": 1 << 24}, r"embed_tokens.weight must be \[16777216, 32\], got \[61, 32\]"),
+        ({"layer_types": ["attn"] * 4000, "num_hidden_layers": 4000}, "4000 layers, but only"),
+    ):
+        config.write_text(json.dumps(values | changes))
+        with pytest.raises(ValueError, match=message):
+            JetNemotronForCausalLM.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("load", [JetNemotronForCausalLM.from_pretrained, Tokenizer.from_pretrained])
+def test_the_name_of_a_model_on_a_hub_says_how_to_download_it(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="`hf download jet-ai/Jet-Nemotron-2B --local-dir Jet-Nemotron-2B`"):
+        load("jet-ai/Jet-Nemotron-2B")
+    (tmp_path / "jet-ai").mkdir()
+    for name in ("jet-ai/Jet-Nemotron-2B", "models", "/a/b", "a/b/c", "../a"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}$"):
+            load(name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file must be a folder"):
+        load("file")
+
+
+def test_damaged_folders_are_refused_with_a_sentence(tmp_path):
+    """A few hundred; the command damages ten thousand."""
+    from damaged_folders import campaign
+
+    found = campaign(240, 7, tmp_path)
+    assert not found["which"], found
+
+
+# ---- what lies beside the weights
+
+
+def test_what_lies_beside_the_weights_goes_where_the_model_goes(tmp_path):
+    """Tokenizer, chat template, generation config; nothing else, and nothing that the target has already."""
+    folder, target = tmp_path / "m", tmp_path / "t"
+    saved(folder, 20_000)
+    kept = {name: f"{name}, as published".encode() for name in checkpoint.COMPANIONS}
+    for name, text in kept.items():
+        (folder / name).write_bytes(text)
+    for name in ("README.md", "pytorch_model.bin", "model.safetensors.bak"):
+        (folder / name).write_text("stays where it is")
+    model = JetNemotronForCausalLM.from_pretrained(folder)
+    for path in list(folder.iterdir()):
+        path.unlink()
+    target.mkdir()
+    (target / "chat_template.jinja").write_text("its own")
+    model.save_pretrained(target)
+    need = {"config.json", "model.safetensors"}
+    found = content(target)
+    assert found.keys() == need | kept.keys() and found.pop("chat_template.jinja") == b"its own"
+    assert all(found[name] == kept[name] for name in found.keys() - need)
+    again = JetNemotronForCausalLM.from_pretrained(target)
+    assert again.companions == kept | {"chat_template.jinja": b"its own"}
+
+
+def test_a_tokenizer_takes_its_files_along(tmp_path):
+    Tokenizer.byte_level().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "m" / "README.md").write_text("stays")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer_config.json").write_text("of another tokenizer")
+    Tokenizer.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "t")
+    found = content(tmp_path / "t")
+    assert found.keys() == {"tokenizer.json", "tokenizer_config.json"} and found["tokenizer_config.json"] == b"{}"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {}, "merges": ["a"]}}'])
+def test_damaged_tokenizers_are_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is damaged"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(ValueError, match=r"lone surrogate U\+DCFF at character 2"):
+        Tokenizer.byte_level().encode("ab\udcff")
+    with pytest.raises(TypeError, match="text must be a str, got int"):
+        Tokenizer.byte_level().encode(3)
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
+    from safetensors import SafetensorError
+
+    def full(*arguments, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match="No space left on device: .*model.safetensors") as caught:
+            saved(tmp_path / "m")
+    assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "m" / "model.safetensors") and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_values_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = JetNemotronForCausalLM(small_config())
+    with pytest.raises(ValueError, match=r"save: model\.embed_tokens\.weight.* must hold values"):
+        model.save_pretrained(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []

@@ -178,8 +178,8 @@ def test_nan_stays_in_its_sequence(backend, cu_seqlens, n, value):
     inputs = random(T=141 if cu_seqlens else 70, B=1 if cu_seqlens else 4, cu_seqlens=cu_seqlens)
     bad = inputs._replace(**{name: getattr(inputs, name).clone() for name in ("q", "k", "v", "g", "beta", "initial_state")})
     here = (0, slice(*cu_seqlens[n : n + 2])) if cu_seqlens else (n,)
-    for t in bad[:5]:
-        t[here] = value
+    for name, t in zip(bad._fields, bad[:5]):
+        t[here] = -abs(value) if name == "g" else value  # a g above 0 is refused
     bad.initial_state[n] = value
     (o, S), (dirty_o, dirty_S) = backend(OP, *inputs), backend(OP, *bad)
     o[here], dirty_o[here], S[n], dirty_S[n] = 0, 0, 0, 0

@@ -260,6 +260,17 @@ def test_files_of_one_save_stay_readable_when_it_is_replaced(tmp_path, way):
     assert stamps(tmp_path / "m") == ["2"] * 3
 
 
+def test_without_locks_nothing_of_anothers_is_removed(tmp_path, way, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    other = tmp_path / ".jetkernels-abcdefgh.saving"
+    (other / "new").mkdir(parents=True)
+    put(tmp_path / "m", 1)
+    put(tmp_path / "m", 2)
+    write_atomic(tmp_path / "m" / "report", b"r")
+    assert stamps(tmp_path / "m") == ["2"] * 3 and tree(tmp_path / "m") == [*NAMES, "report"]
+    assert sorted(os.listdir(tmp_path)) == [other.name, "m"] and (other / "new").is_dir()
+
+
 # ---- what is no file
 
 
@@ -271,6 +282,30 @@ def test_what_is_no_file_is_named(tmp_path):
         with pytest.raises(kind) as caught, reading(tmp_path, lambda opened: opened.read(name)):
             pass
         assert caught.value.filename == str(tmp_path / name)
+
+
+def test_errors_of_the_system_name_what_was_to_be_written(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "m"):
+        full()
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "m"))
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "m") as new:
+        open(new / "gone" / "a", "w")
+    assert caught.value.filename == str(tmp_path / "m" / "gone" / "a")
+    with pytest.raises(OSError, match="a sentence$"), replacing(tmp_path / "m"):
+        raise OSError("a sentence")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_flush", full)
+        with pytest.raises(OSError) as caught:
+            write_atomic(tmp_path / "report", b"r")
+        assert caught.value.filename == str(tmp_path / "report")
+        patch.setattr(files.tempfile, "mkdtemp", full)
+        with pytest.raises(OSError) as caught:
+            write_atomic(tmp_path / "report", b"r")
+        assert caught.value.filename == str(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_file_is_written_whole_through_links(tmp_path):

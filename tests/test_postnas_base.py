@@ -138,6 +138,8 @@ def test_bases_that_do_not_fit_are_refused(tmp_path):
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
         from_pretrained(folder)
+    with pytest.raises(ValueError, match="must have num_attention_heads"):
+        qwen2_config(QWEN | {"num_attention_heads": None})
     with pytest.raises(ValueError, match="missing|must have num_hidden_layers"):
         qwen2_config({k: v for k, v in QWEN.items() if k != "num_hidden_layers"})
 

@@ -6,6 +6,9 @@
 //   S  <- S + k_t u^T
 //   o_t = scale S^T q_t
 // With l2norm_qk, q_t and k_t are first replaced by x / sqrt(sum x^2 + kL2NormEps). g is clamped from below at kMinLogDecay.
+// g <= 0 is the caller's to see to: it is a decay. A positive g makes the state grow by e^g; that is computed as long as e^{c_i-c_j} of a chunk
+// stays finite, 88 in fp32 for C tokens together, and is infinity or NaN from there on, without a word. NaN in g spoils all from its token on.
+// A token changes nothing before it, whatever it holds: NaN and infinities reach what the token loop lets them reach.
 // Computed C = kChunk tokens at a time, c_i the chunk-local cumulative sum of g:
 //   kk = tril(K K^T ∘ e^{c_i-c_j}, -1)      T = (I + diag(beta) kk)^-1
 //   R  = V - diag(e^c) K S0                 U = T diag(beta) R

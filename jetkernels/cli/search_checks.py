@@ -10,7 +10,7 @@ from jetkernels._optional import optional
 from jetkernels.model import JetNemotronConfig, Tokenizer
 from jetkernels.model.tokenizer import TOKENIZER_FILE
 from jetkernels.modules import JetBlock
-from jetkernels.postnas import Copy, MultipleChoice, Recall
+from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
@@ -74,6 +74,8 @@ def check(arguments: argparse.Namespace) -> None:
     for what, least in needed.items():
         if arguments.length < least:
             raise UsageError(f"--length must be at least {least} for {what}, got {arguments.length}")
+    if arguments.batch % ranks()[1]:
+        raise UsageError(f"--batch must be a multiple of the {ranks()[1]} ranks, got {arguments.batch}")
     if arguments.text is not None and not arguments.text.is_dir():
         raise NotADirectoryError(f"--text: {arguments.text} is not a folder")
     names = _task_names(arguments)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from jetkernels.files import write_atomic
 from jetkernels.modules import JetBlockConfig, checks
+from jetkernels.reading import parse_json
 
 LAYER_TYPES = ("jet", "attn", "swa")
 CONFIG_FILE = "config.json"
@@ -214,13 +216,7 @@ class JetNemotronConfig:
         path = path / CONFIG_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"config: no file {path}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config: {path} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"config: {path} must hold a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(parse_json(path.read_bytes(), f"config: {path}"))
 
     @classmethod
     def from_name(cls, name: str) -> JetNemotronConfig:
@@ -233,7 +229,8 @@ class JetNemotronConfig:
         return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes a config.json, in one step."""
+        write_atomic(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode("utf-8"))
 
 
 def layer_count(value: object, subject: str = "num_hidden_layers must be") -> int:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from jetkernels.modules import JetBlock, RMSNorm
 from jetkernels.modules.initialization import init_weight_
-from jetkernels.modules.linear import has_hooks
+from jetkernels.modules.linear import floating_weight, has_hooks
 from jetkernels.modules.padding import Unpadding, find_padding
 
 from . import checkpoint, generation
@@ -171,11 +171,11 @@ class JetNemotronForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return floating_weight(self.model.embed_tokens, self.model.norm).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.norm.weight.dtype
+        return floating_weight(self.model.embed_tokens, self.model.norm).dtype
 
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""

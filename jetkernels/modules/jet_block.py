@@ -16,7 +16,7 @@ from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
 from . import checks
 from .dynamic_conv import DynamicShortConvolution
 from .initialization import init_weight_
-from .linear import has_hooks
+from .linear import floating_weight, has_hooks
 from .norm import GatedRMSNorm
 from .padding import find_padding
 from .repeatable import RepeatableCall, may_be_repeated
@@ -198,8 +198,7 @@ class JetBlock(nn.Module):
 
     def new_state(self, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
         """A state of `batch_size` sequences that have seen nothing; its device and dtype are the layer's by default."""
-        # Not that of a projection, which may be quantised.
-        weight = self.o_norm.weight
+        weight = floating_weight(self.o_proj, self.o_norm)
         return JetBlockState.zeros(self.config, batch_size, device=device or weight.device, dtype=dtype or weight.dtype)
 
     def forward(

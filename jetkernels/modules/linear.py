@@ -51,6 +51,12 @@ def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] 
     return None
 
 
+def floating_weight(*modules: nn.Module) -> Tensor:
+    """The weight of the first module that has one of a floating dtype (quantised ones have not): where and in what it computes."""
+    weights = [module.weight for module in modules]
+    return next(w for w in weights if isinstance(w, Tensor) and w.is_floating_point())
+
+
 def _announce(module: nn.Module, name: str) -> None:
     reason = _reason(module)
     if (name, reason) not in _announced:

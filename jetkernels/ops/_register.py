@@ -1,9 +1,10 @@
-"""How an op becomes ``torch.ops.jet.<op>``: schema, fake kernel, autograd, autocast and the plain path for CUDA.
+"""How an op becomes ``torch.ops.jet.<op>``: schema, fake kernel, autograd (``_autograd``), autocast and the plain path for CUDA.
 
 The implementations that run are C++ (``bindings/<op>.cpp``, for CPU and CUDA tensors). Where no kernel of this library
 serves a tensor (``bindings/backend.h``), they call ``jet_plain::<op>``, which this file registers from ``jetkernels.plain``.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from jetkernels import _library
+from jetkernels.ops import _autograd
+from jetkernels.ops._checks import Checks
 
 _jet = torch.library.Library("jet", "FRAGMENT")
 _plain = torch.library.Library("jet_plain", "FRAGMENT")
@@ -20,21 +23,14 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
-    """Define ``jet::<name>`` with ``schema`` ("(Tensor q, ...) -> Tensor"), its fake kernel and its plain path."""
+    """Define ``jet::<name>`` with ``schema`` ("(Tensor q, ...) -> Tensor"), its fake kernel and its plain path.
+
+    ``fake(checks, *args)`` refuses what the binding refuses, as far as a fake tensor shows it, and returns empty outputs.
+    """
     _jet.define(name + schema, tags=_TAGS)
     defined.append(name)
     arguments, arrow, results = schema.partition(") ->")
-    names = [argument.split()[-1] for argument in arguments.split(",")]
-
-    def checked_fake(*args):
-        # The bindings check everything, but fake tensors never reach them: a mix of devices is caught here.
-        tensors = [(n, t) for n, t in zip(names, args) if isinstance(t, Tensor)]
-        for n, t in tensors[1:]:
-            if t.device != tensors[0][1].device:
-                raise RuntimeError(f"{name}: {n} must be on {tensors[0][1].device} like {tensors[0][0]}, got {t.device}")
-        return fake(*args)
-
-    torch.library.register_fake(f"jet::{name}", checked_fake, lib=_jet)
+    torch.library.register_fake(f"jet::{name}", lambda *args: fake(Checks(name), *args), lib=_jet)
 
     def announced_plain(*args):
         *arguments, reason = args
@@ -48,8 +44,16 @@ def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
 
 
 def differentiate(name: str, *, backward: Callable, setup_context: Callable) -> None:
-    """Attach autograd to ``jet::<name>``."""
-    torch.library.register_autograd(f"jet::{name}", backward, setup_context=setup_context, lib=_jet)
+    """Attach autograd to ``jet::<name>``; ``jet::<name>_backward`` raises where it would be differentiated."""
+    _jet.impl(name, _autograd.differentiable(name, backward, setup_context), "Autograd", with_keyset=True)
+    _jet.impl(name + "_backward", _autograd.not_twice(name), "Autograd", with_keyset=True)
+
+
+def in_place(name: str, *, instead: str) -> None:
+    """``jet::<name>`` bumps the versions of what it writes and refuses inputs that require gradients; ``instead`` has them."""
+    kernel, bump = _autograd.in_place(name, instead)
+    _jet.impl(name, kernel, "Autograd", with_keyset=True)
+    _jet.impl(name, bump, "ADInplaceOrView", with_keyset=True)
 
 
 def autocast(
@@ -77,3 +81,28 @@ def autocast(
 
     _jet.impl(name, make("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
     _jet.impl(name, make("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+
+
+# ---- what the Python functions share ----
+
+_ARGUMENTS = {"l2norm_qk": "use_qk_l2norm_in_kernel", "silu": "activation"}  # op -> function, where they differ
+_TYPES = {"Tensor": "a Tensor", "Optional[Tensor]": "a Tensor or None", "float": "a number", "bool": "True or False"}
+
+
+def default_scale(q: Tensor) -> float:
+    """``K ** -0.5``; any number for a ``q`` without a K, which the op will refuse."""
+    try:
+        return q.shape[-1] ** -0.5
+    except (AttributeError, IndexError, TypeError, ZeroDivisionError):
+        return 1.0
+
+
+def refusal(error: RuntimeError, function: str) -> Exception:
+    """What the user reads when ``function`` was called: the op's sentence under the function's name."""
+    message = str(error)
+    wrong_type = re.match(r"jet::\w+\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'", message)
+    if wrong_type:
+        needs, argument, got = wrong_type.groups()
+        return TypeError(f"{function}: {_ARGUMENTS.get(argument, argument)} must be {_TYPES.get(needs, needs)}, got {got}")
+    op, colon, sentence = message.partition(": ")
+    return type(error)(f"{function}: {sentence}") if colon and op in defined and op != function else error

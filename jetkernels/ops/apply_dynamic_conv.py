@@ -4,17 +4,32 @@ import torch
 from torch import Tensor
 
 from jetkernels.ops import _register
-from jetkernels.ops.dynamic_conv import conv_state_like, use_silu
+from jetkernels.ops._checks import MAX_TAPS
+from jetkernels.ops.dynamic_conv import new_conv_state, use_silu
 from jetkernels.plain import apply_dynamic_conv as plain
 
 
-def _fake(x, kernels, conv_state, cu_seqlens, silu):
-    return x.new_empty(x.shape), conv_state_like(x, kernels.shape[3], cu_seqlens)
+def _check(checks, x, kernels, conv_state, cu_seqlens):
+    checks.shape("x", x, "B", "T", "D")
+    checks.floating("x", x)
+    checks.shape("kernels", kernels, "B", "T", "D", "W")
+    checks.like("kernels", kernels, "x", x)
+    checks.channels("x", x)
+    W = kernels.shape[3]
+    checks.taps(W, f"kernels dimension 3 (W) must be in 2..{MAX_TAPS}, got {W}")
+    checks.bind("W-1", W - 1, "from kernels")
+    checks.conv_sequences(x, conv_state, cu_seqlens)
 
 
-def _fake_backward(grad_y, grad_conv_state_out, x, kernels, conv_state, cu_seqlens, silu):
-    dconv_state = conv_state_like(x, kernels.shape[3], cu_seqlens)
-    return x.new_empty(x.shape), kernels.new_empty(kernels.shape), dconv_state
+def _fake(checks, x, kernels, conv_state, cu_seqlens, silu):
+    _check(checks, x, kernels, conv_state, cu_seqlens)
+    return x.new_empty(x.shape), new_conv_state(checks, x)
+
+
+def _fake_backward(checks, grad_y, grad_conv_state_out, x, kernels, conv_state, cu_seqlens, silu):
+    _check(checks, x, kernels, conv_state, cu_seqlens)
+    checks.conv_gradients(x, grad_y, grad_conv_state_out)
+    return x.new_empty(x.shape), kernels.new_empty(kernels.shape), new_conv_state(checks, x)
 
 
 _register.define(
@@ -51,6 +66,7 @@ def _backward(ctx, grad_y, grad_conv_state_out):
 
 _register.differentiate("apply_dynamic_conv", backward=_backward, setup_context=_setup_context)
 _register.autocast("apply_dynamic_conv", low_precision=(0, 1, 2))
+_op = torch.ops.jet.apply_dynamic_conv.default
 
 
 def apply_dynamic_conv(
@@ -63,6 +79,8 @@ def apply_dynamic_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`dynamic_conv` with the kernels given: ``y[b,t,d] = act(sum_w kernels[b,t,d,w] * x[b, t-(W-1)+w, d])``.
 
+    Differentiable in every floating-point input, once and in reverse mode; a second derivative and forward mode raise.
+
     Args:
         x: [B, T, D].
         kernels: [B, T, D, W], W in 2..4; one dtype with x.
@@ -72,9 +90,11 @@ def apply_dynamic_conv(
         y [B, T, D], and conv_state [N, D, W - 1] or ``None``.
 
     Raises:
-        RuntimeError: an argument has the wrong rank, size, dtype or device; the message names it.
+        As :func:`dynamic_conv`.
     """
-    y, conv_state_out = torch.ops.jet.apply_dynamic_conv(
-        x, kernels, conv_state, cu_seqlens, use_silu("apply_dynamic_conv", activation)
-    )
+    silu = use_silu("apply_dynamic_conv", activation)
+    try:
+        y, conv_state_out = _op(x, kernels, conv_state, cu_seqlens, silu)
+    except RuntimeError as error:
+        raise _register.refusal(error, "apply_dynamic_conv") from None
     return y, conv_state_out if output_final_state else None

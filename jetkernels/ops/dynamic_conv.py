@@ -4,34 +4,41 @@ import torch
 from torch import Tensor
 
 from jetkernels.ops import _register
+from jetkernels.ops._checks import Checks
 from jetkernels.plain import dynamic_conv as plain
 
 
-def use_silu(op: str, activation: str | None) -> bool:
+def use_silu(function: str, activation: str | None) -> bool:
     """Translate the ``activation`` argument of the Python functions into the ops' ``silu`` flag."""
-    if activation in ("silu", "swish"):
-        return True
     if activation is None:
         return False
-    raise ValueError(f"{op}: activation must be 'silu', 'swish' or None, got {activation!r}")
+    if isinstance(activation, str) and activation in ("silu", "swish"):
+        return True
+    raise ValueError(f"{function}: activation must be 'silu', 'swish' or None, got {activation!r}")
 
 
-def conv_state_like(x: Tensor, W: int, cu_seqlens: Tensor | None) -> Tensor:
-    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty((N, x.shape[2], W - 1))
+def new_conv_state(checks: Checks, x: Tensor) -> Tensor:
+    return x.new_empty([checks.size[symbol] for symbol in ("N", "D", "W-1")])
 
 
-def _taps(x: Tensor, weight: Tensor) -> int:
-    return weight.shape[0] // max(x.shape[2], 1)
+def _check(checks, x, hidden, weight, bias, conv_state, cu_seqlens):
+    checks.shape("x", x, "B", "T", "D")
+    checks.floating("x", x)
+    checks.shape("hidden", hidden, "B", "T", "R")
+    checks.generator(x, hidden, weight, bias)
+    checks.conv_sequences(x, conv_state, cu_seqlens)
 
 
-def _fake(x, hidden, weight, bias, conv_state, cu_seqlens, silu):
-    return x.new_empty(x.shape), conv_state_like(x, _taps(x, weight), cu_seqlens)
+def _fake(checks, x, hidden, weight, bias, conv_state, cu_seqlens, silu):
+    _check(checks, x, hidden, weight, bias, conv_state, cu_seqlens)
+    return x.new_empty(x.shape), new_conv_state(checks, x)
 
 
-def _fake_backward(grad_y, grad_conv_state_out, x, hidden, weight, bias, conv_state, cu_seqlens, silu):
+def _fake_backward(checks, grad_y, grad_conv_state_out, x, hidden, weight, bias, conv_state, cu_seqlens, silu):
+    _check(checks, x, hidden, weight, bias, conv_state, cu_seqlens)
+    checks.conv_gradients(x, grad_y, grad_conv_state_out)
     dx, dhidden, dweight = (t.new_empty(t.shape) for t in (x, hidden, weight))
-    return dx, dhidden, dweight, weight.new_empty((weight.shape[0],)), conv_state_like(x, _taps(x, weight), cu_seqlens)
+    return dx, dhidden, dweight, weight.new_empty((weight.shape[0],)), new_conv_state(checks, x)
 
 
 _register.define(
@@ -71,6 +78,7 @@ def _backward(ctx, grad_y, grad_conv_state_out):
 
 _register.differentiate("dynamic_conv", backward=_backward, setup_context=_setup_context)
 _register.autocast("dynamic_conv", low_precision=(0, 1, 2, 3, 4))
+_op = torch.ops.jet.dynamic_conv.default
 
 
 def dynamic_conv(
@@ -84,6 +92,8 @@ def dynamic_conv(
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal depthwise convolution whose kernel is generated for every token; the kernels are never stored.
+
+    Differentiable in every floating-point input, once and in reverse mode; a second derivative and forward mode raise.
 
     ::
 
@@ -106,10 +116,14 @@ def dynamic_conv(
 
     Raises:
         RuntimeError: an argument has the wrong rank, size, dtype or device; the message names it.
+        TypeError, ValueError: an argument is not a tensor, or not an activation, as above.
+        RuntimeError, NotImplementedError: a second derivative is asked for; an input has a tangent (forward mode).
 
     Source: JetBlock's dynamic convolution (arXiv 2508.15884, section 2.3).
     """
-    y, conv_state_out = torch.ops.jet.dynamic_conv(
-        x, hidden, weight, bias, conv_state, cu_seqlens, use_silu("dynamic_conv", activation)
-    )
+    silu = use_silu("dynamic_conv", activation)
+    try:
+        y, conv_state_out = _op(x, hidden, weight, bias, conv_state, cu_seqlens, silu)
+    except RuntimeError as error:
+        raise _register.refusal(error, "dynamic_conv") from None
     return y, conv_state_out if output_final_state else None

@@ -8,7 +8,15 @@ from jetkernels.ops.dynamic_conv import use_silu
 from jetkernels.plain import dynamic_conv_step as plain
 
 
-def _fake(x, hidden, weight, bias, conv_state, state_indices, silu):
+def _fake(checks, x, hidden, weight, bias, conv_state, state_indices, silu):
+    checks.shape("x", x, "N", "D")
+    checks.floating("x", x)
+    checks.shape("hidden", hidden, "N", "R")
+    checks.generator(x, hidden, weight, bias)
+    checks.shape("conv_state", conv_state, "P", "D", "W-1")
+    checks.like("conv_state", conv_state, "x", x)
+    checks.state_rows(state_indices, "x", x)
+    checks.written("conv_state", conv_state)
     return x.new_empty(x.shape)
 
 
@@ -19,7 +27,9 @@ _register.define(
     fake=_fake,
     plain=plain.dynamic_conv_step,
 )
+_register.in_place("dynamic_conv_step", instead="dynamic_conv")
 _register.autocast("dynamic_conv_step", low_precision=(0, 1, 2, 3), dtype_of=4)
+_op = torch.ops.jet.dynamic_conv_step.default
 
 
 def dynamic_conv_step_(
@@ -31,7 +41,8 @@ def dynamic_conv_step_(
     state_indices: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """One step of :func:`dynamic_conv` per sequence, shifting ``conv_state`` in place. For decode; not differentiable.
+    """One step of :func:`dynamic_conv` per sequence, shifting ``conv_state`` in place. For decode, under ``torch.no_grad()``:
+    not differentiable.
 
     Args:
         x: [N, D], the new inputs.
@@ -47,8 +58,12 @@ def dynamic_conv_step_(
 
     Raises:
         RuntimeError: as :func:`dynamic_conv`; also for an index out of range or named twice (checked on a CPU, and on
-            CUDA under ``JETKERNELS_CHECK=1``). The pool is untouched then.
+            CUDA under ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The pool is untouched then.
+            With gradients on, an input that requires one: the op writes in place and is not differentiable.
+        NotImplementedError: an input has a tangent (forward mode).
     """
-    return torch.ops.jet.dynamic_conv_step(
-        x, hidden, weight, bias, conv_state, state_indices, use_silu("dynamic_conv_step", activation)
-    )
+    silu = use_silu("dynamic_conv_step_", activation)
+    try:
+        return _op(x, hidden, weight, bias, conv_state, state_indices, silu)
+    except RuntimeError as error:
+        raise _register.refusal(error, "dynamic_conv_step_") from None

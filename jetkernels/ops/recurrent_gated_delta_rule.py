@@ -2,13 +2,18 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from jetkernels.ops import _register
+from jetkernels.ops._checks import real_dtype
 from jetkernels.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from jetkernels.plain import recurrent_gated_delta_rule as plain
 
 
-def _fake(q, k, v, g, beta, state, state_indices, scale, l2norm_qk):
+def _fake(checks, q, k, v, g, beta, state, state_indices, scale, l2norm_qk):
+    checks.tokens("N", q, k, v, g, beta)
+    checks.pool(state, state_indices, "q", q)
+    checks.written("state", state)
     return v.new_empty(v.shape)
 
 
@@ -19,7 +24,9 @@ _register.define(
     fake=_fake,
     plain=plain.recurrent_gated_delta_rule,
 )
+_register.in_place("recurrent_gated_delta_rule", instead="chunk_gated_delta_rule or fused_recurrent_gated_delta_rule")
 _register.autocast("recurrent_gated_delta_rule", low_precision=(0, 1, 2), fp32=(3,))
+_op = torch.ops.jet.recurrent_gated_delta_rule.default
 
 
 def recurrent_gated_delta_rule_(
@@ -33,7 +40,7 @@ def recurrent_gated_delta_rule_(
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> Tensor:
-    """Gated delta rule token by token, updating ``state`` in place. For decode; not differentiable.
+    """Gated delta rule token by token, updating ``state`` in place. For decode, under ``torch.no_grad()``: not differentiable.
 
     Args:
         q, k: [N, T, Hk, K], any T >= 0; one dtype with v.
@@ -50,12 +57,15 @@ def recurrent_gated_delta_rule_(
 
     Raises:
         RuntimeError: as :func:`chunk_gated_delta_rule`; also for an index out of range or named twice (checked on a
-            CPU, and on CUDA under ``JETKERNELS_CHECK=1``). The pool is untouched then.
+            CPU, and on CUDA under ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The pool is untouched
+            then. With gradients on, an input that requires one: the op writes in place and is not differentiable.
+        NotImplementedError: an input has a tangent (forward mode).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.jet.recurrent_gated_delta_rule(
-        q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm_in_kernel
-    )
+    scale = _register.default_scale(q) if scale is None else scale
+    try:
+        return _op(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm_in_kernel)
+    except RuntimeError as error:
+        raise _register.refusal(error, "recurrent_gated_delta_rule_") from None
 
 
 def fused_recurrent_gated_delta_rule(
@@ -70,21 +80,35 @@ def fused_recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated delta rule out of place, with the arguments of :func:`chunk_gated_delta_rule`.
+    """Gated delta rule out of place, with the arguments, gradients and errors of :func:`chunk_gated_delta_rule`.
 
     Without gradients and without ``cu_seqlens`` it runs token by token on a copy of the state; where a gradient may
     be asked for, or the sequences are packed, the chunk op computes the same function.
     """
-    tensors = (q, k, v, g, beta, initial_state)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if needs_grad or cu_seqlens is not None:
-        return chunk_gated_delta_rule(
-            q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
-        )
-    if initial_state is None:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        state = q.new_zeros((q.shape[0], v.shape[-2], q.shape[-1], v.shape[-1]), dtype=dtype)
-    else:
-        state = initial_state.clone(memory_format=torch.contiguous_format)
-    o = recurrent_gated_delta_rule_(q, k, v, g, beta, state, None, scale, use_qk_l2norm_in_kernel)
+    scale = _register.default_scale(q) if scale is None else scale
+    state = None if cu_seqlens is not None else _start(q, k, v, g, beta, initial_state)
+    try:
+        if state is None:
+            o, state = chunk_gated_delta_rule(
+                q, k, v, g, beta, scale, initial_state, True, use_qk_l2norm_in_kernel, cu_seqlens
+            )
+        else:
+            o = _op(q, k, v, g, beta, state, None, scale, use_qk_l2norm_in_kernel)
+    except (RuntimeError, TypeError) as error:
+        raise _register.refusal(error, "fused_recurrent_gated_delta_rule") from None
     return o, state if output_final_state else None
+
+
+def _start(q, k, v, g, beta, initial_state) -> Tensor | None:
+    """A state to write to, where the recurrent op may; ``None`` where the chunk op has to work, or to refuse an argument."""
+    given = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
+    if not all(isinstance(t, Tensor) for t in given) or q.dim() != 4 or v.dim() != 4:
+        return None
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return None
+    shape, dtype = (q.shape[0], v.shape[2], q.shape[3], v.shape[3]), real_dtype(q)
+    if initial_state is None:
+        return q.new_zeros(shape, dtype=dtype)
+    if initial_state.shape != shape or initial_state.dtype != dtype or initial_state.device != q.device:
+        return None
+    return initial_state.clone(memory_format=torch.contiguous_format)

@@ -7,8 +7,16 @@ from jetkernels.ops import _register
 from jetkernels.plain import recurrent_gated_delta_rule_commit as plain
 
 
-def _fake(keys, updates, g, num_accepted, state, state_indices):
-    return None
+def _fake(checks, keys, updates, g, num_accepted, state, state_indices):
+    checks.drafts(keys, updates, torch.float32, torch.float64)
+    checks.heads("updates", "keys")
+    checks.shape("g", g, "N", "T", "H")
+    checks.floating("g", g)
+    checks.device("updates", updates, "keys", keys)
+    checks.device("g", g, "keys", keys)
+    checks.index("num_accepted", num_accepted, "keys", keys)
+    checks.pool(state, state_indices, "keys", keys)
+    checks.written("state", state)
 
 
 _register.define(
@@ -17,6 +25,8 @@ _register.define(
     fake=_fake,
     plain=plain.recurrent_gated_delta_rule_commit,
 )
+_register.in_place("recurrent_gated_delta_rule_commit", instead="chunk_gated_delta_rule on the accepted tokens")
+_op = torch.ops.jet.recurrent_gated_delta_rule_commit.default
 
 
 def recurrent_gated_delta_rule_commit_(
@@ -30,7 +40,8 @@ def recurrent_gated_delta_rule_commit_(
     """Advance ``state`` in place by the first ``num_accepted[n]`` tokens of each sequence that
     :func:`recurrent_gated_delta_rule_verify` saw: ``S <- exp(g_t) S + k_t u_t^T``.
 
-    The pool is then what :func:`recurrent_gated_delta_rule_` on those tokens alone would have left. Not differentiable.
+    The pool is then what :func:`recurrent_gated_delta_rule_` on those tokens alone would have left. Not differentiable;
+    call it under ``torch.no_grad()``.
 
     Args:
         keys: [N, T, Hk, K], updates: [N, T, H, V], as verify wrote them: contiguous, fp32 or fp64.
@@ -42,9 +53,14 @@ def recurrent_gated_delta_rule_commit_(
 
     Raises:
         RuntimeError: an argument has the wrong rank, size, dtype, device or layout; an index is out of range or named twice,
-            or a number is not in 0..T (both checked on a CPU, and on CUDA under ``JETKERNELS_CHECK=1``). The message names
-            the argument, and the pool is untouched.
+            a number is not in 0..T, or g is above 0 (all checked on a CPU, and on CUDA under ``JETKERNELS_CHECK=1``); the pool
+            overlaps itself or another argument. The message names the argument, and the pool is untouched. With gradients on,
+            an input that requires one: the op writes in place and is not differentiable.
+        NotImplementedError: an input has a tangent (forward mode).
 
     Source: Gated Delta Networks (arXiv 2412.06464, section 3); speculative decoding (arXiv 2211.17192).
     """
-    torch.ops.jet.recurrent_gated_delta_rule_commit(keys, updates, g, num_accepted, state, state_indices)
+    try:
+        _op(keys, updates, g, num_accepted, state, state_indices)
+    except RuntimeError as error:
+        raise _register.refusal(error, "recurrent_gated_delta_rule_commit_") from None

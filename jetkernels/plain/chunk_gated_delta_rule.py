@@ -40,20 +40,21 @@ def multiply(a, b):
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
+def finite(x):
+    """x with zeros for what is not finite."""
+    return x.nan_to_num(0, 0, 0)
+
+
 def multiply_lower(a, b):
     """a @ b for lower-triangular a [M,Z,C,C]: row i has rows 0 .. i of b [M,Z,C,N] in it, and nothing of the others.
 
     A product with the zeros above the diagonal would carry a NaN or an infinity of b to the rows before it. Columns of b are
     apart: in one that has such a number the product is NaN from there on.
     """
-    finite = torch.where(b.isfinite(), b, 0)
-    return multiply(a, finite).add_((b - b).cumsum(-2))
-
-
-def multiply_upper(a, b):
-    """a @ b for upper-triangular a, likewise: row i has rows i .. of b in it."""
-    finite = torch.where(b.isfinite(), b, 0)
-    return multiply(a, finite).add_((b - b).flip(-2).cumsum(-2).flip(-2))
+    bad = (b - b).nan_to_num_(1)
+    before = b.new_full((CHUNK, CHUNK), -1).tril_().expand(bad.shape[0] * bad.shape[1], -1, -1)
+    poison = torch.bmm(before, bad.flatten(0, 1)).sqrt_()  # of minus the number of such rows so far: 0 or NaN
+    return multiply(a, finite(b)).add_(poison.view_as(b))
 
 
 def multiply_shared(a, b):
@@ -136,8 +137,7 @@ class Stages:
         of_keys = heads.per_head((self.k - self.k).sum(-1, keepdim=True))
         of_gates = (g - g).to(heads.dtype).unsqueeze(-1) + (self.beta - self.beta)
         self.v += of_keys + of_gates
-        self.k = torch.where((self.k - self.k).sum(-1, keepdim=True) == 0, self.k, 0)
-        self.beta.nan_to_num_(0, 0, 0)
+        self.k, self.beta = finite(self.k), finite(self.beta)
         g.nan_to_num_(0, 0, 0)
 
 
@@ -183,7 +183,7 @@ def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
     layout, count = heads.layout, heads.layout.count
     rows = stages.v.shape[1]
     # dU = Pᵀ dO + diag(e^{c_C-c}) K dS1   [C, V]; the second term follows in the sweep
-    du = multiply_upper(stages.p.transpose(-1, -2), grad_o)
+    du = multiply(stages.p.transpose(-1, -2), grad_o)
     ds1 = stages.v.new_empty(count, rows, *state_shape[2:])
     final = ds1.new_zeros(state_shape) if grad_final_state is None else grad_final_state.to(heads.dtype)
     if layout.packed:
@@ -240,10 +240,12 @@ def gate_gradients(y, read, stored, through):
 
 def chunk_gradients(heads, stages, states, u, grad_o, ds1, du, scale):
     """Gradients within the chunks, [M,Z,C,...]: of normed q and k for every value head, v, beta and g."""
-    x = multiply_upper(stages.t.transpose(-1, -2), du)
+    x = multiply(stages.t.transpose(-1, -2), du)
     dv = stages.beta * x
-    # U' = V - diag(e^c) K S0 - kk U   [C, V]
-    u_prime = stages.v - multiply(stages.k_in, states) - multiply_lower(stages.kk, u)
+    # U' = V - diag(e^c) K S0 - kk U, with NaN where U has it and not in the rows before   [C, V]
+    u_prime = stages.v - multiply(stages.k_in, states)
+    u_prime.flatten(0, 1).baddbmm_(stages.kk.flatten(0, 1), finite(u).flatten(0, 1), alpha=-1)
+    u_prime.add_(u - u)
     dbeta = (u_prime * x).sum(-1)
 
     # dP = scale tril(dO Uᵀ) ∘ Γ,  dM = -tril(dV Uᵀ, -1) ∘ Γ,  Y   [C, C]

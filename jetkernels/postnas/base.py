@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 from jetkernels.model.checkpoint import load, opened
+from jetkernels.model.config import layer_count
 
 from .data import Loader, RowSource, TextCorpus, Windows
 from .tasks import Copy, Recall
@@ -47,7 +48,6 @@ SMALL = {
     "eos_token_id": 256,
 }
 END_OF_TEXT = 256
-MAX_LAYERS = 10_000
 
 
 def qwen2_config(values: Mapping) -> JetNemotronConfig:
@@ -71,12 +71,9 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     ):
         if got != only:
             raise ValueError(f"base: {key} must be {only!r}, got {got!r}")
-    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if k not in values]
+    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if values.get(k) is None]
     if missing:
         raise ValueError(f"base: config.json must have {', '.join(missing)}")
-    layers = values["num_hidden_layers"]
-    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= MAX_LAYERS:
-        raise ValueError(f"base: num_hidden_layers must be an integer from 1 to {MAX_LAYERS}, got {layers!r:.100}")
     known = _DEFAULTS | {key: values[key] for key in _SHARED if values.get(key) is not None}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]
@@ -84,7 +81,7 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
     known["tie_word_embeddings"] = values.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"])
     return JetNemotronConfig(
         **known,
-        layer_types=["attn"] * layers,
+        layer_types=["attn"] * layer_count(values["num_hidden_layers"]),
         efficient_attention_config={},
         torch_dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
     )

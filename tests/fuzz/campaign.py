@@ -42,6 +42,7 @@ class Summary:
         self.ill: Counter = Counter()  # op
         self.failures: list[Failure] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by backend
+        self.told = time.monotonic()  # when progress was last printed
 
     def add(self, backend: str, number: int, row: Row) -> None:
         self.cases[row.op, backend, row.dtype] += 1
@@ -137,7 +138,7 @@ class Process(NamedTuple):
 
 
 def run_backend(
-    summary: Summary, backend: str, op: str | None, first: int, cases: int, seconds: float, process: "Process"
+    summary: Summary, backend: str, op: str | None, first: int, cases: int, seconds: float, process: Process
 ) -> None:
     """Cases ``first`` to ``first + cases``, or as many as ``seconds`` allow."""
     begin = time.monotonic()
@@ -155,7 +156,7 @@ def run_backend(
     summary.seconds[backend] += time.monotonic() - begin
 
 
-def _one_process(summary: Summary, backend: str, op: str | None, number: int, end: int, seconds: float, how: "Process"):
+def _one_process(summary: Summary, backend: str, op: str | None, number: int, end: int, seconds: float, how: Process):
     arguments = ["--child", "--backend", backend, "--seed", str(number), "--cases", str(end - number), "--seconds", str(seconds)]
     command = [*how.before, sys.executable, "-m", "tests.fuzz", *arguments, *(["--op", op] if op else []), *([] if how.values else ["--bits-only"])]
     # Idle OpenMP threads that spin take the processor from everything else.
@@ -170,6 +171,9 @@ def _one_process(summary: Summary, backend: str, op: str | None, number: int, en
         elif line.startswith('{"row": '):
             row = Row(*json.loads(line)["row"])
             summary.add(backend, number, row)
+            if time.monotonic() - summary.told > 60:
+                summary.told = time.monotonic()
+                print(f"... {sum(summary.cases.values())} cases, {len(summary.failures)} failed; {backend} is at {number}", flush=True)
         else:
             other.append(line)
     code = process.wait()
@@ -179,7 +183,10 @@ def _one_process(summary: Summary, backend: str, op: str | None, number: int, en
 def run(backends: Sequence[str], op: str | None, first: int, cases: int | None, seconds: float, process: Process = Process()) -> Summary:
     """``cases`` and ``seconds`` in all, the same share for each backend."""
     summary = Summary()
-    for i, backend in enumerate(backends):
-        share = (1 << 40) if cases is None else cases * (i + 1) // len(backends) - cases * i // len(backends)
-        run_backend(summary, backend, op, first, share, seconds / len(backends), process)
+    try:
+        for i, backend in enumerate(backends):
+            share = (1 << 40) if cases is None else cases * (i + 1) // len(backends) - cases * i // len(backends)
+            run_backend(summary, backend, op, first, share, seconds / len(backends), process)
+    except KeyboardInterrupt:
+        print("interrupted: this is what was seen until then", flush=True)
     return summary

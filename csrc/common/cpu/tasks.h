@@ -57,7 +57,11 @@ class Scratch {
 // Multiply-adds below which the caller's thread works alone. It does about 10 in a nanosecond, and these take it 13 us. To wake
 // a second thread that sleeps costs 5 to 40 us, and on a busy machine the loop then waits until that thread gets a processor.
 // (A thread that still spins joins in 1 us; at most half of the 13 us is lost where it does.)
+#ifdef JET_WAKE_FOR_ANY_WORK  // where ThreadSanitizer watches small cases
+constexpr double kWorthWaking = 0;
+#else
 constexpr double kWorthWaking = 1 << 17;
+#endif
 
 // How to run loops of about so many multiply-adds in all. What they compute does not depend on who runs them.
 inline Parallel for_work(const Parallel& parallel, double multiply_adds) {
