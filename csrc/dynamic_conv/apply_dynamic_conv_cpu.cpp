@@ -19,10 +19,18 @@ class Apply {
   }
 
   void forward(const Parallel& parallel) const {
+    T* y = static_cast<T*>(p_.y);
     parallel(0, tokens_ + in_.N, larger(1, 16384 / in_.D), [&](int64_t begin, int64_t end) {  // tokens, then states
-      for (int64_t token = begin; token < smaller(end, tokens_); ++token) forward_token(token);
       for (int64_t n = larger(begin, tokens_); n < end; ++n)
         write_conv_state(in_, n - tokens_, static_cast<T*>(p_.conv_state_out));
+      end = smaller(end, tokens_);
+      for (int64_t token = begin; token < end; ++token)
+        for (long d0 = 0; d0 < in_.D; d0 += L) {
+          const long n = smaller(L, in_.D - d0);
+          Vec kernel[W], input[W];
+          const Vec z = convolve(token, d0, n, kernel, input);
+          store_some(y + token * in_.D + d0, 1, n, p_.silu ? silu(z) : z);
+        }
     });
   }
 
@@ -40,15 +48,6 @@ class Apply {
   }
 
  private:
-  void forward_token(int64_t token) const {
-    for (long d0 = 0; d0 < in_.D; d0 += L) {
-      const long n = smaller(L, in_.D - d0);
-      Vec kernel[W], input[W];
-      const Vec z = convolve(token, d0, n, kernel, input);
-      store_some(static_cast<T*>(p_.y) + token * in_.D + d0, 1, n, p_.silu ? silu(z) : z);
-    }
-  }
-
   // The taps of n channels, tap by tap.
   JET_INLINE void load_kernel(int64_t token, long d0, long n, Vec (&kernel)[W]) const {
     const T* from = static_cast<const T*>(p_.kernels) + (token * in_.D + d0) * W;
