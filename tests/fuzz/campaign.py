@@ -61,7 +61,7 @@ class Summary:
 
     def text(self) -> str:
         lines = [f"{sum(self.cases.values())} cases, {len(self.failures)} failed, {sum(self.seconds.values()):.0f} s"]
-        backends = sorted({backend for _, backend, _ in self.cases}, key=list(self.seconds).index)
+        backends = list(dict.fromkeys(backend for _, backend, _ in self.cases))
         dtypes = sorted({dtype for *_, dtype in self.cases}, key=["float64", "float32", "float16", "bfloat16"].index)
         lines.append("\ncases by op, backend and dtype")
         width = max((len(op) for op, *_ in self.cases), default=0)
