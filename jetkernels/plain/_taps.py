@@ -24,7 +24,7 @@ class TapRows:
         else:
             self.sequences = cu_seqlens.shape[0] - 1
             cu = cu_seqlens.to(torch.int64)
-            seq = torch.searchsorted(cu, token, right=True) - 1
+            seq = torch.searchsorted(cu.contiguous(), token, right=True) - 1
             self.covered = ((seq >= 0) & (seq < self.sequences)).unsqueeze(-1)
             seq = seq.clamp(0, max(self.sequences - 1, 0))
         self.count = self.sequences * self.context + batch * tokens
