@@ -72,7 +72,7 @@ class PackedChunks:
 
     def _place_tokens(self, cu, offsets):
         index = torch.arange(self.tokens, device=cu.device)
-        seq = torch.searchsorted(cu, index, right=True) - 1
+        seq = torch.searchsorted(cu.contiguous(), index, right=True) - 1
         self.covered = (seq >= 0) & (seq < self.sequences)
         seq = seq.clamp(0, self.sequences - 1)
         slot = offsets[seq] * CHUNK + index - cu[seq]
