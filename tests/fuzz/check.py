@@ -58,7 +58,7 @@ def _storage(t: Tensor) -> Tensor:
 
 def _twin(t: Tensor) -> Tensor:
     """A copy of ``t`` with its strides, and with what lies around its elements."""
-    return torch.tensor([], dtype=t.dtype).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
+    return torch.tensor([], dtype=t.dtype).set_(_storage(t).clone().untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def _tensors(values: Sequence) -> list[Tensor]:
