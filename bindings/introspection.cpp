@@ -7,7 +7,6 @@
 #include "build_facts.h"
 #include "csrc/common/cpu/isa.h"
 #include "csrc/common/plain_reason.h"
-#include "csrc/hopper/empty_launch.h"
 
 #define JET_C_FUNCTION extern "C" __attribute__((visibility("default")))  // everything else in the library is hidden
 
@@ -32,7 +31,3 @@ JET_C_FUNCTION const char* jetkernels_plain_reason(const char* op, int device) {
     return said.c_str();
   }
 }
-
-#ifdef JET_WITH_CUDA
-JET_C_FUNCTION int jetkernels_empty_launch(void* stream) { return jet::hopper::empty_launch(stream); }
-#endif

@@ -1,8 +1,8 @@
 """Files and folders that are seen whole or not at all: by a reader beside a writer, after a kill, after a power failure.
 
 A writer makes everything ready in a workplace, a hidden folder with a lock that it holds while it lives, and then puts it in place:
-one rename for a file; for a folder an exchange of the two (Linux `renameat2`). A mount point, a folder whose parent may not be
-written, and a system without exchange get the files one by one: the workplace, moved into the folder first, is the record from which
+one rename for a file; for a folder an exchange of the two (Linux `renameat2`). A mount point, a folder that holds one or whose parent
+may not be written, and a system without exchange get the files one by one: the workplace, moved into the folder first, is the record from which
 whoever comes next finishes what a dead writer began. A workplace that nobody locks is a dead writer's; the next save beside it removes it.
 """
 
@@ -39,18 +39,24 @@ NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Gives `path` this content in one step: a reader, or a kill, sees the old file or the new one, never a part."""
-    path = Path(os.path.realpath(path))
+    """Gives `path` this content in one step: a reader, or a kill, sees the old file or the new one, never a part.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.  NotADirectoryError: `path` is below a file.  OSError: as for `replacing`.
+    """
+    path = _real(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"save: {path} is a folder, it must be a file")
     _clean(path.parent)
     for attempt in range(TRIES):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             with _Workplace(path.parent) as place:
                 temporary = place.path / NEW
                 with _naming(place, path):
                     temporary.write_bytes(content)
                     _flush(temporary)
-                with _alone(path.parent):
+                with _alone(path.parent), _naming(place, path):
                     os.replace(temporary, path)
                 _flush(path.parent)
             return
@@ -68,18 +74,17 @@ def replacing(folder: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
     says; the folder keeps its own. Of two writers at once the later one wins, whole.
 
     Raises:
-        NotADirectoryError: `folder` is a file.  OSError: the disk is full, a permission is missing.
+        NotADirectoryError: `folder` is a file, or below one.  OSError: the disk is full, a permission is missing, `folder` is "".
     """
-    folder = Path(folder).resolve()
+    folder = _real(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save: {folder} is not a folder")
     _clean(folder.parent)
     _clean(folder)
-    with _Workplace(_place_of(folder)) as place:
+    with _Workplace(_place_of(folder)) as place, _naming(place, folder):
         new = place.path / NEW
         new.mkdir()
-        with _naming(place, folder):
-            yield new
+        yield new
         for root, _, names in os.walk(new):
             for name in names:
                 # Some libraries make private files.
@@ -89,28 +94,52 @@ def replacing(folder: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
         _put_in_place(place, folder, list(drop))
 
 
+def _real(path: str | Path) -> Path:
+    if not os.fspath(path):
+        raise FileNotFoundError("save: the path must have a name, got ''")
+    return Path(os.path.realpath(path))
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and those above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if there.is_dir():
+            raise
+        raise NotADirectoryError(f"save: {there} is not a folder") from None
+
+
 @contextmanager
 def _naming(place: _Workplace, target: Path) -> Iterator[None]:
-    """Errors of the system name what was to be written, not the temporary file, or nothing."""
+    """Errors of the system name what was to be written, not a temporary file, or nothing."""
     try:
         yield
     except OSError as error:
-        name, new = os.fsdecode(error.filename or b""), str(place.path / NEW)
-        if error.errno is None or name and not name.startswith(new):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        if error.errno is None or name and not name.startswith(str(place.path)):
             raise
-        raise OSError(error.errno, error.strerror, str(target) + name.removeprefix(new)) from None
+        new = str(place.path / NEW)
+        below = name.removeprefix(new) if name.startswith(new) else ""
+        raise OSError(error.errno, error.strerror, str(target) + below) from None
 
 
 def _place_of(folder: Path) -> Path:
     """Where a workplace for `folder` can be: beside it, or in it if an exchange is out of the question.
 
-    Nobody wants to find himself in a folder that has been exchanged for another and deleted.
+    Nobody wants to find himself in a folder that has been exchanged for another and deleted. A folder that may not be written cannot
+    be exchanged; a workplace in it fails at once, before anything is written, with the system's reason.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder.parent)
     if not folder.is_dir():
         return folder.parent
     is_here = folder in (here := Path.cwd().resolve(), *here.parents)
-    return folder if is_here or _is_mount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK) else folder.parent
+    return folder if is_here or _is_mount(folder) or not (_writable(folder) and _writable(folder.parent)) else folder.parent
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _is_mount(folder: Path) -> bool:
@@ -207,6 +236,12 @@ def _remove(path: Path) -> None:
     with suppress(OSError):
         if (path / NEW).is_dir():
             shutil.rmtree(path / NEW, ignore_errors=True)
+        if (path / NEW).is_dir() and hasattr(os, "fwalk"):
+            # What a folder holds goes away only while the folder may be written.
+            for *_, folder in os.fwalk(path / NEW):
+                with suppress(OSError):
+                    os.fchmod(folder, 0o700)
+            shutil.rmtree(path / NEW, ignore_errors=True)
         for name in (NEW, REMOVED, LOCK):
             (path / name).unlink(missing_ok=True)
         path.rmdir()
@@ -272,6 +307,7 @@ def _exchanged(new: Path, folder: Path, drop: list[str]) -> bool:
     if new.parent.parent != folder.parent:
         return False
     kept: list[Path] = []
+    mode = stat.S_IMODE(os.stat(new).st_mode)
     try:
         _keep(folder, new, drop, kept)
         shutil.copystat(folder, new)
@@ -284,6 +320,12 @@ def _exchanged(new: Path, folder: Path, drop: list[str]) -> bool:
             _flush(path)
         _exchange(new, folder)
     except OSError as error:
+        # By now they may have the modes of the folders that they were to replace.
+        with suppress(OSError):
+            os.chmod(new, mode)
+            for path in kept:
+                if path.is_dir() and not path.is_symlink():
+                    os.chmod(path, 0o700)
         for path in reversed(kept):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         if error.errno in NO_EXCHANGE:
@@ -318,11 +360,16 @@ def _keep(old: Path, new: Path, drop: list[str], kept: list[Path]) -> None:
                 _link(source, target)
                 kept.append(target)
                 continue
-            if not target.is_dir():
+            if _is_mount(source) or not (_writable(source) or source.stat().st_uid == os.geteuid()):
+                # After the exchange the old one could not be removed, or what is mounted there would be.
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(source))
+            is_new = not target.is_dir()
+            if is_new:
                 target.mkdir()
                 kept.append(target)
-                shutil.copystat(source, target)
             _keep(source, target, [], kept)
+            if is_new:
+                shutil.copystat(source, target)  # in the end: it may forbid to write
 
 
 def _link(source: Path, target: Path) -> None:

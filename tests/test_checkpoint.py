@@ -1,8 +1,11 @@
 """Configurations, checkpoints and tokenizers on disk."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from model_cases import JET, padded, small_config, small_model, tokens
@@ -141,6 +144,43 @@ def test_low_precision_round_trip_keeps_fp32_gates(tmp_path):
     assert same_state(model, again)
     wide = JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     assert wide.dtype == torch.float32 and torch.equal(wide.head_weight, model.head_weight.float())
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
+def test_a_dtype_may_be_given_by_name(tmp_path, name):
+    saved(tmp_path / "m")
+    need = JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=getattr(torch, name))
+    assert need.dtype == getattr(torch, name)
+    for given in (name, f"torch.{name}"):
+        assert same_state(JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=given), need)
+    assert JetNemotronForCausalLM.random(small_config(), dtype=name).dtype == need.dtype
+
+
+def test_auto_is_the_dtype_of_the_config(tmp_path):
+    saved(tmp_path / "m", dtype=torch.bfloat16)
+    for given in ("auto", None):
+        assert JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=given).dtype == torch.bfloat16
+
+
+NO_WEIGHTS = [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "int8", "bf16", "", "Auto", np.float32, 16, ["auto"]]
+
+
+@pytest.mark.parametrize("dtype", NO_WEIGHTS)
+def test_other_dtypes_are_refused_by_name(tmp_path, dtype):
+    saved(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"^dtype must be one of float64, float32, bfloat16, float16, of torch or by name, or 'auto', got "):
+        JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+
+
+def test_loading_and_saving_import_no_python_references_of_torch(tmp_path):
+    """They are sympy and seconds."""
+    saved(tmp_path / "m")
+    code = (
+        "import sys; from jetkernels.model import JetNemotronForCausalLM as Model\n"
+        "for _ in range(2): Model.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])\n"
+        "assert 'sympy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], check=True)
 
 
 def test_gates_stored_in_bf16_are_loaded_as_fp32(tmp_path):

@@ -266,6 +266,17 @@ def test_wrong_arguments_end_with_one_line(capsys, tiny_config, arguments, sente
     assert sentence in failure(capsys, *(tiny_config if a == "TINY" else a for a in arguments), code=code)
 
 
+def test_token_ids_need_no_tokenizer(capsys, tiny_model):
+    need = JetNemotronForCausalLM.from_pretrained(tiny_model).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5)[0, 3:].tolist()
+    (tiny_model / "tokenizer.json").unlink()
+    common = ["generate", "--model", str(tiny_model), "--device", "cpu", "--max-new-tokens", "5", "--prompt-ids", "1,2,3"]
+    assert main(common) == 0
+    assert [int(token) for token in capsys.readouterr().out.split()] == need
+    assert main([*common, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["prompt_ids"], answer["ids"], answer["text"]) == ([1, 2, 3], need, None)
+
+
 @pytest.mark.parametrize("command", ["demo", "generate", "throughput", "search base"])
 @pytest.mark.parametrize(("device", "says"), [("mps", "must be cpu, cuda or cuda:N, got 'mps'"), ("cuda", "--device cuda: "), ("cuda:7", "--device cuda:7: ")])
 def test_a_device_that_this_machine_lacks(capsys, monkeypatch, tmp_path, command, device, says):

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -122,8 +123,11 @@ def test_what_cannot_be_replaced_is_named(tmp_path, way):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is not a folder"):
         put(tmp_path / "file", 1)
-    with pytest.raises(OSError, match="file"):
-        put(tmp_path / "file" / "below", 1)
+    for below in ("below", "far/below"):
+        with pytest.raises(NotADirectoryError, match=f"^save: {tmp_path}/file is not a folder$"):
+            put(tmp_path / "file" / below, 1)
+    with pytest.raises(FileNotFoundError, match="must have a name, got ''"):
+        put("", 1)
     (tmp_path / "m" / "a").mkdir(parents=True)
     if way != "exchange":
         with pytest.raises(IsADirectoryError, match="m/a must be a file"):
@@ -187,6 +191,99 @@ def test_a_writer_that_dies_before_leaves_the_save_before(tmp_path):
         assert stamps(tmp_path / "m") == ["1"] * 3 and len(os.listdir(tmp_path)) > 1
     put(tmp_path / "m", 3)
     assert os.listdir(tmp_path) == ["m"]
+
+
+# ---- permissions, seen by a normal user
+
+# Root may do anything. These processes become a user who owns nothing but what he makes.
+NOBODY = 65534
+A_USER = f"if not os.geteuid():\n    os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+DENIED = 13
+REFUSED = f"try:\n    {SAVE.replace(chr(10) + '    ', chr(10) + '        ')}" + (
+    "except PermissionError as error:\n    assert error.filename == sys.argv[2] and error.filename2 is None, error\n"
+    f"    sys.exit({DENIED})\n"
+)
+
+
+@pytest.fixture
+def everyones():
+    """A folder that every user may write, and reach: not below pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+def give(path: Path, user: int) -> None:
+    if not os.geteuid():
+        for entry in (path, *path.rglob("*")):
+            os.chown(entry, user, -1)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what belongs to another user")
+
+
+@pytest.mark.parametrize("seen", ["files._writable = lambda folder: True\n", ""], ids=["at the exchange", "before"])
+@pytest.mark.parametrize("owner", [NOBODY, pytest.param(0, marks=needs_root)])
+def test_a_folder_that_may_not_be_written_is_named_and_nothing_is_left_behind(everyones, owner, seen):
+    folder = everyones / "m"
+    put(folder, 1)
+    give(folder, owner)
+    folder.chmod(0o555)
+    for _ in range(2):
+        assert run(A_USER + seen + REFUSED, folder) == DENIED
+        assert os.listdir(everyones) == ["m"]
+    assert stamps(folder) == ["1"] * 3 and tree(folder) == list(NAMES) and stat.S_IMODE(folder.stat().st_mode) == 0o555
+
+
+def test_closed_folders_of_the_dead_are_removed(everyones):
+    put(everyones / "m", 1)
+    give(everyones / "m", NOBODY)
+    dead = (
+        f"dead = Path({str(everyones)!r}) / '.jetkernels-abcdefgh.saving'; (dead / 'new' / 'sub').mkdir(parents=True)\n"
+        "for name in ('lock', 'new/gigabytes', 'new/sub/more'): (dead / name).write_text('')\n"
+        "for name in ('new/sub', 'new'): (dead / name).chmod(0o555)\n"
+    )
+    assert run(A_USER + dead + SAVE, everyones / "m") == 0
+    assert os.listdir(everyones) == ["m"] and stamps(everyones / "m", "ab") == ["2", "2"]
+
+
+@pytest.mark.parametrize("alone", ["", ALONE], ids=["exchange", "one by one"])
+def test_closed_folders_in_a_folder_stay_as_they_are(everyones, alone):
+    folder = everyones / "m"
+    put(folder, 1)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "file").write_text("kept")
+    give(folder, NOBODY)
+    (folder / "notes").chmod(0o555)
+    for _ in range(2):
+        assert run(A_USER + alone + SAVE, folder) == 0
+        assert os.listdir(everyones) == ["m"] and tree(folder) == ["a", "b", "notes", "notes/file"]
+    assert stamps(folder, "ab") == ["2", "2"] and stat.S_IMODE((folder / "notes").stat().st_mode) == 0o555
+
+
+@needs_root
+def test_anothers_folder_in_a_folder_stays_his(everyones):
+    folder = everyones / "m"
+    put(folder, 1)
+    give(folder, NOBODY)
+    (folder / "notes").mkdir(mode=0o755)
+    (folder / "notes" / "file").write_text("kept")
+    before = (folder / "notes").stat()
+    assert run(A_USER + SAVE, folder) == 0
+    after = (folder / "notes").stat()
+    assert (before.st_ino, before.st_uid) == (after.st_ino, after.st_uid) and os.listdir(everyones) == ["m"]
+    assert stamps(folder, "ab") == ["2", "2"] and tree(folder) == ["a", "b", "notes", "notes/file"]
+
+
+def test_what_is_mounted_in_a_folder_is_not_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_is_mount", lambda folder: folder.name == "mounted")
+    put(tmp_path / "m", 1)
+    (tmp_path / "m" / "mounted").mkdir()
+    (tmp_path / "m" / "mounted" / "file").write_text("kept")
+    before = [(tmp_path / "m" / name).stat().st_ino for name in ("mounted", "mounted/file")]
+    put(tmp_path / "m", 2)
+    assert [(tmp_path / "m" / name).stat().st_ino for name in ("mounted", "mounted/file")] == before
+    assert stamps(tmp_path / "m") == ["2"] * 3 and os.listdir(tmp_path) == ["m"]
 
 
 # ---- several at once
@@ -301,6 +398,12 @@ def test_errors_of_the_system_name_what_was_to_be_written(tmp_path, monkeypatch)
         with pytest.raises(OSError) as caught:
             write_atomic(tmp_path / "report", b"r")
         assert caught.value.filename == str(tmp_path / "report")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", lambda a, b: (_ for _ in ()).throw(PermissionError(errno.EPERM, "not permitted", str(a), None, str(b))))
+        with pytest.raises(PermissionError) as caught:
+            write_atomic(tmp_path / "report", b"r")
+        assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "report"), None)
+    with monkeypatch.context() as patch:
         patch.setattr(files.tempfile, "mkdtemp", full)
         with pytest.raises(OSError) as caught:
             write_atomic(tmp_path / "report", b"r")
@@ -313,8 +416,12 @@ def test_a_file_is_written_whole_through_links(tmp_path):
     (tmp_path / "link").symlink_to("real")
     write_atomic(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new" and len(os.listdir(tmp_path)) == 2
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+    with pytest.raises(IsADirectoryError, match=f"^save: {tmp_path} is a folder, it must be a file$"):
         write_atomic(tmp_path, b"")
+    with pytest.raises(NotADirectoryError, match=f"^save: {tmp_path}/real is not a folder$"):
+        write_atomic(tmp_path / "real" / "below", b"")
+    with pytest.raises(FileNotFoundError, match="must have a name, got ''"):
+        write_atomic("", b"")
     write_atomic(tmp_path / "deep" / "er" / ("n" * 255), b"long")
     assert tree(tmp_path / "deep") == ["er", "er/" + "n" * 255]
 

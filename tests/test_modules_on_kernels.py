@@ -1,6 +1,7 @@
 """JetBlock and the model on the Hopper kernels: their ops taken from the simulator, or on a GPU, against the same on a CPU."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -31,8 +32,10 @@ def prefill_and_decode(layer: JetBlock, x: torch.Tensor, prompt: int) -> torch.T
 def test_a_layer_on_the_simulator(monkeypatch):
     layer, x = small_layer(), torch.randn(2, 40, 64).to(BF16)
     expected = prefill_and_decode(layer, x, 36)
-    ops = hoppersim.jet_sim()
-    monkeypatch.setattr(torch.ops, "jet", ops)
+    simulated_ops = hoppersim.jet_sim()
+    for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "dynamic_conv", "dynamic_conv_step"):
+        module = importlib.import_module(f"jetkernels.ops.{name}")
+        monkeypatch.setattr(module, "_op", getattr(simulated_ops, name).default)
     with hoppersim.simulate():
         y = prefill_and_decode(layer, x, 36)
         kernels = [launch["kernel"] for launch in hoppersim.launches()]

@@ -167,10 +167,9 @@ def test_models_with_random_weights_need_torch_alone(fresh):
 
 
 def test_missing_extras_are_named(fresh, tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    loads = "from jetkernels.model import checkpoint; checkpoint.weight_files({!r})".format(str(tmp_path))
     plots = "from jetkernels.postnas import report; report.curve('x.png', [1.0], 'title', 'label')"
-    assert "pip install 'jetkernels[model]'" in fresh.says("python", "-c", loads)
+    saves = f"{USE}\nmodel.save_pretrained({str(tmp_path / 'saved')!r})"
+    assert "pip install 'jetkernels[model]'" in fresh.says("python", "-c", saves)
     assert "pip install 'jetkernels[model]'" in fresh.says("python", "-c", "from jetkernels.model import Tokenizer; Tokenizer.byte_level()")
     assert "pip install 'jetkernels[all]'" in fresh.says("python", "-c", plots)
 

@@ -170,7 +170,7 @@ def test_the_commands_compare_and_resume(tmp_path, capsys, stage, names):
         rows = [line.split(" | ") for line in (tmp_path / "equal" / "report.md").read_text().splitlines() if line.count(" | ") > 8]
         parameters = {row[0].removeprefix("| "): int(row[1].replace(",", "")) for row in rows if row[1][0].isdigit()}
         assert abs(parameters["RetNet"] / parameters["JetBlock"] - 1) < 0.05
-    assert main([*arguments, "--shape", "4by8"]) == 1
+    assert main([*arguments, "--shape", "4by8"]) == 2
     assert "--shape must be KxVxH" in capsys.readouterr().err
 
 

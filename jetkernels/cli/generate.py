@@ -1,5 +1,5 @@
 """Complete prompts. With --model the folder's tokenizer reads and writes text; with --config and --random-weights there
-is no tokenizer: bytes stand in for tokens, and token ids are printed.
+is no tokenizer: bytes stand in for tokens, and token ids are printed. --prompt-ids do without a tokenizer too.
 
 The completion of a single prompt is streamed as it is made. Several prompts (--prompt more than once, or --prompt-file) are
 completed --batch at a time, at temperature 0 each as it would be alone. With --json every prompt gives a line with an object:
@@ -76,6 +76,18 @@ def _texts(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         text = _text(Path(arguments.prompt_file).read_bytes(), source)
     lines = text.removesuffix("\n").split("\n")
     return [(f"line {n} of {source}", line.removesuffix("\r")) for n, line in enumerate(lines, 1)]
+
+
+def read_tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
+    """The one beside the weights. None without --model; and where it is missing, if only token ids are given."""
+    if arguments.model is None:
+        return None
+    try:
+        return Tokenizer.from_pretrained(arguments.model)
+    except FileNotFoundError:
+        if arguments.prompt_ids is None:
+            raise
+        return None
 
 
 def read_prompts(arguments: argparse.Namespace, tokenizer: Tokenizer | None, config: JetNemotronConfig) -> list[Prompt]:
@@ -170,7 +182,7 @@ def complete(arguments: argparse.Namespace, model: JetNemotronForCausalLM, promp
 
 def run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments)
-    tokenizer = Tokenizer.from_pretrained(arguments.model) if arguments.model is not None else None
+    tokenizer = read_tokenizer(arguments)
     if arguments.prompt is None and arguments.prompt_file is None and arguments.prompt_ids is None and tokenizer is None:
         # Random weights complete anything equally well.
         arguments.prompt = ["JetBlock"]

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from numbers import Integral
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from jetkernels._optional import optional
 from jetkernels.files import replacing
+from jetkernels.modules import checks
 from jetkernels.reading import OpenFolder, parse_json, reading
 
-from .config import CONFIG_FILE
+from .config import CONFIG_FILE, DTYPES, JetNemotronConfig
 
 T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -61,6 +64,8 @@ def check_folder(folder: str | Path, what: str) -> None:
     """Raises unless there is such a folder."""
     if os.path.isdir(folder):
         return
+    if not os.fspath(folder):
+        raise FileNotFoundError(f"{what}: the folder must have a name, got ''")
     if os.path.lexists(folder):
         raise NotADirectoryError(f"{what}: {folder} must be a folder, it is a file")
     name = str(folder)
@@ -142,23 +147,12 @@ class SavedModel:
 
         tied: a head may be stored beside the embedding.
         """
-        names = self._file_of.keys() - ({TIED_HEAD} if tied else set())
-        missing, unexpected = sorted(wanted.keys() - names), sorted(names - wanted.keys())
-        if missing or unexpected:
-            parts = [f"{kind} {_some(n)}" for kind, n in (("missing", missing), ("unexpected", unexpected)) if n]
-            raise ValueError(f"checkpoint: {self.path} does not fit the config: {'; '.join(parts)}")
-        wrong = []
-        for name, file in self._file_of.items():
-            shape, kind = self._facts(name, file)
-            need = list(wanted[EMBEDDING if tied and name == TIED_HEAD else name].shape)
-            if shape != need:
-                wrong.append(f"{name} must be {need}, got {shape}")
-            elif kind not in FLOATING:
-                wrong.append(f"{name} in {file} must be one of {', '.join(FLOATING)}, got {kind}, which has no meaning without scales")
-        if wrong:
-            raise ValueError(f"checkpoint: {self.path} does not fit the config: {_some(wrong, '; ')}")
+        found = misfits(self._file_of, self._facts, wanted, tied)
+        if found:
+            raise ValueError(f"checkpoint: {self.path} does not fit the config: {found}")
 
-    def _facts(self, name: str, file: str) -> tuple[list[int], str]:
+    def _facts(self, name: str) -> tuple[list[int], str]:
+        file = self._file_of[name]
         if name not in self._names[file]:
             raise ValueError(f"checkpoint: {self.path / file} must hold {_short(name)}, as the index says")
         entry = self._opened[file].get_slice(name)
@@ -185,17 +179,64 @@ class SavedModel:
         return list(self._file_of)
 
 
+def misfits(
+    found: Mapping[str, str], facts: Callable[[str], tuple[list[int], str]], wanted: Mapping[str, Tensor], tied: bool
+) -> str:
+    """How tensors differ from those of a model in name, or else in shape or kind; "" if they do not.
+
+    found: names of the tensors -> what holds them.  facts: name -> shape and kind, one of FLOATING if it fits.  tied: a head may lie
+    beside the embedding.
+    """
+    names = found.keys() - ({TIED_HEAD} if tied else set())
+    missing, unexpected = sorted(wanted.keys() - names), sorted(names - wanted.keys())
+    if missing or unexpected:
+        return "; ".join(f"{what} {_some(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n)
+    wrong = []
+    for name, holder in found.items():
+        shape, kind = facts(name)
+        need = list(wanted[EMBEDDING if tied and name == TIED_HEAD else name].shape)
+        if shape != need:
+            wrong.append(f"{name} must be {need}, got {shape}")
+        elif kind not in FLOATING:
+            wrong.append(f"{name} in {holder} must be one of {', '.join(FLOATING)}, got {kind}, which is no weight as it stands")
+    return _some(wrong, "; ")
+
+
+def check_tied_head(head: Tensor, embedding: Tensor, where: str) -> None:
+    """Raises ValueError unless a head that lies beside a tied embedding is the same."""
+    if not torch.equal(head.to(embedding).nan_to_num(), embedding.nan_to_num()):
+        raise ValueError(
+            f"{where}: {TIED_HEAD} must equal {EMBEDDING}: the config ties them; set tie_word_embeddings to false if it has a head of its own"
+        )
+
+
+def chosen_dtype(dtype: torch.dtype | str | None, config: JetNemotronConfig) -> torch.dtype:
+    """A floating dtype or the name of one; None and "auto": the config's. Raises ValueError for any other."""
+    if dtype is None or isinstance(dtype, str) and dtype == "auto":
+        return config.dtype
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else None
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, of torch or by name, or 'auto', got {checks.shown(dtype)}")
+    return getattr(torch, name)
+
+
+def allocate(model: M, device=None) -> M:
+    """Gives the parameters of a model on the meta device memory, of no particular values, in their dtypes."""
+    # What `to_empty` does; but its `empty_like` of a meta tensor imports torch's Python references: seconds.
+    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device or "cpu"))
+
+
 @torch.no_grad()
 def load(
-    kind: type[T],
-    config,
+    kind: type[M],
+    config: JetNemotronConfig,
     saved: SavedModel,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device=None,
     progress: Callable[[list], Iterable] = iter,
-) -> T:
-    """A model of class `kind` with the saved weights, each converted to its parameter's dtype.
+) -> M:
+    """A model of class `kind` with the saved weights, each converted to its parameter's dtype (see `chosen_dtype`).
 
     Names and shapes must match exactly, and a head stored beside a tied embedding must equal it; the error lists what is missing,
     unexpected or misshapen. Only then memory is allocated. Weights that are inf or NaN are loaded as they are; integers, complex
@@ -206,23 +247,16 @@ def load(
         raise ValueError(
             f"checkpoint: {saved.path} does not fit the config: {config.num_hidden_layers} layers, but only {len(saved)} weights"
         )
-    try:
-        model = kind(config, device="meta", dtype=dtype or config.dtype)
-    except (TypeError, OverflowError, RuntimeError) as error:  # what torch says of sizes beyond its integers
-        raise ValueError(f"checkpoint: no model has the sizes in {saved.path / CONFIG_FILE}: {_short(error)}") from error
+    model = kind(config, device="meta", dtype=chosen_dtype(dtype, config))
     tied = config.tie_word_embeddings
     saved.check(model.state_dict(), tied)
-    model = model.to_empty(device=device or "cpu")
+    model = allocate(model, device)
     wanted = model.state_dict()
     for name in progress([name for name in saved.names() if name in wanted]):
         wanted[name].copy_(saved.tensor(name, wanted[name].dtype))
     if tied and saved.holds(TIED_HEAD):
         embedding = wanted[EMBEDDING]
-        if not torch.equal(saved.tensor(TIED_HEAD, embedding.dtype).to(embedding.device).nan_to_num(), embedding.nan_to_num()):
-            raise ValueError(
-                f"checkpoint: {TIED_HEAD} must equal {EMBEDDING} in {saved.path}: the config ties them; "
-                "set tie_word_embeddings to false if it has a head of its own"
-            )
+        check_tied_head(saved.tensor(TIED_HEAD, embedding.dtype), embedding, f"checkpoint: {saved.path}")
     model.companions = saved.companions
     return model
 
@@ -253,14 +287,16 @@ def save(model: torch.nn.Module, folder: str | Path, max_shard_bytes: int = MAX_
 
     The folder changes in one step at the end: until then it is as before, whatever fails. Other files in it stay. Of the files that
     lay beside the weights when the model was loaded (COMPANIONS: tokenizer, chat template, generation_config) those that the folder
-    does not have are written too.
+    does not have are written too. What shares memory is written as often as it has names.
+
+    Raises:
+        ValueError: loading would refuse the folder: the tensors do not fit the config, or it is no config; or an argument is wrong.
+        OSError: as for `replacing`.
     """
-    config = model.config
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    empty = [name for name, tensor in state.items() if tensor.is_meta]
-    if empty:
-        raise ValueError(f"save: {_some(empty)} must hold values, they are on the meta device")
-    values = config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    if not isinstance(max_shard_bytes, Integral) or isinstance(max_shard_bytes, bool) or max_shard_bytes < 1:
+        raise ValueError(f"save: max_shard_bytes must be a positive integer, bytes of a file, got {checks.shown(max_shard_bytes)}")
+    config = json.dumps(model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}, indent=2) + "\n"
+    state = _state(model, type(model.config).from_dict(json.loads(config)))
     with replacing(folder, drop=(WEIGHT_FILES, INDEX_FILE)) as new:
         shards = split(state, max_shard_bytes)
         names = [SINGLE_FILE]
@@ -270,11 +306,51 @@ def save(model: torch.nn.Module, folder: str | Path, max_shard_bytes: int = MAX_
             index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
             (new / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, shard in zip(names, shards):
-            _save_file({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, new / name)
-        (new / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            _save_file(_apart(shard), new / name)
+        (new / CONFIG_FILE).write_text(config, encoding="utf-8")
         for name, content in getattr(model, "companions", {}).items():
             if not os.path.lexists(Path(folder) / name):
                 (new / name).write_bytes(content)
+
+
+def _state(model: torch.nn.Module, config: JetNemotronConfig) -> dict[str, Tensor]:
+    """The tensors of a model. Raises ValueError unless they are those that a model of this config would load."""
+    state = model.state_dict()
+    tied = config.tie_word_embeddings
+    wanted = type(model)(config, device="meta").state_dict()
+    found = misfits(dict.fromkeys(state, "the model"), lambda name: (list(state[name].shape), _kind(state[name])), wanted, tied)
+    if found:
+        raise ValueError(
+            f"save: the model's tensors do not fit the config: {found} (adapters, parametrizations or quantisation? merge or remove them "
+            "first, or torch.save(model.state_dict(), file); other layers or sizes? model.config must have them too)"
+        )
+    empty = [name for name, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(f"save: {_some(empty)} must hold values, they are on the meta device")
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    if tied and TIED_HEAD in state:
+        check_tied_head(state[TIED_HEAD], state[EMBEDDING], "save")
+    return state
+
+
+def _kind(tensor: Tensor) -> str:
+    """The name of its dtype in a file, if it is a plain tensor of one; else what it is, for people."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return type(tensor).__name__
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    return next((kind for kind, dtype in FLOATING.items() if dtype == tensor.dtype), str(tensor.dtype))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file wants them: on the CPU, contiguous, each in memory of its own."""
+    places, apart = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return apart
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:

@@ -285,16 +285,18 @@ class JetNemotronForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device=None, progress: Progress = iter
+        cls, folder: str | Path, *, dtype: torch.dtype | str | None = None, device=None, progress: Progress = iter
     ) -> JetNemotronForCausalLM:
         """Loads config.json and safetensors weights from a local folder; see `checkpoint.load` for what is refused.
 
-        dtype: of the loaded model, by default the config's torch_dtype.  progress: wraps the list of tensors, as tqdm does.
+        dtype: of the loaded model, a floating one or its name; None and "auto": the config's torch_dtype.
+        progress: wraps the list of tensors, as tqdm does.
         All files are of one save, even if others save into the folder meanwhile. The tokenizer's files, chat template and
         generation_config.json that lie beside the weights are kept for `save_pretrained`.
 
         Raises:
-            OSError: the folder or a file in it is missing or cannot be opened.  ValueError: a file is damaged, or does not fit the others.
+            OSError: the folder or a file in it is missing or cannot be opened.
+            ValueError: a file is damaged, or does not fit the others; or dtype is no floating one.
         """
         with checkpoint.opened(folder) as saved:
             config = saved.parse(JetNemotronConfig.from_dict)
@@ -305,11 +307,9 @@ class JetNemotronForCausalLM(nn.Module):
         checkpoint.save(self, folder, max_shard_bytes)
 
     @classmethod
-    def empty(cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | None = None) -> JetNemotronForCausalLM:
+    def empty(cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | str | None = None) -> JetNemotronForCausalLM:
         """A model whose parameters are allocated, in their dtype, but hold no values yet."""
-        model = cls(config, device="meta", dtype=dtype or config.dtype)
-        # What `to_empty` does; but its `empty_like` of a meta tensor imports torch's Python references: seconds.
-        return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device or "cpu"))
+        return checkpoint.allocate(cls(config, device="meta", dtype=checkpoint.chosen_dtype(dtype, config)), device)
 
     @classmethod
     def random(
@@ -317,7 +317,7 @@ class JetNemotronForCausalLM(nn.Module):
         config: JetNemotronConfig,
         *,
         device=None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         seed: int = 0,
         progress: Progress = iter,
     ) -> JetNemotronForCausalLM:

@@ -90,13 +90,13 @@ def qwen2_config(values: Mapping) -> JetNemotronConfig:
 def from_pretrained(
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device=None,
     progress: Callable[[list], Iterable] = iter,
 ) -> JetNemotronForCausalLM:
     """A full-attention base from a local folder: a published Qwen2/Qwen2.5 checkpoint, or one that this library saved.
 
-    dtype: of the loaded model, by default the one of the weights.  progress: wraps the list of tensors, as tqdm does.
+    dtype: of the loaded model, a floating one or its name; None and "auto": the one of the weights.  progress: wraps the list of tensors, as tqdm does.
 
     Raises:
         OSError: the folder or a file in it is missing or cannot be opened.  ValueError: they are damaged, of another architecture, or

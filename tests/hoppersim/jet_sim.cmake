@@ -42,7 +42,7 @@ target_include_directories(jet_sim SYSTEM PRIVATE ${TORCH_INCLUDE})
 target_compile_definitions(jet_sim PRIVATE TORCH_TARGET_VERSION=0x020b000000000000 JET_NAMESPACE=jet_sim JET_SIMULATED_DEVICE=1 JET_WITH_CUDA=1)
 target_compile_options(jet_sim PRIVATE -O1)
 target_link_libraries(jet_sim PRIVATE hoppersim ${TORCH_LIB}/libtorch_cpu.so)
-# The product's library in the same process exports functions of the same names; this one must use its own.
+# The product's library in the same process exports a function of the same name; this one must use its own.
 target_link_options(jet_sim PRIVATE -Wl,-Bsymbolic)
 
 # Bounds for CPU tensors: every tensor that torch allocates is a range kernels may touch.

@@ -334,7 +334,7 @@ def test_empty_launch_of_the_library():
     hoppersim.jet_sim()
     library = hoppersim.jet_sim.library
     with hoppersim.simulate():
-        assert library.call("_ZN3jet6hopper12empty_launchEPv", ctypes.c_void_p(None)) == SUCCESS
+        assert library.call("jetkernels_empty_launch", ctypes.c_void_p(None)) == SUCCESS
         (record,) = hoppersim.launches()
     assert "empty_kernel" in record["kernel"] and record["block"] == [32, 1, 1]
 
