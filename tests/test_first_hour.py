@@ -3,10 +3,15 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
-from model_cases import VOCAB, boundaries, padded, small_block, small_config, small_model, tokens
+from model_cases import JET, VOCAB, WINDOW, boundaries, padded, small_block, small_config, small_model, tokens
+
+from torch import nn
+from torch.func import functional_call, grad, vmap
 
 from jetkernels.model import JetNemotronCache
 from jetkernels.modules import JetBlock, JetBlockConfig, JetBlockState
@@ -85,6 +90,62 @@ def test_sizes_of_a_cache(arguments):
         small_model().new_cache(*arguments)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"layer_types": ["jet", "swa", "jet", "swa"]}, "made for layer_types = .*'swa'], the model has .*'attn']"),
+        ({"num_key_value_heads": 4}, "made for num_key_value_heads = 4, the model has 2"),
+        ({"head_dim": 16}, "made for head_dim = 16, the model has 8"),
+        ({"efficient_attention_config": {"jet": JET, "swa": {"window_size": 6}}}, "made for window_size = 6, the model has 5"),
+        ({"efficient_attention_config": {"jet": JET | {"expand_v": 2.0}, "swa": {"window_size": WINDOW}}}, "made for jet.head_v_dim = 16, the model has 12"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(changes, message):
+    cache = JetNemotronCache(small_config(**changes), 2, 8)
+    with pytest.raises(ValueError, match=f"cache must be of this model: it was {message}"):
+        small_model()(tokens(2, 4), cache=cache)
+    assert not any(t.any() for t in cache.tensors())
+
+
+def test_a_cache_of_a_model_of_the_same_sizes_is_taken():
+    model, ids = small_model("swa"), tokens(2, 4)
+    cache = small_model("swa", seed=1, vocab_size=VOCAB + 1).new_cache(2, 8)
+    torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (torch.ones(2, 2, 6, 8), r"must be .*9.*"),
+        (torch.ones(2, 2, 5, 9), r"must be .*6.*"),
+        (torch.ones(3, 2, 6, 9), r"must be .*2.*3"),
+        (torch.ones(2, 2, 6, 9, dtype=torch.float64), "must be .*float32.*"),
+        (torch.ones(2, 2, 6, 9, dtype=torch.int64), "must be .*float32.*"),
+        (torch.ones(2, 2, 6, 9, device="meta"), "must be on .*cpu"),
+    ],
+)
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_refused_recurrent_state_leaves_the_convolution_alone(wrong, message, T):
+    block = small_block()
+    conv_state = torch.randn_like(block.new_state(2).conv_state)
+    before = conv_state.clone()
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=message):
+        block(torch.randn(2, T, 20), state=JetBlockState(conv_state, wrong))
+    assert torch.equal(conv_state, before)
+
+
+def test_a_cache_is_sized_without_imports_that_take_seconds():
+    code = """if True:
+        import sys, torch
+        from jetkernels.cli import memory
+        from jetkernels.model import JetNemotronConfig
+        config = JetNemotronConfig.from_name("2b")
+        memory.parameter_count(config), memory.cache_bytes(config, torch.bfloat16, 2, 100)
+        sys.exit("sympy is imported" if "sympy" in sys.modules else 0)"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_sizes_of_a_state():
     for wrong in (-1, "a", 1.5):
         with pytest.raises(ValueError, match="batch_size must be an integer from 0"):
@@ -161,6 +222,53 @@ def test_a_layer_under_functional_call_and_vmap():
     need = block(x)
     torch.testing.assert_close(torch.func.functional_call(block, dict(block.named_parameters()), (x,)), need)
     torch.testing.assert_close(torch.vmap(lambda row: block(row[None])[0])(x), need)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_each_sample(tied):
+    """Of the whole model: vmap over grad equals a loop."""
+    model, ids = small_model(tie_word_embeddings=tied, dtype=torch.float64), tokens(3, 9)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, row):
+        return functional_call(model, parameters, (row[None],), {"labels": row[None]}).loss
+
+    got = vmap(grad(loss), (None, 0))(parameters, ids)
+    losses = vmap(loss, (None, 0))(parameters, ids)
+    for n, row in enumerate(ids):
+        model.zero_grad()
+        need = model(row[None], labels=row[None]).loss
+        need.backward()
+        torch.testing.assert_close(losses[n], need.detach())
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(got[name][n], p.grad, msg=name)
+
+
+def test_a_compiled_model_is_one_graph():
+    """The second length makes it a symbol."""
+    model = small_model("jet", "swa", "attn")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for T in (9, 12):
+        ids = tokens(2, T)
+        got, need = compiled(ids, labels=ids), model(ids, labels=ids)
+        torch.testing.assert_close(got.logits, need.logits)
+        torch.testing.assert_close(got.loss, need.loss)
+
+
+def test_a_head_beside_tied_weights_is_refused_until_it_is_used():
+    model, ids = small_model(), tokens(2, 4)
+    cache = model.new_cache(2, 4)
+    model.lm_head = nn.Linear(32, VOCAB, bias=False)
+    with pytest.raises(RuntimeError, match="lm_head would not be used: set config.tie_word_embeddings = False"):
+        model(ids, cache=cache)
+    model.config.tie_word_embeddings = False
+    h = []
+    model.model.norm.register_forward_hook(lambda m, args, y: h.append(y))
+    got = model(ids, cache=cache).logits
+    torch.testing.assert_close(got, h[0] @ model.lm_head.weight.mT)
+    del model.lm_head
+    model.config.tie_word_embeddings = True
+    torch.testing.assert_close(model(ids).logits, h[1] @ model.model.embed_tokens.weight.mT)
 
 
 def test_an_exported_layer():

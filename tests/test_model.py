@@ -205,6 +205,49 @@ def test_nan_stays_in_its_row():
     assert got[1, 2:].isnan().all()
 
 
+@pytest.mark.parametrize("block", [512, 4])
+@pytest.mark.parametrize("sizes", [[23], [8], [9, 1, 4], [1]])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_nan_reaches_no_earlier_token(kinds, sizes, block, monkeypatch):
+    """Packed, padded, in one call or in several."""
+    monkeypatch.setattr(attention_module, "QUERY_BLOCK", block)
+    model = small_model(*kinds, tie_word_embeddings=False)
+    rows = [tokens(23, seed=1), tokens(12, seed=2), tokens(17, seed=3)]
+    at = [11, 3, 16]
+    with torch.no_grad():
+        for row, i in zip(rows, at):
+            row[row == 7] = 8
+            row[i] = 7
+        need = [model(row[None]).logits[0] for row in rows]
+        model.model.embed_tokens.weight[7] = math.nan
+        ids, mask = padded(rows, left=True)
+        outputs = [run_split(model, ids, sizes, mask)[0][n][mask[n].bool()] for n in range(3)]
+        outputs += model(torch.cat(rows)[None], cu_seqlens=boundaries([23, 12, 17])).logits[0].split([23, 12, 17])
+        outputs += [model(row[None]).logits[0] for row in rows]
+        outputs += [run_split(model, row[None], sizes)[0][0] for row in rows]
+    for n, got in enumerate(outputs):
+        i = at[n % 3]
+        close(got[:i], need[n % 3][:i])
+        assert got[i : i + WINDOW].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sizes", [[23], [8], [9, 1, 4]])
+def test_nan_leaves_with_the_window(bad, sizes):
+    """One layer: the token is seen by WINDOW queries, itself included, and by no other."""
+    model, ids = small_model("swa", tie_word_embeddings=False), tokens(2, 23)
+    ids[ids == 7] = 8
+    ids[0, 6] = 7
+    with torch.no_grad():
+        need = model(ids).logits
+        model.model.embed_tokens.weight[7] = bad
+        for got in (model(ids).logits, run_split(model, ids, sizes)[0]):
+            assert got[0].isnan().all(-1).tolist() == [6 <= t < 6 + WINDOW for t in range(23)]
+            close(got[0, :6], need[0, :6])
+            close(got[0, 6 + WINDOW :], need[0, 6 + WINDOW :])
+            close(got[1], need[1])
+
+
 def test_low_precision_model():
     ids = tokens(2, 20)
     need = small_model()(ids).logits

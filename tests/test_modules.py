@@ -1,6 +1,7 @@
 """DynamicShortConvolution and JetBlock against the reference in fp64, and against themselves."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from model_cases import ATOL, boundaries, padded, pieces, small_block
 from reference.dynamic_conv import dynamic_conv
 from reference.jet_block import jet_block
+from torch.nn.utils import parametrize, prune
 
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm, JetBlock, JetBlockConfig, RMSNorm
 
@@ -138,6 +140,35 @@ def test_gates_stay_fp32_when_a_bf16_checkpoint_is_loaded(assign):
     assert saved["A_log"].dtype == torch.bfloat16
     y = block.bfloat16()(torch.randn(1, 5, 20).bfloat16())
     assert y.dtype == torch.bfloat16
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_gates_stay_fp32_behind_pruning_and_parametrizations(how):
+    block, x = small_block(), torch.randn(2, 4, 20)
+    if how == "pruned":
+        prune.random_unstructured(block, "A_log", amount=1)
+    else:
+        parametrize.register_parametrization(block, "A_log", Doubled())
+    block(x)
+    need = block.A_log.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block.to(torch.bfloat16)
+    block(x.bfloat16())
+    assert block.A_log.dtype == torch.float32 and torch.equal(block.A_log, need)
+    names = {name for name, p in block.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert names == {"dt_bias", "A_log_orig" if how == "pruned" else "parametrizations.A_log.original"}
+    block.load_state_dict({name: value.bfloat16() for name, value in block.state_dict().items()}, assign=True)
+    block(x.bfloat16())
+    assert block.A_log.dtype == torch.float32 and torch.equal(block.A_log, need.bfloat16().float())
 
 
 def test_cast_keeps_gradients_usable():

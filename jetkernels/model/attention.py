@@ -41,13 +41,46 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causa
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1)
 
 
+def not_finite(k: Tensor, v: Tensor) -> Tensor:
+    """[N, L]: at which tokens the keys and values [N, Hkv, L, d] hold a NaN or an infinity."""
+    return (k.detach() * 0 + v.detach() * 0).sum((1, 3)).isnan()
+
+
+def cleared(x: Tensor, bad: Tensor) -> Tensor:
+    """x [N, Hkv, L, d] with zeros at the tokens `bad` [N, L]."""
+    return x.masked_fill(bad[:, None, :, None], 0)
+
+
+def marked(o: Tensor, bad: Tensor, window: int | None = None) -> Tensor:
+    """o [N, H, T, d] with NaN where one of the last T tokens of `bad` [N, L] sees a token that is bad."""
+    seen = bad.cumsum(1)
+    if window is not None and window < bad.shape[1]:
+        seen = seen - F.pad(seen, (window, 0))[:, : bad.shape[1]]
+    seen = seen[:, bad.shape[1] - o.shape[2] :] > 0
+    # Added, not filled in: the gradient passes.
+    return o + torch.where(seen, torch.nan, 0.0).to(o.dtype)[:, None, :, None]
+
+
 def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None = None, first: Tensor | None = None
+) -> Tensor:
+    """`finite_attention` where the keys end with the queries, L = start + T, and keys and values may hold anything: a token that is
+    not finite makes NaN of the queries that see it and changes no other.
+    """
+    if q.shape[2] == 1:
+        return finite_attention(q, k, v, start, window, first)
+    bad = not_finite(k, v)
+    return marked(finite_attention(q, cleared(k, bad), cleared(v, bad), start, window, first), bad, window)
+
+
+def finite_attention(
     q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, window: int | None = None, first: Tensor | None = None
 ) -> Tensor:
     """Attention in which query t of sequence n, at index i = start + t of the key axis, sees keys j with j <= i,
     i - j < window and j >= first[n].
 
-    start: one for all, or [N] (then without a window).  first: [N], None for 0.
+    start: one for all, or [N] (then without a window).  first: [N], None for 0.  A key or value that some query does not see must
+    be finite: that query's weight is zero, but 0 * NaN is NaN.
     """
     T, L = q.shape[2], k.shape[2]
     whole = isinstance(start, int) and first is None
@@ -75,7 +108,8 @@ def causal_attention(
 class Attention(nn.Module):
     """The attention of an "attn" (window None) or "swa" layer: q, k, v with bias, o without, scale head_dim^-0.5.
 
-    A window counts the token itself: key j is visible to query i when 0 <= i - j < window.
+    A window counts the token itself: key j is visible to query i when 0 <= i - j < window. A NaN changes no output that does not
+    see its token.
     """
 
     def __init__(self, config: JetNemotronConfig, window: int | None, *, device=None, dtype=None):
@@ -127,12 +161,21 @@ class Attention(nn.Module):
     @staticmethod
     def _extend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
         """New tokens after those in the cache, any number, also unequal."""
-        cache.write(k, v, layout)
+        # Every query sees all that was there before: only the new tokens have to be finite, and only for now.
+        bad = not_finite(k.transpose(1, 2), v.transpose(1, 2)) if layout.max_new > 1 else None
+        if bad is None:
+            cache.write(k, v, layout)
+        else:
+            cache.write(*(cleared(t.transpose(1, 2), bad).transpose(1, 2) for t in (k, v)), layout)
         q = layout.pad(q).transpose(1, 2)
         # Padded queries stand at positions past the end of their sequence.
         used = min(layout.max_past + layout.max_new, cache.slots)
         start = layout.max_past if layout.uniform_past else layout.past_device
-        return causal_attention(q, cache.key[:, :, :used], cache.value[:, :, :used], start)
+        o = finite_attention(q, cache.key[:, :, :used], cache.value[:, :, :used], start)
+        if bad is None:
+            return o
+        cache.write(k, v, layout)
+        return marked(o, layout.pad(bad))
 
     def _extend_window(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
         """The same over a window: what the ring holds, then the new keys, side by side; then the ring is refilled."""

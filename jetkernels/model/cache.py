@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from jetkernels.modules import JetBlockState
+from jetkernels.modules import JetBlockState, checks
 from jetkernels.modules.repeatable import in_backward
 
 from .config import JetNemotronConfig
@@ -23,8 +23,8 @@ class AttentionCache:
 
     def __init__(self, batch_size: int, heads: int, slots: int, head_dim: int, *, device, dtype):
         # Zeros, not empty: unused slots are masked, but a NaN would pass through 0 * NaN.
-        self.key = torch.zeros(batch_size, heads, slots, head_dim, device=device, dtype=dtype)
-        self.value = torch.zeros_like(self.key)
+        # Nor zeros_like, which on meta imports torch's Python references: seconds.
+        self.key, self.value = (torch.zeros(batch_size, heads, slots, head_dim, device=device, dtype=dtype) for _ in range(2))
 
     @property
     def slots(self) -> int:
@@ -83,14 +83,31 @@ class AttentionCache:
         self.value.copy_(self._gather(value, index))
 
 
+def _sizes(config: JetNemotronConfig) -> dict[str, object]:
+    """What a cache and the model that uses it must have in common, by names of the config."""
+    kinds = set(config.layer_types)
+    sizes: dict[str, object] = {"layer_types": list(config.layer_types)}
+    if kinds & {"attn", "swa"}:
+        sizes |= {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+    if "swa" in kinds:
+        sizes["window_size"] = config.window_size
+    if "jet" in kinds:
+        sizes |= {f"jet.{name}": getattr(config.jet, name) for name in ("num_heads", "head_dim", "head_v_dim", "conv_size")}
+    return sizes
+
+
 class JetNemotronCache:
     """Memory of a batch of sequences: keys and values of the attention layers, states of the JetBlock layers.
 
     Holds up to `max_length` tokens per sequence; sequences may have different lengths. `forward` writes into it in
-    place, so a step allocates nothing here. Made by `JetNemotronForCausalLM.new_cache`.
+    place, so a step allocates nothing here. Made by `JetNemotronForCausalLM.new_cache`. A call that was interrupted, by an
+    exception or by the keyboard, leaves layers that have seen its tokens and others that have not: the cache then refuses
+    further calls until `reset`.
 
     layers: per layer an AttentionCache or a JetBlockState.  lengths: tokens seen, per sequence.
     """
+
+    _unfinished = False
 
     def __init__(self, config: JetNemotronConfig, batch_size: int, max_length: int, *, device=None, dtype=None):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
@@ -99,7 +116,7 @@ class JetNemotronCache:
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"cache: batch_size and max_length must be at least 1, got {batch_size} and {max_length}")
         self.max_length = max_length
-        self.layer_types = list(config.layer_types)
+        self._made_for = _sizes(config)
         # One that belongs to a function which is being run again starts anew, as it did the first time.
         self.made_in_backward = in_backward()
         self.lengths = [0] * batch_size
@@ -127,13 +144,26 @@ class JetNemotronCache:
         """Bytes of keys, values and states."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    def check_model(self, config: JetNemotronConfig) -> None:
+        """Raises ValueError unless it was made for a model of these sizes."""
+        mine, others = self._made_for, _sizes(config)
+        if mine != others:
+            name = next(name for name in others if mine.get(name) != others[name])
+            raise ValueError(
+                f"cache must be of this model: it was made for {name} = {checks.shown(mine.get(name))}, "
+                f"the model has {checks.shown(others[name])}"
+            )
+
     def check(self, new: list[int]) -> None:
-        """Raises ValueError unless `new[n]` more tokens of sequence n fit; RuntimeError if they have been here before."""
+        """Raises ValueError unless `new[n]` more tokens of sequence n fit; RuntimeError if they have been here before, or others
+        have been here in part."""
         if torch.is_grad_enabled() and in_backward() and not self.made_in_backward:
             raise RuntimeError(
                 "cache: a call with a cache cannot be repeated in a backward pass, as activation checkpointing does: the cache "
                 "already holds its tokens. Call the model outside the checkpointed function, or make the cache inside it"
             )
+        if self._unfinished:
+            raise RuntimeError("cache: an earlier call on this cache did not finish: reset() it or make a new one")
         if len(new) != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, got {len(new)}")
         for n, (length, more) in enumerate(zip(self.lengths, new)):
@@ -142,6 +172,10 @@ class JetNemotronCache:
                     f"cache: max_length = {self.max_length} must hold the {length} + {more} tokens of sequence {n}"
                 )
 
+    def begin(self) -> None:
+        """From here on layers write into the cache, until `advance`."""
+        self._unfinished = True
+
     def advance(self, layout: TokenLayout) -> None:
         """Counts the tokens of a finished call."""
         self.lengths = [length + more for length, more in zip(self.lengths, layout.new)]
@@ -149,6 +183,7 @@ class JetNemotronCache:
             self.lengths_device += layout.new[0]
         else:
             self.lengths_device += torch.tensor(layout.new, device=self.lengths_device.device)
+        self._unfinished = False
 
     def reset(self) -> None:
         """Forgets every sequence; the memory stays."""
@@ -156,3 +191,4 @@ class JetNemotronCache:
             tensor.zero_()
         self.lengths = [0] * self.batch_size
         self.lengths_device.zero_()
+        self._unfinished = False

@@ -126,6 +126,8 @@ class JetNemotronModel(nn.Module):
         rotary = None
         if any(layer.kind != "jet" for layer in self.layers):
             rotary = rotary_table(layout.positions, self.config.head_dim, self.config.rope_theta)
+        if cache is not None:
+            cache.begin()
         for i, layer in enumerate(self.layers):
             if self.recompute_layers and cache is None and torch.is_grad_enabled():
                 h = recompute(layer, h, rotary, layout, None, use_reentrant=False)
@@ -212,16 +214,19 @@ class JetNemotronForCausalLM(nn.Module):
         layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             h = self.model(input_ids if padding is None else padding.pack(input_ids), layout, cache)
-            if cache is not None:
-                cache.advance(layout)
+            loss = None
             if last_logits_only and labels is None:
-                return CausalLMOutput(logits=self.head(layout.last(h)), cache=cache)
-            logits = self.head(h)
-            loss = None if labels is None else _mean_cross_entropy(logits, layout.next_labels(labels, padding))
-            if last_logits_only:
-                logits = layout.last(logits)
-            elif padding is not None:
-                logits = padding.restore(logits)
+                logits = self.head(layout.last(h))
+            else:
+                logits = self.head(h)
+                loss = None if labels is None else _mean_cross_entropy(logits, layout.next_labels(labels, padding))
+                if last_logits_only:
+                    logits = layout.last(logits)
+                elif padding is not None:
+                    logits = padding.restore(logits)
+            if cache is not None:
+                # Last: who gets no logits should not go on as if the tokens had been read.
+                cache.advance(layout)
             return CausalLMOutput(loss=loss, logits=logits, cache=cache)
 
     def _check_place(self, input_ids: Tensor, cache: JetNemotronCache | None) -> None:
@@ -231,8 +236,13 @@ class JetNemotronForCausalLM(nn.Module):
             raise ValueError(f"input_ids must be on {embedding.weight.device}, like the model, got {input_ids.device}")
         if cache is not None and not isinstance(cache, JetNemotronCache):
             raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
-        if cache is not None and cache.layer_types != self.config.layer_types:
-            raise ValueError("cache must be of this model: it was made for other layer_types")
+        if cache is not None:
+            cache.check_model(self.config)
+        if self.config.tie_word_embeddings and "lm_head" in self._modules:
+            raise RuntimeError(
+                "the head is tied to embed_tokens, so the model's lm_head would not be used: set config.tie_word_embeddings = False "
+                "to use it, or delete it"
+            )
 
     def _arrange(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: JetNemotronCache | None, cu_seqlens: Tensor | None
@@ -340,11 +350,20 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-    # Elsewhere looking at the values would wait for the device.
-    if input_ids.device.type == "cpu" and input_ids.numel():
+    if _values_at_hand(input_ids):
         for value in map(int, input_ids.aminmax()):
             if not 0 <= value < vocab_size:
                 raise ValueError(f"input_ids must be in 0..{vocab_size - 1}, got {value}")
+
+
+def _values_at_hand(x: Tensor) -> bool:
+    """Whether there are values to look at: not where that waits for a device, in a compiled program, under vmap or torch.func.grad."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
@@ -356,7 +375,7 @@ def _check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"labels must be {list(input_ids.shape)}, got {list(labels.shape)}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
-    if labels.device.type == "cpu" and labels.numel():
+    if _values_at_hand(labels):
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
             raise ValueError(f"labels must be in 0..{vocab_size - 1}, or -100 for none, got {wrong[0].item()}")

@@ -11,6 +11,11 @@ from torch import Tensor
 from jetkernels.modules.padding import Unpadding
 
 
+def _largest(counts: list[int]) -> int:
+    """0 if there are none. `max(counts, default=0)` is not compiled where a count is symbolic."""
+    return max(counts) if counts else 0
+
+
 @dataclass
 class TokenLayout:
     """N sequences, sequence n adding new[n] tokens to past[n] earlier ones.
@@ -58,15 +63,15 @@ class TokenLayout:
 
     @property
     def max_new(self) -> int:
-        return max(self.new, default=0)
+        return _largest(self.new)
 
     @property
     def max_past(self) -> int:
-        return max(self.past, default=0)
+        return _largest(self.past)
 
     @property
     def max_total(self) -> int:
-        return max((n + p for n, p in zip(self.new, self.past)), default=0)
+        return _largest([n + p for n, p in zip(self.new, self.past)])
 
     @property
     def uniform_past(self) -> bool:

@@ -27,6 +27,8 @@ DECAY_RATES = (1.0, 16.0)
 TIME_STEPS = (1e-3, 1e-1)
 # The decay is an exponential of a product of these two: a bf16 rounding of them would move every state.
 GATE_PARAMETERS = ("A_log", "dt_bias")
+# Their names, also where torch.nn.utils.prune or a parametrization stands before them.
+GATE_NAMES = tuple(form.format(name) for name in GATE_PARAMETERS for form in ("{}", "{}_orig", "parametrizations.{}.original"))
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,21 @@ class JetBlock(nn.Module):
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
         return g, torch.sigmoid(b.to(wide))
 
+    def _check_step(self, state: JetBlockState, q: Tensor) -> None:
+        """What the recurrent op would refuse when the convolution's state has moved already."""
+        N, S = q.shape[0], state.recurrent_state
+        if state.conv_state.shape[0] != N:
+            # The step op would take it for a pool of states, and the first of them.
+            raise ValueError(f"JetBlock: state must be of B = {N} sequences, got {state.conv_state.shape[0]}")
+        H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
+        if S.shape != (N, H, K, V):
+            raise ValueError(f"JetBlock: recurrent_state must be [{N}, {H}, {K}, {V}], got {list(S.shape)}")
+        if S.device != q.device:
+            raise ValueError(f"JetBlock: recurrent_state must be on {q.device}, like hidden_states, got {S.device}")
+        if S.dtype != torch.float64 if q.dtype == torch.float64 else S.dtype not in (torch.float32, torch.bfloat16):
+            need = "float64, like the layer" if q.dtype == torch.float64 else "float32 (or bfloat16)"
+            raise ValueError(f"JetBlock: recurrent_state must be {need}, got {S.dtype}")
+
     def _mix(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
         """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]. `call`: of the state, if it may be repeated."""
         H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
@@ -267,9 +284,7 @@ class JetBlock(nn.Module):
         g, beta = self._gates(x)
         # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook would see.
         if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None and not has_hooks(self.dynamic_conv1d):
-            if state.conv_state.shape[0] != x.shape[0]:
-                # The step op would take it for a pool of states, and the first of them.
-                raise ValueError(f"JetBlock: state must be of B = {x.shape[0]} sequences, got {state.conv_state.shape[0]}")
+            self._check_step(state, q)
             v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
             v = v.view(-1, 1, H, V)
             return recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
@@ -294,13 +309,12 @@ class JetBlock(nn.Module):
         return o
 
     def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name).data for name in GATE_PARAMETERS}
+        before = {name: parameter.data for name, parameter in self._gate_parameters().items()}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
+        for name, new in self._gate_parameters().items():
             if torch.promote_types(new.dtype, torch.float32) != new.dtype:
                 # Taken from the values before the cast, which has already rounded these.
-                new.data = old.to(device=new.device, dtype=torch.float32)
+                new.data = before[name].to(device=new.device, dtype=torch.float32)
                 if new.grad is not None:
                     new.grad = new.grad.to(torch.float32)
         self._exempt_from_weight_decay()
@@ -311,12 +325,16 @@ class JetBlock(nn.Module):
         # A copied parameter has no attributes.
         self._exempt_from_weight_decay()
 
+    def _gate_parameters(self) -> dict[str, nn.Parameter]:
+        found = dict(self.named_parameters(remove_duplicate=False))
+        return {name: found[name] for name in GATE_NAMES if name in found}
+
     def _exempt_from_weight_decay(self) -> None:
-        for name in GATE_PARAMETERS:
-            getattr(self, name)._no_weight_decay = True
+        for parameter in self._gate_parameters().values():
+            parameter._no_weight_decay = True
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in GATE_PARAMETERS:
+        for name in GATE_NAMES:
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor):
                 # load_state_dict(assign=True) takes the tensor as it is.
