@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent / "hoppersim"))
 import hoppersim  # noqa: E402
 
 SEEDS = (1, 2, 3)
+# RMS error of the states that the chunked kernels leave, in fp32: their operands are fp16.
+CHUNK_STATE_CEILING = 1.2e-3
 
 
 class SimulatorBackend(OpsBackend):

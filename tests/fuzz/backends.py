@@ -55,7 +55,8 @@ def _isa_is_here(isa: str) -> bool:
 
 
 def takes_kernels_only(name: str) -> bool:
-    return name in ("simulator", "cuda")
+    """Of a backend of a campaign, or of an instance of it."""
+    return name.partition("-")[0] in ("simulator", "cuda")
 
 
 def start(name: str) -> None:
