@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, Optional
   Tensor y = allocate(x, {checks.size("B"), checks.size("T"), checks.size("D")});
   Tensor conv_state_out = new_conv_state(checks, x);
   if (device != kHost) {
-    x = as_rows(x), kernels = aligned(kernels), conv_state = aligned(conv_state);
+    x = as_rows(x), kernels = aligned(kernels), conv_state = aligned(conv_state), cu_seqlens = dense(cu_seqlens);
     p.in = device_conv_inputs(checks, x, conv_state, cu_seqlens);
   } else {
     kernels = dense(kernels), conv_state = dense(conv_state);

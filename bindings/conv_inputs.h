@@ -74,7 +74,7 @@ inline Tensor new_conv_state(const Checks& checks, const Tensor& x) {
   return allocate(x, {checks.size("N"), checks.size("D"), checks.size("W-1")});
 }
 
-// For a launch: cu_seqlens stays where it is. The pointers stay valid as long as x, conv_state (contiguous) and cu_seqlens do.
+// For a launch: cu_seqlens, contiguous, stays where it is. The pointers stay valid as long as x, conv_state (contiguous) and cu_seqlens do.
 inline ConvInputs device_conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
                                      const OptionalTensor& cu_seqlens) {
   ConvInputs in{};

@@ -47,6 +47,7 @@ std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, 
   Tensor conv_state_out = new_conv_state(checks, x);
   if (device != kHost) {
     x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), bias = dense(bias), conv_state = aligned(conv_state);
+    cu_seqlens = dense(cu_seqlens);
     p = params(checks, device_conv_inputs(checks, x, conv_state, cu_seqlens), hidden, weight, bias, silu);
   } else {
     weight = dense(weight), bias = dense(bias), conv_state = dense(conv_state);

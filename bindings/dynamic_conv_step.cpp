@@ -46,7 +46,7 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
   Tensor y = allocate(x, {checks.size("N"), checks.size("D")});
   bias = dense(bias);
   if (device != kHost) {
-    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight);
+    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), state_indices = dense(state_indices);
     DynamicConvStepParams p = params();
     p.y = y.mutable_data_ptr();
     if constexpr (kWithCuda) dynamic_conv_step_hopper(p, LaunchScope(x).stream());

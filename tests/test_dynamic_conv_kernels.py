@@ -63,6 +63,29 @@ def test_equals_the_reference(backend, op, dtype, shape):
     check_outputs(backend, op, inputs_of(op, shape, dtype))
 
 
+def apart(indices: torch.Tensor) -> torch.Tensor:
+    """The same numbers with others between them."""
+    return torch.stack((indices, torch.full_like(indices, -7)), 1)[:, 0]
+
+
+@each_device
+@each_op
+def test_offsets_may_have_strides(backend, op):
+    inputs = inputs_of(op, ConvShape("", B=1, T=90, D=40, R=64, cu_seqlens=(0, 13, 13, 60, 90)))
+    y, state = backend(op, *inputs)
+    again, state_again = backend(op, *inputs._replace(cu_seqlens=apart(inputs.cu_seqlens)))
+    assert_bitwise(again, y, "y")
+    assert_bitwise(state_again, state, "state")
+
+
+@each_device
+def test_rows_of_the_pool_may_have_strides(backend):
+    rows = torch.tensor([4, -1, 0])
+    call, again = random_step()._replace(state_indices=rows), random_step()._replace(state_indices=apart(rows))
+    assert_bitwise(backend("dynamic_conv_step", *again), backend("dynamic_conv_step", *call), "y")
+    assert_bitwise(again.pool, call.pool, "pool")
+
+
 @st.composite
 def shapes(draw) -> ConvShape:
     T = draw(st.integers(0, 200))

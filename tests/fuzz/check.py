@@ -11,7 +11,7 @@ from torch import Tensor
 import draft_properties
 import pool_properties
 import properties
-from cases import GATES, REFERENCE, TOLERANCE, ZERO, OpsBackend, accumulator, assert_bitwise, floating, rms
+from cases import GATES, REFERENCE, TOLERANCE, ZERO, OpsBackend, accumulator, assert_bitwise, assert_error, floating, rms
 from device_backends import CHUNK_STATE_CEILING
 from properties import TOKENS, poisoned_allocations
 from reference.dynamic_conv_step import dynamic_conv_step
@@ -214,7 +214,7 @@ def _check_sequences(case: Case, backend: OpsBackend, values: bool) -> list[Meas
 
 
 def _later_tokens_do_not_matter(case: Case, backend: OpsBackend) -> None:
-    """NaN at a token leaves every bit of earlier outputs, and a NaN cotangent every bit of later gradients.
+    """NaN at a token leaves every bit of earlier outputs (but for the chunked kernels, their values), and a NaN cotangent every bit of later gradients.
 
     The plain path of the chunked rule multiplies the cotangents of a chunk by triangles whose zeros a NaN gets through.
     """
@@ -230,7 +230,13 @@ def _later_tokens_do_not_matter(case: Case, backend: OpsBackend) -> None:
     for x in tokens.values():
         x[row, t] = math.nan
     out = backend(case.op, *inputs)[0]
-    assert_bitwise(out[row, begin:t], expected[row, begin:t], f"outputs before a NaN at token {t} of row {row}")
+    before = f"outputs before a NaN at token {t} of row {row}"
+    if case.op.startswith("chunk") and takes_kernels_only(backend.name):
+        # The kernels make such a column again, in another order of summation; infinities of the inputs may be among them.
+        known = expected[row, begin:t].isfinite()
+        assert_error(before, out[row, begin:t][known], expected[row, begin:t][known], 2 * TOLERANCE[case.dtype].output)
+    else:
+        assert_bitwise(out[row, begin:t], expected[row, begin:t], before)
     if case.grads is None or (backend.name == "plain" and case.op == "chunk_gated_delta_rule"):
         return
     grad = case.grads[0].clone()
