@@ -214,7 +214,9 @@ def _check_sequences(case: Case, backend: OpsBackend, values: bool) -> list[Meas
 
 
 def _later_tokens_do_not_matter(case: Case, backend: OpsBackend) -> None:
-    """NaN at a token leaves every bit of earlier outputs (but for the chunked kernels, their values), and a NaN cotangent every bit of later gradients.
+    """NaN at a token leaves every bit of earlier outputs, and a NaN cotangent every bit of later gradients.
+
+    The chunked kernels leave the values of earlier outputs.
 
     The plain path of the chunked rule multiplies the cotangents of a chunk by triangles whose zeros a NaN gets through.
     """
