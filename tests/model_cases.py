@@ -1,5 +1,7 @@
 """Small hybrid models for the tests, with every parameter away from its neutral initial value."""
 
+from pathlib import Path
+
 import torch
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
@@ -86,3 +88,7 @@ def pieces(length: int, sizes: list[int]) -> list[slice]:
 
 def boundaries(lengths: list[int], dtype=torch.int64) -> torch.Tensor:
     return torch.tensor([0, *lengths], dtype=dtype).cumsum(0).to(dtype)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

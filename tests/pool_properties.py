@@ -38,6 +38,15 @@ class StepCall(NamedTuple):
     silu: bool
 
 
+class CommitCall(NamedTuple):
+    keys: Tensor
+    updates: Tensor
+    g: Tensor
+    num_accepted: Tensor
+    pool: Tensor
+    state_indices: Tensor | None
+
+
 TOKENS = ("q", "k", "v", "g", "beta", "x", "hidden")  # arguments [N, ...]
 OP: dict[type, str] = {RecurrentCall: "recurrent_gated_delta_rule", StepCall: "dynamic_conv_step"}
 REFERENCE: dict[type, Callable] = {RecurrentCall: recurrent_gated_delta_rule, StepCall: dynamic_conv_step}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, cotangents, delta_inputs
-from pool_properties import RecurrentCall, StepCall
+from pool_properties import CommitCall, RecurrentCall, StepCall
 from properties import on_tokens, state_name
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -75,15 +75,6 @@ class VerifyCall(NamedTuple):
     updates: Tensor
     scale: float
     l2norm_qk: bool
-
-
-class CommitCall(NamedTuple):
-    keys: Tensor
-    updates: Tensor
-    g: Tensor
-    num_accepted: Tensor
-    pool: Tensor
-    state_indices: Tensor | None
 
 
 def verify() -> VerifyCall:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cases import LAYOUTS, LENGTHS, ApplyInputs, ConvInputs, DeltaInputs, accumulator, laid_out
-from pool_properties import RecurrentCall, StepCall
+from pool_properties import CommitCall, RecurrentCall, StepCall
 
 SEQUENCE_OPS = ("chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv")
 POOL_OPS = ("recurrent_gated_delta_rule", "dynamic_conv_step", "recurrent_gated_delta_rule_verify", "recurrent_gated_delta_rule_commit")
@@ -17,15 +17,6 @@ OPS = SEQUENCE_OPS + POOL_OPS
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DECADES = {F64: 6.0, F32: 4.0, BF16: 4.0, F16: 0.5}  # how far magnitudes go, so that results stay within the dtype
 WORK = 2_000_000  # multiply-adds of the recurrence in one case: what keeps a case in the milliseconds
-
-
-class CommitCall(NamedTuple):
-    keys: Tensor
-    updates: Tensor
-    g: Tensor
-    num_accepted: Tensor
-    pool: Tensor
-    state_indices: Tensor | None
 
 
 class Case(NamedTuple):
