@@ -1,8 +1,9 @@
-"""Sets everything up in .venv (pinned dependencies, build) and runs one thing in it. Needs Python 3.11+, pip and a C++ compiler.
+"""Sets everything up in .venv (pinned dependencies, build) and runs one thing in it. Needs Python 3.11+, pip and a C++
+compiler.
 
-    python3 dev.py demo [arguments of `jetkernels demo`]
-    python3 dev.py test [arguments of pytest]
-    python3 dev.py run  COMMAND ...      (any command inside the environment, e.g. `python -m benchmarks.run --device cpu`)
+python3 dev.py demo [arguments of `jetkernels demo`]
+python3 dev.py test [arguments of pytest]
+python3 dev.py run  COMMAND ...      (any command inside the environment, e.g. `python -m benchmarks.run --device cpu`)
 """
 
 import hashlib
@@ -25,15 +26,28 @@ def say(text: str) -> None:
 
 
 def pip(*arguments: str) -> None:
-    # pip of the outer Python installs into .venv, so a Python without ensurepip (Debian without python3-venv) works too.
-    command = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    # pip of the outer Python installs into .venv, so a Python without ensurepip (Debian without python3-venv) works
+    # too.
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(PYTHON),
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--disable-pip-version-check",
+    ]
     if subprocess.run([*command, *arguments], cwd=ROOT).returncode != 0:
         sys.exit(f"[dev.py] pip could not install {' '.join(arguments)}; its last lines above say why")
 
 
 def set_up() -> None:
     if sys.version_info < (3, 11):
-        sys.exit(f"[dev.py] needs Python 3.11 or newer, this is {sys.version.split()[0]}: run it as python3.11 dev.py (or newer)")
+        sys.exit(
+            f"[dev.py] needs Python 3.11 or newer, this is {sys.version.split()[0]}: run it as python3.11 dev.py (or newer)"
+        )
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode != 0:
         sys.exit("[dev.py] needs pip: install it with `python3 -m ensurepip` or your system's python3-pip package")
     requirements = ROOT / "requirements.txt"
@@ -63,7 +77,16 @@ def main() -> None:
         "run": arguments,
     }[what]
     environment = {**os.environ, "VIRTUAL_ENV": str(VENV), "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
-    say("running " + " ".join(["jetkernels demo", *arguments] if what == "demo" else ["pytest", *arguments] if what == "test" else arguments))
+    say(
+        "running "
+        + " ".join(
+            ["jetkernels demo", *arguments]
+            if what == "demo"
+            else ["pytest", *arguments]
+            if what == "test"
+            else arguments
+        )
+    )
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
 
 

@@ -14,7 +14,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent.resolve()
-CHOICES = ("auto", "cuda", "cpu")  # of JETKERNELS_BUILD; it names the build's folder, so nothing else gets as far as CMake
+CHOICES = (
+    "auto",
+    "cuda",
+    "cpu",
+)  # of JETKERNELS_BUILD; it names the build's folder, so nothing else gets as far as CMake
 
 
 def tool(name: str) -> str:
@@ -25,7 +29,9 @@ def tool(name: str) -> str:
 
 
 def configure() -> Path:
-    """The build's folder, ready to be built; ends with the sentence of CMakeLists.txt that says what this machine lacks."""
+    """The build's folder, ready to be built; ends with the sentence of CMakeLists.txt that says what this machine
+    lacks.
+    """
     if sys.platform != "linux":
         sys.exit(f"jetkernels builds on Linux, this is {sys.platform}")
     choice = os.environ.get("JETKERNELS_BUILD") or "auto"
@@ -34,8 +40,18 @@ def configure() -> Path:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         sys.exit("jetkernels needs a C++17 compiler: install g++ (Debian: apt-get install g++) or set CXX")
     folder = ROOT / "build" / choice
-    command = [tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-               f"-DPython_EXECUTABLE={sys.executable}", f"-DJETKERNELS_BUILD={choice}"]  # fmt: skip
+    command = [
+        tool("cmake"),
+        "-S",
+        ROOT,
+        "-B",
+        folder,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DJETKERNELS_BUILD={choice}",
+    ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0:
         said = re.search(r"^CMake Error at \S+ \(message\):\n((?:  .*\n)+)", done.stderr, re.MULTILINE)
@@ -45,7 +61,9 @@ def configure() -> Path:
 
 
 class EarlyRefusal(dist_info):
-    """pip asks for metadata before it downloads dependencies: what a build would lack is said before a gigabyte of them has come."""
+    """pip asks for metadata before it downloads dependencies: what a build would lack is said before a gigabyte of them
+    has come.
+    """
 
     def run(self) -> None:
         configure()

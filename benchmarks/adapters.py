@@ -1,6 +1,7 @@
 """How the peers want the same problem: exact changes of layout, tested on a CPU against our own op.
 
-The delta rule acts on each value column alone, so a head of V columns is V / 128 heads of 128 with the same q, k, g, beta.
+The delta rule acts on each value column alone, so a head of V columns is V / 128 heads of 128 with the same q, k, g,
+beta.
 A key dimension that is zero in q and k never changes the output, so K = 96 may be padded to 128, after the l2norm.
 """
 
@@ -46,7 +47,9 @@ def merged_states(S: Tensor, H: int) -> Tensor:
 
 
 def heads_of_128(inputs: Inputs) -> Inputs:
-    """The same problem with K = V = 128; q and k are normalised already and the scale stays K^-0.5 of the original K."""
+    """The same problem with K = V = 128; q and k are normalised already and the scale stays K^-0.5 of the original
+    K.
+    """
     parts = inputs["v"].shape[-1] // HEAD
     return {
         "q": padded_keys(normalized(inputs["q"])).contiguous(),

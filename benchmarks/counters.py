@@ -10,17 +10,36 @@ from benchmarks.report import table
 from benchmarks.shapes import Draw, Shape
 
 COLUMNS = {
-    "op": "op", "shape": "shape", "size": "size", "dtype": "dtype", "kernel": "kernel", "grid": "grid", "read": "read B", "written": "written B",
-    "ideal": "least B", "bytes_ratio": "bytes / least", "per_sector": "bytes / sectors", "flop": "tensor FLOP", "flop_ratio": "FLOP / least",
-    "conflicts": "conflict factor", "bound_us": "bound us", "floor_us": "floor us",
-}  # fmt: skip
+    "op": "op",
+    "shape": "shape",
+    "size": "size",
+    "dtype": "dtype",
+    "kernel": "kernel",
+    "grid": "grid",
+    "read": "read B",
+    "written": "written B",
+    "ideal": "least B",
+    "bytes_ratio": "bytes / least",
+    "per_sector": "bytes / sectors",
+    "flop": "tensor FLOP",
+    "flop_ratio": "FLOP / least",
+    "conflicts": "conflict factor",
+    "bound_us": "bound us",
+    "floor_us": "floor us",
+}
 SECTOR = 32
 
 
 def cases(shape: Shape, B: int, T: int) -> list[Case]:
     """Each op at one size: B sequences for the ops of decode, T tokens of one sequence for the others."""
     decode = [op(shape, B, pool) for pool in (FP32, BF16) for op in (ops.recurrent, ops.verify, ops.commit)]
-    return [*decode, ops.conv_step(shape, B), ops.chunk(shape, 1, T), ops.conv(shape, 1, T), ops.apply_conv(shape, 1, T)]
+    return [
+        *decode,
+        ops.conv_step(shape, B),
+        ops.chunk(shape, 1, T),
+        ops.conv(shape, 1, T),
+        ops.apply_conv(shape, 1, T),
+    ]
 
 
 def traffic(counters: dict) -> tuple[int, int]:
@@ -54,25 +73,35 @@ def row_of(case: Case, kernel: str, grid: str, counters: dict) -> dict[str, obje
     sectors = counters["global_read_sectors"] + counters["global_write_sectors"]
     done = Work(moved(counters), counters["tensor_flop"])
     return {
-        "kernel": kernel, "grid": grid, "read": read, "written": written,
+        "kernel": kernel,
+        "grid": grid,
+        "read": read,
+        "written": written,
         "per_sector": by_threads / (SECTOR * sectors) if sectors else None,
-        "flop": counters["tensor_flop"], "conflicts": conflict_factor(counters),
+        "flop": counters["tensor_flop"],
+        "conflicts": conflict_factor(counters),
         "bound_us": done.seconds(floors.H200) * 1e6,
-    }  # fmt: skip
+    }
 
 
 def rows_of(case: Case, launches: list[dict]) -> list[dict[str, object]]:
     """A row per launch, and one for the whole op with its floor."""
     what = {"op": case.op, "shape": case.shape.name, "size": case.size, "dtype": case.dtype}
     if not launches:
-        return [{**what, "kernel": "no kernel", "ideal": case.work.bytes, "floor_us": case.work.seconds(floors.H200) * 1e6}]
+        return [
+            {**what, "kernel": "no kernel", "ideal": case.work.bytes, "floor_us": case.work.seconds(floors.H200) * 1e6}
+        ]
     rows = []
     if len(launches) > 1:
-        rows = [{**what, **row_of(case, short(r["kernel"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches]
+        rows = [
+            {**what, **row_of(case, short(r["kernel"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches
+        ]
     whole = row_of(case, "all" if rows else short(launches[0]["kernel"]), "", added([r["counters"] for r in launches]))
     if not rows:
         whole["grid"] = "x".join(map(str, launches[0]["grid"]))
-    whole["bound_us"] = sum(Work(moved(r["counters"]), r["counters"]["tensor_flop"]).seconds(floors.H200) for r in launches) * 1e6
+    whole["bound_us"] = (
+        sum(Work(moved(r["counters"]), r["counters"]["tensor_flop"]).seconds(floors.H200) for r in launches) * 1e6
+    )
     whole |= {"ideal": case.work.bytes, "bytes_ratio": (whole["read"] + whole["written"]) / case.work.bytes}
     whole |= {"floor_us": case.work.seconds(floors.H200) * 1e6}
     whole |= {"flop_ratio": whole["flop"] / case.work.flop} if case.work.flop else {}
@@ -121,6 +150,10 @@ def print_counters(shapes: list[Shape], B: int, T: int, only: str = "") -> None:
     rows = count(shapes, B, T, only)
     print(table(rows, COLUMNS))
     H200 = floors.H200
-    print(f"\nbound: whole sectors at {H200.bandwidth / 1e12} TB/s, FLOP at {H200.tensor / 1e12:.0f} TFLOP/s, launch by launch;")
+    print(
+        f"\nbound: whole sectors at {H200.bandwidth / 1e12} TB/s, FLOP at {H200.tensor / 1e12:.0f} TFLOP/s, launch by launch;"
+    )
     print("floor: the same for the least bytes and FLOP of the op. Both leave out launches, latency and instructions.")
-    print("bytes / sectors: of the threads' accesses; below 1 something is moved and not used, above 1 lanes share bytes.")
+    print(
+        "bytes / sectors: of the threads' accesses; below 1 something is moved and not used, above 1 lanes share bytes."
+    )

@@ -32,7 +32,9 @@ def recurrent(shape: Shape, dtype: torch.dtype, repeats: int) -> dict[str, Timin
     ours = state.clone()
     return side_by_side(
         {
-            "jetkernels": lambda: jetkernels.recurrent_gated_delta_rule_(**inputs, state=ours, use_qk_l2norm_in_kernel=True),
+            "jetkernels": lambda: jetkernels.recurrent_gated_delta_rule_(
+                **inputs, state=ours, use_qk_l2norm_in_kernel=True
+            ),
             "transformers": lambda: peer(
                 *inputs.values(), initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
             ),
@@ -108,7 +110,11 @@ MEASUREMENTS = {
 
 def measure(shape: str, only: str, repeats: int) -> list[dict[str, object]]:
     todo = [
-        (name, each, dtype) for name in MEASUREMENTS if only in name for each in chosen_shapes(shape) for dtype in DTYPES
+        (name, each, dtype)
+        for name in MEASUREMENTS
+        if only in name
+        for each in chosen_shapes(shape)
+        for dtype in DTYPES
     ]
     rows = []
     for name, each, dtype in (bar := tqdm(todo, unit="row")):

@@ -40,7 +40,13 @@ def describe() -> list[str]:
 
 def timing_row(timing: Timing) -> dict[str, object]:
     us = {name: getattr(timing, name) * 1e6 for name in ("median", "fastest", "slowest")}
-    return {"us": us["median"], "us_fastest": us["fastest"], "us_slowest": us["slowest"], "n": timing.n, "method": timing.method}
+    return {
+        "us": us["median"],
+        "us_fastest": us["fastest"],
+        "us_slowest": us["slowest"],
+        "n": timing.n,
+        "method": timing.method,
+    }
 
 
 def floor_row(seconds: float, work: Work, ceilings: Ceilings) -> dict[str, float]:
@@ -63,7 +69,12 @@ def measure_ceilings(rows: Rows, device: torch.device) -> tuple[Ceilings, float]
     draw = Draw(device)
     a, b = (draw.normal(PRODUCT, PRODUCT, dtype=torch.bfloat16) for _ in "ab")
     product = device_time([lambda: a @ b], seconds=0.5)
-    rows.add(op="bf16 product", size=f"{PRODUCT}^3", **timing_row(product), tflop_per_s=2 * PRODUCT**3 / product.median / 1e12)
+    rows.add(
+        op="bf16 product",
+        size=f"{PRODUCT}^3",
+        **timing_row(product),
+        tflop_per_s=2 * PRODUCT**3 / product.median / 1e12,
+    )
     empty = device_time([empty_launch] * EMPTY_LAUNCHES)
     rows.add(op="empty launch", size="in a graph", **timing_row(empty))
     return Ceilings(2 * COPY_BYTES / copy.median, 2 * PRODUCT**3 / product.median), empty.median
@@ -128,7 +139,13 @@ def measure_model(model, batch: int, ceilings: Ceilings, bar) -> list[dict[str, 
     common = {"method": "clock", "n": speed.runs, "served_by": "the model"}
     timed = (("model prefill", prefill, batch * PROMPT, prefill_work), ("model decode step", step, batch, step_work))
     return [
-        {"op": op, "us": seconds * 1e6, "tokens_per_s": tokens / seconds, **common, **floor_row(seconds, work, ceilings)}
+        {
+            "op": op,
+            "us": seconds * 1e6,
+            "tokens_per_s": tokens / seconds,
+            **common,
+            **floor_row(seconds, work, ceilings),
+        }
         for op, seconds, tokens, work in timed
     ]
 
@@ -159,7 +176,9 @@ def measure_models(rows: Rows, clock: Clock, device: torch.device, ceilings: Cei
 
 
 @torch.no_grad()
-def measure(rows: Rows, clock: Clock, device: torch.device, shapes: list[Shape], op: str = "", model: bool = True) -> None:
+def measure(
+    rows: Rows, clock: Clock, device: torch.device, shapes: list[Shape], op: str = "", model: bool = True
+) -> None:
     """``op``: only the ops whose name contains it."""
     rows.add(provenance=provenance("python -m benchmarks.run", device))
     ceilings, empty = measure_ceilings(rows, device)
@@ -176,5 +195,8 @@ def measure(rows: Rows, clock: Clock, device: torch.device, shapes: list[Shape],
             continue
         rows.attempt(clock, lambda case=case: measure_case(case, device, ceilings, empty), **what)
         if device_is_lost():
-            rows.add(**what, failed="the device was lost here; what comes after it was not measured. --op chooses one op, for the others")
+            rows.add(
+                **what,
+                failed="the device was lost here; what comes after it was not measured. --op chooses one op, for the others",
+            )
             return

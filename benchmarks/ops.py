@@ -1,4 +1,6 @@
-"""Calls of the ops at a shape: arguments, floors, results. What is measured, compared, sanitised and counted is listed here."""
+"""Calls of the ops at a shape: arguments, floors, results. What is measured, compared, sanitised and counted is listed
+here.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -64,7 +66,13 @@ def _resume_buffers(shape: Shape, B: int, T: int, draw: Draw) -> tuple[Tensor, T
 def verify(shape: Shape, B: int, pool: torch.dtype, T: int = DRAFT_TOKENS) -> Case:
     def make(draw: Draw) -> tuple:
         inputs = delta_rule_inputs(shape, B, T, BF16, draw)
-        return (*inputs.values(), *_pool(shape, B, pool, draw), *_resume_buffers(shape, B, T, draw), shape.K**-0.5, True)
+        return (
+            *inputs.values(),
+            *_pool(shape, B, pool, draw),
+            *_resume_buffers(shape, B, T, draw),
+            shape.K**-0.5,
+            True,
+        )
 
     work = floors.verify(shape, B, T, pool.itemsize)
     return Case(f"{RECURRENT}_verify", shape, f"{B} x {T}", f"bf16, {NAMES[pool]} pool", work, make)
@@ -198,5 +206,3 @@ def rms_error(out: Tensor, ref: Tensor) -> float:
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     return {name: rms_error(got[name], expected[name]) for name in expected}
-
-

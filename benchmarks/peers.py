@@ -1,7 +1,7 @@
 """The peers: how each is imported and called. Arguments are adapted before the clock runs; ``adapters`` says how.
 
-A peer is a function of the inputs that returns (run, read): ``run()`` is what is timed, ``read(run())`` is (output, final
-state or None) as our op would return them.
+A peer is a function of the inputs that returns (run, read): ``run()`` is what is timed, ``read(run())`` is (output,
+final state or None) as our op would return them.
 """
 
 from collections.abc import Callable
@@ -107,7 +107,9 @@ def flashinfer_chunk(function, inputs: Inputs):
 
     def read(out):
         o, state = out
-        return adapters.merged_values(o.unflatten(0, (B, T)), H), adapters.merged_states(state.transpose(-1, -2), H)[:, :, :K]
+        return adapters.merged_values(o.unflatten(0, (B, T)), H), adapters.merged_states(state.transpose(-1, -2), H)[
+            :, :, :K
+        ]
 
     return lambda: function(**adapted, scale=K**-0.5, output_final_state=True, cu_seqlens=bounds), read
 
@@ -117,7 +119,8 @@ def plain_chunk(function, inputs: Inputs):
     return lambda: function(*inputs.values(), None, None, scale, True), lambda out: out
 
 
-# Recurrent, T = 1: prepare(function, inputs, state fp32 [B, H, K, V], a, b). In-place peers get their own copy of the state.
+# Recurrent, T = 1: prepare(function, inputs, state fp32 [B, H, K, V], a, b). In-place peers get their own copy of the
+# state.
 
 
 def fla_recurrent(function, inputs: Inputs, state: Tensor, a: Tensor, b: Tensor):
@@ -174,15 +177,23 @@ def unfused_dynamic_conv(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor
 CHUNK = (
     Peer("flash-linear-attention", _fla("chunk_gated_delta_rule"), fla_chunk),
     Peer("FlashQLA", _flash_qla, flash_qla_chunk, "q, k normalised and everything laid out beforehand"),
-    Peer("FlashInfer", _flashinfer("gdn_prefill", "chunk_gated_delta_rule"), flashinfer_chunk,
-         "q, k normalised and everything laid out beforehand"),
+    Peer(
+        "FlashInfer",
+        _flashinfer("gdn_prefill", "chunk_gated_delta_rule"),
+        flashinfer_chunk,
+        "q, k normalised and everything laid out beforehand",
+    ),
     Peer("plain PyTorch", _plain("chunk_gated_delta_rule"), plain_chunk),
     Peer("transformers", lambda: transformers_delta_rule()[0], transformers_chunk, "q, k repeated beforehand"),
-)  # fmt: skip
+)
 RECURRENT = (
     Peer("flash-linear-attention", _fla("fused_recurrent_gated_delta_rule"), fla_recurrent, "out of place"),
-    Peer("FlashInfer", _flashinfer("gdn_decode", "gated_delta_rule_decode"), flashinfer_recurrent,
-         "gates computed inside; K < 128 padded and normalised beforehand"),
+    Peer(
+        "FlashInfer",
+        _flashinfer("gdn_decode", "gated_delta_rule_decode"),
+        flashinfer_recurrent,
+        "gates computed inside; K < 128 padded and normalised beforehand",
+    ),
     Peer("plain PyTorch", _plain("recurrent_gated_delta_rule"), plain_recurrent),
     Peer("transformers", lambda: transformers_delta_rule()[1], transformers_recurrent, "out of place"),
-)  # fmt: skip
+)

@@ -1,9 +1,11 @@
-"""Does the placement that a search finds beat a uniform one? Several seeds, each with its own base and super network; one table.
+"""Does the placement that a search finds beat a uniform one? Several seeds, each with its own base and super network;
+one table.
 
-    python -m benchmarks.postnas_seeds --output FOLDER [--seeds 3] [--full 1,2] [--base-steps 4000] [options of `search placement`]
+    python -m benchmarks.postnas_seeds --output FOLDER [--seeds 3] [--full 1,2] [--base-steps 4000] [options of `search
+    placement`]
 
-Writes report.md: for every budget what each seed found, and found against uniform with the spread between seeds. A run that was
-killed goes on when it is called again.
+Writes report.md: for every budget what each seed found, and found against uniform with the spread between seeds. A run
+that was killed goes on when it is called again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from jetkernels.postnas import from_pretrained
 from jetkernels.postnas.base import weights_digest
 from jetkernels.postnas.report import markdown_table, provenance, write_text
 
-SHARED = ("text", "suffix", "length", "distances", "task-share", "device")  # options that a base and its search have in common
+SHARED = (
+    "text",
+    "suffix",
+    "length",
+    "distances",
+    "task-share",
+    "device",
+)  # options that a base and its search have in common
 SUPER_NETWORK = "super_network.ckpt"  # in the output folder of `search placement`
 
 
@@ -59,7 +68,9 @@ def budget_section(full: int, folders: list[Path]) -> str:
         [
             f"## {full} full layer{'s' if full > 1 else ''}\n",
             markdown_table(["seed", "uniform: layers (0-based)", "found"], each),
-            markdown_table(["placement", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))], means),
+            markdown_table(
+                ["placement", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))], means
+            ),
             "Loss of uniform minus loss of found:\n",
             markdown_table(["task", *(f"seed {i}" for i in range(len(seeds))), "mean ± deviation"], gains),
         ]
@@ -84,7 +95,17 @@ def main() -> int:
         folder = arguments.output / f"seed{seed}"
         base = arguments.base or folder / "base"
         if arguments.base is None:
-            words = ["--output", str(base), "--seed", str(seed), "--steps", str(arguments.base_steps), "--save-every", "200", *shared]
+            words = [
+                "--output",
+                str(base),
+                "--seed",
+                str(seed),
+                "--steps",
+                str(arguments.base_steps),
+                "--save-every",
+                "200",
+                *shared,
+            ]
             if jetkernels(["search", "base", *words]) != 0:
                 return 1
         for before, full in zip([None, *budgets], budgets):
@@ -101,9 +122,16 @@ def main() -> int:
     text = [
         "# Found against uniform placement\n",
         f"Mean ± standard deviation over {arguments.seeds} seeds; "
-        + ("a seed is that of the super network, the base is one" if arguments.base else "each seed trains its own base and super network")
+        + (
+            "a seed is that of the super network, the base is one"
+            if arguments.base
+            else "each seed trains its own base and super network"
+        )
         + ". Losses in nats per token of the right answer, on examples that the search has not seen.\n",
-        *(budget_section(full, [arguments.output / f"seed{seed}" / f"full{full}" for seed in range(arguments.seeds)]) for full in budgets),
+        *(
+            budget_section(full, [arguments.output / f"seed{seed}" / f"full{full}" for seed in range(arguments.seeds)])
+            for full in budgets
+        ),
         "## Provenance\n",
         provenance([("base", described), ("options of `search placement`", " ".join(options) or "defaults")]),
     ]

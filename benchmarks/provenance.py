@@ -1,4 +1,6 @@
-"""What every number carries: device, driver, torch, commit, command, date, and whether other processes took the processors."""
+"""What every number carries: device, driver, torch, commit, command, date, and whether other processes took the
+processors.
+"""
 
 import datetime
 import hashlib
@@ -66,7 +68,9 @@ def processors() -> dict[str, float]:
 
 
 def _waiting() -> dict[str, str]:
-    """What the environment says about how idle threads of OpenMP wait; a program of ours sets GOMP_SPINCOUNT (jetkernels/_machine.py)."""
+    """What the environment says about how idle threads of OpenMP wait; a program of ours sets GOMP_SPINCOUNT
+    (jetkernels/_machine.py).
+    """
     names = ("OMP_WAIT_POLICY", machine.SPIN, "KMP_BLOCKTIME")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -86,5 +90,5 @@ def provenance(command: str, device: torch.device | str = "cpu") -> dict[str, ob
         "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.exists() else None,
         "commit": commit(),
         "command": " ".join([command, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

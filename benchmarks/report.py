@@ -7,10 +7,22 @@ from pathlib import Path
 Row = dict[str, object]
 
 MEASURED = {
-    "op": "op", "shape": "shape", "size": "size", "dtype": "dtype", "us": "us", "above_empty_us": "over empty us", "floor_us": "floor us",
-    "reached_percent": "% of floor", "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s", "rms_error": "RMS error",
-    "served_by": "served by", "n": "n", "method": "method",
-}  # fmt: skip
+    "op": "op",
+    "shape": "shape",
+    "size": "size",
+    "dtype": "dtype",
+    "us": "us",
+    "above_empty_us": "over empty us",
+    "floor_us": "floor us",
+    "reached_percent": "% of floor",
+    "gb_per_s": "GB/s",
+    "tflop_per_s": "TFLOP/s",
+    "tokens_per_s": "tokens/s",
+    "rms_error": "RMS error",
+    "served_by": "served by",
+    "n": "n",
+    "method": "method",
+}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,11 +54,16 @@ def cell(value: object) -> str:
 
 
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
-    """A Markdown table of ``columns`` (key: title); columns without any value are left out, numbers stand to the right."""
+    """A Markdown table of ``columns`` (key: title); columns without any value are left out, numbers stand to the
+    right.
+    """
     used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
     if not rows or not used:
         return "(nothing)"
-    numeric = [all(isinstance(r.get(k), (int, float, type(None))) and not isinstance(r.get(k), bool) for r in rows) for k in used]
+    numeric = [
+        all(isinstance(r.get(k), (int, float, type(None))) and not isinstance(r.get(k), bool) for r in rows)
+        for k in used
+    ]
     cells = [list(used.values()), *([cell(row.get(key)) for key in used] for row in rows)]
     widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(used))]
 

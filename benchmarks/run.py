@@ -37,7 +37,9 @@ def on_cuda(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
         raise SystemExit("there is no CUDA device here; it would measure\n  " + "\n  ".join(measure.describe()))
     rows = Rows()
     device = torch.device("cuda", torch.cuda.current_device())
-    measure.measure(rows, Clock(arguments.seconds), device, chosen_shapes(arguments.shape), arguments.op, model=not arguments.op)
+    measure.measure(
+        rows, Clock(arguments.seconds), device, chosen_shapes(arguments.shape), arguments.op, model=not arguments.op
+    )
     facts, found = rows.rows[0]["provenance"], rows.rows[1:]
     print("\n" + table([row for row in found if "us" in row], MEASURED))
     print("\n".join(reasons(found)))
@@ -52,11 +54,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="cpu: interleaved rounds; the median counts")
     parser.add_argument("--seconds", type=float, default=480, help="cuda: start nothing new after this long")
     parser.add_argument("--output", type=Path, help="folder for the JSON (default: benchmarks/results/<device>)")
-    parser.add_argument("--counters", action="store_true", help="count bytes, FLOP and conflicts on the simulator; measures no time")
+    parser.add_argument(
+        "--counters", action="store_true", help="count bytes, FLOP and conflicts on the simulator; measures no time"
+    )
     parser.add_argument("--batch", type=int, default=2, help="counters: sequences of the ops of decode")
     parser.add_argument("--tokens", type=int, default=256, help="counters: tokens of the other ops")
-    parser.add_argument("--forecast", action="store_true", help="predict cycles and times from the machine code of a build; measures no time")
-    parser.add_argument("--objects", type=Path, nargs="+", default=[], help="forecast: object files or folders; the first with a kernel counts")
+    parser.add_argument(
+        "--forecast",
+        action="store_true",
+        help="predict cycles and times from the machine code of a build; measures no time",
+    )
+    parser.add_argument(
+        "--objects",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="forecast: object files or folders; the first with a kernel counts",
+    )
     parser.add_argument("--csrc", type=Path, help="forecast: the sources of the objects, if not those here")
     parser.add_argument("--write", action="store_true", help="forecast: replace the committed one")
     arguments = parser.parse_args()

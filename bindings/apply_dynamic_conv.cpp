@@ -25,8 +25,8 @@ std::vector<int64_t> check(Checks& checks, const Tensor& x, const Tensor& kernel
   return check_sequences(checks, x, conv_state, cu_seqlens);
 }
 
-std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, OptionalTensor conv_state, OptionalTensor cu_seqlens,
-                                              bool silu) {
+std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, OptionalTensor conv_state,
+                                              OptionalTensor cu_seqlens, bool silu) {
   Checks checks("apply_dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, kernels, conv_state, cu_seqlens);
   ApplyDynamicConvParams p{};
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> apply_dynamic_conv(Tensor x, Tensor kernels, Optional
   p.silu = silu;
   const int device = launch_device(x);
   if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(p)))
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::apply_dynamic_conv", *reason, x, kernels,
-                                                  conv_state, cu_seqlens, silu);
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::apply_dynamic_conv", *reason, x, kernels, conv_state,
+                                                  cu_seqlens, silu);
   Tensor y = allocate(x, {checks.size("B"), checks.size("T"), checks.size("D")});
   Tensor conv_state_out = new_conv_state(checks, x);
   if (device != kHost) {
@@ -63,8 +63,8 @@ Gradients apply_dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_st
   const std::vector<int64_t> offsets = check(checks, x, kernels, conv_state, cu_seqlens);
   check_gradients(checks, x, grad_y, grad_conv_state_out);
   if (const auto reason = plain_reason(launch_device(x), false))
-    return call_plain<Gradients>("jet_plain::apply_dynamic_conv_backward", *reason, grad_y,
-                                 grad_conv_state_out, x, kernels, conv_state, cu_seqlens, silu);
+    return call_plain<Gradients>("jet_plain::apply_dynamic_conv_backward", *reason, grad_y, grad_conv_state_out, x,
+                                 kernels, conv_state, cu_seqlens, silu);
   kernels = dense(kernels), conv_state = dense(conv_state);
   grad_conv_state_out = dense(grad_conv_state_out);
   const int64_t B = checks.size("B"), T = checks.size("T"), D = checks.size("D");

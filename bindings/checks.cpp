@@ -40,8 +40,8 @@ int64_t item_size(const Tensor& t) {
   }
 }
 
-// The bytes that a tensor with elements occupies: `rows` blocks of `span` bytes, `pitch` apart. What dimension 0 does not lay
-// out in blocks one after the other is one block.
+// The bytes that a tensor with elements occupies: `rows` blocks of `span` bytes, `pitch` apart. What dimension 0 does
+// not lay out in blocks one after the other is one block.
 struct Footprint {
   explicit Footprint(const Tensor& t) : begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())) {
     const int64_t item = item_size(t);
@@ -91,12 +91,13 @@ bool overlaps_itself(const Tensor& t) {
   return false;
 }
 
-// The place of an element of g [B,T,H] above 0, or nothing. `Bits` is the signed integer of the element's size, `infinity` the
-// bits of inf: in between lie the positive numbers, above it the NaNs.
+// The place of an element of g [B,T,H] above 0, or nothing. `Bits` is the signed integer of the element's size,
+// `infinity` the bits of inf: in between lie the positive numbers, above it the NaNs.
 template <class Bits>
 std::vector<int64_t> positive_place(const Tensor& g, Bits infinity) {
   const Bits* p = static_cast<const Bits*>(g.const_data_ptr());
-  const int64_t B = g.size(0), T = g.size(1), H = g.size(2), b_stride = g.stride(0), t_stride = g.stride(1), h_stride = g.stride(2);
+  const int64_t B = g.size(0), T = g.size(1), H = g.size(2), b_stride = g.stride(0), t_stride = g.stride(1),
+                h_stride = g.stride(2);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t t = 0; t < T; ++t) {
       const Bits* row = p + b * b_stride + t * t_stride;
@@ -122,8 +123,8 @@ void Checks::written(std::initializer_list<Named> tensors, std::initializer_list
     const Tensor& t = *here->tensor;
     if (t.numel() == 0) continue;
     if (!t.is_contiguous() && overlaps_itself(t))
-      fail(here->name, " is written in place and must not overlap itself, got strides ", list_text(t.strides()), " for shape ",
-           shape_text(t));
+      fail(here->name, " is written in place and must not overlap itself, got strides ", list_text(t.strides()),
+           " for shape ", shape_text(t));
     const Footprint footprint(t);
     const auto apart = [&](const Named& other) {
       if (other.tensor != nullptr && other.tensor->numel() != 0 && footprint.meets(Footprint(*other.tensor)))
@@ -145,14 +146,16 @@ void Checks::decay(const char* name, const Tensor& g) const {
   fail(name, " must be <= 0 (the logarithm of a decay), got ", *value, " at ", list_text(place));
 }
 
-std::vector<int64_t> Checks::sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name, const Tensor& like) {
+std::vector<int64_t> Checks::sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name,
+                                       const Tensor& like) {
   const int64_t B = size("B"), T = size("T");
   if (!cu_seqlens) {
     bind("N", B, "as B", "");
     return {};
   }
   const Tensor& t = *cu_seqlens;
-  if (t.dim() != 1 || t.size(0) < 1) fail("cu_seqlens must have 1 dimension [N+1] with N >= 0, got shape ", shape_text(t));
+  if (t.dim() != 1 || t.size(0) < 1)
+    fail("cu_seqlens must have 1 dimension [N+1] with N >= 0, got shape ", shape_text(t));
   dtype("cu_seqlens", t, {ScalarType::Int, ScalarType::Long});
   device("cu_seqlens", t, like_name, like);
   if (B != 1) fail(like_name, " dimension 0 (B) must be 1 with cu_seqlens, got ", B);
@@ -167,7 +170,8 @@ std::vector<int64_t> Checks::sequences(const std::optional<Tensor>& cu_seqlens, 
   return offsets;
 }
 
-std::vector<int64_t> Checks::state_rows(const std::optional<Tensor>& state_indices, const char* like_name, const Tensor& like) {
+std::vector<int64_t> Checks::state_rows(const std::optional<Tensor>& state_indices, const char* like_name,
+                                        const Tensor& like) {
   const int64_t N = size("N"), P = size("P");
   if (!state_indices) {
     if (P < N) fail("the state pool must have at least N = ", N, " rows without state_indices, got P = ", P);

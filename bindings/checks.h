@@ -50,7 +50,9 @@ inline Dtype kernel_dtype(const Tensor& t) {
   }
 }
 
-inline IndexType index_type(const Tensor& t) { return t.scalar_type() == ScalarType::Int ? IndexType::i32 : IndexType::i64; }
+inline IndexType index_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Int ? IndexType::i32 : IndexType::i64;
+}
 
 inline std::string device_name(const torch::stable::Device& device) {
   std::string name = device.is_cuda() ? "cuda" : device.is_cpu() ? "cpu" : "another device";
@@ -85,15 +87,16 @@ class Checks {
   void shape(const char* name, const Tensor& t, std::initializer_list<const char*> dims) {
     if (!t.defined()) fail(name, " must be a Tensor, got None");
     if (t.dim() != static_cast<int64_t>(dims.size()))
-      fail(name, " must have ", dims.size(), " dimensions ", list(dims), ", got ", t.dim(), " with shape ", shape_text(t));
+      fail(name, " must have ", dims.size(), " dimensions ", list(dims), ", got ", t.dim(), " with shape ",
+           shape_text(t));
     const auto sizes = t.sizes();
     std::size_t i = 0;
     for (const char* symbol : dims) {
       const int64_t got = sizes[i];
       if (const Bound* bound = find(symbol)) {
         if (bound->size != got)
-          fail(name, " ", list(dims), " dimension ", i, " must be ", symbol, " = ", bound->size, " (", bound->how, bound->name,
-               "), got ", got);
+          fail(name, " ", list(dims), " dimension ", i, " must be ", symbol, " = ", bound->size, " (", bound->how,
+               bound->name, "), got ", got);
       } else {
         bind(symbol, got, "as in ", name);
       }
@@ -102,7 +105,9 @@ class Checks {
   }
 
   // Binds a symbol whose size follows from other arguments; `how` and `name` complete "K = 96 (…)".
-  void bind(const char* symbol, int64_t size, const char* how, const char* name) { bounds_.push_back({symbol, size, how, name}); }
+  void bind(const char* symbol, int64_t size, const char* how, const char* name) {
+    bounds_.push_back({symbol, size, how, name});
+  }
 
   int64_t size(const char* symbol) const { return find(symbol)->size; }
 
@@ -126,7 +131,8 @@ class Checks {
 
   void dtype_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
     if (scalar_type(t) != like.scalar_type())
-      fail(name, " must be ", dtype_name(like.scalar_type()), " like ", like_name, ", got ", dtype_name(scalar_type(t)));
+      fail(name, " must be ", dtype_name(like.scalar_type()), " like ", like_name, ", got ",
+           dtype_name(scalar_type(t)));
   }
 
   void contiguous(const char* name, const Tensor& t) const {
@@ -134,7 +140,8 @@ class Checks {
       fail(name, " must be contiguous, got strides ", list_text(t.strides()), " for shape ", shape_text(t));
   }
 
-  // For `tensors`, which are written in place: no two of their elements share memory, and none shares memory with `others`.
+  // For `tensors`, which are written in place: no two of their elements share memory, and none shares memory with
+  // `others`.
   struct Named {
     Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
     Named(const char* name, const std::optional<Tensor>& t) : name(name), tensor(t ? &*t : nullptr) {}
@@ -152,11 +159,13 @@ class Checks {
 
   // Checks state_indices [N] against P rows. Values are read where the host may read them: each must be below P,
   // and no row may be named twice. Returns them (negative: no row); empty when they may not be read or are absent.
-  std::vector<int64_t> state_rows(const std::optional<Tensor>& state_indices, const char* like_name, const Tensor& like);
+  std::vector<int64_t> state_rows(const std::optional<Tensor>& state_indices, const char* like_name,
+                                  const Tensor& like);
 
   // Checks `t` [N] of int32 or int64, and that each value is in 0..`most` (a bound symbol) where the host may read it.
   // Returns the values, or nothing.
-  std::vector<int64_t> counts(const char* name, const Tensor& t, const char* most, const char* like_name, const Tensor& like);
+  std::vector<int64_t> counts(const char* name, const Tensor& t, const char* most, const char* like_name,
+                              const Tensor& like);
 
  private:
   struct Bound {

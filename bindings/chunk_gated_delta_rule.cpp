@@ -27,9 +27,9 @@ std::vector<int64_t> check(Checks& checks, const Tensor& q, const Tensor& k, con
 }
 
 // All but the outputs. g and beta are in real_dtype(q).
-ChunkGatedDeltaRuleParams params(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                                 const Tensor& beta, const OptionalTensor& initial_state, const std::vector<int64_t>& offsets,
-                                 double scale, bool l2norm_qk) {
+ChunkGatedDeltaRuleParams params(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& g, const Tensor& beta, const OptionalTensor& initial_state,
+                                 const std::vector<int64_t>& offsets, double scale, bool l2norm_qk) {
   ChunkGatedDeltaRuleParams p{};
   p.dtype = kernel_dtype(q);
   p.B = checks.size("B"), p.T = checks.size("T"), p.N = checks.size("N");
@@ -40,7 +40,8 @@ ChunkGatedDeltaRuleParams params(const Checks& checks, const Tensor& q, const Te
   p.v = v.const_data_ptr(), p.v_strides = token_strides(v);
   p.g = g.const_data_ptr(), p.g_strides = token_strides(g);
   p.beta = beta.const_data_ptr(), p.beta_strides = token_strides(beta);
-  if (initial_state) p.initial_state = initial_state->const_data_ptr(), p.initial_state_strides = state_strides(*initial_state);
+  if (initial_state)
+    p.initial_state = initial_state->const_data_ptr(), p.initial_state_strides = state_strides(*initial_state);
   p.cu_seqlens = offsets.empty() ? nullptr : offsets.data();
   return p;
 }
@@ -57,7 +58,8 @@ Tensor readable(const Tensor& t) {
 }
 
 // On the device; `p` holds sizes and outputs.
-void launch(ChunkGatedDeltaRuleParams p, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens) {
+void launch(ChunkGatedDeltaRuleParams p, const Tensor& q, const Tensor& k, const Tensor& v,
+            const OptionalTensor& cu_seqlens) {
   const Tensor readable_q = readable(q), readable_k = readable(k), readable_v = readable(v);
   p.q = readable_q.const_data_ptr(), p.q_strides = token_strides(readable_q);
   p.k = readable_k.const_data_ptr(), p.k_strides = token_strides(readable_k);
@@ -81,8 +83,8 @@ std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, 
   ChunkGatedDeltaRuleParams p = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
   const int device = launch_device(q);
   if (const auto reason = plain_reason_of_call(device, chunk_kernel_takes(p)))
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, q, k, v, g,
-                                                  beta, initial_state, cu_seqlens, scale, l2norm_qk);
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, q, k, v, g, beta,
+                                                  initial_state, cu_seqlens, scale, l2norm_qk);
   g = in_dtype(g, real_dtype(q)), beta = in_dtype(beta, real_dtype(q));
   p.g = g.const_data_ptr(), p.g_strides = token_strides(g);
   p.beta = beta.const_data_ptr(), p.beta_strides = token_strides(beta);
@@ -99,9 +101,9 @@ std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, 
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_final_state, Tensor q, Tensor k, Tensor v, Tensor g,
-                                          Tensor beta, OptionalTensor initial_state, OptionalTensor cu_seqlens, double scale,
-                                          bool l2norm_qk) {
+Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_final_state, Tensor q, Tensor k, Tensor v,
+                                          Tensor g, Tensor beta, OptionalTensor initial_state,
+                                          OptionalTensor cu_seqlens, double scale, bool l2norm_qk) {
   Checks checks("chunk_gated_delta_rule_backward");
   const std::vector<int64_t> offsets = check(checks, q, k, v, g, beta, initial_state, cu_seqlens);
   checks.shape("grad_o", grad_o, {"B", "T", "H", "V"});
@@ -109,8 +111,8 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   checks.device("grad_o", grad_o, "q", q);
   check_state(checks, "grad_final_state", grad_final_state, q);
   if (const auto reason = plain_reason(launch_device(q), false))
-    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o,
-                                 grad_final_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
+    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o, grad_final_state, q, k,
+                                 v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
   const ScalarType g_dtype = g.scalar_type(), beta_dtype = beta.scalar_type();
   g = in_dtype(g, real_dtype(q)), beta = in_dtype(beta, real_dtype(q));
   const auto like = [](const Tensor& t) { return allocate(t, t.sizes()); };
@@ -120,9 +122,11 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   p.forward = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
   p.grad_o = grad_o.const_data_ptr(), p.grad_o_strides = token_strides(grad_o);
   if (grad_final_state)
-    p.grad_final_state = grad_final_state->const_data_ptr(), p.grad_final_state_strides = state_strides(*grad_final_state);
+    p.grad_final_state = grad_final_state->const_data_ptr(),
+    p.grad_final_state_strides = state_strides(*grad_final_state);
   p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
-  p.dg = dg.mutable_data_ptr(), p.dbeta = dbeta.mutable_data_ptr(), p.dinitial_state = dinitial_state.mutable_data_ptr();
+  p.dg = dg.mutable_data_ptr(), p.dbeta = dbeta.mutable_data_ptr(),
+  p.dinitial_state = dinitial_state.mutable_data_ptr();
   chunk_gated_delta_rule_backward_cpu(p, torch_parallel());
   return {dq, dk, dv, in_dtype(dg, g_dtype), in_dtype(dbeta, beta_dtype), dinitial_state};
 }

@@ -13,7 +13,8 @@ namespace jet::bindings {
 
 using OptionalTensor = std::optional<Tensor>;
 
-inline void check_like(const Checks& checks, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_like(const Checks& checks, const char* name, const Tensor& t, const char* like_name,
+                       const Tensor& like) {
   checks.dtype_like(name, t, like_name, like);
   checks.device(name, t, like_name, like);
 }
@@ -55,7 +56,8 @@ inline std::vector<int64_t> check_sequences(Checks& checks, const Tensor& x, con
   return offsets;
 }
 
-inline void check_gradients(Checks& checks, const Tensor& x, const Tensor& grad_y, const OptionalTensor& grad_conv_state_out) {
+inline void check_gradients(Checks& checks, const Tensor& x, const Tensor& grad_y,
+                            const OptionalTensor& grad_conv_state_out) {
   checks.shape("grad_y", grad_y, {"B", "T", "D"});
   check_like(checks, "grad_y", grad_y, "x", x);
   if (!grad_conv_state_out) return;
@@ -74,12 +76,14 @@ inline Tensor new_conv_state(const Checks& checks, const Tensor& x) {
   return allocate(x, {checks.size("N"), checks.size("D"), checks.size("W-1")});
 }
 
-// For a launch: cu_seqlens, contiguous, stays where it is. The pointers stay valid as long as x, conv_state (contiguous) and cu_seqlens do.
+// For a launch: cu_seqlens, contiguous, stays where it is. The pointers stay valid as long as x, conv_state
+// (contiguous) and cu_seqlens do.
 inline ConvInputs device_conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
                                      const OptionalTensor& cu_seqlens) {
   ConvInputs in{};
   in.dtype = kernel_dtype(x);
-  in.B = checks.size("B"), in.T = checks.size("T"), in.D = checks.size("D"), in.W = checks.size("W"), in.N = checks.size("N");
+  in.B = checks.size("B"), in.T = checks.size("T"), in.D = checks.size("D"), in.W = checks.size("W"),
+  in.N = checks.size("N");
   in.x = x.const_data_ptr();
   set_strides(x, in.x_stride);
   in.conv_state = data(conv_state);
@@ -89,7 +93,8 @@ inline ConvInputs device_conv_inputs(const Checks& checks, const Tensor& x, cons
 }
 
 // For a call on the host: `offsets` are what check_sequences returned.
-inline ConvInputs conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state, const std::vector<int64_t>& offsets) {
+inline ConvInputs conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
+                              const std::vector<int64_t>& offsets) {
   ConvInputs in = device_conv_inputs(checks, x, conv_state, std::nullopt);
   if (!offsets.empty()) in.cu_seqlens = offsets.data(), in.cu_seqlens_dtype = IndexType::i64;
   return in;

@@ -32,8 +32,8 @@ inline void check_heads(const Checks& checks, const char* values, const char* ke
 }
 
 // q, k [batch,T,Hk,K], v [batch,T,H,V], g, beta [batch,T,H]; `batch` is the symbol B or N
-inline void check_tokens(Checks& checks, const char* batch, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                         const Tensor& beta) {
+inline void check_tokens(Checks& checks, const char* batch, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const Tensor& g, const Tensor& beta) {
   checks.shape("q", q, {batch, "T", "Hk", "K"});
   checks.floating("q", q);
   checks.shape("k", k, {batch, "T", "Hk", "K"});
@@ -74,13 +74,15 @@ inline std::vector<int64_t> check_pool(Checks& checks, const Tensor& state, cons
 
 // For a launch: the rows stay where they are.
 inline StatePool device_pool(const Tensor& state, const std::optional<Tensor>& state_indices) {
-  StatePool pool{kernel_dtype(state), state.size(0), const_cast<void*>(state.const_data_ptr()), state_strides(state), nullptr, IndexType::i64};
+  StatePool pool{kernel_dtype(state),  state.size(0), const_cast<void*>(state.const_data_ptr()),
+                 state_strides(state), nullptr,       IndexType::i64};
   if (state_indices) pool.rows = state_indices->const_data_ptr(), pool.rows_dtype = index_type(*state_indices);
   return pool;
 }
 
 // For a call on the host: `rows` are what check_pool returned.
-inline StatePool host_pool(const Tensor& state, const std::optional<Tensor>& state_indices, const std::vector<int64_t>& rows) {
+inline StatePool host_pool(const Tensor& state, const std::optional<Tensor>& state_indices,
+                           const std::vector<int64_t>& rows) {
   StatePool pool = device_pool(state, std::nullopt);
   if (state_indices) pool.rows = rows.data();
   return pool;

@@ -13,7 +13,8 @@ namespace jet::bindings {
 namespace {
 
 std::vector<int64_t> check(Checks& checks, const Tensor& x, const Tensor& hidden, const Tensor& weight,
-                           const OptionalTensor& bias, const OptionalTensor& conv_state, const OptionalTensor& cu_seqlens) {
+                           const OptionalTensor& bias, const OptionalTensor& conv_state,
+                           const OptionalTensor& cu_seqlens) {
   checks.shape("x", x, {"B", "T", "D"});
   checks.floating("x", x);
   checks.shape("hidden", hidden, {"B", "T", "R"});
@@ -34,19 +35,21 @@ DynamicConvParams params(const Checks& checks, const ConvInputs& in, const Tenso
   return p;
 }
 
-std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, OptionalTensor bias, OptionalTensor conv_state,
-                                        OptionalTensor cu_seqlens, bool silu) {
+std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, OptionalTensor bias,
+                                        OptionalTensor conv_state, OptionalTensor cu_seqlens, bool silu) {
   Checks checks("dynamic_conv");
   const std::vector<int64_t> offsets = check(checks, x, hidden, weight, bias, conv_state, cu_seqlens);
-  DynamicConvParams p = params(checks, device_conv_inputs(checks, x, conv_state, cu_seqlens), hidden, weight, bias, silu);
+  DynamicConvParams p =
+      params(checks, device_conv_inputs(checks, x, conv_state, cu_seqlens), hidden, weight, bias, silu);
   const int device = launch_device(x);
   if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(p)))
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::dynamic_conv", *reason, x, hidden, weight,
-                                                  bias, conv_state, cu_seqlens, silu);
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::dynamic_conv", *reason, x, hidden, weight, bias,
+                                                  conv_state, cu_seqlens, silu);
   Tensor y = allocate(x, {checks.size("B"), checks.size("T"), checks.size("D")});
   Tensor conv_state_out = new_conv_state(checks, x);
   if (device != kHost) {
-    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), bias = dense(bias), conv_state = aligned(conv_state);
+    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), bias = dense(bias),
+    conv_state = aligned(conv_state);
     cu_seqlens = dense(cu_seqlens);
     p = params(checks, device_conv_inputs(checks, x, conv_state, cu_seqlens), hidden, weight, bias, silu);
   } else {
@@ -64,14 +67,15 @@ std::tuple<Tensor, Tensor> dynamic_conv(Tensor x, Tensor hidden, Tensor weight, 
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_state_out, Tensor x, Tensor hidden, Tensor weight,
-                                OptionalTensor bias, OptionalTensor conv_state, OptionalTensor cu_seqlens, bool silu) {
+Gradients dynamic_conv_backward(Tensor grad_y, OptionalTensor grad_conv_state_out, Tensor x, Tensor hidden,
+                                Tensor weight, OptionalTensor bias, OptionalTensor conv_state,
+                                OptionalTensor cu_seqlens, bool silu) {
   Checks checks("dynamic_conv_backward");
   const std::vector<int64_t> offsets = check(checks, x, hidden, weight, bias, conv_state, cu_seqlens);
   check_gradients(checks, x, grad_y, grad_conv_state_out);
   if (const auto reason = plain_reason(launch_device(x), false))
-    return call_plain<Gradients>("jet_plain::dynamic_conv_backward", *reason, grad_y, grad_conv_state_out,
-                                 x, hidden, weight, bias, conv_state, cu_seqlens, silu);
+    return call_plain<Gradients>("jet_plain::dynamic_conv_backward", *reason, grad_y, grad_conv_state_out, x, hidden,
+                                 weight, bias, conv_state, cu_seqlens, silu);
   weight = dense(weight), bias = dense(bias), conv_state = dense(conv_state);
   grad_conv_state_out = dense(grad_conv_state_out);
   const int64_t B = checks.size("B"), T = checks.size("T"), R = checks.size("R"), rows = checks.size("D*W");

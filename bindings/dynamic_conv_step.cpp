@@ -25,7 +25,8 @@ Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor 
   const auto params = [&] {
     DynamicConvStepParams p{};
     p.dtype = kernel_dtype(x);
-    p.N = checks.size("N"), p.D = checks.size("D"), p.R = checks.size("R"), p.W = checks.size("W"), p.P = checks.size("P");
+    p.N = checks.size("N"), p.D = checks.size("D"), p.R = checks.size("R"), p.W = checks.size("W"),
+    p.P = checks.size("P");
     p.silu = silu;
     p.x = x.const_data_ptr();
     set_strides(x, p.x_stride);

@@ -1,5 +1,5 @@
-// What was built and which backend serves which op, as C functions: jetkernels/_library.py calls them with ctypes, so that one library
-// serves every Python. Texts live as long as the library.
+// What was built and which backend serves which op, as C functions: jetkernels/_library.py calls them with ctypes, so
+// that one library serves every Python. Texts live as long as the library.
 #include <exception>
 #include <string>
 
@@ -18,7 +18,9 @@ JET_C_FUNCTION const char* jetkernels_build_info() {
 }
 
 // The reason that the bindings pass to the plain PyTorch path, as text.
-JET_C_FUNCTION const char* jetkernels_plain_reason_text(int64_t code) { return jet::text(static_cast<jet::PlainReason>(code)); }
+JET_C_FUNCTION const char* jetkernels_plain_reason_text(int64_t code) {
+  return jet::text(static_cast<jet::PlainReason>(code));
+}
 
 // Why the plain PyTorch path serves `op` on a CUDA device (-1: on a CPU); null if a kernel does.
 JET_C_FUNCTION const char* jetkernels_plain_reason(const char* op, int device) {

@@ -10,12 +10,13 @@
 #include "bindings/backend.h"
 
 // Lives in libtorch_cuda, which a CPU build of PyTorch has not.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace jet::bindings {
 
-// The device on which kernels for `t` are launched, or kHost if they are called. JET_SIMULATED_DEVICE (registration.h): CPU
-// tensors stand for those of device 0.
+// The device on which kernels for `t` are launched, or kHost if they are called. JET_SIMULATED_DEVICE (registration.h):
+// CPU tensors stand for those of device 0.
 inline int launch_device(const torch::stable::Tensor& t) {
 #ifdef JET_SIMULATED_DEVICE
   return t.is_cpu() ? 0 : kHost;

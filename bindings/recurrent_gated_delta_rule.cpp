@@ -25,8 +25,8 @@ Tensor recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor
   p.pool = device_pool(state, state_indices);
   const int device = launch_device(q);
   if (const auto reason = plain_reason_of_call(device, recurrent_kernel_takes(p)))
-    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", *reason, q, k, v, g, beta, state,
-                              state_indices, scale, l2norm_qk);
+    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule", *reason, q, k, v, g, beta, state, state_indices,
+                              scale, l2norm_qk);
   const Tensor o = allocate(v, v.sizes());
   p.o = o.mutable_data_ptr();
   if (device != kHost) {

@@ -25,7 +25,10 @@ void recurrent_gated_delta_rule_commit(Tensor keys, Tensor updates, Tensor g, Te
   checks.decay("g", g);
   const std::vector<int64_t> accepted = checks.counts("num_accepted", num_accepted, "T", "keys", keys);
   const std::vector<int64_t> rows = check_pool(checks, state, state_indices, "keys", keys);
-  checks.written({{"state", state}}, {{"keys", keys}, {"updates", updates}, {"g", g}, {"num_accepted", num_accepted},
+  checks.written({{"state", state}}, {{"keys", keys},
+                                      {"updates", updates},
+                                      {"g", g},
+                                      {"num_accepted", num_accepted},
                                       {"state_indices", state_indices}});
   state_indices = dense(state_indices), num_accepted = dense(num_accepted);
   RecurrentGatedDeltaRuleCommitParams p{};
@@ -38,8 +41,8 @@ void recurrent_gated_delta_rule_commit(Tensor keys, Tensor updates, Tensor g, Te
   p.pool = device_pool(state, state_indices);
   const int device = launch_device(keys);
   if (const auto reason = plain_reason_of_call(device, recurrent_kernel_takes(p)))
-    return call_plain<void>("jet_plain::recurrent_gated_delta_rule_commit", *reason, keys, updates, g, num_accepted, state,
-                            state_indices);
+    return call_plain<void>("jet_plain::recurrent_gated_delta_rule_commit", *reason, keys, updates, g, num_accepted,
+                            state, state_indices);
   if (device != kHost) {
     if constexpr (kWithCuda) recurrent_gated_delta_rule_commit_hopper(p, LaunchScope(keys).stream());
     return;

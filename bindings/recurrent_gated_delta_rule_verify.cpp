@@ -22,8 +22,9 @@ Tensor recurrent_gated_delta_rule_verify(Tensor q, Tensor k, Tensor v, Tensor g,
   check_drafts(checks, keys, updates, {real_dtype(q)});
   checks.device("keys", keys, "q", q);
   checks.device("updates", updates, "q", q);
-  checks.written({{"keys", keys}, {"updates", updates}}, {{"q", q}, {"k", k}, {"v", v}, {"g", g}, {"beta", beta},
-                                                          {"state", state}, {"state_indices", state_indices}});
+  checks.written(
+      {{"keys", keys}, {"updates", updates}},
+      {{"q", q}, {"k", k}, {"v", v}, {"g", g}, {"beta", beta}, {"state", state}, {"state_indices", state_indices}});
   state_indices = dense(state_indices);
   RecurrentGatedDeltaRuleVerifyParams p{recurrent_params(checks, q, k, v, g, beta, scale, l2norm_qk), nullptr, nullptr};
   p.forward.pool = device_pool(state, state_indices);
@@ -31,8 +32,8 @@ Tensor recurrent_gated_delta_rule_verify(Tensor q, Tensor k, Tensor v, Tensor g,
   // the kernels go by value heads; without any, k still goes to `keys`
   const bool only_keys = checks.size("H") == 0 && keys.numel() != 0;
   if (const auto reason = only_keys ? PlainReason::shape : plain_reason_of_call(device, recurrent_kernel_takes(p)))
-    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule_verify", *reason, q, k, v, g, beta, state, state_indices,
-                              keys, updates, scale, l2norm_qk);
+    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule_verify", *reason, q, k, v, g, beta, state,
+                              state_indices, keys, updates, scale, l2norm_qk);
   const Tensor o = allocate(v, v.sizes());
   p.forward.o = o.mutable_data_ptr(), p.keys = keys.mutable_data_ptr(), p.updates = updates.mutable_data_ptr();
   if (device != kHost) {

@@ -9,7 +9,8 @@
 namespace jet::bindings {
 
 // keys [N,T,Hk,K] and updates [N,T,H,V], which verify writes and commit reads.
-inline void check_drafts(Checks& checks, const Tensor& keys, const Tensor& updates, std::initializer_list<ScalarType> allowed) {
+inline void check_drafts(Checks& checks, const Tensor& keys, const Tensor& updates,
+                         std::initializer_list<ScalarType> allowed) {
   checks.shape("keys", keys, {"N", "T", "Hk", "K"});
   checks.shape("updates", updates, {"N", "T", "H", "V"});
   checks.dtype("keys", keys, allowed);
@@ -19,8 +20,9 @@ inline void check_drafts(Checks& checks, const Tensor& keys, const Tensor& updat
 }
 
 // All but the pool and the outputs.
-inline RecurrentGatedDeltaRuleParams recurrent_params(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& g, const Tensor& beta, double scale, bool l2norm_qk) {
+inline RecurrentGatedDeltaRuleParams recurrent_params(const Checks& checks, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& g, const Tensor& beta,
+                                                      double scale, bool l2norm_qk) {
   RecurrentGatedDeltaRuleParams p{};
   p.dtype = kernel_dtype(q), p.g_dtype = kernel_dtype(g), p.beta_dtype = kernel_dtype(beta);
   p.N = checks.size("N"), p.T = checks.size("T");

@@ -21,8 +21,8 @@
 #define JET_REGISTER(op, function) \
   STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CPU, m) { m.impl(#op, TORCH_BOX(&function)); }
 #else
-#define JET_REGISTER(op, function)                                                                    \
-  STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CPU, m) { m.impl(#op, TORCH_BOX(&function)); }             \
+#define JET_REGISTER(op, function)                                                        \
+  STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CPU, m) { m.impl(#op, TORCH_BOX(&function)); } \
   STABLE_TORCH_LIBRARY_IMPL(JET_NAMESPACE, CUDA, m) { m.impl(#op, TORCH_BOX(&function)); }
 #endif
 
@@ -38,7 +38,9 @@ struct Unstack {
 
 template <class... Results>
 struct Unstack<std::tuple<Results...>> {
-  static std::tuple<Results...> get(StableIValue* stack) { return torch::stable::detail::unbox_to_tuple<Results...>(stack); }
+  static std::tuple<Results...> get(StableIValue* stack) {
+    return torch::stable::detail::unbox_to_tuple<Results...>(stack);
+  }
   static constexpr std::size_t count = sizeof...(Results);
 };
 

@@ -1,5 +1,5 @@
-// Tensors made from tensors. A call through torch's dispatcher costs a microsecond, which counts in a decode step: none is made
-// where there is nothing to do.
+// Tensors made from tensors. A call through torch's dispatcher costs a microsecond, which counts in a decode step: none
+// is made where there is nothing to do.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,7 +17,9 @@ using torch::stable::Tensor;
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(dense(*t)) : t; }
 
-inline Tensor in_dtype(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
 
 // A new contiguous tensor on the device of `like`.
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
@@ -32,8 +34,8 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
-                                                         device_type, device_index, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code, device_type, device_index, &made));
   return Tensor(made);
 }
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {

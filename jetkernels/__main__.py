@@ -72,7 +72,9 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code. argv: the words behind `jetkernels`, by default those of this process."""
+    """Runs a command and returns its exit code. argv: the words behind `jetkernels`, by default those of this
+    process.
+    """
     if argv is None:
         argv = sys.argv[1:]
         _prepare_streams()
@@ -105,7 +107,9 @@ def sentence(error: Exception) -> str:
     """What an error says to people, in one line."""
     text = _one_line(str(error))
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        size = re.search(r"tried to allocate (\d+) bytes", text, re.IGNORECASE) or re.search(r"tried to allocate ([\d.]+ \wiB)", text, re.IGNORECASE)
+        size = re.search(r"tried to allocate (\d+) bytes", text, re.IGNORECASE) or re.search(
+            r"tried to allocate ([\d.]+ \wiB)", text, re.IGNORECASE
+        )
         tried = "" if size is None else f": tried to allocate {_size(size[1])}"
         return f"out of memory{tried}; fewer tokens or sequences at once, a narrower dtype or a smaller model need less"
     if not isinstance(error, EXPECTED):
@@ -139,7 +143,7 @@ def _prepare_streams() -> None:
     a character that the terminal does not have is shown as a question mark."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (as long as the process)
+            setattr(sys, name, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="replace")
     sys.stderr.reconfigure(errors="backslashreplace")
 

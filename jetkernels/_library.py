@@ -17,7 +17,9 @@ ptxas_report = _PACKAGE / "ptxas_report.txt"
 
 if not path.exists():
     if os.environ.get("JETKERNELS_LIBRARY"):
-        raise ImportError(f"JETKERNELS_LIBRARY names {path}, which does not exist; without it libjetkernels.so of the package is loaded")
+        raise ImportError(
+            f"JETKERNELS_LIBRARY names {path}, which does not exist; without it libjetkernels.so of the package is loaded"
+        )
     raise ImportError(
         "jetkernels is not built: run `pip install --no-build-isolation -e .` in the repository, "
         "or `python3 dev.py test`, which sets everything up"
@@ -25,7 +27,9 @@ if not path.exists():
 try:
     torch.ops.load_library(str(path))
 except OSError as error:
-    raise ImportError(f"jetkernels needs PyTorch 2.11 or newer, and {path} does not load with {torch.__version__}: {error}") from None
+    raise ImportError(
+        f"jetkernels needs PyTorch 2.11 or newer, and {path} does not load with {torch.__version__}: {error}"
+    ) from None
 _functions = ctypes.CDLL(str(path))  # the same one; of bindings/introspection.cpp
 if not hasattr(_functions, "jetkernels_build_info"):
     raise ImportError(f"{path} is no library of this version of jetkernels: build it again")
@@ -61,7 +65,11 @@ def empty_launch(stream: int) -> int:
 
 
 def _check_environment() -> None:
-    allowed = {"JETKERNELS_BACKEND": ["plain"], "JETKERNELS_CHECK": ["0", "1"], "JETKERNELS_CPU_ISA": build_info()["cpu_isas"]}
+    allowed = {
+        "JETKERNELS_BACKEND": ["plain"],
+        "JETKERNELS_CHECK": ["0", "1"],
+        "JETKERNELS_CPU_ISA": build_info()["cpu_isas"],
+    }
     for name, values in allowed.items():
         if (value := os.environ.get(name)) and value not in values:
             raise ImportError(f"{name} must be {' or '.join(values)} or unset, got {value!r}")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 SPIN = "GOMP_SPINCOUNT"
-# Turns of the loop in which an idle thread waits before it sleeps; one takes 35 ns (Xeon at 2.1 GHz). Where others use the
-# processors, a parallel region loses all turns before the thread that is waited for can run: 35 us with 1,000, 105 us with
-# 3,000, 450 us with 10,000, and whole time slices with libgomp's default of 300,000; a training step opens a thousand regions.
-# Without any turn even the shortest pause between two regions puts a thread to sleep, which costs a quiet machine more.
+# Turns of the loop in which an idle thread waits before it sleeps; one takes 35 ns (Xeon at 2.1 GHz). Where others use
+# the processors, a parallel region loses all turns before the thread that is waited for can run: 35 us with 1,000, 105
+# us with 3,000, 450 us with 10,000, and whole time slices with libgomp's default of 300,000; a training step opens a
+# thousand regions. Without any turn even the shortest pause between two regions puts a thread to sleep, which costs a
+# quiet machine more.
 SPINS = "1000"
 PROGRAMS = ("jetkernels", "benchmarks", "tests")  # what `python -m` of ours starts with
 
@@ -30,9 +31,12 @@ def program() -> str:
 def spin_shortly() -> None:
     """Lets idle OpenMP threads of this process and its children sleep soon, unless the user has said how they wait.
 
-    libgomp, which PyTorch's Linux builds use, reads this once, when torch is imported; later there is nothing to be done.
+    libgomp, which PyTorch's Linux builds use, reads this once, when torch is imported; later there is nothing to be
+    done.
     """
-    chosen = "OMP_WAIT_POLICY" in os.environ or SPIN in os.environ or any(name.startswith("KMP_") for name in os.environ)
+    chosen = (
+        "OMP_WAIT_POLICY" in os.environ or SPIN in os.environ or any(name.startswith("KMP_") for name in os.environ)
+    )
     if "torch" not in sys.modules and not chosen:
         os.environ[SPIN] = SPINS
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 
 def progress(items: Iterable | None = None, *, disable: bool = False, **options):
-    """A tqdm bar around `items`, or one to be updated by hand. Without tqdm or a terminal on standard error, the same without a picture.
+    """A tqdm bar around `items`, or one to be updated by hand. Without tqdm or a terminal on standard error, the same
+    without a picture.
 
     disable: draw nothing, on a terminal either.  options: those of tqdm.
     """

@@ -1,9 +1,12 @@
-"""Files and folders that are seen whole or not at all: by a reader beside a writer, after a kill, after a power failure.
+"""Files and folders that are seen whole or not at all: by a reader beside a writer, after a kill, after a power
+failure.
 
-A writer makes everything ready in a workplace, a hidden folder with a lock that it holds while it lives, and then puts it in place:
-one rename for a file; for a folder an exchange of the two (Linux `renameat2`). A mount point, a folder that holds one or whose parent
-may not be written, and a system without exchange get the files one by one: the workplace, moved into the folder first, is the record from which
-whoever comes next finishes what a dead writer began. A workplace that nobody locks is a dead writer's; the next save beside it removes it.
+A writer makes everything ready in a workplace, a hidden folder with a lock that it holds while it lives, and then puts
+it in place:
+one rename for a file; for a folder an exchange of the two (Linux `renameat2`). A mount point, a folder that holds one
+or whose parent may not be written, and a system without exchange get the files one by one: the workplace, moved into
+the folder first, is the record from which whoever comes next finishes what a dead writer began. A workplace that nobody
+locks is a dead writer's; the next save beside it removes it.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ INSTALLING = PREFIX + "installing"  # a workplace whose files go into the folder
 LOCK, NEW, REMOVED = "lock", "new", "removed.json"
 TRIES = 100
 PATIENCE = 60.0  # seconds that another writer may take to put its files in place
-# What an exchange answers where there is none: an old system, a file system without it, a mount point, another's folder in /tmp.
+# What an exchange answers where there is none: an old system, a file system without it, a mount point, another's folder
+# in /tmp.
 NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES}
 
 
@@ -42,7 +46,8 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     """Gives `path` this content in one step: a reader, or a kill, sees the old file or the new one, never a part.
 
     Raises:
-        IsADirectoryError: `path` is a folder.  NotADirectoryError: `path` is below a file.  OSError: as for `replacing`.
+        IsADirectoryError: `path` is a folder.  NotADirectoryError: `path` is below a file.  OSError: as for
+            `replacing`.
     """
     path = _real(path)
     if path.is_dir():
@@ -68,13 +73,15 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(folder: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
-    """Yields an empty folder; what the block writes there gets into `folder` in one step if the block succeeds, else nothing does.
+    """Yields an empty folder; what the block writes there gets into `folder` in one step if the block succeeds, else
+    nothing does.
 
-    The other files of `folder` stay, but for those whose names match a pattern of `drop`. New files get the permissions that the umask
-    says; the folder keeps its own. Of two writers at once the later one wins, whole.
+    The other files of `folder` stay, but for those whose names match a pattern of `drop`. New files get the permissions
+    that the umask says; the folder keeps its own. Of two writers at once the later one wins, whole.
 
     Raises:
-        NotADirectoryError: `folder` is a file, or below one.  OSError: the disk is full, a permission is missing, `folder` is "".
+        NotADirectoryError: `folder` is a file, or below one.  OSError: the disk is full, a permission is missing,
+            `folder` is "".
     """
     folder = _real(folder)
     if folder.exists() and not folder.is_dir():
@@ -128,14 +135,18 @@ def _naming(place: _Workplace, target: Path) -> Iterator[None]:
 def _place_of(folder: Path) -> Path:
     """Where a workplace for `folder` can be: beside it, or in it if an exchange is out of the question.
 
-    Nobody wants to find himself in a folder that has been exchanged for another and deleted. A folder that may not be written cannot
-    be exchanged; a workplace in it fails at once, before anything is written, with the system's reason.
+    Nobody wants to find himself in a folder that has been exchanged for another and deleted. A folder that may not be
+    written cannot be exchanged; a workplace in it fails at once, before anything is written, with the system's reason.
     """
     _make_folder(folder.parent)
     if not folder.is_dir():
         return folder.parent
     is_here = folder in (here := Path.cwd().resolve(), *here.parents)
-    return folder if is_here or _is_mount(folder) or not (_writable(folder) and _writable(folder.parent)) else folder.parent
+    return (
+        folder
+        if is_here or _is_mount(folder) or not (_writable(folder) and _writable(folder.parent))
+        else folder.parent
+    )
 
 
 def _writable(folder: Path) -> bool:
@@ -154,7 +165,8 @@ def _is_mount(folder: Path) -> bool:
 
 
 class _Workplace:
-    """A new hidden folder in `parent`. Its lock is held until it is removed, so that others see whether its writer lives.
+    """A new hidden folder in `parent`. Its lock is held until it is removed, so that others see whether its writer
+    lives.
 
     file_mode: the permissions of a new file under this umask.
     """
@@ -221,7 +233,8 @@ def _remove_if_dead(path: Path) -> None:
     try:
         lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
-        # Its writer died before it had a lock, or when everything else was removed; or it is about to lock it, and makes another.
+        # Its writer died before it had a lock, or when everything else was removed; or it is about to lock it, and
+        # makes another.
         os.rmdir(path)
         return
     try:
@@ -232,7 +245,9 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a workplace, the lock last: a kill on the way leaves something that is still seen to be a dead writer's."""
+    """Removes a workplace, the lock last: a kill on the way leaves something that is still seen to be a dead
+    writer's.
+    """
     with suppress(OSError):
         if (path / NEW).is_dir():
             shutil.rmtree(path / NEW, ignore_errors=True)
@@ -303,7 +318,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _exchanged(new: Path, folder: Path, drop: list[str]) -> bool:
-    """Exchanges the folders, the kept files linked into the new one before. False, and nothing is changed, if that cannot be done here."""
+    """Exchanges the folders, the kept files linked into the new one before. False, and nothing is changed, if that
+    cannot be done here.
+    """
     if new.parent.parent != folder.parent:
         return False
     kept: list[Path] = []
@@ -388,7 +405,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _install(place: _Workplace, folder: Path, drop: list[str]) -> None:
-    """Puts the files in place one by one. From the first rename on, the save is the new one: who finds it unfinished finishes it."""
+    """Puts the files in place one by one. From the first rename on, the save is the new one: who finds it unfinished
+    finishes it.
+    """
     new = place.path / NEW
     for root, _, names in os.walk(new):
         for name in names:
@@ -427,7 +446,9 @@ def finish(folder: Path) -> None:
             if _finished(folder):
                 continue
         if time.monotonic() > until:
-            raise OSError(f"{folder} is half written for {PATIENCE:.0f} s: if nobody saves there, its owner must save or load once more")
+            raise OSError(
+                f"{folder} is half written for {PATIENCE:.0f} s: if nobody saves there, its owner must save or load once more"
+            )
         time.sleep(0.01)
 
 
@@ -440,7 +461,8 @@ def _finished(folder: Path) -> bool:
         try:
             lock = os.open(LOCK, os.O_RDWR, dir_fd=opened)
         except FileNotFoundError:
-            # The lock is the last thing that goes away, so this one is either done or was made where there are no locks.
+            # The lock is the last thing that goes away, so this one is either done or was made where there are no
+            # locks.
             if REMOVED not in os.listdir(opened):
                 os.rmdir(place)
                 return True

@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 
 class OpenFolder:
-    """A folder opened once. Its files are opened relative to it, so that all are of one save, whatever is saved there meanwhile."""
+    """A folder opened once. Its files are opened relative to it, so that all are of one save, whatever is saved there
+    meanwhile.
+    """
 
     def __init__(self, path: Path, stack: ExitStack):
         self.path = path
@@ -47,7 +49,9 @@ class OpenFolder:
             except OSError as error:
                 raise OSError(error.errno, os.strerror(error.errno), str(self.path / name)) from None
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise IsADirectoryError(errno.EISDIR, "must be a file, it is a folder or a device", str(self.path / name))
+                raise IsADirectoryError(
+                    errno.EISDIR, "must be a file, it is a folder or a device", str(self.path / name)
+                )
             self._files[name] = descriptor
         return self._files[name]
 
@@ -65,7 +69,9 @@ class OpenFolder:
         return str(self.path / name)
 
     def is_current(self) -> bool:
-        """Whether the folder and its files are still those that were opened, and no writer is putting files in place."""
+        """Whether the folder and its files are still those that were opened, and no writer is putting files in
+        place.
+        """
 
         def same(path: Path, descriptor: int) -> bool:
             now, then = os.stat(path), os.fstat(descriptor)
@@ -74,7 +80,9 @@ class OpenFolder:
         try:
             if self._folder is not None and not os.path.samestat(os.stat(self.path), os.fstat(self._folder)):
                 return False
-            return not os.path.lexists(self.path / INSTALLING) and all(same(self.path / name, fd) for name, fd in self._files.items())
+            return not os.path.lexists(self.path / INSTALLING) and all(
+                same(self.path / name, fd) for name, fd in self._files.items()
+            )
         except OSError:
             return False
 

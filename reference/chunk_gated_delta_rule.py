@@ -8,8 +8,8 @@ S0, S1 [..., K, V]. c_i is the chunk-local cumulative sum of g, and Γ_ij = e^{c
     O  = scale diag(e^c) Q S0 + P U                    P = scale tril(Q K^T) ∘ Γ
     S1 = e^{c_C} S0 + K^T diag(e^{c_C - c}) U
 
-It equals the token loop: U holds the rows u_t, and (I + diag(beta) kk) U = diag(beta) R is that loop's line for u_t with
-the earlier tokens of the chunk moved to the left side.
+It equals the token loop: U holds the rows u_t, and (I + diag(beta) kk) U = diag(beta) R is that loop's line for u_t
+with the earlier tokens of the chunk moved to the left side.
 """
 
 from typing import NamedTuple
@@ -27,14 +27,14 @@ MIN_LOG_DECAY = -104.0  # e^-104 is zero in fp32, and sums of it stay finite whe
 class Chunk(NamedTuple):
     """What forward and backward know of a chunk before they know its state."""
 
-    q: Tensor     # [..., C, K] normalised
-    k: Tensor     # [..., C, K] normalised
-    v: Tensor     # [..., C, V]
+    q: Tensor  # [..., C, K] normalised
+    k: Tensor  # [..., C, K] normalised
+    v: Tensor  # [..., C, V]
     beta: Tensor  # [..., C]
-    c: Tensor     # [..., C]
-    Γ: Tensor     # [..., C, C]
-    kk: Tensor    # [..., C, C]
-    P: Tensor     # [..., C, C]
+    c: Tensor  # [..., C]
+    Γ: Tensor  # [..., C, C]
+    kk: Tensor  # [..., C, C]
+    P: Tensor  # [..., C, C]
 
 
 def gate_cumsum(g: Tensor) -> Tensor:
@@ -141,15 +141,15 @@ def chunk_gated_delta_rule(
     return per_sequence(define, tokens, S, cu_seqlens)
 
 
-# ---- backward: two sweeps over the states, then everything else in parallel over chunks; no division by beta ----
+# ---- backward: two sweeps over the states, then everything else in parallel over chunks; no division by beta
 
 
 class Swept(NamedTuple):
     """What the two sweeps leave for the parallel stage of the backward."""
 
-    U: Tensor    # [..., C, V]
-    S0: Tensor   # [..., K, V] before the chunk
-    dV: Tensor   # [..., C, V]
+    U: Tensor  # [..., C, V]
+    S0: Tensor  # [..., K, V] before the chunk
+    dV: Tensor  # [..., C, V]
     dS1: Tensor  # [..., K, V] gradient of the state after the chunk
 
 
@@ -167,24 +167,28 @@ def state_gradient(x: Chunk, dO: Tensor, dV: Tensor, dS1: Tensor, scale: float) 
 def gate_gradient(Y: Tensor, read: Tensor, stored: Tensor, through: Tensor, g: Tensor) -> Tensor:
     """dg_t = sum_{j<t<=i} Y_ij + sum_{t<=i} read_i + sum_{j<t} stored_j + through; zero where g was clamped.
 
-    What passes token t, and nothing that would have to cancel: every term has e^{g_t} as a factor, and dg its accuracy at any decay.
+    What passes token t, and nothing that would have to cancel: every term has e^{g_t} as a factor, and dg its accuracy
+    at any decay.
     """
-    passing = [Y[..., t:, :t].sum((-2, -1)) + read[..., t:].sum(-1) + stored[..., :t].sum(-1) + through for t in range(g.shape[-1])]
+    passing = [
+        Y[..., t:, :t].sum((-2, -1)) + read[..., t:].sum(-1) + stored[..., :t].sum(-1) + through
+        for t in range(g.shape[-1])
+    ]
     return torch.where(g >= MIN_LOG_DECAY, torch.stack(passing, -1), 0)
 
 
 def token_gradients(x: Chunk, g: Tensor, dO: Tensor, s: Swept, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK [..., C, K] and dg [..., C] of one chunk."""
     e_c, e_rest = x.c.exp()[..., None], (x.c[..., -1:] - x.c).exp()[..., None]
-    dP = scale * (dO @ s.U.mT).tril() * x.Γ                     # dP     = scale tril(dO U^T) ∘ Γ
-    dM = -(s.dV @ s.U.mT).tril(-1) * x.Γ                        # dM     = -tril(dV U^T, -1) ∘ Γ
-    dQ_S = scale * e_c * (dO @ s.S0.mT)                         # of S0
-    dK_S = -e_c * (s.dV @ s.S0.mT)                              # likewise
-    dQ = dQ_S + dP @ x.k                                        # dQ     = scale e^c (dO S0^T) + dP K
-    dK_row = dK_S + dM @ x.k                                    # dK_row = -e^c (dV S0^T) + dM K
-    dK_st = e_rest * (s.U @ s.dS1.mT)                           # dK_st  = e^{c_C - c} (U dS1^T)
-    dK_col = dP.mT @ x.q + dM.mT @ x.k + dK_st                  # dK_col = dP^T Q + dM^T K + dK_st
-    Y = (dP * (x.q @ x.k.mT) + dM * (x.k @ x.k.mT)).tril(-1)    # Y      = tril(dP ∘ Q K^T + dM ∘ K K^T, -1)
+    dP = scale * (dO @ s.U.mT).tril() * x.Γ  # dP     = scale tril(dO U^T) ∘ Γ
+    dM = -(s.dV @ s.U.mT).tril(-1) * x.Γ  # dM     = -tril(dV U^T, -1) ∘ Γ
+    dQ_S = scale * e_c * (dO @ s.S0.mT)  # of S0
+    dK_S = -e_c * (s.dV @ s.S0.mT)  # likewise
+    dQ = dQ_S + dP @ x.k  # dQ     = scale e^c (dO S0^T) + dP K
+    dK_row = dK_S + dM @ x.k  # dK_row = -e^c (dV S0^T) + dM K
+    dK_st = e_rest * (s.U @ s.dS1.mT)  # dK_st  = e^{c_C - c} (U dS1^T)
+    dK_col = dP.mT @ x.q + dM.mT @ x.k + dK_st  # dK_col = dP^T Q + dM^T K + dK_st
+    Y = (dP * (x.q @ x.k.mT) + dM * (x.k @ x.k.mT)).tril(-1)  # Y      = tril(dP ∘ Q K^T + dM ∘ K K^T, -1)
     read, stored = (x.q * dQ_S + x.k * dK_S).sum(-1), (x.k * dK_st).sum(-1)
     through = x.c[..., -1].exp() * (s.S0 * s.dS1).sum((-2, -1))
     return dQ, dK_row + dK_col, gate_gradient(Y, read, stored, through, g)
@@ -238,15 +242,15 @@ def _sequence_backward(grad_o, q, k, v, g, beta, S, dS, scale, l2norm_qk, chunk_
     dO, g_heads = grad_o.transpose(1, 2).split(chunk_size, 2), g.transpose(1, 2).split(chunk_size, 2)
     chunks = chunks_of(*heads_first(q, k, v, g, beta, l2norm_qk), scale, chunk_size)
     states, unscaled_updates = [], []
-    for x in chunks:                                                            # forward sweep
+    for x in chunks:  # forward sweep
         states.append(S)
-        unscaled_updates.append(column_inverse(x.kk, x.beta) @ residual(x.v, x.k, x.c, S))      # U'; U = diag(beta) U'
+        unscaled_updates.append(column_inverse(x.kk, x.beta) @ residual(x.v, x.k, x.c, S))  # U'; U = diag(beta) U'
         S = next_state(S, x.k, x.c, x.beta[..., None] * unscaled_updates[-1])
     gradients = []
-    for i in reversed(range(len(chunks))):                                      # reverse sweep
+    for i in reversed(range(len(chunks))):  # reverse sweep
         x, U_ = chunks[i], unscaled_updates[i]
-        X = inverse(x.kk, x.beta).mT @ update_gradient(x, dO[i], dS)            # X     = T^T dU
-        dV, dbeta = x.beta[..., None] * X, (U_ * X).sum(-1)                     # dV    = beta X; dbeta = rowsum(U' ∘ X)
+        X = inverse(x.kk, x.beta).mT @ update_gradient(x, dO[i], dS)  # X     = T^T dU
+        dV, dbeta = x.beta[..., None] * X, (U_ * X).sum(-1)  # dV    = beta X; dbeta = rowsum(U' ∘ X)
         swept = Swept(x.beta[..., None] * U_, states[i], dV, dS)
         dS = state_gradient(x, dO[i], dV, dS, scale)
         dQ, dK, dg = token_gradients(x, g_heads[i], dO[i], swept, scale)

@@ -26,7 +26,9 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
 
 
-def attention(x: Tensor, w: Mapping[str, Tensor], heads: int, kv_heads: int, theta: float, window: int | None) -> Tensor:
+def attention(
+    x: Tensor, w: Mapping[str, Tensor], heads: int, kv_heads: int, theta: float, window: int | None
+) -> Tensor:
     """x [B, T, C] -> [B, T, C]: key j is visible to query i when 0 <= i - j, and i - j < window where there is one."""
     T = x.shape[1]
     q, k, v = (x @ w[f"{name}_proj.weight"].mT + w[f"{name}_proj.bias"] for name in "qkv")

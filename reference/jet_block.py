@@ -44,18 +44,18 @@ def jet_block(
     def project(name: str) -> Tensor:
         return x @ w[f"{name}_proj.weight"].mT
 
-    q = F.silu(project("q")).unflatten(-1, (H, -1))                                     # q = silu(q_proj(x))
-    k = F.silu(project("k")).unflatten(-1, (H, -1))                                     # k = silu(k_proj(x))
+    q = F.silu(project("q")).unflatten(-1, (H, -1))  # q = silu(q_proj(x))
+    k = F.silu(project("k")).unflatten(-1, (H, -1))  # k = silu(k_proj(x))
     generator = "dynamic_conv1d.kernel_generator."
-    hidden = F.silu(x @ w[generator + "w1.weight"].mT)                                  # hidden = silu(w1 x)
-    v, conv_state = dynamic_conv(                                                       # v = dynamic_conv(v_proj(x), ..)
+    hidden = F.silu(x @ w[generator + "w1.weight"].mT)  # hidden = silu(w1 x)
+    v, conv_state = dynamic_conv(  # v = dynamic_conv(v_proj(x), ..)
         project("v"), hidden, w[generator + "w2.weight"], w[generator + "w2.bias"], conv_state, cu_seqlens, True, dtype
     )
-    beta = torch.sigmoid(project("b"))                                                  # beta = sigmoid(b_proj(x))
-    g = -w["A_log"].exp() * F.softplus(project("a") + w["dt_bias"])                     # g = -exp(A_log) softplus(..)
+    beta = torch.sigmoid(project("b"))  # beta = sigmoid(b_proj(x))
+    g = -w["A_log"].exp() * F.softplus(project("a") + w["dt_bias"])  # g = -exp(A_log) softplus(..)
     o, recurrent_state = gated_delta_rule(
         q, k, v.unflatten(-1, (H, -1)), g, beta, recurrent_state, cu_seqlens, q.shape[-1] ** -0.5, True, dtype
     )
     gate = F.silu(project("g")).unflatten(-1, (H, -1))
-    o = rms_norm(o, w["o_norm.weight"], norm_eps) * gate                                # o = rmsnorm(o) silu(g_proj(x))
-    return o.flatten(-2) @ w["o_proj.weight"].mT, conv_state, recurrent_state           # y = o_proj(o)
+    o = rms_norm(o, w["o_norm.weight"], norm_eps) * gate  # o = rmsnorm(o) silu(g_proj(x))
+    return o.flatten(-2) @ w["o_proj.weight"].mT, conv_state, recurrent_state  # y = o_proj(o)

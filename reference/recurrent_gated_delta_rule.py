@@ -26,17 +26,19 @@ def per_value_head(x: Tensor, H: int) -> Tensor:
 def token_steps(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, scale: float, l2norm_qk: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(o_t [B,H,V], u_t [B,H,V], S after the token) of each token. q, k [B,T,Hk,K], v [B,T,H,V], g, beta [B,T,H], S [B,H,K,V]."""
+    """(o_t [B,H,V], u_t [B,H,V], S after the token) of each token. q, k [B,T,Hk,K], v [B,T,H,V], g, beta [B,T,H], S
+    [B,H,K,V].
+    """
     H = v.shape[2]
     if l2norm_qk:
         q, k = l2norm(q), l2norm(k)
     q, k = per_value_head(q, H), per_value_head(k, H)
     for t in range(v.shape[1]):
-        S = g[:, t, :, None, None].exp() * S                                        # S  <- exp(g_t) S
-        prediction = torch.einsum("bhkv,bhk->bhv", S, k[:, t])                      #       S^T k_t, decayed state
-        u = beta[:, t, :, None] * (v[:, t] - prediction)                            # u  =  beta_t (v_t - S^T k_t)
-        S = S + k[:, t, :, :, None] * u[:, :, None, :]                              # S  <- S + k_t u^T
-        yield scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t]), u, S               # o_t = scale S^T q_t
+        S = g[:, t, :, None, None].exp() * S  # S  <- exp(g_t) S
+        prediction = torch.einsum("bhkv,bhk->bhv", S, k[:, t])  #       S^T k_t, decayed state
+        u = beta[:, t, :, None] * (v[:, t] - prediction)  # u  =  beta_t (v_t - S^T k_t)
+        S = S + k[:, t, :, :, None] * u[:, :, None, :]  # S  <- S + k_t u^T
+        yield scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t]), u, S  # o_t = scale S^T q_t
 
 
 def token_loop(

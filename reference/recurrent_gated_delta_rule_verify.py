@@ -25,7 +25,8 @@ def recurrent_gated_delta_rule_verify(
     """``jet::recurrent_gated_delta_rule_verify`` with the caller's buffers returned instead of written.
 
     Args:
-        q, k, v, g, beta, state, state_indices: as in :func:`reference.recurrent_gated_delta_rule.recurrent_gated_delta_rule`.
+        q, k, v, g, beta, state, state_indices: as in
+            :func:`reference.recurrent_gated_delta_rule.recurrent_gated_delta_rule`.
 
     Returns:
         o [N, T, H, V]; keys [N, T, Hk, K], the k_t after the l2norm; updates [N, T, H, V], the u_t. In ``dtype``; zeros

@@ -1,7 +1,7 @@
 """A random driver for the command line: valid command lines with a part of them gone bad.
 
-`python -m tests.bad_arguments 2000` runs until so many were refused and prints what it saw. Whatever is refused must end with one sentence and
-exit code 1 or 2, and must have written nothing; whatever is accepted must run.
+`python -m tests.bad_arguments 2000` runs until so many were refused and prints what it saw. Whatever is refused must
+end with one sentence and exit code 1 or 2, and must have written nothing; whatever is accepted must run.
 """
 
 import contextlib
@@ -24,13 +24,122 @@ from jetkernels.__main__ import main
 from jetkernels.cli import demo, search, throughput
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 
-VALUES = ["-1", "0", "-0", "nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "1e400", "9" * 30, "9" * 5000, "0x10", "1_000", "½", "٣", "1.5"]
-VALUES += ["", " ", "x", "\udcff", "a\0b", "é" * 40, "a" * 100_000, "1,2", "1,,2", ",", "1,x", "-1,3", "{}", "[1]", "-", "--", "None", "true", "%s %d"]
-VALUES += ["cuda", "cuda:7", "cuda:-1", "mps", "meta", "nonsense", "cpu:99", "xpu:0", "org/name", "../..", "/", ".", "~", "/dev/null", "/dev/null/x"]
-VALUES += ["/proc/nowhere/x", "/etc/passwd", "jet attn swa", "jet jet jet", "attn attn attn", "8x16", "0x0x0", "8x16x99999999", "1x1x1", "x" * 300]
-NUMBERS = ["1", "2", "3", "7", "31", "63", "64", "79", "80", "255", "256", "257", "4096", "32768", "65535", "65536", "65537", "1000001", "2147483647"]
-NUMBERS += ["2147483648", "9223372036854775807", "9223372036854775808", "18446744073709551616", "0.25", "1.0", "0.999999", "1e-45", "1e-30", "1e30"]
-WORDS = ["--bogus", "--", "-x", "stray", "--help=1", "--version", "-1", "é", "\udcff", "--device", "--output", "--prompt"]
+VALUES = [
+    "-1",
+    "0",
+    "-0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "-1e308",
+    "1e-320",
+    "1e400",
+    "9" * 30,
+    "9" * 5000,
+    "0x10",
+    "1_000",
+    "½",
+    "٣",
+    "1.5",
+]
+VALUES += [
+    "",
+    " ",
+    "x",
+    "\udcff",
+    "a\0b",
+    "é" * 40,
+    "a" * 100_000,
+    "1,2",
+    "1,,2",
+    ",",
+    "1,x",
+    "-1,3",
+    "{}",
+    "[1]",
+    "-",
+    "--",
+    "None",
+    "true",
+    "%s %d",
+]
+VALUES += [
+    "cuda",
+    "cuda:7",
+    "cuda:-1",
+    "mps",
+    "meta",
+    "nonsense",
+    "cpu:99",
+    "xpu:0",
+    "org/name",
+    "../..",
+    "/",
+    ".",
+    "~",
+    "/dev/null",
+    "/dev/null/x",
+]
+VALUES += [
+    "/proc/nowhere/x",
+    "/etc/passwd",
+    "jet attn swa",
+    "jet jet jet",
+    "attn attn attn",
+    "8x16",
+    "0x0x0",
+    "8x16x99999999",
+    "1x1x1",
+    "x" * 300,
+]
+NUMBERS = [
+    "1",
+    "2",
+    "3",
+    "7",
+    "31",
+    "63",
+    "64",
+    "79",
+    "80",
+    "255",
+    "256",
+    "257",
+    "4096",
+    "32768",
+    "65535",
+    "65536",
+    "65537",
+    "1000001",
+    "2147483647",
+]
+NUMBERS += [
+    "2147483648",
+    "9223372036854775807",
+    "9223372036854775808",
+    "18446744073709551616",
+    "0.25",
+    "1.0",
+    "0.999999",
+    "1e-45",
+    "1e-30",
+    "1e30",
+]
+WORDS = [
+    "--bogus",
+    "--",
+    "-x",
+    "stray",
+    "--help=1",
+    "--version",
+    "-1",
+    "é",
+    "\udcff",
+    "--device",
+    "--output",
+    "--prompt",
+]
 
 
 class Ran(Exception):
@@ -53,13 +162,44 @@ class World:
         text, base = text_folder(root / "text", 12), tiny_base_folder(root / "base")
         model = {"--model": root / "model", "--device": "cpu", "--seed": "1", "--dtype": "fp32"}
         drawn = {"--config": root / "tiny.json", "--random-weights": None, "--device": "cpu"}
-        drawing = {"--max-new-tokens": "3", "--temperature": "0.7", "--top-k": "5", "--top-p": "0.9", "--prefill-chunk": "2", "--batch": "2"}
+        drawing = {
+            "--max-new-tokens": "3",
+            "--temperature": "0.7",
+            "--top-k": "5",
+            "--top-p": "0.9",
+            "--prefill-chunk": "2",
+            "--batch": "2",
+        }
         speed = {"--batch": "2", "--prompt-length": "8", "--new-tokens": "2", "--repeats": "1", "--prefill-chunk": "4"}
-        training = {"--output": "out", "--text": text, "--suffix": ".txt", "--steps": "1", "--learning-rate": "0.01", "--batch": "2"}
-        training |= {"--length": "80", "--task-share": "0.5", "--distances": "4,16", "--save-every": "2", "--device": "cpu", "--seed": "0"}
-        scoring = {"--base": base, "--examples": "2", "--questions": root / "questions.jsonl", "--window-size": "8", "--objective": "loss"}
+        training = {
+            "--output": "out",
+            "--text": text,
+            "--suffix": ".txt",
+            "--steps": "1",
+            "--learning-rate": "0.01",
+            "--batch": "2",
+        }
+        training |= {
+            "--length": "80",
+            "--task-share": "0.5",
+            "--distances": "4,16",
+            "--save-every": "2",
+            "--device": "cpu",
+            "--seed": "0",
+        }
+        scoring = {
+            "--base": base,
+            "--examples": "2",
+            "--questions": root / "questions.jsonl",
+            "--window-size": "8",
+            "--objective": "loss",
+        }
         sizes = {"--layers": "2", "--hidden-size": "32", "--intermediate-size": "48"}
-        compared = training | scoring | {"--placement": "jet attn swa", "--task": "recall", "--seeds": "1", "--speed-batch": "1"}
+        compared = (
+            training
+            | scoring
+            | {"--placement": "jet attn swa", "--task": "recall", "--seeds": "1", "--speed-batch": "1"}
+        )
         compared |= {"--speed-prompt": "4", "--speed-tokens": "2"}
         self.lines: list[tuple[list[str], dict]] = [
             (["info"], {"--json": None}),
@@ -70,11 +210,22 @@ class World:
             (["throughput"], model | speed),
             (["throughput"], drawn | speed | {"--json": None}),
             (["search", "base"], training | sizes),
-            (["search", "placement"], training | scoring | {"--full": "1", "--window": "1", "--full-task": "copy", "--width": "2", "--shape": "8x16x2"}),
+            (
+                ["search", "placement"],
+                training
+                | scoring
+                | {"--full": "1", "--window": "1", "--full-task": "copy", "--width": "2", "--shape": "8x16x2"},
+            ),
             (["search", "blocks"], compared | {"--shape": "8x16x2", "--equal": "state", "--only": "JetBlock"}),
             (["search", "design"], compared | {"--shape": "8x16x2"}),
-            (["search", "shapes"], compared | {"--state": "128", "--heads": "1,2", "--keys": "8,16", "--min-share": "0.5"}),
-            (["search", "final"], training | {"--base": base, "--model": root / "model", "--whole-steps": "1", "--examples": "2"}),
+            (
+                ["search", "shapes"],
+                compared | {"--state": "128", "--heads": "1,2", "--keys": "8,16", "--min-share": "0.5"},
+            ),
+            (
+                ["search", "final"],
+                training | {"--base": base, "--model": root / "model", "--whole-steps": "1", "--examples": "2"},
+            ),
             (["search", "all"], training | sizes | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2"}),
         ]
 
@@ -111,7 +262,11 @@ def _ran(*args, **options):
 @contextmanager
 def light():
     """Heavy work ends the command; what is light is done, on little."""
-    complete, measure, random_model = JetNemotronForCausalLM.generate, throughput.measure_speed, JetNemotronForCausalLM.random.__func__
+    complete, measure, random_model = (
+        JetNemotronForCausalLM.generate,
+        throughput.measure_speed,
+        JetNemotronForCausalLM.random.__func__,
+    )
 
     def short(self, ids, mask=None, new=128, **options):
         return complete(self, ids, mask, min(new, 3), **options)
@@ -142,7 +297,12 @@ def outcome(argv: list[str], world: World, stdin: bytes = b"def f") -> tuple[str
     here = os.getcwd()
     os.chdir(world.cwd)
     try:
-        with light(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin))):
+        with (
+            light(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+        ):
             code = main(argv)
     except Ran:
         code = 0

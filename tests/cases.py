@@ -1,4 +1,6 @@
-"""What the op tests share: inputs with a reason each, one table of tolerances, hypothesis strategies, the two backends."""
+"""What the op tests share: inputs with a reason each, one table of tolerances, hypothesis strategies, the two
+backends.
+"""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from reference.apply_dynamic_conv import apply_dynamic_conv
 from reference.dynamic_conv import dynamic_conv
 from reference.recurrent_gated_delta_rule import gated_delta_rule
 
-# ---- tolerances: RMS(out - ref) / RMS(ref) against the fp64 reference on the same rounded inputs ----
+# ---- tolerances: RMS(out - ref) / RMS(ref) against the fp64 reference on the same rounded inputs
 
 
 class Tolerance(NamedTuple):
@@ -62,7 +64,9 @@ def assert_outputs(outs: Sequence[Tensor], refs: Sequence[Tensor], dtype: torch.
     assert_error("state", outs[1], refs[1], TOLERANCE[dtype].state)
 
 
-def assert_gradients(grads: dict[str, Tensor], refs: dict[str, Tensor], dtype: torch.dtype, dg_floor: float = ZERO) -> None:
+def assert_gradients(
+    grads: dict[str, Tensor], refs: dict[str, Tensor], dtype: torch.dtype, dg_floor: float = ZERO
+) -> None:
     assert grads.keys() == refs.keys()
     for name, grad in grads.items():
         ceiling = TOLERANCE[dtype].gate_gradient if name in GATES else TOLERANCE[dtype].gradient
@@ -80,7 +84,7 @@ def assert_bitwise(out: Tensor, expected: Tensor, what: str = "") -> None:
     assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} bytes differ"
 
 
-# ---- inputs: named tuples in the order of the schemas ----
+# ---- inputs: named tuples in the order of the schemas
 
 
 class DeltaInputs(NamedTuple):
@@ -208,9 +212,16 @@ def delta_inputs(shape: DeltaShape, dtype: torch.dtype, seed: int = 0) -> DeltaI
     beta = torch.rand(B, T, H, dtype=torch.float64)
     S = torch.randn(shape.N, H, shape.K, shape.V, dtype=torch.float64) if shape.state else None
     return DeltaInputs(
-        q.to(dtype), k.to(dtype), v.to(dtype), g.to(acc), beta.to(acc), None if S is None else S.to(acc),
-        _offsets(shape.cu_seqlens), shape.K**-0.5, shape.l2norm,
-    )  # fmt: skip
+        q.to(dtype),
+        k.to(dtype),
+        v.to(dtype),
+        g.to(acc),
+        beta.to(acc),
+        None if S is None else S.to(acc),
+        _offsets(shape.cu_seqlens),
+        shape.K**-0.5,
+        shape.l2norm,
+    )
 
 
 def conv_inputs(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ConvInputs:
@@ -220,7 +231,9 @@ def conv_inputs(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ConvInpu
     weight = torch.randn(shape.D * shape.W, shape.R, dtype=torch.float64) * shape.R**-0.5
     bias = torch.randn(shape.D * shape.W, dtype=torch.float64).to(dtype) if shape.bias else None
     state = torch.randn(shape.N, shape.D, shape.W - 1, dtype=torch.float64).to(dtype) if shape.state else None
-    return ConvInputs(x.to(dtype), hidden.to(dtype), weight.to(dtype), bias, state, _offsets(shape.cu_seqlens), shape.silu)
+    return ConvInputs(
+        x.to(dtype), hidden.to(dtype), weight.to(dtype), bias, state, _offsets(shape.cu_seqlens), shape.silu
+    )
 
 
 def apply_inputs(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ApplyInputs:
@@ -229,7 +242,7 @@ def apply_inputs(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ApplyIn
     return ApplyInputs(x, kernels, state, cu_seqlens, silu)
 
 
-# ---- gradients, from the reference and from a backend, by argument name ----
+# ---- gradients, from the reference and from a backend, by argument name
 
 REFERENCE: dict[str, Callable] = {
     "chunk_gated_delta_rule": gated_delta_rule,
@@ -267,7 +280,11 @@ def _differentiate(
     if not used:  # no tokens and no state: nothing depends on anything
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     found = torch.autograd.grad(
-        [out for out, _ in used], list(leaves.values()), [grad for _, grad in used], allow_unused=True, materialize_grads=True
+        [out for out, _ in used],
+        list(leaves.values()),
+        [grad for _, grad in used],
+        allow_unused=True,
+        materialize_grads=True,
     )
     return dict(zip(leaves, found))
 
@@ -280,11 +297,13 @@ def reference_gradients(op: str, inputs: NamedTuple, grads: Sequence[Tensor | No
 def dg_floor(outs: tuple[Tensor, Tensor], grads: Sequence[Tensor | None]) -> float:
     """The size of the terms that make dg: <o, dO> of a token and <S1, dS1> of a head.
 
-    dg itself is zero before anything is remembered, and of a few tokens a sum of terms that may nearly cancel. Its accuracy
-    under strong decay, where it is tiny, has tests of its own (test_gate_gradient.py).
+    dg itself is zero before anything is remembered, and of a few tokens a sum of terms that may nearly cancel. Its
+    accuracy under strong decay, where it is tiny, has tests of its own (test_gate_gradient.py).
     """
     dims = (-1, (-2, -1))
-    return sum(rms((out.double() * grad.double()).sum(d)) for out, grad, d in zip(outs, grads, dims) if grad is not None)
+    return sum(
+        rms((out.double() * grad.double()).sum(d)) for out, grad, d in zip(outs, grads, dims) if grad is not None
+    )
 
 
 def check_outputs(backend: "OpsBackend", op: str, inputs: NamedTuple) -> None:
@@ -292,7 +311,9 @@ def check_outputs(backend: "OpsBackend", op: str, inputs: NamedTuple) -> None:
     assert_outputs(backend(op, *inputs), REFERENCE[op](*inputs), inputs[0].dtype)
 
 
-def check_gradients(backend: "OpsBackend", op: str, inputs: NamedTuple, grads: Sequence[Tensor | None] | None = None) -> None:
+def check_gradients(
+    backend: "OpsBackend", op: str, inputs: NamedTuple, grads: Sequence[Tensor | None] | None = None
+) -> None:
     """Gradients against fp64 differentiation of the definition."""
     grads = cotangents(inputs) if grads is None else grads
     floor = dg_floor(REFERENCE[op](*inputs), grads) if isinstance(inputs, DeltaInputs) else ZERO
@@ -310,25 +331,36 @@ class OpsBackend:
         return getattr(self.functions, op)(*args)
 
     def gradients(self, op: str, inputs: NamedTuple, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Gradients by name, for the cotangents ``grads`` of (output, state); ``None`` is a cotangent that is not there."""
-        return _differentiate(getattr(self.functions, op), inputs, grads, lambda t: t.clone(memory_format=torch.preserve_format))
+        """Gradients by name, for the cotangents ``grads`` of (output, state); ``None`` is a cotangent that is not
+        there.
+        """
+        return _differentiate(
+            getattr(self.functions, op), inputs, grads, lambda t: t.clone(memory_format=torch.preserve_format)
+        )
 
 
 class PlainBackend(OpsBackend):
-    """The plain PyTorch functions that serve CUDA tensors, here on CPU tensors; differentiated by their backward functions."""
+    """The plain PyTorch functions that serve CUDA tensors, here on CPU tensors; differentiated by their backward
+    functions.
+    """
 
     name = "plain"
     functions = SimpleNamespace(
         **{
             name: getattr(module, name)
             for module in (
-                plain_chunk_gated_delta_rule, plain_recurrent_gated_delta_rule, plain_dynamic_conv, plain_dynamic_conv_step,
-                plain_apply_dynamic_conv, plain_recurrent_gated_delta_rule_verify, plain_recurrent_gated_delta_rule_commit,
+                plain_chunk_gated_delta_rule,
+                plain_recurrent_gated_delta_rule,
+                plain_dynamic_conv,
+                plain_dynamic_conv_step,
+                plain_apply_dynamic_conv,
+                plain_recurrent_gated_delta_rule_verify,
+                plain_recurrent_gated_delta_rule_commit,
             )
             for name in dir(module)
             if name == module.__name__.rpartition(".")[2] or name.endswith("_backward")
         }
-    )  # fmt: skip
+    )
 
     def gradients(self, op: str, inputs: NamedTuple, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
         found = getattr(self.functions, op + "_backward")(*grads, *inputs)
@@ -342,7 +374,7 @@ def backend_id(backend: OpsBackend) -> str:
     return backend.name
 
 
-# ---- layouts of the same values ----
+# ---- layouts of the same values
 
 LAYOUTS = ("contiguous", "padded", "stepped", "reversed dims", "shifted")
 
@@ -370,7 +402,7 @@ def with_layouts(inputs: NamedTuple, layouts: Sequence[str]) -> NamedTuple:
     return inputs._replace(**{n: laid_out(getattr(inputs, n), layout) for n, layout in zip(tensors, layouts)})
 
 
-# ---- hypothesis strategies ----
+# ---- hypothesis strategies
 
 seeds = st.integers(0, 2**31 - 1)
 tokens = st.one_of(st.integers(1, 20), st.sampled_from(LENGTHS))
@@ -387,7 +419,9 @@ def splits(draw, T: int, most: int = 4) -> list[int]:
 @st.composite
 def offsets(draw, longest: int = 70, most: int = 5) -> tuple[int, ...]:
     """cu_seqlens of up to ``most`` sequences, empty ones among them."""
-    lengths = draw(st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(0, longest)), min_size=1, max_size=most))
+    lengths = draw(
+        st.lists(st.one_of(st.just(0), st.integers(1, 5), st.integers(0, longest)), min_size=1, max_size=most)
+    )
     return tuple(sum(lengths[:n]) for n in range(len(lengths) + 1))
 
 

@@ -1,4 +1,6 @@
-"""Where `reference` is found, and how much hypothesis tries: HYPOTHESIS_PROFILE=thorough tries ten times as much, gpu little and always the same."""
+"""Where `reference` is found, and how much hypothesis tries: HYPOTHESIS_PROFILE=thorough tries ten times as much, gpu
+little and always the same.
+"""
 
 import os
 import sys
@@ -6,12 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import machine  # noqa: E402
+from benchmarks import machine
 
 machine.spin_shortly()  # before anything imports torch
 
-import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import pytest
+from hypothesis import HealthCheck, settings
 
 # A failing example prints the line that reproduces it; every example draws its tensors from a seed that is printed too.
 # Timing limits say nothing on a shared machine.

@@ -1,5 +1,5 @@
-// Loaded before everything else (LD_PRELOAD): counts the parallel regions that libgomp opens for calls of torch_parallel_for,
-// which is what the CPU kernels run their loops with. Linux with glibc.
+// Loaded before everything else (LD_PRELOAD): counts the parallel regions that libgomp opens for calls of
+// torch_parallel_for, which is what the CPU kernels run their loops with. Linux with glibc.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>

@@ -1,10 +1,12 @@
-"""Damages saved folders at random and loads them: each load gives a model, or a sentence that names the file; never anything else.
+"""Damages saved folders at random and loads them: each load gives a model, or a sentence that names the file; never
+anything else.
 
     python tests/damaged_folders.py --cases 10000
 
-Bytes are flipped, JSON values replaced, headers of weight files rewritten, files cut, emptied, removed, exchanged, or replaced by
-folders, pipes and links. A load may raise ValueError or OSError, in one line that names something in the folder. It must not write
-there, take seconds, or give a model whose weights have another dtype or shape than its config says. Prints one JSON line.
+Bytes are flipped, JSON values replaced, headers of weight files rewritten, files cut, emptied, removed, exchanged, or
+replaced by folders, pipes and links. A load may raise ValueError or OSError, in one line that names something in the
+folder. It must not write there, take seconds, or give a model whose weights have another dtype or shape than its config
+says. Prints one JSON line.
 """
 
 import argparse
@@ -27,10 +29,73 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 VALUES = [
-    *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 10**6, 2**31, 2**63, 2**70, 10**300, 0.5, -0.0, 1e-30, 1e308, math.inf, -math.inf, math.nan),
-    *("", "x", "no", "1e-5", "nan", "float16", "int8", "complex64", "load", "F16", "I8", "BOOL", "F8_E4M3", "C64", "\0", "\ud800", "ü" * 300),
-    *("config.json", "../m/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "model.safetensors", "a.safetensors"),
-    *([], [None], [1], [[]], [-1, 4], [2**40, 2**40], ["jet"], ["attn"] * 3, ["attn"] * 5000, {}, {"a": 1}, {"jet": None}, {"swa": []}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        7,
+        64,
+        10**6,
+        2**31,
+        2**63,
+        2**70,
+        10**300,
+        0.5,
+        -0.0,
+        1e-30,
+        1e308,
+        math.inf,
+        -math.inf,
+        math.nan,
+    ),
+    *(
+        "",
+        "x",
+        "no",
+        "1e-5",
+        "nan",
+        "float16",
+        "int8",
+        "complex64",
+        "load",
+        "F16",
+        "I8",
+        "BOOL",
+        "F8_E4M3",
+        "C64",
+        "\0",
+        "\ud800",
+        "ü" * 300,
+    ),
+    *(
+        "config.json",
+        "../m/model.safetensors",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "..",
+        "model.safetensors",
+        "a.safetensors",
+    ),
+    *(
+        [],
+        [None],
+        [1],
+        [[]],
+        [-1, 4],
+        [2**40, 2**40],
+        ["jet"],
+        ["attn"] * 3,
+        ["attn"] * 5000,
+        {},
+        {"a": 1},
+        {"jet": None},
+        {"swa": []},
+    ),
 ]
 
 
@@ -61,7 +126,10 @@ def weights_damaged(content: bytes, draw: random.Random) -> bytes:
     size = struct.unpack("<Q", content[:8])[0]
     header, body = json.loads(content[8 : 8 + size]), content[8 + size :]
     if draw.random() < 0.15:
-        return struct.pack("<Q", draw.choice([0, 1, size - 1, size + 1, len(content), 2**32, 2**63, 2**64 - 1])) + content[8:]
+        return (
+            struct.pack("<Q", draw.choice([0, 1, size - 1, size + 1, len(content), 2**32, 2**63, 2**64 - 1]))
+            + content[8:]
+        )
     if draw.random() < 0.25:
         body = draw.randbytes(len(body))  # values of all kinds, NaN and inf too
     else:
@@ -84,16 +152,31 @@ def damage_bytes(name: str, content: bytes, draw: random.Random) -> bytes:
             damaged[where] = draw.choice([draw.randrange(256), damaged[where] ^ 1 << draw.randrange(8)])
         return bytes(damaged)
     cut = draw.randrange(len(content) + 1)
-    return draw.choice([b"", content[:cut], content[cut:], content + content[:cut], content + b"\0", draw.randbytes(cut)])
+    return draw.choice(
+        [b"", content[:cut], content[cut:], content + content[:cut], content + b"\0", draw.randbytes(cut)]
+    )
 
 
 def json_damaged(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.1:
         text = content.decode()
-        return draw.choice([
-            b"\xef\xbb\xbf" + content, text.encode("utf-16"), nested(100_000), nested(500), b"[" * 50_000, b"null", b"[]", b"{}", b"3",
-            content.replace(b"{", b'{"a": 1, "a": 2, ', 1), content + content, content.replace(b":", b"", 1), content.replace(b'"', b"'"),
-        ])  # fmt: skip
+        return draw.choice(
+            [
+                b"\xef\xbb\xbf" + content,
+                text.encode("utf-16"),
+                nested(100_000),
+                nested(500),
+                b"[" * 50_000,
+                b"null",
+                b"[]",
+                b"{}",
+                b"3",
+                content.replace(b"{", b'{"a": 1, "a": 2, ', 1),
+                content + content,
+                content.replace(b":", b"", 1),
+                content.replace(b'"', b"'"),
+            ]
+        )
     return json.dumps(mutated(json.loads(content), draw)).encode()
 
 
@@ -163,19 +246,43 @@ def subjects(folder: Path) -> list[tuple[str, Callable, Callable]]:
     from jetkernels.model import JetNemotronForCausalLM, Tokenizer
     from jetkernels.postnas import from_pretrained, small_base
 
-    jet = {"num_heads": 1, "head_dim": 4, "expand_v": 1.0, "conv_size": 2, "dconv_generator_reduction": 2, "norm_eps": "1e-5"}
-    sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    jet = {
+        "num_heads": 1,
+        "head_dim": 4,
+        "expand_v": 1.0,
+        "conv_size": 2,
+        "dconv_generator_reduction": 2,
+        "norm_eps": "1e-5",
+    }
+    sizes = {
+        "vocab_size": 5,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     sizes["efficient_attention_config"] = {"jet": jet, "swa": {"window_size": 2}}
     tied = JetNemotronForCausalLM.random(small_config(("jet", "swa"), **sizes))
     tied.save_pretrained(folder / "tied")
-    untied = JetNemotronForCausalLM.random(small_config(("jet", "attn"), tie_word_embeddings=False, **sizes), dtype=torch.bfloat16)
+    untied = JetNemotronForCausalLM.random(
+        small_config(("jet", "attn"), tie_word_embeddings=False, **sizes), dtype=torch.bfloat16
+    )
     untied.companions = {"generation_config.json": b"{}"}
     untied.save_pretrained(folder / "shards", 300)
     Tokenizer.byte_level().save_pretrained(folder / "text")
-    base = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    base = {
+        "vocab_size": 5,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     small_base(2, **base).save_pretrained(folder / "base")
     values = json.loads((folder / "base" / "config.json").read_text())
-    kept = {key: values[key] for key in (*base, "num_hidden_layers", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "torch_dtype")}
+    kept = {
+        key: values[key]
+        for key in (*base, "num_hidden_layers", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "torch_dtype")
+    }
     (folder / "base" / "config.json").write_text(json.dumps(kept | {"model_type": "qwen2", "rope_scaling": None}))
     return [
         ("tied", JetNemotronForCausalLM.from_pretrained, check_model),
@@ -248,7 +355,13 @@ def campaign(cases: int, seed: int, where: Path) -> dict:
             slowest = max(slowest, seconds)
             if found:
                 wrong.append(f"case {case}: {found}")
-    return {"cases": cases, "wrong": len(wrong), "outcomes": dict(outcomes), "slowest_cpu_s": round(slowest, 2), "which": wrong}
+    return {
+        "cases": cases,
+        "wrong": len(wrong),
+        "outcomes": dict(outcomes),
+        "slowest_cpu_s": round(slowest, 2),
+        "which": wrong,
+    }
 
 
 def main() -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import OpsBackend, assert_bitwise
 from torch import Tensor
 
-from cases import OpsBackend, assert_bitwise
 from jetkernels import _library
 
 sys.path.insert(0, str(Path(__file__).parent / "hoppersim"))
-import hoppersim  # noqa: E402
+import hoppersim
 
 SEEDS = (1, 2, 3)
 # RMS error of the states that the chunked kernels leave, in fp32: their operands are fp16.
@@ -86,7 +86,9 @@ def _parameters(*backends: OpsBackend):
 
 EARLY, LATE, CUDA = SimulatorBackend("early", 0), SimulatorBackend("late", SEEDS[0]), CudaBackend()
 each_device = pytest.mark.parametrize("backend", _parameters(EARLY, LATE, CUDA))
-each_machine = pytest.mark.parametrize("backend", _parameters(EARLY, CUDA))  # where it is addresses, not timing, that matter
+each_machine = pytest.mark.parametrize(
+    "backend", _parameters(EARLY, CUDA)
+)  # where it is addresses, not timing, that matter
 
 
 def simulated(test):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from cases import TOLERANCE, OpsBackend, accumulator, assert_bitwise, assert_error
 from pool_properties import TOKENS, RecurrentCall, rows_of, run, with_rows
 from properties import poisoned_allocations
+from torch import Tensor
+
 from reference.recurrent_gated_delta_rule_commit import recurrent_gated_delta_rule_commit
 from reference.recurrent_gated_delta_rule_verify import recurrent_gated_delta_rule_verify
 
@@ -43,7 +43,9 @@ def commit(
 
 
 def check(backend: OpsBackend, call: RecurrentCall, accepted: Sequence[int], dtype: torch.dtype = torch.int64) -> None:
-    """Outputs, buffers and committed pool equal the definition; zeros for negative indices, other rows keep their bits."""
+    """Outputs, buffers and committed pool equal the definition; zeros for negative indices, other rows keep their
+    bits.
+    """
     draft = verify(backend, call)
     reference = recurrent_gated_delta_rule_verify(*call)
     assert draft.o.dtype == call.v.dtype
@@ -52,7 +54,9 @@ def check(backend: OpsBackend, call: RecurrentCall, accepted: Sequence[int], dty
         assert_error(name, out, ref, TOLERANCE[out.dtype].output)
         assert_bitwise(out[nowhere], torch.zeros_like(out[nowhere]), f"{name} of a negative index")
     pool = commit(backend, call, draft, accepted, dtype)
-    ref_pool = recurrent_gated_delta_rule_commit(*reference[1:], call.g, torch.tensor(accepted), call.pool, call.state_indices)
+    ref_pool = recurrent_gated_delta_rule_commit(
+        *reference[1:], call.g, torch.tensor(accepted), call.pool, call.state_indices
+    )
     moved = [row for n, row in enumerate(rows_of(call)) if row >= 0 and accepted[n]]
     kept = [row for row in range(call.pool.shape[0]) if row not in moved]
     assert_error("pool", pool[moved], ref_pool[moved], TOLERANCE[pool.dtype].state)
@@ -62,7 +66,9 @@ def check(backend: OpsBackend, call: RecurrentCall, accepted: Sequence[int], dty
 def accepted_prefix_equals_one_call(
     backend: OpsBackend, call: RecurrentCall, accepted: Sequence[int], bitwise: bool = True
 ) -> None:
-    """verify and commit leave what recurrent_gated_delta_rule on the accepted tokens leaves; verify's outputs are its outputs."""
+    """verify and commit leave what recurrent_gated_delta_rule on the accepted tokens leaves; verify's outputs are its
+    outputs.
+    """
     draft = verify(backend, call)
     pool = commit(backend, call, draft, accepted)
     expected = call.pool.clone()
@@ -174,5 +180,7 @@ def arguments_stay_as_they_are(backend: OpsBackend, call: RecurrentCall, accepte
     assert draft.o.untyped_storage().data_ptr() not in [t.untyped_storage().data_ptr() for t in arguments]
     keys, updates = draft.keys.clone(), draft.updates.clone()
     commit(backend, call, draft, accepted)
-    for t, old in zip([t for t in call if isinstance(t, Tensor)] + [draft.keys, draft.updates], [*before, keys, updates]):
+    for t, old in zip(
+        [t for t in call if isinstance(t, Tensor)] + [draft.keys, draft.updates], [*before, keys, updates]
+    ):
         assert_bitwise(t, old, "argument")

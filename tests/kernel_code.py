@@ -29,7 +29,9 @@ def report(stem: str) -> dict[str, Facts]:
     text = Path(f"{_object(stem)}.ptxas").read_text()
     kernels = {}
     for part in text.split("Compiling entry function '")[1:]:
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        )
         kernels[part.split("'")[0]] = Facts(int(re.search(r"Used (\d+) registers", part)[1]), stores + loads, stack)
     assert kernels, f"{stem} has no kernels"
     return kernels

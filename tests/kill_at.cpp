@@ -30,14 +30,14 @@ static F real(F, const char* name) {
 }
 
 // Half of the calls are carried out before the process dies, so that it dies behind each of them too.
-#define WATCH(type, name, parameters, arguments)        \
-  extern "C" type name parameters {                     \
-    static auto call = real(&name, #name);              \
-    bool dies = ends();                                 \
-    if (dies && last % 2) die();                        \
-    type result = call arguments;                       \
-    if (dies) die();                                    \
-    return result;                                      \
+#define WATCH(type, name, parameters, arguments) \
+  extern "C" type name parameters {              \
+    static auto call = real(&name, #name);       \
+    bool dies = ends();                          \
+    if (dies && last % 2) die();                 \
+    type result = call arguments;                \
+    if (dies) die();                             \
+    return result;                               \
   }
 
 WATCH(int, rename, (const char* a, const char* b) noexcept, (a, b))
@@ -75,18 +75,18 @@ extern "C" ssize_t writev(int i, const struct iovec* parts, int n) {
   return result;
 }
 
-#define WATCH_OPEN(name, first, names)                                  \
-  extern "C" int name first {                                           \
-    static auto call = real(&name, #name);                              \
-    va_list rest;                                                       \
-    va_start(rest, flags);                                              \
+#define WATCH_OPEN(name, first, names)                                   \
+  extern "C" int name first {                                            \
+    static auto call = real(&name, #name);                               \
+    va_list rest;                                                        \
+    va_start(rest, flags);                                               \
     mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, int) : 0; \
-    va_end(rest);                                                       \
-    bool dies = ends();                                                 \
-    if (dies && last % 2) die();                                        \
-    int result = call names;                                            \
-    if (dies) die();                                                    \
-    return result;                                                      \
+    va_end(rest);                                                        \
+    bool dies = ends();                                                  \
+    if (dies && last % 2) die();                                         \
+    int result = call names;                                             \
+    if (dies) die();                                                     \
+    return result;                                                       \
   }
 #define OPEN_PATH (path, flags, mode)
 #define OPENAT_PATH (folder, path, flags, mode)

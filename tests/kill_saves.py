@@ -1,9 +1,11 @@
-"""Kills savers at random system calls, a reader beside: no save may be lost or mixed, and the next one leaves nothing behind.
+"""Kills savers at random system calls, a reader beside: no save may be lost or mixed, and the next one leaves nothing
+behind.
 
     python tests/kill_saves.py --kills 1000
 
-Each save has a stamp, which is in its config.json and is the value of all its weights. After each kill the folder must hold the save
-before or the one that was killed, whole. Prints one JSON line: how many saves were killed, loads beside them, and what went wrong.
+Each save has a stamp, which is in its config.json and is the value of all its weights. After each kill the folder must
+hold the save before or the one that was killed, whole. Prints one JSON line: how many saves were killed, loads beside
+them, and what went wrong.
 """
 
 import argparse
@@ -72,7 +74,9 @@ class Scenario:
             state = load_state(self.path, "kill", {"of": "kills"})
             return state["stamp"]
         model = JetNemotronForCausalLM.from_pretrained(self.path)
-        values = {p.flatten()[0].item() for p in model.parameters()} | {p.flatten()[-1].item() for p in model.parameters()}
+        values = {p.flatten()[0].item() for p in model.parameters()} | {
+            p.flatten()[-1].item() for p in model.parameters()
+        }
         if values != {float(model.config.extra["stamp"])}:
             raise ValueError(f"mixed: config of {model.config.extra['stamp']}, weights of {sorted(values)}")
         return model.config.extra["stamp"]
@@ -222,9 +226,13 @@ def main() -> int:
             where = Path(folder) / name
             where.mkdir()
             kills = arguments.kills * (i + 1) // len(names) - arguments.kills * i // len(names)
-            whole[name] = campaign(Scenario(name, where), kills, Path(folder) / "stop", random.Random(arguments.seed + i))
+            whole[name] = campaign(
+                Scenario(name, where), kills, Path(folder) / "stop", random.Random(arguments.seed + i)
+            )
         wrong = sum(len(found[key]) for found in whole.values() for key in ("lost or mixed", "leftovers", "failed"))
-        shown = {name: {k: v[:5] if isinstance(v, list) else v for k, v in found.items()} for name, found in whole.items()}
+        shown = {
+            name: {k: v[:5] if isinstance(v, list) else v for k, v in found.items()} for name, found in whole.items()
+        }
         print(json.dumps({"wrong": wrong, "seconds": round(time.time() - start), **shown}))
         return int(wrong > 0)
 

@@ -1,5 +1,5 @@
-"""One call of every op in a tiny and in an ordinary size. Run as a program under count_regions.c: prints the parallel regions
-that each call opens, as JSON."""
+"""One call of every op in a tiny and in an ordinary size. Run as a program under count_regions.c: prints the parallel
+regions that each call opens, as JSON."""
 
 import ctypes
 import json
@@ -24,9 +24,21 @@ def calls(size: str, dtype: torch.dtype) -> dict:
         return torch.randn(shape, generator=generator).mul(0.5).to(to)
 
     def delta(T):
-        return [draw(N, T, H, K), draw(N, T, H, K), draw(N, T, H, V), -draw(N, T, H, to=high).abs(), draw(N, T, H, to=high).sigmoid()]
+        return [
+            draw(N, T, H, K),
+            draw(N, T, H, K),
+            draw(N, T, H, V),
+            -draw(N, T, H, to=high).abs(),
+            draw(N, T, H, to=high).sigmoid(),
+        ]
 
-    x, hidden, weight, bias, state = draw(1, N * T, D), draw(1, N * T, R), draw(D * W, R), draw(D * W), draw(1, D, W - 1)
+    x, hidden, weight, bias, state = (
+        draw(1, N * T, D),
+        draw(1, N * T, R),
+        draw(D * W, R),
+        draw(D * W),
+        draw(1, D, W - 1),
+    )
     kernels, dy, dstate = draw(1, N * T, D, W), draw(1, N * T, D), draw(1, D, W - 1)
     S, rows = draw(N, H, K, V, to=high), (1 if tiny else 40)
     step = [draw(rows, D), draw(rows, R), weight, bias, draw(rows, D, W - 1)]
@@ -39,14 +51,27 @@ def calls(size: str, dtype: torch.dtype) -> dict:
         "apply_dynamic_conv": (x, kernels, state, None, True),
         "apply_dynamic_conv_backward": (dy, dstate, x, kernels, state, None, True),
         "chunk_gated_delta_rule": (*tokens, S, None, K**-0.5, True),
-        "chunk_gated_delta_rule_backward": (draw(N, T, H, V), draw(N, H, K, V, to=high), *tokens, S, None, K**-0.5, True),
+        "chunk_gated_delta_rule_backward": (
+            draw(N, T, H, V),
+            draw(N, H, K, V, to=high),
+            *tokens,
+            S,
+            None,
+            K**-0.5,
+            True,
+        ),
         "dynamic_conv_step": (*step, None, True),
         "recurrent_gated_delta_rule": (*delta(1), S.clone(), None, K**-0.5, True),
         "recurrent_gated_delta_rule_verify": (*drafts, S, None, keys, updates, K**-0.5, True),
         "recurrent_gated_delta_rule_commit": (
-            draw(N, 2, H, K, to=high), draw(N, 2, H, V, to=high), drafts[3], torch.full((N,), 2), S.clone(), None,
+            draw(N, 2, H, K, to=high),
+            draw(N, 2, H, V, to=high),
+            drafts[3],
+            torch.full((N,), 2),
+            S.clone(),
+            None,
         ),
-    }  # fmt: skip
+    }
 
 
 def run(op: str, arguments: tuple) -> list[torch.Tensor]:

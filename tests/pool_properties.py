@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from cases import TOLERANCE, OpsBackend, assert_bitwise, assert_error
 from properties import far_apart, poisoned_allocations
+from torch import Tensor
+
 from reference.dynamic_conv_step import dynamic_conv_step
 from reference.recurrent_gated_delta_rule import recurrent_gated_delta_rule
 
@@ -108,7 +108,9 @@ def other_rows_do_not_matter(backend: OpsBackend, call: NamedTuple, rows: Sequen
 
 def nan_stays_in_its_sequence(backend: OpsBackend, call: NamedTuple, n: int, value: float) -> None:
     """``value`` in the tokens and the state of sequence n changes no bit of the others."""
-    bad = call._replace(**{name: getattr(call, name).clone() for name in (*call._fields, "pool") if name in (*TOKENS, "pool")})
+    bad = call._replace(
+        **{name: getattr(call, name).clone() for name in (*call._fields, "pool") if name in (*TOKENS, "pool")}
+    )
     row = rows_of(call)[n]
     for name in bad._fields:
         if name in TOKENS:

@@ -30,7 +30,9 @@ class _Killed(BaseException):
 
 @contextmanager
 def killed_at_write(moment: int):
-    """Ends the block when its moment-th checkpoint or report is written but not yet in place; fails if it does not come to that."""
+    """Ends the block when its moment-th checkpoint or report is written but not yet in place; fails if it does not come
+    to that.
+    """
     written = 0
     replace = os.replace
 
@@ -69,8 +71,8 @@ def tiny_base_folder(folder: Path, layers: int = 3, seed: int = 3) -> Path:
 
 @torch.no_grad()
 def planted_base() -> JetNemotronForCausalLM:
-    """Attention of layer PLANTED[c] copies the value of class c that the sequence holds into the output; that of the others
-    and every MLP adds nothing. A token's hidden state is its one-hot vector, followed by one place per value."""
+    """Attention of layer PLANTED[c] copies the value of class c that the sequence holds into the output; that of the
+    others and every MLP adds nothing. A token's hidden state is its one-hot vector, followed by one place per value."""
     config = JetNemotronConfig(
         vocab_size=VOCAB,
         hidden_size=VOCAB + 2 * VALUES,

@@ -9,14 +9,32 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import (
+    ZERO,
+    DeltaInputs,
+    OpsBackend,
+    assert_bitwise,
+    assert_error,
+    assert_gradients,
+    assert_outputs,
+    check_gradients,
+    check_outputs,
+    cotangents,
+    dg_floor,
+    floating,
+)
 from torch import Tensor
 
-from cases import (
-    ZERO, DeltaInputs, OpsBackend, assert_bitwise, assert_error, assert_gradients, assert_outputs, check_gradients, check_outputs,
-    cotangents, dg_floor, floating,
-)  # fmt: skip
-
-TOKENS = ("q", "k", "v", "g", "beta", "x", "hidden", "kernels")  # arguments [B, T, ...]; the others are states and weights
+TOKENS = (
+    "q",
+    "k",
+    "v",
+    "g",
+    "beta",
+    "x",
+    "hidden",
+    "kernels",
+)  # arguments [B, T, ...]; the others are states and weights
 FAR = 2**31 + 64  # elements: beyond what a 32-bit index reaches
 
 
@@ -58,7 +76,9 @@ def packed_equals_separate(backend: OpsBackend, op: str, inputs: NamedTuple) -> 
     """Forward and backward of each sequence alone."""
     dtype, grads = inputs[0].dtype, cotangents(inputs)
     outs, packed = backend(op, *inputs), backend.gradients(op, inputs, grads)
-    shared = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in packed.items() if name in ("weight", "bias")}
+    shared = {
+        name: torch.zeros_like(t, dtype=torch.float64) for name, t in packed.items() if name in ("weight", "bias")
+    }
     for n, here, alone in sequences(inputs):
         alone_grads = (grads[0][:, here], grads[1][n : n + 1])
         alone_outs = backend(op, *alone)
@@ -75,7 +95,9 @@ def packed_equals_separate(backend: OpsBackend, op: str, inputs: NamedTuple) -> 
 def rows_do_not_depend_on_others(backend: OpsBackend, op: str, inputs: NamedTuple) -> None:
     outs, S = backend(op, *inputs), state_of(inputs)
     for b in range(inputs[0].shape[0]):
-        alone = on_tokens(inputs, lambda t: t[b : b + 1])._replace(**{state_name(inputs): None if S is None else S[b : b + 1]})
+        alone = on_tokens(inputs, lambda t: t[b : b + 1])._replace(
+            **{state_name(inputs): None if S is None else S[b : b + 1]}
+        )
         assert_outputs([out[b : b + 1] for out in outs], backend(op, *alone), inputs[0].dtype)
 
 
@@ -93,7 +115,9 @@ def repeated_runs_are_equal(backend: OpsBackend, op: str, inputs: NamedTuple) ->
 def nan_stays_in_its_sequence(backend: OpsBackend, op: str, inputs: NamedTuple, n: int, value: float) -> None:
     """``value`` (NaN or inf) all over sequence n, its state and its cotangents changes no bit of another sequence."""
     packed = inputs.cu_seqlens is not None
-    names = [name for name in floating(inputs) if name in TOKENS] + ([state_name(inputs)] if state_of(inputs) is not None else [])
+    names = [name for name in floating(inputs) if name in TOKENS] + (
+        [state_name(inputs)] if state_of(inputs) is not None else []
+    )
     grads = cotangents(inputs)
     poison = {name: getattr(inputs, name).clone() for name in names}
     bad_grads = tuple(grad.clone() for grad in grads)
@@ -121,7 +145,9 @@ def nan_stays_in_its_sequence(backend: OpsBackend, op: str, inputs: NamedTuple, 
 def poisoned_allocations() -> Iterator[None]:
     """torch.empty gives NaN, and freed memory that the allocator may hand out again holds NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(True)  # torch.use_deterministic_algorithms imports inductor first, which takes seconds
+    torch._C._set_deterministic_algorithms(
+        True
+    )  # torch.use_deterministic_algorithms imports inductor first, which takes seconds
     try:
         assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
         for bytes_ in [1 << i for i in range(6, 22)]:

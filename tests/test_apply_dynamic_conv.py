@@ -2,16 +2,34 @@
 
 import math
 
+import properties
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    CONV_SHAPES,
+    DTYPES,
+    PACKED,
+    ApplyInputs,
+    ConvShape,
+    apply_inputs,
+    assert_bitwise,
+    assert_outputs,
+    backend_id,
+    check_gradients,
+    check_outputs,
+    conv_inputs,
+    conv_shapes,
+    cotangents,
+    ids,
+    layouts,
+    seeds,
+    splits,
+    with_layouts,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-import properties
-from cases import (
-    BACKENDS, CONV_SHAPES, DTYPES, PACKED, ApplyInputs, ConvShape, apply_inputs, assert_bitwise, assert_outputs, backend_id,
-    check_gradients, check_outputs, conv_inputs, conv_shapes, cotangents, ids, layouts, seeds, splits, with_layouts,
-)  # fmt: skip
 from reference.dynamic_conv import generate_kernels
 
 OP = "apply_dynamic_conv"
@@ -107,7 +125,9 @@ def test_rows_do_not_depend_on_others(backend, dtype):
 @each_backend
 @pytest.mark.parametrize("cu_seqlens", (None, PACKED), ids=("rows", "packed"))
 def test_repeated_runs_are_equal(backend, cu_seqlens):
-    properties.repeated_runs_are_equal(backend, OP, random(B=1 if cu_seqlens else 3, T=200, D=96, cu_seqlens=cu_seqlens))
+    properties.repeated_runs_are_equal(
+        backend, OP, random(B=1 if cu_seqlens else 3, T=200, D=96, cu_seqlens=cu_seqlens)
+    )
 
 
 @each_backend

@@ -2,14 +2,24 @@
 
 import pytest
 import torch
+from cases import (
+    ConvShape,
+    DeltaShape,
+    apply_inputs,
+    assert_bitwise,
+    conv_inputs,
+    cotangents,
+    delta_inputs,
+    floating,
+    seeds,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_contract import POOL_OPS
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import jetkernels
-from cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, cotangents, delta_inputs, floating, seeds
-from test_contract import POOL_OPS
 
 F64 = torch.float64
 SEQUENCE_OPS = {
@@ -44,7 +54,7 @@ def differentiable_names(op: str, args) -> list[str]:
     return [n for n, t in zip(argument_names(op), args) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-# ---- in place ----
+# ---- in place
 
 
 @each_pool_op
@@ -100,7 +110,9 @@ def test_an_input_that_requires_a_gradient_is_refused_before_anything_is_written
             again = [a.clone() if isinstance(a, Tensor) else a for a in args]
             again[place] = t if leaf else t * 1
             before = [a.detach().clone() if isinstance(a, Tensor) else a for a in again]
-            with pytest.raises(RuntimeError, match=f"^{op}: {name} requires a gradient, .*not differentiable.*no_grad.*or use "):
+            with pytest.raises(
+                RuntimeError, match=f"^{op}: {name} requires a gradient, .*not differentiable.*no_grad.*or use "
+            ):
                 call_of(op)(*again)
             for a, b in zip(again, before):
                 if isinstance(a, Tensor):
@@ -115,7 +127,7 @@ def test_the_python_functions_name_themselves():
         jetkernels.recurrent_gated_delta_rule_(q.requires_grad_(), k, v, g, beta, state, rows)
 
 
-# ---- second derivatives, forward mode, function transforms ----
+# ---- second derivatives, forward mode, function transforms
 
 
 @each_sequence_op
@@ -156,7 +168,9 @@ def test_forward_mode_raises(op):
         place = argument_names(op).index(name)
         with torch.no_grad(), forward_ad.dual_level():
             dual = forward_ad.make_dual(args[place], torch.ones_like(args[place]))
-            with pytest.raises(NotImplementedError, match=f"^{op}: {name} has a tangent.*not differentiable in forward mode"):
+            with pytest.raises(
+                NotImplementedError, match=f"^{op}: {name} has a tangent.*not differentiable in forward mode"
+            ):
                 call_of(op)(*args[:place], dual, *args[place + 1 :])
             call_of(op)(*args)
 
@@ -192,14 +206,18 @@ def test_gradcheck(op):
     inputs = inputs_of(op)
     names = [n for n in floating(inputs)]
     leaves = [getattr(inputs, n).clone().requires_grad_() for n in names]
-    assert torch.autograd.gradcheck(lambda *t: call_of(op)(*inputs._replace(**dict(zip(names, t)))), leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: call_of(op)(*inputs._replace(**dict(zip(names, t)))), leaves, fast_mode=True
+    )
 
 
 def test_python_functions_compile_without_graph_breaks():
     q, k, v, g, beta, state, rows, *_ = POOL_OPS["recurrent_gated_delta_rule"]()
 
     def calls(q, pool):
-        o = jetkernels.fused_recurrent_gated_delta_rule(q, k, v, g, beta, initial_state=state[:3], output_final_state=True)
+        o = jetkernels.fused_recurrent_gated_delta_rule(
+            q, k, v, g, beta, initial_state=state[:3], output_final_state=True
+        )
         return o, jetkernels.recurrent_gated_delta_rule_(q, k, v, g, beta, pool, rows)
 
     torch._dynamo.reset()

@@ -11,9 +11,13 @@ from jetkernels import _library
 
 TESTS = Path(__file__).parent
 FILES = (
-    "chunk_gated_delta_rule", "recurrent_gated_delta_rule", "recurrent_gated_delta_rule_verify", "dynamic_conv",
-    "dynamic_conv_step", "apply_dynamic_conv",
-)  # fmt: skip
+    "chunk_gated_delta_rule",
+    "recurrent_gated_delta_rule",
+    "recurrent_gated_delta_rule_verify",
+    "dynamic_conv",
+    "dynamic_conv_step",
+    "apply_dynamic_conv",
+)
 CHOSEN = "ops and (equals_the_reference or gradients_equal or any_rows or any_number or any_shape or every_element or many_heads)"
 
 
@@ -28,7 +32,9 @@ def run_op_tests(environment: dict[str, str]) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("isa", [isa for isa in _library.build_info()["cpu_isas"] if isa != _library.build_info()["cpu_isa"]])
+@pytest.mark.parametrize(
+    "isa", [isa for isa in _library.build_info()["cpu_isas"] if isa != _library.build_info()["cpu_isa"]]
+)
 def test_instruction_set_variant(isa):
     environment = {**os.environ, "JETKERNELS_CPU_ISA": isa}
     used = python("from jetkernels import _library; print(_library.build_info()['cpu_isa'])", environment)

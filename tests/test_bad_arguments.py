@@ -1,4 +1,5 @@
-"""Random wrong arguments to every op and function: a sentence that names one of them, nothing written, and fake kernels that agree.
+"""Random wrong arguments to every op and function: a sentence that names one of them, nothing written, and fake kernels
+that agree.
 
 ``JETKERNELS_EXAMPLES=N`` draws N cases of each function instead of a few.
 """
@@ -11,12 +12,12 @@ import re
 import numpy
 import pytest
 import torch
+from cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, delta_inputs, seeds
 from hypothesis import given, settings
+from test_contract import commit_args, recurrent_args, step_args, verify_args
 from torch import Tensor
 
 import jetkernels
-from cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, delta_inputs, seeds
-from test_contract import commit_args, recurrent_args, step_args, verify_args
 
 EXAMPLES = int(os.environ.get("JETKERNELS_EXAMPLES", 40))
 many = settings(max_examples=EXAMPLES, deadline=None)
@@ -45,9 +46,27 @@ FUNCTIONS = {
     "dynamic_conv_step_": "dynamic_conv_step",
 }
 RENAMED = {"l2norm_qk": "use_qk_l2norm_in_kernel", "silu": "activation"}
-OF_VALUES = ("state_indices[", "must name each row", "cu_seqlens[", "must not decrease", "num_accepted[", "must be <= 0", "share memory")
-DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn,
-          torch.uint16, torch.quint8)  # fmt: skip
+OF_VALUES = (
+    "state_indices[",
+    "must name each row",
+    "cu_seqlens[",
+    "must not decrease",
+    "num_accepted[",
+    "must be <= 0",
+    "share memory",
+)
+DTYPES = (
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.uint16,
+    torch.quint8,
+)
 
 
 def schema_of(op: str):
@@ -77,7 +96,9 @@ def spoiled(t: Tensor, rng: random.Random) -> Tensor:
     """Other numbers: out of range, decreasing, above 0, NaN."""
     if t.is_floating_point():
         return torch.full_like(t, rng.choice((0.5, float("inf"), -float("inf"), float("nan"))))
-    return torch.tensor([rng.choice((-(2**31), -1, 0, 1, 2, 3, 5, 6, 2**31 - 1)) for _ in range(t.numel())], dtype=t.dtype).view(t.shape)
+    return torch.tensor(
+        [rng.choice((-(2**31), -1, 0, 1, 2, 3, 5, 6, 2**31 - 1)) for _ in range(t.numel())], dtype=t.dtype
+    ).view(t.shape)
 
 
 def overlapped(t: Tensor, rng: random.Random) -> Tensor:
@@ -90,12 +111,21 @@ CHANGES = (
     lambda t, rng: torch.zeros((), dtype=t.dtype),
     lambda t, rng: t[0] if t.dim() and t.shape[0] else t,
     lambda t, rng: t.unsqueeze(rng.randrange(t.dim() + 1)),
-    resized, resized, resized, cast, cast, spoiled, spoiled, overlapped,
+    resized,
+    resized,
+    resized,
+    cast,
+    cast,
+    spoiled,
+    spoiled,
+    overlapped,
     lambda t, rng: t.mT.contiguous().mT if t.dim() > 1 else t,
     lambda t, rng: t.to("meta"),
     lambda t, rng: t.to_sparse(),
-    lambda t, rng: rng.choice(("text", 3, 2.5, True, [1, 2], {}, t.numpy(), t.shape, numpy.float32(1), Tensor, object())),
-)  # fmt: skip
+    lambda t, rng: rng.choice(
+        ("text", 3, 2.5, True, [1, 2], {}, t.numpy(), t.shape, numpy.float32(1), Tensor, object())
+    ),
+)
 NUMBERS = (None, "text", [1.0], 3, float("nan"), torch.zeros(2), 2**70, True, object())
 
 
@@ -106,7 +136,9 @@ def spoil(args: dict, rng: random.Random) -> dict:
         if isinstance(value, Tensor):
             args[name] = rng.choice(CHANGES)(value, rng)
         elif value is None:
-            args[name] = rng.choice((torch.zeros(rng.choice(((), (1,), (2,), (2, 2)))), torch.tensor([0, 5]), "text", 3))
+            args[name] = rng.choice(
+                (torch.zeros(rng.choice(((), (1,), (2,), (2, 2)))), torch.tensor([0, 5]), "text", 3)
+            )
         else:
             args[name] = rng.choice(NUMBERS)
     return args
@@ -114,8 +146,14 @@ def spoil(args: dict, rng: random.Random) -> dict:
 
 def written(op: str, args: dict) -> dict[str, Tensor]:
     names = [a.name for a in schema_of(op).arguments if a.alias_info is not None]
-    return {n: args[n] for n in names if isinstance(args[n], Tensor) and args[n].layout == torch.strided and not args[n].is_meta
-            and not args[n].is_quantized}  # fmt: skip
+    return {
+        n: args[n]
+        for n in names
+        if isinstance(args[n], Tensor)
+        and args[n].layout == torch.strided
+        and not args[n].is_meta
+        and not args[n].is_quantized
+    }
 
 
 def outcome(call, op: str, args: dict):
@@ -125,8 +163,10 @@ def outcome(call, op: str, args: dict):
         return call(), None
     except (RuntimeError, TypeError, ValueError) as error:
         for name, t in written(op, args).items():
-            assert torch.equal(t.view(torch.uint8) if t.is_contiguous() and t.dim() else t.nan_to_num(), before[name].view(torch.uint8)
-                               if t.is_contiguous() and t.dim() else before[name].nan_to_num()), f"{name} was written: {error}"  # fmt: skip
+            assert torch.equal(
+                t.view(torch.uint8) if t.is_contiguous() and t.dim() else t.nan_to_num(),
+                before[name].view(torch.uint8) if t.is_contiguous() and t.dim() else before[name].nan_to_num(),
+            ), f"{name} was written: {error}"
         return None, error
 
 
@@ -165,19 +205,31 @@ def test_ops_and_their_fake_kernels_agree(op, seed):
     out, error = outcome(lambda: call(*args.values()), op, args)
     message = str(error)
     assert error is None or names_an_argument(message, args) or "backend" in message, message
-    fake_too = all(not isinstance(t, Tensor) or (t.layout == torch.strided and not t.is_meta and not t.is_quantized) for t in args.values())
+    fake_too = all(
+        not isinstance(t, Tensor) or (t.layout == torch.strided and not t.is_meta and not t.is_quantized)
+        for t in args.values()
+    )
     if not fake_too or any(text in message for text in OF_VALUES):
         return
-    fake_out, fake_error = outcome(lambda: call(*(t.to("meta") if isinstance(t, Tensor) else t for t in args.values())), op, args)
-    if not any(isinstance(t, Tensor) and t.stride() != t.contiguous().stride() for t in args.values()):  # .to("meta") keeps no overlap
-        assert error is None and fake_error is None or message.split("\n")[0] == str(fake_error).split("\n")[0], (message, fake_error)
+    fake_out, fake_error = outcome(
+        lambda: call(*(t.to("meta") if isinstance(t, Tensor) else t for t in args.values())), op, args
+    )
+    if not any(
+        isinstance(t, Tensor) and t.stride() != t.contiguous().stride() for t in args.values()
+    ):  # .to("meta") keeps no overlap
+        assert error is None and fake_error is None or message.split("\n")[0] == str(fake_error).split("\n")[0], (
+            message,
+            fake_error,
+        )
     if error is None and fake_error is None:
-        for real, fake in zip(out if isinstance(out, tuple) else (out,), fake_out if isinstance(fake_out, tuple) else (fake_out,)):
+        for real, fake in zip(
+            out if isinstance(out, tuple) else (out,), fake_out if isinstance(fake_out, tuple) else (fake_out,)
+        ):
             if isinstance(real, Tensor):
                 assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
-# ---- memory that is shared ----
+# ---- memory that is shared
 
 
 def fresh(op: str) -> dict:
@@ -196,7 +248,12 @@ def test_what_is_written_shares_memory_with_nothing(op):
             memory = torch.zeros(span, dtype=torch.uint8)
             for n, offset in ((name, 0), (other, 8)):
                 value = args[n]
-                args[n] = memory[offset : offset + value.numel() * value.element_size()].view(value.dtype).view(value.shape).copy_(value)
+                args[n] = (
+                    memory[offset : offset + value.numel() * value.element_size()]
+                    .view(value.dtype)
+                    .view(value.shape)
+                    .copy_(value)
+                )
             before = args[name].clone()
             with pytest.raises(RuntimeError, match=f"^{op}: \\w+ is written in place and must not share memory with"):
                 getattr(torch.ops.jet, op)(*args.values())
@@ -211,7 +268,9 @@ def test_pools_that_interleave_in_pages_are_apart():
     paged, paged_q = pages[:, :size].view_as(state), pages[:3, size:].unflatten(-1, q.shape[1:])
     paged.copy_(state), paged_q.copy_(q)
     expected = torch.ops.jet.recurrent_gated_delta_rule(q, k, v, g, beta, state, rows, scale, l2norm)
-    assert_bitwise(torch.ops.jet.recurrent_gated_delta_rule(paged_q, k, v, g, beta, paged, rows, scale, l2norm), expected, "o")
+    assert_bitwise(
+        torch.ops.jet.recurrent_gated_delta_rule(paged_q, k, v, g, beta, paged, rows, scale, l2norm), expected, "o"
+    )
     assert_bitwise(paged, state, "pool")
     over = pages[:3, size - 1 : -1].unflatten(-1, q.shape[1:])
     with pytest.raises(RuntimeError, match="state is written in place and must not share memory with q"):
@@ -224,20 +283,31 @@ def test_pools_of_any_order_of_dimensions_are_taken_and_overlapping_ones_are_not
     for order in ((0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)):
         args[5] = pool.permute(order).contiguous().permute([order.index(i) for i in range(4)])
         torch.ops.jet.recurrent_gated_delta_rule(*args)
-    for bad in (pool[:1].expand(pool.shape), pool.flatten().unfold(0, pool[0].numel(), 1)[:4].unflatten(1, pool.shape[1:])):
+    for bad in (
+        pool[:1].expand(pool.shape),
+        pool.flatten().unfold(0, pool[0].numel(), 1)[:4].unflatten(1, pool.shape[1:]),
+    ):
         args[5] = bad
         with pytest.raises(RuntimeError, match="state is written in place and must not overlap itself"):
             torch.ops.jet.recurrent_gated_delta_rule(*args)
 
 
-# ---- the decay ----
+# ---- the decay
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("op", [op for op in VALID if "gated_delta_rule" in op])
 def test_a_decay_above_zero_is_refused_where_it_is(op, dtype):
-    for value, refused in ((0.5, True), (1e-7, True), (float("inf"), True), (0.0, False), (-0.0, False), (float("nan"), False),
-                           (float("-inf"), False), (-1e-7, False)):  # fmt: skip
+    for value, refused in (
+        (0.5, True),
+        (1e-7, True),
+        (float("inf"), True),
+        (0.0, False),
+        (-0.0, False),
+        (float("nan"), False),
+        (float("-inf"), False),
+        (-1e-7, False),
+    ):
         args = fresh(op)
         g = torch.stack([args["g"].to(dtype)] * 2, -1)[..., 0]
         g[1 if g.shape[0] > 1 else 0, -1, 1] = value
@@ -252,7 +322,16 @@ def test_a_decay_above_zero_is_refused_where_it_is(op, dtype):
 
 def test_fused_recurrent_checks_as_chunk_with_and_without_gradients():
     q, k, v, g, beta, S, *_ = delta_inputs(DELTA, torch.float32)
-    for state in (S[:1], S[:, :1], torch.cat([S, S]), S.mT.contiguous(), S.double(), S.bfloat16(), S[0], torch.zeros(())):
+    for state in (
+        S[:1],
+        S[:, :1],
+        torch.cat([S, S]),
+        S.mT.contiguous(),
+        S.double(),
+        S.bfloat16(),
+        S[0],
+        torch.zeros(()),
+    ):
         for leaf in (q, q.clone().requires_grad_()):
             messages = []
             for function in (jetkernels.chunk_gated_delta_rule, jetkernels.fused_recurrent_gated_delta_rule):

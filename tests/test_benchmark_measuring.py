@@ -1,4 +1,6 @@
-"""How the benchmarks measure: the clock on a GPU, what is done with a case, and that the peers are given the same problem."""
+"""How the benchmarks measure: the clock on a GPU, what is done with a case, and that the peers are given the same
+problem.
+"""
 
 import contextlib
 import functools
@@ -10,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import rms_error
 
 from benchmarks import adapters, measure, ops, peers, report, rows, timing
 from benchmarks.floors import H200
 from benchmarks.gpu_run import child, key, model, store, versus
 from benchmarks.shapes import SHAPES, Draw, conv_inputs, delta_rule_inputs, few_heads
-from cases import rms_error
 from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
 
 SHAPE_2B, SHAPE_4B = SHAPES[:2]
@@ -145,8 +147,12 @@ def test_measuring_on_cpu_tensors(as_if_on_a_gpu):
     found = rows.Rows()
     measure.measure(found, rows.Clock(60), *as_if_on_a_gpu, model=False)
     timed = [row for row in found.rows if "floor_us" in row]
-    assert not rows.failed(found.rows) and {row["op"] for row in timed} == {c.op for c in ops.measured([]) + ops.small(SHAPE_4B) if ops.exists(c.op)}
-    assert all(row["us"] > 0 and row["reached_percent"] > 0 and row["n"] == 1 and row["served_by"] == "kernel" for row in timed)
+    assert not rows.failed(found.rows) and {row["op"] for row in timed} == {
+        c.op for c in ops.measured([]) + ops.small(SHAPE_4B) if ops.exists(c.op)
+    }
+    assert all(
+        row["us"] > 0 and row["reached_percent"] > 0 and row["n"] == 1 and row["served_by"] == "kernel" for row in timed
+    )
     assert "TFLOP/s" in report.table(timed, report.MEASURED)
 
 
@@ -200,7 +206,11 @@ def test_peers_on_cpu_tensors(context):
     found = peers_rows(context)
     timed = {what for what, row in found.items() if "times_ours" in row}
     assert not rows.failed(list(found.values()))
-    assert {("chunk_gated_delta_rule", "transformers"), ("dynamic_conv", versus.UNFUSED), ("dynamic_conv_step", versus.GEMM)} <= timed
+    assert {
+        ("chunk_gated_delta_rule", "transformers"),
+        ("dynamic_conv", versus.UNFUSED),
+        ("dynamic_conv_step", versus.GEMM),
+    } <= timed
     assert "ModuleNotFoundError" in found["chunk_gated_delta_rule", "FlashQLA"]["skipped"]
     assert "FlashQLA" in "".join(report.reasons(list(found.values())))
 
@@ -289,7 +299,9 @@ def test_recurrent_adapters():
         def peer(q, k, v, state, A_log, a, dt_bias, b, scale, use_qk_l2norm):
             assert q.shape[-1] >= 128 and a.dtype == torch.bfloat16
             g = -A_log.exp() * torch.nn.functional.softplus(a.float() + dt_bias)
-            return torch.ops.jet.recurrent_gated_delta_rule(q, k, v, g, b.float().sigmoid(), state, None, scale, use_qk_l2norm), state
+            return torch.ops.jet.recurrent_gated_delta_rule(
+                q, k, v, g, b.float().sigmoid(), state, None, scale, use_qk_l2norm
+            ), state
 
         agrees(peers.flashinfer_recurrent(peer, inputs, state.clone(), a, b), ours)
         agrees(peers.fla_recurrent(jetkernels.fused_recurrent_gated_delta_rule, inputs, state.clone(), a, b), ours)
@@ -322,8 +334,13 @@ def test_unfused_convolution_is_the_op():
 def test_wheels_are_installed_without_a_network(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a_peer-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("a_peer.py", "x = 1\n")
-        wheel.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\nRequires-Dist: torch<1\n")
-        wheel.writestr("a_peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "a_peer-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\nRequires-Dist: torch<1\n",
+        )
+        wheel.writestr(
+            "a_peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr("a_peer-1.0.dist-info/RECORD", "")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert (Path(versus.install_wheels(tmp_path)) / "a_peer.py").read_text() == "x = 1\n"

@@ -147,15 +147,34 @@ def test_rows_are_kept_whatever_the_work_does():
 
 
 def launch(kernel: str, **changed) -> dict:
-    names = ("tensor_flop", "global_read_bytes", "global_write_bytes", "global_read_sectors", "global_write_sectors", "bulk_read_bytes",
-             "bulk_write_bytes", "shared_wavefronts", "shared_ideal_wavefronts")  # fmt: skip
-    return {"kernel": kernel, "grid": (4, 1, 1), "counters": {**dict.fromkeys(names, 0), "instructions": {"ld": 3}, **changed}}
+    names = (
+        "tensor_flop",
+        "global_read_bytes",
+        "global_write_bytes",
+        "global_read_sectors",
+        "global_write_sectors",
+        "bulk_read_bytes",
+        "bulk_write_bytes",
+        "shared_wavefronts",
+        "shared_ideal_wavefronts",
+    )
+    return {
+        "kernel": kernel,
+        "grid": (4, 1, 1),
+        "counters": {**dict.fromkeys(names, 0), "instructions": {"ld": 3}, **changed},
+    }
 
 
 def test_counters_of_two_launches():
     case = ops.chunk(SHAPE_2B, 1, 64)
     launches = [
-        launch("_ZN3jet7prepareEv", global_read_bytes=320, global_read_sectors=20, shared_wavefronts=3, shared_ideal_wavefronts=2),
+        launch(
+            "_ZN3jet7prepareEv",
+            global_read_bytes=320,
+            global_read_sectors=20,
+            shared_wavefronts=3,
+            shared_ideal_wavefronts=2,
+        ),
         launch("_ZN3jet12sweep_kernelILi96EEEvv", bulk_read_bytes=430, tensor_flop=int(case.work.flop)),
     ]
     first, second, whole = counters.rows_of(case, launches)
@@ -187,4 +206,6 @@ def test_cpu_run_writes_json(tmp_path, monkeypatch, capsys):
     assert "generator GEMM" in capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")
     rows = json.loads(file.read_text())["rows"]
-    assert {row["dtype"] for row in rows} == set(cpu.DTYPES) and all(row["seconds"]["jetkernels"]["n"] == 1 for row in rows)
+    assert {row["dtype"] for row in rows} == set(cpu.DTYPES) and all(
+        row["seconds"]["jetkernels"]["n"] == 1 for row in rows
+    )

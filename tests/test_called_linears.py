@@ -1,4 +1,6 @@
-"""A Linear that is used is called: adapters, hooks, pruning, parametrizations and quantisation of any projection have their effect."""
+"""A Linear that is used is called: adapters, hooks, pruning, parametrizations and quantisation of any projection have
+their effect.
+"""
 
 import copy
 import warnings
@@ -6,11 +8,11 @@ import warnings
 import pytest
 import torch
 from model_cases import VOCAB, boundaries, small_block, small_model, tokens
-from reference.jet_block import jet_block
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from jetkernels.modules import JetBlock, linear
+from reference.jet_block import jet_block
 
 W2 = "dynamic_conv1d.kernel_generator.w2"
 PROJECTIONS = [f"{n}_proj" for n in "qkvgoab"] + ["dynamic_conv1d.kernel_generator.w1", W2]
@@ -98,7 +100,9 @@ def test_gradients_through_a_called_w2_are_those_of_the_definition():
     block.get_submodule(W2).register_forward_hook(lambda *_: None)
     parameters = list(block.parameters())
     got = torch.autograd.grad(block(x).square().sum(), parameters)
-    need = torch.autograd.grad(jet_block(x, dict(block.named_parameters()), norm_eps=1e-5)[0].square().sum(), parameters)
+    need = torch.autograd.grad(
+        jet_block(x, dict(block.named_parameters()), norm_eps=1e-5)[0].square().sum(), parameters
+    )
     for g, n in zip(got, need):
         torch.testing.assert_close(g, n, atol=1e-8, rtol=1e-6)
 
@@ -106,7 +110,9 @@ def test_gradients_through_a_called_w2_are_those_of_the_definition():
 HOOKS = {
     "forward": lambda m, seen: m.register_forward_hook(lambda *_: seen.append(1)),
     "forward pre": lambda m, seen: m.register_forward_pre_hook(lambda *_: seen.append(1)),
-    "all modules": lambda m, seen: nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(1) if module is m else None),
+    "all modules": lambda m, seen: nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(1) if module is m else None
+    ),
     "backward": lambda m, seen: m.register_full_backward_hook(lambda *_: seen.append(1)),
     "backward pre": lambda m, seen: m.register_full_backward_pre_hook(lambda *_: seen.append(1)),
 }
@@ -144,7 +150,12 @@ def test_a_step_with_a_called_w2_equals_the_fused_one(indices):
     called.kernel_generator.w2.register_forward_hook(lambda *_: None)
     x, u = torch.randn(2, conv.channels, dtype=torch.float64), torch.randn(2, 20, dtype=torch.float64)
     index = None if indices is None else torch.tensor(indices, dtype=torch.int32)
-    pools = [torch.randn(2 if index is None else 4, conv.channels, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    pools = [
+        torch.randn(
+            2 if index is None else 4, conv.channels, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        for _ in range(2)
+    ]
     for _ in range(3):
         need, got = (c.step_(x, u, pool, index) for c, pool in zip((conv, called), pools))
         torch.testing.assert_close(got, need, atol=ATOL, rtol=0)
@@ -258,7 +269,9 @@ def test_hooks_on_tied_embeddings_change_the_embedding_only():
 def test_a_tied_head_without_its_weight_says_so():
     model = small_model()
     model.model.embed_tokens.to("meta")
-    with pytest.raises(RuntimeError, match="the head is tied to embed_tokens, whose weight must be a tensor on cpu, got on meta"):
+    with pytest.raises(
+        RuntimeError, match="the head is tied to embed_tokens, whose weight must be a tensor on cpu, got on meta"
+    ):
         model.head(torch.randn(1, 2, 32))
 
 
@@ -275,7 +288,10 @@ def test_a_called_layer_is_announced_once(monkeypatch):
         block(x)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2 and all("kernel_generator.w2 is called as a module, not fused" in m for m in messages)
-    assert messages[0].endswith("it has hooks") and "it is a test_called_linears.Adapter, not a torch.nn.Linear" in messages[1]
+    assert (
+        messages[0].endswith("it has hooks")
+        and "it is a test_called_linears.Adapter, not a torch.nn.Linear" in messages[1]
+    )
 
 
 def test_compiled_with_an_adapter():

@@ -5,18 +5,33 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
 from cases import (
-    BACKENDS, TOLERANCE, ApplyInputs, ConvInputs, ConvShape, DeltaInputs, DeltaShape, OpsBackend, apply_inputs, assert_bitwise, assert_error,
-    backend_id, conv_inputs, conv_shapes, delta_inputs, delta_shapes, seeds,
-)  # fmt: skip
+    BACKENDS,
+    TOLERANCE,
+    ApplyInputs,
+    ConvInputs,
+    ConvShape,
+    DeltaInputs,
+    DeltaShape,
+    OpsBackend,
+    apply_inputs,
+    assert_bitwise,
+    assert_error,
+    backend_id,
+    conv_inputs,
+    conv_shapes,
+    delta_inputs,
+    delta_shapes,
+    seeds,
+)
 from device_backends import each_device, each_machine
 from draft_properties import verify
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pool_properties import RecurrentCall, run
 from properties import TOKENS
+from torch import Tensor
+
 from reference.recurrent_gated_delta_rule import gated_delta_rule
 
 CHUNK = "chunk_gated_delta_rule"
@@ -59,23 +74,37 @@ def assert_past_is_kept(backend: OpsBackend, out: Tensor, clean: Tensor, token: 
 
 def assert_same_pattern(out: Tensor, expected: Tensor, ceiling: float, what: str) -> None:
     """Not finite in the same places, and equal in the others."""
-    assert torch.equal(out.isfinite(), expected.isfinite()), f"{what}: not finite in {out.isfinite().logical_not().sum()} places"
+    assert torch.equal(out.isfinite(), expected.isfinite()), (
+        f"{what}: not finite in {out.isfinite().logical_not().sum()} places"
+    )
     where = expected.isfinite()
     assert_error(what, out[where], expected[where], ceiling)
 
 
-# ---- the chunked delta rule ----
+# ---- the chunked delta rule
 
 
 @each_backend
 @settings(max_examples=20)
-@given(data=st.data(), shape=delta_shapes(), dtype=st.sampled_from((F32, BF16)), seed=seeds, value=st.sampled_from(NOT_FINITE))
+@given(
+    data=st.data(),
+    shape=delta_shapes(),
+    dtype=st.sampled_from((F32, BF16)),
+    seed=seeds,
+    value=st.sampled_from(NOT_FINITE),
+)
 def test_chunked_outputs_are_those_of_the_token_loop(backend, data, shape, dtype, seed, value):
-    """Also where a number is not finite: the same outputs and columns of the state are not, and the others keep their values."""
+    """Also where a number is not finite: the same outputs and columns of the state are not, and the others keep their
+    values.
+    """
     if shape.T == 0:
         return
     inputs = delta_inputs(shape, dtype, seed)
-    name, row, token = data.draw(st.sampled_from(names_of(inputs))), data.draw(st.integers(0, shape.B - 1)), data.draw(st.integers(0, shape.T - 1))
+    name, row, token = (
+        data.draw(st.sampled_from(names_of(inputs))),
+        data.draw(st.integers(0, shape.B - 1)),
+        data.draw(st.integers(0, shape.T - 1)),
+    )
     bad = with_value(inputs, name, row, token, math.nan if name == "g" else value, data.draw(st.integers(0, 40)))
     for what, out, expected in zip(("o", "final_state"), backend(CHUNK, *bad), gated_delta_rule(*bad)):
         assert_same_pattern(out, expected, TOLERANCE[dtype].output, f"{name} of token {token} is {value}: {what}")
@@ -133,7 +162,7 @@ def test_gradients_do_not_see_cotangents_of_earlier_outputs(token):
     assert_error("dv of other columns", dirty["v"][..., 4:], clean["v"][..., 4:], 1e-5)
 
 
-# ---- on a device ----
+# ---- on a device
 
 DEVICE_SHAPE = DeltaShape("", T=80, H=1, K=64, V=144)
 
@@ -144,7 +173,10 @@ def check_on_device(backend: OpsBackend, inputs: DeltaInputs, what: str) -> None
 
 
 @each_device
-@pytest.mark.parametrize("name, value", (("q", math.nan), ("k", math.nan), ("v", math.nan), ("v", math.inf), ("g", math.nan), ("beta", math.nan)))
+@pytest.mark.parametrize(
+    "name, value",
+    (("q", math.nan), ("k", math.nan), ("v", math.nan), ("v", math.inf), ("g", math.nan), ("beta", math.nan)),
+)
 def test_device_outputs_are_those_of_the_token_loop(backend, name, value):
     inputs = delta_inputs(DEVICE_SHAPE, BF16)
     check_on_device(backend, with_value(inputs, name, 0, 70, value, column=5), f"{name} of token 70")
@@ -182,7 +214,7 @@ def test_device_values_beyond_fp16(backend):
     check_on_device(backend, with_value(inputs, "v", 0, 70, 3e6, column=1), "v = 3e6")
 
 
-# ---- the other ops ----
+# ---- the other ops
 
 
 def recurrent_call(inputs: DeltaInputs) -> RecurrentCall:

@@ -11,7 +11,6 @@ import torch
 from model_cases import JET, content, small_config, small_model, tokens
 from safetensors.torch import load_file, save_file
 
-from jetkernels import files
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer, checkpoint
 
 PUBLISHED = {
@@ -83,15 +82,27 @@ def test_shipped_configs(name, V, R, window, swa, attn):
         ({"hidden_size": None}, "hidden_size must be a positive integer, got None"),
         ({"hidden_size": 30}, "hidden_size must be a multiple of num_attention_heads = 4, got 30"),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads = 3, got 4"),
-        ({"layer_types": ["jet", "mamba"], "num_hidden_layers": 2}, r"layer_types\[1\] must be one of jet, attn, swa, got 'mamba'"),
+        (
+            {"layer_types": ["jet", "mamba"], "num_hidden_layers": 2},
+            r"layer_types\[1\] must be one of jet, attn, swa, got 'mamba'",
+        ),
         ({"num_hidden_layers": 5}, "layer_types must have num_hidden_layers = 5 entries, got 4"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling must be None, got"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"torch_dtype": "bfloat17"}, "torch_dtype must name a dtype, got 'bfloat17'"),
-        ({"efficient_attention_config": {"jet": JET}}, "efficient_attention_config.swa is needed by a swa layer, got None"),
+        (
+            {"efficient_attention_config": {"jet": JET}},
+            "efficient_attention_config.swa is needed by a swa layer, got None",
+        ),
         ({"efficient_attention_config": {"swa": {}, "jet": JET}}, "window_size must be a positive integer, got None"),
-        ({"efficient_attention_config": {"swa": {"window_size": 4}, "jet": {"num_heads": 2}}}, "jet must have head_dim, expand_v"),
-        ({"efficient_attention_config": {"swa": {"window_size": 4}, "jet": JET | {"norm_eps": "x"}}}, "norm_eps must be a number"),
+        (
+            {"efficient_attention_config": {"swa": {"window_size": 4}, "jet": {"num_heads": 2}}},
+            "jet must have head_dim, expand_v",
+        ),
+        (
+            {"efficient_attention_config": {"swa": {"window_size": 4}, "jet": JET | {"norm_eps": "x"}}},
+            "norm_eps must be a number",
+        ),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
@@ -158,13 +169,28 @@ def test_auto_is_the_dtype_of_the_config(tmp_path):
         assert JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=given).dtype == torch.bfloat16
 
 
-NO_WEIGHTS = [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "int8", "bf16", "", "Auto", np.float32, 16, ["auto"]]
+NO_WEIGHTS = [
+    torch.int8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    "int8",
+    "bf16",
+    "",
+    "Auto",
+    np.float32,
+    16,
+    ["auto"],
+]
 
 
 @pytest.mark.parametrize("dtype", NO_WEIGHTS)
 def test_other_dtypes_are_refused_by_name(tmp_path, dtype):
     saved(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"^dtype must be one of float64, float32, bfloat16, float16, of torch or by name, or 'auto', got "):
+    with pytest.raises(
+        ValueError,
+        match=r"^dtype must be one of float64, float32, bfloat16, float16, of torch or by name, or 'auto', got ",
+    ):
         JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
 
 
@@ -186,7 +212,9 @@ def test_gates_stored_in_bf16_are_loaded_as_fp32(tmp_path):
     save_file(state, tmp_path / "m" / "model.safetensors")
     again = JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     gates = again.model.layers[0].self_attn
-    assert gates.A_log.dtype == torch.float32 and torch.equal(gates.A_log, model.model.layers[0].self_attn.A_log.bfloat16().float())
+    assert gates.A_log.dtype == torch.float32 and torch.equal(
+        gates.A_log, model.model.layers[0].self_attn.A_log.bfloat16().float()
+    )
 
 
 def test_saving_again_replaces_the_weights_and_nothing_else(tmp_path):
@@ -241,7 +269,10 @@ def rewrite(folder, change):
         (lambda s: s.update(extra=s.pop("model.norm.weight")), "missing model.norm.weight; unexpected extra$"),
         (lambda s: s.clear() or s.update(extra=torch.zeros(1)), r"missing .* and \d+ more; unexpected extra"),
         (lambda s: s.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight must be \[32\], got \[31\]"),
-        (lambda s: s.update({"lm_head.weight": torch.zeros(61, 32)}), "lm_head.weight must equal model.embed_tokens.weight"),
+        (
+            lambda s: s.update({"lm_head.weight": torch.zeros(61, 32)}),
+            "lm_head.weight must equal model.embed_tokens.weight",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
@@ -346,8 +377,28 @@ def saved(folder: Path, max_shard_bytes: int = 10**9, **changes):
     return model
 
 
-@pytest.mark.parametrize("name", ["../m/{}", "/etc/passwd", "{0}/../{0}", "./{}", "sub/{}", "..", "", ".{}", "a\0.safetensors", "\ud800.safetensors",
-                                  "{}\n", "config.json", "a" * 300 + ".safetensors", None, 3, ["{}"], {"a": "{}"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../m/{}",
+        "/etc/passwd",
+        "{0}/../{0}",
+        "./{}",
+        "sub/{}",
+        "..",
+        "",
+        ".{}",
+        "a\0.safetensors",
+        "\ud800.safetensors",
+        "{}\n",
+        "config.json",
+        "a" * 300 + ".safetensors",
+        None,
+        3,
+        ["{}"],
+        {"a": "{}"},
+    ],
+)
 def test_an_index_names_plain_files_only(tmp_path, name):
     saved(tmp_path / "m", 20_000)
     index = tmp_path / "m" / "model.safetensors.index.json"
@@ -355,7 +406,10 @@ def test_an_index_names_plain_files_only(tmp_path, name):
     file = values["weight_map"]["model.norm.weight"]
     values["weight_map"]["model.norm.weight"] = name.format(file) if isinstance(name, str) else name
     index.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"index\.json: weight_map must name a \.safetensors file in the same folder for 'model\.norm\.weight', got"):
+    with pytest.raises(
+        ValueError,
+        match=r"index\.json: weight_map must name a \.safetensors file in the same folder for 'model\.norm\.weight', got",
+    ):
         JetNemotronForCausalLM.from_pretrained(tmp_path / "m")
 
 
@@ -368,11 +422,15 @@ def test_links_to_files_are_followed_as_downloads_lay_them(tmp_path):
     assert same_state(JetNemotronForCausalLM.from_pretrained(tmp_path / "m"), model)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_weights_that_are_not_floating_are_refused(tmp_path, dtype):
     saved(tmp_path / "m")
     rewrite(tmp_path / "m", lambda s: s.update({"model.norm.weight": s["model.norm.weight"].to(dtype)}))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight in model\.safetensors must be one of F64, F32, F16, BF16, got"):
+    with pytest.raises(
+        ValueError, match=r"model\.norm\.weight in model\.safetensors must be one of F64, F32, F16, BF16, got"
+    ):
         JetNemotronForCausalLM.from_pretrained(tmp_path / "m")
 
 
@@ -394,7 +452,10 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path, stored, value, dt
         state["model.norm.weight"] = weight
 
     rewrite(tmp_path / "m", plant)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight in .*model\.safetensors holds .*, too large for (float16|bfloat16|float32)"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.norm\.weight in .*model\.safetensors holds .*, too large for (float16|bfloat16|float32)",
+    ):
         JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
 
 
@@ -411,7 +472,10 @@ def test_inf_and_nan_are_loaded_as_they_are_stored(tmp_path, dtype):
     rewrite(tmp_path / "m", plant)
     model = JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
     for got in (model.model.norm.weight[:4], model.model.embed_tokens.weight[0, :4]):
-        assert torch.equal(got.nan_to_num(nan=-1.0, posinf=-2.0, neginf=-3.0), special.to(dtype).nan_to_num(nan=-1.0, posinf=-2.0, neginf=-3.0))
+        assert torch.equal(
+            got.nan_to_num(nan=-1.0, posinf=-2.0, neginf=-3.0),
+            special.to(dtype).nan_to_num(nan=-1.0, posinf=-2.0, neginf=-3.0),
+        )
 
 
 def test_nothing_is_allocated_for_a_config_that_the_weights_do_not_fit(tmp_path):
@@ -419,7 +483,10 @@ def test_nothing_is_allocated_for_a_config_that_the_weights_do_not_fit(tmp_path)
     config = tmp_path / "m" / "config.json"
     values = json.loads(config.read_text())
     for changes, message in (
-        ({"vocab_size": 1 << 24, "intermediate_size": 1 << 24}, r"embed_tokens.weight must be \[16777216, 32\], got \[61, 32\]"),
+        (
+            {"vocab_size": 1 << 24, "intermediate_size": 1 << 24},
+            r"embed_tokens.weight must be \[16777216, 32\], got \[61, 32\]",
+        ),
         ({"layer_types": ["attn"] * 4000, "num_hidden_layers": 4000}, "4000 layers, but only"),
     ):
         config.write_text(json.dumps(values | changes))
@@ -485,7 +552,11 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
         patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(OSError, match="No space left on device: .*model.safetensors") as caught:
             saved(tmp_path / "m")
-    assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "m" / "model.safetensors") and list(tmp_path.iterdir()) == []
+    assert (
+        caught.value.errno == 28
+        and caught.value.filename == str(tmp_path / "m" / "model.safetensors")
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_a_model_without_values_is_not_saved(tmp_path):

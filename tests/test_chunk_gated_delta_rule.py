@@ -2,17 +2,38 @@
 
 import math
 
+import properties
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    DELTA_SHAPES,
+    DTYPES,
+    LENGTHS,
+    PACKED,
+    DeltaInputs,
+    DeltaShape,
+    assert_bitwise,
+    assert_error,
+    assert_gradients,
+    assert_outputs,
+    backend_id,
+    check_gradients,
+    check_outputs,
+    cotangents,
+    delta_inputs,
+    delta_shapes,
+    dg_floor,
+    ids,
+    layouts,
+    reference_gradients,
+    seeds,
+    splits,
+    with_layouts,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-import properties
-from cases import (
-    BACKENDS, DELTA_SHAPES, DTYPES, LENGTHS, PACKED, DeltaInputs, DeltaShape, assert_bitwise, assert_error, assert_gradients,
-    assert_outputs, backend_id, check_gradients, check_outputs, cotangents, delta_inputs, delta_shapes, dg_floor, ids, layouts,
-    reference_gradients, seeds, splits, with_layouts,
-)  # fmt: skip
 from reference import chunk_gated_delta_rule as chunk
 from reference.recurrent_gated_delta_rule import gated_delta_rule
 
@@ -31,7 +52,7 @@ def check(backend, inputs: DeltaInputs) -> None:
     check_gradients(backend, OP, inputs)
 
 
-# ---- equals the reference ----
+# ---- equals the reference
 
 
 @each_backend
@@ -99,7 +120,9 @@ def test_gradcheck(shape):
     """torch's own finite differences, for every differentiable input, the initial state included."""
     inputs = delta_inputs(shape, F64)
     leaves = [t.requires_grad_() for t in inputs[:6]]
-    assert torch.autograd.gradcheck(lambda *t: torch.ops.jet.chunk_gated_delta_rule(*t, *inputs[6:]), leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: torch.ops.jet.chunk_gated_delta_rule(*t, *inputs[6:]), leaves, fast_mode=True
+    )
 
 
 @each_backend
@@ -117,7 +140,7 @@ def test_many_heads_over_many_chunks(backend, dtype, cu_seqlens):
     assert_gradients(backend.gradients(OP, inputs, grads), refs, dtype, dg_floor(outs, grads))
 
 
-# ---- calls, rows and sequences ----
+# ---- calls, rows and sequences
 
 
 @each_backend
@@ -170,7 +193,7 @@ def test_nan_stays_in_its_sequence(backend, cu_seqlens, n, value):
     properties.nan_stays_in_its_sequence(backend, OP, inputs, n, value)
 
 
-# ---- hard numbers ----
+# ---- hard numbers
 
 
 def recall(backend, dtype: torch.dtype, T: int) -> None:
@@ -267,11 +290,13 @@ def test_beta_zero_writes_nothing(backend):
 @each_backend
 def test_large_and_small_values(backend):
     inputs = random(T=130)
-    scaled = inputs._replace(q=inputs.q * 1e15, k=inputs.k * 1e-2, v=inputs.v * 1e20, initial_state=inputs.initial_state * 1e20)
+    scaled = inputs._replace(
+        q=inputs.q * 1e15, k=inputs.k * 1e-2, v=inputs.v * 1e20, initial_state=inputs.initial_state * 1e20
+    )
     check_outputs(backend, OP, scaled)
 
 
-# ---- meaning of the arguments ----
+# ---- meaning of the arguments
 
 
 @each_backend
@@ -326,12 +351,14 @@ def test_nothing_to_do(backend, shape):
     properties.nothing_to_do(backend, OP, delta_inputs(shape, F32))
 
 
-# ---- memory ----
+# ---- memory
 
 
 @each_backend
 @each_dtype
-@pytest.mark.parametrize("shape", (*DELTA_SHAPES[:3], *DELTA_SHAPES[-2:], DeltaShape("ragged", B=3, T=70, K=13, V=7)), ids=ids)
+@pytest.mark.parametrize(
+    "shape", (*DELTA_SHAPES[:3], *DELTA_SHAPES[-2:], DeltaShape("ragged", B=3, T=70, K=13, V=7)), ids=ids
+)
 def test_every_element_is_written(backend, dtype, shape):
     properties.every_element_is_written(backend, OP, delta_inputs(shape, dtype))
 

@@ -1,22 +1,44 @@
-"""The Hopper kernels of the chunked gated delta rule: their properties on the simulator and on a GPU, their cost, their machine code."""
+"""The Hopper kernels of the chunked gated delta rule: their properties on the simulator and on a GPU, their cost, their
+machine code.
+"""
 
 import math
 
 import pytest
 import torch
+from cases import (
+    LENGTHS,
+    PACKED,
+    DeltaInputs,
+    DeltaShape,
+    assert_bitwise,
+    assert_error,
+    delta_inputs,
+    ids,
+    laid_out,
+    layouts,
+    offsets,
+    seeds,
+    splits,
+)
+from device_backends import (
+    CHUNK_STATE_CEILING,
+    EARLY,
+    assert_every_schedule_agrees,
+    each_device,
+    each_machine,
+    hoppersim,
+    simulated,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_code import disassembly, report
+from properties import far_apart, part, poisoned_allocations, sequences
 
 from benchmarks import counters as counting
 from benchmarks import ops
 from benchmarks.shapes import SHAPES as MEASURED
 from benchmarks.shapes import Draw
-from cases import (
-    LENGTHS, PACKED, DeltaInputs, DeltaShape, assert_bitwise, assert_error, delta_inputs, ids, laid_out, layouts, offsets, seeds, splits,
-)  # fmt: skip
-from device_backends import CHUNK_STATE_CEILING, EARLY, LATE, assert_every_schedule_agrees, each_device, each_machine, hoppersim, simulated
-from kernel_code import disassembly, report
-from properties import far_apart, part, poisoned_allocations, sequences
 from reference.chunk_gated_delta_rule import chunk_gated_delta_rule as reference_in_chunks
 from reference.recurrent_gated_delta_rule import gated_delta_rule
 
@@ -24,7 +46,10 @@ OP = "chunk_gated_delta_rule"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 KEY_DIMS = (64, 96, 128, 192, 256)
 CUT = 8192 + 37  # tokens: one sequence of few heads is cut into eight segments
-OUTPUT_CEILING = {BF16: 2.5e-3, F16: 1e-3}  # operands are fp16 inside: the error of o is that of its own rounding and a few 1e-4
+OUTPUT_CEILING = {
+    BF16: 2.5e-3,
+    F16: 1e-3,
+}  # operands are fp16 inside: the error of o is that of its own rounding and a few 1e-4
 
 SHAPES = (
     *(DeltaShape(f"K = {K}", T=130, K=K, V=64) for K in KEY_DIMS),
@@ -39,7 +64,13 @@ SHAPES = (
     DeltaShape("packed, empty sequences among them", T=200, cu_seqlens=PACKED, Hk=2, H=4, K=96, V=128),
     DeltaShape("packed, without initial state", T=200, cu_seqlens=PACKED, K=128, V=64, state=False),
 )
-AGREE = ("the 2B model's heads", "128/128, two value heads per key head", "packed, empty sequences among them", "K = 256", "V = 208")
+AGREE = (
+    "the 2B model's heads",
+    "128/128, two value heads per key head",
+    "packed, empty sequences among them",
+    "K = 256",
+    "V = 208",
+)
 
 
 def random(dtype=BF16, seed: int = 0, **shape) -> DeltaInputs:
@@ -47,14 +78,16 @@ def random(dtype=BF16, seed: int = 0, **shape) -> DeltaInputs:
 
 
 def check(backend, inputs: DeltaInputs) -> None:
-    """Against the reference in chunks, in fp64; `test_reference` proves that it equals the token loop, which would take minutes here."""
+    """Against the reference in chunks, in fp64; `test_reference` proves that it equals the token loop, which would take
+    minutes here.
+    """
     o, S = backend(OP, *inputs)
     expected = reference_in_chunks(*inputs)
     assert_error("o", o, expected[0], OUTPUT_CEILING[inputs.q.dtype])
     assert_error("final_state", S, expected[1], CHUNK_STATE_CEILING)
 
 
-# ---- equals the reference ----
+# ---- equals the reference
 
 
 @each_device
@@ -74,10 +107,19 @@ def test_equals_the_token_loop(backend):
 @each_device
 @settings(max_examples=12)
 @given(
-    K=st.sampled_from(KEY_DIMS), V=st.integers(1, 12).map(lambda n: 16 * n), Hk=st.integers(1, 2), group=st.integers(1, 3), B=st.integers(1, 2),
-    T=st.integers(1, 140), cu_seqlens=st.none() | offsets(longest=140), dtype=st.sampled_from((BF16, F16)), l2norm=st.booleans(),
-    state=st.booleans(), layouts=layouts, seed=seeds,
-)  # fmt: skip
+    K=st.sampled_from(KEY_DIMS),
+    V=st.integers(1, 12).map(lambda n: 16 * n),
+    Hk=st.integers(1, 2),
+    group=st.integers(1, 3),
+    B=st.integers(1, 2),
+    T=st.integers(1, 140),
+    cu_seqlens=st.none() | offsets(longest=140),
+    dtype=st.sampled_from((BF16, F16)),
+    l2norm=st.booleans(),
+    state=st.booleans(),
+    layouts=layouts,
+    seed=seeds,
+)
 def test_any_shape_dtype_and_layout(backend, K, V, Hk, group, B, T, cu_seqlens, dtype, l2norm, state, layouts, seed):
     if cu_seqlens is not None:
         B, T = 1, cu_seqlens[-1]
@@ -95,7 +137,12 @@ def test_any_shape_dtype_and_layout(backend, K, V, Hk, group, B, T, cu_seqlens, 
 @pytest.mark.parametrize("g_dtype, beta_dtype", ((F32, BF16), (BF16, F32), (F16, F16)), ids=ids)
 def test_gates_and_offsets_of_other_dtypes(backend, index_dtype, g_dtype, beta_dtype):
     inputs = random(T=200, cu_seqlens=PACKED)
-    check(backend, inputs._replace(g=inputs.g.to(g_dtype), beta=inputs.beta.to(beta_dtype), cu_seqlens=inputs.cu_seqlens.to(index_dtype)))
+    check(
+        backend,
+        inputs._replace(
+            g=inputs.g.to(g_dtype), beta=inputs.beta.to(beta_dtype), cu_seqlens=inputs.cu_seqlens.to(index_dtype)
+        ),
+    )
 
 
 @simulated
@@ -106,7 +153,11 @@ def test_every_schedule_agrees(shape):
 
 
 @simulated
-@pytest.mark.parametrize("shape", (DeltaShape("fp32", K=64, V=32), DeltaShape("K = 80", K=80, V=32), DeltaShape("V = 40", K=64, V=40)), ids=ids)
+@pytest.mark.parametrize(
+    "shape",
+    (DeltaShape("fp32", K=64, V=32), DeltaShape("K = 80", K=80, V=32), DeltaShape("V = 40", K=64, V=40)),
+    ids=ids,
+)
 def test_other_shapes_take_the_plain_path(shape):
     inputs = delta_inputs(shape, F32 if shape.reason == "fp32" else BF16)
     with hoppersim.simulate():
@@ -115,7 +166,7 @@ def test_other_shapes_take_the_plain_path(shape):
     assert_error("o", o, gated_delta_rule(*inputs)[0], 5e-3)
 
 
-# ---- calls, rows and sequences ----
+# ---- calls, rows and sequences
 
 
 @each_device
@@ -175,7 +226,9 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit(backend):
 @pytest.mark.parametrize("cu_seqlens", (None, (0, 5, 70, 70, 141)), ids=("rows", "packed"))
 def test_nan_stays_in_its_sequence(backend, cu_seqlens, n, value):
     inputs = random(T=141 if cu_seqlens else 70, B=1 if cu_seqlens else 4, cu_seqlens=cu_seqlens)
-    bad = inputs._replace(**{name: getattr(inputs, name).clone() for name in ("q", "k", "v", "g", "beta", "initial_state")})
+    bad = inputs._replace(
+        **{name: getattr(inputs, name).clone() for name in ("q", "k", "v", "g", "beta", "initial_state")}
+    )
     here = (0, slice(*cu_seqlens[n : n + 2])) if cu_seqlens else (n,)
     for name, t in zip(bad._fields, bad[:5]):
         t[here] = -abs(value) if name == "g" else value  # a g above 0 is refused
@@ -204,7 +257,7 @@ def test_nothing_to_do(backend, shape):
         assert_bitwise(out.double(), expected)
 
 
-# ---- hard numbers ----
+# ---- hard numbers
 
 
 @each_device
@@ -237,7 +290,9 @@ def test_strong_decay(backend):
 
 @each_device
 def test_long_memory_is_exact(backend):
-    """g = 0 and orthogonal keys: what the first token wrote is read back unchanged after 4096 tokens, also through segments."""
+    """g = 0 and orthogonal keys: what the first token wrote is read back unchanged after 4096 tokens, also through
+    segments.
+    """
     inputs = random(T=4096, H=1, l2norm=False, state=False, V=16)
     k, q = torch.zeros_like(inputs.k), torch.zeros_like(inputs.q)
     k[:, 0, :, 0], k[:, 1:, :, 1], q[..., 0] = 1, 1, 1
@@ -277,7 +332,7 @@ def test_queries_and_keys_of_any_size(backend, q_scale, k_scale, l2norm):
     check(backend, inputs._replace(q=inputs.q * q_scale, k=inputs.k * k_scale))
 
 
-# ---- segments ----
+# ---- segments
 
 
 @each_device
@@ -317,7 +372,10 @@ def test_which_calls_are_cut():
 
     def kernels(**shape) -> list[str]:
         EARLY(OP, *random(**shape))
-        return [counting.short(launch["kernel"]).removeprefix("chunk_").removesuffix("_kernel") for launch in hoppersim.launches()]
+        return [
+            counting.short(launch["kernel"]).removeprefix("chunk_").removesuffix("_kernel")
+            for launch in hoppersim.launches()
+        ]
 
     assert kernels(T=3009, H=1, V=16) == ["prepare", "sweep", "join", "sweep", "replay"]
     assert kernels(T=3008, H=1, V=16) == ["prepare", "sweep", "replay"]
@@ -325,7 +383,7 @@ def test_which_calls_are_cut():
     assert kernels(T=128, H=1, V=16, cu_seqlens=(0, 100, 128)) == ["plan", "prepare", "sweep", "replay"]
 
 
-# ---- memory ----
+# ---- memory
 
 
 @each_device
@@ -358,7 +416,7 @@ def test_strides_beyond_32_bits(backend, name, dim):
         assert_bitwise(out, expected, name)
 
 
-# ---- cost, counted by the simulator ----
+# ---- cost, counted by the simulator
 
 FEW_HEADS = {"2b": (4, 4), "4b": (4, 4), "128/128": (8, 4)}  # value heads, key heads: in the proportion of the model
 TRAFFIC = {"2b": 1.88, "4b": 1.95, "128/128": 2.06}  # bytes over the least, of measured shapes
@@ -403,7 +461,7 @@ def test_cost_of_segments():
     assert counting.moved(both) <= 3.5 * case.work.bytes
 
 
-# ---- what the compiler made ----
+# ---- what the compiler made
 
 
 @pytest.mark.parametrize("K", KEY_DIMS)
@@ -430,7 +488,9 @@ def test_machine_code_of_prepare():
     kernels = {name: facts for name, facts in report(stem).items() if "prepare" in name}
     assert len(kernels) == 2 * len(KEY_DIMS), "bf16 and f16"
     for name, facts in kernels.items():
-        assert facts.spill_bytes == 0 and facts.stack_bytes == 0 and facts.registers <= (168 if "ILi256E" in name else 128), name
+        assert (
+            facts.spill_bytes == 0 and facts.stack_bytes == 0 and facts.registers <= (168 if "ILi256E" in name else 128)
+        ), name
         code = disassembly(stem)[name]
         assert not code.uses("LDL", "STL"), name
         assert code.uses("HGMMA") and code.uses("HMMA") and code.uses("UTMALDG"), name

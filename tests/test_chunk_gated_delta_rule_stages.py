@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import DeltaShape, assert_bitwise, assert_error, delta_inputs
 from device_backends import hoppersim, simulated
+from torch import Tensor
+
 from reference import chunk_gated_delta_rule as chunk
 
 C, BLOCK, K = 64, 16, 64
@@ -73,9 +73,13 @@ def expected_image(q, k, g, beta, scale: float, l2norm: bool) -> Image:
     kk = chunk.key_products(k_one * k_norm[:, None], Γ)
     P = chunk.query_key_products(q_one, k_one * k_norm[:, None], Γ, 1.0) * beta
     vectors = {
-        "read_k": c.exp() * k_norm, "write": beta * (c[-1] - c).exp() * k_norm, "read_q": c.exp(), "output": scale * q_norm,
-        "inverse_k": torch.where(norms[1] > 0, 1 / norms[1], 0), "inverse_q": torch.where(norms[0] > 0, 1 / norms[0], 0),
-    }  # fmt: skip
+        "read_k": c.exp() * k_norm,
+        "write": beta * (c[-1] - c).exp() * k_norm,
+        "read_q": c.exp(),
+        "output": scale * q_norm,
+        "inverse_k": torch.where(norms[1] > 0, 1 / norms[1], 0),
+        "inverse_q": torch.where(norms[0] > 0, 1 / norms[0], 0),
+    }
     return Image(chunk.column_inverse(kk, beta), P, vectors)
 
 
@@ -156,7 +160,19 @@ def segments(call: Call) -> list[int]:
     """Segments of a row, chunks of a segment with cu_seqlens, most cuts."""
     found = torch.zeros(3, dtype=torch.int64)
     N = call.N if call.packed else call.B
-    library().call("segments", call.B, call.T, N, call.H, call.K, call.V, int(call.packed), call.multiprocessors, found, restype=None)
+    library().call(
+        "segments",
+        call.B,
+        call.T,
+        N,
+        call.H,
+        call.K,
+        call.V,
+        int(call.packed),
+        call.multiprocessors,
+        found,
+        restype=None,
+    )
     return found.tolist()
 
 

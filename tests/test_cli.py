@@ -1,4 +1,6 @@
-"""The command line, run in this process through its entry point: what it prints, and that whatever is typed ends with a sentence."""
+"""The command line, run in this process through its entry point: what it prints, and that whatever is typed ends with a
+sentence.
+"""
 
 import io
 import json
@@ -11,8 +13,8 @@ import pytest
 import torch
 from bad_arguments import World, drive
 
-from jetkernels._version import __version__
 from jetkernels.__main__ import COMMANDS, TRACEBACK, main, sentence
+from jetkernels._version import __version__
 from jetkernels.cli import demo, generate, memory
 from jetkernels.cli.info import OPS
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
@@ -38,7 +40,11 @@ def tiny_model(tmp_path, tiny_config):
 def completion(folder, prompt: str, count: int) -> list[int]:
     """The most likely tokens after a prompt that is alone."""
     ids = torch.tensor([list(prompt.encode())])
-    return JetNemotronForCausalLM.from_pretrained(folder).generate(ids, max_new_tokens=count, stop_token_ids=())[0, ids.shape[1] :].tolist()
+    return (
+        JetNemotronForCausalLM.from_pretrained(folder)
+        .generate(ids, max_new_tokens=count, stop_token_ids=())[0, ids.shape[1] :]
+        .tolist()
+    )
 
 
 def failure(capsys, *arguments, code: int = 1) -> str:
@@ -79,7 +85,10 @@ def test_what_was_not_expected_names_its_kind_and_how_to_see_where(capsys, monke
     monkeypatch.setattr(generate, "load_model", lambda *a: {}["weights"])
     arguments = ["generate", "--config", str(tiny_config), "--random-weights", "--device", "cpu"]
     assert main(arguments) == 1
-    assert f"unexpected KeyError: 'weights'; this is a fault of jetkernels, and {TRACEBACK}=1 shows" in capsys.readouterr().err
+    assert (
+        f"unexpected KeyError: 'weights'; this is a fault of jetkernels, and {TRACEBACK}=1 shows"
+        in capsys.readouterr().err
+    )
     monkeypatch.setenv(TRACEBACK, "1")
     with pytest.raises(KeyError):
         main(arguments)
@@ -89,8 +98,16 @@ def test_what_was_not_expected_names_its_kind_and_how_to_see_where(capsys, monke
     ("error", "says"),
     [
         (MemoryError(), "out of memory; fewer tokens"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes."), "allocate 4.0 GiB;"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "out of memory: tried to allocate 20.00 GiB;"),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes."
+            ),
+            "allocate 4.0 GiB;",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
+            "out of memory: tried to allocate 20.00 GiB;",
+        ),
         (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
         (OSError(36, "File name too long", "9" * 5000), "99...: File name too long"),
         (ValueError("two\nlines"), "two lines"),
@@ -152,7 +169,9 @@ def test_a_process_that_cannot_write_says_so_once():
     environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "jetkernels", "info"]
-        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=lambda: os.close(0))
+        process = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=lambda: os.close(0)
+        )
     assert (process.returncode, process.stderr) == (1, "jetkernels info: No space left on device\n")
 
 
@@ -185,7 +204,10 @@ def test_info_json(capsys):
 
 
 def test_generate_streams_the_text_that_the_model_makes(capsys, tiny_model):
-    assert main(["generate", "--model", str(tiny_model), "--prompt", "def f", "--max-new-tokens", "12", "--device", "cpu"]) == 0
+    assert (
+        main(["generate", "--model", str(tiny_model), "--prompt", "def f", "--max-new-tokens", "12", "--device", "cpu"])
+        == 0
+    )
     streamed = capsys.readouterr().out
     model, tokenizer = JetNemotronForCausalLM.from_pretrained(tiny_model), Tokenizer.from_pretrained(tiny_model)
     ids = torch.tensor([tokenizer.encode("def f")])
@@ -207,7 +229,20 @@ PROMPTS = ["def f", "class Shape(object):", "x", "import os", "é 世"]
 def test_a_file_of_prompts_gives_what_each_gives_alone(capsys, tmp_path, tiny_model, batch):
     file = tmp_path / "prompts"
     file.write_bytes("\r\n".join(PROMPTS).encode() + b"\n")
-    arguments = ["generate", "--model", tiny_model, "--prompt-file", file, "--batch", batch, "--max-new-tokens", "9", "--device", "cpu", "--json"]
+    arguments = [
+        "generate",
+        "--model",
+        tiny_model,
+        "--prompt-file",
+        file,
+        "--batch",
+        batch,
+        "--max-new-tokens",
+        "9",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     assert main(list(map(str, arguments))) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["prompt"] for answer in answers] == PROMPTS
@@ -215,7 +250,9 @@ def test_a_file_of_prompts_gives_what_each_gives_alone(capsys, tmp_path, tiny_mo
         alone = completion(tiny_model, answer["prompt"], 9)
         end = (alone + [256]).index(256)
         assert answer["ids"] == alone[:end] and answer["stopped"] == (end < 9)
-        assert answer["text"] == bytes(answer["ids"]).decode("utf-8", "replace") and answer["prompt_ids"] == list(answer["prompt"].encode())
+        assert answer["text"] == bytes(answer["ids"]).decode("utf-8", "replace") and answer["prompt_ids"] == list(
+            answer["prompt"].encode()
+        )
     assert len({tuple(answer["ids"]) for answer in answers}) > 1
 
 
@@ -233,7 +270,23 @@ def test_a_row_that_ends_is_marked_and_cut(capsys, tmp_path, tiny_model):
     stop = completion(tiny_model, "def f", 3)[2]
     values = json.loads((tiny_model / "config.json").read_text())
     (tiny_model / "config.json").write_text(json.dumps(values | {"eos_token_id": stop}))
-    assert main(["generate", "--model", str(tiny_model), "--prompt", "def f", "--max-new-tokens", "9", "--device", "cpu", "--json"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                str(tiny_model),
+                "--prompt",
+                "def f",
+                "--max-new-tokens",
+                "9",
+                "--device",
+                "cpu",
+                "--json",
+            ]
+        )
+        == 0
+    )
     answer = json.loads(capsys.readouterr().out)
     assert answer["stopped"] and stop not in answer["ids"] and len(answer["ids"]) <= 2
 
@@ -245,17 +298,53 @@ def test_a_row_that_ends_is_marked_and_cut(capsys, tmp_path, tiny_model):
         (["generate", "--config", "7b", "--random-weights"], "must be one of 2b, 4b", 1),
         (["generate", "--model", "no-such-folder", "--prompt", "x"], "no-such-folder", 1),
         (["generate", "--model", "org/name", "--prompt", "x"], "hf download org/name", 1),
-        (["generate", "--config", "TINY", "--random-weights", "--prompt-ids", "1,999"], "below the vocabulary size 257", 1),
-        (["generate", "--config", "TINY", "--random-weights", "--prompt-ids", "1,x"], "--prompt-ids must be integers", 2),
-        (["generate", "--config", "TINY", "--random-weights", "--prompt", ""], "--prompt: a prompt must hold at least one token", 1),
-        (["generate", "--config", "TINY", "--random-weights", "--prompt", "\udcff"], "--prompt must be UTF-8 text, got byte 0xff at position 0", 1),
-        (["generate", "--config", "TINY", "--random-weights", "--prompt", "a" * 10**6], "1,000,000 tokens and --max-new-tokens 128 are more than", 1),
-        (["generate", "--config", "TINY", "--random-weights", "--prompt", "a", "--prompt-ids", "1"], "not allowed with argument", 2),
-        (["generate", "--config", "TINY", "--random-weights", "--max-new-tokens", "-1"], "--max-new-tokens must be at least 0, got -1", 2),
-        (["generate", "--config", "TINY", "--random-weights", "--temperature", "nan"], "--temperature must be a finite number, got nan", 2),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--prompt-ids", "1,999"],
+            "below the vocabulary size 257",
+            1,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--prompt-ids", "1,x"],
+            "--prompt-ids must be integers",
+            2,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--prompt", ""],
+            "--prompt: a prompt must hold at least one token",
+            1,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--prompt", "\udcff"],
+            "--prompt must be UTF-8 text, got byte 0xff at position 0",
+            1,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--prompt", "a" * 10**6],
+            "1,000,000 tokens and --max-new-tokens 128 are more than",
+            1,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--prompt", "a", "--prompt-ids", "1"],
+            "not allowed with argument",
+            2,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--max-new-tokens", "-1"],
+            "--max-new-tokens must be at least 0, got -1",
+            2,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--temperature", "nan"],
+            "--temperature must be a finite number, got nan",
+            2,
+        ),
         (["generate", "--config", "TINY", "--random-weights", "--top-p", "0"], "--top-p must be above 0, got 0", 2),
         (["generate", "--config", "TINY", "--random-weights", "--seed", "-1"], "--seed must be at least 0, got -1", 2),
-        (["throughput", "--config", "TINY", "--random-weights", "--batch", "0"], "--batch must be at least 1, got 0", 2),
+        (
+            ["throughput", "--config", "TINY", "--random-weights", "--batch", "0"],
+            "--batch must be at least 1, got 0",
+            2,
+        ),
         (["throughput", "--config", "TINY", "--random-weights", "--dtype", "fp8"], "--dtype: invalid choice: 'fp8'", 2),
         (["demo", "--minutes", "inf"], "--minutes must be a finite number, got inf", 2),
         (["demo", "--output", "/dev/null/x"], "/dev/null is not a folder", 1),
@@ -267,9 +356,23 @@ def test_wrong_arguments_end_with_one_line(capsys, tiny_config, arguments, sente
 
 
 def test_token_ids_need_no_tokenizer(capsys, tiny_model):
-    need = JetNemotronForCausalLM.from_pretrained(tiny_model).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5)[0, 3:].tolist()
+    need = (
+        JetNemotronForCausalLM.from_pretrained(tiny_model)
+        .generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5)[0, 3:]
+        .tolist()
+    )
     (tiny_model / "tokenizer.json").unlink()
-    common = ["generate", "--model", str(tiny_model), "--device", "cpu", "--max-new-tokens", "5", "--prompt-ids", "1,2,3"]
+    common = [
+        "generate",
+        "--model",
+        str(tiny_model),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "5",
+        "--prompt-ids",
+        "1,2,3",
+    ]
     assert main(common) == 0
     assert [int(token) for token in capsys.readouterr().out.split()] == need
     assert main([*common, "--json"]) == 0
@@ -278,12 +381,17 @@ def test_token_ids_need_no_tokenizer(capsys, tiny_model):
 
 
 @pytest.mark.parametrize("command", ["demo", "generate", "throughput", "search base"])
-@pytest.mark.parametrize(("device", "says"), [("mps", "must be cpu, cuda or cuda:N, got 'mps'"), ("cuda", "--device cuda: "), ("cuda:7", "--device cuda:7: ")])
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("mps", "must be cpu, cuda or cuda:N, got 'mps'"), ("cuda", "--device cuda: "), ("cuda:7", "--device cuda:7: ")],
+)
 def test_a_device_that_this_machine_lacks(capsys, monkeypatch, tmp_path, command, device, says):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     needed = {"generate": ["--config", "2b", "--random-weights"], "search base": ["--output", tmp_path / "out"]}
     needed["throughput"] = needed["generate"]
-    assert says in failure(capsys, *command.split(), *needed.get(command, []), "--device", device, code=2 if device == "mps" else 1)
+    assert says in failure(
+        capsys, *command.split(), *needed.get(command, []), "--device", device, code=2 if device == "mps" else 1
+    )
 
 
 def test_a_device_number_beyond_the_last(monkeypatch, capsys):
@@ -336,7 +444,19 @@ def test_needed_memory_is_that_of_the_model(tiny_config):
 
 
 def test_throughput_reports_speed_and_cache(capsys, tiny_config):
-    arguments = ["--batch", "2", "--prompt-length", "20", "--new-tokens", "3", "--repeats", "1", "--json", "--device", "cpu"]
+    arguments = [
+        "--batch",
+        "2",
+        "--prompt-length",
+        "20",
+        "--new-tokens",
+        "3",
+        "--repeats",
+        "1",
+        "--json",
+        "--device",
+        "cpu",
+    ]
     assert main(["throughput", "--config", str(tiny_config), "--random-weights", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     model = JetNemotronForCausalLM.random(JetNemotronConfig.from_file(tiny_config))

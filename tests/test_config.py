@@ -85,7 +85,9 @@ def test_rotations_that_are_not_computed_are_refused(section, key):
 
 
 def test_two_rotary_bases_must_agree():
-    with pytest.raises(ValueError, match=r"rope_theta and rope_parameters.rope_theta must agree, got 1000000.0 and 10000"):
+    with pytest.raises(
+        ValueError, match=r"rope_theta and rope_parameters.rope_theta must agree, got 1000000.0 and 10000"
+    ):
         config(rope_parameters={"rope_theta": 1e4})
     with pytest.raises(ValueError, match=r"rope_parameters.rope_theta must be finite, got nan"):
         config(rope_parameters={"rope_theta": math.nan})
@@ -136,8 +138,14 @@ def test_two_rotary_bases_must_agree():
         ({"torch_dtype": 5}, "torch_dtype must name a dtype, got '5'"),
         ({"dtype": "float32"}, "torch_dtype and dtype must agree"),
         ({"efficient_attention_config": []}, "efficient_attention_config must be a mapping"),
-        ({"efficient_attention_config": {"jet": 3, "swa": {"window_size": 5}}}, "efficient_attention_config.jet is needed by a jet layer, got 3"),
-        ({"efficient_attention_config": {"jet": JET, "swa": {"window_size": True}}}, "swa.window_size must be a positive integer, got True"),
+        (
+            {"efficient_attention_config": {"jet": 3, "swa": {"window_size": 5}}},
+            "efficient_attention_config.jet is needed by a jet layer, got 3",
+        ),
+        (
+            {"efficient_attention_config": {"jet": JET, "swa": {"window_size": True}}},
+            "swa.window_size must be a positive integer, got True",
+        ),
         ({"model_type": ["jet_nemotron"]}, "model_type must be jet_nemotron"),
     ],
 )
@@ -185,11 +193,58 @@ def test_a_million_layers_are_refused_at_once():
 # ---- anything at all
 
 JUNK = [
-    None, True, False, "no", "", "12", "1e-5", "nan", -1, 0, 1, 2, 7, 1.5, -0.0, math.nan, math.inf, -math.inf, 1e308, 5e-324, 10**400, 2**63, 2**31,
-    [], {}, [None], [1], ["jet"], {"a": 1}, [[[]]], {"jet": {}}, {"rope_type": "yarn"}, "silu", "default", "x" * 10**5, [0] * 10**4,
-]  # fmt: skip
-KEYS = [*VALID, "rope_scaling", "rope_parameters", "dtype", "use_mrope", "partial_rotary_factor", "attention_bias", "mlp_bias"]
-PATHS = [(key,) for key in KEYS] + [("efficient_attention_config", "jet", key) for key in JET] + [("efficient_attention_config", "swa", "window_size")]
+    None,
+    True,
+    False,
+    "no",
+    "",
+    "12",
+    "1e-5",
+    "nan",
+    -1,
+    0,
+    1,
+    2,
+    7,
+    1.5,
+    -0.0,
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e308,
+    5e-324,
+    10**400,
+    2**63,
+    2**31,
+    [],
+    {},
+    [None],
+    [1],
+    ["jet"],
+    {"a": 1},
+    [[[]]],
+    {"jet": {}},
+    {"rope_type": "yarn"},
+    "silu",
+    "default",
+    "x" * 10**5,
+    [0] * 10**4,
+]
+KEYS = [
+    *VALID,
+    "rope_scaling",
+    "rope_parameters",
+    "dtype",
+    "use_mrope",
+    "partial_rotary_factor",
+    "attention_bias",
+    "mlp_bias",
+]
+PATHS = (
+    [(key,) for key in KEYS]
+    + [("efficient_attention_config", "jet", key) for key in JET]
+    + [("efficient_attention_config", "swa", "window_size")]
+)
 FREE = {"mode", "dconv_implementation"}
 # Where a field is refused by the name of what it decides.
 ALIASES = {
@@ -204,10 +259,25 @@ ALIASES = {
 
 def check_accepted(read: JetNemotronConfig) -> None:
     """Every number is one that a model can be built and run with."""
-    sizes = [getattr(read, n) for n in VALID if n.endswith("_size") or n.startswith("num_") or n in ("head_dim", "max_position_embeddings")]
-    sizes += [read.jet.num_heads, read.jet.head_dim, read.jet.conv_size, read.jet.dconv_generator_reduction, read.window_size]
+    sizes = [
+        getattr(read, n)
+        for n in VALID
+        if n.endswith("_size") or n.startswith("num_") or n in ("head_dim", "max_position_embeddings")
+    ]
+    sizes += [
+        read.jet.num_heads,
+        read.jet.head_dim,
+        read.jet.conv_size,
+        read.jet.dconv_generator_reduction,
+        read.window_size,
+    ]
     assert all(type(n) is int and 1 <= n <= 2**24 for n in sizes)
-    for value, least, most in ((read.rms_norm_eps, 0, 1), (read.jet.norm_eps, 0, 1), (read.rope_theta, 1, 1e308), (read.jet.expand_v, 0, 2**24)):
+    for value, least, most in (
+        (read.rms_norm_eps, 0, 1),
+        (read.jet.norm_eps, 0, 1),
+        (read.rope_theta, 1, 1e308),
+        (read.jet.expand_v, 0, 2**24),
+    ):
         assert type(value) is float and least <= value <= most
     ids = [read.bos_token_id, read.pad_token_id, *read.stop_token_ids, read.padding_token_id]
     assert all(n is None or type(n) is int and n >= 0 for n in ids)
@@ -239,7 +309,9 @@ def test_two_thousand_random_changes_are_read_or_refused_by_name():
     for _, _, read in {path: (path, junk, read) for path, junk, read in accepted}.values():
         if max(read.vocab_size, read.hidden_size, read.intermediate_size, read.jet.value_dim) < 1000:
             with torch.no_grad():
-                logits = JetNemotronForCausalLM.random(read, dtype=torch.float32)(torch.zeros(1, 3, dtype=torch.int64)).logits
+                logits = JetNemotronForCausalLM.random(read, dtype=torch.float32)(
+                    torch.zeros(1, 3, dtype=torch.int64)
+                ).logits
             assert logits.isfinite().all()
 
 

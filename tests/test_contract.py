@@ -4,26 +4,43 @@ import inspect
 
 import pytest
 import torch
+from cases import (
+    DTYPES,
+    ApplyInputs,
+    ConvInputs,
+    ConvShape,
+    DeltaInputs,
+    DeltaShape,
+    accumulator,
+    apply_inputs,
+    assert_bitwise,
+    assert_error,
+    conv_inputs,
+    cotangents,
+    delta_inputs,
+    floating,
+    ids,
+)
 from torch import Tensor
 
 import jetkernels
-from cases import (
-    DTYPES, ApplyInputs, ConvInputs, ConvShape, DeltaInputs, DeltaShape, accumulator, apply_inputs, assert_bitwise, assert_error,
-    conv_inputs, cotangents, delta_inputs, floating, ids,
-)  # fmt: skip
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 DELTA = DeltaShape("rows, GVA, initial state", B=2, T=67, K=4, V=3)
 DELTA_PACKED = DeltaShape("packed, no initial state", T=9, K=4, V=3, cu_seqlens=(0, 0, 4, 9), state=False, l2norm=False)
 CONV = ConvShape("rows, bias, state", T=5)
-CONV_PACKED = ConvShape("packed, no bias, no state", B=1, T=9, cu_seqlens=(0, 0, 4, 9), bias=False, state=False, silu=False)
+CONV_PACKED = ConvShape(
+    "packed, no bias, no state", B=1, T=9, cu_seqlens=(0, 0, 4, 9), bias=False, state=False, silu=False
+)
 INPUTS = {
     "chunk_gated_delta_rule": (delta_inputs, (DELTA, DELTA_PACKED)),
     "dynamic_conv": (conv_inputs, (CONV, CONV_PACKED)),
     "apply_dynamic_conv": (apply_inputs, (CONV, CONV_PACKED)),
 }
 SEQUENCE_OPS = [(op, shape) for op, (_, shapes) in INPUTS.items() for shape in shapes]
-each_sequence_op = pytest.mark.parametrize("op, shape", SEQUENCE_OPS, ids=lambda x: x if isinstance(x, str) else x.reason)
+each_sequence_op = pytest.mark.parametrize(
+    "op, shape", SEQUENCE_OPS, ids=lambda x: x if isinstance(x, str) else x.reason
+)
 
 
 def make(op: str, shape, dtype: torch.dtype = F32):
@@ -51,7 +68,15 @@ def commit_args(indexed: bool = True) -> tuple:
 def step_args(dtype: torch.dtype = F32, indexed: bool = True) -> tuple:
     x, hidden, weight, bias, _, _, silu = conv_inputs(ConvShape("", B=3, T=1), dtype)
     rows = torch.tensor([2, -1, 0], dtype=torch.int32) if indexed else None
-    return x[:, 0], hidden[:, 0], weight, bias if indexed else None, torch.randn(4, 12, 3, dtype=F64).to(dtype), rows, silu
+    return (
+        x[:, 0],
+        hidden[:, 0],
+        weight,
+        bias if indexed else None,
+        torch.randn(4, 12, 3, dtype=F64).to(dtype),
+        rows,
+        silu,
+    )
 
 
 POOL_OPS = {
@@ -62,7 +87,7 @@ POOL_OPS = {
 }
 
 
-# ---- opcheck: schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes ----
+# ---- opcheck: schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes
 
 
 @each_sequence_op
@@ -89,7 +114,7 @@ def test_opcheck_of_the_ops_in_place(op, indexed):
     torch.library.opcheck(getattr(torch.ops.jet, op).default, POOL_OPS[op](indexed=indexed))
 
 
-# ---- torch.compile ----
+# ---- torch.compile
 
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static shapes", "dynamic shapes"))
@@ -118,7 +143,10 @@ def test_ops_in_place_compile_without_graph_breaks(op):
     torch.manual_seed(0)
     args = POOL_OPS[op]()
     again = tuple(t.clone() if isinstance(t, Tensor) else t for t in args)
-    eager, compiled = function(*args), torch.compile(lambda *a: function(*a), fullgraph=True, backend="aot_eager")(*again)
+    eager, compiled = (
+        function(*args),
+        torch.compile(lambda *a: function(*a), fullgraph=True, backend="aot_eager")(*again),
+    )
     for a, b in zip((eager, *args), (compiled, *again)):
         if isinstance(a, Tensor):
             assert_bitwise(b, a, "output or argument")
@@ -148,7 +176,7 @@ def test_inductor_compiles_a_layer_of_ops():
         assert_error(name, compiled, eager, 1e-6)
 
 
-# ---- autocast ----
+# ---- autocast
 
 
 @each_sequence_op
@@ -197,7 +225,7 @@ def test_autocast_of_ops_in_place():
         assert_bitwise(mixed[4], again[4], "conv_state")
 
 
-# ---- dtypes, gradients, signatures ----
+# ---- dtypes, gradients, signatures
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -265,7 +293,9 @@ def test_python_functions_translate_their_arguments():
     q, k, v, g, beta, S, _, _, _ = delta_inputs(DELTA, F32)
     o, none = jetkernels.chunk_gated_delta_rule(q, k, v, g, beta)
     assert none is None
-    assert_bitwise(o, torch.ops.jet.chunk_gated_delta_rule(q, k, v, g, beta, None, None, 4**-0.5, False)[0], "scale=None")
+    assert_bitwise(
+        o, torch.ops.jet.chunk_gated_delta_rule(q, k, v, g, beta, None, None, 4**-0.5, False)[0], "scale=None"
+    )
     outs = jetkernels.chunk_gated_delta_rule(q, k, v, g, beta, 0.3, S, True, True)
     for out, ref in zip(outs, torch.ops.jet.chunk_gated_delta_rule(q, k, v, g, beta, S, None, 0.3, True)):
         assert_bitwise(out, ref, "scale, state, l2norm")

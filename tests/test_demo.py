@@ -1,4 +1,6 @@
-"""The demo: how it plans by the speed it sees, that it goes on until the loss is reached, and a short one from start to end."""
+"""The demo: how it plans by the speed it sees, that it goes on until the loss is reached, and a short one from start to
+end.
+"""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +14,11 @@ from jetkernels.cli import demo
 from jetkernels.cli.info import OPS
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 
-UNUSED = ("apply_dynamic_conv", "recurrent_gated_delta_rule_verify", "recurrent_gated_delta_rule_commit")  # by the model
+UNUSED = (
+    "apply_dynamic_conv",
+    "recurrent_gated_delta_rule_verify",
+    "recurrent_gated_delta_rule_commit",
+)  # by the model
 
 
 class Clock:
@@ -94,10 +100,14 @@ def test_seconds_left_are_what_the_fewest_steps_take():
 
 def fake_trainer():
     runs = []
-    return SimpleNamespace(runs=runs, run=lambda schedule, peak=1.0: runs.append((schedule.end - schedule.last, schedule.fewest, peak)))
+    return SimpleNamespace(
+        runs=runs, run=lambda schedule, peak=1.0: runs.append((schedule.end - schedule.last, schedule.fewest, peak))
+    )
 
 
-@pytest.mark.parametrize("losses, schedules", [([2.0], 1), ([3.0, 2.4], 2), ([3.0, 2.9, 2.8, 2.4], 4), ([3.0, 2.9, 2.8, 2.7], 4)])
+@pytest.mark.parametrize(
+    "losses, schedules", [([2.0], 1), ([3.0, 2.4], 2), ([3.0, 2.9, 2.8, 2.4], 4), ([3.0, 2.9, 2.8, 2.7], 4)]
+)
 def test_training_goes_on_until_the_loss_is_reached(capsys, losses, schedules):
     trainer, found = fake_trainer(), iter(losses)
     assert demo.train(trainer, 150, lambda: next(found), enough=2.5) == losses[-1]
@@ -108,7 +118,12 @@ def test_training_goes_on_until_the_loss_is_reached(capsys, losses, schedules):
 
 @pytest.mark.parametrize(
     "difference, loss, said",
-    [(2e-3, 2.0, "decode and prefill"), (math.nan, 2.0, "decode and prefill"), (1e-5, 2.6, "held-out loss"), (1e-5, math.nan, "held-out loss")],
+    [
+        (2e-3, 2.0, "decode and prefill"),
+        (math.nan, 2.0, "decode and prefill"),
+        (1e-5, 2.6, "held-out loss"),
+        (1e-5, math.nan, "held-out loss"),
+    ],
 )
 def test_checks_are_real(difference, loss, said):
     demo.check(1e-5, 2.5, enough=2.5)
@@ -127,7 +142,9 @@ def test_unigram_entropy_is_that_of_the_bytes():
 @pytest.fixture(scope="module")
 def tiny_model():
     torch.manual_seed(0)
-    return JetNemotronForCausalLM(JetNemotronConfig(**{**demo.CONFIG, "hidden_size": 48, "intermediate_size": 64, "layer_types": ["jet", "swa"]}))
+    return JetNemotronForCausalLM(
+        JetNemotronConfig(**{**demo.CONFIG, "hidden_size": 48, "intermediate_size": 64, "layer_types": ["jet", "swa"]})
+    )
 
 
 @pytest.mark.parametrize("seconds_per_byte, count", [(0.0, demo.NEW), (0.3, 41), (24.0, demo.FEWEST_NEW)])

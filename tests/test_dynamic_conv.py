@@ -5,16 +5,33 @@ import subprocess
 import sys
 import textwrap
 
+import properties
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    CONV_SHAPES,
+    DTYPES,
+    PACKED,
+    ConvInputs,
+    ConvShape,
+    assert_bitwise,
+    assert_error,
+    assert_outputs,
+    backend_id,
+    check_gradients,
+    check_outputs,
+    conv_inputs,
+    conv_shapes,
+    cotangents,
+    ids,
+    layouts,
+    seeds,
+    splits,
+    with_layouts,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-
-import properties
-from cases import (
-    BACKENDS, CONV_SHAPES, DTYPES, PACKED, ConvInputs, ConvShape, assert_bitwise, assert_error, assert_outputs, backend_id,
-    check_gradients, check_outputs, conv_inputs, conv_shapes, cotangents, ids, layouts, seeds, splits, with_layouts,
-)  # fmt: skip
 
 OP = "dynamic_conv"
 F32, F64 = torch.float32, torch.float64
@@ -26,7 +43,7 @@ def random(dtype: torch.dtype = F32, seed: int = 0, **shape) -> ConvInputs:
     return conv_inputs(ConvShape("", **shape), dtype, seed)
 
 
-# ---- equals the reference ----
+# ---- equals the reference
 
 
 @each_backend
@@ -78,7 +95,7 @@ def test_gradcheck(W, cu_seqlens, silu):
     assert torch.autograd.gradcheck(lambda *t: torch.ops.jet.dynamic_conv(*t, *inputs[5:]), leaves)
 
 
-# ---- calls, rows and sequences ----
+# ---- calls, rows and sequences
 
 
 @each_backend
@@ -105,7 +122,9 @@ def test_equals_single_steps(backend, W):
     inputs = random(T=9, W=W)
     pool, steps = inputs.conv_state.clone(), []
     for t in range(9):
-        step = backend("dynamic_conv_step", inputs.x[:, t], inputs.hidden[:, t], inputs.weight, inputs.bias, pool, None, True)
+        step = backend(
+            "dynamic_conv_step", inputs.x[:, t], inputs.hidden[:, t], inputs.weight, inputs.bias, pool, None, True
+        )
         steps.append(step)
     assert_outputs((torch.stack(steps, 1), pool), backend(OP, *inputs), F32)
 
@@ -139,7 +158,7 @@ def test_nan_stays_in_its_sequence(backend, cu_seqlens, n, value):
     properties.nan_stays_in_its_sequence(backend, OP, inputs, n, value)
 
 
-# ---- meaning of the arguments ----
+# ---- meaning of the arguments
 
 
 @each_backend
@@ -187,7 +206,7 @@ def test_nothing_to_do(backend, shape):
     properties.nothing_to_do(backend, OP, conv_inputs(shape, F32))
 
 
-# ---- memory ----
+# ---- memory
 
 
 @each_backend

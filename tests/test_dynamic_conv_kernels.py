@@ -1,18 +1,30 @@
-"""The Hopper kernels of the dynamic convolution: their properties on the simulator and on a GPU, their cost, their machine code."""
+"""The Hopper kernels of the dynamic convolution: their properties on the simulator and on a GPU, their cost, their
+machine code.
+"""
 
 import math
 
+import pool_properties
 import pytest
 import torch
+from cases import (
+    PACKED,
+    ApplyInputs,
+    ConvInputs,
+    ConvShape,
+    apply_inputs,
+    assert_bitwise,
+    check_outputs,
+    conv_inputs,
+    ids,
+    laid_out,
+    layouts,
+    seeds,
+    splits,
+)
+from device_backends import assert_every_schedule_agrees, each_device, hoppersim, simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import pool_properties
-from cases import (
-    PACKED, REFERENCE, ApplyInputs, ConvInputs, ConvShape, apply_inputs, assert_bitwise, assert_outputs, check_outputs, conv_inputs,
-    ids, laid_out, layouts, seeds, splits,
-)  # fmt: skip
-from device_backends import EARLY, assert_every_schedule_agrees, each_device, hoppersim, simulated
 from kernel_code import disassembly, report
 from pool_properties import StepCall, run, with_rows
 from properties import any_split_equals_one_call, poisoned_allocations, sequences
@@ -39,7 +51,14 @@ SHAPES = (
     ConvShape("no tokens", B=2, T=0, D=32, R=64),
     ConvShape("no tokens, without state", B=2, T=0, D=32, R=64, state=False),
 )
-AGREE = ("T = 64", "T = 257", "W = 3", "R = 520", "packed, empty sequences among them", "several channel tiles in a CTA, the warpgroups in turns")
+AGREE = (
+    "T = 64",
+    "T = 257",
+    "W = 3",
+    "R = 520",
+    "packed, empty sequences among them",
+    "several channel tiles in a CTA, the warpgroups in turns",
+)
 
 
 def inputs_of(op: str, shape: ConvShape, dtype: torch.dtype = BF16, seed: int = 0) -> ConvInputs | ApplyInputs:
@@ -52,7 +71,7 @@ def random_step(dtype=BF16, seed: int = 0, P: int = 5, N: int = 3, D: int = 40, 
     return StepCall(x[:, 0], hidden[:, 0], weight, bias, pool, None, silu)
 
 
-# ---- whole sequences ----
+# ---- whole sequences
 
 
 @each_device
@@ -92,21 +111,41 @@ def shapes(draw) -> ConvShape:
     packed = draw(st.booleans())
     cu = tuple(sorted([0, T, *draw(st.lists(st.integers(0, T), max_size=6))])) if packed else None
     return ConvShape(
-        "", B=1 if packed else draw(st.integers(1, 3)), T=T, D=8 * draw(st.integers(1, 12)), R=8 * draw(st.integers(1, 20)),
-        W=draw(st.integers(2, 4)), cu_seqlens=cu, silu=draw(st.booleans()), bias=draw(st.booleans()), state=draw(st.booleans()),
-    )  # fmt: skip
+        "",
+        B=1 if packed else draw(st.integers(1, 3)),
+        T=T,
+        D=8 * draw(st.integers(1, 12)),
+        R=8 * draw(st.integers(1, 20)),
+        W=draw(st.integers(2, 4)),
+        cu_seqlens=cu,
+        silu=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        state=draw(st.booleans()),
+    )
 
 
 @each_device
 @each_op
 @settings(max_examples=40)
-@given(shape=shapes(), dtype=st.sampled_from((BF16, F16)), layouts=layouts, index=st.sampled_from((torch.int32, torch.int64)), seed=seeds)
+@given(
+    shape=shapes(),
+    dtype=st.sampled_from((BF16, F16)),
+    layouts=layouts,
+    index=st.sampled_from((torch.int32, torch.int64)),
+    seed=seeds,
+)
 def test_any_shape_and_layout(backend, op, shape, dtype, layouts, index, seed):
     inputs = inputs_of(op, shape, dtype, seed)
     if inputs.cu_seqlens is not None:
         inputs = inputs._replace(cu_seqlens=inputs.cu_seqlens.to(index))
-    names = [name for name in inputs._fields if isinstance(getattr(inputs, name), torch.Tensor) and name != "cu_seqlens"]
-    check_outputs(backend, op, inputs._replace(**{name: laid_out(getattr(inputs, name), layout) for name, layout in zip(names, layouts)}))
+    names = [
+        name for name in inputs._fields if isinstance(getattr(inputs, name), torch.Tensor) and name != "cu_seqlens"
+    ]
+    check_outputs(
+        backend,
+        op,
+        inputs._replace(**{name: laid_out(getattr(inputs, name), layout) for name, layout in zip(names, layouts)}),
+    )
 
 
 @each_device
@@ -115,7 +154,9 @@ def test_any_shape_and_layout(backend, op, shape, dtype, layouts, index, seed):
 @settings(max_examples=10)
 def test_any_split_equals_one_call(backend, op, data, T, W, seed):
     """A call of 1, 2 or 3 tokens shifts the state instead of overwriting it."""
-    any_split_equals_one_call(backend, op, inputs_of(op, ConvShape("", B=2, T=T, D=32, R=64, W=W), BF16, seed), data.draw(splits(T)))
+    any_split_equals_one_call(
+        backend, op, inputs_of(op, ConvShape("", B=2, T=T, D=32, R=64, W=W), BF16, seed), data.draw(splits(T))
+    )
 
 
 @each_device
@@ -138,7 +179,9 @@ def test_packed_equals_separate_to_the_bit(backend, op):
 def test_nan_stays_in_its_sequence(backend, op, n, value):
     inputs = inputs_of(op, ConvShape("", B=1, T=200, D=40, R=64, cu_seqlens=PACKED))
     begin, end = inputs.cu_seqlens[n : n + 2].tolist()
-    bad = inputs._replace(x=inputs.x.clone(), conv_state=inputs.conv_state.clone(), **{inputs._fields[1]: inputs[1].clone()})
+    bad = inputs._replace(
+        x=inputs.x.clone(), conv_state=inputs.conv_state.clone(), **{inputs._fields[1]: inputs[1].clone()}
+    )
     bad.x[:, begin:end], bad[1][:, begin:end], bad.conv_state[n] = value, value, value
     for out, dirty, here in zip(backend(op, *inputs), backend(op, *bad), ((0, slice(begin, end)), (n,))):
         out[here], dirty[here] = 0, 0
@@ -176,8 +219,40 @@ def test_zero_generator_leaves_the_bias(backend, op):
 
 
 # What SiLU does with e^-z near and beyond the end of fp32, and with what is no number.
-EXTREMES = (0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 86.0, 88.5, -86.0, -87.0, -87.5, -88.0, -88.5, -89.0, -100.0, -128.0,
-            1000.0, -1000.0, 6e4, -6e4, 3e38, -3e38, math.inf, -math.inf, math.nan, -1.0, -20.0, -40.0, -60.0, -80.0, 1.0, 20.0)  # fmt: skip
+EXTREMES = (
+    0.0,
+    -0.0,
+    1e-30,
+    -1e-30,
+    5.0,
+    -5.0,
+    86.0,
+    88.5,
+    -86.0,
+    -87.0,
+    -87.5,
+    -88.0,
+    -88.5,
+    -89.0,
+    -100.0,
+    -128.0,
+    1000.0,
+    -1000.0,
+    6e4,
+    -6e4,
+    3e38,
+    -3e38,
+    math.inf,
+    -math.inf,
+    math.nan,
+    -1.0,
+    -20.0,
+    -40.0,
+    -60.0,
+    -80.0,
+    1.0,
+    20.0,
+)
 
 
 @each_device
@@ -189,11 +264,15 @@ def test_activation_of_extremes(backend, op, dtype, B):
     x = torch.tensor(EXTREMES, dtype=torch.float64).to(dtype).expand(B, 1, -1)
     D, kernel = x.shape[-1], torch.tensor((0.0, 0.0, 0.0, 1.0), dtype=dtype)
     if op == "dynamic_conv":
-        inputs = ConvInputs(x, torch.zeros(B, 1, 8, dtype=dtype), torch.ones(4 * D, 8, dtype=dtype), kernel.repeat(D), None, None, True)
+        inputs = ConvInputs(
+            x, torch.zeros(B, 1, 8, dtype=dtype), torch.ones(4 * D, 8, dtype=dtype), kernel.repeat(D), None, None, True
+        )
     else:
         inputs = ApplyInputs(x, kernel.expand(B, 1, D, 4).contiguous(), None, None, True)
     y, expected = backend(op, *inputs)[0].double(), torch.nn.functional.silu(x.double()).to(dtype).double()
-    close = torch.isclose(y, expected, rtol=torch.finfo(dtype).eps, atol=2e-36 if dtype == BF16 else 2**-24, equal_nan=True)
+    close = torch.isclose(
+        y, expected, rtol=torch.finfo(dtype).eps, atol=2e-36 if dtype == BF16 else 2**-24, equal_nan=True
+    )
     assert close.all(), [(z, got.item(), want.item()) for z, got, want in zip(EXTREMES, y[0, 0], expected[0, 0])]
 
 
@@ -205,7 +284,7 @@ def test_every_schedule_agrees(op, shape):
     assert_every_schedule_agrees(lambda backend: backend(op, *inputs))
 
 
-# ---- steps ----
+# ---- steps
 
 
 @each_device
@@ -226,9 +305,17 @@ def test_step_any_rows_of_the_pool(backend, index_dtype, rows):
 @each_device
 @settings(max_examples=30)
 @given(
-    N=st.integers(1, 140), D=st.integers(1, 12), R=st.integers(1, 12), W=st.integers(2, 4), bias=st.booleans(), silu=st.booleans(),
-    dtype=st.sampled_from((BF16, F16)), layouts=layouts, data=st.data(), seed=seeds,
-)  # fmt: skip
+    N=st.integers(1, 140),
+    D=st.integers(1, 12),
+    R=st.integers(1, 12),
+    W=st.integers(2, 4),
+    bias=st.booleans(),
+    silu=st.booleans(),
+    dtype=st.sampled_from((BF16, F16)),
+    layouts=layouts,
+    data=st.data(),
+    seed=seeds,
+)
 def test_step_any_shape_and_layout(backend, N, D, R, W, bias, silu, dtype, layouts, data, seed):
     call = random_step(dtype, seed, N=N, P=N + 2, D=8 * D, R=8 * R, W=W, bias=bias, silu=silu)
     rows = data.draw(st.permutations(range(N + 2)))[:N]
@@ -252,7 +339,9 @@ def test_step_row_does_not_depend_on_the_others_to_the_bit(backend):
     call = with_rows(random_step(N=140, P=142), range(1, 141))
     y, pool = run(backend, call)
     for n in (0, 70, 139):
-        one, one_pool = run(backend, with_rows(call._replace(x=call.x[n : n + 1], hidden=call.hidden[n : n + 1]), [n + 1]))
+        one, one_pool = run(
+            backend, with_rows(call._replace(x=call.x[n : n + 1], hidden=call.hidden[n : n + 1]), [n + 1])
+        )
         assert_bitwise(one, y[n : n + 1], "output")
         assert_bitwise(one_pool[n + 1], pool[n + 1], "pool")
 
@@ -263,24 +352,30 @@ def test_steps_equal_a_prefill_to_the_bit(backend):
     y, state = backend("dynamic_conv", *inputs)
     pool = inputs.conv_state.clone()
     for t in range(6):
-        step = backend("dynamic_conv_step", inputs.x[:, t], inputs.hidden[:, t], inputs.weight, inputs.bias, pool, None, True)
+        step = backend(
+            "dynamic_conv_step", inputs.x[:, t], inputs.hidden[:, t], inputs.weight, inputs.bias, pool, None, True
+        )
         assert_bitwise(step, y[:, t], f"token {t}")
     assert_bitwise(pool, state, "state")
 
 
-# ---- cost, counted by the simulator ----
+# ---- cost, counted by the simulator
 
 MODELS = (("2B", 3072, 384), ("4B", 4096, 512))
 
 
 def traffic(counters: dict) -> int:
-    return sum(counters[name] for name in ("global_read_bytes", "global_write_bytes", "bulk_read_bytes", "bulk_write_bytes"))
+    return sum(
+        counters[name] for name in ("global_read_bytes", "global_write_bytes", "bulk_read_bytes", "bulk_write_bytes")
+    )
 
 
 @simulated
 @pytest.mark.parametrize("name, D, R", MODELS, ids=lambda v: v if isinstance(v, str) else "")
 def test_prefill_costs_its_gemm(name, D, R):
-    """Weights once per pair of token tiles, everything else once; no kernel of [T, D, W] in memory; no bank conflict."""
+    """Weights once per pair of token tiles, everything else once; no kernel of [T, D, W] in memory; no bank
+    conflict.
+    """
     T, W = 512, 4
     inputs = inputs_of("dynamic_conv", ConvShape("", B=1, T=T, D=D, R=R, state=False))
     with hoppersim.simulate():
@@ -325,7 +420,7 @@ def test_explicit_kernels_are_read_once():
     assert launch["counters"]["global_write_bytes"] == T * D * 2 + D * (W - 1) * 2
 
 
-# ---- what the compiler made ----
+# ---- what the compiler made
 
 
 @pytest.mark.simulator

@@ -2,16 +2,25 @@
 
 import math
 
+import pool_properties
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    CONV_SHAPES,
+    DTYPES,
+    ConvShape,
+    assert_bitwise,
+    assert_error,
+    backend_id,
+    conv_inputs,
+    ids,
+    laid_out,
+    layouts,
+    seeds,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-
-import pool_properties
-from cases import (
-    BACKENDS, CONV_SHAPES, DTYPES, ConvShape, assert_bitwise, assert_error, backend_id, conv_inputs, ids, laid_out, layouts,
-    seeds,
-)  # fmt: skip
 from pool_properties import StepCall, run, with_rows
 
 F32, F64 = torch.float32, torch.float64
@@ -55,9 +64,17 @@ def test_any_rows_of_the_pool(backend, dtype, index_dtype, rows):
 
 @each_backend
 @given(
-    N=st.integers(1, 30), D=st.integers(1, 70), R=st.integers(1, 40), W=st.integers(2, 4), bias=st.booleans(), silu=st.booleans(),
-    dtype=st.sampled_from(DTYPES), layouts=layouts, data=st.data(), seed=seeds,
-)  # fmt: skip
+    N=st.integers(1, 30),
+    D=st.integers(1, 70),
+    R=st.integers(1, 40),
+    W=st.integers(2, 4),
+    bias=st.booleans(),
+    silu=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    layouts=layouts,
+    data=st.data(),
+    seed=seeds,
+)
 def test_any_shape_dtype_and_layout(backend, N, D, R, W, bias, silu, dtype, layouts, data, seed):
     """The pool too may be strided."""
     call = random(dtype, seed, N + 2, N, D=D, R=R, W=W, bias=bias, silu=silu)
@@ -80,7 +97,7 @@ def test_the_state_is_shifted_and_takes_the_new_input(backend, W):
     assert_bitwise(pool, torch.cat([call.pool[..., 1:], call.x[..., None]], -1), "conv_state")
 
 
-# ---- the pool ----
+# ---- the pool
 
 
 @each_backend

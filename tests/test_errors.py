@@ -1,15 +1,16 @@
-"""A wrong argument raises one line that names the op, the argument, what it needs and what it got; no pool is touched."""
+"""A wrong argument raises one line that names the op, the argument, what it needs and what it got; no pool is
+touched.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
-
 from cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, cotangents, delta_inputs
 from pool_properties import CommitCall, RecurrentCall, StepCall
 from properties import on_tokens, state_name
+from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -126,7 +127,11 @@ INDICES = (
     Wrong("state_indices", integers(0, 1, 2**40, dtype=torch.int64), ("state_indices[2]", "P = 5", str(2**40))),
     Wrong("state_indices", integers(1, 0, 1), ("state_indices", "row 1")),
     Wrong("state_indices", integers(0, 1), ("state_indices", "N = 3", "got 2")),
-    Wrong("state_indices", lambda _: torch.tensor([0.0, 1.0, 2.0]), ("state_indices must be int32 or int64", "got float32")),
+    Wrong(
+        "state_indices",
+        lambda _: torch.tensor([0.0, 1.0, 2.0]),
+        ("state_indices must be int32 or int64", "got float32"),
+    ),
     Wrong("state_indices", lambda _: torch.tensor([[0], [1], [2]]), ("state_indices must have 1 dimension",)),
 )
 POOL = (
@@ -232,7 +237,9 @@ TABLE: dict[str, tuple[Callable[[], tuple], tuple[Wrong, ...]]] = {
             *POOL,
             EXPANDED_POOL,
             Wrong("keys", cast(BF16), ("keys must be float32 or float64", "got bfloat16")),
-            Wrong("keys", resized(2, 3), ("updates dimension 2 (H) must be a multiple of Hk = 3", "as in keys", "got 4")),
+            Wrong(
+                "keys", resized(2, 3), ("updates dimension 2 (H) must be a multiple of Hk = 3", "as in keys", "got 4")
+            ),
             Wrong("keys", resized(3, 0), ("K",)),
             Wrong("updates", resized(1, 4), ("updates", "T = 5", "got 4")),
             Wrong("g", resized(2, 2), ("g", "H = 4", "got 2")),
@@ -299,7 +306,9 @@ def test_wrong_cu_seqlens(op, wrong):
     refuse(op, inputs._replace(cu_seqlens=wrong.change(None)), wrong.says)
 
 
-@pytest.mark.parametrize("op", ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "recurrent_gated_delta_rule_verify"))
+@pytest.mark.parametrize(
+    "op", ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "recurrent_gated_delta_rule_verify")
+)
 def test_value_heads_are_a_multiple_of_key_heads(op):
     args = TABLE[op][0]()
     three = args._replace(**{name: getattr(args, name)[:, :, :3] for name in ("v", "g", "beta")})
@@ -339,7 +348,9 @@ def test_tensors_on_two_devices(op, to):
     args = valid()
     for name in [name for name, t in args._asdict().items() if isinstance(t, Tensor)]:
         mixed = {
-            n: t.to("meta") for n, t in args._asdict().items() if isinstance(t, Tensor) and (n == name) == (to == "argument")
+            n: t.to("meta")
+            for n, t in args._asdict().items()
+            if isinstance(t, Tensor) and (n == name) == (to == "argument")
         }
         before = args.pool.clone() if hasattr(args, "pool") else None
         with pytest.raises(RuntimeError, match=f"^{op}: .*must be on"):

@@ -1,4 +1,6 @@
-"""Files and folders that are seen whole: beside writers, after kills, with the right permissions, and the sentence where they are not."""
+"""Files and folders that are seen whole: beside writers, after kills, with the right permissions, and the sentence
+where they are not.
+"""
 
 import errno
 import json
@@ -27,7 +29,9 @@ def no_exchange(*names):
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """How a folder that is there gets its new files: with renameat2, without it, and where the parent is out of reach."""
+    """How a folder that is there gets its new files: with renameat2, without it, and where the parent is out of
+    reach.
+    """
     if request.param == "one by one":
         monkeypatch.setattr(files, "_exchange", no_exchange)
     if request.param == "inside":
@@ -67,7 +71,11 @@ def test_new_files_take_the_place_of_old_ones_and_others_stay(tmp_path, way):
     put(folder, 2, [*NAMES, "old-2"], drop=("old-*",))
     assert tree(folder) == ["README", "a", "b", "c", "deep", "deep/er", "deep/er/file", "link", "nowhere", "old-2"]
     assert stamps(folder, [*NAMES, "old-2"]) == ["2"] * 4 and (folder / "deep" / "er" / "file").read_text() == "kept"
-    assert (folder / "README").stat().st_ino == inode and (folder / "link").is_symlink() and (folder / "link").read_text() == "kept"
+    assert (
+        (folder / "README").stat().st_ino == inode
+        and (folder / "link").is_symlink()
+        and (folder / "link").read_text() == "kept"
+    )
     assert shared.read_text() == "1" and sorted(os.listdir(tmp_path)) == ["m", "shared"]
 
 
@@ -82,7 +90,9 @@ def test_a_block_that_fails_changes_nothing(tmp_path, way):
     assert stamps(folder) == ["1"] * 3 and tree(folder) == list(NAMES)
 
 
-@pytest.mark.parametrize("umask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)])
+@pytest.mark.parametrize(
+    "umask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)]
+)
 def test_permissions_follow_the_umask(tmp_path, way, umask, file_mode, folder_mode):
     def mode(path):
         return stat.S_IMODE(path.stat().st_mode)
@@ -116,7 +126,11 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path, way):
     (tmp_path / "disk").mkdir()
     (tmp_path / "m").symlink_to("disk")
     put(tmp_path / "m", 1)
-    assert (tmp_path / "m").is_symlink() and stamps(tmp_path / "disk") == ["1"] * 3 and sorted(os.listdir(tmp_path)) == ["disk", "m"]
+    assert (
+        (tmp_path / "m").is_symlink()
+        and stamps(tmp_path / "disk") == ["1"] * 3
+        and sorted(os.listdir(tmp_path)) == ["disk", "m"]
+    )
 
 
 def test_what_cannot_be_replaced_is_named(tmp_path, way):
@@ -164,10 +178,14 @@ def die_at(name: str):
 
 
 def run(code: str, folder: Path) -> int:
-    code = "import os, sys, types, errno\nfrom pathlib import Path\nfrom importlib import util\n" + (
-        "spec = util.spec_from_file_location('files', sys.argv[1]); files = util.module_from_spec(spec)\n"
-        "sys.modules['files'] = files; spec.loader.exec_module(files)\n"
-    ) + code
+    code = (
+        "import os, sys, types, errno\nfrom pathlib import Path\nfrom importlib import util\n"
+        + (
+            "spec = util.spec_from_file_location('files', sys.argv[1]); files = util.module_from_spec(spec)\n"
+            "sys.modules['files'] = files; spec.loader.exec_module(files)\n"
+        )
+        + code
+    )
     return subprocess.run([sys.executable, "-c", code, files.__file__, str(folder)]).returncode
 
 
@@ -181,7 +199,11 @@ def test_a_reader_finishes_what_a_dead_writer_began_to_put_in_place(tmp_path):
     put(tmp_path / "m", 1)
     assert run(ALONE + dies + SAVE, tmp_path / "m") == 9
     assert ".jetkernels-installing" in os.listdir(tmp_path / "m")
-    assert stamps(tmp_path / "m", "ab") == ["2", "2"] and tree(tmp_path / "m") == ["a", "b"] and os.listdir(tmp_path) == ["m"]
+    assert (
+        stamps(tmp_path / "m", "ab") == ["2", "2"]
+        and tree(tmp_path / "m") == ["a", "b"]
+        and os.listdir(tmp_path) == ["m"]
+    )
 
 
 def test_a_writer_that_dies_before_leaves_the_save_before(tmp_path):
@@ -290,7 +312,9 @@ def test_what_is_mounted_in_a_folder_is_not_touched(tmp_path, monkeypatch):
 
 
 def test_readers_and_writers_at_once(tmp_path, way):
-    """Writers of a set of files, of one more file of the folder, and of a report in it; readers of the set. Nothing is mixed or lost."""
+    """Writers of a set of files, of one more file of the folder, and of a report in it; readers of the set. Nothing is
+    mixed or lost.
+    """
     folder, wrong, reads, stop = tmp_path / "m", [], [], threading.Event()
     put(folder, 0)
 
@@ -344,7 +368,10 @@ def test_a_folder_that_is_always_replaced_ends_in_a_sentence(tmp_path, monkeypat
         tried.append(opened.read("a"))
         put(tmp_path / "m", 2)
 
-    with pytest.raises(OSError, match="m was replaced 100 times while it was being opened"), reading(tmp_path / "m", load):
+    with (
+        pytest.raises(OSError, match="m was replaced 100 times while it was being opened"),
+        reading(tmp_path / "m", load),
+    ):
         pass
     assert len(tried) == 100
 
@@ -375,7 +402,12 @@ def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
-    for name, kind in (("folder", IsADirectoryError), ("pipe", OSError), ("loop", OSError), ("gone", FileNotFoundError)):
+    for name, kind in (
+        ("folder", IsADirectoryError),
+        ("pipe", OSError),
+        ("loop", OSError),
+        ("gone", FileNotFoundError),
+    ):
         with pytest.raises(kind) as caught, reading(tmp_path, lambda opened: opened.read(name)):
             pass
         assert caught.value.filename == str(tmp_path / name)
@@ -399,7 +431,11 @@ def test_errors_of_the_system_name_what_was_to_be_written(tmp_path, monkeypatch)
             write_atomic(tmp_path / "report", b"r")
         assert caught.value.filename == str(tmp_path / "report")
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", lambda a, b: (_ for _ in ()).throw(PermissionError(errno.EPERM, "not permitted", str(a), None, str(b))))
+        patch.setattr(
+            files.os,
+            "replace",
+            lambda a, b: (_ for _ in ()).throw(PermissionError(errno.EPERM, "not permitted", str(a), None, str(b))),
+        )
         with pytest.raises(PermissionError) as caught:
             write_atomic(tmp_path / "report", b"r")
         assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "report"), None)
@@ -415,7 +451,9 @@ def test_a_file_is_written_whole_through_links(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
     write_atomic(tmp_path / "link", b"new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new" and len(os.listdir(tmp_path)) == 2
+    assert (
+        (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new" and len(os.listdir(tmp_path)) == 2
+    )
     with pytest.raises(IsADirectoryError, match=f"^save: {tmp_path} is a folder, it must be a file$"):
         write_atomic(tmp_path, b"")
     with pytest.raises(NotADirectoryError, match=f"^save: {tmp_path}/real is not a folder$"):
@@ -453,4 +491,6 @@ def test_saves_survive_kills(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["wrong"] == 0, found
-    assert all(found[name]["killed"] >= 8 and found[name]["loads beside"] for name in ("exchange", "one by one", "file")), found
+    assert all(
+        found[name]["killed"] >= 8 and found[name]["loads beside"] for name in ("exchange", "one by one", "file")
+    ), found

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from model_cases import JET, VOCAB, WINDOW, boundaries, padded, small_block, small_config, small_model, tokens
-
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -29,18 +28,33 @@ ADDITIVE = torch.tensor([[-1e9, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
         ({"input_ids": tokens(2, 4).to("meta")}, "input_ids must be on cpu, like the model, got meta"),
         ({"attention_mask": [[1] * 4] * 2}, "attention_mask must be a tensor, got list"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask must be \[2, 4\]"),
-        ({"attention_mask": ADDITIVE}, "attention_mask must be 1 at tokens and 0 at padding, got negative values or NaN"),
+        (
+            {"attention_mask": ADDITIVE},
+            "attention_mask must be 1 at tokens and 0 at padding, got negative values or NaN",
+        ),
         ({"attention_mask": torch.full((2, 4), torch.nan)}, "attention_mask must be 1 at tokens"),
-        ({"attention_mask": torch.ones(2, 4, device="meta")}, "attention_mask must be on cpu, like the tokens, got meta"),
+        (
+            {"attention_mask": torch.ones(2, 4, device="meta")},
+            "attention_mask must be on cpu, like the tokens, got meta",
+        ),
         ({"labels": tokens(2, 4).tolist()}, "labels must be a tensor, got list"),
         ({"labels": tokens(2, 4).float()}, "labels must be int64 or int32, got torch.float32"),
         ({"labels": tokens(2, 4) + VOCAB}, r"labels must be in 0..60, or -100 for none, got"),
         ({"labels": tokens(2, 4).to("meta")}, "labels must be on cpu, like input_ids, got meta"),
         ({"cache": True}, "cache must be a JetNemotronCache .*, got bool"),
         ({"cache": JetNemotronCache(small_config(("jet",)), 2, 8)}, "cache must be of this model"),
-        ({"input_ids": tokens(1, 4), "cu_seqlens": [0, 4]}, r"cu_seqlens must be a tensor \[N\+1\] of int64 or int32, got list"),
-        ({"input_ids": tokens(1, 4), "cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens must be .* got torch.float32"),
-        ({"input_ids": tokens(1, 4), "cu_seqlens": torch.tensor([[0, 4]])}, r"cu_seqlens must be .* got torch.int64 \[1, 2\]"),
+        (
+            {"input_ids": tokens(1, 4), "cu_seqlens": [0, 4]},
+            r"cu_seqlens must be a tensor \[N\+1\] of int64 or int32, got list",
+        ),
+        (
+            {"input_ids": tokens(1, 4), "cu_seqlens": torch.tensor([0.0, 4.0])},
+            "cu_seqlens must be .* got torch.float32",
+        ),
+        (
+            {"input_ids": tokens(1, 4), "cu_seqlens": torch.tensor([[0, 4]])},
+            r"cu_seqlens must be .* got torch.int64 \[1, 2\]",
+        ),
     ],
 )
 def test_a_call_of_the_model_is_refused_by_name(call, message):
@@ -56,7 +70,11 @@ def test_a_call_of_the_model_is_refused_by_name(call, message):
         (torch.randn(2, 4, 21), {}, r"hidden_states must be floating \[B, T, 20\], got torch.float32 \[2, 4, 21\]"),
         (torch.ones(2, 4, 20, dtype=torch.int64), {}, r"hidden_states must be floating .* got torch.int64"),
         (torch.randn(2, 4, 20), {"state": torch.zeros(2)}, "state must be a JetBlockState .* got Tensor"),
-        (torch.randn(2, 4, 20), {"state": (torch.zeros(2), torch.zeros(2))}, "state must be a JetBlockState .* got tuple"),
+        (
+            torch.randn(2, 4, 20),
+            {"state": (torch.zeros(2), torch.zeros(2))},
+            "state must be a JetBlockState .* got tuple",
+        ),
         (torch.randn(1, 4, 20), {"cu_seqlens": [0, 4]}, "cu_seqlens must be a tensor, got list"),
         (torch.randn(2, 4, 20), {"attention_mask": ADDITIVE}, "attention_mask must be 1 at tokens"),
     ],
@@ -96,8 +114,14 @@ def test_sizes_of_a_cache(arguments):
         ({"layer_types": ["jet", "swa", "jet", "swa"]}, "made for layer_types = .*'swa'], the model has .*'attn']"),
         ({"num_key_value_heads": 4}, "made for num_key_value_heads = 4, the model has 2"),
         ({"head_dim": 16}, "made for head_dim = 16, the model has 8"),
-        ({"efficient_attention_config": {"jet": JET, "swa": {"window_size": 6}}}, "made for window_size = 6, the model has 5"),
-        ({"efficient_attention_config": {"jet": JET | {"expand_v": 2.0}, "swa": {"window_size": WINDOW}}}, "made for jet.head_v_dim = 16, the model has 12"),
+        (
+            {"efficient_attention_config": {"jet": JET, "swa": {"window_size": 6}}},
+            "made for window_size = 6, the model has 5",
+        ),
+        (
+            {"efficient_attention_config": {"jet": JET | {"expand_v": 2.0}, "swa": {"window_size": WINDOW}}},
+            "made for jet.head_v_dim = 16, the model has 12",
+        ),
     ],
 )
 def test_a_cache_of_another_model_is_refused(changes, message):
@@ -283,11 +307,15 @@ def test_a_misfit_of_parameters_is_named():
     with pytest.raises(RuntimeError, match="Missing key.*A_log"):
         block.load_state_dict({})
     with pytest.raises(RuntimeError, match="size mismatch for A_log"):
-        block.load_state_dict(JetBlock(20, JetBlockConfig(num_heads=4, head_dim=6, expand_v=1.5)).state_dict(), strict=False)
+        block.load_state_dict(
+            JetBlock(20, JetBlockConfig(num_heads=4, head_dim=6, expand_v=1.5)).state_dict(), strict=False
+        )
     with pytest.raises(RuntimeError, match="A_log"):
         block.load_state_dict(block.state_dict() | {"A_log": "zeros"})
 
 
 def test_packed_rows_of_int32():
     block, x = small_block(), torch.randn(1, 7, 20)
-    torch.testing.assert_close(block(x, cu_seqlens=boundaries([3, 4], torch.int32)), block(x, cu_seqlens=boundaries([3, 4])))
+    torch.testing.assert_close(
+        block(x, cu_seqlens=boundaries([3, 4], torch.int32)), block(x, cu_seqlens=boundaries([3, 4]))
+    )

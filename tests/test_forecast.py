@@ -1,4 +1,6 @@
-"""The forecast of benchmarks/forecast: what it reads in machine code, its model of a multiprocessor, and that no kernel has become slower."""
+"""The forecast of benchmarks/forecast: what it reads in machine code, its model of a multiprocessor, and that no kernel
+has become slower.
+"""
 
 import pytest
 
@@ -20,7 +22,14 @@ LISTING = """
 
 def test_control_bits():
     s2r, add = parse(LISTING)["_Z6kernelv"]
-    assert (s2r.opcode, s2r.operands, s2r.stall, s2r.writes, s2r.reads, s2r.waits) == ("S2R", "R0, SR_TID.X", 1, 0, 7, 0)
+    assert (s2r.opcode, s2r.operands, s2r.stall, s2r.writes, s2r.reads, s2r.waits) == (
+        "S2R",
+        "R0, SR_TID.X",
+        1,
+        0,
+        7,
+        0,
+    )
     assert (add.predicate, add.name, add.stall, add.writes, add.waits) == ("@!P0", "IADD3", 5, 7, 1)
 
 
@@ -47,7 +56,12 @@ def test_branches_on_the_thread_are_followed():
 
 
 def test_lanes_that_disagree_go_both_ways():
-    lines = ["S2R R0, SR_TID.X", "LOP3.LUT R1, R0, 0x10, RZ, 0xc0, !PT", "ISETP.NE.AND P0, PT, R1, RZ, PT", "BSSY B0, 0x80"]
+    lines = [
+        "S2R R0, SR_TID.X",
+        "LOP3.LUT R1, R0, 0x10, RZ, 0xc0, !PT",
+        "ISETP.NE.AND P0, PT, R1, RZ, PT",
+        "BSSY B0, 0x80",
+    ]
     lines += ["@P0 BRA 0x70", "FADD R2, R2, R2", "BRA 0x80", "FMUL R2, R2, R2", "EXIT"]
     assert addresses(Way(), 3, *lines) == [0x0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80]
 
@@ -59,18 +73,34 @@ def executed(warp: int, *lines: str) -> list[tuple[str, int]]:
 
 
 def test_an_access_counts_the_lanes_that_do_it():
-    lines = ["S2R R0, SR_TID.X", "ISETP.GE.AND P0, PT, R0, 0x8, PT", "@!P0 STG.E.128 desc[UR4][R2.64], R4", "@P0 LDS R1, [R0]", "EXIT"]
+    lines = [
+        "S2R R0, SR_TID.X",
+        "ISETP.GE.AND P0, PT, R0, 0x8, PT",
+        "@!P0 STG.E.128 desc[UR4][R2.64], R4",
+        "@P0 LDS R1, [R0]",
+        "EXIT",
+    ]
     assert executed(0, *lines)[2:4] == [("STG.E.128", 8), ("LDS", 24)]
     assert executed(1, *lines)[2:4] == [("NOP", 32), ("LDS", 32)]
 
 
 def test_a_load_of_one_place_returns_two_registers_a_cycle():
-    assert executed(0, "MOV R0, 0x10", "LDS.128 R4, [R0]", "LDS.128 R4, [R9]", "EXIT")[1:3] == [("LDS.128", 16), ("LDS.128", 32)]
+    assert executed(0, "MOV R0, 0x10", "LDS.128 R4, [R0]", "LDS.128 R4, [R9]", "EXIT")[1:3] == [
+        ("LDS.128", 16),
+        ("LDS.128", 32),
+    ]
 
 
 @pytest.mark.parametrize("operands, value", [("R1, R0, 0x5, 0x7, PT", 7), ("R1, R0, 0x5, 0x7, !PT", 8)])
 def test_minimum_and_maximum_of_a_sum(operands, value):
-    lines = ["MOV R0, 0x3", f"VIADDMNMX {operands}", f"ISETP.EQ.AND P0, PT, R1, {value:#x}, PT", "@P0 BRA 0x50", "NOP", "EXIT"]
+    lines = [
+        "MOV R0, 0x3",
+        f"VIADDMNMX {operands}",
+        f"ISETP.EQ.AND P0, PT, R1, {value:#x}, PT",
+        "@P0 BRA 0x50",
+        "NOP",
+        "EXIT",
+    ]
     assert 0x40 not in addresses(Way(), 0, *lines)
 
 
@@ -99,7 +129,14 @@ def test_what_is_unknown_goes_the_way_that_matters():
 
 @pytest.mark.parametrize("start, turns", [("MOV R0, 0x3", 3), ("LDG.E R0, desc[UR4][R2.64]", 5)])
 def test_loops_turn_as_their_counter_says_or_as_the_work_does(start, turns):
-    lines = [start, "MUFU.EX2 R1, R1", "IADD3 R0, R0, -0x1, RZ", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA 0x10", "EXIT"]
+    lines = [
+        start,
+        "MUFU.EX2 R1, R1",
+        "IADD3 R0, R0, -0x1, RZ",
+        "ISETP.NE.AND P0, PT, R0, RZ, PT",
+        "@P0 BRA 0x10",
+        "EXIT",
+    ]
     assert addresses(Way(loops=(Work("MUFU", 5),)), 0, *lines).count(0x10) == turns
 
 
@@ -124,7 +161,10 @@ def test_a_stream_of_wide_loads_is_bound_by_shared_memory():
 
 
 def test_a_stream_of_products_is_bound_by_the_tensor_cores():
-    stream = code(*["HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24"] * 7, "HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0")
+    stream = code(
+        *["HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24"] * 7,
+        "HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0",
+    )
     found, machine = cycles(*[[*stream, *code("WARPGROUP.DEPBAR.LE gsb0, 0x1")]] * 4)
     assert found == pytest.approx(8 * 64, rel=0.1)
     assert machine.busy["tensor"] == 50 * 8 * 64
@@ -164,6 +204,8 @@ def test_no_kernel_is_slower_than_its_committed_forecast():
     """One shape: the other ones run the same kernels."""
     build = calls.here()
     if build is None:
-        pytest.skip("the CUDA objects are not here, or the disassembler is not: the library was built without nvcc or elsewhere")
+        pytest.skip(
+            "the CUDA objects are not here, or the disassembler is not: the library was built without nvcc or elsewhere"
+        )
     said = calls.compare(list(calls.Forecast(build).rows(chosen_shapes("2b"))), calls.committed())
     assert not said, "\n".join(said)

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-
 from fuzz import campaign
 from fuzz.__main__ import main
 from fuzz.draw import OPS, SEQUENCE_OPS, case_of
@@ -55,12 +54,20 @@ def _nan_passed_on(t):
     return torch.full_like(t, torch.nan) if t.isnan().any() else t
 
 
-FAULTS = {"last element": _last_element_forgotten, "4%": _a_little_off, "not deterministic": _another_each_time, "NaN everywhere": _nan_passed_on}
+FAULTS = {
+    "last element": _last_element_forgotten,
+    "4%": _a_little_off,
+    "not deterministic": _another_each_time,
+    "NaN everywhere": _nan_passed_on,
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_planted_fault_is_found(fault):
-    found = [campaign.run_case(number, "apply_dynamic_conv", "cpu", change=lambda backend: Faulty(backend, fault)).reason for number in range(20)]
+    found = [
+        campaign.run_case(number, "apply_dynamic_conv", "cpu", change=lambda backend: Faulty(backend, fault)).reason
+        for number in range(20)
+    ]
     assert any(found)
 
 
@@ -85,7 +92,9 @@ def test_case_follows_from_its_number(op):
     assert first.what == again.what != other.what
     assert (first.grads is not None) == (op in SEQUENCE_OPS)
     for a, b in zip(first.inputs, again.inputs):
-        assert a is b is None or (torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, torch.Tensor) else a == b)
+        assert a is b is None or (
+            torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, torch.Tensor) else a == b
+        )
 
 
 @pytest.mark.parametrize("op", OPS)

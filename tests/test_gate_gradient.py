@@ -1,13 +1,26 @@
-"""dg of the chunked gated delta rule has a relative accuracy, however strong the decay and whatever mixture of decays."""
+"""dg of the chunked gated delta rule has a relative accuracy, however strong the decay and whatever mixture of
+decays.
+"""
 
 import math
 from functools import cache
 
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    PACKED,
+    DeltaInputs,
+    DeltaShape,
+    OpsBackend,
+    assert_error,
+    cotangents,
+    delta_inputs,
+    ids,
+    reference_gradients,
+)
 from torch import Tensor
 
-from cases import BACKENDS, PACKED, DeltaInputs, DeltaShape, OpsBackend, assert_error, cotangents, delta_inputs, ids, reference_gradients
 from reference.chunk_gated_delta_rule import chunk_gated_delta_rule_backward as reference_backward
 
 OP = "chunk_gated_delta_rule"
@@ -117,8 +130,12 @@ def test_every_gradient_equals_that_of_the_token_loop(backend, shape, g):
 
 @pytest.mark.parametrize("g", (-1e-3, -1.0, -20.0, -50.0), ids=str)
 def test_finite_differences(g):
-    """Of the registered op: backward and its registration. At g = 0 a difference would step into g > 0, which is refused."""
+    """Of the registered op: backward and its registration. At g = 0 a difference would step into g > 0, which is
+    refused.
+    """
     inputs = delta_inputs(DeltaShape("", T=6, K=3, V=2), F64)
     inputs = inputs._replace(g=torch.full_like(inputs.g, g))
     leaves = [t.clone().requires_grad_() for t in inputs[:6]]
-    assert torch.autograd.gradcheck(lambda *x: torch.ops.jet.chunk_gated_delta_rule(*x, *inputs[6:]), leaves, eps=1e-6, atol=1e-8, rtol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda *x: torch.ops.jet.chunk_gated_delta_rule(*x, *inputs[6:]), leaves, eps=1e-6, atol=1e-8, rtol=1e-6
+    )

@@ -98,7 +98,9 @@ def test_a_seeded_generator_repeats(model):
     ids = tokens(2, 5)
 
     def draw(seed):
-        return model.generate(ids, max_new_tokens=12, temperature=2.0, stop_token_ids=(), generator=torch.Generator().manual_seed(seed))
+        return model.generate(
+            ids, max_new_tokens=12, temperature=2.0, stop_token_ids=(), generator=torch.Generator().manual_seed(seed)
+        )
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
@@ -136,7 +138,9 @@ def test_the_lowest_temperatures_draw_the_most_likely_token(temperature, dtype):
 def test_the_highest_temperature_draws_all_possible_tokens_alike():
     logits = torch.tensor([3e4, -3e4, 0.0, -torch.inf]).expand(8000, 4)
     drawn = generation.choose(logits, 1e308, None, None, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 8000, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        torch.bincount(drawn, minlength=4) / 8000, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]), atol=0.02, rtol=0
+    )
 
 
 def test_logits_that_are_not_finite_are_no_tokens(model):
@@ -194,7 +198,10 @@ def test_decode_steps_use_the_step_ops(model, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, r"input_ids must be \[B, T\] with B, T >= 1, got \[2, 0\]"),
+        (
+            {"input_ids": torch.zeros(2, 0, dtype=torch.int64)},
+            r"input_ids must be \[B, T\] with B, T >= 1, got \[2, 0\]",
+        ),
         ({"attention_mask": torch.ones(2, 4)}, r"attention_mask must be \[2, 3\], got \[2, 4\]"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "got a row of zeros"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
@@ -209,7 +216,10 @@ def test_decode_steps_use_the_step_ops(model, monkeypatch):
         ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"input_ids must be \[B, T\] with B, T >= 1, got \[3\]"),
         ({"input_ids": torch.zeros(2, 3)}, "input_ids must be int64 or int32, got torch.float32"),
         ({"input_ids": torch.zeros(2, 3), "max_new_tokens": 0}, "input_ids must be int64 or int32, got torch.float32"),
-        ({"input_ids": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, "input_ids must be on the model's device cpu, got meta"),
+        (
+            {"input_ids": torch.zeros(2, 3, dtype=torch.int64, device="meta")},
+            "input_ids must be on the model's device cpu, got meta",
+        ),
         ({"input_ids": torch.full((2, 3), VOCAB)}, f"input_ids must be in 0..{VOCAB - 1}, got {VOCAB}"),
         ({"input_ids": [[1, 2]]}, r"input_ids must be a tensor \[B, T\], got list"),
         ({"attention_mask": [[1, 1, 1]] * 2}, r"attention_mask must be a tensor \[B, T\], got list"),

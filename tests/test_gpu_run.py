@@ -13,8 +13,23 @@ import torch
 
 from benchmarks.gpu_run import __main__ as gpu_run
 from benchmarks.gpu_run import (
-    child, failures, forecasts, key, library, model, op_tests, plan, sanitizer, simulator, sizes, smoke, store, summary, supervisor, versus, watchdog,
-)  # fmt: skip
+    child,
+    failures,
+    forecasts,
+    key,
+    library,
+    op_tests,
+    plan,
+    sanitizer,
+    simulator,
+    sizes,
+    smoke,
+    store,
+    summary,
+    supervisor,
+    versus,
+    watchdog,
+)
 from benchmarks.gpu_run.supervisor import Job, Part, Pool
 from benchmarks.shapes import SHAPES, Draw, few_heads
 from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
@@ -22,7 +37,7 @@ from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
 ROOT = Path(__file__).parent.parent
 
 # A worker whose cases do what kernels may do. It imports nothing that takes long.
-WORKER = '''
+WORKER = """
 import os, time
 from benchmarks import rows
 from benchmarks.gpu_run.supervisor import Job
@@ -54,7 +69,7 @@ def work(case, context):
     if op == "library":
         raise ImportError("libjetkernels.so: cannot open shared object file")
     return {"status": "right", "us": 1.5}
-'''
+"""
 SMOKE_WORKER = WORKER + "\nJUDGES = True\n"
 KEY_WORKER = (
     WORKER
@@ -104,16 +119,34 @@ def test_what_breaks_costs_one_row_each(tmp_path, workers):
     assert time.monotonic() - start < 50
     smoked = {case.split(" ")[0]: row for (part, case), row in rows.items() if part == "smoke"}
     statuses = {op: row["status"] for op, row in smoked.items()}
-    assert statuses == {"right": "right", "last": "right", "hangs": "hang", "faults": "illegal address", "wrong": "wrong", "dies": "broken process"}
-    assert "killed" in smoked["hangs"]["failed"] and "about to hang" in smoked["hangs"]["tail"] and "-11" in smoked["dies"]["failed"]
+    assert statuses == {
+        "right": "right",
+        "last": "right",
+        "hangs": "hang",
+        "faults": "illegal address",
+        "wrong": "wrong",
+        "dies": "broken process",
+    }
+    assert (
+        "killed" in smoked["hangs"]["failed"]
+        and "about to hang" in smoked["hangs"]["tail"]
+        and "-11" in smoked["dies"]["failed"]
+    )
     broken = json.loads((tmp_path / "out" / "broken.json").read_text())
-    assert {entry["op"] for entry in broken["broken"]} >= {"hangs", "faults", "wrong", "dies"} and broken["right"] == ["last 2b", "right 2b"]
+    assert {entry["op"] for entry in broken["broken"]} >= {"hangs", "faults", "wrong", "dies"} and broken["right"] == [
+        "last 2b",
+        "right 2b",
+    ]
 
     keyed = {case: row for (part, case), row in rows.items() if part == "key"}
     assert keyed["right 2b 2"]["us"] == keyed["last 2b 2"]["us"] == keyed["ceilings"]["us"] == 1.5
-    assert keyed["faults 4b 2"]["skipped"] == "faults is broken: illegal address at faults 2b 1"  # another shape, but none was right
+    assert (
+        keyed["faults 4b 2"]["skipped"] == "faults is broken: illegal address at faults 2b 1"
+    )  # another shape, but none was right
     assert "wrong is broken" in keyed["wrong 2b 2"]["skipped"]
-    assert "broken" not in str(keyed["wrong 2b 2 / cuBLAS"].get("skipped")), "what stands beside a broken op still has its time"
+    assert "broken" not in str(keyed["wrong 2b 2 / cuBLAS"].get("skipped")), (
+        "what stands beside a broken op still has its time"
+    )
     assert "cannot open shared object file" in keyed["library 2b 2"]["failed"]
 
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -121,7 +154,9 @@ def test_what_breaks_costs_one_row_each(tmp_path, workers):
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "hang: no row within 2.5 s, killed" in text and "illegal address" in text
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [part["part"] for part in results["parts"]] == ["smoke", "key"] and "about to hang" in (tmp_path / "out" / "run.log").read_text()
+    assert [part["part"] for part in results["parts"]] == ["smoke", "key"] and "about to hang" in (
+        tmp_path / "out" / "run.log"
+    ).read_text()
     assert not running_children()
 
 
@@ -140,7 +175,9 @@ def running_children() -> list[str]:
 def test_a_second_run_does_only_what_was_not_good(tmp_path, workers):
     first, second = tmp_path / "first", tmp_path / "second"
     rehearsed(first)
-    (workers / "fake_smoke.py").write_text(SMOKE_WORKER.replace("time.sleep(600)", "pass").replace('"us": 1.5', '"us": 2.5'))
+    (workers / "fake_smoke.py").write_text(
+        SMOKE_WORKER.replace("time.sleep(600)", "pass").replace('"us": 1.5', '"us": 2.5')
+    )
     second.mkdir()
     assert store.carry_over(second, first) == 4
     rows = rehearsed(second)
@@ -170,9 +207,17 @@ def test_the_rest_of_a_job_goes_on_after_each_culprit(tmp_path, workers):
 def test_a_child_that_cannot_start_is_told_once(tmp_path, workers):
     (workers / "fake_key.py").write_text("raise OSError('no such device')")
     output = tmp_path / "out"
-    Pool(Part("key", "fake_key", "key", share=1), [Job("one", ("a 2b", "b 2b"))], settings_of(output), time.monotonic() + 30, tmp_path).run()
+    Pool(
+        Part("key", "fake_key", "key", share=1),
+        [Job("one", ("a 2b", "b 2b"))],
+        settings_of(output),
+        time.monotonic() + 30,
+        tmp_path,
+    ).run()
     rows = store.known(output)
-    assert all("before a case began: OSError: no such device" in rows["key", case]["failed"] for case in ("a 2b", "b 2b"))
+    assert all(
+        "before a case began: OSError: no such device" in rows["key", case]["failed"] for case in ("a 2b", "b 2b")
+    )
 
 
 def test_a_library_that_does_not_load(tmp_path, workers, monkeypatch):
@@ -187,11 +232,14 @@ def test_a_library_that_does_not_load(tmp_path, workers, monkeypatch):
     done = gpu_run.Run(parts, tmp_path / "out", 90, settings_of(tmp_path / "out")).go()
     rows = store.known(tmp_path / "out")
     assert done[0]["status"] == "failed"
-    assert "JETKERNELS_LIBRARY names" in rows["library", "library"]["failed"] and "cmake is not here" in rows["library", "library"]["failed"]
+    assert (
+        "JETKERNELS_LIBRARY names" in rows["library", "library"]["failed"]
+        and "cmake is not here" in rows["library", "library"]["failed"]
+    )
     assert rows["key", "ceilings"]["us"] == 1.5 and "cannot open" in rows["key", "library 2b 2"]["failed"]
 
 
-TESTS = '''
+TESTS = """
 import os, time
 import pytest
 from benchmarks import rows
@@ -212,7 +260,7 @@ def test_is_skipped(): pytest.skip("no second device")
 def test_draft_of_a_broken_op(): raise AssertionError("never run")
 
 def test_comes_last(): pass
-'''
+"""
 
 
 def test_tests_have_a_row_each(tmp_path, workers):
@@ -231,10 +279,15 @@ def test_tests_have_a_row_each(tmp_path, workers):
     assert Pool(part, [Job("test_planted.py 1/1")], settings, time.monotonic() + 120, tmp_path).run()
     rows = {case.partition("::")[2]: row for (_, case), row in store.known(output).items()}
     assert rows["test_passes"]["passed"] and rows["test_comes_last"]["passed"] and rows["test_fails[2]"]["passed"]
-    assert "the reason" in rows["test_fails[1]"]["failed"] and rows["test_fails[1]"]["where"].startswith("test_planted.py:")
+    assert "the reason" in rows["test_fails[1]"]["failed"] and rows["test_fails[1]"]["where"].startswith(
+        "test_planted.py:"
+    )
     assert rows["test_hangs"]["status"] == "hang" and rows["test_faults"]["status"] == "illegal address"
     assert rows["test_is_skipped"]["not_run"].endswith("no second device")
-    assert "recurrent_gated_delta_rule_verify is broken: hang" in rows["test_draft_of_a_broken_op"]["skipped"] and len(rows) == 8
+    assert (
+        "recurrent_gated_delta_rule_verify is broken: hang" in rows["test_draft_of_a_broken_op"]["skipped"]
+        and len(rows) == 8
+    )
     (counts,) = op_tests.by_file(summary.rows_of("tests", store.known(output)))
     assert (counts["passed"], counts["failures"], counts["not_run"], counts["left_out"]) == (3, 3, 1, 1)
 
@@ -247,7 +300,12 @@ def test_without_a_gpu_it_says_what_it_would_do(tmp_path, capsys):
     assert gpu_run.main([str(tmp_path / "out")]) == gpu_run.NO_GPU and not (tmp_path / "out").exists()
     said = capsys.readouterr().out
     assert "stands ready" in said and "no CUDA device" in said
-    for module, part in ((library, plan.LIBRARY), (smoke, plan.PARTS[0]), (key, plan.PARTS[1]), (versus, plan.PARTS[4])):
+    for module, part in (
+        (library, plan.LIBRARY),
+        (smoke, plan.PARTS[0]),
+        (key, plan.PARTS[1]),
+        (versus, plan.PARTS[4]),
+    ):
         assert f"\n{part.name}\n  * {module.describe()[0]}" in said
 
 
@@ -257,7 +315,13 @@ def test_parts():
         plan.chosen("tests,speed")
     assert [part.name for part in plan.PARTS[:3]] == ["smoke", "key", "tests"]
     assert all(part.name in summary.TABLES for part in (plan.LIBRARY, *plan.PARTS))
-    assert len({f"rows-{part.rows}.jsonl" for part in (plan.LIBRARY, *plan.PARTS)} | {"results.json", "summary.md", "broken.json", "run.log"}) <= 8
+    assert (
+        len(
+            {f"rows-{part.rows}.jsonl" for part in (plan.LIBRARY, *plan.PARTS)}
+            | {"results.json", "summary.md", "broken.json", "run.log"}
+        )
+        <= 8
+    )
     limits = {part.name: part.most for part in plan.PARTS}
     assert (limits["smoke"], limits["key"], limits["tests"], plan.SECONDS) == (45, 110, 110, 540)
 
@@ -303,17 +367,24 @@ def test_a_failed_case_is_run_again_under_memcheck(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     output = tmp_path / "out"
     context = context_of(output, "failures")
-    store.append(context.rows, {"part": "smoke", "case": "op 2b 1", "status": "illegal address", "failed": "illegal address"})
+    store.append(
+        context.rows, {"part": "smoke", "case": "op 2b 1", "status": "illegal address", "failed": "illegal address"}
+    )
     assert [job.cases for job in failures.jobs(context.settings)] == [("op 2b 1",)]
     failures.work("op 2b 1", context)
     row = store.known(output)["smoke", "op 2b 1"]
     assert row["status"] == "illegal address"
-    assert row["memcheck"].startswith("Invalid __global__ write of size 4 bytes | at sweep+0x90 | by thread (3,0,0) in block (1,0,0) | ERROR")
+    assert row["memcheck"].startswith(
+        "Invalid __global__ write of size 4 bytes | at sweep+0x90 | by thread (3,0,0) in block (1,0,0) | ERROR"
+    )
 
 
 def test_faults_are_named():
     assert supervisor.fault_of("CUDA error: an illegal memory access was encountered") == "illegal address"
-    assert supervisor.fault_of("CUDA error: unspecified launch failure") == "broken process" and supervisor.fault_of("ValueError: x") is None
+    assert (
+        supervisor.fault_of("CUDA error: unspecified launch failure") == "broken process"
+        and supervisor.fault_of("ValueError: x") is None
+    )
 
 
 def test_watchdog_records():
@@ -337,7 +408,10 @@ def test_forecasts_stand_beside(tmp_path):
 
 
 def test_kernel_names():
-    assert key.kernel_name("void jet::hopper::(anonymous namespace)::sweep_kernel<jet::SweepConfig<256, true>>(Args)") == "sweep_kernel"
+    assert (
+        key.kernel_name("void jet::hopper::(anonymous namespace)::sweep_kernel<jet::SweepConfig<256, true>>(Args)")
+        == "sweep_kernel"
+    )
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
     seen = ((cuda, "void a::sweep<1>(X)", 40.0), (cpu, "launch", 9.0), (cuda, "Memset (Device)", 5.0))
     events = [SimpleNamespace(device_type=device, key=name, self_device_time_total=us) for device, name, us in seen]
@@ -348,7 +422,9 @@ def test_sanitizer_verdicts():
     calls = "recurrent_gated_delta_rule 2b 3 bf16, fp32 pool: kernel\n"
     clean = sanitizer.verdict(calls + "========= ERROR SUMMARY: 0 errors\n", 0)
     assert clean == {"calls": 1, "findings": 0}
-    found = sanitizer.verdict(calls + "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", sanitizer.FOUND)
+    found = sanitizer.verdict(
+        calls + "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", sanitizer.FOUND
+    )
     assert found["findings"] == 2 and "hazards" in found["failed"]
     assert "does not work here" in sanitizer.verdict("========= Error: Device not supported\n", 1)["skipped"]
     assert "exit code 1" in sanitizer.verdict("Traceback\nValueError: x\n", 1)["failed"]
@@ -368,9 +444,14 @@ def test_comparing_with_what_the_simulator_said(tmp_path):
     entries = []
     for case in ops.small(few_heads(SHAPES[0]))[:2]:
         args = case.make(Draw())
-        entries.append({"name": case.name, "op": case.op, "args": args, "results": ops.results(case.op, simulator.copies(args))})
+        entries.append(
+            {"name": case.name, "op": case.op, "args": args, "results": ops.results(case.op, simulator.copies(args))}
+        )
     entries[1]["results"]["output 0"] *= 1.01
-    torch.save({"commit": "abc", "entries": entries, "without_kernel": ["dynamic_conv"], "gemms": []}, tmp_path / "simulated.pt")
+    torch.save(
+        {"commit": "abc", "entries": entries, "without_kernel": ["dynamic_conv"], "gemms": []},
+        tmp_path / "simulated.pt",
+    )
     context = context_of(tmp_path / "out", "simulator")
     context.settings["simulated"] = str(tmp_path / "simulated.pt")
     (job,) = simulator.jobs(context.settings)

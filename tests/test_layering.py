@@ -1,4 +1,6 @@
-"""The arrows between folders: csrc/hopper <- csrc/<op> <- bindings <- jetkernels/ops <- modules <- model <- postnas <- cli."""
+"""The arrows between folders: csrc/hopper <- csrc/<op> <- bindings <- jetkernels/ops <- modules <- model <- postnas <-
+cli.
+"""
 
 import ast
 import re
@@ -53,7 +55,9 @@ def is_module(path: str) -> bool:
 
 @pytest.mark.parametrize("folder", PYTHON_ARROWS)
 def test_python_arrows(folder):
-    sources = [p for p in (ROOT / folder).rglob("*.py") if folder_of(str(p.parent.relative_to(ROOT)), PYTHON_ARROWS) == folder]
+    sources = [
+        p for p in (ROOT / folder).rglob("*.py") if folder_of(str(p.parent.relative_to(ROOT)), PYTHON_ARROWS) == folder
+    ]
     assert sources, f"{folder} has no Python files"
     for source in sources:
         for name in imported_names(source):
@@ -98,4 +102,7 @@ def test_reference_and_plain_import_torch_only():
         for source in (ROOT / folder).rglob("*.py"):
             roots = {name.split(".")[0] for name in imported_names(source)}
             own = folder.split("/")[0]
-            assert roots <= {"torch", own, "math", "collections", "typing", "dataclasses", "__future__", "functools"}, (source, roots)
+            assert roots <= {"torch", own, "math", "collections", "typing", "dataclasses", "__future__", "functools"}, (
+                source,
+                roots,
+            )

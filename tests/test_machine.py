@@ -52,7 +52,11 @@ def test_nothing_is_set_when_it_is_too_late(fresh):
     "argv, orig_argv, name",
     [
         (["-m", "demo"], ["python", "-m", "jetkernels", "demo"], "jetkernels"),
-        (["-m", "demo", "--minutes", "1"], ["python", "-X", "dev", "-m", "jetkernels", "demo", "--minutes", "1"], "jetkernels"),
+        (
+            ["-m", "demo", "--minutes", "1"],
+            ["python", "-X", "dev", "-m", "jetkernels", "demo", "--minutes", "1"],
+            "jetkernels",
+        ),
         (["-m"], ["python", "-mjetkernels"], "jetkernels"),
         (["-m", "--device", "cpu"], ["python", "-m", "benchmarks.run", "--device", "cpu"], "benchmarks.run"),
         (["/opt/bin/jetkernels", "info"], ["/opt/bin/python", "/opt/bin/jetkernels", "info"], "jetkernels"),
@@ -72,7 +76,9 @@ def test_a_program_is_known_by_what_was_started(fresh, argv, orig_argv, name):
 
 @pytest.fixture
 def spin_at_torch(tmp_path):
-    """spin(*command, **variables): GOMP_SPINCOUNT at the moment when a process imports torch, for which something stands in."""
+    """spin(*command, **variables): GOMP_SPINCOUNT at the moment when a process imports torch, for which something
+    stands in.
+    """
     (tmp_path / "torch.py").write_text(
         "import os, pathlib\n"
         "pathlib.Path(os.environ['SPIN_FILE']).write_text(os.environ.get('GOMP_SPINCOUNT', 'not set'))\n"
@@ -96,7 +102,12 @@ def spin_at_torch(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [("-m", "jetkernels", "info"), ("SCRIPT", "info"), ("-m", "benchmarks.run"), ("-m", "pytest", "tests/test_machine.py", "-q")],
+    [
+        ("-m", "jetkernels", "info"),
+        ("SCRIPT", "info"),
+        ("-m", "benchmarks.run"),
+        ("-m", "pytest", "tests/test_machine.py", "-q"),
+    ],
     ids=["python -m jetkernels", "jetkernels", "python -m benchmarks.run", "pytest"],
 )
 def test_our_programs_wait_shortly_before_torch_is_imported(spin_at_torch, command):
@@ -133,4 +144,7 @@ def test_processors_of_this_machine():
 
 def test_a_quiet_machine_is_not_talked_about():
     assert _machine.busy_notice(_machine.Processors(1.9, 2), "so what") is None
-    assert _machine.busy_notice(_machine.Processors(1.2, 2), "so what") == "this machine is busy: a program gets 1.2 of 2 processors (so what)"
+    assert (
+        _machine.busy_notice(_machine.Processors(1.2, 2), "so what")
+        == "this machine is busy: a program gets 1.2 of 2 processors (so what)"
+    )

@@ -26,7 +26,9 @@ def run_split(model, ids, sizes, mask=None, max_length=None):
     cache = model.new_cache(len(ids), max_length or ids.shape[1])
     spans = pieces(ids.shape[1], sizes)
     with torch.no_grad():
-        return torch.cat([model(ids[:, s], None if mask is None else mask[:, s], cache).logits for s in spans], 1), cache
+        return torch.cat(
+            [model(ids[:, s], None if mask is None else mask[:, s], cache).logits for s in spans], 1
+        ), cache
 
 
 # ---- what the published models are
@@ -46,7 +48,9 @@ def test_published_sizes(name, parameters, mib):
 
 
 def test_state_dict_keys():
-    layer = {"input_layernorm.weight", "post_attention_layernorm.weight"} | {f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+    layer = {"input_layernorm.weight", "post_attention_layernorm.weight"} | {
+        f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")
+    }
     attention = {f"self_attn.{n}_proj.{p}" for n in "qkv" for p in ("weight", "bias")} | {"self_attn.o_proj.weight"}
     generator = "self_attn.dynamic_conv1d.kernel_generator"
     jet = {f"self_attn.{n}_proj.weight" for n in "qkvgoab"}
@@ -74,11 +78,20 @@ def test_attention_layers_equal_transformers_qwen2(kind):
     model, ids = small_model(kind, kind), tokens(2, 17)
     config = model.config
     peer_config = transformers.Qwen2Config(
-        vocab_size=VOCAB, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, num_hidden_layers=2,
-        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
-        rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta, tie_word_embeddings=True,
-        use_sliding_window=kind == "swa", sliding_window=WINDOW, max_window_layers=0, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        tie_word_embeddings=True,
+        use_sliding_window=kind == "swa",
+        sliding_window=WINDOW,
+        max_window_layers=0,
+        attn_implementation="eager",
+    )
     peer = transformers.Qwen2ForCausalLM(peer_config).eval()
     missing, unexpected = peer.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}

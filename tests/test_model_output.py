@@ -1,4 +1,6 @@
-"""What a call of the model gives, and which parameters an optimiser should let decay: as users of transformers and flash-linear-attention expect."""
+"""What a call of the model gives, and which parameters an optimiser should let decay: as users of transformers and
+flash-linear-attention expect.
+"""
 
 import copy
 import io
@@ -39,15 +41,27 @@ def test_the_output_is_that_of_transformers():
     outputs = pytest.importorskip("transformers.modeling_outputs")
     logits, loss = torch.randn(1, 2, 3), torch.tensor(1.0)
     for fields in ({"logits": logits}, {"logits": logits, "loss": loss}):
-        ours, theirs = CausalLMOutput(loss=fields.get("loss"), logits=logits, cache=None), outputs.CausalLMOutputWithPast(**fields)
-        assert list(ours) == list(theirs) and all(a is b for a, b in zip(ours.to_tuple(), theirs.to_tuple(), strict=True))
+        ours, theirs = (
+            CausalLMOutput(loss=fields.get("loss"), logits=logits, cache=None),
+            outputs.CausalLMOutputWithPast(**fields),
+        )
+        assert list(ours) == list(theirs) and all(
+            a is b for a, b in zip(ours.to_tuple(), theirs.to_tuple(), strict=True)
+        )
         assert ours[0] is theirs[0] and ours[:2] == theirs[:2] and isinstance(ours, dict) and ours.get("cache") is None
 
 
 def test_an_output_is_copied_pickled_and_rebuilt():
     out = CausalLMOutput(loss=torch.tensor(2.0), logits=torch.ones(1, 1, 2))
-    for other in (copy.copy(out), copy.deepcopy(out), type(out)(out.items()), type(out)({k: v for k, v in out.items()})):
-        assert type(other) is CausalLMOutput and torch.equal(other.logits, out.logits) and torch.equal(other[0], out.loss)
+    for other in (
+        copy.copy(out),
+        copy.deepcopy(out),
+        type(out)(out.items()),
+        type(out)({k: v for k, v in out.items()}),
+    ):
+        assert (
+            type(other) is CausalLMOutput and torch.equal(other.logits, out.logits) and torch.equal(other[0], out.loss)
+        )
 
 
 def test_a_compiled_model_gives_the_same_output():

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import ATOL, boundaries, padded, pieces, small_block
-from reference.dynamic_conv import dynamic_conv
-from reference.jet_block import jet_block
 from torch.nn.utils import parametrize, prune
 
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm, JetBlock, JetBlockConfig, RMSNorm
+from reference.dynamic_conv import dynamic_conv
+from reference.jet_block import jet_block
 
 PUBLISHED_NAMES = {
     "q_proj.weight": (12, 20),
@@ -120,7 +120,9 @@ def test_initial_decay_covers_short_and_long_memory():
     assert 0.0009 < step.min() < 0.0012 and 0.09 < step.max() < 0.101
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16().float().bfloat16()])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16().float().bfloat16()]
+)
 def test_gates_stay_fp32_when_the_block_is_cast(cast):
     block = small_block()
     before = [block.A_log.clone(), block.dt_bias.clone()]
@@ -215,7 +217,9 @@ def test_all_ones_mask_is_no_mask():
 def test_packed_equals_separate(lengths, int32, seed):
     """Forward and backward: no context leaks over a boundary, empty sequences included."""
     block = small_block(dtype=torch.float64)
-    x, cotangent = torch.randn(2, 1, sum(lengths), 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x, cotangent = torch.randn(
+        2, 1, sum(lengths), 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     x.requires_grad_()
     packed = block(x, cu_seqlens=boundaries(lengths, torch.int32 if int32 else torch.int64))
     separate = torch.cat([block(part) for part in x.split(lengths, 1)], 1)

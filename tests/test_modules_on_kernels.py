@@ -1,13 +1,15 @@
-"""JetBlock and the model on the Hopper kernels: their ops taken from the simulator, or on a GPU, against the same on a CPU."""
+"""JetBlock and the model on the Hopper kernels: their ops taken from the simulator, or on a GPU, against the same on a
+CPU.
+"""
 
 import copy
 import importlib
 
 import pytest
 import torch
-
 from cases import rms_error
 from device_backends import has_hopper, hoppersim, simulated
+
 from jetkernels.modules import JetBlock, JetBlockConfig
 
 BF16 = torch.bfloat16
@@ -15,7 +17,10 @@ BF16 = torch.bfloat16
 
 def small_layer() -> JetBlock:
     torch.manual_seed(0)
-    layer = JetBlock(64, JetBlockConfig(num_heads=2, head_dim=64, expand_v=1.0, conv_size=4, dconv_generator_reduction=4, norm_eps=1e-5))
+    layer = JetBlock(
+        64,
+        JetBlockConfig(num_heads=2, head_dim=64, expand_v=1.0, conv_size=4, dconv_generator_reduction=4, norm_eps=1e-5),
+    )
     torch.nn.init.normal_(layer.dynamic_conv1d.kernel_generator.w2.weight, std=0.1)
     return layer.to(BF16)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import jetkernels
 from cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, delta_inputs, rms_error
 from device_backends import has_hopper
+
+import jetkernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_hopper(), reason="needs a GPU of compute capability 9.0")]
 BF16 = torch.bfloat16
@@ -69,7 +69,10 @@ def test_the_current_stream_is_used(name):
     """The inputs come late on a side stream: a launch on another stream would not see them."""
     arguments = CALLS[name]()
     expected = call(name, arguments)
-    late = [torch.full_like(t, float("nan")) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+    late = [
+        torch.full_like(t, float("nan")) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in arguments
+    ]
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)

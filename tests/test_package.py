@@ -1,4 +1,6 @@
-"""What a stranger meets: the README's example, source package and wheel, an environment with PyTorch alone, and what a missing tool says."""
+"""What a stranger meets: the README's example, source package and wheel, an environment with PyTorch alone, and what a
+missing tool says.
+"""
 
 import email
 import os
@@ -68,7 +70,9 @@ def sdist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """Built from the source package as pip does it, with isolation, and without CUDA, so that this build is tested too."""
+    """Built from the source package as pip does it, with isolation, and without CUDA, so that this build is tested
+    too.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     command = [*pip(), "--python", sys.executable, "wheel", "--no-deps", "-w", folder, sdist]
     done(command, env=build_environment(JETKERNELS_BUILD="cpu"), cwd=folder)
@@ -82,7 +86,16 @@ class Fresh:
     def __init__(self, folder: Path, wheel: Path):
         self.folder, self.bin = folder, folder / "env" / "bin"
         venv.create(folder / "env", with_pip=False)
-        command = [*pip(), "--python", self.bin / "python", "install", "--no-compile", "-c", ROOT / "requirements.txt", wheel]
+        command = [
+            *pip(),
+            "--python",
+            self.bin / "python",
+            "install",
+            "--no-compile",
+            "-c",
+            ROOT / "requirements.txt",
+            wheel,
+        ]
         done(command, cwd=folder)
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
@@ -104,7 +117,11 @@ def fresh(wheel, tmp_path_factory) -> Fresh:
 def test_source_package_holds_the_repository_and_no_build(sdist):
     with tarfile.open(sdist) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = done(["git", "ls-files"], cwd=ROOT).stdout.split() if (ROOT / ".git").exists() else ["CMakeLists.txt", "csrc/find_cutlass.cmake"]
+    tracked = (
+        done(["git", "ls-files"], cwd=ROOT).stdout.split()
+        if (ROOT / ".git").exists()
+        else ["CMakeLists.txt", "csrc/find_cutlass.cmake"]
+    )
     wanted = {name for name in tracked if not name.startswith(".")}
     assert wanted <= found, sorted(wanted - found)
     assert not [name for name in found if name.endswith((".so", ".pyc", ".o")) or name.startswith("build")]
@@ -122,7 +139,10 @@ def test_wheel_is_for_every_python_and_says_what_it_is(wheel):
     assert all(name.startswith("jetkernels") for name in names)
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Author"] == "The jetkernels authors"
     assert "Typing :: Typed" in metadata.get_all("Classifier") and metadata["Requires-Python"] == ">=3.11"
-    assert metadata["Description-Content-Type"] == "text/markdown" and "Homepage, https://" in metadata.get_all("Project-URL")[0]
+    assert (
+        metadata["Description-Content-Type"] == "text/markdown"
+        and "Homepage, https://" in metadata.get_all("Project-URL")[0]
+    )
     assert [need for need in metadata.get_all("Requires-Dist") if "extra" not in need] == ["torch>=2.11"]
     assert {"model", "plot", "all"} <= set(metadata.get_all("Provides-Extra"))
     assert not re.search(rb"\0_?Py[A-Z_]\w+\0", library), "the op library must not know Python"
@@ -170,7 +190,9 @@ def test_missing_extras_are_named(fresh, tmp_path):
     plots = "from jetkernels.postnas import report; report.curve('x.png', [1.0], 'title', 'label')"
     saves = f"{USE}\nmodel.save_pretrained({str(tmp_path / 'saved')!r})"
     assert "pip install 'jetkernels[model]'" in fresh.says("python", "-c", saves)
-    assert "pip install 'jetkernels[model]'" in fresh.says("python", "-c", "from jetkernels.model import Tokenizer; Tokenizer.byte_level()")
+    assert "pip install 'jetkernels[model]'" in fresh.says(
+        "python", "-c", "from jetkernels.model import Tokenizer; Tokenizer.byte_level()"
+    )
     assert "pip install 'jetkernels[all]'" in fresh.says("python", "-c", plots)
 
 
@@ -206,26 +228,40 @@ def test_build_without_torch_says_what_to_type(sdist, tmp_path):
 
 
 def test_build_refuses_a_choice_it_does_not_know(tmp_path):
-    result = run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=build_environment(JETKERNELS_BUILD="cpuu"))
+    result = run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=build_environment(JETKERNELS_BUILD="cpuu")
+    )
     assert result.returncode != 0 and result.stderr.strip() == "JETKERNELS_BUILD must be auto, cuda or cpu, got 'cpuu'"
-    result = run(["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DJETKERNELS_BUILD=cpuu"], env=build_environment())
+    result = run(
+        ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DJETKERNELS_BUILD=cpuu"], env=build_environment()
+    )
     assert result.returncode != 0 and "JETKERNELS_BUILD must be auto, cuda or cpu, got 'cpuu'" in result.stderr
 
 
 @pytest.mark.parametrize("name, value", (("BACKEND", "plan"), ("CHECK", "yes"), ("CPU_ISA", "avx5")))
 def test_settings_of_the_library_refuse_what_they_do_not_know(name, value):
-    said = run([sys.executable, "-c", "import jetkernels"], cwd=ROOT, env={**os.environ, f"JETKERNELS_{name}": value}).stderr
-    assert re.search(rf"ImportError: JETKERNELS_{name} must be .* or unset, got '{value}'", said.strip().splitlines()[-1])
+    said = run(
+        [sys.executable, "-c", "import jetkernels"], cwd=ROOT, env={**os.environ, f"JETKERNELS_{name}": value}
+    ).stderr
+    assert re.search(
+        rf"ImportError: JETKERNELS_{name} must be .* or unset, got '{value}'", said.strip().splitlines()[-1]
+    )
 
 
 def test_another_library_must_be_one_of_jetkernels():
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
-    said = run([sys.executable, "-c", "import jetkernels"], cwd=ROOT, env={**os.environ, "JETKERNELS_LIBRARY": str(torch_library)}).stderr
+    said = run(
+        [sys.executable, "-c", "import jetkernels"],
+        cwd=ROOT,
+        env={**os.environ, "JETKERNELS_LIBRARY": str(torch_library)},
+    ).stderr
     assert "is no library of this version of jetkernels" in said.strip().splitlines()[-1]
 
 
 def test_missing_compiler_says_what_to_install():
-    result = run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=build_environment(CXX="no-such-compiler"))
+    result = run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=build_environment(CXX="no-such-compiler")
+    )
     assert result.returncode != 0
     assert "needs a C++17 compiler: install g++" in result.stderr
 

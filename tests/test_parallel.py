@@ -1,4 +1,6 @@
-"""Parallel regions of the CPU kernels: how many a call opens, and that the results do not depend on who computes them."""
+"""Parallel regions of the CPU kernels: how many a call opens, and that the results do not depend on who computes
+them.
+"""
 
 import json
 import os
@@ -9,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_cases import TOKENS, calls, run
 
 from jetkernels.ops._register import defined
-from parallel_cases import TOKENS, calls, run
 
 HERE = Path(__file__).parent
 BLOCKS = -(-3 * (TOKENS // 2) // 528)  # of dynamic_conv_backward
@@ -50,7 +52,9 @@ def regions(tmp_path_factory):
     """Regions of each op and size, counted in a process whose OpenMP calls are watched."""
     shim = tmp_path_factory.mktemp("regions") / "count_regions.so"
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("c++")
-    subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", "-O1", "-o", shim, HERE / "count_regions.c", "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-x", "c", "-shared", "-fPIC", "-O1", "-o", shim, HERE / "count_regions.c", "-ldl"], check=True
+    )
     environment = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run([sys.executable, HERE / "parallel_cases.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -47,23 +47,45 @@ def run_all(device, packed, mode):
 
     cu = torch.tensor(PACKED, dtype=torch.int32).to(device) if packed else None
     b, t, n = (1, 100, len(PACKED) - 1) if packed else (2, 100, 2)
-    delta = (make(b, t, 2, 8), make(b, t, 2, 8), make(b, t, 4, 6), -make(b, t, 4).abs(), make(b, t, 4).sigmoid(),
-             make(n, 4, 8, 6), cu, 0.3, True)
+    delta = (
+        make(b, t, 2, 8),
+        make(b, t, 2, 8),
+        make(b, t, 4, 6),
+        -make(b, t, 4).abs(),
+        make(b, t, 4).sigmoid(),
+        make(n, 4, 8, 6),
+        cu,
+        0.3,
+        True,
+    )
     generated = (make(b, t, 5), make(b, t, 3), make(20, 3), make(20), make(n, 5, 3), cu, True)
     explicit = (make(b, t, 5), make(b, t, 5, 4), make(n, 5, 3), cu, True)
     rows = torch.tensor([4, -1]).to(device)
-    steps = (make(2, 3, 2, 8), make(2, 3, 2, 8), make(2, 3, 4, 6), -make(2, 3, 4).abs(), make(2, 3, 4),
-             make(6, 4, 8, 6), rows, 0.3, True)
+    steps = (
+        make(2, 3, 2, 8),
+        make(2, 3, 2, 8),
+        make(2, 3, 4, 6),
+        -make(2, 3, 4).abs(),
+        make(2, 3, 4),
+        make(6, 4, 8, 6),
+        rows,
+        0.3,
+        True,
+    )
     one_step = (make(2, 5), make(2, 3), make(20, 3), make(20), make(6, 5, 3), rows, True)
     with mode():
         o = chunk.chunk_gated_delta_rule(*delta)
         y = conv.dynamic_conv(*generated)
         z = apply_conv.apply_dynamic_conv(*explicit)
         return (
-            o, chunk.chunk_gated_delta_rule_backward(*o, *delta),
-            y, conv.dynamic_conv_backward(*y, *generated),
-            z, apply_conv.apply_dynamic_conv_backward(*z, *explicit),
-            recurrent.recurrent_gated_delta_rule(*steps), conv_step.dynamic_conv_step(*one_step),
+            o,
+            chunk.chunk_gated_delta_rule_backward(*o, *delta),
+            y,
+            conv.dynamic_conv_backward(*y, *generated),
+            z,
+            apply_conv.apply_dynamic_conv_backward(*z, *explicit),
+            recurrent.recurrent_gated_delta_rule(*steps),
+            conv_step.dynamic_conv_step(*one_step),
         )
 
 
@@ -95,8 +117,9 @@ def test_rows_that_no_sequence_addresses_keep_every_bit(indices, pool_dtype):
             assert not o[n].any()
         else:
             one = recurrent.recurrent_gated_delta_rule(
-                *(x[n:n + 1] for x in args), alone[row:row + 1], None, 0.3, True)
-            torch.testing.assert_close(o[n:n + 1], one, equal_nan=True)
+                *(x[n : n + 1] for x in args), alone[row : row + 1], None, 0.3, True
+            )
+            torch.testing.assert_close(o[n : n + 1], one, equal_nan=True)
     for row in range(6):
         if row not in indices:
             assert torch.equal(pool[row].view(torch.int16), alone[row].view(torch.int16))

@@ -62,7 +62,11 @@ QWEN = {
 def published_checkpoint(folder, **changes):
     """A folder as published: config.json and model.safetensors with the keys of a Qwen2 checkpoint, random values."""
     values = QWEN | changes
-    C, width, d = values["hidden_size"], values["intermediate_size"], values["hidden_size"] // values["num_attention_heads"]
+    C, width, d = (
+        values["hidden_size"],
+        values["intermediate_size"],
+        values["hidden_size"] // values["num_attention_heads"],
+    )
     shapes = {"model.embed_tokens.weight": [values["vocab_size"], C], "model.norm.weight": [C]}
     for i in range(values["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -208,14 +212,23 @@ def test_batches_depend_on_seed_and_step_only_and_ranks_share_them():
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_recall_asks_for_the_value_of_every_key(data):
-    """Read back from the rows alone: pairs, text of the distance, every key once more in some order, its value asked for."""
-    key_size, value_size, pairs = (data.draw(st.integers(1, high), name) for name, high in (("key", 3), ("value", 3), ("pairs", 4)))
-    distances, seed = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)), data.draw(st.integers(0, 99))
+    """Read back from the rows alone: pairs, text of the distance, every key once more in some order, its value asked
+    for.
+    """
+    key_size, value_size, pairs = (
+        data.draw(st.integers(1, high), name) for name, high in (("key", 3), ("value", 3), ("pairs", 4))
+    )
+    distances, seed = (
+        data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)),
+        data.draw(st.integers(0, 99)),
+    )
     tokens = torch.randint(30, (400,), generator=torch.Generator().manual_seed(seed))
     recall = Recall(tokens, 1000, distances, key_size, value_size, pairs)
     length = recall.overhead + max(distances) + data.draw(st.integers(0, 5))
     task = recall.task(3, length, seed)
-    assert task.input_ids.shape == (3 * len(distances), length) and task.group_names == [f"distance {d}" for d in distances]
+    assert task.input_ids.shape == (3 * len(distances), length) and task.group_names == [
+        f"distance {d}" for d in distances
+    ]
     for ids, labels, group in zip(task.input_ids.tolist(), task.labels.tolist(), task.group.tolist()):
         row = ids + labels[-1:]
         starts = [i for i, token in enumerate(row) if token == 1000]
@@ -303,7 +316,15 @@ def test_multiple_choice_takes_the_likeliest_choice(tmp_path):
 
 
 def test_log_likelihoods_are_those_of_each_pair_alone():
-    model = small_base(1, seed=2, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5)
+    model = small_base(
+        1,
+        seed=2,
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.5,
+    )
     draw = torch.Generator().manual_seed(1)
     sizes = [(1, 1), (5, 2), (2, 7), (3, 0), (9, 1)]
     pairs = [tuple(torch.randint(256, (n,), generator=draw).tolist() for n in size) for size in sizes]
@@ -352,7 +373,9 @@ def test_checkpoint_files_are_whole_or_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="must be of stage scores, got base"):
         load_state(path, "scores", run)
-    with pytest.raises(DifferentRun, match="belongs to a run with other options.*: steps was 3, now 4; rows was null, now 2") as found:
+    with pytest.raises(
+        DifferentRun, match="belongs to a run with other options.*: steps was 3, now 4; rows was null, now 2"
+    ) as found:
         load_state(path, "base", {"seed": 1, "facts": {"steps": 4, "rows": 2}})
     assert found.value.differences == [("steps", 3, 4), ("rows", None, 2)]
 

@@ -201,7 +201,7 @@ def test_decayed_attention_has_the_gradients_of_the_recurrence():
     def draw(*shape):
         return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
 
-    q, k, v, state = draw(1, 21, 2, 3), draw(1, 21, 2, 3) , draw(1, 21, 2, 4), draw(1, 2, 3, 4)
+    q, k, v, state = draw(1, 21, 2, 3), draw(1, 21, 2, 3), draw(1, 21, 2, 4), draw(1, 2, 3, 4)
     g = torch.randn(1, 21, 2, 3, generator=torch.Generator().manual_seed(0)).abs().neg().requires_grad_()
     assert torch.autograd.gradcheck(decayed_linear_attention, (q, k, v, g, state), fast_mode=True)
     strong = torch.full_like(g, -1e4)
@@ -213,10 +213,15 @@ def test_decayed_attention_has_the_gradients_of_the_recurrence():
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 @torch.no_grad()
 def test_rwkv7_in_chunks_is_exact_to_fp32_at_every_decay_it_can_have(strength):
-    """fp32 chunks against an fp64 token loop: the two factors of a decay lose no more than the loop itself does in fp32."""
+    """fp32 chunks against an fp64 token loop: the two factors of a decay lose no more than the loop itself does in
+    fp32.
+    """
     draw = torch.Generator().manual_seed(3)
     r, k, kappa = (torch.randn(2, 50, 2, 6, generator=draw, dtype=torch.float64) for _ in range(3))
-    v, state = torch.randn(2, 50, 2, 5, generator=draw, dtype=torch.float64), torch.randn(2, 2, 6, 5, generator=draw, dtype=torch.float64)
+    v, state = (
+        torch.randn(2, 50, 2, 5, generator=draw, dtype=torch.float64),
+        torch.randn(2, 2, 6, 5, generator=draw, dtype=torch.float64),
+    )
     g, a = -(math.e**-0.5) * strength * torch.ones_like(r), torch.rand(r.shape, generator=draw, dtype=torch.float64)
     kappa = torch.nn.functional.normalize(kappa, dim=-1)
     S, expected = state, []

@@ -51,13 +51,19 @@ def test_designs_differ_and_can_be_split_into_calls(name):
         parts = [block(part, state=state) for part in x.split([5, 1, 1, 5], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), y.detach(), rtol=0, atol=1e-5)
     if name != "JetBlock":
-        changed = {n: p.shape for n, p in block.named_parameters()} != {n: p.shape for n, p in designed(Design()).named_parameters()}
+        changed = {n: p.shape for n, p in block.named_parameters()} != {
+            n: p.shape for n, p in designed(Design()).named_parameters()
+        }
         assert changed, f"{name} has the parameters of the default"
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [({"convolution": "none"}, "convolution must be"), ({"on": "qx"}, "on must name"), ({"generator_input": "q"}, "generator_input")],
+    [
+        ({"convolution": "none"}, "convolution must be"),
+        ({"on": "qx"}, "on must name"),
+        ({"generator_input": "q"}, "generator_input"),
+    ],
 )
 def test_unknown_designs_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -107,8 +113,32 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
 def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path, moment):
     """Speeds are measured and may differ; what was trained may not."""
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = ["search", "blocks", "--text", str(text), "--base", str(base), "--device", "cpu", "--placement", "jet swa attn"]
-    arguments += ["--window-size", "9", "--shape", "4x8x2", "--steps", "4", "--save-every", "2", "--batch", "2", "--length", "80"]
+    arguments = [
+        "search",
+        "blocks",
+        "--text",
+        str(text),
+        "--base",
+        str(base),
+        "--device",
+        "cpu",
+        "--placement",
+        "jet swa attn",
+    ]
+    arguments += [
+        "--window-size",
+        "9",
+        "--shape",
+        "4x8x2",
+        "--steps",
+        "4",
+        "--save-every",
+        "2",
+        "--batch",
+        "2",
+        "--length",
+        "80",
+    ]
     arguments += ["--distances", "4", "--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2"]
     arguments += ["--only", "GLA", "--only", "JetBlock", "--output"]
 
@@ -133,7 +163,11 @@ def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path,
 def test_single_tokens_take_the_recurrent_op(monkeypatch):
     """Generation is measured with the op that is made for it."""
     monkeypatch.setattr("jetkernels.postnas.blocks.chunk_gated_delta_rule", lambda *a, **o: pytest.fail("chunked"))
-    for block in (BLOCKS["DeltaNet"](20, SHAPE), BLOCKS["Gated DeltaNet"](20, SHAPE), designed(DESIGNS["dynamic, qkv"])):
+    for block in (
+        BLOCKS["DeltaNet"](20, SHAPE),
+        BLOCKS["Gated DeltaNet"](20, SHAPE),
+        designed(DESIGNS["dynamic, qkv"]),
+    ):
         state = block.new_state(1)
         block(torch.randn(1, 1, 20), state=state)
         assert state[0].abs().sum() > 0
@@ -141,16 +175,40 @@ def test_single_tokens_take_the_recurrent_op(monkeypatch):
 
 def test_candidates_that_cannot_be_built_are_refused_before_any_is_trained(tmp_path, capsys):
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = ["search", "design", "--text", str(text), "--base", str(base), "--device", "cpu", "--placement", "jet attn jet"]
+    arguments = [
+        "search",
+        "design",
+        "--text",
+        str(text),
+        "--base",
+        str(base),
+        "--device",
+        "cpu",
+        "--placement",
+        "jet attn jet",
+    ]
     assert main([*arguments, "--shape", "4x8x2", "--output", str(tmp_path / "out")]) == 1
     assert "generator_reduction must be between 1 and channels = 16, got 32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("stage", "names"), [("blocks", list(BLOCKS)), ("design", ["JetBlock", "static, qkv", "dynamic, qkv"])])
+@pytest.mark.parametrize(
+    ("stage", "names"), [("blocks", list(BLOCKS)), ("design", ["JetBlock", "static, qkv", "dynamic, qkv"])]
+)
 def test_the_commands_compare_and_resume(tmp_path, capsys, stage, names):
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = ["search", stage, "--text", str(text), "--base", str(base), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    arguments = [
+        "search",
+        stage,
+        "--text",
+        str(text),
+        "--base",
+        str(base),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     arguments += ["--placement", "jet attn jet", "--shape", "4x8x2", "--steps", "2", "--batch", "2", "--length", "80"]
     arguments += ["--distances", "4", "--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2"]
     if stage == "design":
@@ -166,8 +224,14 @@ def test_the_commands_compare_and_resume(tmp_path, capsys, stage, names):
     capsys.readouterr()
     if stage == "blocks":
         arguments[arguments.index(str(tmp_path / "out"))] = str(tmp_path / "equal")
-        assert main([*arguments, "--only", "RetNet", "--only", "JetBlock", "--equal", "parameters", "--seeds", "1"]) == 0
-        rows = [line.split(" | ") for line in (tmp_path / "equal" / "report.md").read_text().splitlines() if line.count(" | ") > 8]
+        assert (
+            main([*arguments, "--only", "RetNet", "--only", "JetBlock", "--equal", "parameters", "--seeds", "1"]) == 0
+        )
+        rows = [
+            line.split(" | ")
+            for line in (tmp_path / "equal" / "report.md").read_text().splitlines()
+            if line.count(" | ") > 8
+        ]
         parameters = {row[0].removeprefix("| "): int(row[1].replace(",", "")) for row in rows if row[1][0].isdigit()}
         assert abs(parameters["RetNet"] / parameters["JetBlock"] - 1) < 0.05
     assert main([*arguments, "--shape", "4by8"]) == 2
@@ -194,9 +258,21 @@ def row(name, seed, quality, speed=1.0) -> Measured:
 
 
 def test_rows_are_averaged_over_seeds_and_their_spread_is_pooled():
-    rows = [row("a", 0, 1.0, 3.0), row("b", 0, 2.0), row("a", 1, 3.0, 5.0), row("b", 1, 4.0), row("a", 2, 5.0, 4.0), row("b", 2, 6.0)]
+    rows = [
+        row("a", 0, 1.0, 3.0),
+        row("b", 0, 2.0),
+        row("a", 1, 3.0, 5.0),
+        row("b", 1, 4.0),
+        row("a", 2, 5.0, 4.0),
+        row("b", 2, 6.0),
+    ]
     a, b = over_seeds(rows)
-    assert (a.name, a.quality, a.generation_per_second, a.scores["recall"]) == ("a", 3.0, 4.0, (-3.0, pytest.approx(0.3)))
+    assert (a.name, a.quality, a.generation_per_second, a.scores["recall"]) == (
+        "a",
+        3.0,
+        4.0,
+        (-3.0, pytest.approx(0.3)),
+    )
     assert b.quality == 4.0 and spread(rows) == pytest.approx(2.0)
     assert spread([*rows, row("c", 0, 100.0)]) == pytest.approx(2.0) and spread(rows[:2]) is None
     sentence = spread_sentence(rows)
@@ -205,5 +281,11 @@ def test_rows_are_averaged_over_seeds_and_their_spread_is_pooled():
 
 
 def test_a_report_without_both_of_a_pair_has_no_chart_of_it(tmp_path):
-    best = write_candidate_report(tmp_path, "Title", [row("JetBlock", 0, 1.0), row("GLA", 0, 2.0)], ("JetBlock", "Mamba2"), "x", [])
-    assert best.name == "GLA" and not (tmp_path / "pair.png").exists() and "pair.png" not in (tmp_path / "report.md").read_text()
+    best = write_candidate_report(
+        tmp_path, "Title", [row("JetBlock", 0, 1.0), row("GLA", 0, 2.0)], ("JetBlock", "Mamba2"), "x", []
+    )
+    assert (
+        best.name == "GLA"
+        and not (tmp_path / "pair.png").exists()
+        and "pair.png" not in (tmp_path / "report.md").read_text()
+    )

@@ -76,9 +76,41 @@ def test_another_vocabulary_is_refused():
 
 
 def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_path, capsys):
-    arguments = ["search", "all", "--text", str(text_folder(tmp_path / "text")), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    arguments += ["--layers", "3", "--hidden-size", "32", "--intermediate-size", "48", "--base-steps", "2", "--recompute"]
-    arguments += ["--full", "1", "--shape", "8x16x2", "--steps", "2", "--batch", "2", "--length", "80", "--distances", "4"]
+    arguments = [
+        "search",
+        "all",
+        "--text",
+        str(text_folder(tmp_path / "text")),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        "--layers",
+        "3",
+        "--hidden-size",
+        "32",
+        "--intermediate-size",
+        "48",
+        "--base-steps",
+        "2",
+        "--recompute",
+    ]
+    arguments += [
+        "--full",
+        "1",
+        "--shape",
+        "8x16x2",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--length",
+        "80",
+        "--distances",
+        "4",
+    ]
     assert main([*arguments, "--examples", "2"]) == 0
     overview = (tmp_path / "out" / "report.md").read_text()
     for stage in ("base", "placement", "blocks", "design", "shapes", "final"):
@@ -88,5 +120,7 @@ def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_p
     assert f"`{placement}`" in overview and "was trained on 320 tokens" in overview and "It cannot show:" in overview
     capsys.readouterr()
     model = tmp_path / "out" / "final" / "model"
-    assert main(["generate", "--model", str(model), "--prompt", "def ", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert (
+        main(["generate", "--model", str(model), "--prompt", "def ", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    )
     assert JetNemotronForCausalLM.from_pretrained(model).config.layer_types.count("attn") == 1

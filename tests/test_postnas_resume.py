@@ -16,7 +16,14 @@ from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.postnas import checkpoints, join_ranks
 
-RESULTS = ("report.md", "result.json", "importance-attn.png", "importance-swa.png", "model/model.safetensors", "model/config.json")
+RESULTS = (
+    "report.md",
+    "result.json",
+    "importance-attn.png",
+    "importance-swa.png",
+    "model/model.safetensors",
+    "model/config.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,10 @@ def test_a_run_writes_report_and_a_model_that_generates(whole, capsys):
     for column in ("recall, loss", "copy, accuracy", "language modelling, loss", "distance 16"):
         assert column in report
     assert "generated examples that the search has not seen" in report
-    books = [checkpoints.load_state(whole / name, "scores", run_of(whole / name))["scores"] for name in ("scores.ckpt", "fresh_scores.ckpt")]
+    books = [
+        checkpoints.load_state(whole / name, "scores", run_of(whole / name))["scores"]
+        for name in ("scores.ckpt", "fresh_scores.ckpt")
+    ]
     assert books[0]["recall|jet jet jet"] != books[1]["recall|jet jet jet"]
     for plot in re.findall(r"\]\((\S+\.png)\)", report):
         assert (whole / plot).read_bytes().startswith(b"\x89PNG"), plot
@@ -120,7 +130,11 @@ def test_another_budget_does_not_train_again(inputs, whole, tmp_path, monkeypatc
 def test_damaged_and_foreign_checkpoints_end_with_one_line(inputs, whole, tmp_path, capsys, name):
     other = "scores.ckpt" if name == "super_network.ckpt" else "super_network.ckpt"
     good, foreign = (whole / name).read_bytes(), (whole / other).read_bytes()
-    for content, sentence in ((good[:-9], "is damaged"), (foreign, "must be of stage"), (b"hello", "is not a checkpoint")):
+    for content, sentence in (
+        (good[:-9], "is damaged"),
+        (foreign, "must be of stage"),
+        (b"hello", "is not a checkpoint"),
+    ):
         (tmp_path / name).write_bytes(content)
         assert main(placement(inputs, tmp_path, steps=0 if name == "scores.ckpt" else 6)) == 1
         error = capsys.readouterr().err
@@ -138,7 +152,10 @@ def test_what_differs_from_the_run_before_is_named_as_an_option(inputs, whole, t
     content = (whole / "super_network.ckpt").read_bytes()
     (kept / "super_network.ckpt").write_bytes(content)
     for changes, named in (
-        ({"learning_rate": 0.01, "length": 81}, ("--learning-rate was 0.003, now it is 0.01", "--length was 80, now it is 81")),
+        (
+            {"learning_rate": 0.01, "length": 81},
+            ("--learning-rate was 0.003, now it is 0.01", "--length was 80, now it is 81"),
+        ),
         ({"distances": "4"}, ("--distances was 4,16, now it is 4",)),
         ({"text": other}, ("the text (--text, --suffix) is another one",)),
         ({"base": tiny_base_folder(tmp_path / "base", seed=7)}, ("the base (--base) has other weights",)),
@@ -191,8 +208,30 @@ def test_several_ranks_need_a_device_each(monkeypatch):
 
 
 def test_search_base_trains_resumes_and_is_a_base(inputs, tmp_path, capsys):
-    arguments = ["--text", str(inputs[0]), "--layers", "2", "--hidden-size", "32", "--intermediate-size", "32", "--device", "cpu"]
-    arguments += ["--batch", "2", "--length", "80", "--steps", "4", "--save-every", "2", "--output", str(tmp_path / "out")]
+    arguments = [
+        "--text",
+        str(inputs[0]),
+        "--layers",
+        "2",
+        "--hidden-size",
+        "32",
+        "--intermediate-size",
+        "32",
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        "--batch",
+        "2",
+        "--length",
+        "80",
+        "--steps",
+        "4",
+        "--save-every",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     arguments += ["--distances", "4,16"]
     assert main(["search", "base", *arguments]) == 0
     first = (tmp_path / "out" / "model.safetensors").read_bytes()

@@ -56,7 +56,9 @@ def test_exhaustive_search_looks_at_every_placement_once():
         return planted_objective((1, 4))(placement)
 
     found = beam_search(("jet",) * 6, 2, evaluate, exhaustive_up_to=15)
-    assert found.exhaustive and found.evaluated == len(seen) == len(set(seen)) == math.comb(6, 2) == most_evaluations(6, 2, 4, 15)
+    assert found.exhaustive and found.evaluated == len(seen) == len(set(seen)) == math.comb(6, 2) == most_evaluations(
+        6, 2, 4, 15
+    )
     assert found.chosen == (1, 4)
 
 
@@ -90,7 +92,8 @@ def test_ties_go_to_the_lower_layers_and_fixed_layers_stay():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [({"budget": 4}, "budget must be between 0 and the 3 jet layers, got 4"), ({"budget": 1, "width": 0}, "width")]
+    ("arguments", "sentence"),
+    [({"budget": 4}, "budget must be between 0 and the 3 jet layers, got 4"), ({"budget": 1, "width": 0}, "width")],
 )
 def test_wrong_budgets_are_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -134,7 +137,9 @@ def test_search_finds_the_layers_that_carry_recall(seed, exhaustive_up_to):
 
 
 def test_windows_are_searched_after_full_attention_is_placed(tmp_path):
-    """One full layer and one window, both of which reach the whole sequence here: together they must be the planted two."""
+    """One full layer and one window, both of which reach the whole sequence here: together they must be the planted
+    two.
+    """
     options = PlacementOptions(full_layers=1, window_layers=1, window_task="recall", objective="accuracy")
     _, book, result = planted_search(0, options, tmp_path)
     assert set(result.full.chosen) | set(result.window.chosen) == set(PLANTED)

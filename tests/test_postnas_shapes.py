@@ -1,4 +1,6 @@
-"""Stage 4: a planted best (K, V, H) is found under a throughput constraint, and the real measurement runs end to end."""
+"""Stage 4: a planted best (K, V, H) is found under a throughput constraint, and the real measurement runs end to
+end.
+"""
 
 import json
 import subprocess
@@ -40,10 +42,11 @@ def test_a_shape_becomes_the_jet_block_of_these_sizes(shape):
 def planted(speed, quality):
     """Rows whose speed and quality are functions of the shape."""
 
-
     def measure(name, seed):
         shape = Shape.from_name(name)
-        return Measured(name, seed, 10, shape.state, 20, 5.0, 6.0, speed(shape), quality(shape), {"recall": (1.0, 0.5)}, [0.5])
+        return Measured(
+            name, seed, 10, shape.state, 20, 5.0, 6.0, speed(shape), quality(shape), {"recall": (1.0, 0.5)}, [0.5]
+        )
 
     return measure
 
@@ -79,15 +82,41 @@ def test_a_killed_search_keeps_the_rows_it_has(tmp_path):
         measure_all(NAMES, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
     rows = measure_all(NAMES, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
     assert seen == NAMES[:4] + NAMES[3:] and [row.name for row in rows] == NAMES
-    assert [row.generation_per_second for row in rows[:3]] == [1.0, 2.0, 3.0] and rows[0].scores == {"recall": (1.0, 0.5)}
+    assert [row.generation_per_second for row in rows[:3]] == [1.0, 2.0, 3.0] and rows[0].scores == {
+        "recall": (1.0, 0.5)
+    }
     with pytest.raises(ValueError, match="belongs to a run with other options"):
         measure_all(NAMES, measure, {"seed": 2}, tmp_path / "shapes.ckpt")
 
 
 def test_the_command_measures_a_grid_and_exports_the_best(tmp_path, capsys):
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = ["search", "shapes", "--text", str(text), "--base", str(base), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    arguments += ["--placement", "jet attn swa", "--state", "128", "--heads", "1,2", "--keys", "8,16", "--steps", "3", "--batch", "2"]
+    arguments = [
+        "search",
+        "shapes",
+        "--text",
+        str(text),
+        "--base",
+        str(base),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        "--placement",
+        "jet attn swa",
+        "--state",
+        "128",
+        "--heads",
+        "1,2",
+        "--keys",
+        "8,16",
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+    ]
     arguments += ["--length", "80", "--distances", "4", "--examples", "4", "--speed-tokens", "4", "--speed-prompt", "8"]
     assert main(arguments) == 0
     report = (tmp_path / "out" / "report.md").read_text()
@@ -111,11 +140,39 @@ def test_the_command_measures_a_grid_and_exports_the_best(tmp_path, capsys):
 def test_two_gloo_ranks_measure_the_grid_of_one(tmp_path):
     """Losses within 1e-5; the ranks choose and export once. The best shape is left open: speeds are measured."""
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = ["search", "shapes", "--text", str(text), "--base", str(base), "--device", "cpu", "--placement", "jet attn jet"]
-    arguments += ["--state", "128", "--heads", "1,2", "--keys", "8", "--steps", "3", "--batch", "2", "--length", "80", "--distances", "4"]
+    arguments = [
+        "search",
+        "shapes",
+        "--text",
+        str(text),
+        "--base",
+        str(base),
+        "--device",
+        "cpu",
+        "--placement",
+        "jet attn jet",
+    ]
+    arguments += [
+        "--state",
+        "128",
+        "--heads",
+        "1,2",
+        "--keys",
+        "8",
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--length",
+        "80",
+        "--distances",
+        "4",
+    ]
     arguments += ["--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2", "--output"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "-m", "jetkernels", *arguments, str(tmp_path / "two")], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*torchrun, "-m", "jetkernels", *arguments, str(tmp_path / "two")], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert main([*arguments, str(tmp_path / "one")]) == 0
     names = [f"{shape}-seed{seed}.ckpt" for shape in ("8x16x1", "8x8x2") for seed in (0, 1)]

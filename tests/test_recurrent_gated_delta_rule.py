@@ -2,18 +2,30 @@
 
 import math
 
+import pool_properties
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    DELTA_SHAPES,
+    DeltaShape,
+    assert_bitwise,
+    assert_error,
+    assert_outputs,
+    backend_id,
+    delta_inputs,
+    delta_shapes,
+    ids,
+    laid_out,
+    layouts,
+    seeds,
+    splits,
+)
 from hypothesis import given
 from hypothesis import strategies as st
+from pool_properties import RecurrentCall, run, with_rows
 
 import jetkernels
-import pool_properties
-from cases import (
-    BACKENDS, DELTA_SHAPES, DeltaShape, assert_bitwise, assert_error, assert_outputs, backend_id, delta_inputs, delta_shapes, ids,
-    laid_out, layouts, seeds, splits,
-)  # fmt: skip
-from pool_properties import RecurrentCall, run, with_rows
 from reference.recurrent_gated_delta_rule import gated_delta_rule
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -76,7 +88,7 @@ def test_any_split_into_calls_equals_one_call(backend, data, T, dtype, seed):
     assert_outputs((torch.cat(parts, 1), call.pool), (whole, whole_pool), dtype)
 
 
-# ---- the pool ----
+# ---- the pool
 
 
 @each_backend
@@ -109,7 +121,9 @@ def test_rows_do_not_depend_on_others(backend, dtype, pool_dtype):
 
 @each_backend
 def test_repeated_runs_are_equal(backend):
-    pool_properties.repeated_runs_are_equal(backend, with_rows(random(shape=DeltaShape("", B=3, T=4, K=96, V=256)), (4, 0, 2)))
+    pool_properties.repeated_runs_are_equal(
+        backend, with_rows(random(shape=DeltaShape("", B=3, T=4, K=96, V=256)), (4, 0, 2))
+    )
 
 
 @each_backend
@@ -142,7 +156,7 @@ def test_nothing_to_do(backend, shape, indexed):
     assert_bitwise(pool, call.pool, "pool")
 
 
-# ---- numbers ----
+# ---- numbers
 
 
 @each_backend
@@ -190,7 +204,7 @@ def test_correlated_keys_with_beta_one(backend, signs):
     pool_properties.check(backend, call._replace(k=k, g=torch.zeros_like(call.g), beta=torch.ones_like(call.beta)))
 
 
-# ---- the out-of-place function ----
+# ---- the out-of-place function
 
 
 @pytest.mark.parametrize("state", (True, False), ids=("state", "no state"))
@@ -203,7 +217,10 @@ def test_fused_recurrent_equals_the_reference_and_keeps_its_arguments(T, state):
     assert_outputs(outs, gated_delta_rule(*inputs), F32)
     if S is not None:
         assert_bitwise(S, before, "initial_state")
-    assert jetkernels.fused_recurrent_gated_delta_rule(q, k, v, g, beta, scale, S, use_qk_l2norm_in_kernel=l2norm)[1] is None
+    assert (
+        jetkernels.fused_recurrent_gated_delta_rule(q, k, v, g, beta, scale, S, use_qk_l2norm_in_kernel=l2norm)[1]
+        is None
+    )
 
 
 def test_fused_recurrent_is_differentiable():

@@ -1,24 +1,38 @@
-"""jet::recurrent_gated_delta_rule_verify and _commit: definitions, agreement with recurrent_gated_delta_rule, properties."""
+"""jet::recurrent_gated_delta_rule_verify and _commit: definitions, agreement with recurrent_gated_delta_rule,
+properties.
+"""
 
 import math
 
+import draft_properties
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    DELTA_SHAPES,
+    DeltaShape,
+    assert_bitwise,
+    assert_error,
+    backend_id,
+    delta_inputs,
+    delta_shapes,
+    ids,
+    laid_out,
+    layouts,
+    seeds,
+)
+from draft_properties import Draft, commit, verify
 from hypothesis import given
 from hypothesis import strategies as st
-
-import draft_properties
-import jetkernels
-from cases import (
-    BACKENDS, DELTA_SHAPES, DeltaShape, assert_bitwise, assert_error, backend_id, delta_inputs, delta_shapes, ids, laid_out,
-    layouts, seeds,
-)  # fmt: skip
-from draft_properties import Draft, commit, verify
 from pool_properties import RecurrentCall, with_rows
+
+import jetkernels
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PAIRS = ((F64, F64), *((dtype, pool) for dtype in (F32, BF16, torch.float16) for pool in (F32, BF16)))
-SHAPES = [shape for shape in DELTA_SHAPES if shape.cu_seqlens is None and (shape.T < 20 or not shape.reason.startswith("T ="))]
+SHAPES = [
+    shape for shape in DELTA_SHAPES if shape.cu_seqlens is None and (shape.T < 20 or not shape.reason.startswith("T ="))
+]
 DRAFT = DeltaShape("", B=3, T=5, Hk=2, H=4, K=13, V=70)
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=backend_id)
 each_pair = pytest.mark.parametrize("dtype, pool_dtype", PAIRS, ids=lambda d: str(d).removeprefix("torch."))
@@ -27,14 +41,16 @@ each_pair = pytest.mark.parametrize("dtype, pool_dtype", PAIRS, ids=lambda d: st
 def random(dtype=F32, pool_dtype=None, shape=DRAFT, P: int = 5, seed: int = 0) -> RecurrentCall:
     *tokens, _, _, scale, l2norm = delta_inputs(shape, dtype, seed)
     pool_dtype = pool_dtype or (F64 if dtype == F64 else F32)
-    return RecurrentCall(*tokens, torch.randn(P, shape.H, shape.K, shape.V, dtype=F64).to(pool_dtype), None, scale, l2norm)
+    return RecurrentCall(
+        *tokens, torch.randn(P, shape.H, shape.K, shape.V, dtype=F64).to(pool_dtype), None, scale, l2norm
+    )
 
 
 def some_prefixes(shape: DeltaShape) -> list[int]:
     return [(shape.T, 0, shape.T // 2)[n % 3] for n in range(shape.B)]
 
 
-# ---- numbers ----
+# ---- numbers
 
 
 @each_backend
@@ -71,16 +87,25 @@ def test_any_shape_dtype_and_layout(backend, shape, pair, layouts, data, seed):
     rows = data.draw(st.permutations(range(shape.B + 2)))[: shape.B]
     call = with_rows(call, [row if data.draw(st.booleans()) else -row - 1 for row in rows])
     accepted = [data.draw(st.integers(0, shape.T)) for _ in rows]
-    other = call._replace(**{name: laid_out(getattr(call, name), layout) for name, layout in zip(call._fields[:7], layouts)})
+    other = call._replace(
+        **{name: laid_out(getattr(call, name), layout) for name, layout in zip(call._fields[:7], layouts)}
+    )
     draft_properties.check(backend, other, accepted)
     # torch sums a strided row for the l2norm in an order that depends on the number of tokens
     draft_properties.accepted_prefix_equals_one_call(backend, other, accepted, bitwise=backend.name != "plain")
 
 
 @each_backend
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), data=st.data(), pair=st.sampled_from(PAIRS[:2]), seed=seeds)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    data=st.data(),
+    pair=st.sampled_from(PAIRS[:2]),
+    seed=seeds,
+)
 def test_drafts_one_after_the_other_equal_one_call(backend, lengths, data, pair, seed):
-    """Drafts of any lengths, of which every sequence accepts some tokens and drafts again from the first rejected one."""
+    """Drafts of any lengths, of which every sequence accepts some tokens and drafts again from the first rejected
+    one.
+    """
     call = random(*pair, DeltaShape("", B=2, T=sum(lengths)), P=2, seed=seed)
     begins = [0, 0]
     for length in lengths:
@@ -91,7 +116,9 @@ def test_drafts_one_after_the_other_equal_one_call(backend, lengths, data, pair,
         begins = [begin + count for begin, count in zip(begins, accepted)]
     whole = random(*pair, DeltaShape("", B=2, T=sum(lengths)), P=2, seed=seed)
     for n, begin in enumerate(begins):
-        alone = with_rows(whole._replace(**{name: getattr(whole, name)[n : n + 1, :begin] for name in whole._fields[:5]}), [n])
+        alone = with_rows(
+            whole._replace(**{name: getattr(whole, name)[n : n + 1, :begin] for name in whole._fields[:5]}), [n]
+        )
         _, pool = draft_properties.run(backend, alone)
         assert_error("pool", call.pool[n], pool[n], 1e-6 if pair[0] == F32 else 1e-12)
 
@@ -112,7 +139,7 @@ def test_many_tokens(backend):
         draft_properties.accepted_prefix_equals_one_call(backend, call, accepted)
 
 
-# ---- the pool and the buffers ----
+# ---- the pool and the buffers
 
 
 @each_backend

@@ -1,16 +1,17 @@
-"""The Hopper kernel of the recurrent gated delta rule: its properties on the simulator and on a GPU, its cost, its machine code."""
+"""The Hopper kernel of the recurrent gated delta rule: its properties on the simulator and on a GPU, its cost, its
+machine code.
+"""
 
 import math
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 import draft_properties
 import pool_properties
+import pytest
+import torch
 from cases import DeltaShape, assert_bitwise, delta_inputs, ids, laid_out, layouts, seeds, splits
 from device_backends import EARLY, assert_every_schedule_agrees, each_device, each_machine, hoppersim, simulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_code import disassembly, report
 from pool_properties import RecurrentCall, run, with_rows
 
@@ -30,18 +31,28 @@ SHAPES = (
     DeltaShape("without l2norm", B=2, T=3, K=96, V=64, l2norm=False),
     DeltaShape("a CTA for all slices of a value head", B=99, T=2, Hk=1, H=4, K=64, V=128),
     DeltaShape("a CTA for all slices of a key head", B=99, T=2, Hk=4, H=8, K=64, V=128),
-    DeltaShape("more tokens than are prepared at a time, where a CTA could have several slices", B=99, T=10, Hk=4, H=4, K=64, V=128),
+    DeltaShape(
+        "more tokens than are prepared at a time, where a CTA could have several slices",
+        B=99,
+        T=10,
+        Hk=4,
+        H=4,
+        K=64,
+        V=128,
+    ),
 )
 AGREE = ("the 2B model's heads", "three value heads per key head", "T = 17", "a CTA for all slices of a key head")
 
 
-def random(dtype=BF16, pool_dtype=F32, shape=DeltaShape("", B=3, T=1, K=64, V=32), P: int | None = None, seed: int = 0) -> RecurrentCall:
+def random(
+    dtype=BF16, pool_dtype=F32, shape=DeltaShape("", B=3, T=1, K=64, V=32), P: int | None = None, seed: int = 0
+) -> RecurrentCall:
     *tokens, _, _, scale, l2norm = delta_inputs(shape, dtype, seed)
     pool = torch.randn(P or shape.B + 2, shape.H, shape.K, shape.V, dtype=torch.float64).to(pool_dtype)
     return RecurrentCall(*tokens, pool, None, scale, l2norm)
 
 
-# ---- semantics ----
+# ---- semantics
 
 
 @each_device
@@ -73,13 +84,23 @@ def calls(draw) -> RecurrentCall:
     """Any call that the kernel takes, small: its dims, dtypes, rows and layouts."""
     Hk, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     shape = DeltaShape(
-        "", B=draw(st.integers(1, 4)), T=draw(st.integers(1, 11)), Hk=Hk, H=Hk * group, K=draw(st.sampled_from(KEY_DIMS)),
-        V=16 * draw(st.integers(1, 5)), l2norm=draw(st.booleans()),
-    )  # fmt: skip
+        "",
+        B=draw(st.integers(1, 4)),
+        T=draw(st.integers(1, 11)),
+        Hk=Hk,
+        H=Hk * group,
+        K=draw(st.sampled_from(KEY_DIMS)),
+        V=16 * draw(st.integers(1, 5)),
+        l2norm=draw(st.booleans()),
+    )
     dtype, pool_dtype = draw(st.sampled_from(PAIRS))
     call = random(dtype, pool_dtype, shape, seed=draw(seeds))
     rows = draw(st.permutations(range(shape.B + 2)))[: shape.B]
-    call = with_rows(call, [row if draw(st.booleans()) else -row - 1 for row in rows], draw(st.sampled_from((torch.int32, torch.int64))))
+    call = with_rows(
+        call,
+        [row if draw(st.booleans()) else -row - 1 for row in rows],
+        draw(st.sampled_from((torch.int32, torch.int64))),
+    )
     gates = {name: getattr(call, name).to(draw(st.sampled_from((F32, BF16, F16)))) for name in ("g", "beta")}
     call = call._replace(**gates)
     tokens = call._fields[:5]
@@ -112,7 +133,9 @@ def test_any_split_into_calls_equals_one_call(backend, data, T, seed):
 @each_pool
 @pytest.mark.parametrize("V", (32, 48))
 def test_pool_with_strides(backend, pool_dtype, V):
-    """Rows, heads and key dims of the pool may be anywhere on a multiple of 16 bytes; what lies between is untouched."""
+    """Rows, heads and key dims of the pool may be anywhere on a multiple of 16 bytes; what lies between is
+    untouched.
+    """
     call = random(BF16, pool_dtype, DeltaShape("", B=3, T=2, K=64, V=V))
     storage = torch.full((7, 64, 3, V + 16), math.nan, dtype=pool_dtype)
     pool = storage.permute(0, 2, 1, 3)[1:6, :2, :, 8 : V + 8]
@@ -175,7 +198,9 @@ def test_every_element_is_written(backend, pool_dtype, rows):
 @each_device
 def test_updates_in_place_and_repeats_bitwise(backend):
     pool_properties.updates_in_place(backend, random())
-    pool_properties.repeated_runs_are_equal(backend, with_rows(random(shape=DeltaShape("", B=3, T=4, K=96, V=64)), (4, 0, 2)))
+    pool_properties.repeated_runs_are_equal(
+        backend, with_rows(random(shape=DeltaShape("", B=3, T=4, K=96, V=64)), (4, 0, 2))
+    )
 
 
 @each_machine
@@ -184,7 +209,9 @@ def test_row_beyond_32_bits(backend):
 
 
 @each_device
-@pytest.mark.parametrize("shape", (DeltaShape("no tokens", B=2, T=0, K=64, V=32), DeltaShape("no sequences", B=0, T=3, K=64, V=32)), ids=ids)
+@pytest.mark.parametrize(
+    "shape", (DeltaShape("no tokens", B=2, T=0, K=64, V=32), DeltaShape("no sequences", B=0, T=3, K=64, V=32)), ids=ids
+)
 def test_nothing_to_do(backend, shape):
     call = random(shape=shape)
     out, pool = run(backend, call)
@@ -241,7 +268,7 @@ def test_every_schedule_agrees(pool_dtype, shape):
     assert_every_schedule_agrees(lambda backend: run(backend, call))
 
 
-# ---- drafts: verify and commit ----
+# ---- drafts: verify and commit
 
 DRAFT = DeltaShape("", B=3, T=5, Hk=2, H=4, K=64, V=48)
 
@@ -271,7 +298,9 @@ def test_any_accepted_prefix_equals_one_call_to_the_bit(backend, dtype, pool_dty
 @given(call=calls(), data=st.data())
 def test_any_drafts(backend, call, data):
     N, T = call.v.shape[:2]
-    draft_properties.check(backend, call, data.draw(st.lists(st.integers(0, T), min_size=N, max_size=N)), call.state_indices.dtype)
+    draft_properties.check(
+        backend, call, data.draw(st.lists(st.integers(0, T), min_size=N, max_size=N)), call.state_indices.dtype
+    )
 
 
 @each_device
@@ -297,7 +326,7 @@ def test_every_schedule_of_drafts_agrees():
     assert_every_schedule_agrees(run_both)
 
 
-# ---- cost, counted by the simulator ----
+# ---- cost, counted by the simulator
 
 COSTS = (
     DeltaShape("2B, batch 33", B=33, T=1, Hk=12, H=12, K=96, V=256),
@@ -350,7 +379,9 @@ def test_drafts_read_states_once_and_commit_writes_them_once(shape):
     ((F32, 1, 96), (F32, 8, 384), (F32, 32, 1536), (BF16, 1, 96), (BF16, 8, 384), (BF16, 16, 384), (BF16, 32, 384)),
 )
 def test_small_batches_spread_over_the_device(pool_dtype, B, ctas):
-    """Below a full device a CTA has one slice, of a bf16 pool soon two or four: q and k are read by several CTAs, the states still once."""
+    """Below a full device a CTA has one slice, of a bf16 pool soon two or four: q and k are read by several CTAs, the
+    states still once.
+    """
     call = random(BF16, pool_dtype, DeltaShape("", B=B, T=1, Hk=12, H=12, K=96, V=256), P=B)
     run(EARLY, call)
     (launch,) = hoppersim.launches()
@@ -360,7 +391,7 @@ def test_small_batches_spread_over_the_device(pool_dtype, B, ctas):
     assert state <= launch["counters"]["global_read_bytes"] - inputs <= 1.1 * state
 
 
-# ---- what the compiler made ----
+# ---- what the compiler made
 
 
 def test_no_spills_and_no_local_memory():

@@ -1,13 +1,27 @@
-"""The reference agrees with itself: chunks with the token loop, the hand-written backward with autograd, hybrid with itself."""
+"""The reference agrees with itself: chunks with the token loop, the hand-written backward with autograd, hybrid with
+itself.
+"""
 
 import pytest
 import torch
+from cases import (
+    DELTA_SHAPES,
+    LENGTHS,
+    DeltaInputs,
+    DeltaShape,
+    assert_error,
+    assert_gradients,
+    assert_outputs,
+    cotangents,
+    delta_inputs,
+    delta_shapes,
+    dg_floor,
+    ids,
+    reference_gradients,
+    seeds,
+)
 from hypothesis import given
 
-from cases import (
-    DELTA_SHAPES, LENGTHS, DeltaInputs, DeltaShape, assert_error, assert_gradients, assert_outputs, cotangents,
-    delta_inputs, delta_shapes, dg_floor, ids, reference_gradients, seeds,
-)  # fmt: skip
 from reference import chunk_gated_delta_rule as chunk
 from reference.dynamic_conv import dynamic_conv
 from reference.dynamic_conv_step import dynamic_conv_step
@@ -48,7 +62,9 @@ def test_decay_of_minus_infinity_forgets(T):
     inputs.g[:, T // 2] = -torch.inf
     check(inputs)
     S = gated_delta_rule(*inputs)[1]
-    late = inputs._replace(**{n: getattr(inputs, n)[:, T // 2 :] for n in ("q", "k", "v", "g", "beta")}, initial_state=None)
+    late = inputs._replace(
+        **{n: getattr(inputs, n)[:, T // 2 :] for n in ("q", "k", "v", "g", "beta")}, initial_state=None
+    )
     assert_error("final_state", S, gated_delta_rule(*late)[1], EQUAL)
 
 

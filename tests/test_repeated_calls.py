@@ -77,7 +77,9 @@ def test_checkpointed_segments_equal_plain_ones(sizes, how, seed):
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
 @pytest.mark.parametrize(
-    "options", [{"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])}, {"cu_seqlens": boundaries([2, 0, 3])}], ids=["mask", "packed"]
+    "options",
+    [{"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])}, {"cu_seqlens": boundaries([2, 0, 3])}],
+    ids=["mask", "packed"],
 )
 def test_checkpointed_call_on_ragged_sequences(options, how):
     block, x = small_block(dtype=torch.float64), inputs(2 if "attention_mask" in options else 1, 5)
@@ -86,7 +88,7 @@ def test_checkpointed_call_on_ragged_sequences(options, how):
         state = history(block, 2 if "attention_mask" in options else 3)
         block.zero_grad()
         leaf = x.clone().requires_grad_()
-        call = lambda part: block(part, state=state, **options)  # noqa: E731
+        call = lambda part: block(part, state=state, **options)
         y = checkpoint(call, leaf, use_reentrant=how == "reentrant") if checkpointed else call(leaf)
         y.square().sum().backward()
         return [leaf.grad, *(p.grad.clone() for p in block.parameters()), *state]
@@ -122,13 +124,15 @@ def test_checkpointed_stack_equals_a_plain_one():
     need = run_stack(stack, lambda f, x: f(x))
     assert_equal(run_stack(stack, lambda f, x: checkpoint(f, x, use_reentrant=False)), need)
     # A checkpoint inside a checkpoint: the layers run three times.
-    inner = lambda f, x: checkpoint(f, x, use_reentrant=False)  # noqa: E731
+    inner = lambda f, x: checkpoint(f, x, use_reentrant=False)
     assert_equal(run_stack(stack, lambda f, x: checkpoint(inner, f, x, use_reentrant=False)), need)
 
 
 def test_reentrant_stack_is_refused():
     """The first run of its layers cannot be told from inference, so nothing was kept."""
-    with pytest.raises(RuntimeError, match="0 calls on this state kept such an input. Checkpoint with use_reentrant=False"):
+    with pytest.raises(
+        RuntimeError, match="0 calls on this state kept such an input. Checkpoint with use_reentrant=False"
+    ):
         run_stack(Stack(2), lambda f, x: checkpoint(f, x, use_reentrant=True))
 
 
@@ -204,7 +208,14 @@ def test_inference_keeps_nothing():
     assert state[0] not in repeatable._histories
 
 
-@pytest.mark.parametrize("wrap", [lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False), lambda f, x: checkpoint(f, x, use_reentrant=True)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda f, x: f(x),
+        lambda f, x: checkpoint(f, x, use_reentrant=False),
+        lambda f, x: checkpoint(f, x, use_reentrant=True),
+    ],
+)
 def test_nothing_is_kept_after_backward(wrap):
     """Also where somebody keeps the losses, as a training loop may."""
     block = small_block()

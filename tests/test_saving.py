@@ -86,8 +86,14 @@ UP = r"model\.layers\.0\.mlp\.up_proj"
 @pytest.mark.parametrize(
     "change, message",
     [
-        (wrapped, rf"do not fit the config: missing {UP}\.weight; unexpected {UP}\.base_layer\.weight, .*adapters.*merge or remove them first"),
-        (parametrized, rf"missing {UP}\.weight; unexpected {UP}\.parametrizations\.weight\.original0, .*torch\.save\(model\.state_dict\(\)"),
+        (
+            wrapped,
+            rf"do not fit the config: missing {UP}\.weight; unexpected {UP}\.base_layer\.weight, .*adapters.*merge or remove them first",
+        ),
+        (
+            parametrized,
+            rf"missing {UP}\.weight; unexpected {UP}\.parametrizations\.weight\.original0, .*torch\.save\(model\.state_dict\(\)",
+        ),
         (pruned, rf"missing {UP}\.weight; unexpected {UP}\.weight_mask, {UP}\.weight_orig "),
         (shortened, r"missing model\.layers\..* and \d+ more; unexpected .*other layers or sizes\?"),
         (widened, r"model\.embed_tokens\.weight must be \[61, 32\], got \[70, 32\] \("),
@@ -96,7 +102,10 @@ UP = r"model\.layers\.0\.mlp\.up_proj"
         (dressed, rf"{UP}\.weight in the model must be one of .*, got Scaled, which"),
         (quantized, r"missing model\.layers\.0\..*; unexpected .*quantisation"),
         (own_head, r"^save: lm_head\.weight must equal model\.embed_tokens\.weight: the config ties them"),
-        (lambda model: setattr(model.config, "num_attention_heads", 3), "^config: num_attention_heads must be a multiple of num_key_value_heads = 2, got 3"),
+        (
+            lambda model: setattr(model.config, "num_attention_heads", 3),
+            "^config: num_attention_heads must be a multiple of num_key_value_heads = 2, got 3",
+        ),
     ],
 )
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, change, message):
@@ -130,7 +139,9 @@ def test_what_shares_memory_is_saved_under_each_name(tmp_path, tied, shard_bytes
 
 @pytest.mark.parametrize("most", [0, -1, True, "5GB", 1.5, 5e9, None])
 def test_the_size_of_a_shard_is_a_number_of_bytes(tmp_path, most):
-    with pytest.raises(ValueError, match=f"^save: max_shard_bytes must be a positive integer, bytes of a file, got {most!r}$"):
+    with pytest.raises(
+        ValueError, match=f"^save: max_shard_bytes must be a positive integer, bytes of a file, got {most!r}$"
+    ):
         small_model().save_pretrained(tmp_path / "m", most)
     assert list(tmp_path.iterdir()) == []
 

@@ -45,7 +45,9 @@ def test_byte_tokenizer_special_token():
 
 def test_batch_encoding_pads_on_the_left():
     ids, mask = Tokenizer.byte_level().encode_batch(["ab", "", "abcd"], pad_token_id=256)
-    need, need_mask = padded([torch.tensor(list(t.encode()), dtype=torch.int64) for t in ("ab", "", "abcd")], left=True, fill=256)
+    need, need_mask = padded(
+        [torch.tensor(list(t.encode()), dtype=torch.int64) for t in ("ab", "", "abcd")], left=True, fill=256
+    )
     assert torch.equal(ids, need) and torch.equal(mask, need_mask)
 
 
@@ -81,7 +83,9 @@ def test_a_tokenizer_takes_its_files_along(tmp_path):
     assert found.keys() == {"tokenizer.json", "tokenizer_config.json"} and found["tokenizer_config.json"] == b"{}"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {}, "merges": ["a"]}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {}, "merges": ["a"]}}']
+)
 def test_damaged_tokenizers_are_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json is damaged"):

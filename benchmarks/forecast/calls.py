@@ -1,4 +1,6 @@
-"""Time of a call from the cycles of its kernels: waves, memory, launches. The names of the cases are those of benchmarks/ops.py."""
+"""Time of a call from the cycles of its kernels: waves, memory, launches. The names of the cases are those of
+benchmarks/ops.py.
+"""
 
 import json
 import math
@@ -10,7 +12,7 @@ from benchmarks import ops
 from benchmarks.floors import CHUNK, state_bytes
 from benchmarks.forecast import kernels
 from benchmarks.forecast.kernels import IMAGE, Build, Timed
-from benchmarks.forecast.machine import A, ASSUMPTIONS
+from benchmarks.forecast.machine import ASSUMPTIONS, A
 from benchmarks.forecast.sass import ROOT, cuobjdump, newest_first, objects
 from benchmarks.report import table, write_text
 from benchmarks.shapes import SHAPES, Shape
@@ -19,7 +21,12 @@ COMMITTED = ROOT / "benchmarks" / "results" / "forecast" / "forecast.json"
 COMMAND = "python -m benchmarks.run --forecast --shape all --write"
 MARGIN = 0.10
 COLUMNS = {name: name for name in ("case", "kernel", "unit", "cycles", "limit", "us", "of copy, %", "committed")}
-OPS = {"chunk": "chunk_gated_delta_rule", "conv": "dynamic_conv", "step": "dynamic_conv_step", "recurrent": ops.RECURRENT}
+OPS = {
+    "chunk": "chunk_gated_delta_rule",
+    "conv": "dynamic_conv",
+    "step": "dynamic_conv_step",
+    "recurrent": ops.RECURRENT,
+}
 ROWS = (1, 8, 64, 256)
 STEP_ROWS = (1, 128, 256)
 
@@ -42,9 +49,16 @@ class Forecast:
     def row(self, case: str, kernel: str, unit: str, timed: Timed, us: float) -> dict[str, object]:
         busy = {name: round(n) for name, n in timed.busy.items() if n > 0.1 * timed.cycles and name != "none"}
         return {
-            "op": case.partition(" ")[0], "case": case, "kernel": kernel, "unit": unit, "cycles": round(timed.cycles), "limit": timed.limit,
-            "us": round(us, 2), "busy": busy, "instructions": timed.instructions,
-        }  # fmt: skip
+            "op": case.partition(" ")[0],
+            "case": case,
+            "kernel": kernel,
+            "unit": unit,
+            "cycles": round(timed.cycles),
+            "limit": timed.limit,
+            "us": round(us, 2),
+            "busy": busy,
+            "instructions": timed.instructions,
+        }
 
     def chunk(self, shape: Shape, B: int, T: int) -> list[dict[str, object]]:
         """The chunked rule: prepare; with cut sequences a pass without outputs and join; sweep."""
@@ -65,7 +79,9 @@ class Forecast:
                 rows.append(self.row(case, "join", "CTA", joined, joined.total / A["light clock"]))
         swept = self.timed("sweep", shape, True)
         # Slices of a head, and value heads of a key head, read the same rows through the L2.
-        per_chunk = 4 * CHUNK * shape.K / max(slices, shape.H // shape.Hk) + IMAGE / slices + 2 * 2 * CHUNK * min(shape.V, 128)
+        per_chunk = (
+            4 * CHUNK * shape.K / max(slices, shape.H // shape.Hk) + IMAGE / slices + 2 * 2 * CHUNK * min(shape.V, 128)
+        )
         us, left = 0.0, B * segments * shape.H * slices
         while left > 0:
             wave = min(left, sms)
@@ -80,9 +96,13 @@ class Forecast:
     def large_conv(self, case: ops.Case, shape: Shape, tokens: int) -> list[dict[str, object]]:
         timed, epilogue = self._conv(shape)
         token_tiles, tiles = -(-tokens // 256) * 2, shape.D // 32
-        per_part = min(range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2))
+        per_part = min(
+            range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2)
+        )
         waves = math.ceil(token_tiles * -(-tiles // per_part) / A["multiprocessors"])
-        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue  # of the first tile the copies, of the last one all; no products beside it
+        ends = (
+            2 * A["copy"] + timed.busy["tensor"] + epilogue
+        )  # of the first tile the copies, of the last one all; no products beside it
         us = max(waves * ((per_part - 1) * timed.cycles + ends) / A["clock"], case.work.bytes / A["bandwidth"])
         return self.whole(case.name, [self.row(case.name, "conv", "tile", timed, us) | {"epilogue": round(epilogue)}])
 
@@ -103,27 +123,39 @@ class Forecast:
         timed = self.timed("recurrent", shape, pool.itemsize, N)
         us = max(timed.total / A["light clock"], case.work.bytes / A["bandwidth"])
         of_copy = 100 * 2 * N * state_bytes(shape, pool.itemsize) / A["bandwidth"] / us
-        return self.whole(case.name, [self.row(case.name, "recurrent", "CTA", timed, us) | {"of copy, %": round(of_copy, 1)}])
+        return self.whole(
+            case.name, [self.row(case.name, "recurrent", "CTA", timed, us) | {"of copy, %": round(of_copy, 1)}]
+        )
 
     def whole(self, case: str, rows: list[dict[str, object]], replay: int = 0) -> list[dict[str, object]]:
-        """The kernels, and the call as the sum of them and their launches; `replay`, which finds nothing to do, is a launch alone."""
+        """The kernels, and the call as the sum of them and their launches; `replay`, which finds nothing to do, is a
+        launch alone.
+        """
         us = sum(row["us"] for row in rows) + A["launch"] * (len(rows) + replay)
         slowest = max(rows, key=lambda row: row["us"])
         limit = f"{slowest['kernel']}: {slowest['limit']}"
-        return [*rows, {"op": case.partition(" ")[0], "case": case, "kernel": "call", "us": round(us, 2), "limit": limit}]
+        return [
+            *rows,
+            {"op": case.partition(" ")[0], "case": case, "kernel": "call", "us": round(us, 2), "limit": limit},
+        ]
 
     def rows(self, shapes: list[Shape], only: str = "") -> Iterator[dict[str, object]]:
         for shape in shapes:
             calls = [(self.chunk, shape, B, T) for B, T in ops.CHUNK_SIZES]
             if shape.name != "128/128":
-                calls += [(self.conv, shape, T) for T in ops.CONV_LENGTHS] + [(self.step, shape, rows) for rows in STEP_ROWS]
+                calls += [(self.conv, shape, T) for T in ops.CONV_LENGTHS] + [
+                    (self.step, shape, rows) for rows in STEP_ROWS
+                ]
                 calls += [(self.recurrent, shape, pool, N) for pool in (ops.FP32, ops.BF16) for N in ROWS]
             for call, *arguments in calls:
                 if only not in OPS[call.__name__]:
                     continue
                 try:
                     yield from call(*arguments)
-                except (AssertionError, LookupError) as error:  # a kernel that the model does not follow must not hide the others
+                except (
+                    AssertionError,
+                    LookupError,
+                ) as error:  # a kernel that the model does not follow must not hide the others
                     case = f"{OPS[call.__name__]} {shape.name} {arguments[1:]}"
                     yield {"op": OPS[call.__name__], "case": case, "kernel": "failed", "limit": str(error)[:200]}
 
@@ -155,7 +187,9 @@ def committed() -> dict[tuple[str, str], dict[str, object]]:
 
 
 def compare(rows: list[dict[str, object]], old: dict[tuple[str, str], dict[str, object]]) -> list[str]:
-    """What is slower than the committed forecast `old`, or so much faster that it should be committed, or no longer followed."""
+    """What is slower than the committed forecast `old`, or so much faster that it should be committed, or no longer
+    followed.
+    """
     said, ops_then = [], {row["op"] for row in old.values()}
     for row in rows:
         name = (row["case"], row["kernel"])
@@ -164,7 +198,9 @@ def compare(rows: list[dict[str, object]], old: dict[tuple[str, str], dict[str, 
         elif name in old and row["us"] > old[name]["us"] * (1 + MARGIN):
             said.append(f"{row['case']}, {row['kernel']}: {row['us']} us, {old[name]['us']} committed")
         elif name in old and row["us"] < old[name]["us"] * (1 - MARGIN):
-            said.append(f"{row['case']}, {row['kernel']}: {row['us']} us, faster than the {old[name]['us']} committed; commit it: {COMMAND}")
+            said.append(
+                f"{row['case']}, {row['kernel']}: {row['us']} us, faster than the {old[name]['us']} committed; commit it: {COMMAND}"
+            )
     return said
 
 

@@ -1,4 +1,6 @@
-"""The kernels: which warps play which role, which loop is timed, and what a condition that the walk cannot know comes out as."""
+"""The kernels: which warps play which role, which loop is timed, and what a condition that the walk cannot know comes
+out as.
+"""
 
 import re
 from functools import cache
@@ -34,7 +36,11 @@ class Timed(NamedTuple):
         unit = max(self.busy, key=self.busy.get)
         if self.busy[unit] > 0.85 * self.cycles:
             return unit
-        return f"latency of {min(self.waits, key=self.waits.get)}" if self.waits else f"latency; {unit} {self.busy[unit] / self.cycles:.0%}"
+        return (
+            f"latency of {min(self.waits, key=self.waits.get)}"
+            if self.waits
+            else f"latency; {unit} {self.busy[unit] / self.cycles:.0%}"
+        )
 
 
 class Build(NamedTuple):
@@ -57,7 +63,15 @@ class Build(NamedTuple):
         plan = {"T": T, "N": 8, "cu_seqlens": 0, "first_chunk": 0, "first_cut": 0, "segment_chunks": 0, "most_cuts": 0}
         plan |= {"row_chunks": chunks, "row_segments": segments}
         values = {f"plan.{name}": value for name, value in plan.items()}
-        values |= {"dtype": BF16, "l2norm": 1, "H": shape.H, "Hk": shape.Hk, "K": shape.K, "V": shape.V, "slices": -(-shape.V // 128)}
+        values |= {
+            "dtype": BF16,
+            "l2norm": 1,
+            "H": shape.H,
+            "Hk": shape.Hk,
+            "K": shape.K,
+            "V": shape.V,
+            "slices": -(-shape.V // 128),
+        }
         return self.arguments(struct, **values, heads_per_key=shape.H // shape.Hk)
 
 
@@ -81,7 +95,11 @@ def whole(graph: Graph, way: Way, warps: int) -> list[Role]:
         walker.to_exit()
         roles.append(Role(walker.out, [warp], warp // 4))
         if warp == 0:
-            shared = {h: walker.visits[h] for h, loop in graph.loops.items() if any(x.name == "BAR" for b in loop.blocks for x in graph.body(b))}
+            shared = {
+                h: walker.visits[h]
+                for h, loop in graph.loops.items()
+                if any(x.name == "BAR" for b in loop.blocks for x in graph.body(b))
+            }
             way = way._replace(turns=shared)
     return roles
 
@@ -91,18 +109,25 @@ def resident_ctas(registers: int, warps: int) -> int:
 
 
 def together(roles: dict[str, list[Role]], turns: int, skip: int = 4) -> Timed:
-    """Roles that turn together; the first turns are not counted. The unit is a turn of the first role. Memory is never late."""
+    """Roles that turn together; the first turns are not counted. The unit is a turn of the first role. Memory is never
+    late.
+    """
     machine = Multiprocessor(share=1e9)
     machine.add([role for many in roles.values() for role in many])
     machine.run()
     last = [w for w in machine.warps if any(w.role is role for role in next(iter(roles.values())))][-1]
     cycles = (last.ends[-1] - last.ends[skip]) / (turns - 1 - skip)
-    waits = {name: min(w.waited for w in machine.warps if any(w.role is r for r in many)) / machine.now for name, many in roles.items()}
+    waits = {
+        name: min(w.waited for w in machine.warps if any(w.role is r for r in many)) / machine.now
+        for name, many in roles.items()
+    }
     instructions = {name: max(len(role.stream) for role in many) for name, many in roles.items()}
     return Timed(cycles, instructions, {unit: n / turns for unit, n in machine.busy.items()}, waits)
 
 
-def one_after_another(roles: list[Role], resident: int, count: int, clock: str = "light clock", share: float = 1.0) -> Timed:
+def one_after_another(
+    roles: list[Role], resident: int, count: int, clock: str = "light clock", share: float = 1.0
+) -> Timed:
     """CTAs that come and go on one multiprocessor, `count` of them in all. The unit is a CTA."""
     alone = Multiprocessor(clock, share)
     latency = alone.run_many(roles, 1, 1)
@@ -117,7 +142,9 @@ def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 40) -> 
     """Cycles per chunk of a CTA."""
     K = shape.K
     graph, _ = build.find(rf"chunk_sweep_kernel.*SweepConfigILi{K}ELb{int(outputs)}")
-    way = Way("F2FP|UTMALDG|UBLKCP|UTMASTG|STSM", r"^STG|^ST ", (Work("UTMALDG", 8),), build.chunked("SweepArguments", shape))
+    way = Way(
+        "F2FP|UTMALDG|UBLKCP|UTMASTG|STSM", r"^STG|^ST ", (Work("UTMALDG", 8),), build.chunked("SweepArguments", shape)
+    )
     products, loads = graph.find_loop(["HGMMA"]), graph.find_loop(["UTMALDG"])
     normalises = graph.find_loop(["F2FP", "SYNCS.ARRIVE"], "HGMMA")
     stream = one_turn(graph, loads, way, 0)
@@ -133,7 +160,9 @@ def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 40) -> 
     acquired = next(event_of(x) for x in stream if "TRYWAIT" in x.opcode)
     stages = 3 if K <= 128 else 2
     roles = {
-        "consumers": [Role(one_turn(graph, products, way, w), [w], w // 4, turns, stored=CHUNK * VALUES * 2) for w in range(4, 12)],
+        "consumers": [
+            Role(one_turn(graph, products, way, w), [w], w // 4, turns, stored=CHUNK * VALUES * 2) for w in range(4, 12)
+        ],
         "normalisers": [Role(one_turn(graph, normalises, rows_of(w), w), [w], turns=turns) for w in range(1, 4)],
         "loader": [Role(stream, [0], turns=turns, copied=size / copies, free={acquired: stages})],
     }
@@ -176,7 +205,9 @@ def take_copies(role: Role, size: int, stages: int) -> None:
 def products_and_epilogue(stream: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
     """Of a turn that waits for its products once: what stands before that wait and what stands behind."""
     last = max(i for i, x in enumerate(stream) if x.name == "HGMMA")
-    end = next(i for i, x in enumerate(stream) if i > last and "DEPBAR.LE" in x.opcode and re.search("0x0$", x.operands))
+    end = next(
+        i for i, x in enumerate(stream) if i > last and "DEPBAR.LE" in x.opcode and re.search("0x0$", x.operands)
+    )
     return stream[: end + 1], stream[end + 1 :]
 
 
@@ -185,8 +216,12 @@ def signal(opcode: str, event: int) -> Instruction:
 
 
 def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
-    """Cycles per tile of 128 tokens and 32 channels, and those of the epilogue alone. The weights are there when they are needed."""
-    graph, _ = build.find(r"\d+dynamic_conv_kernelI.*(DynamicConvConfigINS\w+bf16ELi4ELi2ELb1|LargeConvConfigINS\w+bf16ELi4E)")
+    """Cycles per tile of 128 tokens and 32 channels, and those of the epilogue alone. The weights are there when they
+    are needed.
+    """
+    graph, _ = build.find(
+        r"\d+dynamic_conv_kernelI.*(DynamicConvConfigINS\w+bf16ELi4ELi2ELb1|LargeConvConfigINS\w+bf16ELi4E)"
+    )
     panels = -(-shape.R // 64)
     way = Way(r"HGMMA|MUFU\.EX2|MUFU\.TANH|FFMA", r"LDG\.E\.128", (Work("HGMMA", 8 * panels),))
     loop = graph.find_loop(["HGMMA", r"STG\.E\.128"])
@@ -213,7 +248,9 @@ def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
 def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
     """Of one multiprocessor's CTAs, each a tile of 64 tokens and 16 channels, or 128 and 32 beyond 64 rows."""
     tokens, channels = (64, 16) if rows <= 64 else (128, 32)
-    graph, registers = build.find(rf"small_dynamic_conv_kernel.*SmallConvConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E")
+    graph, registers = build.find(
+        rf"small_dynamic_conv_kernel.*SmallConvConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E"
+    )
     panels, consumers, stages = -(-shape.R // 64), tokens // 64, 6
     ctas = -(-rows // tokens) * shape.D // channels
     sequences = {"sequences.tokens": rows, "sequences.N": rows, "sequences.T": 1, "sequences.cu_seqlens": 0}
@@ -221,7 +258,9 @@ def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
     way = Way(r"HGMMA|UTMALDG|MUFU\.EX2", "(?!)", (Work("HGMMA", 4 * panels), Work(r"UTMALDG\.5D", panels)), arguments)
     roles = whole(graph, way, 4 * consumers + 1)
     loader = roles[-1]
-    take_copies(loader, 128 * panels * channels * shape.W, stages)  # hidden comes from the L2, and its rows that are not there from nowhere
+    take_copies(
+        loader, 128 * panels * channels * shape.W, stages
+    )  # hidden comes from the L2, and its rows that are not there from nowhere
     resident = 2 if consumers == 1 else 1
     return one_after_another(roles, resident, per_multiprocessor(ctas), share=share_of_memory(ctas))
 
@@ -243,15 +282,33 @@ def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
     graph, registers = build.find(rf"recurrent_kernel.*RecurrentConfigI{state}Li{tile}E.*ModeE0E")
     accesses = tile * item // 16 // 2 * slices  # of a thread, 16 bytes wide
     loops = (Work(r"STG\.E\.128.*STRONG", accesses), Work(r"LDG\.E\.128", accesses))
-    values = {"dtype": BF16, "o_dtype": BF16, "g_dtype": FP32, "beta_dtype": FP32, "N": N, "T": 1, "H": H, "Hk": shape.Hk, "K": K, "V": V}
+    values = {
+        "dtype": BF16,
+        "o_dtype": BF16,
+        "g_dtype": FP32,
+        "beta_dtype": FP32,
+        "N": N,
+        "T": 1,
+        "H": H,
+        "Hk": shape.Hk,
+        "K": K,
+        "V": V,
+    }
     values |= {f"{x}.dtype": FP32 if x in ("g", "beta") else BF16 for x in ("q", "k", "v", "g", "beta")}
     heads, columns = max(slices * tile // V, 1), slices * tile
     values |= {"tokens": 1, "slices": slices, "columns": columns, "heads": heads, "l2norm_qk": 1}
-    values |= divisor("parts", max(V // columns, 1)) | divisor("head_groups", H // heads) | divisor("group", H // shape.Hk) | divisor("width", V)
+    values |= (
+        divisor("parts", max(V // columns, 1))
+        | divisor("head_groups", H // heads)
+        | divisor("group", H // shape.Hk)
+        | divisor("width", V)
+    )
     values |= {"pool.rows": 1 << 40, "pool.rows_dtype": 0}
     way = Way(r"LDG|SHFL|STG\.E\.128", "(?!)", loops, {0x0: 2 * K} | build.arguments("RecurrentArguments", **values))
     warps, ctas = 2 * K // 32, N * H * V / (slices * tile)
-    return one_after_another(whole(graph, way, warps), resident_ctas(registers, warps), per_multiprocessor(ctas), share=share_of_memory(ctas))
+    return one_after_another(
+        whole(graph, way, warps), resident_ctas(registers, warps), per_multiprocessor(ctas), share=share_of_memory(ctas)
+    )
 
 
 def divisor(name: str, d: int) -> dict[str, int]:

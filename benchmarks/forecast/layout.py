@@ -5,7 +5,18 @@ from functools import cache
 from pathlib import Path
 
 FIRST = 0x210  # of the arguments in bank 0, sm_90
-SIZES = {"int": 4, "int32_t": 4, "uint32_t": 4, "float": 4, "bool": 1, "int8_t": 1, "int64_t": 8, "uint64_t": 8, "Dtype": 4, "IndexType": 4}
+SIZES = {
+    "int": 4,
+    "int32_t": 4,
+    "uint32_t": 4,
+    "float": 4,
+    "bool": 1,
+    "int8_t": 1,
+    "int64_t": 8,
+    "uint64_t": 8,
+    "Dtype": 4,
+    "IndexType": 4,
+}
 
 
 @cache
@@ -17,7 +28,9 @@ def _texts(csrc: Path) -> str:
 def _members(csrc: Path, name: str) -> tuple[tuple[str, str], ...]:
     """(type, member) of a struct; type "*" for pointers."""
     opens = rf"\bstruct (?:alignas\(\d+\) )?{name} \{{"
-    found = re.search(opens + r"([^{}\n]*)\};", _texts(csrc)) or re.search(opens + r"(.*?)\n\};", _texts(csrc), re.DOTALL)
+    found = re.search(opens + r"([^{}\n]*)\};", _texts(csrc)) or re.search(
+        opens + r"(.*?)\n\};", _texts(csrc), re.DOTALL
+    )
     assert found, f"struct {name}"
     body = re.sub(r"#\w+.*", "", found[1])
     while (without := re.sub(r"[^;{}]*\([^;{}]*\)[^;{}]*(\{[^{}]*\};?|;)|\{[^{}]*\}", "", body)) != body:  # functions

@@ -1,4 +1,5 @@
-"""A multiprocessor that issues streams of instructions: schedulers, pipes, scoreboards, shared memory, tensor cores, barriers.
+"""A multiprocessor that issues streams of instructions: schedulers, pipes, scoreboards, shared memory, tensor cores,
+barriers.
 
 Everything assumed of the hardware is in ASSUMPTIONS.
 """
@@ -67,7 +68,10 @@ NAMES = {
     **dict.fromkeys("DADD DMUL DFMA DSETP".split(), "FP64"),
     **dict.fromkeys("MUFU F2F FRND I2F F2I I2FP F2IP POPC FLO BREV".split(), "MUFU"),
     **dict.fromkeys("LDS STS LDSM STSM LDG STG LD ST LDGSTS SHFL ATOMS ATOMG RED REDG".split(), "LSU"),
-    **dict.fromkeys("BRA BAR SYNCS WARPGROUP HGMMA HMMA BSSY BSYNC NOP EXIT WARPSYNC DEPBAR LDC S2R S2UR MEMBAR FENCE CALL RET".split(), "none"),
+    **dict.fromkeys(
+        "BRA BAR SYNCS WARPGROUP HGMMA HMMA BSSY BSYNC NOP EXIT WARPSYNC DEPBAR LDC S2R S2UR MEMBAR FENCE CALL RET".split(),
+        "none",
+    ),
 }
 
 
@@ -80,7 +84,9 @@ def pipe(name: str) -> str:
 
 @cache
 def wavefronts(opcode: str) -> int:
-    """Of a warp's access to shared memory without conflicts: a register of each lane a cycle, also where lanes read the same."""
+    """Of a warp's access to shared memory without conflicts: a register of each lane a cycle, also where lanes read the
+    same.
+    """
     if opcode.startswith(("LDSM", "STSM")):
         return int(opcode.rpartition(".")[2]) if opcode[-1].isdigit() else 1
     return 4 if ".128" in opcode else 2 if ".64" in opcode else 1
@@ -117,7 +123,8 @@ class Role:
     free: dict[str, int] = field(default_factory=dict)  # events that a first wait finds happened, and how often
 
     def __post_init__(self):
-        # An arrival that expects bytes happens when the last copy before the next barrier operation has come: copy -> arrival.
+        # An arrival that expects bytes happens when the last copy before the next barrier operation has come: copy ->
+        # arrival.
         self.lands: dict[int, Instruction] = {}
         expected, last = None, -1
         for i, x in enumerate(self.stream):
@@ -191,8 +198,14 @@ class Multiprocessor:
     # Shared resources
 
     def _shared(self, fronts: float, at: float) -> float:
-        """The end of a warp's access. Bulk copies take turns with the threads; what threads leave they use as fast as the L2 is."""
-        begin, mark, speed = max(self.shared_free, at), self.shared_free, A["bytes per multiprocessor"] / A["shared bytes"]
+        """The end of a warp's access. Bulk copies take turns with the threads; what threads leave they use as fast as
+        the L2 is.
+        """
+        begin, mark, speed = (
+            max(self.shared_free, at),
+            self.shared_free,
+            A["bytes per multiprocessor"] / A["shared bytes"],
+        )
         while self.coming and self.coming[0][0] <= begin:
             time, size = self.coming.popleft()
             self.landing = max(self.landing - speed * max(time - mark, 0), 0) + size
@@ -246,7 +259,9 @@ class Multiprocessor:
         parts = x.operands.replace(" ", "").split(",")
         own = parts[0].startswith(("R", "UR"))
         key = (warp.cta, parts[0], warp.role.group if own else -1)
-        everyone = [w for w in self.warps if w.cta == warp.cta and not w.done and (not own or w.role.group == warp.role.group)]
+        everyone = [
+            w for w in self.warps if w.cta == warp.cta and not w.done and (not own or w.role.group == warp.role.group)
+        ]
         count = int(parts[1], 16) // 32 if len(parts) > 1 and parts[1].startswith("0x") else len(everyone)
         if not warp.inside:
             warp.inside = True
@@ -296,7 +311,13 @@ class Multiprocessor:
             end = max(T + A["fence"], warp.stored)
             return end, end
         latency = {"MUFU": A["MUFU latency"], "FP64": A["FP64 latency"]}.get(pipe(name))
-        latency = latency or {"SHFL": A["SHFL"], "HMMA": A["HMMA"], "S2R": A["constant"], "S2UR": A["constant"], "LDC": A["constant"]}.get(name, 12)
+        latency = latency or {
+            "SHFL": A["SHFL"],
+            "HMMA": A["HMMA"],
+            "S2R": A["constant"],
+            "S2UR": A["constant"],
+            "LDC": A["constant"],
+        }.get(name, 12)
         return T + latency, T + 12
 
     def _copy(self, warp: Warp) -> None:
@@ -332,7 +353,9 @@ class Multiprocessor:
             warp.products.append(number)
         if self.issued[group, number] == 4:
             cycles = tensor_cycles(x.opcode)
-            share = tensor_bytes(x.opcode, x.operands.split(",")[1].strip().startswith("R")) / cycles / A["shared bytes"]
+            share = (
+                tensor_bytes(x.opcode, x.operands.split(",")[1].strip().startswith("R")) / cycles / A["shared bytes"]
+            )
             self.tensor_share = share
             self.tensor_free = max(self.tensor_free, self.now + 4) + cycles * max(share, 1)
             self.busy["tensor"] += cycles
@@ -405,7 +428,9 @@ class Multiprocessor:
         alive = [w for w in self.warps if not w.done]
         for s, pipes in enumerate(self.pipes):
             ready = [w for w in alive if w.scheduler == s and w.time <= self.now]
-            ready.sort(key=lambda w: (w.last != self.now - 1, w.last))  # the one that issued last, then the one that waits longest
+            ready.sort(
+                key=lambda w: (w.last != self.now - 1, w.last)
+            )  # the one that issued last, then the one that waits longest
             any(self._try(w, pipes) for w in ready)
         soonest = min((w.time for w in alive if not w.done), default=self.now)
         assert soonest < float("inf"), "dead-lock: " + "; ".join(sorted({w.role.stream[w.at].text for w in alive}))

@@ -86,7 +86,9 @@ def newest_first(files: Iterable[Path]) -> list[Path]:
 
 
 def find_kernel(pattern: str, files: list[Path]) -> tuple[Path, str]:
-    """The first file with a kernel whose mangled name matches, and the name; the kernel for bf16 where several match."""
+    """The first file with a kernel whose mangled name matches, and the name; the kernel for bf16 where several
+    match.
+    """
     for file in files:
         names = {name.decode() for name in re.findall(rb"\.text\.(_Z\w+)", file.read_bytes())}
         found = [name for name in names if re.search(pattern, name)]

@@ -1,8 +1,8 @@
 """The way that a warp takes through machine code.
 
-Integers that follow from the thread's number and from constants are computed, for some lanes of the warp; branches that hang on them
-are taken as the hardware would, both ways where lanes disagree. Where a branch hangs on something else (arguments, memory), a `Way`
-says what matters.
+Integers that follow from the thread's number and from constants are computed, for some lanes of the warp; branches that
+hang on them are taken as the hardware would, both ways where lanes disagree. Where a branch hangs on something else
+(arguments, memory), a `Way` says what matters.
 """
 
 import re
@@ -22,14 +22,18 @@ UNKNOWN: Value = (None,) * len(LANES)
 
 
 class Work(NamedTuple):
-    """How often a loop whose condition is unknown turns: until a warp has executed ``total`` instructions that match ``marker``."""
+    """How often a loop whose condition is unknown turns: until a warp has executed ``total`` instructions that match
+    ``marker``.
+    """
 
     marker: str
     total: float
 
 
 class Way(NamedTuple):
-    """Where a condition is unknown: through as many instructions that match `through` as possible, through none of `around`."""
+    """Where a condition is unknown: through as many instructions that match `through` as possible, through none of
+    `around`.
+    """
 
     through: str = "(?!)"
     around: str = "(?!)"
@@ -51,9 +55,13 @@ def _logic(table: int, a: int, b: int, c: int) -> int:
 
 
 COMPARE = {
-    "LT": lambda a, b: a < b, "LE": lambda a, b: a <= b, "GT": lambda a, b: a > b, "GE": lambda a, b: a >= b,
-    "EQ": lambda a, b: a == b, "NE": lambda a, b: a != b,
-}  # fmt: skip
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+    "EQ": lambda a, b: a == b,
+    "NE": lambda a, b: a != b,
+}
 
 
 class Lanes:
@@ -67,7 +75,9 @@ class Lanes:
     def operand(self, name: str) -> Value:
         name = name.replace(".reuse", "").strip()
         if name.startswith("-"):
-            return tuple(None if v is None else (1 << 32) - v for v in self.operand(name[1:]))  # its carry is the hardware's
+            return tuple(
+                None if v is None else (1 << 32) - v for v in self.operand(name[1:])
+            )  # its carry is the hardware's
         if name.startswith("~"):
             return tuple(None if v is None else ~v & WORD for v in self.operand(name[1:]))
         if name.startswith("!"):
@@ -135,7 +145,9 @@ class Lanes:
             carry = a[-1] if "X" in op.split(".") else "RZ"
             if ".SX32" in op:
                 return self._map(lambda p, q, s, carry: ((_signed(p) << s >> 32) + q + carry) & WORD, *a[1:4], carry)
-            return self._map(lambda p, q, high, s, carry: (((high << 32 | p) << s >> 32) + q + carry) & WORD, *a[1:5], carry)
+            return self._map(
+                lambda p, q, high, s, carry: (((high << 32 | p) << s >> 32) + q + carry) & WORD, *a[1:5], carry
+            )
         if name == "LEA":
             return self._map(lambda p, q, s: ((p << s) + q) & WORD, *[s for s in a[1:] if "P" not in s][:3])
         if name == "SEL":
@@ -152,7 +164,9 @@ class Lanes:
         pair = re.fullmatch(r"(U?R)(\d+)", a[3].replace(".reuse", ""))
         upper = f"{pair[1]}{int(pair[2]) + 1}" if pair else a[3]
         both = self._map(lambda p, q, low, high: read(p) * read(q) + low + (high << 32), *a[1:4], upper)
-        return tuple(None if v is None else v & WORD for v in both), tuple(None if v is None else v >> 32 & WORD for v in both)
+        return tuple(None if v is None else v & WORD for v in both), tuple(
+            None if v is None else v >> 32 & WORD for v in both
+        )
 
     def _summands(self, a: list[str]) -> list[str]:
         """Of an IADD3: registers, and the carries that come in behind them."""
@@ -275,10 +289,14 @@ class Walker:
     def to(self, start: int, goals: frozenset[int]) -> None:
         """Walks up to the first of the goals, which stays ahead."""
         self.goals, self.to_go = goals, self._costs_to(goals)
-        assert self._walk(start, goals) in goals, f"no way to {[hex(self.graph.body(goal)[0].address) for goal in goals]}"
+        assert self._walk(start, goals) in goals, (
+            f"no way to {[hex(self.graph.body(goal)[0].address) for goal in goals]}"
+        )
 
     def to_exit(self, start: int = 0) -> None:
-        self.goals = frozenset(b for b, to in enumerate(self.graph.next) if not to and self.graph.body(b)[-1].name == "EXIT")
+        self.goals = frozenset(
+            b for b, to in enumerate(self.graph.next) if not to and self.graph.body(b)[-1].name == "EXIT"
+        )
         self.to_go = self._costs_to(self.goals)
         self._walk(start, frozenset())
 
@@ -295,7 +313,11 @@ class Walker:
 
     def _inner(self, block: int) -> list[Loop]:
         """Loops around the block within the home loop, innermost first."""
-        found = [loop for loop in self.graph.loops.values() if block in loop.blocks and loop.header != self.home and loop.blocks <= self.within]
+        found = [
+            loop
+            for loop in self.graph.loops.values()
+            if block in loop.blocks and loop.header != self.home and loop.blocks <= self.within
+        ]
         return sorted(found, key=lambda loop: len(loop.blocks))
 
     def _stays(self, loop: Loop, block: int) -> bool:
@@ -334,8 +356,8 @@ class Walker:
             self.lanes.execute(x)
 
     def _as_executed(self, x: Instruction) -> Instruction:
-        """An access to memory by the lanes that do it; by none: an instruction that only issues; a load of one place: as if by half of
-        them, as hardware packs two registers then."""
+        """An access to memory by the lanes that do it; by none: an instruction that only issues; a load of one place:
+        as if by half of them, as hardware packs two registers then."""
         if x.name not in ACCESSES:
             return x
         does = [m and u != 0 for m, u in zip(self.lanes.mask, self.lanes.predicate(x.predicate))]

@@ -1,7 +1,8 @@
 """The first minutes on a GPU: a verdict per kernel, the times that decide, tests, peers; whatever breaks.
 
-Rows go to OUTPUT/rows-*.jsonl as they are known; results.json, summary.md and run.log are written after each part. What OUTPUT already
-holds, or --again another run's folder, is not done again where it was good. Exit code: 0 all ran, 1 something failed, 3 no Hopper GPU.
+Rows go to OUTPUT/rows-*.jsonl as they are known; results.json, summary.md and run.log are written after each part. What
+OUTPUT already holds, or --again another run's folder, is not done again where it was good. Exit code: 0 all ran, 1
+something failed, 3 no Hopper GPU.
 """
 
 import argparse
@@ -29,7 +30,9 @@ def gpu_problem() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device here (torch.cuda.is_available() is false)"
     if (capability := torch.cuda.get_device_capability()) != (9, 0):
-        return f"the device is of compute capability {capability[0]}.{capability[1]}, the kernels are for 9.0 (H100, H200)"
+        return (
+            f"the device is of compute capability {capability[0]}.{capability[1]}, the kernels are for 9.0 (H100, H200)"
+        )
     return None
 
 
@@ -59,7 +62,9 @@ class Run:
         jobs = [job for job in self.jobs(part) if not job.cases or set(job.cases) - good]
         jobs = [job._replace(cases=tuple(case for case in job.cases if case not in good)) for job in jobs]
         print(f"---- {part.name}: up to {seconds:.0f} s", flush=True)
-        finished = Pool(part, jobs, self.settings, start + seconds, self.folder, say=lambda text: print(text, flush=True)).run()
+        finished = Pool(
+            part, jobs, self.settings, start + seconds, self.folder, say=lambda text: print(text, flush=True)
+        ).run()
         rows = summary.rows_of(part.name, store.known(self.output))
         line = summary.overview(part.name, rows, finished, time.monotonic() - start, len(good))
         if not jobs and not rows:
@@ -70,7 +75,9 @@ class Run:
         try:
             return import_module(part.module).jobs(self.settings)
         except Exception as error:  # one part must not stop the others
-            store.append(self.output / f"rows-{part.rows}.jsonl", {"part": part.name, "case": part.name, "failed": reason(error)})
+            store.append(
+                self.output / f"rows-{part.rows}.jsonl", {"part": part.name, "case": part.name, "failed": reason(error)}
+            )
             return []
 
     def after(self, part: Part) -> None:
@@ -81,12 +88,21 @@ class Run:
         summary.write(self.output, self.done)
 
     def go(self) -> list[dict[str, object]]:
-        background = Background(plan.WARM, import_module(plan.WARM.module).jobs(self.settings), self.settings, self.folder)
+        background = Background(
+            plan.WARM, import_module(plan.WARM.module).jobs(self.settings), self.settings, self.folder
+        )
         try:
             for i, part in enumerate(self.parts):
                 share = self.left() * part.share / sum(later.share for later in self.parts[i:])
                 if self.left() < min(LEAST, part.share):
-                    self.done.append({"part": part.name, "status": "skipped", "reason": "the time of the whole run was over", "seconds": 0.0})
+                    self.done.append(
+                        {
+                            "part": part.name,
+                            "status": "skipped",
+                            "reason": "the time of the whole run was over",
+                            "seconds": 0.0,
+                        }
+                    )
                     continue
                 if part.module == versus.__name__:
                     background.end()
@@ -112,15 +128,37 @@ def peers_path(wheels: Path | None) -> str | None:
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run", description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder for the results; good rows in it are kept, the others are done again")
-    parser.add_argument("--again", type=Path, metavar="EARLIER", help="folder of an earlier run: do only what was not good there")
+    parser.add_argument(
+        "output", type=Path, help="folder for the results; good rows in it are kept, the others are done again"
+    )
+    parser.add_argument(
+        "--again", type=Path, metavar="EARLIER", help="folder of an earlier run: do only what was not good there"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what OUTPUT holds")
-    parser.add_argument("--parts", default=",".join(part.name for part in plan.PARTS), help="comma-separated, in this order (default: all)")
-    parser.add_argument("--wheels", type=Path, default=os.environ.get("PEER_WHEELS"), help="folder of the peers' wheels (or PEER_WHEELS)")
-    parser.add_argument("--simulated", type=Path, help="what `python -m benchmarks.gpu_run.simulator FILE` wrote on another machine")
-    parser.add_argument("--seconds", type=float, default=plan.SECONDS, help=f"time of the whole run (default {plan.SECONDS})")
+    parser.add_argument(
+        "--parts",
+        default=",".join(part.name for part in plan.PARTS),
+        help="comma-separated, in this order (default: all)",
+    )
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        default=os.environ.get("PEER_WHEELS"),
+        help="folder of the peers' wheels (or PEER_WHEELS)",
+    )
+    parser.add_argument(
+        "--simulated", type=Path, help="what `python -m benchmarks.gpu_run.simulator FILE` wrote on another machine"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=plan.SECONDS, help=f"time of the whole run (default {plan.SECONDS})"
+    )
     parser.add_argument("--commit", help="the commit of this tree, where it has no git")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal of smoke and the supervisor, no times")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="cpu: a rehearsal of smoke and the supervisor, no times",
+    )
     arguments = parser.parse_args(argv)
     try:
         arguments.parts = plan.chosen(arguments.parts)
@@ -159,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     store.write_broken(output)
     settings = settings_of(arguments)
     if arguments.device == "cuda" and settings["watchdog"] is None:
-        print(f"{library.WATCHDOG.name} was not brought along: a dead-lock ends by its time limit and does not say where it was")
+        print(
+            f"{library.WATCHDOG.name} was not brought along: a dead-lock ends by its time limit and does not say where it was"
+        )
     run = Run([plan.LIBRARY, *arguments.parts], output, arguments.seconds - (time.monotonic() - start), settings)
     done = run.go()
     print("\n" + summary.screen(output, done))

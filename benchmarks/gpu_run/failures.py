@@ -16,7 +16,11 @@ def describe() -> list[str]:
 
 def failed(output: Path) -> list[str]:
     """Faults before wrong results. A case without a status did not reach a kernel."""
-    rows = [(case, row) for (part, case), row in store.known(output).items() if part == "smoke" and row.get("status") in store.FAULTS]
+    rows = [
+        (case, row)
+        for (part, case), row in store.known(output).items()
+        if part == "smoke" and row.get("status") in store.FAULTS
+    ]
     return [case for case, row in sorted(rows, key=lambda pair: pair[1]["status"] == "wrong")]
 
 

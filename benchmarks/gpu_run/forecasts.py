@@ -1,6 +1,7 @@
 """What a model of the kernels' machine code expects of each case, beside what was measured.
 
-benchmarks/results/forecast/*.json: rows {"op", "case", "kernel", "us", "limit"}, of which those of kernel "call" count here; the case is named as benchmarks/ops.py names it. The newest file counts.
+benchmarks/results/forecast/*.json: rows {"op", "case", "kernel", "us", "limit"}, of which those of kernel "call" count
+here; the case is named as benchmarks/ops.py names it. The newest file counts.
 """
 
 import json
@@ -18,7 +19,9 @@ def forecasts(folder: Path = FOLDER) -> dict[str, dict]:
     """Case -> row."""
     files = sorted(folder.glob("*.json"))
     if not files:
-        print(f"no forecasts: there is no JSON file in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}")
+        print(
+            f"no forecasts: there is no JSON file in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}"
+        )
         return {}
     found = json.loads(files[-1].read_text())
     rows = found if isinstance(found, list) else found["rows"]

@@ -1,4 +1,6 @@
-"""The times that decide, each beside a peer in the same process: ceilings of the device first, then a process per op."""
+"""The times that decide, each beside a peer in the same process: ceilings of the device first, then a process per
+op.
+"""
 
 from functools import cache
 
@@ -56,7 +58,10 @@ def names_of(group: list[Case]) -> tuple[str, ...]:
 def describe() -> list[str]:
     return [
         f"ceilings: a copy of {measure.COPY_BYTES >> 30} GiB, a {measure.PRODUCT}^3 bf16 product, an empty launch in a graph",
-        *(f"{name}: {', '.join(case.name for case in group)}; beside {PEERS[group[0].op]}" for name, group in groups().items()),
+        *(
+            f"{name}: {', '.join(case.name for case in group)}; beside {PEERS[group[0].op]}"
+            for name, group in groups().items()
+        ),
     ]
 
 
@@ -115,7 +120,9 @@ def launches(case: Case, context) -> dict[str, object]:
     from torch.profiler import ProfilerActivity, profile
 
     op = ops.function(case.op)
-    sets = [case.make(Draw(context.device, seed=2 + i)) for i in range(rotations(case.work.bytes, l2_bytes(context.device)))]
+    sets = [
+        case.make(Draw(context.device, seed=2 + i)) for i in range(rotations(case.work.bytes, l2_bytes(context.device)))
+    ]
     for args in sets[:2]:
         op(*args)
     torch.cuda.synchronize()
@@ -139,7 +146,9 @@ def peer_call(case: Case, args: tuple):
 def peer(case: Case, context) -> dict[str, object]:
     if case.op in ("chunk_gated_delta_rule", RECURRENT):
         from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet_plain)
-    sets = [case.make(Draw(context.device, seed=2 + i)) for i in range(rotations(case.work.bytes, l2_bytes(context.device)))]
+    sets = [
+        case.make(Draw(context.device, seed=2 + i)) for i in range(rotations(case.work.bytes, l2_bytes(context.device)))
+    ]
     timing = device_time([peer_call(case, args) for args in sets], seconds=0.1)
     ours = context.known(case.name).get("us")
     row = {"peer": PEERS[case.op], **measure.timing_row(timing), "ours_us": ours}

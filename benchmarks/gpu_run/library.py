@@ -1,7 +1,8 @@
 """Make the library importable on a machine: as it was brought along, else built there with nvcc.
 
-    python -m benchmarks.gpu_run.library                 jetkernels/libjetkernels.so, if the one that is there does not do
-    python -m benchmarks.gpu_run.library --watchdog      libjetkernels_watchdog.so: a wait that takes over 2 s ends the kernel
+python -m benchmarks.gpu_run.library                 jetkernels/libjetkernels.so, if the one that is there does not do
+python -m benchmarks.gpu_run.library --watchdog      libjetkernels_watchdog.so: a wait that takes over 2 s ends the
+kernel
 """
 
 import argparse
@@ -41,7 +42,12 @@ def work(case: str, context) -> dict[str, object]:
     start = time.monotonic()
     step, what = make_usable()
     facts = provenance("python -m benchmarks.gpu_run", context.device)
-    found = {"step": step, "what": what, "seconds": time.monotonic() - start, "provenance": facts | {"command": context.settings.get("command", "")}}
+    found = {
+        "step": step,
+        "what": what,
+        "seconds": time.monotonic() - start,
+        "provenance": facts | {"command": context.settings.get("command", "")},
+    }
     return found if step else {**found, "failed": what}
 
 
@@ -67,8 +73,18 @@ def execute(*command: str) -> None:
 
 
 def configure(build: Path, *options: str) -> None:
-    execute(tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *options)  # fmt: skip
+    execute(
+        tool("cmake"),
+        "-S",
+        str(ROOT),
+        "-B",
+        str(build),
+        "-G",
+        "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        *options,
+    )
 
 
 def build_everything() -> None:

@@ -1,4 +1,6 @@
-"""The 2B model with random weights, in a process of its own: prefill, decode, and decode at key lengths that it has not seen."""
+"""The 2B model with random weights, in a process of its own: prefill, decode, and decode at key lengths that it has not
+seen.
+"""
 
 import statistics
 import time
@@ -16,7 +18,9 @@ OPS = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "dynamic_conv", "
 
 
 def sizes() -> dict[str, int]:
-    return {f"model {SHAPE} {batch} x {measure.PROMPT} + {measure.NEW_TOKENS}": batch for batch in measure.MODEL_BATCHES}
+    return {
+        f"model {SHAPE} {batch} x {measure.PROMPT} + {measure.NEW_TOKENS}": batch for batch in measure.MODEL_BATCHES
+    }
 
 
 def describe() -> list[str]:
@@ -34,7 +38,9 @@ def load(context):
     if not hasattr(context, "model"):
         from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 
-        context.model = JetNemotronForCausalLM.random(JetNemotronConfig.from_name(SHAPE), dtype=torch.bfloat16, device=context.device).eval()
+        context.model = JetNemotronForCausalLM.random(
+            JetNemotronConfig.from_name(SHAPE), dtype=torch.bfloat16, device=context.device
+        ).eval()
     return context.model
 
 
@@ -59,7 +65,11 @@ def steps(model, past: int, count: int) -> list[float]:
 
 def unseen(model, past: int, count: int) -> dict[str, object]:
     first, again = steps(model, past, count), steps(model, past, count)
-    us = {"us": statistics.median(first) * 1e6, "slowest_us": max(first[1:]) * 1e6, "again_us": statistics.median(again) * 1e6}
+    us = {
+        "us": statistics.median(first) * 1e6,
+        "slowest_us": max(first[1:]) * 1e6,
+        "again_us": statistics.median(again) * 1e6,
+    }
     return {**us, "times_again": us["us"] / us["again_us"], "n": count, "method": "clock, a step"}
 
 

@@ -1,7 +1,7 @@
 """The tests of the suite that are marked `gpu`: a pytest per file, a large file in shares, several at once.
 
-The supervisor's limit of silence is the time limit of a test, and a pytest that lost its device is replaced: neither pytest-xdist nor
-pytest-timeout is needed, and the culprit of a hang is known by name.
+The supervisor's limit of silence is the time limit of a test, and a pytest that lost its device is replaced: neither
+pytest-xdist nor pytest-timeout is needed, and the culprit of a hang is known by name.
 """
 
 import importlib.util
@@ -19,11 +19,17 @@ MARKER = "gpu"  # of pyproject.toml
 TESTS = ROOT / "tests"
 SHARES = 3  # of a file of tests of kernels
 OP_OF_TEST = {  # the first that is in a test's name
-    "draft": "recurrent_gated_delta_rule_verify", "accepted": "recurrent_gated_delta_rule_commit",
-    "test_recurrent_kernels": "recurrent_gated_delta_rule", "test_step": "dynamic_conv_step", "apply": "apply_dynamic_conv",
-    "test_dynamic_conv_kernels": "dynamic_conv", "chunk_gated_delta_rule": "chunk_gated_delta_rule",
-    "recurrent_gated_delta_rule": "recurrent_gated_delta_rule", "dynamic_conv_step": "dynamic_conv_step", "dynamic_conv": "dynamic_conv",
-}  # fmt: skip
+    "draft": "recurrent_gated_delta_rule_verify",
+    "accepted": "recurrent_gated_delta_rule_commit",
+    "test_recurrent_kernels": "recurrent_gated_delta_rule",
+    "test_step": "dynamic_conv_step",
+    "apply": "apply_dynamic_conv",
+    "test_dynamic_conv_kernels": "dynamic_conv",
+    "chunk_gated_delta_rule": "chunk_gated_delta_rule",
+    "recurrent_gated_delta_rule": "recurrent_gated_delta_rule",
+    "dynamic_conv_step": "dynamic_conv_step",
+    "dynamic_conv": "dynamic_conv",
+}
 
 
 def files() -> list[Path]:
@@ -34,11 +40,15 @@ def files() -> list[Path]:
 
 def describe() -> list[str]:
     names = ", ".join(path.name for path in files())
-    return [f"pytest of the tests marked {MARKER} in {names}: every test of a kernel that also runs on the simulator, on the GPU"]
+    return [
+        f"pytest of the tests marked {MARKER} in {names}: every test of a kernel that also runs on the simulator, on the GPU"
+    ]
 
 
 def jobs(settings: dict) -> list[Job]:
-    shares = [(path, i, SHARES if path.stem.endswith(("kernel", "kernels")) else 1) for path in files() for i in range(SHARES)]
+    shares = [
+        (path, i, SHARES if path.stem.endswith(("kernel", "kernels")) else 1) for path in files() for i in range(SHARES)
+    ]
     return [Job(f"{path.name} {i + 1}/{count}") for path, i, count in shares if i < count]
 
 
@@ -52,7 +62,9 @@ class Plugin:
     def __init__(self, context, share: int, shares: int):
         self.context, self.share, self.shares = context, share, shares
         self.done = {case for (part, case) in store.known(context.output) if part == context.part}
-        self.losing = {entry["op"]: entry for entry in store.read_broken(context.output) if entry["status"] in store.LOSING}
+        self.losing = {
+            entry["op"]: entry for entry in store.read_broken(context.output) if entry["status"] in store.LOSING
+        }
         self.reports: list = []
 
     def pytest_collection_modifyitems(self, config, items):
@@ -82,7 +94,11 @@ class Plugin:
         row = verdict(self.reports, time.monotonic() - self.start)
         lost = rows.device_is_lost()
         if lost:
-            row = {**row, "status": fault_of(row.get("failed", "")) or "broken process", "failed": row.get("failed", "the device was lost after it")}
+            row = {
+                **row,
+                "status": fault_of(row.get("failed", "")) or "broken process",
+                "failed": row.get("failed", "the device was lost after it"),
+            }
             if said := watchdog.said():
                 row |= {"status": "hang", "failed": said[0]}
         self.context.add(nodeid, **row)
@@ -104,7 +120,11 @@ def verdict(reports: list, seconds: float) -> dict[str, object]:
     if failed := next((report for report in reports if report.failed), None):
         crash = getattr(failed.longrepr, "reprcrash", None)
         said = crash.message if crash else str(failed.longrepr)
-        return {**row, "failed": " ".join(said.split())[:300], "where": f"{os.path.basename(crash.path)}:{crash.lineno}" if crash else failed.when}
+        return {
+            **row,
+            "failed": " ".join(said.split())[:300],
+            "where": f"{os.path.basename(crash.path)}:{crash.lineno}" if crash else failed.when,
+        }
     if skipped := next((report for report in reports if report.skipped), None):
         said = skipped.longrepr[2] if isinstance(skipped.longrepr, tuple) else skipped.longrepr
         return {**row, "not_run": str(said)[:200]}
@@ -124,7 +144,9 @@ def run(context) -> None:
     _, file, share = context.name.split(" ")[:3]
     number, shares = map(int, share.split("/"))
     plugin = Plugin(context, number - 1, shares)
-    code = pytest.main([str(TESTS / file), "-q", "-p", "no:cacheprovider", "--tb=short", "--capture=no"], plugins=[plugin])
+    code = pytest.main(
+        [str(TESTS / file), "-q", "-p", "no:cacheprovider", "--tb=short", "--capture=no"], plugins=[plugin]
+    )
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         context.begin(file)
         context.add(f"{file} {share}", failed=f"pytest ended with {code!r}; run.log says why")
@@ -135,7 +157,17 @@ def by_file(found: list[dict]) -> list[dict[str, object]]:
     files: dict[str, dict] = {}
     for row in found:
         name = row["case"].partition("::")[0].split("/")[-1]
-        counts = files.setdefault(name, {"file": name, "passed": 0, "failures": 0, "not_run": 0, "left_out": 0, "seconds": 0.0})
-        counts["failures" if "failed" in row else "left_out" if "skipped" in row else "not_run" if "not_run" in row else "passed"] += 1
+        counts = files.setdefault(
+            name, {"file": name, "passed": 0, "failures": 0, "not_run": 0, "left_out": 0, "seconds": 0.0}
+        )
+        counts[
+            "failures"
+            if "failed" in row
+            else "left_out"
+            if "skipped" in row
+            else "not_run"
+            if "not_run" in row
+            else "passed"
+        ] += 1
         counts["seconds"] += row.get("seconds", 0.0)
     return list(files.values())

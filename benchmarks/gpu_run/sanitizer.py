@@ -52,7 +52,18 @@ def exercise(cases: list[ops.Case]) -> None:
 
 def watched(tool: str, command: list[str], seconds: float | None = None, **environment: str) -> tuple[int | None, str]:
     """(exit code or None, output) of a command under a tool."""
-    whole = [compute_sanitizer(), "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", "--target-processes", "all", *command]
+    whole = [
+        compute_sanitizer(),
+        "--tool",
+        tool,
+        "--error-exitcode",
+        str(FOUND),
+        "--print-limit",
+        "20",
+        "--target-processes",
+        "all",
+        *command,
+    ]
     # Without the caching allocator each tensor is an allocation of its own, and an access past its end is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **environment}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -86,7 +97,10 @@ def verdict(output: str, code: int) -> dict[str, object]:
 def gist(output: str) -> str:
     """The first finding of memcheck: what, in which kernel, which thread, which address."""
     lines = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
-    start = next((i for i, line in enumerate(lines) if re.match(r"Invalid|Program hit|Error:|Race|Barrier|Uninit|Out-of", line)), None)
+    start = next(
+        (i for i, line in enumerate(lines) if re.match(r"Invalid|Program hit|Error:|Race|Barrier|Uninit|Out-of", line)),
+        None,
+    )
     return " | ".join(line for line in lines[start : start + 6] if line)[:600] if start is not None else ""
 
 
@@ -110,7 +124,9 @@ def smoke_again(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run.sanitizer", description="Small calls of the 2B shape, for a tool to watch.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_run.sanitizer", description="Small calls of the 2B shape, for a tool to watch."
+    )
     parser.add_argument("--case", help="one case of smoke instead")
     parser.add_argument("--without", nargs="*", default=[], help="ops that are broken")
     arguments = parser.parse_args()

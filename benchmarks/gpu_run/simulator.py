@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_run.simulator FILE      where the simulator runs (nvcc, no GPU)
 
-writes inputs, results and, for the simulator's own test GEMMs, their machine code; the run on a GPU takes it by --simulated FILE.
+writes inputs, results and, for the simulator's own test GEMMs, their machine code; the run on a GPU takes it by
+--simulated FILE.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from benchmarks.gpu_run.supervisor import Job
 from benchmarks.provenance import commit
 from benchmarks.shapes import SHAPES, Draw, chosen_shapes, few_heads
 
-# Approximate instructions and the order of sums inside a tensor core differ; a 16-bit output may be rounded the other way.
+# Approximate instructions and the order of sums inside a tensor core differ; a 16-bit output may be rounded the other
+# way.
 DIFFERENCE_CEILING = 2e-3
 GEMM_SIZE = (130, 74, 200)  # tails in every dimension
 GEMMS = [(dtype, source) for dtype in ("bf16", "f16") for source in ("ss", "rs")]
@@ -31,7 +33,9 @@ NOTHING = "no file was brought along: --simulated FILE"
 
 def describe() -> list[str]:
     cases = [case.name for shape in SHAPES for case in ops.small(few_heads(shape))]
-    return [f"{len(cases)} small calls of the ops with a kernel, and {len(GEMMS)} GEMMs of tests/hoppersim: RMS, largest difference, bitwise"]
+    return [
+        f"{len(cases)} small calls of the ops with a kernel, and {len(GEMMS)} GEMMs of tests/hoppersim: RMS, largest difference, bitwise"
+    ]
 
 
 def jobs(settings: dict) -> list[Job]:
@@ -68,8 +72,26 @@ def machine_code(name: str) -> bytes:
 
     include = kernel_library.cutlass_source() / "include"
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
-        command = [hoppersim().nvcc(), "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
-        command += ["-cudart", "static", f"-I{ROOT}", f"-I{include}", "--expt-relaxed-constexpr", "-DNDEBUG", "-o", file.name]
+        command = [
+            hoppersim().nvcc(),
+            "-std=c++17",
+            "-O3",
+            "-gencode",
+            "arch=compute_90a,code=sm_90a",
+            "-shared",
+            "-Xcompiler",
+            "-fPIC",
+        ]
+        command += [
+            "-cudart",
+            "static",
+            f"-I{ROOT}",
+            f"-I{include}",
+            "--expt-relaxed-constexpr",
+            "-DNDEBUG",
+            "-o",
+            file.name,
+        ]
         subprocess.run([*command, str(kernel_library.KERNELS / f"{name}.cu")], check=True)
         return Path(file.name).read_bytes()
 
@@ -157,7 +179,10 @@ def work(name: str, context) -> dict[str, object]:
     if not hasattr(context, "entries"):
         prepared = torch.load(context.settings["simulated"])
         context.entries = {entry["name"]: entry for entry in (*prepared["entries"], *prepared["gemms"])}
-        print(f"prepared at {prepared['commit']}; no kernel then: {', '.join(prepared['without_kernel']) or 'none'}", flush=True)
+        print(
+            f"prepared at {prepared['commit']}; no kernel then: {', '.join(prepared['without_kernel']) or 'none'}",
+            flush=True,
+        )
     entry = context.entries[name]
     return compared({"C": run_gemm(entry)}, entry["results"]) if "code" in entry else on_device(entry, context.device)
 

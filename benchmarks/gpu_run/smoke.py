@@ -16,7 +16,13 @@ WITH_TOKENS = 8192  # one long sequence: segments, and the join between them
 def cases() -> dict[str, Case]:
     """By name: what is most wanted first."""
     b2, b4, wide = SHAPES
-    found = [ops.chunk(b2, 1, WITH_TOKENS), ops.chunk(b4, 1, 130), *ops.small(b2), ops.chunk(wide, 1, 130), ops.recurrent(b4, 3, ops.FP32)]
+    found = [
+        ops.chunk(b2, 1, WITH_TOKENS),
+        ops.chunk(b4, 1, 130),
+        *ops.small(b2),
+        ops.chunk(wide, 1, 130),
+        ops.recurrent(b4, 3, ops.FP32),
+    ]
     return {case.name: case for case in found}
 
 

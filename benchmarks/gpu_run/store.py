@@ -1,6 +1,7 @@
 """Rows on disk: a JSON line each, written at once by whoever knows it. The last row of a case counts.
 
-A row has a part and a case; ``failed`` or ``skipped`` says why it has no result. A line with ``begin`` says that a child began a case.
+A row has a part and a case; ``failed`` or ``skipped`` says why it has no result. A line with ``begin`` says that a
+child began a case.
 The case of an op is named "op shape size dtype", and something about it has more behind a slash: "... / cuBLAS".
 """
 
@@ -115,7 +116,13 @@ def write_broken(output: Path) -> list[dict]:
     """An op is broken at a shape where it failed, and at all shapes that smoke has not seen right."""
     rows = known(output)
     found = broken_ops(rows)
-    right = sorted({f"{op_of(case)} {shape_of(case)}" for (part, case), row in rows.items() if part == "smoke" and row.get("status") == "right"})
+    right = sorted(
+        {
+            f"{op_of(case)} {shape_of(case)}"
+            for (part, case), row in rows.items()
+            if part == "smoke" and row.get("status") == "right"
+        }
+    )
     write_text(output / BROKEN, json.dumps({"broken": found, "right": right}, indent=1) + "\n")
     return found
 
@@ -127,7 +134,9 @@ def blocked(case: str, output: Path) -> str | None:
         return None
     facts = json.loads(path.read_text())
     for entry in facts["broken"]:
-        if entry["op"] == op_of(case) and (entry["shape"] == shape_of(case) or f"{op_of(case)} {shape_of(case)}" not in facts["right"]):
+        if entry["op"] == op_of(case) and (
+            entry["shape"] == shape_of(case) or f"{op_of(case)} {shape_of(case)}" not in facts["right"]
+        ):
             return f"{entry['op']} is broken: {entry['status']} at {entry['case']}"
     return None
 

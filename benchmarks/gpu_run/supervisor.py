@@ -1,7 +1,8 @@
-"""Starts children, reads their rows from the file they append to, ends those that stand still, and says whose fault it was.
+"""Starts children, reads their rows from the file they append to, ends those that stand still, and says whose fault it
+was.
 
-A child does its cases in order. When it dies or is killed, the case it had begun is the culprit; the rest of its cases go on in a new
-child. The next child is started ahead and waits, so that its imports cost no time on the device.
+A child does its cases in order. When it dies or is killed, the case it had begun is the culprit; the rest of its cases
+go on in a new child. The next child is started ahead and waits, so that its imports cost no time on the device.
 """
 
 import contextlib
@@ -56,7 +57,10 @@ def fault_of(text: str) -> str | None:
     said = text.lower()
     if "jetkernels watchdog" in said:
         return "hang"
-    if re.search(r"illegal memory access|misaligned address|illegal address|illegal instruction|invalid address space|invalid program counter", said):
+    if re.search(
+        r"illegal memory access|misaligned address|illegal address|illegal instruction|invalid address space|invalid program counter",
+        said,
+    ):
         return "illegal address"
     if re.search(r"unspecified launch failure|cudaerrorassert|device-side assert|cuda_error_launch", said):
         return "broken process"
@@ -73,7 +77,12 @@ def stop(process: subprocess.Popen) -> None:
 
 def environment_of(part: Part, settings: dict) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [settings.get("peers_path"), os.environ.get("PYTHONPATH")])]
-    found = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONPATH": os.pathsep.join(paths)}
+    found = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     if part.watchdog and settings.get("watchdog"):
         found["JETKERNELS_LIBRARY"] = settings["watchdog"]
     return found | part.environment
@@ -89,12 +98,28 @@ class Child:
         handle, log = tempfile.mkstemp(suffix=".log", dir=folder)
         self.log = Path(log)
         rows = Path(settings["output"]) / f"rows-{part.rows}.jsonl"
-        command = [sys.executable, "-m", "benchmarks.gpu_run.child", part.module, "--part", part.name, "--name", self.name, "--rows", str(rows)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu_run.child",
+            part.module,
+            "--part",
+            part.name,
+            "--name",
+            self.name,
+            "--rows",
+            str(rows),
+        ]
         command += ["--settings", json.dumps(settings), "--cases", json.dumps(job.cases)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=handle, stderr=subprocess.STDOUT, cwd=ROOT, env=environment_of(part, settings),
+            command,
+            stdin=subprocess.PIPE,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment_of(part, settings),
             start_new_session=True,
-        )  # fmt: skip
+        )
         os.close(handle)
 
     def go(self) -> None:
@@ -156,7 +181,9 @@ class Pool:
             if (child := by_name.get(row.get("child"))) is not None:
                 child.saw(row)
             if "begin" not in row:
-                self.say(line({key: value for key, value in row.items() if key not in ("child", "provenance", "tail")})[:300])
+                self.say(
+                    line({key: value for key, value in row.items() if key not in ("child", "provenance", "tail")})[:300]
+                )
 
     def look(self) -> None:
         self.hear()
@@ -172,7 +199,9 @@ class Pool:
 
     def judge(self, child: Child, code: int | None) -> None:
         """Writes the row of the culprit, and sends what is left on in a new child."""
-        text = store.tidy_copy(child.log, self.output / RUN_LOG, child.name, "killed: it stood still" if code is None else code)
+        text = store.tidy_copy(
+            child.log, self.output / RUN_LOG, child.name, "killed: it stood still" if code is None else code
+        )
         child.log.unlink(missing_ok=True)
         tail = text.strip()[-TAIL:]
         if code == 0:
@@ -182,9 +211,18 @@ class Pool:
         if code == LOST:
             self.explain(child, tail)
         elif child.begun is None:
-            why = f"no case began within {self.part.start:g} s" if code is None else f"exit code {code} before a case began"
+            why = (
+                f"no case began within {self.part.start:g} s"
+                if code is None
+                else f"exit code {code} before a case began"
+            )
             for case in child.left() or (child.job.name,):
-                self.add(child, case, failed=f"{why}: {tail.splitlines()[-1] if tail else 'it said nothing'}"[:400], tail=tail)
+                self.add(
+                    child,
+                    case,
+                    failed=f"{why}: {tail.splitlines()[-1] if tail else 'it said nothing'}"[:400],
+                    tail=tail,
+                )
             return
         elif child.begun not in child.seen:
             status = "hang" if code is None else fault_of(text) or "broken process"
@@ -197,7 +235,17 @@ class Pool:
         """The row of the case after which the device was lost, with the end of the log."""
         row = store.latest(store.read(self.rows)).get((self.part.name, child.begun), {})
         failed = row.get("failed") or "the device was lost after it"
-        store.append(self.rows, {"part": self.part.name, "case": child.begun, "status": "broken process", **row, "failed": failed, "tail": tail})
+        store.append(
+            self.rows,
+            {
+                "part": self.part.name,
+                "case": child.begun,
+                "status": "broken process",
+                **row,
+                "failed": failed,
+                "tail": tail,
+            },
+        )
 
     def go_on(self, child: Child) -> None:
         left = child.left()
@@ -221,7 +269,10 @@ class Pool:
                 self.add(child, case, skipped=f"the time of {self.part.name} was over{at}")
         for job, _ in self.waiting:
             for case in job.cases or (job.name,):
-                store.append(self.rows, {"part": self.part.name, "case": case, "skipped": f"the time of {self.part.name} was over"})
+                store.append(
+                    self.rows,
+                    {"part": self.part.name, "case": case, "skipped": f"the time of {self.part.name} was over"},
+                )
         self.children, self.waiting = [], deque()
         self.hear()
         return False

@@ -1,6 +1,7 @@
 """The peers beside our ops: same inputs, same process, each peer's output compared with ours first.
 
-A peer whose output differs gets no time. A case is "op shape size / peer"; where our op is broken the peer is timed alone.
+A peer whose output differs gets no time. A case is "op shape size / peer"; where our op is broken the peer is timed
+alone.
 """
 
 import tempfile
@@ -20,7 +21,8 @@ from benchmarks.peers import Peer
 from benchmarks.shapes import SHAPES, Draw, Shape, conv_inputs, delta_rule_inputs
 from benchmarks.timing import Timing, device_time, l2_bytes, rotations
 
-# Both sides round 16-bit operands, and some peers q and k after the l2norm: their difference is larger than either's error.
+# Both sides round 16-bit operands, and some peers q and k after the l2norm: their difference is larger than either's
+# error.
 DIFFERENCE_CEILING = 2e-2
 CHUNK_SIZES = ((8, 4096), (1, 8192), (1, 32768), (1, 2048), (4, 8192))
 SLOW = ("plain PyTorch", "transformers")  # measured up to this many tokens only
@@ -29,7 +31,9 @@ RECURRENT_BATCHES = (64, 1, 256, 1024)
 CONV_LENGTHS = (8192, 2048, 32768)
 STEP_ROWS = (1, 32, 128, 256)
 GEMM, UNFUSED = "bare GEMM of the generator", "linear, unfold, sum"
-TUNING = ("flash-linear-attention",)  # they compile and tune at the first call of a shape: after those that need neither
+TUNING = (
+    "flash-linear-attention",
+)  # they compile and tune at the first call of a shape: after those that need neither
 
 
 class Problem(NamedTuple):
@@ -98,7 +102,9 @@ def jobs(settings: dict) -> list[Job]:
 
 
 def install_wheels(folder: Path) -> str:
-    """Unpacks the wheels of a folder into a fresh directory; returns its path. What a wheel holds is the package itself."""
+    """Unpacks the wheels of a folder into a fresh directory; returns its path. What a wheel holds is the package
+    itself.
+    """
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise FileNotFoundError(f"no wheels in {folder}")
@@ -131,7 +137,9 @@ class Prepared(NamedTuple):
     ours: Timing | None
 
 
-def our_side(calls: Callable[[], list], results: Callable[[], tuple], broken: bool) -> tuple[tuple | None, Timing | None]:
+def our_side(
+    calls: Callable[[], list], results: Callable[[], tuple], broken: bool
+) -> tuple[tuple | None, Timing | None]:
     """``results`` first: what a call writes in place must not have been written before."""
     if broken:
         return None, None
@@ -168,7 +176,10 @@ def prepare_recurrent(problem: Problem, device: torch.device, broken: bool) -> P
         state = inputs[0][1].clone()
         return call(inputs[0][0], state), state
 
-    return Prepared(inputs, *our_side(lambda: [partial(call, values, state.clone()) for values, state, _, _ in inputs], results, broken))
+    return Prepared(
+        inputs,
+        *our_side(lambda: [partial(call, values, state.clone()) for values, state, _, _ in inputs], results, broken),
+    )
 
 
 def prepare_conv(problem: Problem, device: torch.device, broken: bool) -> Prepared:
@@ -179,13 +190,17 @@ def prepare_conv(problem: Problem, device: torch.device, broken: bool) -> Prepar
     def call(values):
         return torch.ops.jet.dynamic_conv(*values, None, None, True)
 
-    return Prepared(inputs, *our_side(lambda: [partial(call, values) for values in inputs], lambda: call(inputs[0])[:1], broken))
+    return Prepared(
+        inputs, *our_side(lambda: [partial(call, values) for values in inputs], lambda: call(inputs[0])[:1], broken)
+    )
 
 
 def prepare_step(problem: Problem, device: torch.device, broken: bool) -> Prepared:
     case = ops.conv_step(problem.shape, *problem.size)
     inputs = [case.make(Draw(device, seed)) for seed in range(rotations(case.work.bytes, l2_bytes(device)))]
-    return Prepared(inputs, *our_side(lambda: [partial(ops.function(case.op), *args) for args in inputs], lambda: (), broken))
+    return Prepared(
+        inputs, *our_side(lambda: [partial(ops.function(case.op), *args) for args in inputs], lambda: (), broken)
+    )
 
 
 PREPARE = {
@@ -208,8 +223,14 @@ def prepared(problem: Problem, context) -> Prepared:
 def beside_convolution(peer: str, found: Prepared) -> dict[str, object]:
     if peer == GEMM:
         return beside(found.ours, device_time([partial(peers.generator_gemm, *args[:4]) for args in found.inputs]))
-    row = {"rms_difference": differences((peers.unfused_dynamic_conv(*found.inputs[0]),), found.expected)} if found.expected else {}
-    return row | beside(found.ours, device_time([partial(peers.unfused_dynamic_conv, *values) for values in found.inputs]))
+    row = (
+        {"rms_difference": differences((peers.unfused_dynamic_conv(*found.inputs[0]),), found.expected)}
+        if found.expected
+        else {}
+    )
+    return row | beside(
+        found.ours, device_time([partial(peers.unfused_dynamic_conv, *values) for values in found.inputs])
+    )
 
 
 def beside_delta_rule(op: str, name: str, found: Prepared) -> dict[str, object]:
@@ -223,7 +244,11 @@ def beside_delta_rule(op: str, name: str, found: Prepared) -> dict[str, object]:
     calls = [peer.prepare(function, *values) for values in own]
     run, read = calls[0]
     row = {"rms_difference": differences(read(run()), found.expected)} if found.expected else {}
-    return {**row, **beside(found.ours, device_time([run for run, _ in calls])), **({"note": peer.note} if peer.note else {})}
+    return {
+        **row,
+        **beside(found.ours, device_time([run for run, _ in calls])),
+        **({"note": peer.note} if peer.note else {}),
+    }
 
 
 def work(name: str, context) -> dict[str, object]:

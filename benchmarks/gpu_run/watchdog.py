@@ -1,4 +1,6 @@
-"""Reads what the watchdog of csrc/hopper/barrier.h leaves: records in host memory at a fixed address, which outlive the device's context."""
+"""Reads what the watchdog of csrc/hopper/barrier.h leaves: records in host memory at a fixed address, which outlive the
+device's context.
+"""
 
 import ctypes
 import functools
@@ -28,13 +30,18 @@ def lines(memory: bytes) -> list[str]:
     for record in RECORD.iter_unpack(memory):
         if record[-1]:
             found.setdefault(record[3:7], []).append(record)
-    said = [line(records[0]) + (f", and {len(records) - 1} other blocks" if len(records) > 1 else "") for records in found.values()]
+    said = [
+        line(records[0]) + (f", and {len(records) - 1} other blocks" if len(records) > 1 else "")
+        for records in found.values()
+    ]
     return said[:LINES]
 
 
 @functools.cache
 def records() -> ctypes.Array | None:
-    """The memory, mapped and made known to this process's device; None where the library has no watchdog or that is not possible."""
+    """The memory, mapped and made known to this process's device; None where the library has no watchdog or that is not
+    possible.
+    """
     if not os.environ.get("JETKERNELS_LIBRARY"):  # the product's library has no watchdog
         return None
     import torch
@@ -42,7 +49,10 @@ def records() -> ctypes.Array | None:
     if not torch.cuda.is_available():
         return None
     c = ctypes.CDLL(None, use_errno=True)
-    c.mmap.restype, c.mmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    c.mmap.restype, c.mmap.argtypes = (
+        ctypes.c_void_p,
+        (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long),
+    )
     size = -(-SIZE // mmap.PAGESIZE) * mmap.PAGESIZE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | FIXED_NOREPLACE
     if c.mmap(ADDRESS, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != ADDRESS:
@@ -51,7 +61,10 @@ def records() -> ctypes.Array | None:
     torch.cuda.init()
     status = torch.cuda.cudart().cudaHostRegister(ADDRESS, size, MAPPED)
     if int(status) != 0:
-        print(f"no watchdog: cudaHostRegister says {status}; a kernel that hangs will be called an illegal address", flush=True)
+        print(
+            f"no watchdog: cudaHostRegister says {status}; a kernel that hangs will be called an illegal address",
+            flush=True,
+        )
         return None
     return (ctypes.c_char * SIZE).from_address(ADDRESS)
 

@@ -17,7 +17,8 @@ struct Parallel {
   template <class F>
   void operator()(int64_t begin, int64_t end, int64_t grain, const F& body) const {
     if (begin >= end) return;
-    run(begin, end, grain, [](int64_t b, int64_t e, void* context) { (*static_cast<const F*>(context))(b, e); },
+    run(
+        begin, end, grain, [](int64_t b, int64_t e, void* context) { (*static_cast<const F*>(context))(b, e); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 };

@@ -1,5 +1,5 @@
-// The convolution with explicit kernels: bound by reading the kernels. A thread has 8 channels and a run of tokens, whose inputs pass
-// through its registers as a window: x is read once but for W - 1 tokens a run.
+// The convolution with explicit kernels: bound by reading the kernels. A thread has 8 channels and a run of tokens,
+// whose inputs pass through its registers as a window: x is read once but for W - 1 tokens a run.
 #include "csrc/dynamic_conv/apply_dynamic_conv.h"
 
 #include "csrc/dynamic_conv/conv_window.cuh"
@@ -8,7 +8,7 @@
 namespace jet {
 namespace hopper {
 
-constexpr int kRun = 32;           // tokens: (W - 1) / 32 of x are read twice
+constexpr int kRun = 32;  // tokens: (W - 1) / 32 of x are read twice
 constexpr int kApplyThreads = 128;
 
 struct ApplyArguments {
@@ -56,7 +56,8 @@ template <class Element, int W>
 __global__ void __launch_bounds__(kApplyThreads, 1) apply_kernel(const __grid_constant__ ApplyArguments p) {
   const int64_t d = (int64_t{blockIdx.y} * kApplyThreads + threadIdx.x) * 8, m0 = int64_t{blockIdx.x} * kRun;
   if (p.sequences.cu_seqlens != nullptr && blockIdx.y == 0)
-    for (int64_t n = int64_t{blockIdx.x} * (kApplyThreads / 32) + threadIdx.x / 32; n < p.sequences.N; n += int64_t{gridDim.x} * (kApplyThreads / 32))
+    for (int64_t n = int64_t{blockIdx.x} * (kApplyThreads / 32) + threadIdx.x / 32; n < p.sequences.N;
+         n += int64_t{gridDim.x} * (kApplyThreads / 32))
       if (sequence_bound(p.sequences, n) == sequence_bound(p.sequences, n + 1)) pass_state_on<W>(p.states, n, p.D);
   if (d >= p.D) return;
   const auto input = [&](int64_t m) {
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(kApplyThreads, 1) apply_kernel(const __grid_co
 
 template <class Element>
 void launch_apply(const ApplyArguments& p, int64_t W, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((p.sequences.tokens + kRun - 1) / kRun), static_cast<unsigned>((p.D / 8 + kApplyThreads - 1) / kApplyThreads));
+  const dim3 grid(static_cast<unsigned>((p.sequences.tokens + kRun - 1) / kRun),
+                  static_cast<unsigned>((p.D / 8 + kApplyThreads - 1) / kApplyThreads));
   auto* const kernel = W == 2 ? apply_kernel<Element, 2> : W == 3 ? apply_kernel<Element, 3> : apply_kernel<Element, 4>;
   launch("apply_dynamic_conv", {grid, kApplyThreads}, stream, kernel, p);
 }
@@ -87,10 +89,18 @@ void apply_dynamic_conv_hopper(const ApplyDynamicConvParams& p, void* stream) {
   const ConvInputs& in = p.in;
   const int64_t tokens = in.B * in.T, state_stride = in.D * (in.W - 1);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
-  if (tokens == 0) return hopper::copy_states("apply_dynamic_conv", in.conv_state, p.conv_state_out, in.N * state_stride * 2, cuda_stream);
-  const hopper::ApplyArguments a{{tokens, in.T, in.N, in.cu_seqlens, in.cu_seqlens_dtype, nullptr, IndexType::i64, in.N},
-                                 {in.conv_state, p.conv_state_out, state_stride},
-                                 in.D, in.x_stride[1], p.silu, in.x, p.kernels, p.y};
+  if (tokens == 0)
+    return hopper::copy_states("apply_dynamic_conv", in.conv_state, p.conv_state_out, in.N * state_stride * 2,
+                               cuda_stream);
+  const hopper::ApplyArguments a{
+      {tokens, in.T, in.N, in.cu_seqlens, in.cu_seqlens_dtype, nullptr, IndexType::i64, in.N},
+      {in.conv_state, p.conv_state_out, state_stride},
+      in.D,
+      in.x_stride[1],
+      p.silu,
+      in.x,
+      p.kernels,
+      p.y};
   if (in.dtype == Dtype::bf16)
     hopper::launch_apply<bf16>(a, in.W, cuda_stream);
   else

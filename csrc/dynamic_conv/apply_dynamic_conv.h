@@ -17,8 +17,8 @@ struct ApplyDynamicConvParams {
 };
 
 struct ApplyDynamicConvBackwardParams {
-  ApplyDynamicConvParams forward;   // its y and conv_state_out are unused
-  const void* grad_y;               // [B, T, D], strides as for x
+  ApplyDynamicConvParams forward;  // its y and conv_state_out are unused
+  const void* grad_y;              // [B, T, D], strides as for x
   int64_t grad_y_stride[3];
   const void* grad_conv_state_out;  // [N, D, W-1] contiguous, or null: zeros
   void* dx;                         // [B, T, D] contiguous
@@ -26,7 +26,8 @@ struct ApplyDynamicConvBackwardParams {
   void* dconv_state;                // [N, D, W-1] contiguous
 };
 
-// On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). The params must satisfy dynamic_conv_kernel_takes.
+// On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). The params must satisfy
+// dynamic_conv_kernel_takes.
 void apply_dynamic_conv_hopper(const ApplyDynamicConvParams& params, void* stream);
 
 void apply_dynamic_conv_cpu(const ApplyDynamicConvParams& params, const Parallel& parallel);

@@ -74,13 +74,15 @@ class Apply {
 
   JET_INLINE Vec output_gradient(const ApplyDynamicConvBackwardParams& p, int64_t token, long d0, long n, Vec z) const {
     const int64_t stride = p.grad_y_stride[2];
-    const Vec dy = load_some(token_at<T>(p.grad_y, p.grad_y_stride, in_, rows_.get()[token], token) + d0 * stride, stride, n);
+    const Vec dy =
+        load_some(token_at<T>(p.grad_y, p.grad_y_stride, in_, rows_.get()[token], token) + d0 * stride, stride, n);
     return p_.silu ? dy * silu_slope(z) : dy;
   }
 
-  // dkernels and dx of tokens [begin, end). dx of a token is complete W-1 tokens later: until then it is summed in a ring
-  // of W rows. The W-1 tokens after the chunk are differentiated once more, for what they send back into it.
-  void backward_chunk(const ApplyDynamicConvBackwardParams& p, int64_t begin, int64_t end, Acc* ring, long width) const {
+  // dkernels and dx of tokens [begin, end). dx of a token is complete W-1 tokens later: until then it is summed in a
+  // ring of W rows. The W-1 tokens after the chunk are differentiated once more, for what they send back into it.
+  void backward_chunk(const ApplyDynamicConvBackwardParams& p, int64_t begin, int64_t end, Acc* ring,
+                      long width) const {
     for (int64_t token = begin; token < end + K; ++token) {
       Acc* fresh = ring + token % W * width;
       for (long d = 0; d < width; ++d) fresh[d] = 0;
@@ -90,14 +92,16 @@ class Apply {
       if (done < begin) continue;
       for (long d0 = 0; d0 < in_.D; d0 += L) {
         const long n = smaller(L, in_.D - d0);
-        const Vec tail = tail_gradient<T, W>(in_, static_cast<const T*>(p.grad_conv_state_out), rows_.get()[done], d0, n);
-        store_some(static_cast<T*>(p.dx) + done * in_.D + d0, 1, n, Simd<Acc>::load(ring + done % W * width + d0) + tail);
+        const Vec tail =
+            tail_gradient<T, W>(in_, static_cast<const T*>(p.grad_conv_state_out), rows_.get()[done], d0, n);
+        store_some(static_cast<T*>(p.dx) + done * in_.D + d0, 1, n,
+                   Simd<Acc>::load(ring + done % W * width + d0) + tail);
       }
     }
   }
 
-  void differentiate(const ApplyDynamicConvBackwardParams& p, int64_t token, int64_t begin, int64_t end, long d0, Acc* ring,
-                     long width) const {
+  void differentiate(const ApplyDynamicConvBackwardParams& p, int64_t token, int64_t begin, int64_t end, long d0,
+                     Acc* ring, long width) const {
     const long n = smaller(L, in_.D - d0);
     Vec kernel[W], input[W];
     const Vec dz = output_gradient(p, token, d0, n, convolve(token, d0, n, kernel, input));

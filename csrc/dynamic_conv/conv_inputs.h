@@ -14,13 +14,13 @@ namespace jet {
 constexpr int kMaxTaps = 4;
 
 struct ConvInputs {
-  Dtype dtype;                // of every floating-point pointer below and in the structs that hold this one
-  int64_t B, T, D, W, N;      // N = B without cu_seqlens
-  const void* x;              // [B, T, D], element (b, t, d) at b * x_stride[0] + t * x_stride[1] + d * x_stride[2]
+  Dtype dtype;            // of every floating-point pointer below and in the structs that hold this one
+  int64_t B, T, D, W, N;  // N = B without cu_seqlens
+  const void* x;          // [B, T, D], element (b, t, d) at b * x_stride[0] + t * x_stride[1] + d * x_stride[2]
   int64_t x_stride[3];
-  const void* conv_state;     // [N, D, W-1] contiguous, or null: zeros
-  const void* cu_seqlens;     // [N + 1], or null: N sequences of T tokens
-  IndexType cu_seqlens_dtype; // i64 on a CPU, where the offsets have been checked
+  const void* conv_state;      // [N, D, W-1] contiguous, or null: zeros
+  const void* cu_seqlens;      // [N + 1], or null: N sequences of T tokens
+  IndexType cu_seqlens_dtype;  // i64 on a CPU, where the offsets have been checked
 };
 
 }  // namespace jet

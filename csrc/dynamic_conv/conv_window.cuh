@@ -1,5 +1,5 @@
-// The inputs that a token's kernel meets, the state of a sequence, the activation: what the Hopper kernels of the convolution share.
-// Elements have 16 bits; a thread has 4 or 8 consecutive channels, P.
+// The inputs that a token's kernel meets, the state of a sequence, the activation: what the Hopper kernels of the
+// convolution share. Elements have 16 bits; a thread has 4 or 8 consecutive channels, P.
 #pragma once
 
 #include "csrc/dynamic_conv/conv_inputs.h"
@@ -41,7 +41,8 @@ template <int W>
 __device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
   int64_t n = 0;
   if (s.cu_seqlens == nullptr) {
-    n = static_cast<uint32_t>(m) / static_cast<uint32_t>(s.T);  // tokens are fewer than 2^31, and 64 bits are divided by a long routine
+    n = static_cast<uint32_t>(m) /
+        static_cast<uint32_t>(s.T);  // tokens are fewer than 2^31, and 64 bits are divided by a long routine
   } else {
     int64_t above = s.N + 1;  // the last n with bound(n) <= m is in [n, above)
 #pragma unroll 1
@@ -54,7 +55,8 @@ __device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
   const int64_t position = m - sequence_bound(s, n);
   const int64_t row = s.rows == nullptr ? n : load_index(s.rows, s.rows_dtype, n);
   const bool none = row < 0 || row >= s.P;
-  return {none ? 0 : static_cast<int>(row), static_cast<int8_t>(position < W - 1 ? position : W - 1), m + 1 == sequence_bound(s, n + 1), none};
+  return {none ? 0 : static_cast<int>(row), static_cast<int8_t>(position < W - 1 ? position : W - 1),
+          m + 1 == sequence_bound(s, n + 1), none};
 }
 
 // n elements in registers, a multiple of 4, 16 or 8 bytes in an access. Indices are constants after unrolling.
@@ -71,7 +73,8 @@ __device__ Elements<n> load_elements(const void* from) {
 #pragma unroll
     for (int i = 0; i < n / 8; ++i) {
       const uint4 eight = static_cast<const uint4*>(from)[i];
-      x.words[4 * i] = eight.x, x.words[4 * i + 1] = eight.y, x.words[4 * i + 2] = eight.z, x.words[4 * i + 3] = eight.w;
+      x.words[4 * i] = eight.x, x.words[4 * i + 1] = eight.y, x.words[4 * i + 2] = eight.z,
+                  x.words[4 * i + 3] = eight.w;
     }
   } else {
 #pragma unroll
@@ -88,7 +91,8 @@ __device__ void store_elements(void* to, const Elements<n>& x) {
   if constexpr (n % 8 == 0) {
 #pragma unroll
     for (int i = 0; i < n / 8; ++i)
-      __stcg(static_cast<uint4*>(to) + i, make_uint4(x.words[4 * i], x.words[4 * i + 1], x.words[4 * i + 2], x.words[4 * i + 3]));
+      __stcg(static_cast<uint4*>(to) + i,
+             make_uint4(x.words[4 * i], x.words[4 * i + 1], x.words[4 * i + 2], x.words[4 * i + 3]));
   } else {
 #pragma unroll
     for (int i = 0; i < n / 4; ++i) __stcg(static_cast<uint2*>(to) + i, make_uint2(x.words[2 * i], x.words[2 * i + 1]));
@@ -112,14 +116,14 @@ __device__ const void* state_in(const ConvStates& states, const TokenPlace& plac
 
 // The state of P channels, which begin_of_sequence takes; zeros where there is none.
 template <int P, int W>
-__device__ Elements<P * (W - 1)> load_state(const ConvStates& states, const TokenPlace& place, int64_t d) {
+__device__ Elements<P*(W - 1)> load_state(const ConvStates& states, const TokenPlace& place, int64_t d) {
   if (states.in == nullptr) return {};
-  return load_elements<P * (W - 1)>(state_in<W>(states, place, d));
+  return load_elements<P*(W - 1)>(state_in<W>(states, place, d));
 }
 
 // x[w] of a token whose position is below W - 1: where the sequence had not begun, inputs come from its state.
 template <int P, int W>
-__device__ void begin_of_sequence(Elements<P> (&x)[W], const Elements<P * (W - 1)>& state, int position) {
+__device__ void begin_of_sequence(Elements<P> (&x)[W], const Elements<P*(W - 1)>& state, int position) {
 #pragma unroll
   for (int i = 0; i < W - 1; ++i) {
     const Elements<P> inputs = gather<P>([&](int c) { return state[c * (W - 1) + i]; });  // number i of each channel
@@ -131,8 +135,9 @@ __device__ void begin_of_sequence(Elements<P> (&x)[W], const Elements<P * (W - 1
 
 // The state after a sequence's last token: its window without the oldest input.
 template <int P, int W>
-__device__ void end_of_sequence(const Elements<P> (&x)[W], const ConvStates& states, const TokenPlace& place, int64_t d) {
-  const auto state = gather<P * (W - 1)>([&](int e) {  // channels first
+__device__ void end_of_sequence(const Elements<P> (&x)[W], const ConvStates& states, const TokenPlace& place,
+                                int64_t d) {
+  const auto state = gather<P*(W - 1)>([&](int e) {  // channels first
     uint32_t value = 0;
 #pragma unroll
     for (int w = 1; w < W; ++w)
@@ -148,11 +153,13 @@ __device__ void pass_state_on(const ConvStates& states, int64_t n, int64_t D) {
   const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(states.in) + n * states.stride);
   auto* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(states.out) + n * states.stride);
 #pragma unroll 1
-  for (int64_t i = threadIdx.x % 32; i < D * (W - 1) / 8; i += 32) to[i] = states.in == nullptr ? make_uint4(0, 0, 0, 0) : from[i];
+  for (int64_t i = threadIdx.x % 32; i < D * (W - 1) / 8; i += 32)
+    to[i] = states.in == nullptr ? make_uint4(0, 0, 0, 0) : from[i];
 }
 
-// 1 / (1 + e^-z) with the hardware's 2^x and 1 / x: relative error about 1e-6 down to z = -87. Below, e^-z or its inverse leaves the range of
-// fp32 and this is 0, so silu(z) = -0 where it is above -2e-36; and NaN at -inf, as -inf * 0 is.
+// 1 / (1 + e^-z) with the hardware's 2^x and 1 / x: relative error about 1e-6 down to z = -87. Below, e^-z or its
+// inverse leaves the range of fp32 and this is 0, so silu(z) = -0 where it is above -2e-36; and NaN at -inf, as -inf *
+// 0 is.
 __device__ inline float fast_sigmoid(float z) {
   float power, inverse;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.442695041f));  // log2(e)
@@ -160,7 +167,8 @@ __device__ inline float fast_sigmoid(float z) {
   return inverse;
 }
 
-// act(z) of P channels, rounded. Without a branch, so that what stands before and behind overlaps with the approximations.
+// act(z) of P channels, rounded. Without a branch, so that what stands before and behind overlaps with the
+// approximations.
 template <class Element, int P>
 __device__ Elements<P> activate(const float (&z)[P], bool silu) {
   float y[P];
@@ -188,7 +196,9 @@ __device__ void unpack_elements(float (&x)[n], const Elements<n>& from) {
 // Host: no token at all; every sequence hands its state on.
 inline void copy_states(const char* op, const void* in, void* out, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return;
-  check(in == nullptr ? cudaMemsetAsync(out, 0, bytes, stream) : cudaMemcpyAsync(out, in, bytes, cudaMemcpyDeviceToDevice, stream), op);
+  check(in == nullptr ? cudaMemsetAsync(out, 0, bytes, stream)
+                      : cudaMemcpyAsync(out, in, bytes, cudaMemcpyDeviceToDevice, stream),
+        op);
 }
 
 }  // namespace jet::hopper

@@ -1,5 +1,5 @@
-// dynamic_conv and dynamic_conv_step: two kernels serve both. All instances are compiled here, because reading CUTLASS's headers takes as
-// long as compiling them.
+// dynamic_conv and dynamic_conv_step: two kernels serve both. All instances are compiled here, because reading
+// CUTLASS's headers takes as long as compiling them.
 #include "csrc/dynamic_conv/dynamic_conv.h"
 
 #include "csrc/dynamic_conv/dynamic_conv_large.cuh"
@@ -11,7 +11,8 @@ namespace hopper {
 
 template <class Element>
 void launch_dynamic_conv(const DynamicConvLaunch& l, cudaStream_t stream) {
-  // The large kernel lets two tiles of 128 tokens share the weights, and walks over channels: with one tile there is nothing to share.
+  // The large kernel lets two tiles of 128 tokens share the weights, and walks over channels: with one tile there is
+  // nothing to share.
   if (l.arguments.sequences.tokens > 128 && l.R <= kResidentR) return launch_large_of<Element>(l, stream);
   launch_small_of<Element>(l, stream);
 }
@@ -27,8 +28,10 @@ void dynamic_conv_hopper(const DynamicConvParams& p, void* stream) {
   const ConvInputs& in = p.in;
   const int64_t tokens = in.B * in.T, state_stride = in.D * (in.W - 1);
   if (tokens == 0)
-    return hopper::copy_states("dynamic_conv", in.conv_state, p.conv_state_out, in.N * state_stride * 2, static_cast<cudaStream_t>(stream));
-  hopper::DynamicConvLaunch l{"dynamic_conv", in.dtype, in.D, p.R, in.W, in.x, p.hidden, p.weight, in.x_stride[1], p.hidden_stride[1], {}};
+    return hopper::copy_states("dynamic_conv", in.conv_state, p.conv_state_out, in.N * state_stride * 2,
+                               static_cast<cudaStream_t>(stream));
+  hopper::DynamicConvLaunch l{"dynamic_conv", in.dtype,           in.D, p.R, in.W, in.x, p.hidden, p.weight,
+                              in.x_stride[1], p.hidden_stride[1], {}};
   hopper::DynamicConvArguments& a = l.arguments;
   a.sequences = {tokens, in.T, in.N, in.cu_seqlens, in.cu_seqlens_dtype, nullptr, IndexType::i64, in.N};
   a.states = {in.conv_state, p.conv_state_out, state_stride};
@@ -39,7 +42,8 @@ void dynamic_conv_hopper(const DynamicConvParams& p, void* stream) {
 // A step is a convolution over N sequences of one token, whose states are rows of the pool.
 void dynamic_conv_step_hopper(const DynamicConvStepParams& p, void* stream) {
   if (p.N == 0) return;
-  hopper::DynamicConvLaunch l{"dynamic_conv_step", p.dtype, p.D, p.R, p.W, p.x, p.hidden, p.weight, p.x_stride[0], p.hidden_stride[0], {}};
+  hopper::DynamicConvLaunch l{"dynamic_conv_step", p.dtype, p.D, p.R, p.W, p.x, p.hidden, p.weight, p.x_stride[0],
+                              p.hidden_stride[0],  {}};
   hopper::DynamicConvArguments& a = l.arguments;
   a.sequences = {p.N, 1, p.N, nullptr, IndexType::i64, p.state_rows, p.state_rows_dtype, p.P};
   a.states = {p.conv_state, p.conv_state, p.state_stride[0]};

@@ -13,8 +13,8 @@
 namespace jet::cpu::JET_CPU_ISA {
 namespace {
 
-// Multiples of every tile height (24 = lcm(6, 8, 12)). Longer blocks load and store dweight less often, shorter ones keep
-// dkernel (26 MB at D*W = 12288, fp32) in L3.
+// Multiples of every tile height (24 = lcm(6, 8, 12)). Longer blocks load and store dweight less often, shorter ones
+// keep dkernel (26 MB at D*W = 12288, fp32) in L3.
 constexpr long kBlockTokens = 528;
 constexpr long kChunkTokens = kBlockTokens / 2;  // of one dhidden task
 
@@ -27,22 +27,38 @@ class Backward {
   static constexpr int L = kLanes<T>, K = W - 1, terms = P::terms;
   static constexpr int M = kAccumulators / W;                                         // tokens of a tile of kernels
   static constexpr int G = L * int(sizeof(T)) >= 64 ? 1 : 64 / (L * int(sizeof(T)));  // panels to a cache line of dx
-  static constexpr int MW = L < kAccumulators / 3 ? L : kAccumulators / 3;  // rows of a dweight tile: channels of one tap
-  static constexpr int VW = MW * 3 == kAccumulators ? 3 : 4;                // vectors of a dweight tile
-  static constexpr int MH = 6, VH = kAccumulators / MH;                     // dhidden tile
-  static constexpr long kPanelsAtOnce = 6;                   // 6 panels x 64 rows x 64 columns of weight: 98 KB of L2
-  static constexpr bool kDirect = sizeof(T) == sizeof(Acc);  // dweight accumulates where it is returned
+  static constexpr int MW =
+      L < kAccumulators / 3 ? L : kAccumulators / 3;          // rows of a dweight tile: channels of one tap
+  static constexpr int VW = MW * 3 == kAccumulators ? 3 : 4;  // vectors of a dweight tile
+  static constexpr int MH = 6, VH = kAccumulators / MH;       // dhidden tile
+  static constexpr long kPanelsAtOnce = 6;                    // 6 panels x 64 rows x 64 columns of weight: 98 KB of L2
+  static constexpr bool kDirect = sizeof(T) == sizeof(Acc);   // dweight accumulates where it is returned
 
  public:
   explicit Backward(const DynamicConvBackwardParams& p, const Parallel& parallel)
-      : p_(p), f_(p.forward), in_(f_.in), parallel_(parallel), slots_(larger(1, parallel.threads)), tokens_(in_.B * in_.T),
-        block_(round_up(smaller(larger(tokens_, 1), kBlockTokens), 24)), steps_(units_for(f_.R, terms)),
-        panels_((in_.D + L - 1) / L), weight_columns_((f_.R + VW * L - 1) / (VW * L)),
-        hidden_columns_((f_.R + VH * L - 1) / (VH * L)), rows_(tokens_),
-        tiles_(block_ * steps_), columns_(weight_columns_ * block_ / terms * VW * L), dkernel_(panels_ * block_ * W * L),
-        dhidden_(block_ * hidden_columns_ * VH * L), dweight_(kDirect ? 0 : in_.D * W * f_.R), dbias_(panels_ * W * L),
-        halo_(panels_ * K * L), dstate_(in_.N * in_.D * K), panel_scratch_(slots_ * panel_units()),
-        dx_scratch_(slots_ * (block_ + K) * L), pair_scratch_(terms > 1 ? slots_ * block_ / terms * W * L : 0),
+      : p_(p),
+        f_(p.forward),
+        in_(f_.in),
+        parallel_(parallel),
+        slots_(larger(1, parallel.threads)),
+        tokens_(in_.B * in_.T),
+        block_(round_up(smaller(larger(tokens_, 1), kBlockTokens), 24)),
+        steps_(units_for(f_.R, terms)),
+        panels_((in_.D + L - 1) / L),
+        weight_columns_((f_.R + VW * L - 1) / (VW * L)),
+        hidden_columns_((f_.R + VH * L - 1) / (VH * L)),
+        rows_(tokens_),
+        tiles_(block_ * steps_),
+        columns_(weight_columns_ * block_ / terms * VW * L),
+        dkernel_(panels_ * block_ * W * L),
+        dhidden_(block_ * hidden_columns_ * VH * L),
+        dweight_(kDirect ? 0 : in_.D * W * f_.R),
+        dbias_(panels_ * W * L),
+        halo_(panels_ * K * L),
+        dstate_(in_.N * in_.D * K),
+        panel_scratch_(slots_ * panel_units()),
+        dx_scratch_(slots_ * (block_ + K) * L),
+        pair_scratch_(terms > 1 ? slots_ * block_ / terms * W * L : 0),
         weight_(hidden_columns_ * panels_ * W * L / terms * VH * L) {
     fill_rows(in_, rows_.get());
   }
@@ -75,9 +91,12 @@ class Backward {
   long panel_units() const { return round_up(steps_ * W * L, 64); }
   Acc* dweight() const { return kDirect ? static_cast<Acc*>(p_.dweight) : dweight_.get(); }
   Number* dkernel_row(long panel, long i) const { return dkernel_.get() + (panel * block_ + i) * W * L; }
-  const T* hidden_row(long token) const { return token_at<T>(f_.hidden, f_.hidden_stride, in_, rows_.get()[token], token); }
+  const T* hidden_row(long token) const {
+    return token_at<T>(f_.hidden, f_.hidden_stride, in_, rows_.get()[token], token);
+  }
 
-  // hidden of tokens [begin, end), twice: tile by tile for the kernels (as in the forward), and by columns [t][r] for dweight.
+  // hidden of tokens [begin, end), twice: tile by tile for the kernels (as in the forward), and by columns [t][r] for
+  // dweight.
   long hidden_tiles(long begin, long end) const { return (end - begin + M - 1) / M; }
   long hidden_tasks(long begin, long end) const { return end > begin ? hidden_tiles(begin, end) + weight_columns_ : 0; }
 
@@ -104,7 +123,8 @@ class Backward {
       for (int v = 0; v < VW; ++v, out += L) {
         const long r = (j * VW + v) * L;
         const T* rows[terms];
-        for (int i = 0; i < terms; ++i) rows[i] = token + i < end && r < f_.R ? hidden_row(token + i) + r * stride : nullptr;
+        for (int i = 0; i < terms; ++i)
+          rows[i] = token + i < end && r < f_.R ? hidden_row(token + i) + r * stride : nullptr;
         Simd<Unit>::store(out, P::combine(rows, stride, f_.R - r));
       }
   }
@@ -134,7 +154,8 @@ class Backward {
     for (long i = end - begin; i % terms; ++i)
       for (int j = 0; j < W * L; ++j) dkernel_row(panel, i)[j] = Number{};
     const long complete = end == tokens_ ? end : end - K;
-    for (long token = larger(0, begin - K); token < complete; ++token) write_dx(token, d0, n, dx + (token - begin + K) * L);
+    for (long token = larger(0, begin - K); token < complete; ++token)
+      write_dx(token, d0, n, dx + (token - begin + K) * L);
     for (long j = 0; j < K * L; ++j) halo[j] = dx[(end - begin) * L + j];
     add_dweight(slot, panel, d0, n, begin, end);
     if (end == tokens_) finish_panel(panel, d0, n);
@@ -146,7 +167,8 @@ class Backward {
     for (long i = 0; i < W * L; ++i) dbias_.get()[panel * W * L + i] = 0;
     for (long i = 0; i < K * L; ++i) halo_.get()[panel * K * L + i] = 0;
     for (int64_t sequence = 0; sequence < in_.N; ++sequence)
-      start_state_gradient<T>(in_, static_cast<const T*>(p_.grad_conv_state_out), sequence, d0, n, dstate(sequence, d0));
+      start_state_gradient<T>(in_, static_cast<const T*>(p_.grad_conv_state_out), sequence, d0, n,
+                              dstate(sequence, d0));
   }
 
   // What was summed up over all tokens, in the dtype that is returned.
@@ -175,7 +197,8 @@ class Backward {
     acc.store(kernel, W * L);
   }
 
-  void differentiate_row(long token, long d0, long n, const Acc* kernel, Vec (&dbias)[W], Number* dkernel, Acc* dx) const {
+  void differentiate_row(long token, long d0, long n, const Acc* kernel, Vec (&dbias)[W], Number* dkernel,
+                         Acc* dx) const {
     const Row& row = rows_.get()[token];
     Vec input[W], z{};
     for (int w = W - 1; w >= 0; --w) {
@@ -325,8 +348,8 @@ void backward(const DynamicConvBackwardParams& p, const Parallel& caller) {
 }
 
 #if defined(__AVX512F__)
-// Bf16Product needs dkernel rounded to bf16, as any bf16 GEMM of the gradients does. Over many elements these errors stay
-// relative to the RMS of the result; a handful of terms can cancel to less than their rounding.
+// Bf16Product needs dkernel rounded to bf16, as any bf16 GEMM of the gradients does. Over many elements these errors
+// stay relative to the RMS of the result; a handful of terms can cancel to less than their rounding.
 bool bf16_dkernel_is_exact_enough(const DynamicConvParams& p) { return p.in.B * p.in.T * p.in.D * p.R >= 1 << 20; }
 #endif
 
@@ -339,7 +362,8 @@ void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& p, const Paralle
     case Dtype::f16: return backward<PlainProduct<float>, f16>(p, parallel);
     case Dtype::bf16:
 #if defined(__AVX512F__)
-      if (has_bf16_instructions() && bf16_dkernel_is_exact_enough(p.forward)) return backward<Bf16Product, bf16>(p, parallel);
+      if (has_bf16_instructions() && bf16_dkernel_is_exact_enough(p.forward))
+        return backward<Bf16Product, bf16>(p, parallel);
 #endif
       return backward<PlainProduct<float>, bf16>(p, parallel);
   }

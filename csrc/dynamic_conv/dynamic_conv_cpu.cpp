@@ -19,11 +19,12 @@ class Forward {
   using Unit = typename P::Unit;
   using Vec = Vector<Acc>;
   static constexpr int L = kLanes<T>;
-  static constexpr int M = kAccumulators / W;                                           // tokens of a tile
+  static constexpr int M = kAccumulators / W;                                         // tokens of a tile
   static constexpr int G = L * int(sizeof(T)) >= 64 ? 1 : 64 / (L * int(sizeof(T)));  // panels of a task
 
  public:
-  explicit Forward(const DynamicConvParams& p) : p_(p), in_(p.in), steps_(units_for(p.R, P::terms)), rows_(in_.B * in_.T) {
+  explicit Forward(const DynamicConvParams& p)
+      : p_(p), in_(p.in), steps_(units_for(p.R, P::terms)), rows_(in_.B * in_.T) {
     fill_rows(in_, rows_.get());
   }
 
@@ -70,7 +71,8 @@ class Forward {
     }
   }
 
-  void run_group(long panel0, long begin, long end, long first_tile, long last_tile, const Unit* hidden, Unit* packed) const {
+  void run_group(long panel0, long begin, long end, long first_tile, long last_tile, const Unit* hidden,
+                 Unit* packed) const {
     alignas(64) Acc bias[G][W * L];
     for (int g = 0; g < G; ++g) {
       const long d0 = (panel0 + g) * L, n = smaller(L, in_.D - d0);
@@ -127,7 +129,8 @@ class Forward {
     for (long i = 0; i < M && token + i < end; ++i) {
       Vec z{};
       for (int w = W - 1; w >= 0; --w)
-        z += Simd<Acc>::load(kernel + (i * W + w) * L) * tap_input<T, W>(in_, rows_.get()[token + i], token + i, w, d0, n);
+        z += Simd<Acc>::load(kernel + (i * W + w) * L) *
+             tap_input<T, W>(in_, rows_.get()[token + i], token + i, w, d0, n);
       store_some(static_cast<T*>(p_.y) + (token + i) * in_.D + d0, 1, n, p_.silu ? silu(z) : z);
     }
   }

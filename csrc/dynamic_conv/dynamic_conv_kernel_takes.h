@@ -1,5 +1,6 @@
-// Which calls the Hopper kernels of the dynamic convolution take; the others are served by the plain path. What they take they
-// take in rows: elements contiguous, rows (tokens) at one stride that is a multiple of 16 bytes, 16-byte aligned.
+// Which calls the Hopper kernels of the dynamic convolution take; the others are served by the plain path. What they
+// take they take in rows: elements contiguous, rows (tokens) at one stride that is a multiple of 16 bytes, 16-byte
+// aligned.
 #pragma once
 
 #include "csrc/dynamic_conv/apply_dynamic_conv.h"

@@ -1,9 +1,9 @@
-// The dynamic convolution of many tokens as one GEMM with an epilogue: kernels [tokens, D*W] = hidden weight^T are made tile by tile in
-// registers, met by the inputs there, and forgotten. docs/dynamic_conv.md has the data sheet.
+// The dynamic convolution of many tokens as one GEMM with an epilogue: kernels [tokens, D*W] = hidden weight^T are made
+// tile by tile in registers, met by the inputs there, and forgotten. docs/dynamic_conv.md has the data sheet.
 //
-// A CTA keeps 128 tokens of `hidden` in shared memory and walks over tiles of 32 channels. Warpgroup 0 loads; warpgroups 1 and 2
-// take tiles in turns, so that one's epilogue runs under the other's tensor-core work. A cluster of 2 CTAs, neighbours in tokens,
-// shares the weights: each loads half of a stage for both.
+// A CTA keeps 128 tokens of `hidden` in shared memory and walks over tiles of 32 channels. Warpgroup 0 loads;
+// warpgroups 1 and 2 take tiles in turns, so that one's epilogue runs under the other's tensor-core work. A cluster of
+// 2 CTAs, neighbours in tokens, shares the weights: each loads half of a stage for both.
 #pragma once
 
 #include "csrc/dynamic_conv/dynamic_conv_tile.cuh"
@@ -14,7 +14,8 @@ namespace jet::hopper {
 constexpr int64_t kResidentR = 512;  // the largest R whose tile of hidden fits beside the stages of weights
 
 template <class Element, int W>
-struct LargeConvConfig : ConvTile<Element, W, 8, 128> {  // 128 tokens: two m64 instructions per warpgroup share an operand B
+struct LargeConvConfig
+    : ConvTile<Element, W, 8, 128> {  // 128 tokens: two m64 instructions per warpgroup share an operand B
   using Tile = ConvTile<Element, W, 8, 128>;
   static constexpr int cluster = 2;
   static constexpr int stages = 5;  // what R = 512 leaves room for
@@ -28,13 +29,14 @@ struct LargeConvShared {
     alignas(kTileAlign) char b[Config::TileB::bytes];
   };
   Stage stage[Config::stages];
-  alignas(128) char x[Config::consumers][(Config::x_bytes + 127) / 128 * 128];  // [M + W - 1, 32]: row i is token m0 - (W-1) + i
+  alignas(128) char x[Config::consumers]
+                     [(Config::x_bytes + 127) / 128 * 128];  // [M + W - 1, 32]: row i is token m0 - (W-1) + i
   alignas(16) float bias[Config::consumers][Config::bias_size];
   TokenPlace places[Config::M];
   Ring<Config::stages> ring;
   Event hidden_loaded, x_loaded[Config::consumers], x_read[Config::consumers];
-  // All warps of the other consumer have seen its last stage arrive: this one's stages are the next of the ring. All, because a
-  // warp that lags behind would miss its own turn when the next one comes.
+  // All warps of the other consumer have seen its last stage arrive: this one's stages are the next of the ring. All,
+  // because a warp that lags behind would miss its own turn when the next one comes.
   Event turn[Config::consumers];
 };
 // With W = 4: everything there is.
@@ -55,13 +57,14 @@ struct ChannelPart {
 };
 
 template <class Config>
-__device__ void produce(LargeConvShared<Config>& shared, char* hidden, const DynamicConvMaps& maps, const DynamicConvArguments& p,
-                        const ChannelPart& part) {
+__device__ void produce(LargeConvShared<Config>& shared, char* hidden, const DynamicConvMaps& maps,
+                        const DynamicConvArguments& p, const ChannelPart& part) {
   const int m0 = blockIdx.x * Config::M, half = cluster_rank();  // of j: half of a stage
   shared.hidden_loaded.arrive_and_expect(p.panels * Config::TileA::bytes);
 #pragma unroll 1
   for (int panel = 0; panel < p.panels; ++panel)
-    load(hidden + panel * Config::TileA::bytes, maps.hidden, shared.hidden_loaded, Reuse::normal, panel * Config::K, m0);
+    load(hidden + panel * Config::TileA::bytes, maps.hidden, shared.hidden_loaded, Reuse::normal, panel * Config::K,
+         m0);
   Producer<Config::stages> ring(shared.ring);
   Cursor<Config::consumers> x(Parity::past());
   for (int i = 0; i < part.count; ++i, x.advance()) {
@@ -74,14 +77,15 @@ __device__ void produce(LargeConvShared<Config>& shared, char* hidden, const Dyn
     // Needed last, so asked for last: the wait for the epilogue two tiles ago must not hold up the weights.
     shared.x_read[x.stage].wait(x.parity);
     shared.x_loaded[x.stage].arrive_and_expect(Config::x_bytes);
-    load(shared.x[x.stage], maps.x, shared.x_loaded[x.stage], Reuse::normal, tile * Config::channels, m0 - (Config::W - 1));
+    load(shared.x[x.stage], maps.x, shared.x_loaded[x.stage], Reuse::normal, tile * Config::channels,
+         m0 - (Config::W - 1));
   }
 }
 
 // kernel[128 tokens, N] of one tile
 template <class Config>
-__device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], LargeConvShared<Config>& shared, const char* hidden,
-                         Consumer<Config::stages>& ring, int panels, int consumer, int thread) {
+__device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], LargeConvShared<Config>& shared,
+                         const char* hidden, Consumer<Config::stages>& ring, int panels, int consumer, int thread) {
   using Mma = typename Config::Mma;
   int previous = 0;
   for (int panel = 0; panel < panels; ++panel, ring.advance()) {
@@ -94,7 +98,8 @@ __device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], LargeCo
     for (int k = 0; k < Config::K; k += Mma::K)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        Mma::ss(kernel[half], a.at(64 * half, k), b.at(0, k), panel > 0 || k > 0);  // kernel += hidden weightᵀ   [64, N], k16
+        Mma::ss(kernel[half], a.at(64 * half, k), b.at(0, k),
+                panel > 0 || k > 0);  // kernel += hidden weightᵀ   [64, N], k16
     wgmma_commit();
     if (panel > 0) {  // the stage before this one has been read when only this one's products are left
       wgmma_wait<1>();
@@ -108,12 +113,14 @@ __device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], LargeCo
   ring.template release_all<Config::cluster>(previous, thread);
 }
 
-// What a thread has of a tile: 4 tokens, i < 4, so many rows below accumulator_row(thread, 0), in half i / 2 of the accumulators.
+// What a thread has of a tile: 4 tokens, i < 4, so many rows below accumulator_row(thread, 0), in half i / 2 of the
+// accumulators.
 __device__ constexpr int below(int i) { return i / 2 * 64 + i % 2 * 8; }
 
 // Brings the states that the epilogue will read into the L2: there it meets them one row after the other.
 template <class Config>
-__device__ void prefetch_states(const LargeConvShared<Config>& shared, const DynamicConvArguments& p, int rows, int64_t d, int thread) {
+__device__ void prefetch_states(const LargeConvShared<Config>& shared, const DynamicConvArguments& p, int rows,
+                                int64_t d, int thread) {
   if (p.states.in == nullptr || d >= p.D) return;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -147,10 +154,12 @@ __device__ void convolve(const typename Config::Mma::Accumulator (&kernel)[2], c
 }
 
 template <class Config>
-__device__ void consume(LargeConvShared<Config>& shared, const char* hidden, const DynamicConvArguments& p, const ChannelPart& part) {
+__device__ void consume(LargeConvShared<Config>& shared, const char* hidden, const DynamicConvArguments& p,
+                        const ChannelPart& part) {
   const int thread = threadIdx.x % kWarpgroup, consumer = threadIdx.x / kWarpgroup - 1;
   const int all = 1, mine = 2 + consumer;  // hardware barriers: of both consumers, of this one
-  const int m0 = blockIdx.x * Config::M, rows = min(Config::M, static_cast<int>(p.sequences.tokens) - m0);  // none where it pads a cluster
+  const int m0 = blockIdx.x * Config::M,
+            rows = min(Config::M, static_cast<int>(p.sequences.tokens) - m0);  // none where it pads a cluster
   if (consumer == 0 && thread < rows) shared.places[thread] = place_of_token<Config::W>(p.sequences, m0 + thread);
   sync_threads(all, Config::consumers * kWarpgroup);
   Consumer<Config::stages> ring(shared.ring);
@@ -163,7 +172,8 @@ __device__ void consume(LargeConvShared<Config>& shared, const char* hidden, con
     const float bias = load_bias<typename Config::Tile>(p, tile, thread);
     prefetch_states<Config>(shared, p, rows, d, thread);
     typename Config::Mma::Accumulator kernel[2];
-    // A barrier tells odd from even turns only: without this wait, stages of the turn before would be taken for this one's.
+    // A barrier tells odd from even turns only: without this wait, stages of the turn before would be taken for this
+    // one's.
     shared.turn[consumer].wait(turn);
     generate<Config>(kernel, shared, hidden, ring, p.panels, consumer, thread);
     ring.skip(p.panels);  // the other consumer's tile
@@ -186,7 +196,8 @@ __global__ void __launch_bounds__(Config::threads, 1)
     maps.prefetch_all();
     shared.ring.init(Config::cluster);  // a stage is read by one warpgroup of each CTA
     shared.hidden_loaded.init(1);
-    for (int i = 0; i < Config::consumers; ++i) shared.x_loaded[i].init(1), shared.x_read[i].init(1), shared.turn[i].init(kWarpgroup / 32);
+    for (int i = 0; i < Config::consumers; ++i)
+      shared.x_loaded[i].init(1), shared.x_read[i].init(1), shared.turn[i].init(kWarpgroup / 32);
     publish_inits();
   }
   cluster_sync();
@@ -209,8 +220,9 @@ __global__ void __launch_bounds__(Config::threads, 1)
   cluster_sync();  // a CTA must not exit while its peer may still write to its shared memory or arrive on its barriers
 }
 
-// ---- Host ---------------------------------------------------------------------------------------------------------------
-// One CTA fits a multiprocessor. A cut of the channels costs another load of hidden's tile, about as long as two channel tiles take.
+// ---- Host
+// One CTA fits a multiprocessor. A cut of the channels costs another load of hidden's tile, about as long as two
+// channel tiles take.
 inline ChannelCut choose_channel_cut(int64_t token_tiles, int tiles, int multiprocessors) {
   ChannelCut best{tiles, tiles};
   int64_t least = INT64_MAX;

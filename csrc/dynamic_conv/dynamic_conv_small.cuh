@@ -1,6 +1,6 @@
-// The dynamic convolution of few tokens, and of any R: a CTA makes one tile of kernels. What bounds it is the stream of weights, so
-// every multiprocessor takes part, all that can be asked for early is, and (nearly) all stages of a tile are in flight at once.
-// docs/dynamic_conv.md has the data sheet.
+// The dynamic convolution of few tokens, and of any R: a CTA makes one tile of kernels. What bounds it is the stream of
+// weights, so every multiprocessor takes part, all that can be asked for early is, and (nearly) all stages of a tile
+// are in flight at once. docs/dynamic_conv.md has the data sheet.
 #pragma once
 
 #include "csrc/dynamic_conv/dynamic_conv_tile.cuh"
@@ -10,10 +10,10 @@ namespace jet::hopper {
 template <class Element, int W, int P, int consumers_>
 struct SmallConvConfig : ConvTile<Element, W, P, 64 * consumers_> {
   using Tile = ConvTile<Element, W, P, 64 * consumers_>;
-  static constexpr int consumers = consumers_;               // warpgroups, an m64 instruction each; a warp more loads
+  static constexpr int consumers = consumers_;  // warpgroups, an m64 instruction each; a warp more loads
   static constexpr int threads = kWarpgroup * consumers + 32;
-  static constexpr int stages = 6;                           // all of R = 384
-  static constexpr int blocks = consumers == 1 ? 2 : 1;      // that fit a multiprocessor
+  static constexpr int stages = 6;                       // all of R = 384
+  static constexpr int blocks = consumers == 1 ? 2 : 1;  // that fit a multiprocessor
   static constexpr int stage_bytes = Tile::TileA::bytes + Tile::TileB::bytes;
 };
 
@@ -29,7 +29,8 @@ struct SmallConvShared {
   Ring<Config::stages> ring;
   Event x_loaded;
 };
-static_assert(2 * (sizeof(SmallConvShared<SmallConvConfig<bf16, 4, 4, 1>>) + 1024) <= 228 * 1024);  // 1 KB of a CTA is the system's
+static_assert(2 * (sizeof(SmallConvShared<SmallConvConfig<bf16, 4, 4, 1>>) + 1024) <=
+              228 * 1024);  // 1 KB of a CTA is the system's
 static_assert(sizeof(SmallConvShared<SmallConvConfig<bf16, 4, 8, 2>>) <= 227 * 1024);
 
 template <class Config>
@@ -49,7 +50,8 @@ __device__ void produce(SmallConvShared<Config>& shared, const DynamicConvMaps& 
 
 // kernel [64 tokens, N]
 template <class Config>
-__device__ void generate(typename Config::Mma::Accumulator& kernel, SmallConvShared<Config>& shared, int panels, int consumer, int thread) {
+__device__ void generate(typename Config::Mma::Accumulator& kernel, SmallConvShared<Config>& shared, int panels,
+                         int consumer, int thread) {
   using Mma = typename Config::Mma;
   Consumer<Config::stages> ring(shared.ring);
   int previous = 0;
@@ -61,7 +63,8 @@ __device__ void generate(typename Config::Mma::Accumulator& kernel, SmallConvSha
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Config::K; k += Mma::K)
-      Mma::ss(kernel, a.at(64 * consumer, k), b.at(0, k), panel > 0 || k > 0);  // kernel += hidden weightᵀ   [64, N], k16
+      Mma::ss(kernel, a.at(64 * consumer, k), b.at(0, k),
+              panel > 0 || k > 0);  // kernel += hidden weightᵀ   [64, N], k16
     wgmma_commit();
     if (panel > 0) {  // the stage before this one has been read when only this one's products are left
       wgmma_wait<1>();
@@ -85,7 +88,7 @@ __device__ void consume(SmallConvShared<Config>& shared, const DynamicConvArgume
   // What the epilogue will need of memory, asked for before the weights arrive.
   bool inside[2];
   TokenPlace place[2];
-  Elements<P * (W - 1)> state[2] = {};
+  Elements<P*(W - 1)> state[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     inside[i] = m0 + first + 8 * i < p.sequences.tokens && d < p.D;
@@ -115,7 +118,8 @@ __device__ void consume(SmallConvShared<Config>& shared, const DynamicConvArgume
 
 template <class Config>
 __global__ void __launch_bounds__(Config::threads, Config::blocks)
-    small_dynamic_conv_kernel(const __grid_constant__ DynamicConvMaps maps, const __grid_constant__ DynamicConvArguments p) {
+    small_dynamic_conv_kernel(const __grid_constant__ DynamicConvMaps maps,
+                              const __grid_constant__ DynamicConvArguments p) {
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<SmallConvShared<Config>*>(memory);
   const bool producer = warp_index() == Config::threads / 32 - 1;
@@ -124,8 +128,8 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
     shared.ring.init(Config::consumers);
     shared.x_loaded.init(1);
     publish_inits();
-    // Weights into the L2, where it does no harm should the kernel before still be writing them; once for all tiles of tokens, and no more
-    // than are soon loaded.
+    // Weights into the L2, where it does no harm should the kernel before still be writing them; once for all tiles of
+    // tokens, and no more than are soon loaded.
     const int soon = min(p.panels, 2 * Config::stages);
 #pragma unroll 1
     for (int panel = 0; blockIdx.x == 0 && panel < soon; ++panel)
@@ -137,13 +141,14 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   if (producer) {
     if (elected()) produce<Config>(shared, maps, p);
     __syncwarp();
-    pass_states_on<typename Config::Tile>(p, int64_t{blockIdx.y} * gridDim.x + blockIdx.x, int64_t{gridDim.x} * gridDim.y);
+    pass_states_on<typename Config::Tile>(p, int64_t{blockIdx.y} * gridDim.x + blockIdx.x,
+                                          int64_t{gridDim.x} * gridDim.y);
   } else {
     consume<Config>(shared, p);
   }
 }
 
-// ---- Host ---------------------------------------------------------------------------------------------------------------
+// ---- Host
 template <class Config>
 void launch_small(const DynamicConvLaunch& l, cudaStream_t stream) {
   DynamicConvArguments p = l.arguments;
@@ -155,9 +160,10 @@ void launch_small(const DynamicConvLaunch& l, cudaStream_t stream) {
   launch(l.op, {grid, Config::threads, shared_bytes, 1, true}, stream, small_dynamic_conv_kernel<Config>, maps, p);
 }
 
-// The tile. 64 tokens, 16 channels: one m64n64 instruction a k16 step, and D = 3072 gives 192 CTAs, 4096 gives 256; two fit each of
-// 132 multiprocessors, so all stream at once. More tokens: 128 and 32 channels, for every tile of channels reads all of hidden again,
-// which at 128 tokens and 16 channels would be twice the weights; 96 and 128 CTAs. It also serves W = 2 and 3, which no model has.
+// The tile. 64 tokens, 16 channels: one m64n64 instruction a k16 step, and D = 3072 gives 192 CTAs, 4096 gives 256; two
+// fit each of 132 multiprocessors, so all stream at once. More tokens: 128 and 32 channels, for every tile of channels
+// reads all of hidden again, which at 128 tokens and 16 channels would be twice the weights; 96 and 128 CTAs. It also
+// serves W = 2 and 3, which no model has.
 template <class Element>
 void launch_small_of(const DynamicConvLaunch& l, cudaStream_t stream) {
   if (l.W == 2) return launch_small<SmallConvConfig<Element, 2, 8, 2>>(l, stream);

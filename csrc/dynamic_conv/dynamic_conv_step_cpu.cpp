@@ -130,7 +130,8 @@ class Step {
     store_some(y, 1, n, p_.silu ? silu(z) : z);
   }
 
-  static JET_INLINE void read_inputs(const T* x, long x_stride, const T* state, long channel, long tap, long n, T (&inputs)[W][L]) {
+  static JET_INLINE void read_inputs(const T* x, long x_stride, const T* state, long channel, long tap, long n,
+                                     T (&inputs)[W][L]) {
     for (int w = 0; w < W - 1; ++w)
       for (long c = 0; c < n; ++c) inputs[w][c] = state[c * channel + w * tap];
     for (long c = 0; c < n; ++c) inputs[W - 1][c] = x[c * x_stride];

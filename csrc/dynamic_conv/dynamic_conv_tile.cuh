@@ -1,9 +1,10 @@
-// What the two kernels of the dynamic convolution share: the column order of a tile of kernels, and how it meets its inputs.
+// What the two kernels of the dynamic convolution share: the column order of a tile of kernels, and how it meets its
+// inputs.
 //
 // A tile is made of 4 P channels, P W columns for each of the 4 threads of a row. Which row of the weight is column n:
-// n = ((j W + w) 4 + c) 2 + e is tap w of channel P c + 2 j + e. The tensor map does that permutation. As thread t of a warp holds
-// the columns 8 i + 2 (t % 4) + {0, 1} of an accumulator, it has all taps of the P consecutive channels P (t % 4) .. + P - 1: the
-// convolution needs no shuffle, and x, y and states are accessed 2 P bytes at a time.
+// n = ((j W + w) 4 + c) 2 + e is tap w of channel P c + 2 j + e. The tensor map does that permutation. As thread t of a
+// warp holds the columns 8 i + 2 (t % 4) + {0, 1} of an accumulator, it has all taps of the P consecutive channels P (t
+// % 4) .. + P - 1: the convolution needs no shuffle, and x, y and states are accessed 2 P bytes at a time.
 #pragma once
 
 #include <type_traits>
@@ -53,7 +54,8 @@ struct ConvTile {
   static constexpr int x_rows = M + W - 1;
   static constexpr int x_bytes = x_rows * channels * 2;
 
-  // Where the bias of column (d - d0) W + w lies in shared memory: what 4 threads read together lies in different banks.
+  // Where the bias of column (d - d0) W + w lies in shared memory: what 4 threads read together lies in different
+  // banks.
   __device__ static constexpr int bias_at(int column) { return column + column / 32 * 4; }
   static constexpr int bias_size = N + N / 32 * 4;
 };
@@ -72,7 +74,8 @@ __device__ void read_bias(float (&bias)[Tile::P][Tile::W], const float* shared_b
   constexpr int W = Tile::W;
 #pragma unroll
   for (int i = 0; i < Tile::P * W / 4; ++i) {
-    const float4 four = *reinterpret_cast<const float4*>(shared_bias + Tile::bias_at(threadIdx.x % 4 * Tile::P * W + 4 * i));
+    const float4 four =
+        *reinterpret_cast<const float4*>(shared_bias + Tile::bias_at(threadIdx.x % 4 * Tile::P * W + 4 * i));
     bias[4 * i / W][4 * i % W] = four.x, bias[(4 * i + 1) / W][(4 * i + 1) % W] = four.y;
     bias[(4 * i + 2) / W][(4 * i + 2) % W] = four.z, bias[(4 * i + 3) / W][(4 * i + 3) % W] = four.w;
   }
@@ -96,8 +99,8 @@ __device__ void read_window(Elements<Tile::P> (&x)[Tile::W], const char* window)
 // One token: its kernels are the registers of half `upper` of `kernel`, its window is x; P channels from d.
 template <class Tile>
 __device__ void convolve_row(const typename Tile::Mma::Accumulator& kernel, const float (&bias)[Tile::P][Tile::W],
-                             const Elements<Tile::P> (&x)[Tile::W], const DynamicConvArguments& p, const TokenPlace& place,
-                             typename Tile::Element* to, int64_t d, int upper) {
+                             const Elements<Tile::P> (&x)[Tile::W], const DynamicConvArguments& p,
+                             const TokenPlace& place, typename Tile::Element* to, int64_t d, int upper) {
   constexpr int W = Tile::W, P = Tile::P;
   using Element = typename Tile::Element;
   float z[P] = {};
@@ -107,7 +110,8 @@ __device__ void convolve_row(const typename Tile::Mma::Accumulator& kernel, cons
     unpack_elements<Element>(input, x[w]);
 #pragma unroll
     for (int c = 0; c < P; ++c)
-      z[c] += (kernel[(c / 2 * W + w) * 4 + upper * 2 + c % 2] + bias[c][w]) * input[c];  // z += kernel[t, d, w] x[t - (W-1) + w, d]
+      z[c] += (kernel[(c / 2 * W + w) * 4 + upper * 2 + c % 2] + bias[c][w]) *
+              input[c];  // z += kernel[t, d, w] x[t - (W-1) + w, d]
   }
   Elements<P> y = activate<Element>(z, p.silu);
   if (place.outside) y = {};
@@ -133,7 +137,7 @@ struct DynamicConvMaps {
   }
 };
 
-// ---- Host ---------------------------------------------------------------------------------------------------------------
+// ---- Host
 // The weight [D*W, R] comes in boxes of `weight_parts` to a tile.
 template <class Tile>
 DynamicConvMaps make_dynamic_conv_maps(const DynamicConvLaunch& l, int weight_parts) {
@@ -143,14 +147,23 @@ DynamicConvMaps make_dynamic_conv_maps(const DynamicConvLaunch& l, int weight_pa
   constexpr uint32_t W = Tile::W, P = Tile::P;
   const uint64_t R = l.R, D = l.D, row = R * 2;
   return {make_operand_map<typename Tile::TileA>("hidden", l.hidden, l.dtype, M, R, hidden_stride),
-          make_tensor_map({"weight", l.weight, l.dtype, 5,
+          make_tensor_map({"weight",
+                           l.weight,
+                           l.dtype,
+                           5,
                            // r          e             c                  w             j
-                           {R,           2,            D / P,             W,            P / 2},
-                           {0,           W * row,      P * W * row,       row,          2 * W * row},
-                           {Tile::K,     2,            4,                 W,            P / 2 / weight_parts},
+                           {R, 2, D / P, W, P / 2},
+                           {0, W * row, P * W * row, row, 2 * W * row},
+                           {Tile::K, 2, 4, W, P / 2 / weight_parts},
                            Swizzle::b128}),
-          make_tensor_map({"x", l.x, l.dtype, 2, {D, static_cast<uint64_t>(M)}, {0, static_cast<uint64_t>(x_stride) * 2},
-                           {Tile::channels, Tile::x_rows}, Swizzle::none})};
+          make_tensor_map({"x",
+                           l.x,
+                           l.dtype,
+                           2,
+                           {D, static_cast<uint64_t>(M)},
+                           {0, static_cast<uint64_t>(x_stride) * 2},
+                           {Tile::channels, Tile::x_rows},
+                           Swizzle::none})};
 }
 
 }  // namespace jet::hopper

@@ -1,8 +1,8 @@
 // Matrix products as the dynamic convolution needs them: operands packed so that one step of the inner loop reads
 // consecutive memory. Results stay in a register tile of kAccumulators vectors for a fused epilogue.
 //
-// A `Product` says what one step multiplies. Its Unit is what one lane of an operand holds: a number (PlainProduct), or a
-// pair of consecutive bf16 along the summed dimension (Bf16Product, the AVX512-BF16 instruction).
+// A `Product` says what one step multiplies. Its Unit is what one lane of an operand holds: a number (PlainProduct), or
+// a pair of consecutive bf16 along the summed dimension (Bf16Product, the AVX512-BF16 instruction).
 #pragma once
 
 #include "csrc/common/cpu/elements.h"
@@ -75,7 +75,8 @@ void pack_weight_panel(const T* weight, long R, long d0, long n, typename P::Uni
   constexpr int L = S::lanes;
   const long steps = units_for(R, P::terms);
   const T* rows = weight + d0 * W * R;
-  for (long i = 0; i < n * W * R; i += 64 / long(sizeof(T))) __builtin_prefetch(rows + i);  // read below in short pieces
+  for (long i = 0; i < n * W * R; i += 64 / long(sizeof(T)))
+    __builtin_prefetch(rows + i);  // read below in short pieces
   for (int w = 0; w < W; ++w)
     for (long s = 0; s < steps; s += L) {
       const long r = s * P::terms;

@@ -39,18 +39,21 @@ inline void fill_rows(const ConvInputs& in, Row* rows) {
 }
 
 template <class T>
-JET_INLINE const T* token_at(const void* base, const int64_t (&stride)[3], const ConvInputs& in, const Row& row, int64_t token) {
+JET_INLINE const T* token_at(const void* base, const int64_t (&stride)[3], const ConvInputs& in, const Row& row,
+                             int64_t token) {
   return static_cast<const T*>(base) +
          (in.cu_seqlens ? token * stride[1] : row.sequence * stride[0] + row.position * stride[1]);
 }
 
 // input(n, position - (W-1) + w) of channels [d0, d0 + n)
 template <class T, int W>
-JET_INLINE Vector<Arithmetic<T>> tap_input(const ConvInputs& in, const Row& row, int64_t token, int w, long d0, long n) {
+JET_INLINE Vector<Arithmetic<T>> tap_input(const ConvInputs& in, const Row& row, int64_t token, int w, long d0,
+                                           long n) {
   const int64_t p = row.position - (W - 1) + w;
   if (p >= 0)
-    return load_some(token_at<T>(in.x, in.x_stride, in, row, token) - (W - 1 - w) * in.x_stride[1] + d0 * in.x_stride[2],
-                     in.x_stride[2], n);
+    return load_some(
+        token_at<T>(in.x, in.x_stride, in, row, token) - (W - 1 - w) * in.x_stride[1] + d0 * in.x_stride[2],
+        in.x_stride[2], n);
   if (!in.conv_state) return Vector<Arithmetic<T>>{};
   return load_some(static_cast<const T*>(in.conv_state) + (row.sequence * in.D + d0) * (W - 1) + p + W - 1, W - 1, n);
 }

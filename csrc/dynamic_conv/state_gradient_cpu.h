@@ -5,8 +5,8 @@
 
 namespace jet::cpu::JET_CPU_ISA {
 
-// dstate [channels, W-1], the dconv_state of sequence n and the channels from d0: what a sequence shorter than W-1 hands on of
-// its conv_state. Position i of conv_state is position i - length of conv_state_out.
+// dstate [channels, W-1], the dconv_state of sequence n and the channels from d0: what a sequence shorter than W-1
+// hands on of its conv_state. Position i of conv_state is position i - length of conv_state_out.
 template <class T>
 void start_state_gradient(const ConvInputs& in, const T* grad_conv_state_out, int64_t n, long d0, long channels,
                           Arithmetic<T>* dstate) {
@@ -27,8 +27,8 @@ JET_INLINE void add_state_gradient(A* dstate, long stride, long n, Vector<A> din
 
 // d conv_state_out of the input that a row is, for channels [d0, d0 + n)
 template <class T, int W>
-JET_INLINE Vector<Arithmetic<T>> tail_gradient(const ConvInputs& in, const T* grad_conv_state_out, const Row& row, long d0,
-                                               long n) {
+JET_INLINE Vector<Arithmetic<T>> tail_gradient(const ConvInputs& in, const T* grad_conv_state_out, const Row& row,
+                                               long d0, long n) {
   const int64_t j = grad_conv_state_out ? row.position - sequence_length(in, row.sequence) + (W - 1) : -1;
   if (j < 0) return Vector<Arithmetic<T>>{};
   return load_some(grad_conv_state_out + (row.sequence * in.D + d0) * (W - 1) + j, W - 1, n);

@@ -1,22 +1,24 @@
-// Backward of the chunked gated delta rule on a CPU: a reverse sweep over the chunks without a division by beta or by a decay.
+// Backward of the chunked gated delta rule on a CPU: a reverse sweep over the chunks without a division by beta or by a
+// decay.
 //
-// With U = diag(beta) U', P = scale tril(Q K^T ∘ Γ), Γ_ij = e^{c_i-c_j}, and dS the gradient of the state after the chunk:
+// With U = diag(beta) U', P = scale tril(Q K^T ∘ Γ), Γ_ij = e^{c_i-c_j}, and dS the gradient of the state after the
+// chunk:
 //   dU = P^T dO + diag(e^{c_L-c}) K dS     X = T^T dU      dV = beta X      dbeta = rowsum(U' ∘ X)
 //   dP = scale tril(dO U^T) ∘ Γ            dM = -tril(dV U^T, -1) ∘ Γ
 //   dQ = scale e^c (dO S0^T) + dP K        dK_row = -e^c (dV S0^T) + dM K
 //   dK_st = e^{c_L-c} (U dS^T)             dK_col = dP^T Q + dM^T K + dK_st         dK = dK_row + dK_col
 //   dS <- e^{c_L} dS + Q^T diag(scale e^c) dO - K^T diag(e^c) dV
-// g_t decays what passes from before token t to t or later: with Y = tril(dP ∘ Q K^T + dM ∘ K K^T, -1) and the parts of <q,dQ> and
-// <k,dK_row> that come from S0, read_i = <q_i, scale e^{c_i} S0 dO_i> - <k_i, e^{c_i} S0 dV_i>,
+// g_t decays what passes from before token t to t or later: with Y = tril(dP ∘ Q K^T + dM ∘ K K^T, -1) and the parts of
+// <q,dQ> and <k,dK_row> that come from S0, read_i = <q_i, scale e^{c_i} S0 dO_i> - <k_i, e^{c_i} S0 dV_i>,
 //   dg_t = sum_{j<t<=i} Y_ij + sum_{t<=i} read_i + sum_{j<t} <k_j, dK_st,j> + e^{c_L} <S0,dS>
-// Each term has e^{g_t} as a factor and none cancels another exactly, so that dg keeps its relative accuracy at any decay; as a
-// reverse cumulative sum of <q,dQ> + <k,dK_row> - <k,dK_col> it would not.
-// The gradients of q and k are formed transposed, [K, C], so that the tokens lie along the vectors: the factors per token,
-// the dots and the l2norm are then vertical operations, and the right operands are dO^T, dV^T and U^T.
+// Each term has e^{g_t} as a factor and none cancels another exactly, so that dg keeps its relative accuracy at any
+// decay; as a reverse cumulative sum of <q,dQ> + <k,dK_row> - <k,dK_col> it would not. The gradients of q and k are
+// formed transposed, [K, C], so that the tokens lie along the vectors: the factors per token, the dots and the l2norm
+// are then vertical operations, and the right operands are dO^T, dV^T and U^T.
 //
-// One work item is a sequence and a query/key head with the value heads that share it, so that dq and dk are summed in a
-// fixed order. S0 and U' of every chunk are recomputed by segments: kSegmentBytes (or sqrt(chunks) chunks, if that
-// is more) for one segment, and one state per segment, for each thread.
+// One work item is a sequence and a query/key head with the value heads that share it, so that dq and dk are summed in
+// a fixed order. S0 and U' of every chunk are recomputed by segments: kSegmentBytes (or sqrt(chunks) chunks, if that is
+// more) for one segment, and one state per segment, for each thread.
 #include "csrc/common/cpu/isa.h"
 #include "csrc/gated_delta_rule/chunk_stages_cpu.h"
 
@@ -51,17 +53,18 @@ template <class T>
 struct Item {
   Plan plan;
   Chunk<T> chunk;
-  T *k_in, *k_out, *q_in, *rows;     // [C, ld] -diag(e^c) K, diag(e^{c_L-c}) K, scale diag(e^c) Q; a gradient before it is stored
-  T *qt, *dqt, *dkt;                 // [ld, C] q and the gradients of normalised q and k, transposed
-  T *m, *dp, *dm, *dpt, *dmt;        // [C, C] -diag(beta) kk or -kk diag(beta); dP, dM and their transposes
-  T *q_column, *k_column;            // [C] scale e^c, -e^c
-  T *dbeta, *read, *stored;          // [C] read_j and <k_j, dK_st,j>
-  T *y;                              // [C, C] Y
-  T *grad_o, *x;                     // [V / W][C, W] dO; X, then dV
-  T *grad_o_t, *dv_t, *u_t;          // [V, C] transposed dO, dV, U
-  T *ds;                             // [heads][V / W][K, W]
-  T *checkpoints;                    // [heads][segments][V / W][K, W] S at the start of each segment
-  T *states, *u;                     // [heads][segment][V / W][K, W] S0 of each chunk but the first, [C, W] U'
+  T *k_in, *k_out, *q_in,
+      *rows;          // [C, ld] -diag(e^c) K, diag(e^{c_L-c}) K, scale diag(e^c) Q; a gradient before it is stored
+  T *qt, *dqt, *dkt;  // [ld, C] q and the gradients of normalised q and k, transposed
+  T *m, *dp, *dm, *dpt, *dmt;  // [C, C] -diag(beta) kk or -kk diag(beta); dP, dM and their transposes
+  T *q_column, *k_column;      // [C] scale e^c, -e^c
+  T *dbeta, *read, *stored;    // [C] read_j and <k_j, dK_st,j>
+  T* y;                        // [C, C] Y
+  T *grad_o, *x;               // [V / W][C, W] dO; X, then dV
+  T *grad_o_t, *dv_t, *u_t;    // [V, C] transposed dO, dV, U
+  T* ds;                       // [heads][V / W][K, W]
+  T* checkpoints;              // [heads][segments][V / W][K, W] S at the start of each segment
+  T *states, *u;               // [heads][segment][V / W][K, W] S0 of each chunk but the first, [C, W] U'
 
   void carve(Carver& from, const Plan& plan_) {
     plan = plan_;
@@ -94,7 +97,7 @@ long columns(const Plan& plan, long stripe) {
   return left < Simd<T>::stripe ? left : Simd<T>::stripe;
 }
 
-// --- Forward again: U' and the next state -------------------------------------------------------------------------
+// --- Forward again: U' and the next state
 
 // u holds V on entry and U' on return; next (null: not wanted) may be state.
 template <class T, int NV>
@@ -121,8 +124,8 @@ void advance_stripe(const Item<T>& item, const T* state, T* u, T* next) {
 }
 
 template <class In, class T>
-void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, long h, Item<T>& item, const T* state, T* u,
-             T* next) {
+void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, long h, Item<T>& item, const T* state,
+             T* u, T* next) {
   using S = Simd<T>;
   constexpr long W = S::stripe;
   Chunk<T>& c = item.chunk;
@@ -132,7 +135,8 @@ void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, lon
   for (long i = 0; i < C; ++i) write[i] = c.beta[i] * c.e_rest[i];
   scale_rows(c, c.k, T(1), write, item.k_out);
   for (long i = 0; i < L; ++i)
-    for (long j = 0; j < C; j += S::lanes) S::store(item.m + i * C + j, -S::load(c.kk + i * C + j) * S::load(c.beta + j));
+    for (long j = 0; j < C; j += S::lanes)
+      S::store(item.m + i * C + j, -S::load(c.kk + i * C + j) * S::load(c.beta + j));
   const In* v = at<In>(p.v, p.v_strides, b, begin, h);
   for (long s = 0; s < item.plan.stripes; ++s) {
     load_stripe(v + s * W * p.v_strides.d, p.v_strides, L, columns<T>(item.plan, s), u + s * C * W);
@@ -143,7 +147,7 @@ void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, lon
   }
 }
 
-// --- One chunk of the reverse sweep ---------------------------------------------------------------------------------
+// --- One chunk of the reverse sweep
 
 // X = T^T (P^T dO + diag(e^{c_L-c}) K dS)   [L, W], backward substitution by blocks of rows
 template <class T, int NV>
@@ -194,15 +198,18 @@ void finish_values(const Item<T>& item, const T* u) {
   }
 }
 
-// out [C, C] = sign scale tril(rows U^T) ∘ Γ for rows [V / W][C, W], the gradient of a product of rows of q or k with k, and its
-// transpose; without the diagonal when strict. Adds that gradient times that product to Y: `score` is the product times scale Γ.
+// out [C, C] = sign scale tril(rows U^T) ∘ Γ for rows [V / W][C, W], the gradient of a product of rows of q or k with
+// k, and its transpose; without the diagonal when strict. Adds that gradient times that product to Y: `score` is the
+// product times scale Γ.
 template <class T>
-void score_gradient(const Item<T>& item, const T* rows, T sign, T scale, const T* score, bool strict, T* out, T* out_t) {
+void score_gradient(const Item<T>& item, const T* rows, T sign, T scale, const T* score, bool strict, T* out,
+                    T* out_t) {
   using S = Simd<T>;
   constexpr long W = S::stripe;
   const Chunk<T>& c = item.chunk;
   for (long s = 0; s < item.plan.stripes; ++s)
-    gemm<T>(c.L, C, columns<T>(item.plan, s), sign, {rows + s * C * W, W, 1}, {item.u_t + s * W * C, C, 1}, s > 0, out, C, Skip::upper_c);
+    gemm<T>(c.L, C, columns<T>(item.plan, s), sign, {rows + s * C * W, W, 1}, {item.u_t + s * W * C, C, 1}, s > 0, out,
+            C, Skip::upper_c);
   apply_decay(c, strict, scale, out, [&](long at, typename S::Vec products) __attribute__((always_inline)) {
     S::store(item.y + at, S::load(item.y + at) + products * S::load(score + at));
   });
@@ -225,8 +232,8 @@ void key_gradients(const Item<T>& item, const T* s0, const T* ds) {
         for (long s = 0; s < item.plan.stripes; ++s)
           tile.add_product(state + s * c.K * W + i * W, W, 1, right + s * W * C + j, C, columns<T>(item.plan, s));
       };
-      const long past = j + W < c.L ? j + W : c.L;   // dP^T(l, j) = 0 for l > j
-      const long future = j < c.L ? c.L - j : 0;     // dP(l, j) = 0 for l < j
+      const long past = j + W < c.L ? j + W : c.L;  // dP^T(l, j) = 0 for l > j
+      const long future = j < c.L ? c.L - j : 0;    // dP(l, j) = 0 for l < j
       RowTile tile;
       // dQ^T = (S0 dO^T) diag(scale e^c) + K^T dP^T
       over_v(tile, s0, item.grad_o_t);
@@ -305,8 +312,8 @@ void fold_factors(T scale, Item<T>& item) {
 
 // Everything of one chunk and value head but the end of dq and dk, which the heads of a group share.
 template <class In, class T>
-void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin, long L, long h, Item<T>& item, const T* s0,
-                 const T* u, T* ds) {
+void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin, long L, long h, Item<T>& item,
+                 const T* s0, const T* u, T* ds) {
   using S = Simd<T>;
   constexpr long W = S::stripe;
   const ChunkGatedDeltaRuleParams& p = bp.forward;
@@ -318,9 +325,8 @@ void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin
     T *go = item.grad_o + s * C * W, *x = item.x + s * C * W;
     load_stripe(grad_o + s * W * bp.grad_o_strides.d, bp.grad_o_strides, L, columns<T>(item.plan, s), go);
     zero_row(x, C * W);
-    with_vectors<T>(columns<T>(item.plan, s), [&](auto vectors) {
-      solve_stripe<T, decltype(vectors)::value>(item, go, ds + s * c.K * W, x);
-    });
+    with_vectors<T>(columns<T>(item.plan, s),
+                    [&](auto vectors) { solve_stripe<T, decltype(vectors)::value>(item, go, ds + s * c.K * W, x); });
   }
   finish_values(item, u);
   for (long s = 0; s < item.plan.stripes; ++s) {
@@ -344,7 +350,8 @@ void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin
 
   In* dv = static_cast<In*>(bp.dv) + ((b * p.T + begin) * p.H + h) * p.V;
   for (long s = 0; s < item.plan.stripes; ++s) {
-    for (long i = 0; i < L; ++i) store_row(item.x + (s * C + i) * W, columns<T>(item.plan, s), dv + i * p.H * p.V + s * W);
+    for (long i = 0; i < L; ++i)
+      store_row(item.x + (s * C + i) * W, columns<T>(item.plan, s), dv + i * p.H * p.V + s * W);
     with_vectors<T>(columns<T>(item.plan, s), [&](auto vectors) {
       update_stripe<T, decltype(vectors)::value>(item, item.grad_o + s * C * W, item.x + s * C * W, ds + s * c.K * W);
     });
@@ -369,7 +376,7 @@ void store_gradient(const Item<T>& item, bool l2norm, const T* xt, const T* fact
   for (long i = 0; i < c.L; ++i) store_row(item.rows + i * c.ld, c.K, out + i * stride);
 }
 
-// --- One work item ------------------------------------------------------------------------------------------------------
+// --- One work item
 
 template <class In, class T>
 void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk, Item<T>& item) {

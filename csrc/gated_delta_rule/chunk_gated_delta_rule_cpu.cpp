@@ -1,6 +1,6 @@
-// Forward of the chunked gated delta rule on a CPU. One work item is a sequence and a value head; it walks over the chunks
-// with its state in L2. Per chunk the V columns are processed in stripes one register tile wide, whose part of the
-// state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never formed.
+// Forward of the chunked gated delta rule on a CPU. One work item is a sequence and a value head; it walks over the
+// chunks with its state in L2. Per chunk the V columns are processed in stripes one register tile wide, whose part of
+// the state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never formed.
 #include "csrc/common/cpu/isa.h"
 #include "csrc/gated_delta_rule/chunk_stages_cpu.h"
 

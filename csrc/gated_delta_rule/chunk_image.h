@@ -2,8 +2,8 @@
 //   T'      (I + kk diag(beta))^-1                    [C, C] fp16, lower triangle
 //   P'      tril(Qn Kn^T ∘ Γ) diag(|k_j| beta_j)      [C, C] fp16, lower triangle: P U = scale |q_i| P' U'
 //   vectors Vector::count times [C] fp32
-// Kn, Qn: rows of K and Q divided by their norms, whatever l2norm_qk says: fp16 holds them at any scale. The norms come back as factors:
-// |k_j| is 1 and |q_i| is 1 with l2norm_qk.
+// Kn, Qn: rows of K and Q divided by their norms, whatever l2norm_qk says: fp16 holds them at any scale. The norms come
+// back as factors: |k_j| is 1 and |q_i| is 1 with l2norm_qk.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk_gated_delta_rule.h"
@@ -12,14 +12,16 @@
 namespace jet::hopper {
 
 constexpr int C = static_cast<int>(kChunk);
-constexpr int kBlock = 16;           // the triangles are cut into blocks of 16 x 16: those above the diagonal are neither stored nor loaded
+constexpr int kBlock =
+    16;  // the triangles are cut into blocks of 16 x 16: those above the diagonal are neither stored nor loaded
 constexpr int kBlocks = C / kBlock;  // per side
 
 // A [C, C] operand, row i and column j with j contiguous. A panel is one block wide.
 using SquareTile = OperandTile<f16, Swizzle::b32, Major::k, C, C>;
 static_assert(SquareTile::panel_width == kBlock && SquareTile::panels == kBlocks);
 
-// Where panel p's stored rows, kBlock p .. C - 1, begin: in the tile, and in the image, where nothing lies between them.
+// Where panel p's stored rows, kBlock p .. C - 1, begin: in the tile, and in the image, where nothing lies between
+// them.
 JET_INDEX_MAP int panel_in_tile(int p) { return p * SquareTile::panel_bytes + p * kBlock * SquareTile::row_bytes; }
 JET_INDEX_MAP int panel_in_image(int p) { return (p * C - kBlock * (p * (p - 1) / 2)) * SquareTile::row_bytes; }
 JET_INDEX_MAP int stored_bytes(int p) { return (C - kBlock * p) * SquareTile::row_bytes; }
@@ -35,12 +37,12 @@ JET_INDEX_MAP int image_offset(int i, int j) {
 JET_INDEX_MAP int in_block(int i, int j) { return SquareTile::offset(i, j); }
 
 enum Vector : int {
-  kReadK,      // e^{c_j} |k_j|: of S^T k_j
-  kWrite,      // beta_j e^{c_C - c_j} |k_j|: of U'_j on its way into the state
-  kReadQ,      // e^{c_i}: of S^T q_i
-  kOutput,     // scale |q_i|
-  kInverseK,   // 1 / |k_j| of the row in memory
-  kInverseQ,   // 1 / |q_i|
+  kReadK,     // e^{c_j} |k_j|: of S^T k_j
+  kWrite,     // beta_j e^{c_C - c_j} |k_j|: of U'_j on its way into the state
+  kReadQ,     // e^{c_i}: of S^T q_i
+  kOutput,    // scale |q_i|
+  kInverseK,  // 1 / |k_j| of the row in memory
+  kInverseQ,  // 1 / |q_i|
   kVectors
 };
 
@@ -58,7 +60,8 @@ constexpr bool image_is_a_part_of_the_tile() {
       const int p = j / kBlock, in_panel = i * SquareTile::row_bytes + j % kBlock * 2;
       const int compact = panel_in_image(p) + in_panel - p * kBlock * SquareTile::row_bytes;
       if (image_offset(i, j) != swizzled(SquareTile::swizzle, compact)) return false;
-      if (image_offset(i, j) < panel_in_image(p) || image_offset(i, j) >= panel_in_image(p) + stored_bytes(p)) return false;
+      if (image_offset(i, j) < panel_in_image(p) || image_offset(i, j) >= panel_in_image(p) + stored_bytes(p))
+        return false;
     }
   return true;
 }

@@ -1,6 +1,8 @@
-// T' = (I + A)^-1 of a strictly lower triangular A [C, C], by one warpgroup. kernels' notes on the precision: docs/chunk_gated_delta_rule.md.
+// T' = (I + A)^-1 of a strictly lower triangular A [C, C], by one warpgroup. kernels' notes on the precision:
+// docs/chunk_gated_delta_rule.md.
 //
-// In blocks of 16: the diagonal ones by substitution in fp32, a half-warp has one. Then warp j has block column j of T':
+// In blocks of 16: the diagonal ones by substitution in fp32, a half-warp has one. Then warp j has block column j of
+// T':
 //   T'_ij = -T'_ii sum_{j <= m < i} A_im T'_mj       for i = j + 1 ..
 // in fp16 with fp32 accumulation. It keeps transposes, so that each product comes out as the A operand of the next.
 #pragma once
@@ -13,12 +15,14 @@
 namespace jet::hopper {
 
 struct InverseShared {
-  static constexpr int row_floats = kBlock + 4;                         // 16-byte rows whose starts lie in different banks
-  static constexpr int block_floats = kBlock * row_floats + kBlock;     // the blocks of a warp's two halves too
-  alignas(kTileAlign) char blocks[SquareTile::bytes];                   // fp16: A below the diagonal blocks
-  alignas(16) float diagonal[kBlocks * block_floats];                   // A_ii
+  static constexpr int row_floats = kBlock + 4;                      // 16-byte rows whose starts lie in different banks
+  static constexpr int block_floats = kBlock * row_floats + kBlock;  // the blocks of a warp's two halves too
+  alignas(kTileAlign) char blocks[SquareTile::bytes];                // fp16: A below the diagonal blocks
+  alignas(16) float diagonal[kBlocks * block_floats];                // A_ii
 
-  __device__ float* diagonal_at(int block, int i, int j) { return diagonal + block * block_floats + i * row_floats + j; }
+  __device__ float* diagonal_at(int block, int i, int j) {
+    return diagonal + block * block_floats + i * row_floats + j;
+  }
   __device__ void put_diagonal(int block, int i, int j, float a0, float a1) {
     *reinterpret_cast<float2*>(diagonal_at(block, i, j)) = make_float2(a0, a1);
   }
@@ -48,7 +52,8 @@ __device__ inline void invert_diagonal(InverseShared& shared, char* image, int t
 
 // Block (i, m) of A, i > m, as the B operand of X A^T; T'_ii likewise.
 __device__ inline void load_block(uint32_t (&b)[4], const InverseShared& shared, int lane, int i, int m) {
-  load_matrices(b, shared.blocks + SquareTile::offset(i * kBlock, m * kBlock) + in_block(operand_n(lane), operand_k(lane)));
+  load_matrices(
+      b, shared.blocks + SquareTile::offset(i * kBlock, m * kBlock) + in_block(operand_n(lane), operand_k(lane)));
 }
 __device__ inline void load_inverse(uint32_t (&b)[4], const char* image, int lane, int i) {
   load_matrices(b, image + image_offset(i * kBlock, i * kBlock) + in_block(operand_n(lane), operand_k(lane)));

@@ -1,11 +1,12 @@
 // `join`: the states at the cuts of a sequence, one after the other, in fp32. At cut s + 1, behind segment s,
 //   S_{s+1} = M_s S_s + N_s
-// where sweep has left N_s [K, V] (what segment s makes of zero) and M_s [K, K] (what it makes of the identity, with V = 0); behind the first
-// segment it has left the true state.
+// where sweep has left N_s [K, V] (what segment s makes of zero) and M_s [K, K] (what it makes of the identity, with V
+// = 0); behind the first segment it has left the true state.
 //
-// A CTA has a sequence that is cut, a head and 16 columns, and S in shared memory. M does not depend on S: slabs of 32 of its columns are
-// loaded two ahead. Of a slab, each of eight warps has 8 columns of S and a quarter of the 32 products of each sum: a lane has rows lane,
-// lane + 32, .. of M, which lie in different banks, and all lanes read the same of S. The four partial sums meet in shared memory.
+// A CTA has a sequence that is cut, a head and 16 columns, and S in shared memory. M does not depend on S: slabs of 32
+// of its columns are loaded two ahead. Of a slab, each of eight warps has 8 columns of S and a quarter of the 32
+// products of each sum: a lane has rows lane, lane + 32, .. of M, which lie in different banks, and all lanes read the
+// same of S. The four partial sums meet in shared memory.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk_plan.cuh"
@@ -29,19 +30,20 @@ struct JoinConfig {
   static constexpr int warp_columns = 8, shares = warps / (columns / warp_columns);  // shares of the products of a sum
   static constexpr int rows = K / 32;                                                // of a lane
   static constexpr int threads = 32 * warps;
-  static constexpr int stages = 3;                                                   // slabs: two CTAs fit at K = 128
+  static constexpr int stages = 3;  // slabs: two CTAs fit at K = 128
   using Slab = OperandTile<float, Swizzle::b128, Major::k, K, 32>;
-  static constexpr int state_stride = K + 4, sum_stride = columns + 4;               // in different banks, 16-byte aligned
+  static constexpr int state_stride = K + 4, sum_stride = columns + 4;  // in different banks, 16-byte aligned
 };
 
 template <class Config>
 struct JoinShared {
-  alignas(kTileAlign) char slab[Config::stages][Config::Slab::bytes];        // (row, column) of M
-  alignas(16) float state[Config::columns][Config::state_stride];            // (column, row) of S
+  alignas(kTileAlign) char slab[Config::stages][Config::Slab::bytes];  // (row, column) of M
+  alignas(16) float state[Config::columns][Config::state_stride];      // (column, row) of S
   float sums[Config::shares][Config::K][Config::sum_stride];
   Ring<Config::stages> ring;
 };
-static_assert(sizeof(JoinShared<JoinConfig<256>>) <= 227 * 1024 && sizeof(JoinShared<JoinConfig<128>>) <= 227 * 1024 / 2);
+static_assert(sizeof(JoinShared<JoinConfig<256>>) <= 227 * 1024 &&
+              sizeof(JoinShared<JoinConfig<128>>) <= 227 * 1024 / 2);
 
 // The slabs of a head's matrices M, one after the other; one thread.
 template <class Config>
@@ -64,8 +66,10 @@ struct SlabLoader {
 
 // A share of M S for the warp's columns, into `sums`.
 template <class Config>
-__device__ void multiply_transfer(JoinShared<Config>& shared, SlabLoader<Config>& loader, Consumer<Config::stages>& ring) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp % 2 * Config::warp_columns, share = warp / 2;
+__device__ void multiply_transfer(JoinShared<Config>& shared, SlabLoader<Config>& loader,
+                                  Consumer<Config::stages>& ring) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = warp % 2 * Config::warp_columns,
+            share = warp / 2;
   constexpr int width = Config::Slab::panel_width / Config::shares;
   float sums[Config::rows][Config::warp_columns] = {};
 #pragma unroll 1
@@ -81,8 +85,8 @@ __device__ void multiply_transfer(JoinShared<Config>& shared, SlabLoader<Config>
         x[c] = *reinterpret_cast<const float4*>(&shared.state[column + c][begin + share * width + k]);
 #pragma unroll
       for (int r = 0; r < Config::rows; ++r) {
-        const float4 m = *reinterpret_cast<const float4*>(shared.slab[stage] + Config::Slab::offset(lane, share * width + k) +
-                                                          32 * r * Config::Slab::row_bytes);
+        const float4 m = *reinterpret_cast<const float4*>(
+            shared.slab[stage] + Config::Slab::offset(lane, share * width + k) + 32 * r * Config::Slab::row_bytes);
 #pragma unroll
         for (int c = 0; c < Config::warp_columns; ++c) {
           float& sum = sums[r][c];
@@ -97,7 +101,8 @@ __device__ void multiply_transfer(JoinShared<Config>& shared, SlabLoader<Config>
   for (int r = 0; r < Config::rows; ++r)
 #pragma unroll
     for (int c = 0; c < Config::warp_columns; c += 4)
-      store_shared_16(&shared.sums[share][lane + 32 * r][column + c], sums[r][c], sums[r][c + 1], sums[r][c + 2], sums[r][c + 3]);
+      store_shared_16(&shared.sums[share][lane + 32 * r][column + c], sums[r][c], sums[r][c + 1], sums[r][c + 2],
+                      sums[r][c + 3]);
 }
 
 // A thread of the eight warps has 4 columns of rows threadIdx.x / 4, + 64, .. of the state.
@@ -119,9 +124,13 @@ __device__ void put_state(JoinShared<Config>& shared, int row, int column, float
 
 // State and N of cut i are [K, 16] with rows V apart; N is where the state goes.
 template <class Config, class StateAt>
-__device__ void join_states(JoinShared<Config>& shared, SlabLoader<Config>& loader, int64_t V, int steps, const StateAt& state_at) {
-  const auto at = [&](float* state, int row, int column) { return reinterpret_cast<float4*>(state + row * V + column); };
-  for_each_four<Config>([&](int, int row, int column) { put_state(shared, row, column, *at(state_at(0), row, column)); });
+__device__ void join_states(JoinShared<Config>& shared, SlabLoader<Config>& loader, int64_t V, int steps,
+                            const StateAt& state_at) {
+  const auto at = [&](float* state, int row, int column) {
+    return reinterpret_cast<float4*>(state + row * V + column);
+  };
+  for_each_four<Config>(
+      [&](int, int row, int column) { put_state(shared, row, column, *at(state_at(0), row, column)); });
   __syncthreads();
   Consumer<Config::stages> ring(shared.ring);
   for (int i = 1; i <= steps; ++i) {
@@ -166,11 +175,12 @@ __global__ void __launch_bounds__(Config::threads, Config::K <= 128 ? 2 : 1)
   if (packed && head / H != sequence.first_cut) return;
   const int steps = sequence.segments - 2;
   const int64_t first = int64_t{sequence.first_cut} * p.H + h;
-  SlabLoader<Config> loader{shared, transfers, static_cast<int>((first + p.H) * Config::K), static_cast<int>(p.H) * Config::K,
-                            steps * Config::K / Config::Slab::panel_width};
+  SlabLoader<Config> loader{shared, transfers, static_cast<int>((first + p.H) * Config::K),
+                            static_cast<int>(p.H) * Config::K, steps * Config::K / Config::Slab::panel_width};
   if (threadIdx.x == 0)
     for (int s = 0; s < Config::stages - 1; ++s) loader.next();
-  join_states<Config>(shared, loader, p.V, steps, [&](int cut) { return p.states + (first + cut * p.H) * Config::K * p.V + column; });
+  join_states<Config>(shared, loader, p.V, steps,
+                      [&](int cut) { return p.states + (first + cut * p.H) * Config::K * p.V + column; });
 }
 
 template <int K>
@@ -178,8 +188,10 @@ void launch_join(const JoinArguments& p, cudaStream_t stream) {
   using Config = JoinConfig<K>;
   const bool packed = p.plan.cu_seqlens != nullptr;
   const int64_t ctas = (packed ? p.plan.most_cuts : p.plan.N) * p.H * (p.V / Config::columns);
-  const CUtensorMap transfers = make_operand_map<typename Config::Slab>("transfers", p.transfers, Dtype::f32, p.plan.most_cuts * p.H * K, K, K);
-  launch("chunk_gated_delta_rule", {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(JoinShared<Config>)), 1, true},
+  const CUtensorMap transfers =
+      make_operand_map<typename Config::Slab>("transfers", p.transfers, Dtype::f32, p.plan.most_cuts * p.H * K, K, K);
+  launch("chunk_gated_delta_rule",
+         {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(JoinShared<Config>)), 1, true},
          stream, chunk_join_kernel<Config>, p, transfers);
 }
 

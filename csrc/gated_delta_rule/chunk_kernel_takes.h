@@ -12,7 +12,9 @@ inline bool chunk_kernel_takes(const ChunkGatedDeltaRuleParams& p) {
 
 // Whether the kernels can read q, k or v where it is: by TMA and in 16-byte units. Where not, the caller passes a copy.
 inline bool chunk_kernel_reads(const void* data, const TokenStrides& s, int64_t B, int64_t T, int64_t heads) {
-  const auto fits = [](int64_t extent, int64_t stride) { return extent <= 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 38)); };
+  const auto fits = [](int64_t extent, int64_t stride) {
+    return extent <= 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 38));
+  };
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && s.d == 1 && fits(B, s.b) && fits(T, s.t) && fits(heads, s.h);
 }
 

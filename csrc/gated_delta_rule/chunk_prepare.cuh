@@ -1,13 +1,15 @@
-// `prepare`: all that sweep needs of a chunk and does not depend on the state. docs/chunk_gated_delta_rule.md has the data sheet.
+// `prepare`: all that sweep needs of a chunk and does not depend on the state. docs/chunk_gated_delta_rule.md has the
+// data sheet.
 //
 // A CTA of one warpgroup has one chunk of one key head, and walks over the value heads that read it:
-//   K K^T, Q K^T                                               wgmma, once per key head, of the rows as they are in memory
-//   |k_i|^2 = (K K^T)_ii, |q_i|^2                              while the products run
-//   c = cumulative sum of g                                    split in two fp32
-//   A = tril(K K^T ∘ Γ_ij beta_j, -1)                          = kk diag(beta), with l2norm over |k_i| |k_j|
-//   T' = (I + A)^-1                                            chunk_inverse.cuh
-//   P' = tril(Q K^T / |q_i| ∘ Γ_ij beta_j)                     with l2norm over |k_j|
-// Row i of a product depends on no other row of its left operand: rows behind the sequence's end are selected away, not cleared.
+//   K K^T, Q K^T                             wgmma, once per key head, of the rows as they are in memory
+//   |k_i|^2 = (K K^T)_ii, |q_i|^2            while the products run
+//   c = cumulative sum of g                  split in two fp32
+//   A = tril(K K^T ∘ Γ_ij beta_j, -1)        = kk diag(beta), with l2norm over |k_i| |k_j|
+//   T' = (I + A)^-1                          chunk_inverse.cuh
+//   P' = tril(Q K^T / |q_i| ∘ Γ_ij beta_j)   with l2norm over |k_j|
+// Row i of a product depends on no other row of its left operand: rows behind the sequence's end are selected away, not
+// cleared.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk_inverse.cuh"
@@ -47,7 +49,8 @@ struct PrepareConfig {
   using Accumulator = typename Mma::Accumulator;
 };
 
-// c in base 2 as a sum of two fp32: a multiple of 2^-10 below 2^14, and the rest. Differences are then exact where they matter.
+// c in base 2 as a sum of two fp32: a multiple of 2^-10 below 2^14, and the rest. Differences are then exact where they
+// matter.
 struct SplitSum {
   float coarse, fine;
   __device__ SplitSum operator+(const SplitSum& other) const { return {coarse + other.coarse, fine + other.fine}; }
@@ -66,7 +69,8 @@ __device__ inline float decay_between(const SplitSum& to, const SplitSum& from) 
   return exp2_approximately((to.coarse - from.coarse) + (to.fine - from.fine));
 }
 
-// g in base 2: the nearest multiple of 2^-10, by an addition that leaves no bits below it, and what is left of g log2(e) to 2^-36.
+// g in base 2: the nearest multiple of 2^-10, by an addition that leaves no bits below it, and what is left of g
+// log2(e) to 2^-36.
 __device__ inline SplitSum split_gate(float g) {
   constexpr float log2_e = 1.44269504f, log2_e_rest = 1.9259630e-8f, round = 3 << 12;
   g = g < float(kMinLogDecay) ? float(kMinLogDecay) : g;  // keeps NaN, which fmaxf would drop
@@ -88,8 +92,9 @@ struct PrepareShared {
   };
   SplitSum c[C];
   float beta[C];
-  float norm[2][C], inverse_norm[2][C];  // of q, k as factors: norm is 1 with l2norm; inverse_norm is of the row in memory
-  float key_factor[C];                   // of a row of k in memory: 1 or with l2norm its inverse norm
+  float norm[2][C],
+      inverse_norm[2][C];  // of q, k as factors: norm is 1 with l2norm; inverse_norm is of the row in memory
+  float key_factor[C];     // of a row of k in memory: 1 or with l2norm its inverse norm
   float key_squares[C];
   Event loaded;  // rows
   __device__ float* vector(int v) { return reinterpret_cast<float*>(image + kVectorsAt + v * kVectorBytes); }
@@ -137,12 +142,15 @@ __device__ inline void sum_gates(const Gates& gates, SplitSum* c, float* beta) {
 // |q_i|^2 of row i = threadIdx.x / 2, in both of its threads.
 template <class Config>
 __device__ float query_squares(const char* q) {
-  constexpr int kUnit = 8, half = Config::Rows::panel_width / kUnit / 2, units = Config::K / kUnit / 2;  // a thread's units of 16 bytes
-  const int row = threadIdx.x / 2, first = threadIdx.x % 2 * half;  // half a panel, then half of the next: no bank conflicts
+  constexpr int kUnit = 8, half = Config::Rows::panel_width / kUnit / 2,
+                units = Config::K / kUnit / 2;  // a thread's units of 16 bytes
+  const int row = threadIdx.x / 2,
+            first = threadIdx.x % 2 * half;  // half a panel, then half of the next: no bank conflicts
   float squares = 0;
 #pragma unroll
   for (int u = 0; u < units; ++u) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(q + Config::Rows::offset(row, (u / half * 2 * half + first + u % half) * kUnit));
+    const uint4 raw = *reinterpret_cast<const uint4*>(
+        q + Config::Rows::offset(row, (u / half * 2 * half + first + u % half) * kUnit));
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -174,9 +182,11 @@ __device__ void multiply_rows(const PrepareArguments& p, const PreparePlace& at,
   const typename Config::RowsOperand k(shared.rows.k), q(shared.rows.q);
   wgmma_fence();
 #pragma unroll
-  for (int s = 0; s < Config::K / Mma::K; ++s) Mma::ss(kk, k.at(0, s * Mma::K), k.at(0, s * Mma::K), s > 0);  // K Kᵀ   [C, C]
+  for (int s = 0; s < Config::K / Mma::K; ++s)
+    Mma::ss(kk, k.at(0, s * Mma::K), k.at(0, s * Mma::K), s > 0);  // K Kᵀ   [C, C]
 #pragma unroll
-  for (int s = 0; s < Config::K / Mma::K; ++s) Mma::ss(qk, q.at(0, s * Mma::K), k.at(0, s * Mma::K), s > 0);  // Q Kᵀ   [C, C]
+  for (int s = 0; s < Config::K / Mma::K; ++s)
+    Mma::ss(qk, q.at(0, s * Mma::K), k.at(0, s * Mma::K), s > 0);  // Q Kᵀ   [C, C]
   wgmma_commit();
   float squares = query_squares<Config>(shared.rows.q);
   wgmma_wait<0>();
@@ -204,8 +214,8 @@ static_assert(in_block(8, 0) == 8 * SquareTile::row_bytes, "the second row lies 
 
 // Block `block` of the warp's row of blocks: of P' to the image, of A to shared memory.
 template <bool diagonal, int block, class Config>
-__device__ void apply_to_block(PrepareShared<Config>& shared, const GatedRows& rows, int thread, const typename Config::Accumulator& kk,
-                               const typename Config::Accumulator& qk) {
+__device__ void apply_to_block(PrepareShared<Config>& shared, const GatedRows& rows, int thread,
+                               const typename Config::Accumulator& kk, const typename Config::Accumulator& qk) {
   compiler_fence();  // loads of later blocks would fill the registers
   const int block_row = thread / 32, lane = thread % 32;
   char* const p_block = shared.image + kTriangleBytes + image_offset(block_row * kBlock, block * kBlock);
@@ -214,12 +224,14 @@ __device__ void apply_to_block(PrepareShared<Config>& shared, const GatedRows& r
   for (int half = 0; half < 2; ++half) {
     const int j = accumulator_column(lane, 4 * half), at = block * kBlock + j;
     const float4 c = *reinterpret_cast<const float4*>(&shared.c[at]);
-    const float2 beta = *reinterpret_cast<const float2*>(&shared.beta[at]), key = *reinterpret_cast<const float2*>(&shared.key_factor[at]);
+    const float2 beta = *reinterpret_cast<const float2*>(&shared.beta[at]),
+                 key = *reinterpret_cast<const float2*>(&shared.key_factor[at]);
     const SplitSum c_of[2] = {{c.x, c.y}, {c.z, c.w}};
     const float of_column[2] = {key.x * beta.x, key.y * beta.y};
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int i = accumulator_row(lane, 2 * e), r = 8 * block + 4 * half + 2 * e, to = rows.at[half] + 8 * e * SquareTile::row_bytes;
+      const int i = accumulator_row(lane, 2 * e), r = 8 * block + 4 * half + 2 * e,
+                to = rows.at[half] + 8 * e * SquareTile::row_bytes;
       float a[2], pp[2];
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
@@ -240,8 +252,8 @@ __device__ void apply_to_block(PrepareShared<Config>& shared, const GatedRows& r
 
 // A and P' from the products of the rows in memory.
 template <class Config, int block = 0>
-__device__ void apply_gates(PrepareShared<Config>& shared, const GatedRows& rows, int thread, const typename Config::Accumulator& kk,
-                            const typename Config::Accumulator& qk) {
+__device__ void apply_gates(PrepareShared<Config>& shared, const GatedRows& rows, int thread,
+                            const typename Config::Accumulator& kk, const typename Config::Accumulator& qk) {
   if (thread / 32 == block) return apply_to_block<true, block>(shared, rows, thread, kk, qk);
   if constexpr (block + 1 < kBlocks) {
     apply_to_block<false, block>(shared, rows, thread, kk, qk);
@@ -256,7 +268,8 @@ __device__ GatedRows gated_rows(const PrepareShared<Config>& shared, int count, 
   for (int e = 0; e < 2; ++e) {
     const int i = accumulator_row(thread, 2 * e);
     rows.at[e] = in_block(accumulator_row(thread % 32, 0), accumulator_column(thread, 4 * e));
-    rows.c[e] = shared.c[i], rows.of_a[e] = shared.key_factor[i], rows.of_p[e] = shared.inverse_norm[kQuery][i], rows.inside[e] = i < count;
+    rows.c[e] = shared.c[i], rows.of_a[e] = shared.key_factor[i], rows.of_p[e] = shared.inverse_norm[kQuery][i],
+    rows.inside[e] = i < count;
   }
   return rows;
 }
@@ -277,10 +290,12 @@ constexpr int kGateWarp = kBlocks - 1;  // it has nothing to do in invert_column
 
 // Value head h, whose c and beta are in shared memory; leaves those of the next one there.
 template <class Config>
-__device__ void prepare_head(const PrepareArguments& p, const PreparePlace& at, PrepareShared<Config>& shared, int64_t h, bool last,
-                             const typename Config::Accumulator& kk, const typename Config::Accumulator& qk) {
+__device__ void prepare_head(const PrepareArguments& p, const PreparePlace& at, PrepareShared<Config>& shared,
+                             int64_t h, bool last, const typename Config::Accumulator& kk,
+                             const typename Config::Accumulator& qk) {
   unsigned any = threadIdx.x;
-  asm volatile("" : "+r"(any));  // what follows from it is computed for each head anew: kept, it would fill the registers
+  asm volatile(""
+               : "+r"(any));  // what follows from it is computed for each head anew: kept, it would fill the registers
   const int thread = static_cast<int>(any % kWarpgroup), warp = warp_index();
   Gates next = {};
   if (warp == kGateWarp && !last) next = load_gates(p, at, h + 1, thread);
@@ -308,8 +323,10 @@ __device__ void load_chunk_rows(const PrepareMaps& maps, const PreparePlace& at,
   shared.loaded.arrive_and_expect(2 * Config::Rows::bytes);
   for (int panel = 0; panel < Config::Rows::panels; ++panel) {
     const int column = panel * Config::Rows::panel_width, to = panel * Config::Rows::panel_bytes;
-    load(shared.rows.k + to, maps.k, shared.loaded, Reuse::normal, column, at.hk, static_cast<int>(at.token), static_cast<int>(at.row));
-    load(shared.rows.q + to, maps.q, shared.loaded, Reuse::normal, column, at.hk, static_cast<int>(at.token), static_cast<int>(at.row));
+    load(shared.rows.k + to, maps.k, shared.loaded, Reuse::normal, column, at.hk, static_cast<int>(at.token),
+         static_cast<int>(at.row));
+    load(shared.rows.q + to, maps.q, shared.loaded, Reuse::normal, column, at.hk, static_cast<int>(at.token),
+         static_cast<int>(at.row));
   }
 }
 
@@ -331,7 +348,8 @@ __global__ void __launch_bounds__(kWarpgroup, Config::ctas)
   if (n < 0) return;
   const Sequence sequence = sequence_of(p.plan, n);
   const int64_t first = (chunk - sequence.first_chunk) * C;
-  const PreparePlace at{chunk, sequence.row, sequence.begin + first, static_cast<int>(min(sequence.length - first, int64_t{C})),
+  const PreparePlace at{chunk, sequence.row, sequence.begin + first,
+                        static_cast<int>(min(sequence.length - first, int64_t{C})),
                         static_cast<int>(blockIdx.x % key_heads)};
   if (threadIdx.x == 0) load_chunk_rows<Config>(maps, at, shared);
   const int heads = static_cast<int>(p.H) / static_cast<int>(p.Hk);
@@ -350,8 +368,9 @@ void launch_prepare_as(const PrepareArguments& p, const PrepareMaps& maps, cudaS
   static_assert((sizeof(PrepareShared<Config>) + 1024) * Config::ctas <= 228 * 1024);
   const int64_t ctas = p.plan.most_chunks * p.Hk;
   require(ctas < (int64_t{1} << 31), "chunk_gated_delta_rule", "chunks * Hk", "below 2^31", ctas);
-  launch("chunk_gated_delta_rule", {dim3(static_cast<unsigned>(ctas)), kWarpgroup, static_cast<int>(sizeof(PrepareShared<Config>)), 1, true}, stream,
-         chunk_prepare_kernel<Config>, p, maps);
+  launch("chunk_gated_delta_rule",
+         {dim3(static_cast<unsigned>(ctas)), kWarpgroup, static_cast<int>(sizeof(PrepareShared<Config>)), 1, true},
+         stream, chunk_prepare_kernel<Config>, p, maps);
 }
 
 template <int K>

@@ -1,8 +1,9 @@
 // `replay`: the value columns whose final state is not finite once more, token by token in fp32 from the initial state.
 //
-// In a chunk a NaN reaches tokens before its own, as zeros above the diagonals are multiplied by it. Once in the state it stays, 0 NaN being
-// NaN, and U_j k_j^T spreads it over all rows of its columns: a look at one row of the final state finds it. Infinities and numbers that fp16
-// does not hold are found alike. A CTA has a sequence, a value head and 128 columns, one for each thread, whose state is kept in final_state.
+// In a chunk a NaN reaches tokens before its own, as zeros above the diagonals are multiplied by it. Once in the state
+// it stays, 0 NaN being NaN, and U_j k_j^T spreads it over all rows of its columns: a look at one row of the final
+// state finds it. Infinities and numbers that fp16 does not hold are found alike. A CTA has a sequence, a value head
+// and 128 columns, one for each thread, whose state is kept in final_state.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk_plan.cuh"
@@ -16,10 +17,12 @@ struct ReplayArguments {
   int slices;  // of a value head
 };
 
-constexpr int kReplayThreads = 128, kReplayMostK = 256, kReplayBatch = 8;  // batch: rows of the state under way at a time; divides K
+constexpr int kReplayThreads = 128, kReplayMostK = 256,
+              kReplayBatch = 8;  // batch: rows of the state under way at a time; divides K
 
 // A token's row of q or k in shared memory, over its norm with l2norm; by one warp.
-__device__ inline void load_token_row(float* row, const ChunkGatedDeltaRuleParams& p, const void* data, const TokenStrides& s, int64_t at) {
+__device__ inline void load_token_row(float* row, const ChunkGatedDeltaRuleParams& p, const void* data,
+                                      const TokenStrides& s, int64_t at) {
   const int lane = threadIdx.x % 32;
   float squares = 0;
   for (int i = lane; i < p.K; i += 32) {
@@ -45,12 +48,14 @@ __device__ void for_each_row(float* state, int64_t K, int64_t V, const Body& bod
   }
 }
 
-static __global__ void __launch_bounds__(kReplayThreads) chunk_replay_kernel(const __grid_constant__ ReplayArguments a) {
+static __global__ void __launch_bounds__(kReplayThreads)
+    chunk_replay_kernel(const __grid_constant__ ReplayArguments a) {
   __shared__ float q[kReplayMostK], k[kReplayMostK];
   const ChunkGatedDeltaRuleParams& p = a.p;
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const int64_t head = quotient(blockIdx.x, a.slices), n = quotient(head, p.H), h = head - n * p.H, hk = quotient(h, quotient(p.H, p.Hk));
+  const int64_t head = quotient(blockIdx.x, a.slices), n = quotient(head, p.H), h = head - n * p.H,
+                hk = quotient(h, quotient(p.H, p.Hk));
   const int64_t v = (blockIdx.x - head * a.slices) * kReplayThreads + threadIdx.x;
   float* const state = static_cast<float*>(p.final_state) + (n * p.H + h) * p.K * p.V + v;
   const bool mine = v < p.V && !isfinite(*state);
@@ -58,8 +63,11 @@ static __global__ void __launch_bounds__(kReplayThreads) chunk_replay_kernel(con
   const Sequence sequence = sequence_of(a.plan, n);
   const StateStrides& from = p.initial_state_strides;
   const float* initial = static_cast<const float*>(p.initial_state) + n * from.n + h * from.h + v * from.v;
-  if (mine) for_each_row(state, p.K, p.V, [&](float, int i) { return p.initial_state == nullptr ? 0.f : initial[i * from.k]; });
-  const auto at = [&](const TokenStrides& s, int64_t token, int64_t head) { return sequence.row * s.b + token * s.t + head * s.h; };
+  if (mine)
+    for_each_row(state, p.K, p.V, [&](float, int i) { return p.initial_state == nullptr ? 0.f : initial[i * from.k]; });
+  const auto at = [&](const TokenStrides& s, int64_t token, int64_t head) {
+    return sequence.row * s.b + token * s.t + head * s.h;
+  };
 #pragma unroll 1
   for (int64_t token = sequence.begin; token < sequence.begin + sequence.length; ++token) {
     __syncthreads();
@@ -70,7 +78,8 @@ static __global__ void __launch_bounds__(kReplayThreads) chunk_replay_kernel(con
     const float decay = expf(static_cast<const float*>(p.g)[at(p.g_strides, token, h)]);
     const float beta = static_cast<const float*>(p.beta)[at(p.beta_strides, token, h)];
     float predicted = 0, read = 0;
-    for_each_row(state, p.K, p.V, [&](float s, int i) { return predicted = fmaf(decay * s, k[i], predicted), decay * s; });
+    for_each_row(state, p.K, p.V,
+                 [&](float s, int i) { return predicted = fmaf(decay * s, k[i], predicted), decay * s; });
     const float u = beta * (load_as_float(p.v, p.dtype, at(p.v_strides, token, h) + v * p.v_strides.d) - predicted);
     for_each_row(state, p.K, p.V, [&](float s, int i) {
       s = fmaf(k[i], u, s);

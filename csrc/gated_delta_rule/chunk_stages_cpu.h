@@ -1,5 +1,5 @@
-// What the forward and the backward of the chunked gated delta rule do alike: loading a chunk, its decays, K K^T and Q K^T,
-// and states as stripes of columns.
+// What the forward and the backward of the chunked gated delta rule do alike: loading a chunk, its decays, K K^T and Q
+// K^T, and states as stripes of columns.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk_gated_delta_rule.h"
@@ -25,20 +25,22 @@ inline double chunk_work(const ChunkGatedDeltaRuleParams& p) {
   return p.B * p.T * (3 * states + scores) + 2 * p.N * states;
 }
 
-JET_INLINE StateStrides contiguous_state(const ChunkGatedDeltaRuleParams& p) { return {p.H * p.K * p.V, p.K * p.V, p.V, 1}; }
+JET_INLINE StateStrides contiguous_state(const ChunkGatedDeltaRuleParams& p) {
+  return {p.H * p.K * p.V, p.K * p.V, p.V, 1};
+}
 
 // The part of a chunk that does not depend on V. Rows at and beyond L of q, k (columns of kt) are zero.
 template <class T>
 struct Chunk {
-  long K, ld;                 // ld: K rounded up to whole vectors, the padding is zero
-  long L;                     // tokens in this chunk, 1 <= L <= C
-  T *q, *k;                   // [C, ld] normalised
-  T* kt;                      // [ld, C] k transposed
-  T *kk, *qk;                 // [C, C] tril(K K^T, -1) ∘ Γ and tril(Q K^T) ∘ Γ, Γ_ij = e^{c_i - c_j}; zero above
-  T* decay;                   // [C, C] tril(Γ), zero above
-  T *beta, *e_c, *e_rest;     // [C] beta, e^{c_i}, e^{c_L - c_i}; zero at and beyond L
-  T *q_factor, *k_factor;     // [C] 1 / sqrt(sum x^2 + eps), or 1 without l2norm
-  T e_last;                   // e^{c_L}
+  long K, ld;              // ld: K rounded up to whole vectors, the padding is zero
+  long L;                  // tokens in this chunk, 1 <= L <= C
+  T *q, *k;                // [C, ld] normalised
+  T* kt;                   // [ld, C] k transposed
+  T *kk, *qk;              // [C, C] tril(K K^T, -1) ∘ Γ and tril(Q K^T) ∘ Γ, Γ_ij = e^{c_i - c_j}; zero above
+  T* decay;                // [C, C] tril(Γ), zero above
+  T *beta, *e_c, *e_rest;  // [C] beta, e^{c_i}, e^{c_L - c_i}; zero at and beyond L
+  T *q_factor, *k_factor;  // [C] 1 / sqrt(sum x^2 + eps), or 1 without l2norm
+  T e_last;                // e^{c_L}
 
   void carve(Carver& from, long K_) {
     K = K_, ld = round_up(K, Simd<T>::lanes);
@@ -97,8 +99,8 @@ inline void load_decays(const T* g, long g_stride, const T* beta, long beta_stri
     }
 }
 
-// out [C, C] = factor tril(out ∘ Γ), without the diagonal when strict; only rows < L. see(at, x) is shown x, what out + at held, zero
-// where Γ is.
+// out [C, C] = factor tril(out ∘ Γ), without the diagonal when strict; only rows < L. see(at, x) is shown x, what out +
+// at held, zero where Γ is.
 template <class T, class See>
 inline void apply_decay(const Chunk<T>& c, bool strict, T factor, T* out, const See& see) {
   using S = Simd<T>;

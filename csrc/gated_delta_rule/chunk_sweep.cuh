@@ -1,8 +1,9 @@
-// `sweep`: the state through the chunks of a sequence, and the outputs. docs/chunk_gated_delta_rule.md has the data sheet.
+// `sweep`: the state through the chunks of a sequence, and the outputs. docs/chunk_gated_delta_rule.md has the data
+// sheet.
 //
-// A CTA has one sequence, one value head and a slice of 128 value columns. One thread loads; three warps turn the rows of q and k into fp16
-// of norm 1, in place; two consumer warpgroups have 64 value columns each and keep S^T [64, K] in fp32 accumulators. Per chunk, with
-// S^T, R^T, U^T always on the left, as A operands from registers:
+// A CTA has one sequence, one value head and a slice of 128 value columns. One thread loads; three warps turn the rows
+// of q and k into fp16 of norm 1, in place; two consumer warpgroups have 64 value columns each and keep S^T [64, K] in
+// fp32 accumulators. Per chunk, with S^T, R^T, U^T always on the left, as A operands from registers:
 //   S^T Kn^T, O = S^T Qn^T         [64, C]
 //   R  = V^T - e^{c_j} |k_j| S^T Kn^T
 //   U' = R T'^T
@@ -16,11 +17,13 @@
 
 namespace jet::hopper {
 
-// ---- Producer --------------------------------------------------------------------------------------------------------------
+// ---- Producer
 
-// One thread's loop, which nothing else hides: what does not change from chunk to chunk is in registers, not in shared memory.
+// One thread's loop, which nothing else hides: what does not change from chunk to chunk is in registers, not in shared
+// memory.
 template <class Config>
-__device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work, SweepShared<Config>& shared) {
+__device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work,
+                            SweepShared<Config>& shared) {
   using Rows = typename Config::Rows;
   const int chunks = work.chunks, row = static_cast<int>(work.row), h = work.h, hk = work.hk, column = work.column;
   const int groups = work.is_transfer() ? 0 : work.groups;
@@ -46,7 +49,8 @@ __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, cons
     for (int panel = 0; panel < kBlocks; ++panel) {
       bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
       if constexpr (Config::outputs)
-        bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel), stored_bytes(panel), loaded);
+        bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel), stored_bytes(panel),
+                  loaded);
     }
   }
 }
@@ -56,7 +60,8 @@ template <class Config>
 __device__ void clear_values(SweepStage<Config>& stage, int count, int thread) {
   constexpr int row_units = ValueTile::row_bytes / 16;
   for (char* tile : stage.v)
-    for (int u = count * row_units + thread; u < C * row_units; u += kNormalisers) reinterpret_cast<uint4*>(tile)[u] = make_uint4(0, 0, 0, 0);
+    for (int u = count * row_units + thread; u < C * row_units; u += kNormalisers)
+      reinterpret_cast<uint4*>(tile)[u] = make_uint4(0, 0, 0, 0);
 }
 
 // 8 elements times `factor`, in fp16.
@@ -72,8 +77,9 @@ __device__ uint4 scaled(const uint4& raw, float factor) {
   return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; rows behind the sequence's end become zero without being read.
-// A thread has one unit of 16 bytes in each panel of a row, a few of them at a time, so that their loads wait together.
+// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; rows behind the sequence's end become zero
+// without being read. A thread has one unit of 16 bytes in each panel of a row, a few of them at a time, so that their
+// loads wait together.
 template <class Config, class Element>
 __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread) {
   constexpr int row_units = Config::Rows::row_bytes / 16, rows = kNormalisers / row_units;
@@ -87,7 +93,8 @@ __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread)
     for (int first = 0; first < panels; first += batch) {
       uint4 raw[batch];
 #pragma unroll
-      for (int b = 0; b < batch && first + b < panels; ++b) raw[b] = *reinterpret_cast<const uint4*>(at + (first + b) * Config::Rows::panel_bytes);
+      for (int b = 0; b < batch && first + b < panels; ++b)
+        raw[b] = *reinterpret_cast<const uint4*>(at + (first + b) * Config::Rows::panel_bytes);
 #pragma unroll
       for (int b = 0; b < batch && first + b < panels; ++b)
         *reinterpret_cast<uint4*>(at + (first + b) * Config::Rows::panel_bytes) =
@@ -97,7 +104,8 @@ __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread)
 #pragma unroll 1
   for (; row < C; row += rows, at += kNormalisers * 16)
 #pragma unroll
-    for (int panel = 0; panel < panels; ++panel) *reinterpret_cast<uint4*>(at + panel * Config::Rows::panel_bytes) = make_uint4(0, 0, 0, 0);
+    for (int panel = 0; panel < panels; ++panel)
+      *reinterpret_cast<uint4*>(at + panel * Config::Rows::panel_bytes) = make_uint4(0, 0, 0, 0);
 }
 
 template <class Config>
@@ -118,16 +126,19 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
   }
 }
 
-// ---- Consumers -------------------------------------------------------------------------------------------------------------
+// ---- Consumers
 
 struct SweepThread {
   int group, thread;  // consumer warpgroup, thread of it
   int column;         // the warpgroup's first value column
 };
 
-// S^T [64, K] of the warpgroup from or to S [K, values]. Columns beyond `values` are zero and not stored: V and K are multiples of 16, so
-// that they are whole warps'. Registers 4 i .. 4 i + 3 are (k, v), (k + 1, v), (k, v + 8), (k + 1, v + 8), k = 8 i + a thread's own.
-__device__ inline bool has_columns(const SweepWork& work, const SweepThread& me) { return me.column + me.thread / 32 * 16 < work.values; }
+// S^T [64, K] of the warpgroup from or to S [K, values]. Columns beyond `values` are zero and not stored: V and K are
+// multiples of 16, so that they are whole warps'. Registers 4 i .. 4 i + 3 are (k, v), (k + 1, v), (k, v + 8), (k + 1,
+// v + 8), k = 8 i + a thread's own.
+__device__ inline bool has_columns(const SweepWork& work, const SweepThread& me) {
+  return me.column + me.thread / 32 * 16 < work.values;
+}
 
 template <class Config>
 __device__ void load_state(typename Config::State& s, const SweepWork& work, const SweepThread& me) {
@@ -175,16 +186,19 @@ struct StateProduct {
 };
 
 template <class Config>
-__device__ void multiply_fragments(const StateProduct<Config>& product, const uint32_t (&a)[Config::state_steps][4], int step) {
+__device__ void multiply_fragments(const StateProduct<Config>& product, const uint32_t (&a)[Config::state_steps][4],
+                                   int step) {
   using Mma = typename Config::Mma;
 #pragma unroll
-  for (int i = 0; i < Config::state_steps; ++i) Mma::rs(product.d, a[i], product.rows.at(0, (step + i) * Mma::K), step + i > 0);
+  for (int i = 0; i < Config::state_steps; ++i)
+    Mma::rs(product.d, a[i], product.rows.at(0, (step + i) * Mma::K), step + i > 0);
   wgmma_commit();
 }
 
 // All products with S^T as A operand, in as many pieces as registers allow; the last of each is in flight on return.
 template <class Config, class... Products>
-__device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const typename Config::State& s, const Products&... products) {
+__device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const typename Config::State& s,
+                               const Products&... products) {
 #pragma unroll
   for (int step = 0; step < Config::K / Config::Mma::K; step += Config::state_steps) {
     if (step > 0) {
@@ -201,7 +215,8 @@ __device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const type
 
 // R = V^T - e^{c_j} |k_j| SK as an A operand.
 template <class Config, class Element>
-__device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens& sk, const SweepStage<Config>& stage, const SweepThread& me) {
+__device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens& sk, const SweepStage<Config>& stage,
+                         const SweepThread& me) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     if constexpr (Config::few_registers) __syncwarp();  // loads of later steps must not come before this
@@ -235,10 +250,11 @@ __device__ void updates(uint32_t (&u)[kSteps][4], uint32_t (&write)[kSteps][4], 
   }
 }
 
-// Rows of the output, scale |q_i| (..), in their own type. With l2norm |q_i| is 1, and shared memory, which bounds the chunk, is not read.
+// Rows of the output, scale |q_i| (..), in their own type. With l2norm |q_i| is 1, and shared memory, which bounds the
+// chunk, is not read.
 template <class Config, class Element>
-__device__ void pack_output(uint32_t (&y)[kSteps][4], const typename Config::Tokens& o, const SweepArguments& p, const SweepStage<Config>& stage,
-                            int thread) {
+__device__ void pack_output(uint32_t (&y)[kSteps][4], const typename Config::Tokens& o, const SweepArguments& p,
+                            const SweepStage<Config>& stage, int thread) {
   const auto pack_all = [&](const auto& factor_of) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
@@ -263,7 +279,8 @@ __device__ char* stage_output(const uint32_t (&y)[kSteps][4], SweepShared<Config
   sync_threads(1 + me.group, kWarpgroup);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    store_matrices_transposed(tile + ValueTile::offset(transposed_m(me.thread), step * kStep + transposed_k(me.thread)), y[step]);
+    store_matrices_transposed(tile + ValueTile::offset(transposed_m(me.thread), step * kStep + transposed_k(me.thread)),
+                              y[step]);
   publish_writes_to_async_proxy();
   sync_threads(1 + me.group, kWarpgroup);
   return tile;
@@ -271,19 +288,20 @@ __device__ char* stage_output(const uint32_t (&y)[kSteps][4], SweepShared<Config
 
 // The output of a chunk of C tokens.
 template <class Config>
-__device__ void store_output(const uint32_t (&y)[kSteps][4], const SweepMaps& maps, const SweepWork& work, SweepShared<Config>& shared,
-                             const SweepThread& me, int chunk) {
+__device__ void store_output(const uint32_t (&y)[kSteps][4], const SweepMaps& maps, const SweepWork& work,
+                             SweepShared<Config>& shared, const SweepThread& me, int chunk) {
   const char* tile = stage_output<Config>(y, shared, me);
   if (me.thread == 0) {
-    store(maps.o, tile, me.column, work.h, static_cast<int>(work.token + int64_t{chunk} * C), static_cast<int>(work.row));
+    store(maps.o, tile, me.column, work.h, static_cast<int>(work.token + int64_t{chunk} * C),
+          static_cast<int>(work.row));
     commit_stores();
   }
 }
 
 // The output of the last chunk, which may end before its 64th token: behind it lies the next sequence's.
 template <class Config>
-__device__ void store_last_output(const uint32_t (&y)[kSteps][4], const SweepArguments& p, const SweepMaps& maps, const SweepWork& work,
-                                  SweepShared<Config>& shared, const SweepThread& me) {
+__device__ void store_last_output(const uint32_t (&y)[kSteps][4], const SweepArguments& p, const SweepMaps& maps,
+                                  const SweepWork& work, SweepShared<Config>& shared, const SweepThread& me) {
   const int chunk = work.chunks - 1, count = work.count(chunk);
   if (count == C) return store_output<Config>(y, maps, work, shared, me, chunk);
   const char* tile = stage_output<Config>(y, shared, me);
@@ -305,11 +323,12 @@ __device__ void decay_state(typename Config::State& s, const SweepStage<Config>&
   for (int at = 0; at < Config::MmaState::registers; ++at) s[at] *= decay;
 }
 
-// y: the output of the chunk before on entry, of this one on return; it is stored behind U' of the next chunk, or where registers are few
-// behind its first products.
+// y: the output of the chunk before on entry, of this one on return; it is stored behind U' of the next chunk, or where
+// registers are few behind its first products.
 template <class Config>
-__device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4], const SweepArguments& p, const SweepMaps& maps,
-                            const SweepWork& work, SweepShared<Config>& shared, const SweepStage<Config>& stage, const SweepThread& me, int chunk) {
+__device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4], const SweepArguments& p,
+                            const SweepMaps& maps, const SweepWork& work, SweepShared<Config>& shared,
+                            const SweepStage<Config>& stage, const SweepThread& me, int chunk) {
   using Mma = typename Config::Mma;
   using MmaState = typename Config::MmaState;
   const SquareOperand t(stage.t), pp(stage.p);
@@ -333,7 +352,8 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
     residual<Config, f16>(r, x, stage, me);
   wgmma_fence(r);
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
+  for (int step = 0; step < kSteps; ++step)
+    Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
   wgmma_commit();
   if constexpr (Config::outputs) {
     if constexpr (Config::o_behind_residual) {
@@ -359,13 +379,15 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   if constexpr (Config::outputs) {
     wgmma_fence(o, s, u, write);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
+    for (int step = 0; step < kSteps; ++step)
+      Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
     wgmma_commit();
   } else {
     wgmma_fence(s, write);
   }
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]
+  for (int step = 0; step < kSteps; ++step)
+    MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]
   wgmma_commit();
   if constexpr (Config::outputs) {
     wgmma_wait<1>();
@@ -382,7 +404,8 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
 }
 
 template <class Config>
-__device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work, SweepShared<Config>& shared) {
+__device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work,
+                             SweepShared<Config>& shared) {
   const int group = threadIdx.x / kWarpgroup - 1;
   if (group >= work.groups) return;
   const SweepThread me{group, static_cast<int>(threadIdx.x % kWarpgroup), work.column + group * kRows};
@@ -393,7 +416,8 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
   for (int chunk = 0; chunk < work.chunks; ++chunk) {
     const int stage = chunk % Config::stages;
     const Parity parity = parity_of<Config>(chunk);
-    shared.ring.filled[stage].wait(parity);  // has happened; this thread must have seen it before it reads what was copied
+    shared.ring.filled[stage].wait(
+        parity);  // has happened; this thread must have seen it before it reads what was copied
     shared.normalised[stage].wait(parity);
     sweep_chunk<Config>(s, y, p, maps, work, shared, shared.stage[stage], me, chunk);
     __syncwarp();
@@ -428,7 +452,8 @@ __global__ void __launch_bounds__(Config::threads, 1)
   else if (threadIdx.x >= 32)
     shared.zero_upper_blocks(threadIdx.x - 32, Config::threads - 32);
   publish_writes_to_async_proxy();
-  wait_for_previous_kernel();  // in every thread, also where there is no work: who waits for this kernel's end counts on those before it
+  wait_for_previous_kernel();  // in every thread, also where there is no work: who waits for this kernel's end counts
+                               // on those before it
   __syncthreads();
   let_next_kernel_start();
   if (work.groups == 0) return;
@@ -453,7 +478,8 @@ void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t s
   const int64_t segments = Config::outputs ? p.plan.N + p.plan.most_cuts : p.plan.most_cuts;
   const int64_t ctas = segments * p.H * (p.slices + (Config::outputs ? 0 : transfer_slices(p.K)));
   require(ctas < (int64_t{1} << 31), "chunk_gated_delta_rule", "N * H * V / 128", "below 2^31", ctas);
-  launch("chunk_gated_delta_rule", {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(SweepShared<Config>)), 1, true},
+  launch("chunk_gated_delta_rule",
+         {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(SweepShared<Config>)), 1, true},
          stream, chunk_sweep_kernel<Config>, p, maps);
 }
 

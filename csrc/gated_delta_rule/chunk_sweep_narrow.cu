@@ -7,6 +7,7 @@ template void launch_sweep<SweepConfig<64, false>>(const SweepArguments& p, cons
 template void launch_sweep<SweepConfig<96, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 template void launch_sweep<SweepConfig<96, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
 template void launch_sweep<SweepConfig<128, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<128, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<128, false>>(const SweepArguments& p, const SweepMaps& maps,
+                                                    cudaStream_t stream);
 
 }  // namespace jet::hopper

@@ -9,32 +9,38 @@
 
 namespace jet::hopper {
 
-constexpr int kRows = 64;                    // value columns of a warpgroup: the rows of its wgmma
-constexpr int kGroups = 2;                   // consumer warpgroups: S^T [128, K] fills the registers that a CTA has for it
-constexpr int kSlice = kGroups * kRows;      // value columns of a CTA
-constexpr int kNormalisers = 96;             // threads: the producer warpgroup but the warp that loads
+constexpr int kRows = 64;                // value columns of a warpgroup: the rows of its wgmma
+constexpr int kGroups = 2;               // consumer warpgroups: S^T [128, K] fills the registers that a CTA has for it
+constexpr int kSlice = kGroups * kRows;  // value columns of a CTA
+constexpr int kNormalisers = 96;         // threads: the producer warpgroup but the warp that loads
 constexpr int kStep = 16, kSteps = C / kStep;  // k16 steps over the tokens of a chunk
 
-using ValueTile = OperandTile<uint16_t, Swizzle::b128, Major::mn, kRows, C>;  // v or o: [C tokens][64 columns], (column, token)
+using ValueTile =
+    OperandTile<uint16_t, Swizzle::b128, Major::mn, kRows, C>;  // v or o: [C tokens][64 columns], (column, token)
 using SquareOperand = Operand<f16, SquareTile::swizzle, Major::k, C, C>;
 
 template <int K_, bool outputs_>
 struct SweepConfig {
   static constexpr int K = K_;
-  static constexpr bool outputs = outputs_;  // false: the pass over the segments before a cut, for their effect on the state alone
-  static constexpr int stages = K <= 128 ? 3 : 2;             // what fits
-  static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;   // k16 steps of S^T held as A operands: all, or what fits
-  static constexpr bool o_behind_residual = K <= 192;         // S^T Qn^T runs while R is made; beyond, its operands have no registers then
+  static constexpr bool outputs =
+      outputs_;  // false: the pass over the segments before a cut, for their effect on the state alone
+  static constexpr int stages = K <= 128 ? 3 : 2;  // what fits
+  static constexpr int state_steps = K <= 128   ? K / 16
+                                     : K == 192 ? 4
+                                                : 2;  // k16 steps of S^T held as A operands: all, or what fits
+  static constexpr bool o_behind_residual =
+      K <= 192;  // S^T Qn^T runs while R is made; beyond, its operands have no registers then
   static constexpr int threads = kWarpgroup * (1 + kGroups);
   static constexpr bool few_registers = K > 128;  // S^T alone has K / 2 of a consumer's
   static constexpr int producer_registers = few_registers ? 24 : 40, consumer_registers = few_registers ? 240 : 232;
   static constexpr int normaliser_batch = few_registers ? 2 : 4;  // units of 16 bytes that a thread has in flight
   static_assert(producer_registers + kGroups * consumer_registers <= 504, "what 384 threads get at launch: 168 each");
   static constexpr Swizzle swizzle = K % 64 == 0 ? Swizzle::b128 : Swizzle::b64;  // 96 is three panels of 32 elements
-  using Rows = OperandTile<f16, swizzle, Major::k, C, K>;     // k or q: [C tokens][K] in panels
+  using Rows = OperandTile<f16, swizzle, Major::k, C, K>;                         // k or q: [C tokens][K] in panels
   using RowsOperand = Operand<f16, swizzle, Major::k, C, K>;
   using ColumnsOperand = Operand<f16, swizzle, Major::mn, K, C>;  // the same bytes as the B operand [K, C]
-  static_assert(RowsOperand::Tile::bytes == ColumnsOperand::Tile::bytes && RowsOperand::Tile::offset(5, 40) == ColumnsOperand::Tile::offset(40, 5));
+  static_assert(RowsOperand::Tile::bytes == ColumnsOperand::Tile::bytes &&
+                RowsOperand::Tile::offset(5, 40) == ColumnsOperand::Tile::offset(40, 5));
   using Mma = Wgmma<f16, C>;
   using MmaState = Wgmma<f16, K, Major::k, Major::mn>;
   using Tokens = typename Mma::Accumulator;      // [64 value columns, C]
@@ -55,15 +61,15 @@ struct SweepArguments {
   ChunkPlan plan;
   Dtype dtype;
   int64_t H, Hk, K, V;
-  int slices;                  // of a value head: ceil(V / kSlice)
+  int slices;  // of a value head: ceil(V / kSlice)
   float scale;
   bool l2norm;
   const char* images;          // [chunks, H] of kImageBytes, from prepare
   const float* initial_state;  // null: zeros
   StateStrides initial_state_strides;
-  float* final_state;          // [N, H, K, V]
-  float *states, *transfers;   // [cuts, H, K, V], [cuts, H, K, K]: chunk_workspace.h
-  uint16_t* o;                 // [B, T, H, V]
+  float* final_state;         // [N, H, K, V]
+  float *states, *transfers;  // [cuts, H, K, V], [cuts, H, K, K]: chunk_workspace.h
+  uint16_t* o;                // [B, T, H, V]
 };
 
 // q, k: (K, Hk, T, B), v, o: (V, H, T, B)
@@ -77,23 +83,26 @@ enum class InitialState { zeros, memory, identity };
 struct SweepWork {
   int64_t row, token, length, first_chunk;  // token: the first; length: to the end of the sequence
   int chunks, h, hk;
-  int values, column, groups;               // column: of the slice; groups: warpgroups that have value columns, 0: nothing to do
+  int values, column, groups;  // column: of the slice; groups: warpgroups that have value columns, 0: nothing to do
   InitialState initial;
-  const float* initial_state;               // strides k, v
+  const float* initial_state;  // strides k, v
   StateStrides strides;
-  float* final_state;                       // [K, values] or null
+  float* final_state;  // [K, values] or null
   __device__ int count(int chunk) const { return static_cast<int>(min(length - int64_t{chunk} * C, int64_t{C})); }
   // The transfer matrix of a segment is what it makes of the identity, with V = 0.
   __device__ bool is_transfer() const { return initial == InitialState::identity; }
 };
 
 // Segment s of sequence n.
-__device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence& sequence, int64_t n, int s, int h, int values, int column) {
+__device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence& sequence, int64_t n, int s, int h,
+                                         int values, int column) {
   int begin = 0, end = sequence.chunks;
   if (sequence.segments > 1)
-    begin = segment_begin(sequence.chunks, sequence.segments, s), end = segment_begin(sequence.chunks, sequence.segments, s + 1);
+    begin = segment_begin(sequence.chunks, sequence.segments, s),
+    end = segment_begin(sequence.chunks, sequence.segments, s + 1);
   SweepWork work{};
-  work.row = sequence.row, work.token = sequence.begin + int64_t{begin} * C, work.length = sequence.length - int64_t{begin} * C;
+  work.row = sequence.row, work.token = sequence.begin + int64_t{begin} * C,
+  work.length = sequence.length - int64_t{begin} * C;
   work.first_chunk = sequence.first_chunk + begin, work.chunks = end - begin;
   work.h = h, work.hk = h / static_cast<int>(quotient(p.H, p.Hk));
   work.values = values, work.column = column, work.groups = values - column > kRows ? 2 : 1;
@@ -140,7 +149,8 @@ __device__ inline SweepWork cut_work(const SweepArguments& p) {
   const bool transfer = slice >= p.slices;
   if (transfer && s == 0) return {};  // the first segment starts from the true state
   const int64_t values = transfer ? p.K : p.V;
-  SweepWork work = segment_work(p, sequence, n, s, h, static_cast<int>(values), (transfer ? slice - p.slices : slice) * kSlice);
+  SweepWork work =
+      segment_work(p, sequence, n, s, h, static_cast<int>(values), (transfer ? slice - p.slices : slice) * kSlice);
   work.final_state = (transfer ? p.transfers : p.states) + (cut * p.H + h) * p.K * values;
   if (transfer) work.initial = InitialState::identity;
   return work;
@@ -150,8 +160,8 @@ template <class Config>
 struct SweepShared {
   SweepStage<Config> stage[Config::stages];
   alignas(kTileAlign) char o[kGroups][ValueTile::bytes];
-  Ring<Config::stages> ring;          // filled: the copies have arrived
-  Event normalised[Config::stages];   // k and q are Kn and Qn
+  Ring<Config::stages> ring;         // filled: the copies have arrived
+  Event normalised[Config::stages];  // k and q are Kn and Qn
   SweepWork work;
 
   // Of a transfer matrix's values nothing is ever loaded.
@@ -175,8 +185,10 @@ struct SweepShared {
       }
   }
 };
-static_assert(sizeof(SweepShared<SweepConfig<64, true>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<96, true>>) <= 227 * 1024);
-static_assert(sizeof(SweepShared<SweepConfig<128, true>>) <= 227 * 1024 && sizeof(SweepShared<SweepConfig<192, true>>) <= 227 * 1024);
+static_assert(sizeof(SweepShared<SweepConfig<64, true>>) <= 227 * 1024 &&
+              sizeof(SweepShared<SweepConfig<96, true>>) <= 227 * 1024);
+static_assert(sizeof(SweepShared<SweepConfig<128, true>>) <= 227 * 1024 &&
+              sizeof(SweepShared<SweepConfig<192, true>>) <= 227 * 1024);
 static_assert(sizeof(SweepShared<SweepConfig<256, true>>) <= 227 * 1024);
 
 // Of a chunk's turn in the ring; computed, because the consumers have no register to keep it in.

@@ -3,8 +3,10 @@
 namespace jet::hopper {
 
 template void launch_sweep<SweepConfig<192, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<192, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<192, false>>(const SweepArguments& p, const SweepMaps& maps,
+                                                    cudaStream_t stream);
 template void launch_sweep<SweepConfig<256, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<256, false>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
+template void launch_sweep<SweepConfig<256, false>>(const SweepArguments& p, const SweepMaps& maps,
+                                                    cudaStream_t stream);
 
 }  // namespace jet::hopper

@@ -1,5 +1,6 @@
-// Speculative decoding, first half: outputs of T draft tokens, of which some prefix will be accepted. The recurrence is that of
-// recurrent_gated_delta_rule.h, but the pool is only read. What the state needs to advance by any prefix is written out:
+// Speculative decoding, first half: outputs of T draft tokens, of which some prefix will be accepted. The recurrence is
+// that of recurrent_gated_delta_rule.h, but the pool is only read. What the state needs to advance by any prefix is
+// written out:
 //   keys[n, t, h / (H / Hk)] = k_t, after the l2norm if there is one       updates[n, t, h] = u_t
 // recurrent_gated_delta_rule_commit then does S <- exp(g_t) S + k_t u_t^T for the accepted tokens.
 #pragma once

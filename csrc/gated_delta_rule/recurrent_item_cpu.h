@@ -1,7 +1,8 @@
-// What the CPU kernels of the recurrent ops share: bound by reading and writing the states once. One work item is a sequence, a
-// value head and a slice of V, processed in stripes one register tile wide. A token takes two passes over its stripe: the
-// first, from memory, forms S^T k and S^T q together; the second, from L1, updates S, and is the first of the next token. The
-// read-out of the updated state needs no third pass, as (e^g S + k u^T)^T q = e^g S^T q + (q.k) u.
+// What the CPU kernels of the recurrent ops share: bound by reading and writing the states once. One work item is a
+// sequence, a value head and a slice of V, processed in stripes one register tile wide. A token takes two passes over
+// its stripe: the first, from memory, forms S^T k and S^T q together; the second, from L1, updates S, and is the first
+// of the next token. The read-out of the updated state needs no third pass, as (e^g S + k u^T)^T q = e^g S^T q + (q.k)
+// u.
 #pragma once
 
 #include "csrc/gated_delta_rule/recurrent_gated_delta_rule_verify.h"
@@ -69,10 +70,11 @@ struct Rows {
   }
 };
 
-// to <- S with S <- e^g S + k u^T for `count` tokens, one after the other, on S = from, which is read once. u(t, j): vector j of
-// u_t. see(i, s) is shown each new row.
+// to <- S with S <- e^g S + k u^T for `count` tokens, one after the other, on S = from, which is read once. u(t, j):
+// vector j of u_t. see(i, s) is shown each new row.
 template <int NV, class T, class From, class To, class U, class See>
-JET_INLINE void advance(const Token<T>* tokens, long count, long K, Rows<From> from, Rows<To> to, const U& u, const See& see) {
+JET_INLINE void advance(const Token<T>* tokens, long count, long K, Rows<From> from, Rows<To> to, const U& u,
+                        const See& see) {
   for (long i = 0; i < K; ++i) {
     Vector<T> s[NV];
     from.get(i, s);
@@ -91,7 +93,8 @@ struct Slice {
   long n, h, v0, v1;
 };
 
-// f(slice, item) for slices that cover everything; carve(from, columns) makes the item: scratch memory for so many columns.
+// f(slice, item) for slices that cover everything; carve(from, columns) makes the item: scratch memory for so many
+// columns.
 template <class T, class Carve, class F>
 inline void for_slices(const Parallel& parallel, long N, long H, long V, const Carve& carve, const F& f) {
   constexpr long W = Simd<T>::stripe;
@@ -141,9 +144,9 @@ constexpr long kTokens = 16;  // tokens whose q and k are prepared at a time, sh
 
 template <class T>
 struct RecurrentItem {
-  long ld;             // K rounded up to whole vectors
-  T *q, *k;            // [kTokens, ld]
-  T *stripes, *vo, *u; // [V / W][K, W], [W], [W]
+  long ld;              // K rounded up to whole vectors
+  T *q, *k;             // [kTokens, ld]
+  T *stripes, *vo, *u;  // [V / W][K, W], [W], [W]
   Token<T> tokens[kTokens];
 
   void carve(Carver& from, long K, long V) {
@@ -155,7 +158,8 @@ struct RecurrentItem {
 
 // item.tokens [count] for the tokens from t
 template <class In, class T>
-inline void load_tokens(const RecurrentGatedDeltaRuleParams& p, long n, long h, long t, long count, RecurrentItem<T>& item) {
+inline void load_tokens(const RecurrentGatedDeltaRuleParams& p, long n, long h, long t, long count,
+                        RecurrentItem<T>& item) {
   using S = Simd<T>;
   const long hk = h / (p.H / p.Hk);
   for (long i = 0; i < count; ++i) {
@@ -170,7 +174,8 @@ inline void load_tokens(const RecurrentGatedDeltaRuleParams& p, long n, long h, 
   }
 }
 
-// Else it is recurrent_gated_delta_rule: one code for both takes half the time to compile, and looks at this once per token.
+// Else it is recurrent_gated_delta_rule: one code for both takes half the time to compile, and looks at this once per
+// token.
 JET_INLINE bool is_verify(const RecurrentGatedDeltaRuleVerifyParams& vp) { return vp.updates != nullptr; }
 
 // Where o and updates of token t are.
@@ -215,18 +220,20 @@ JET_INLINE void read_state(const Token<T>& token, long K, Rows<From> from, Readi
 
 // The second pass of a token, and the first pass of `next`.
 template <int NV, class T, class From, class To>
-JET_INLINE void advance_and_read(const Token<T>& token, const Vector<T> (&u)[NV], const Token<T>& next, long K, Rows<From> from,
-                                 Rows<To> to, Reading<NV, T>& reading) {
+JET_INLINE void advance_and_read(const Token<T>& token, const Vector<T> (&u)[NV], const Token<T>& next, long K,
+                                 Rows<From> from, Rows<To> to, Reading<NV, T>& reading) {
   const Token<T> copy = token;  // as a store to the state might change the original, for all that the compiler knows
   const T *k = next.k, *q = next.q;
   reading.clear();
-  advance<NV>(&copy, 1, K, from, to, [&](long, int j) { return u[j]; },
-              [&](long i, const auto& s) { reading.add_row(k[i], q[i], s); });
+  advance<NV>(
+      &copy, 1, K, from, to, [&](long, int j) { return u[j]; },
+      [&](long i, const auto& s) { reading.add_row(k[i], q[i], s); });
 }
 
 // The second pass of a token alone.
 template <int NV, class T, class From, class To>
-JET_INLINE void advance_by_token(const Token<T>& token, const Vector<T> (&u)[NV], long K, Rows<From> from, Rows<To> to) {
+JET_INLINE void advance_by_token(const Token<T>& token, const Vector<T> (&u)[NV], long K, Rows<From> from,
+                                 Rows<To> to) {
   const Token<T> copy = token;
   advance<NV>(&copy, 1, K, from, to, [&](long, int j) { return u[j]; }, [](long, const auto&) {});
 }
@@ -243,12 +250,13 @@ class Call {
   void (*run_)(const void*, long);
 };
 
-// A block of tokens on one stripe, of which some may come before or after. The state is in `pool` before the first token of all
-// and after the last, and in `stripe` between tokens; verify has no use for it after the last. load_v(t) brings v to item.vo,
-// store_outputs(t) takes o from there and u from item.u.
+// A block of tokens on one stripe, of which some may come before or after. The state is in `pool` before the first
+// token of all and after the last, and in `stripe` between tokens; verify has no use for it after the last. load_v(t)
+// brings v to item.vo, store_outputs(t) takes o from there and u from item.u.
 template <int NV, class T, class St>
-__attribute__((noinline)) void recurrent_block(const RecurrentItem<T>& item, bool verify, long count, bool begins, bool ends, long K,
-                                               T scale, Rows<St> pool, Rows<T> stripe, Call load_v, Call store_outputs) {
+__attribute__((noinline)) void recurrent_block(const RecurrentItem<T>& item, bool verify, long count, bool begins,
+                                               bool ends, long K, T scale, Rows<St> pool, Rows<T> stripe, Call load_v,
+                                               Call store_outputs) {
   const Token<T>* token = item.tokens;
   Reading<NV, T> reading;
   Vector<T> u[NV];

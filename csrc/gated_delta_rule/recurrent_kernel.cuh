@@ -1,11 +1,12 @@
-// The recurrent gated delta rule on a GPU: bound by reading and writing the states once. docs/gated_delta_rule.md has the data sheet.
+// The recurrent gated delta rule on a GPU: bound by reading and writing the states once. docs/gated_delta_rule.md has
+// the data sheet.
 //
-// A CTA of 2 K threads has one sequence and one key head, and walks over slices of `tile` columns of the states S [K, V] of the value
-// heads that read it. A thread keeps `rows` x `columns` of a slice in registers, loaded and stored in 16-byte accesses; while it waits,
-// the other CTAs of the multiprocessor work. Per token:
-//   p = S^T k, r = S^T q   [tile]: partial sums per thread, then per warp by shuffles, then over the warps through shared memory
+// A CTA of 2 K threads has one sequence and one key head, and walks over slices of `tile` columns of the states S [K,
+// V] of the value heads that read it. A thread keeps `rows` x `columns` of a slice in registers, loaded and stored in
+// 16-byte accesses; while it waits, the other CTAs of the multiprocessor work. Per token:
+//   p = S^T k, r = S^T q          [tile]: partial sums per thread, then per warp by shuffles, then over the warps
 //   u = beta (v - e^g p)
-//   o = scale (e^g r + <q, k> u)       = scale S'^T q of the updated state S' = e^g S + k u^T, without a second pass
+//   o = scale (e^g r + <q, k> u)  = scale S'^T q of the updated state S' = e^g S + k u^T, without a second pass
 //   S <- e^g S + k u^T
 #pragma once
 
@@ -33,13 +34,15 @@ using RecurrentRaw = float[Config::rows][4];
 
 // Waits for nothing.
 template <class Config>
-__device__ void load_state(RecurrentRaw<Config>& raw, const typename Config::State* from, int64_t stride, bool asked = true) {
+__device__ void load_state(RecurrentRaw<Config>& raw, const typename Config::State* from, int64_t stride,
+                           bool asked = true) {
 #pragma unroll
   for (int j = 0; j < Config::rows; ++j)
-    asm volatile("{\n.reg .pred asked;\nsetp.ne.s32 asked, %5, 0;\n@asked ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
-                 : "=f"(raw[j][0]), "=f"(raw[j][1]), "=f"(raw[j][2]), "=f"(raw[j][3])
-                 : "l"(from + j * stride), "r"(int{asked})
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred asked;\nsetp.ne.s32 asked, %5, 0;\n@asked ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+        : "=f"(raw[j][0]), "=f"(raw[j][1]), "=f"(raw[j][2]), "=f"(raw[j][3])
+        : "l"(from + j * stride), "r"(int{asked})
+        : "memory");
 }
 
 // Where the next slice is loaded to.
@@ -94,8 +97,9 @@ __device__ void load_rows(float (&x)[rows], const float* row) {
   }
 }
 
-// sum over `count` rows from `first` of x[j] s[j][c], as a balanced tree. The shuffles go on with the same tree, so that a sum does not
-// depend on how many rows a thread has: a sequence gives the same bits in every batch, whatever tiles are chosen.
+// sum over `count` rows from `first` of x[j] s[j][c], as a balanced tree. The shuffles go on with the same tree, so
+// that a sum does not depend on how many rows a thread has: a sequence gives the same bits in every batch, whatever
+// tiles are chosen.
 template <int count, int rows, int columns>
 __device__ float dot_tree(const float (&x)[rows], const float (&s)[rows][columns], int c, int first = 0) {
   if constexpr (count == 1)
@@ -108,14 +112,16 @@ __device__ float dot_tree(const float (&x)[rows], const float (&s)[rows][columns
 
 // p = S^T k and r = S^T q of the warp's rows to shared.partial[half, warp].
 template <class Config>
-__device__ void reduce_over_rows(const RecurrentShared& shared, const RecurrentThread<Config>& me, const RecurrentState<Config>& s,
-                                 const float (&k)[Config::rows], const float (&q)[Config::rows], int half) {
+__device__ void reduce_over_rows(const RecurrentShared& shared, const RecurrentThread<Config>& me,
+                                 const RecurrentState<Config>& s, const float (&k)[Config::rows],
+                                 const float (&q)[Config::rows], int half) {
   const bool has_r = me.lane_group % 2 != 0;
   float sums[Config::columns];
 #pragma unroll
   for (int c = 0; c < Config::columns; ++c) {
     const float p = dot_tree<Config::rows>(k, s, c), r = dot_tree<Config::rows>(q, s, c);
-    sums[c] = (has_r ? r : p) + __shfl_xor_sync(0xffffffffu, has_r ? p : r, Config::lanes);  // neighbours give each other what is not in their care
+    sums[c] = (has_r ? r : p) + __shfl_xor_sync(0xffffffffu, has_r ? p : r,
+                                                Config::lanes);  // neighbours give each other what is not in their care
   }
 #pragma unroll
   for (int offset = 2 * Config::lanes; offset < 32; offset *= 2)
@@ -141,7 +147,8 @@ __device__ void load_columns(float (&x)[Config::columns], const float* row, cons
 
 // x[columns] = sum over the warps, in their order, of p in even lane groups and of r in odd ones
 template <class Config>
-__device__ void sum_of_warps(float (&x)[Config::columns], const RecurrentShared& shared, const RecurrentThread<Config>& me, int half) {
+__device__ void sum_of_warps(float (&x)[Config::columns], const RecurrentShared& shared,
+                             const RecurrentThread<Config>& me, int half) {
   const int warps = blockDim.x / 32;
   const float* partial = shared.partial + (half * warps * 2 + me.lane_group % 2) * Config::tile;
   load_columns<Config>(x, partial, me);
@@ -154,11 +161,13 @@ __device__ void sum_of_warps(float (&x)[Config::columns], const RecurrentShared&
   }
 }
 
-// One token on one slice: token i in shared memory, which is token t. `column`: the slice's first, among those of the CTA.
+// One token on one slice: token i in shared memory, which is token t. `column`: the slice's first, among those of the
+// CTA.
 template <class Config>
 __device__ void recurrent_token(RecurrentState<Config>& s, const RecurrentArguments& p, const RecurrentShared& shared,
-                                const RecurrentPlace& at, const RecurrentThread<Config>& me, const TokenFactors& factors,
-                                const TokenGates& gates, int column, int t, int i, int half) {
+                                const RecurrentPlace& at, const RecurrentThread<Config>& me,
+                                const TokenFactors& factors, const TokenGates& gates, int column, int t, int i,
+                                int half) {
   constexpr bool commit = Config::mode == RecurrentMode::commit;
   const float* token = shared.qk + i * 2 * p.K + me.i;
   float k[Config::rows], u[Config::columns];
@@ -182,7 +191,7 @@ __device__ void recurrent_token(RecurrentState<Config>& s, const RecurrentArgume
 #pragma unroll
     for (int c = 0; c < Config::columns; ++c) {
       const float predicted = __shfl_sync(0xffffffffu, x[c], threadIdx.x % 32 & ~Config::lanes);
-      u[c] = gates.beta * fmaf(-gates.decay, predicted, u[c]);                 // u = beta (v - e^g p)
+      u[c] = gates.beta * fmaf(-gates.decay, predicted, u[c]);                // u = beta (v - e^g p)
       o[c] = p.scale * fmaf(gates.decay, x[c], __fmul_rn(factors.qk, u[c]));  // o = scale (e^g r + <q, k> u)
     }
     if (threadIdx.x / Config::lanes == 1 && (!Config::partial || column + me.c < at.columns<Config>(p))) {
@@ -215,11 +224,13 @@ __device__ void write_zeros(const RecurrentArguments& p, const RecurrentPlace& a
   }
 }
 
-// Hides from the compiler that x stays as it is: what it would then compute once and keep takes registers that the state needs.
+// Hides from the compiler that x stays as it is: what it would then compute once and keep takes registers that the
+// state needs.
 __device__ inline void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(const __grid_constant__ RecurrentArguments p) {
+__global__ void __launch_bounds__(Config::threads_at_a_time)
+    recurrent_kernel(const __grid_constant__ RecurrentArguments p) {
   using State = typename Config::State;
   extern __shared__ __align__(16) float memory[];
   const RecurrentShared shared(Config(), memory, p);
@@ -235,11 +246,13 @@ __global__ void __launch_bounds__(Config::threads_at_a_time) recurrent_kernel(co
   const TokensInFlight<Config, Config::first_tokens> first(p, at, 0, T);
   const int64_t row = load_row(p.pool, at.n);
   const StateStrides& strides = p.pool.strides;
-  State* state = static_cast<State*>(p.pool.data) + row * strides.n + at.h * strides.h + me.i * strides.k + at.column + me.c;
+  State* state =
+      static_cast<State*>(p.pool.data) + row * strides.n + at.h * strides.h + me.i * strides.k + at.column + me.c;
   RecurrentState<Config> s;
   RecurrentRaw<Config> ahead;
   RecurrentRaw<Config>& next = place_of_next<Config>(s, ahead);
-  const bool has_columns = !Config::partial || me.c < at.columns<Config>(p);  // in every slice of a CTA with more than one
+  const bool has_columns =
+      !Config::partial || me.c < at.columns<Config>(p);  // in every slice of a CTA with more than one
   load_state<Config>(next, state, strides.k, row >= 0 && has_columns);
   first.store(p, shared, at, 0, T, 0);
   if (row < 0) return write_zeros<Config>(p, at);

@@ -1,5 +1,5 @@
-// Launches of the recurrent kernel: recurrent_gated_delta_rule, its verify and its commit. In one file, as most of the time to compile one
-// of them would go to what they share.
+// Launches of the recurrent kernel: recurrent_gated_delta_rule, its verify and its commit. In one file, as most of the
+// time to compile one of them would go to what they share.
 #include "csrc/gated_delta_rule/recurrent_kernel.cuh"
 #include "csrc/hopper/device.h"
 
@@ -26,7 +26,8 @@ void launch_recurrent(const char* op, RecurrentArguments& p, int slices, cudaStr
 template <RecurrentMode mode>
 void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
   if (p.N * p.H == 0 || p.T == 0) return;
-  const RecurrentTiles tiles = choose_recurrent_tiles(p.pool.dtype, p.N, p.T, p.H, p.Hk, p.V, current_device_facts().multiprocessors);
+  const RecurrentTiles tiles =
+      choose_recurrent_tiles(p.pool.dtype, p.N, p.T, p.H, p.Hk, p.V, current_device_facts().multiprocessors);
   const auto on = [&](auto tile) {
     if (p.pool.dtype == Dtype::f32)
       launch_recurrent<float, tile.value, mode>(op, p, tiles.slices, static_cast<cudaStream_t>(stream));
@@ -40,9 +41,11 @@ void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
 // The arguments that step and verify share.
 RecurrentArguments recurrent_arguments(const RecurrentGatedDeltaRuleParams& p) {
   RecurrentArguments a{};
-  a.N = p.N, a.T = static_cast<int>(p.T), a.H = p.H, a.Hk = p.Hk, a.K = static_cast<int>(p.K), a.V = static_cast<int>(p.V);
+  a.N = p.N, a.T = static_cast<int>(p.T), a.H = p.H, a.Hk = p.Hk, a.K = static_cast<int>(p.K),
+  a.V = static_cast<int>(p.V);
   a.scale = static_cast<float>(p.scale), a.l2norm_qk = p.l2norm_qk;
-  a.q = token_tensor(p.q, p.dtype, p.q_strides), a.k = token_tensor(p.k, p.dtype, p.k_strides), a.v = token_tensor(p.v, p.dtype, p.v_strides);
+  a.q = token_tensor(p.q, p.dtype, p.q_strides), a.k = token_tensor(p.k, p.dtype, p.k_strides),
+  a.v = token_tensor(p.v, p.dtype, p.v_strides);
   a.g = token_tensor(p.g, p.g_dtype, p.g_strides), a.beta = token_tensor(p.beta, p.beta_dtype, p.beta_strides);
   a.pool = p.pool, a.o = p.o, a.o_dtype = p.dtype;
   return a;
@@ -64,7 +67,8 @@ void recurrent_gated_delta_rule_verify_hopper(const RecurrentGatedDeltaRuleVerif
 
 void recurrent_gated_delta_rule_commit_hopper(const RecurrentGatedDeltaRuleCommitParams& p, void* stream) {
   hopper::RecurrentArguments a{};
-  a.N = p.N, a.T = static_cast<int>(p.T), a.H = p.H, a.Hk = p.Hk, a.K = static_cast<int>(p.K), a.V = static_cast<int>(p.V);
+  a.N = p.N, a.T = static_cast<int>(p.T), a.H = p.H, a.Hk = p.Hk, a.K = static_cast<int>(p.K),
+  a.V = static_cast<int>(p.V);
   a.k = hopper::token_tensor(p.keys, Dtype::f32, {p.T * p.Hk * p.K, p.Hk * p.K, p.K, 1});
   a.v = hopper::token_tensor(p.updates, Dtype::f32, {p.T * p.H * p.V, p.H * p.V, p.V, 1});
   a.g = hopper::token_tensor(p.g, p.g_dtype, p.g_strides);

@@ -12,16 +12,20 @@ template <class State_, int tile_, RecurrentMode mode_>
 struct RecurrentConfig {
   using State = State_;  // float or bf16
   static constexpr RecurrentMode mode = mode_;
-  static constexpr int tile = tile_;                  // columns of a slice
-  static constexpr bool partial = tile < 64;          // a slice may be wider than what is left of a head, where 64 does not divide V
+  static constexpr int tile = tile_;  // columns of a slice
+  static constexpr bool partial =
+      tile < 64;  // a slice may be wider than what is left of a head, where 64 does not divide V
   static constexpr int columns = 16 / sizeof(State);  // of a thread: one 16-byte access
   static constexpr int lanes = tile / columns;        // threads side by side in a row
-  static constexpr int rows = lanes / 2;              // of a thread, so that K / rows * lanes = 2 K threads cover a slice
-  // Whether the next slice is loaded while this one is worked on. In fp32 it would take 32 registers, and a CTA less on a multiprocessor.
+  static constexpr int rows = lanes / 2;  // of a thread, so that K / rows * lanes = 2 K threads cover a slice
+  // Whether the next slice is loaded while this one is worked on. In fp32 it would take 32 registers, and a CTA less on
+  // a multiprocessor.
   static constexpr bool ahead = columns == 8;
-  // That share the registers of a multiprocessor. 768: 80 registers each, four CTAs at K = 96, three at K = 128; 640: 96, three and two.
+  // That share the registers of a multiprocessor. 768: 80 registers each, four CTAs at K = 96, three at K = 128; 640:
+  // 96, three and two.
   static constexpr int threads_at_a_time = ahead ? 640 : 768;
-  static constexpr int first_tokens = mode == RecurrentMode::step ? 1 : 2;  // whose loads a thread has under way at the beginning
+  static constexpr int first_tokens =
+      mode == RecurrentMode::step ? 1 : 2;  // whose loads a thread has under way at the beginning
   static_assert(rows >= 1 && lanes <= 16, "neighbouring row groups of a warp add up the two sums of a column");
 };
 
@@ -40,7 +44,9 @@ struct RecurrentShared {
   float* v;           // [tokens, columns of the CTA] v, or u for commit
   float* partial;     // [2, warps, 2, tile] p and r of a warp; tokens alternate between the halves
   TokenGates* gates;  // [tokens, heads]
-  static int64_t floats(const RecurrentArguments& p, int tile) { return p.tokens * (2 * p.K + p.columns + 2 * p.heads) + 2 * (p.K / 16) * 2 * tile; }
+  static int64_t floats(const RecurrentArguments& p, int tile) {
+    return p.tokens * (2 * p.K + p.columns + 2 * p.heads) + 2 * (p.K / 16) * 2 * tile;
+  }
   template <class Config>
   __device__ RecurrentShared(Config, float* memory, const RecurrentArguments& p) {
     qk = memory, v = qk + p.tokens * 2 * p.K;
@@ -60,15 +66,18 @@ struct RecurrentPlace {
 };
 
 __device__ inline RecurrentPlace recurrent_place(const RecurrentArguments& p) {
-  const uint32_t unit = p.parts.quotient(blockIdx.x), n = p.head_groups.quotient(unit), h = (unit - n * p.head_groups.d) * p.heads;
+  const uint32_t unit = p.parts.quotient(blockIdx.x), n = p.head_groups.quotient(unit),
+                 h = (unit - n * p.head_groups.d) * p.heads;
   return {n, h, p.group.quotient(h), (blockIdx.x - unit * p.parts.d) * p.columns};
 }
 
 // Each key head is written by one CTA.
-__device__ inline bool writes_keys(const RecurrentArguments& p, const RecurrentPlace& at) { return at.column == 0 && at.h == at.hk * p.group.d; }
+__device__ inline bool writes_keys(const RecurrentArguments& p, const RecurrentPlace& at) {
+  return at.column == 0 && at.h == at.hk * p.group.d;
+}
 
-// Loads of types known at run time only, as predicated instructions: the compiler must see no branch between the first load of a token
-// and its last use. After a branch it would wait for the state as well.
+// Loads of types known at run time only, as predicated instructions: the compiler must see no branch between the first
+// load of a token and its last use. After a branch it would wait for the state as well.
 
 // Elements of 32 or of 16 bits.
 struct AnyElement {
@@ -76,7 +85,8 @@ struct AnyElement {
 };
 
 __device__ inline AnyElement load_element(bool asked, Dtype dtype, const void* from) {
-  AnyElement x{};  // else the registers would have to be kept from the beginning, for what a load that is not done leaves in them
+  AnyElement x{};  // else the registers would have to be kept from the beginning, for what a load that is not done
+                   // leaves in them
   asm volatile(
       "{\n"
       ".reg .pred wide, narrow;\n"
@@ -112,9 +122,11 @@ __device__ inline int64_t load_row(const StatePool& pool, uint32_t n) {
   return row < pool.P ? row : -1;
 }
 
-__device__ inline AnyElement load_element(bool asked, const TokenTensor& x, uint32_t n, uint32_t t, uint32_t h, uint32_t d) {
+__device__ inline AnyElement load_element(bool asked, const TokenTensor& x, uint32_t n, uint32_t t, uint32_t h,
+                                          uint32_t d) {
   const auto times = [](uint32_t i, int64_t stride) { return i * static_cast<uint64_t>(stride); };
-  const char* const from = static_cast<const char*>(x.data) + times(n, x.bytes.b) + times(t, x.bytes.t) + times(h, x.bytes.h) + times(d, x.bytes.d);
+  const char* const from = static_cast<const char*>(x.data) + times(n, x.bytes.b) + times(t, x.bytes.t) +
+                           times(h, x.bytes.h) + times(d, x.bytes.d);
   return load_element(asked, x.dtype, from);
 }
 
@@ -134,7 +146,9 @@ struct TokensInFlight {
   __device__ TokensInFlight(const RecurrentArguments& p, const RecurrentPlace& at, int t, int count) {
     const bool is_q = threadIdx.x < p.K, has_gates = threadIdx.x < p.heads;
     const TokenStrides &q = p.q.bytes, &k = p.k.bytes;
-    const TokenTensor x{is_q ? p.q.data : p.k.data, p.k.dtype, {is_q ? q.b : k.b, is_q ? q.t : k.t, is_q ? q.h : k.h, is_q ? q.d : k.d}};
+    const TokenTensor x{is_q ? p.q.data : p.k.data,
+                        p.k.dtype,
+                        {is_q ? q.b : k.b, is_q ? q.t : k.t, is_q ? q.h : k.h, is_q ? q.d : k.d}};
 #pragma unroll
     for (int i = 0; i < tokens; ++i) {
       const bool asked = i == 0 || i < count;
@@ -147,11 +161,13 @@ struct TokensInFlight {
   }
 
   // The same tokens to shared memory, from place `first` on.
-  __device__ void store(const RecurrentArguments& p, const RecurrentShared& shared, const RecurrentPlace& at, int t, int count, int first) const {
+  __device__ void store(const RecurrentArguments& p, const RecurrentShared& shared, const RecurrentPlace& at, int t,
+                        int count, int first) const {
 #pragma unroll
     for (int i = 0; i < tokens; ++i) {
       const bool asked = i == 0 || i < count;
-      if (asked && !(commit && threadIdx.x < p.K)) shared.qk[(first + i) * 2 * p.K + threadIdx.x] = value_of(qk[i], p.k.dtype);
+      if (asked && !(commit && threadIdx.x < p.K))
+        shared.qk[(first + i) * 2 * p.K + threadIdx.x] = value_of(qk[i], p.k.dtype);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int c = threadIdx.x + j * blockDim.x;
@@ -170,7 +186,8 @@ struct TokensInFlight {
  private:
   static __device__ int place(int c) { return c - c % Config::tile + slot<Config>(c % Config::tile); }
   // Column c of the CTA's, counted through its heads: one of more than one head begins at column 0.
-  static __device__ AnyElement load_column(bool asked, const RecurrentArguments& p, const RecurrentPlace& at, int t, uint32_t c) {
+  static __device__ AnyElement load_column(bool asked, const RecurrentArguments& p, const RecurrentPlace& at, int t,
+                                           uint32_t c) {
     const uint32_t h = p.width.quotient(c);
     return load_element(asked && c < at.columns<Config>(p), p.v, at.n, t, at.h + h, at.column + c - h * p.V);
   }
@@ -190,11 +207,11 @@ struct TokenFactors {
   }
 };
 
-// To `mine`: the factors of tokens begin .. end - 1 in shared memory, of token i in lane i; t: of token 0. Every warp finds them for itself,
-// as that is shorter than to wait for another.
+// To `mine`: the factors of tokens begin .. end - 1 in shared memory, of token i in lane i; t: of token 0. Every warp
+// finds them for itself, as that is shorter than to wait for another.
 template <class Config>
-__device__ void find_factors(TokenFactors& mine, const RecurrentArguments& p, const RecurrentShared& shared, const RecurrentPlace& at, int t,
-                             int begin, int end) {
+__device__ void find_factors(TokenFactors& mine, const RecurrentArguments& p, const RecurrentShared& shared,
+                             const RecurrentPlace& at, int t, int begin, int end) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {

@@ -1,8 +1,8 @@
 // Warps, warpgroups and clusters: who am I, who leads, wait for the others.
 #pragma once
 
-#include <cute/arch/cluster_sm90.hpp>
 #include <cutlass/arch/reg_reconfig.h>
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "csrc/hopper/barrier.h"
 

@@ -43,18 +43,22 @@ __device__ inline float load_as_float(const void* data, Dtype dtype, int64_t i) 
   return __half2float(static_cast<const __half*>(data)[i]);
 }
 
-// Elements i .. i + n - 1 from x, rounded to nearest even, 16 bytes at a time where n allows it. i is a multiple of n, `data` 16-byte aligned.
+// Elements i .. i + n - 1 from x, rounded to nearest even, 16 bytes at a time where n allows it. i is a multiple of n,
+// `data` 16-byte aligned.
 template <int n>
 __device__ void store_rounded(void* data, Dtype dtype, int64_t i, const float (&x)[n]) {
   static_assert(n == 4 || n == 8);
   if (dtype == Dtype::f32) {
 #pragma unroll
-    for (int j = 0; j < n; j += 4) __stcg(reinterpret_cast<float4*>(static_cast<float*>(data) + i + j), make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]));
+    for (int j = 0; j < n; j += 4)
+      __stcg(reinterpret_cast<float4*>(static_cast<float*>(data) + i + j),
+             make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]));
     return;
   }
   uint32_t words[n / 2];
 #pragma unroll
-  for (int j = 0; j < n / 2; ++j) words[j] = dtype == Dtype::bf16 ? pack<bf16>(x[2 * j], x[2 * j + 1]) : pack<f16>(x[2 * j], x[2 * j + 1]);
+  for (int j = 0; j < n / 2; ++j)
+    words[j] = dtype == Dtype::bf16 ? pack<bf16>(x[2 * j], x[2 * j + 1]) : pack<f16>(x[2 * j], x[2 * j + 1]);
   uint16_t* to = static_cast<uint16_t*>(data) + i;
   if constexpr (n == 4)
     __stcg(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));

@@ -27,7 +27,8 @@ const DeviceFacts& device_facts(int device) {
   if (found != known.end()) return found->second;
   const int capability =
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
-  return known.emplace(device, DeviceFacts{capability, attribute(cudaDevAttrMultiProcessorCount, device)}).first->second;
+  return known.emplace(device, DeviceFacts{capability, attribute(cudaDevAttrMultiProcessorCount, device)})
+      .first->second;
 }
 
 const DeviceFacts& current_device_facts() {

@@ -16,9 +16,11 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 // Throws std::runtime_error "<what>: <argument> must be <expected>, got <got>" unless `holds`.
-inline void require(bool holds, const char* what, const std::string& argument, const std::string& expected, long long got) {
+inline void require(bool holds, const char* what, const std::string& argument, const std::string& expected,
+                    long long got) {
   if (holds) return;
-  throw std::runtime_error(std::string(what) + ": " + argument + " must be " + expected + ", got " + std::to_string(got));
+  throw std::runtime_error(std::string(what) + ": " + argument + " must be " + expected + ", got " +
+                           std::to_string(got));
 }
 
 }  // namespace jet::hopper

@@ -14,24 +14,30 @@ struct LaunchShape {
   int threads = 128;
   int shared_bytes = 0;  // dynamic
   int cluster = 1;       // CTAs along x; divides grid.x
-  bool early = false;    // may begin before the kernel that stands before it on the stream has ended: it calls wait_for_previous_kernel()
+  bool early = false;    // may begin before the kernel that stands before it on the stream has ended: it calls
+                         // wait_for_previous_kernel()
 };
 
-// The two halves of programmatic dependent launch. A kernel launched `early` calls the first in every CTA before it reads or writes
-// anything that another kernel of the stream may touch; when it returns, the kernels before have ended and their writes are visible. The
-// kernel before it may call the second, in every CTA, when all of its CTAs run or have run: until then nothing of the next one starts.
+// The two halves of programmatic dependent launch. A kernel launched `early` calls the first in every CTA before it
+// reads or writes anything that another kernel of the stream may touch; when it returns, the kernels before have ended
+// and their writes are visible. The kernel before it may call the second, in every CTA, when all of its CTAs run or
+// have run: until then nothing of the next one starts.
 __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Launches kernel(arguments...) on `stream`. `what` names the op in the text of an error.
 template <class... Parameters, class... Arguments>
-void launch(const char* what, const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Parameters...), Arguments&&... arguments) {
+void launch(const char* what, const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
   if (shape.shared_bytes > 0) {
     const auto* const function = reinterpret_cast<const void*>(kernel);
-    // The limit belongs to the kernel and not to this launch: a smaller one would make the launch of another thread fail.
+    // The limit belongs to the kernel and not to this launch: a smaller one would make the launch of another thread
+    // fail.
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes), what);
     // Else the driver may leave room for fewer CTAs than fit.
-    check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), what);
+    check(
+        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        what);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;

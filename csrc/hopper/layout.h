@@ -14,17 +14,18 @@
 
 namespace jet::hopper {
 
-// How 16-byte units are permuted inside a tile. The value is the length in bytes of a panel's row (see OperandTile); `none` is
-// the layout of plain 8 x 16 byte core matrices.
+// How 16-byte units are permuted inside a tile. The value is the length in bytes of a panel's row (see OperandTile);
+// `none` is the layout of plain 8 x 16 byte core matrices.
 enum class Swizzle : int { none = 16, b32 = 32, b64 = 64, b128 = 128 };
 
 // Which index of an operand A [M, K] or B [N, K] is contiguous in memory: k, or m respectively n.
 enum class Major : int { k, mn };
 
-constexpr int kWarpgroup = 128;  // threads
+constexpr int kWarpgroup = 128;   // threads
 constexpr int kTileAlign = 1024;  // bytes; the 128-byte swizzle repeats every 8 rows of 128 bytes
 
-// Byte offset in a tile after the hardware's permutation: address bits 4.. are xor-ed with bits 7.. . Tiles start at kTileAlign.
+// Byte offset in a tile after the hardware's permutation: address bits 4.. are xor-ed with bits 7.. . Tiles start at
+// kTileAlign.
 JET_INDEX_MAP int swizzled(Swizzle swizzle, int offset) {
   const int units = static_cast<int>(swizzle) / 16;
   return offset ^ (((offset >> 7) & (units - 1)) << 4);
@@ -35,16 +36,16 @@ struct OperandStrides {
   int leading, stride;
 };
 
-// The tile [mn, k] of a wgmma operand in shared memory. The contiguous index is cut into panels one swizzle row wide; a panel is
-// [rows][swizzle bytes], so that one TMA box of that shape fills it. Panels follow each other.
+// The tile [mn, k] of a wgmma operand in shared memory. The contiguous index is cut into panels one swizzle row wide; a
+// panel is [rows][swizzle bytes], so that one TMA box of that shape fills it. Panels follow each other.
 template <class Element, Swizzle swizzle_, Major major_, int mn_, int k_>
 struct OperandTile {
   static constexpr Swizzle swizzle = swizzle_;
   static constexpr Major major = major_;
   static constexpr int mn = mn_, k = k_;
   static constexpr int row_bytes = static_cast<int>(swizzle);
-  static constexpr int panel_width = row_bytes / sizeof(Element);            // elements
-  static constexpr int rows = major == Major::k ? mn : k;                    // of a panel
+  static constexpr int panel_width = row_bytes / sizeof(Element);  // elements
+  static constexpr int rows = major == Major::k ? mn : k;          // of a panel
   static constexpr int panels = (major == Major::k ? k : mn) / panel_width;
   static constexpr int panel_bytes = rows * row_bytes;
   static constexpr int bytes = panels * panel_bytes;
@@ -59,16 +60,20 @@ struct OperandTile {
     return column / panel_width * panel_bytes + swizzled(swizzle, in_panel);
   }
 
-  // Byte offset at which a descriptor of the operand that begins at (i, l) starts; i and l are multiples of the instruction's shape.
+  // Byte offset at which a descriptor of the operand that begins at (i, l) starts; i and l are multiples of the
+  // instruction's shape.
   JET_INDEX_MAP static int start(int i, int l) {
     const int row = major == Major::k ? i : l, column = major == Major::k ? l : i;
-    return column / panel_width * panel_bytes + row * row_bytes + column % panel_width * static_cast<int>(sizeof(Element));
+    return column / panel_width * panel_bytes + row * row_bytes +
+           column % panel_width * static_cast<int>(sizeof(Element));
   }
 
-  // PTX ISA, "Strides" of the wgmma matrix descriptor. Unswizzled tiles exchange the roles of the two strides when MN is contiguous.
+  // PTX ISA, "Strides" of the wgmma matrix descriptor. Unswizzled tiles exchange the roles of the two strides when MN
+  // is contiguous.
   JET_INDEX_MAP static OperandStrides strides() {
     const int eight_rows = 8 * row_bytes;
-    if (swizzle != Swizzle::none) return {major == Major::k ? 16 : panel_bytes, eight_rows};  // K-major: leading is not read
+    if (swizzle != Swizzle::none)
+      return {major == Major::k ? 16 : panel_bytes, eight_rows};  // K-major: leading is not read
     return major == Major::k ? OperandStrides{panel_bytes, eight_rows} : OperandStrides{eight_rows, panel_bytes};
   }
 };
@@ -77,7 +82,8 @@ struct OperandTile {
 JET_INDEX_MAP int accumulator_row(int thread, int r) { return thread / 32 * 16 + thread % 32 / 4 + r / 2 % 2 * 8; }
 JET_INDEX_MAP int accumulator_column(int thread, int r) { return r / 4 * 8 + thread % 4 * 2 + r % 2; }
 
-// Register A operand of wgmma m64k16, 16-bit elements: element e (0, 1) of register i (0..3) of thread t holds A[row, k].
+// Register A operand of wgmma m64k16, 16-bit elements: element e (0, 1) of register i (0..3) of thread t holds A[row,
+// k].
 JET_INDEX_MAP int fragment_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8; }
 JET_INDEX_MAP int fragment_k(int thread, int i, int e) { return i / 2 * 8 + thread % 4 * 2 + e; }
 
@@ -87,7 +93,8 @@ JET_INDEX_MAP int ldmatrix_k(int thread) { return thread % 32 / 16 * 8; }
 
 namespace proof {
 
-// The address that the hardware computes from a descriptor for element (i, l) of an operand (PTX ISA, canonical layouts; T = 16 bytes).
+// The address that the hardware computes from a descriptor for element (i, l) of an operand (PTX ISA, canonical
+// layouts; T = 16 bytes).
 template <class Element>
 constexpr int hardware_address(Swizzle swizzle, Major major, int start, OperandStrides s, int i, int l) {
   constexpr int unit = 16 / sizeof(Element);
@@ -97,7 +104,8 @@ constexpr int hardware_address(Swizzle swizzle, Major major, int start, OperandS
     const int column = swizzle == Swizzle::none ? l / unit * s.leading + l % unit * bytes : l * bytes;
     return swizzled(swizzle, start + i / 8 * s.stride + i % 8 * row_bytes + column);
   }
-  const int per_panel = swizzle == Swizzle::none ? s.stride : s.leading, per_rows = swizzle == Swizzle::none ? s.leading : s.stride;
+  const int per_panel = swizzle == Swizzle::none ? s.stride : s.leading,
+            per_rows = swizzle == Swizzle::none ? s.leading : s.stride;
   return swizzled(swizzle, start + i / width * per_panel + i % width * bytes + l / 8 * per_rows + l % 8 * row_bytes);
 }
 
@@ -107,7 +115,8 @@ constexpr bool descriptor_addresses_the_tile() {
   for (int l0 = 0; l0 < Tile::k; l0 += step_k)
     for (int i = 0; i < Tile::mn; ++i)
       for (int l = 0; l < step_k; ++l)
-        if (hardware_address<Element>(Tile::swizzle, Tile::major, Tile::start(0, l0), Tile::strides(), i, l) != Tile::offset(i, l0 + l))
+        if (hardware_address<Element>(Tile::swizzle, Tile::major, Tile::start(0, l0), Tile::strides(), i, l) !=
+            Tile::offset(i, l0 + l))
           return false;
   return true;
 }
@@ -151,17 +160,21 @@ constexpr bool accumulator_is_a_fragment() {
   for (int t = 0; t < kWarpgroup; ++t)
     for (int i = 0; i < 4; ++i)
       for (int e = 0; e < 2; ++e)
-        if (accumulator_row(t, 2 * i + e) != fragment_row(t, i) || accumulator_column(t, 2 * i + e) != fragment_k(t, i, e)) return false;
+        if (accumulator_row(t, 2 * i + e) != fragment_row(t, i) ||
+            accumulator_column(t, 2 * i + e) != fragment_k(t, i, e))
+          return false;
   return true;
 }
 static_assert(accumulator_is_a_fragment());
 
-// ldmatrix gives register i of lane t the elements 2 (t % 4), + 1 of the row whose address lane 8 i + t / 4 of its warp passed.
+// ldmatrix gives register i of lane t the elements 2 (t % 4), + 1 of the row whose address lane 8 i + t / 4 of its warp
+// passed.
 constexpr bool ldmatrix_fills_the_fragment() {
   for (int t = 0; t < kWarpgroup; ++t)
     for (int i = 0; i < 4; ++i) {
       const int source = t / 32 * 32 + 8 * i + t % 32 / 4;
-      if (ldmatrix_row(source) != fragment_row(t, i) || ldmatrix_k(source) + t % 4 * 2 != fragment_k(t, i, 0)) return false;
+      if (ldmatrix_row(source) != fragment_row(t, i) || ldmatrix_k(source) + t % 4 * 2 != fragment_k(t, i, 0))
+        return false;
     }
   return true;
 }

@@ -1,4 +1,5 @@
-// Matrices of 8 x 8 16-bit elements between shared memory and the registers of a warp, and the warp's own product (mma.sync).
+// Matrices of 8 x 8 16-bit elements between shared memory and the registers of a warp, and the warp's own product
+// (mma.sync).
 #pragma once
 
 #include <cute/arch/copy_sm75.hpp>
@@ -10,12 +11,14 @@
 
 namespace jet::hopper {
 
-// A transposed access: memory holds X^T, rows of 8 consecutive m for each k; registers hold X as the A operand of m16k16 or as 16
-// columns of an accumulator (layout.h). The row (k) and first column (m) of the 8 elements whose address lane t passes.
+// A transposed access: memory holds X^T, rows of 8 consecutive m for each k; registers hold X as the A operand of
+// m16k16 or as 16 columns of an accumulator (layout.h). The row (k) and first column (m) of the 8 elements whose
+// address lane t passes.
 JET_INDEX_MAP int transposed_k(int thread) { return thread % 32 / 16 * 8 + thread % 8; }
 JET_INDEX_MAP int transposed_m(int thread) { return thread / 32 * 16 + thread % 16 / 8 * 8; }
 
-// B operand [n, k] of two m16n8k16, memory rows of 8 consecutive k: registers 0, 1 are n 0..7, registers 2, 3 are n 8..15.
+// B operand [n, k] of two m16n8k16, memory rows of 8 consecutive k: registers 0, 1 are n 0..7, registers 2, 3 are
+// n 8..15.
 JET_INDEX_MAP int operand_n(int thread) { return thread % 32 / 16 * 8 + thread % 8; }
 JET_INDEX_MAP int operand_k(int thread) { return thread % 16 / 8 * 8; }
 
@@ -30,13 +33,14 @@ __device__ inline void store_matrices_transposed(char* row, const uint32_t (&x)[
   cute::SM90_U16x8_STSM_T::copy(x[0], x[1], x[2], x[3], *reinterpret_cast<cute::uint128_t*>(row));
 }
 
-// D [16, 16] += A [16, 16] B [16, 16]^T in fp16, accumulated in fp32. d is laid out as 16 columns of a wgmma accumulator.
+// D [16, 16] += A [16, 16] B [16, 16]^T in fp16, accumulated in fp32. d is laid out as 16 columns of a wgmma
+// accumulator.
 __device__ inline void multiply_16(float (&d)[8], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;
 #pragma unroll
   for (int n = 0; n < 2; ++n)
-    Mma::fma(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3], a[0], a[1], a[2], a[3], b[2 * n], b[2 * n + 1], d[4 * n], d[4 * n + 1],
-             d[4 * n + 2], d[4 * n + 3]);
+    Mma::fma(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3], a[0], a[1], a[2], a[3], b[2 * n], b[2 * n + 1],
+             d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]);
 }
 
 namespace proof {
@@ -46,7 +50,9 @@ constexpr bool transposed_fills_the_fragment() {
   for (int t = 0; t < kWarpgroup; ++t)
     for (int i = 0; i < 4; ++i) {
       const int source = t / 32 * 32 + 8 * i;
-      if (transposed_m(source) + t % 32 / 4 != fragment_row(t, i) || transposed_k(source) + t % 4 * 2 != fragment_k(t, i, 0)) return false;
+      if (transposed_m(source) + t % 32 / 4 != fragment_row(t, i) ||
+          transposed_k(source) + t % 4 * 2 != fragment_k(t, i, 0))
+        return false;
     }
   return true;
 }

@@ -40,7 +40,8 @@ struct Cursor {
   }
 };
 
-// The producer's end, held by one thread:  s = acquire(bytes); copies into stage s that complete on filled(); advance().
+// The producer's end, held by one thread:  s = acquire(bytes); copies into stage s that complete on filled();
+// advance().
 template <int stages>
 class Producer {
  public:
@@ -55,7 +56,8 @@ class Producer {
   __device__ Event& filled() { return ring_.filled[at_.stage]; }
   __device__ void advance() { at_.advance(); }
 
-  // Waits until every stage has been read: with multicast a CTA must not exit while a peer may still arrive on its barriers.
+  // Waits until every stage has been read: with multicast a CTA must not exit while a peer may still arrive on its
+  // barriers.
   __device__ void drain() {
     for (int s = 0; s < stages; ++s) {
       ring_.read[at_.stage].wait(at_.parity);
@@ -68,8 +70,8 @@ class Producer {
   Cursor<stages> at_;
 };
 
-// A consumer's end, held by every consuming thread:  s = wait(); use stage s; advance(). A stage is freed with release(stage)
-// by the thread or threads that `Ring::init` counted, when its asynchronous readers are done with it.
+// A consumer's end, held by every consuming thread:  s = wait(); use stage s; advance(). A stage is freed with
+// release(stage) by the thread or threads that `Ring::init` counted, when its asynchronous readers are done with it.
 template <int stages>
 class Consumer {
  public:

@@ -15,9 +15,9 @@
 
 namespace jet::hopper {
 
-// ---- Host ---------------------------------------------------------------------------------------------------------------
-// A tensor of up to 5 dimensions, dimension 0 contiguous, and the box that one copy moves. Elements of a box that lie outside
-// the tensor are read as zero and not written.
+// ---- Host
+// A tensor of up to 5 dimensions, dimension 0 contiguous, and the box that one copy moves. Elements of a box that lie
+// outside the tensor are read as zero and not written.
 struct TensorMapPlan {
   const char* name;          // for errors
   const void* data;          // 16-byte aligned
@@ -34,8 +34,10 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found), "tensor map");
-    require(found == cudaDriverEntryPointSuccess, "tensor map", "driver", "one that knows cuTensorMapEncodeTiled (CUDA 12.0)", found);
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "tensor map");
+    require(found == cudaDriverEntryPointSuccess, "tensor map", "driver",
+            "one that knows cuTensorMapEncodeTiled (CUDA 12.0)", found);
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
   return encoder;
@@ -46,7 +48,8 @@ inline void check_tensor_map(const TensorMapPlan& p, int element_bytes) {
     require(holds, "tensor map", std::string(p.name) + " " + argument, expected, static_cast<long long>(got));
   };
   need(p.rank >= 1 && p.rank <= 5, "rank", "1..5", p.rank);
-  need(reinterpret_cast<uintptr_t>(p.data) % 16 == 0, "address", "a multiple of 16", reinterpret_cast<uintptr_t>(p.data));
+  need(reinterpret_cast<uintptr_t>(p.data) % 16 == 0, "address", "a multiple of 16",
+       reinterpret_cast<uintptr_t>(p.data));
   for (int d = 0; d < p.rank; ++d) {
     const std::string at = "[" + std::to_string(d) + "]";
     need(p.extent[d] >= 1 && p.extent[d] <= (1ull << 32), "extent" + at, "1..2^32", p.extent[d]);
@@ -57,12 +60,14 @@ inline void check_tensor_map(const TensorMapPlan& p, int element_bytes) {
   }
   const uint64_t row = uint64_t{p.box[0]} * element_bytes;
   need(row % 16 == 0, "box[0]", "a multiple of 16 bytes", row);
-  need(p.swizzle == Swizzle::none || row <= static_cast<uint64_t>(p.swizzle), "box[0]", "at most the swizzle's row, in bytes", row);
+  need(p.swizzle == Swizzle::none || row <= static_cast<uint64_t>(p.swizzle), "box[0]",
+       "at most the swizzle's row, in bytes", row);
 }
 
 inline CUtensorMap make_tensor_map(const TensorMapPlan& p) {
   const int element_bytes = p.dtype == Dtype::f32 ? 4 : 2;
-  require(p.dtype != Dtype::f64, "tensor map", std::string(p.name) + " dtype", "f32, bf16 or f16", static_cast<int>(p.dtype));
+  require(p.dtype != Dtype::f64, "tensor map", std::string(p.name) + " dtype", "f32, bf16 or f16",
+          static_cast<int>(p.dtype));
   check_tensor_map(p, element_bytes);
   const CUtensorMapDataType type = p.dtype == Dtype::f32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : p.dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -73,23 +78,25 @@ inline CUtensorMap make_tensor_map(const TensorMapPlan& p) {
                                                                  : CU_TENSOR_MAP_SWIZZLE_NONE;
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   alignas(64) CUtensorMap map;
-  const CUresult status =
-      tensor_map_encoder()(&map, type, p.rank, const_cast<void*>(p.data), p.extent, p.stride_bytes + 1, p.box, element_strides,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require(status == CUDA_SUCCESS, "tensor map", std::string(p.name) + " cuTensorMapEncodeTiled", "CUDA_SUCCESS (0)", status);
+  const CUresult status = tensor_map_encoder()(
+      &map, type, p.rank, const_cast<void*>(p.data), p.extent, p.stride_bytes + 1, p.box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(status == CUDA_SUCCESS, "tensor map", std::string(p.name) + " cuTensorMapEncodeTiled", "CUDA_SUCCESS (0)",
+          status);
   return map;
 }
 
 // The map of a matrix [rows, columns] (row stride in elements) whose boxes fill the panels of `Tile` (layout.h).
 template <class Tile>
-CUtensorMap make_operand_map(const char* name, const void* data, Dtype dtype, uint64_t rows, uint64_t columns, uint64_t row_stride,
-                             uint32_t box_rows = Tile::rows) {
+CUtensorMap make_operand_map(const char* name, const void* data, Dtype dtype, uint64_t rows, uint64_t columns,
+                             uint64_t row_stride, uint32_t box_rows = Tile::rows) {
   const uint64_t element_bytes = dtype == Dtype::f32 ? 4 : 2;
   const uint32_t box_columns = Tile::panel_width;
-  return make_tensor_map({name, data, dtype, 2, {columns, rows}, {0, row_stride * element_bytes}, {box_columns, box_rows}, Tile::swizzle});
+  return make_tensor_map(
+      {name, data, dtype, 2, {columns, rows}, {0, row_stride * element_bytes}, {box_columns, box_rows}, Tile::swizzle});
 }
 
-// ---- Device: all are issued by one thread, for the whole CTA ---------------------------------------------------------------
+// ---- Device: all are issued by one thread, for the whole CTA
 enum class Reuse : uint64_t {  // the L2's hint
   normal = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
   once = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
@@ -98,15 +105,18 @@ enum class Reuse : uint64_t {  // the L2's hint
 
 __device__ inline void prefetch(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
 
-// Loads the box at `coordinates` (1 to 5, dimension 0 first) to `shared`, 128-byte aligned; completes its bytes on `filled`.
+// Loads the box at `coordinates` (1 to 5, dimension 0 first) to `shared`, 128-byte aligned; completes its bytes on
+// `filled`.
 template <class... Coordinates>
 __device__ void load(void* shared, const CUtensorMap& map, Event& filled, Reuse reuse, Coordinates... coordinates) {
   cute::SM90_TMA_LOAD::copy(&map, filled.word(), static_cast<uint64_t>(reuse), shared, coordinates...);
 }
 
-// The same into every CTA of the cluster whose bit is set in `ranks`, at the same offset, each completing on its own `filled`.
+// The same into every CTA of the cluster whose bit is set in `ranks`, at the same offset, each completing on its own
+// `filled`.
 template <class... Coordinates>
-__device__ void load_multicast(void* shared, const CUtensorMap& map, Event& filled, uint16_t ranks, Reuse reuse, Coordinates... coordinates) {
+__device__ void load_multicast(void* shared, const CUtensorMap& map, Event& filled, uint16_t ranks, Reuse reuse,
+                               Coordinates... coordinates) {
   cute::SM90_TMA_LOAD_MULTICAST::copy(&map, filled.word(), ranks, static_cast<uint64_t>(reuse), shared, coordinates...);
 }
 
@@ -120,7 +130,8 @@ __device__ void prefetch_box(const CUtensorMap& map, Coordinates... coordinates)
 template <class Tile>
 __device__ void load_tile(char* shared, const CUtensorMap& map, Event& filled, Reuse reuse, int column, int row) {
 #pragma unroll
-  for (int p = 0; p < Tile::panels; ++p) load(shared + p * Tile::panel_bytes, map, filled, reuse, column + p * Tile::panel_width, row);
+  for (int p = 0; p < Tile::panels; ++p)
+    load(shared + p * Tile::panel_bytes, map, filled, reuse, column + p * Tile::panel_width, row);
 }
 
 // Stores a box from `shared`. The writes to it must have been published to the async proxy (barrier.h).
@@ -137,7 +148,9 @@ __device__ void store_add(const CUtensorMap& map, const void* shared, Coordinate
 __device__ inline void bulk_load(void* shared, const void* global, int bytes, Event& filled) {
   cute::SM90_BULK_COPY_G2S::copy(global, filled.word(), shared, bytes);
 }
-__device__ inline void bulk_store(void* global, const void* shared, int bytes) { cute::SM90_BULK_COPY_S2G::copy(shared, global, bytes); }
+__device__ inline void bulk_store(void* global, const void* shared, int bytes) {
+  cute::SM90_BULK_COPY_S2G::copy(shared, global, bytes);
+}
 
 // Stores are waited for in groups, by the thread that issued them.
 __device__ inline void commit_stores() {

@@ -1,5 +1,6 @@
-// Warpgroup matrix multiply-accumulate. N is 8, 16, 32, 64, 96, 128, 192 or 256; a file that needs another multiple of 8 defines
-// CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED before its first include, and compiles 5 seconds longer. A shape is a type; operands are tiles in shared memory (ss) or A comes in registers (rs).
+// Warpgroup matrix multiply-accumulate. N is 8, 16, 32, 64, 96, 128, 192 or 256; a file that needs another multiple of
+// 8 defines CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED before its first include, and compiles 5 seconds longer. A shape is a
+// type; operands are tiles in shared memory (ss) or A comes in registers (rs).
 //   Wgmma<bf16, 96>::ss(s, a.at(0, k), b.at(0, k), accumulate);   // S (+)= A B^T   [64, 96], k16
 #pragma once
 
@@ -21,7 +22,8 @@ __device__ void wgmma_wait() {
   cute::warpgroup_wait<groups_left>();
 }
 
-// After a wait: tells the compiler that the registers have changed, so that it does not read them early. Before a fence: that they are read.
+// After a wait: tells the compiler that the registers have changed, so that it does not read them early. Before a
+// fence: that they are read.
 template <int registers>
 __device__ void wgmma_touch(float (&accumulator)[registers]) {
 #pragma unroll
@@ -35,8 +37,9 @@ __device__ void wgmma_touch(uint32_t (&a)[n][4]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
 
-// Registers of wgmma must not be touched between the fence before the first one that writes or reads them and the wait that follows its
-// commit. Those that were computed are named, or the compiler may move the arithmetic behind the fence.
+// Registers of wgmma must not be touched between the fence before the first one that writes or reads them and the wait
+// that follows its commit. Those that were computed are named, or the compiler may move the arithmetic behind the
+// fence.
 template <class... Registers>
 __device__ void wgmma_fence(Registers&... computed) {
   (wgmma_touch(computed), ...);
@@ -60,8 +63,8 @@ struct Operand {
     descriptor = bits;
   }
 
-  // Descriptor of the part of the operand that begins at (i, l). The address is its lowest field and has room for all of shared memory,
-  // so that one addition moves it.
+  // Descriptor of the part of the operand that begins at (i, l). The address is its lowest field and has room for all
+  // of shared memory, so that one addition moves it.
   __device__ uint64_t at(int i, int l) const { return descriptor + (Tile::start(i, l) >> 4); }
 
  private:
@@ -115,18 +118,23 @@ struct Wgmma {
   static constexpr CuteMajor cute_major_a = major_a == Major::k ? CuteMajor::K : CuteMajor::MN;
   static constexpr CuteMajor cute_major_b = major_b == Major::k ? CuteMajor::K : CuteMajor::MN;
   template <class Op, int... r>
-  __device__ static void ss_expanded(Accumulator& d, uint64_t a, uint64_t b, bool accumulate, std::integer_sequence<int, r...>) {
-    static_assert(sizeof(typename Op::CRegisters) == sizeof(Accumulator), "wgmma N must be a multiple of 8, at most 256");
+  __device__ static void ss_expanded(Accumulator& d, uint64_t a, uint64_t b, bool accumulate,
+                                     std::integer_sequence<int, r...>) {
+    static_assert(sizeof(typename Op::CRegisters) == sizeof(Accumulator),
+                  "wgmma N must be a multiple of 8, at most 256");
     Op::fma(a, b, d[r]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
   }
   template <class Op, int... r>
-  __device__ static void rs_expanded(Accumulator& d, const Fragment& a, uint64_t b, bool accumulate, std::integer_sequence<int, r...>) {
-    static_assert(sizeof(typename Op::CRegisters) == sizeof(Accumulator), "wgmma N must be a multiple of 8, at most 256");
+  __device__ static void rs_expanded(Accumulator& d, const Fragment& a, uint64_t b, bool accumulate,
+                                     std::integer_sequence<int, r...>) {
+    static_assert(sizeof(typename Op::CRegisters) == sizeof(Accumulator),
+                  "wgmma N must be a multiple of 8, at most 256");
     Op::fma(a[0], a[1], a[2], a[3], b, d[r]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
   }
 };
 
-// The A operand [64, 16] at (i, l) of a K-major tile, loaded into registers by ldmatrix; all four warps of the warpgroup.
+// The A operand [64, 16] at (i, l) of a K-major tile, loaded into registers by ldmatrix; all four warps of the
+// warpgroup.
 template <class Tile>
 __device__ void load_fragment(uint32_t (&a)[4], const void* tile, int thread, int i, int l) {
   static_assert(Tile::major == Major::k, "ldmatrix reads rows of 8 consecutive k");

@@ -36,7 +36,10 @@ WORST_LOSS = 0.75  # of the unigram entropy: a model that learned less has learn
 FEWEST_STEPS = 80  # of one schedule; they reach WORST_LOSS with room to spare, however long they take
 SCHEDULES = 4  # one after another, until the loss is reached; a model that has not learned by then does not learn
 RESTART = 0.3  # of the learning rate, with which a further schedule begins
-NEW, FEWEST_NEW = 160, 16  # bytes of a completion: so many, or as many as COMPLETION_SECONDS allow, but never fewer than the second
+NEW, FEWEST_NEW = (
+    160,
+    16,
+)  # bytes of a completion: so many, or as many as COMPLETION_SECONDS allow, but never fewer than the second
 COMPLETION_SECONDS = 12.0
 WORST_DIFFERENCE = 1e-3  # of a logit between decode and prefill
 CONFIG = dict(
@@ -64,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_corpus() -> tuple[Tensor, Tensor, int]:
-    """The standard library's source as bytes: (training, held out, number of files). A file is in one of them, by name."""
+    """The standard library's source as bytes: (training, held out, number of files). A file is in one of them, by
+    name.
+    """
     root, files = standard_library()
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for path in files:
@@ -119,8 +124,8 @@ class CountOps(TorchDispatchMode):
 class Schedule:
     """A cosine over as many steps as ``seconds`` allow at the speed of the last ones, and over at least ``fewest``.
 
-    ``progress`` goes from 0 to 1. Each step moves it by one part of the steps that are left, and by at most 1 / fewest: it
-    arrives at 1 whether the machine turns slow or fast on the way, and never in a leap.
+    ``progress`` goes from 0 to 1. Each step moves it by one part of the steps that are left, and by at most 1 / fewest:
+    it arrives at 1 whether the machine turns slow or fast on the way, and never in a leap.
     """
 
     def __init__(self, seconds: float, fewest: int, clock: Callable[[], float] = time.perf_counter):
@@ -185,26 +190,36 @@ class Trainer:
         self.history.append((time.perf_counter() - self.start, value))
 
     def run(self, schedule: Schedule, peak: float = 1.0) -> None:
-        """Steps until the schedule is done, from ``peak`` of the learning rate on. Says what is planned as soon as the speed is known."""
+        """Steps until the schedule is done, from ``peak`` of the learning rate on. Says what is planned as soon as the
+        speed is known.
+        """
         while not schedule.done and schedule.steps < 5:
             self.step(peak * schedule.factor)
             schedule.step()
-        print(f"training: a step takes {schedule.step_seconds:.2f} s ({B * T / schedule.step_seconds:,.0f} bytes/s), done in about "
-              f"{schedule.seconds_left:.0f} s", flush=True)
+        print(
+            f"training: a step takes {schedule.step_seconds:.2f} s ({B * T / schedule.step_seconds:,.0f} bytes/s), done in about "
+            f"{schedule.seconds_left:.0f} s",
+            flush=True,
+        )
         smooth, shown = None, 0.0
         with progress(total=100, desc="training", leave=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
             while not schedule.done:
                 self.step(peak * schedule.factor)
                 schedule.step()
                 smooth = self.history[-1][1] if smooth is None else 0.95 * smooth + 0.05 * self.history[-1][1]
-                bar.set_postfix_str(f"{schedule.seconds_left:.0f} s left, step {len(self.history)}, loss {smooth:.3f}, "
-                                    f"{B * T / schedule.step_seconds:,.0f} bytes/s", refresh=False)
+                bar.set_postfix_str(
+                    f"{schedule.seconds_left:.0f} s left, step {len(self.history)}, loss {smooth:.3f}, "
+                    f"{B * T / schedule.step_seconds:,.0f} bytes/s",
+                    refresh=False,
+                )
                 bar.update(100 * schedule.progress - shown)
                 shown = 100 * schedule.progress
 
 
 def train(trainer: Trainer, seconds: float, held_out: Callable[[], float], enough: float) -> float:
-    """Trains for ``seconds``, and on until the held-out loss is ``enough``. Returns that loss, which is higher where it was not reached."""
+    """Trains for ``seconds``, and on until the held-out loss is ``enough``. Returns that loss, which is higher where it
+    was not reached.
+    """
     trainer.run(Schedule(seconds, FEWEST_STEPS))
     for _ in range(SCHEDULES - 1):
         if (loss := held_out()) <= enough:
@@ -229,7 +244,11 @@ def plot(history: list[tuple[float, float]], unigram: float, held_out: float, pa
     axes.plot([t for t, _ in history], smooth, label="training, smoothed")
     axes.axhline(unigram, linestyle="--", color="0.4", label=f"unigram entropy {unigram:.2f}")
     axes.axhline(held_out, linestyle=":", color="C3", label=f"held-out files {held_out:.2f}")
-    axes.set(xlabel="seconds", ylabel="loss (nats per byte)", title="byte-level JetBlock hybrid on the Python standard library")
+    axes.set(
+        xlabel="seconds",
+        ylabel="loss (nats per byte)",
+        title="byte-level JetBlock hybrid on the Python standard library",
+    )
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.tight_layout()
@@ -263,7 +282,9 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def complete(model, prompt: bytes, seed: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Completion:
+def complete(
+    model, prompt: bytes, seed: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> Completion:
     """Prefill and recurrent decode of up to NEW bytes; then the whole text again in one prefill."""
     tokens = torch.tensor([list(prompt)], device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -288,10 +309,15 @@ def complete_all(model, prompts: list[bytes], seed: int, device: torch.device) -
     found = []
     for i, prompt in enumerate(prompts):
         found.append(complete(model, prompt, seed + i, device))
-        print(f"\n--- held-out prompt {i + 1}, then the completion after >>>\n{prompt.decode('utf-8', 'replace')}>>>"
-              f"{found[-1].new.decode('utf-8', 'replace')}", flush=True)
+        print(
+            f"\n--- held-out prompt {i + 1}, then the completion after >>>\n{prompt.decode('utf-8', 'replace')}>>>"
+            f"{found[-1].new.decode('utf-8', 'replace')}",
+            flush=True,
+        )
         if len(found[-1].new) < NEW:
-            print(f"[ended after {len(found[-1].new)} of {NEW} bytes, as decode is slow here: {found[-1].seconds:.0f} s]")
+            print(
+                f"[ended after {len(found[-1].new)} of {NEW} bytes, as decode is slow here: {found[-1].seconds:.0f} s]"
+            )
     return found
 
 
@@ -300,7 +326,9 @@ def check(difference: float, loss: float, enough: float) -> None:
     if not difference <= WORST_DIFFERENCE:
         raise RuntimeError(f"decode and prefill must agree within {WORST_DIFFERENCE}, got {difference:.2e}")
     if not loss <= enough:
-        raise RuntimeError(f"the held-out loss must fall to {enough:.3f} ({WORST_LOSS} of the unigram entropy), got {loss:.3f}")
+        raise RuntimeError(
+            f"the held-out loss must fall to {enough:.3f} ({WORST_LOSS} of the unigram entropy), got {loss:.3f}"
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -309,22 +337,32 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
     found = _machine.processors()
-    if notice := _machine.busy_notice(found, "training sees fewer bytes than on a quiet one, and may take longer than asked for"):
+    if notice := _machine.busy_notice(
+        found, "training sees fewer bytes than on a quiet one, and may take longer than asked for"
+    ):
         print(notice)
     training, held_out, files = load_corpus()
     unigram = unigram_entropy(held_out)
-    print(f"corpus: {files} files of the Python standard library, {len(training) / 1e6:.1f} MB to train on, "
-          f"{len(held_out) / 1e6:.1f} MB held out; unigram entropy {unigram:.3f} nats per byte")
+    print(
+        f"corpus: {files} files of the Python standard library, {len(training) / 1e6:.1f} MB to train on, "
+        f"{len(held_out) / 1e6:.1f} MB held out; unigram entropy {unigram:.3f} nats per byte"
+    )
     model = JetNemotronForCausalLM(JetNemotronConfig(**CONFIG)).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     bf16 = autocast_pays(device)
-    print(f"model: {' '.join(model.config.layer_types)}, {parameters / 1e6:.2f} M parameters, {B} x {T} bytes a step, "
-          f"{'bf16 autocast' if bf16 else 'fp32'} on {device}")
+    print(
+        f"model: {' '.join(model.config.layer_types)}, {parameters / 1e6:.2f} M parameters, {B} x {T} bytes a step, "
+        f"{'bf16 autocast' if bf16 else 'fp32'} on {device}"
+    )
     with CountOps() as counted:
         loss_of(model, batch(training, torch.Generator().manual_seed(2), device)).backward()
     model.zero_grad(set_to_none=True)
 
-    trainer, asked, enough = Trainer(model, training, arguments.seed, bf16, device), 60 * arguments.minutes, WORST_LOSS * unigram
+    trainer, asked, enough = (
+        Trainer(model, training, arguments.seed, bf16, device),
+        60 * arguments.minutes,
+        WORST_LOSS * unigram,
+    )
     final = train(trainer, asked, lambda: held_out_loss(model, held_out, device), enough)
     history = trainer.history
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -332,11 +370,15 @@ def run(arguments: argparse.Namespace) -> int:
     model.save_pretrained(arguments.output)
     Tokenizer.byte_level().save_pretrained(arguments.output)
     last = [loss for _, loss in history[-20:]]
-    print(f"loss: {history[0][1]:.3f} -> {sum(last) / len(last):.3f} (training), {final:.3f} on held-out files; "
-          f"unigram entropy {unigram:.3f}")
+    print(
+        f"loss: {history[0][1]:.3f} -> {sum(last) / len(last):.3f} (training), {final:.3f} on held-out files; "
+        f"unigram entropy {unigram:.3f}"
+    )
     taken = history[-1][0]
     if taken > 1.2 * asked + 5:
-        print(f"training took {taken:.0f} s instead of {asked:.0f}: the loss needs {len(history)} steps, each {taken / len(history):.2f} s here")
+        print(
+            f"training took {taken:.0f} s instead of {asked:.0f}: the loss needs {len(history)} steps, each {taken / len(history):.2f} s here"
+        )
 
     if len(history) < 4 * FEWEST_STEPS:
         print(f"trained on {len(history) * B * T:,} bytes only: the completions will be poor")
@@ -346,8 +388,10 @@ def run(arguments: argparse.Namespace) -> int:
     difference = max(each.difference for each in completions)
     decoded, seconds = sum(len(each.new) for each in completions), sum(each.seconds for each in completions)
     print(f"\ndecode against prefill: largest difference of a logit {difference:.2e}")
-    print(f"speed: training {len(history) * B * T / taken:,.0f} bytes/s, decode {decoded / seconds:,.0f} bytes/s (one sequence)"
-          + (f", on a busy machine ({found})" if found.busy else ""))
+    print(
+        f"speed: training {len(history) * B * T / taken:,.0f} bytes/s, decode {decoded / seconds:,.0f} bytes/s (one sequence)"
+        + (f", on a busy machine ({found})" if found.busy else "")
+    )
     served_by = backends(device)
     print("ops called in one training step and the completions, and the backend that served them:")
     for op, calls in sorted(counted.calls.items()):

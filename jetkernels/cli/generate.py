@@ -1,10 +1,11 @@
 """Complete prompts. With --model the folder's tokenizer reads and writes text; with --config and --random-weights there
 is no tokenizer: bytes stand in for tokens, and token ids are printed. --prompt-ids do without a tokenizer too.
 
-The completion of a single prompt is streamed as it is made. Several prompts (--prompt more than once, or --prompt-file) are
-completed --batch at a time, at temperature 0 each as it would be alone. With --json every prompt gives a line with an object:
-prompt, prompt_ids, ids (of the completion, without the token that ended it), text (null without a tokenizer), stopped (whether
-it ended by itself).
+The completion of a single prompt is streamed as it is made. Several prompts (--prompt more than once, or --prompt-file)
+are completed --batch at a time, at temperature 0 each as it would be alone. With --json every prompt gives a line with
+an object:
+prompt, prompt_ids, ids (of the completion, without the token that ended it), text (null without a tokenizer), stopped
+(whether it ended by itself).
 """
 
 import argparse
@@ -34,16 +35,31 @@ class Prompt:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", action="append", help="text to complete; may be repeated (default: read standard input)")
-    what.add_argument("--prompt-ids", type=integers(), action="append", help="token ids to complete, separated by commas; may be repeated")
+    what.add_argument(
+        "--prompt", action="append", help="text to complete; may be repeated (default: read standard input)"
+    )
+    what.add_argument(
+        "--prompt-ids",
+        type=integers(),
+        action="append",
+        help="token ids to complete, separated by commas; may be repeated",
+    )
     what.add_argument("--prompt-file", help="file with a prompt in each line (UTF-8); - is standard input")
-    parser.add_argument("--batch", type=integer(1, 2**16), default=8, help="prompts that are completed at once (default 8)")
-    parser.add_argument("--max-new-tokens", type=integer(), default=128, help="of each completion, at most (default 128)")
+    parser.add_argument(
+        "--batch", type=integer(1, 2**16), default=8, help="prompts that are completed at once (default 8)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=integer(), default=128, help="of each completion, at most (default 128)"
+    )
     temperature = "0 (default): always the most likely token"
     parser.add_argument("--temperature", type=number(0), default=0.0, help=temperature)
     parser.add_argument("--top-k", type=integer(1), help="draw from this many most likely tokens")
-    parser.add_argument("--top-p", type=number(0, 1, above=True), help="draw from the fewest tokens with this probability")
-    parser.add_argument("--prefill-chunk", type=integer(1), help="prompt tokens per forward; bounds the memory of a long prompt")
+    parser.add_argument(
+        "--top-p", type=number(0, 1, above=True), help="draw from the fewest tokens with this probability"
+    )
+    parser.add_argument(
+        "--prefill-chunk", type=integer(1), help="prompt tokens per forward; bounds the memory of a long prompt"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object per prompt, one in each line")
 
 
@@ -51,7 +67,9 @@ def _text(raw: bytes, source: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} must be UTF-8 text, got byte 0x{raw[error.start]:02x} at position {error.start:,}") from None
+        raise ValueError(
+            f"{source} must be UTF-8 text, got byte 0x{raw[error.start]:02x} at position {error.start:,}"
+        ) from None
 
 
 def _standard_input() -> str:
@@ -152,10 +170,15 @@ class Output:
             values = {"prompt": prompt.text, "prompt_ids": prompt.ids, "ids": kept, "text": text, "stopped": stopped}
             print(json.dumps(values), flush=True)
         else:
-            print(f"--- prompt {number}: {prompt.text if prompt.text is not None else prompt.ids}\n{self.text(kept)}", flush=True)
+            print(
+                f"--- prompt {number}: {prompt.text if prompt.text is not None else prompt.ids}\n{self.text(kept)}",
+                flush=True,
+            )
 
 
-def complete(arguments: argparse.Namespace, model: JetNemotronForCausalLM, prompts: list[Prompt], output: Output) -> float:
+def complete(
+    arguments: argparse.Namespace, model: JetNemotronForCausalLM, prompts: list[Prompt], output: Output
+) -> float:
     """Completes all prompts, --batch at a time; returns the seconds until the first token of the first batch."""
     generator = torch.Generator(device=model.device).manual_seed(arguments.seed)
     start, first = time.perf_counter(), 0.0
@@ -183,7 +206,12 @@ def complete(arguments: argparse.Namespace, model: JetNemotronForCausalLM, promp
 def run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments)
     tokenizer = read_tokenizer(arguments)
-    if arguments.prompt is None and arguments.prompt_file is None and arguments.prompt_ids is None and tokenizer is None:
+    if (
+        arguments.prompt is None
+        and arguments.prompt_file is None
+        and arguments.prompt_ids is None
+        and tokenizer is None
+    ):
         # Random weights complete anything equally well.
         arguments.prompt = ["JetBlock"]
     prompts = read_prompts(arguments, tokenizer, config)

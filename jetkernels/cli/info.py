@@ -63,4 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         for op, backend in ops.items():
             print(f"  {op:{width}} {backend}")
     if not torch.cuda.is_available():
-        print("\nno CUDA device: " + ("this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch sees none"))
+        print(
+            "\nno CUDA device: "
+            + ("this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch sees none")
+        )

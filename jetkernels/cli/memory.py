@@ -15,7 +15,9 @@ TRAINING_COPIES = 4  # of fp32 parameters: themselves, the gradient, AdamW's two
 def parameter_count(config: JetNemotronConfig) -> int:
     """Of the model of a config; one layer of each kind is built, on no device."""
     kinds = config.layer_types
-    layers = sum(kinds.count(k) * sum(p.numel() for p in DecoderLayer(config, k, device="meta").parameters()) for k in set(kinds))
+    layers = sum(
+        kinds.count(k) * sum(p.numel() for p in DecoderLayer(config, k, device="meta").parameters()) for k in set(kinds)
+    )
     heads = 1 if config.tie_word_embeddings else 2
     return heads * config.vocab_size * config.hidden_size + layers + config.hidden_size
 

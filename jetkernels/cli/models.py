@@ -20,9 +20,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="folder with config.json, safetensors weights and tokenizer.json")
     which.add_argument("--config", help="2b, 4b, or the path of a config.json; needs --random-weights")
-    parser.add_argument("--random-weights", action="store_true", help="draw the weights of --config instead of loading any")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="draw the weights of --config instead of loading any"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: what the config says)")
-    parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument(
+        "--device", type=device, default=default_device(), help="cpu, cuda or cuda:N (default %(default)s)"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of the random weights and of sampling (default 0)")
 
 
@@ -55,6 +59,10 @@ def load_model(arguments: argparse.Namespace, config: JetNemotronConfig) -> JetN
     dtype = dtype_of(arguments, config)
     if arguments.model is not None:
         loading = partial(progress, desc="loading weights")
-        return JetNemotronForCausalLM.from_pretrained(arguments.model, dtype=dtype, device=arguments.device, progress=loading).eval()
+        return JetNemotronForCausalLM.from_pretrained(
+            arguments.model, dtype=dtype, device=arguments.device, progress=loading
+        ).eval()
     drawing = partial(progress, desc="drawing weights")
-    return JetNemotronForCausalLM.random(config, dtype=dtype, device=arguments.device, seed=arguments.seed, progress=drawing).eval()
+    return JetNemotronForCausalLM.random(
+        config, dtype=dtype, device=arguments.device, seed=arguments.seed, progress=drawing
+    ).eval()

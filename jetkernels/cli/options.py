@@ -1,6 +1,7 @@
 """Types of options. Each checks a value as it is read, so that no command starts that cannot end well.
 
-What is malformed is wrong usage (ArgumentTypeError, exit code 2); what this machine lacks is a failure (RuntimeError, OSError: 1).
+What is malformed is wrong usage (ArgumentTypeError, exit code 2); what this machine lacks is a failure (RuntimeError,
+OSError: 1).
 Values that a report or a checkpoint names (devices, lists) stay as they were typed.
 """
 
@@ -47,9 +48,13 @@ def number(least: float, most: float = math.inf, *, above: bool = False, below: 
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, got {_short(text, str)}")
         if value < least or (above and value == least):
-            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {least:g}, got {_short(text, str)}")
+            raise argparse.ArgumentTypeError(
+                f"must be {'above' if above else 'at least'} {least:g}, got {_short(text, str)}"
+            )
         if value > most or (below and value == most):
-            raise argparse.ArgumentTypeError(f"must be {'below' if below else 'at most'} {most:g}, got {_short(text, str)}")
+            raise argparse.ArgumentTypeError(
+                f"must be {'below' if below else 'at most'} {most:g}, got {_short(text, str)}"
+            )
         return value
 
     return parse
@@ -92,12 +97,16 @@ def device(text: str) -> str:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {_short(text)}")
     if found.type == "cuda":
         if torch.version.cuda is None:
-            raise RuntimeError(f"--device {text}: this PyTorch ({torch.__version__}) is built without CUDA; use --device cpu")
+            raise RuntimeError(
+                f"--device {text}: this PyTorch ({torch.__version__}) is built without CUDA; use --device cpu"
+            )
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
             raise RuntimeError(f"--device {text}: PyTorch sees no CUDA device on this machine; use --device cpu")
         if (found.index or 0) >= count:
-            raise RuntimeError(f"--device {text}: this machine has {count} CUDA device(s), the last one cuda:{count - 1}")
+            raise RuntimeError(
+                f"--device {text}: this machine has {count} CUDA device(s), the last one cuda:{count - 1}"
+            )
     return text
 
 

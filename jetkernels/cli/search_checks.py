@@ -64,13 +64,18 @@ def placement_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises where the options of a stage cannot lead to its end. Reads configs, tokenizer and questions, but no weights."""
+    """Raises where the options of a stage cannot lead to its end. Reads configs, tokenizer and questions, but no
+    weights.
+    """
     for package in ("matplotlib", "safetensors", "tokenizers"):  # some are needed at the end only, hours later
         optional(package, "all", "jetkernels search")
     if getattr(arguments, "harness", None):
         optional("lm_eval", "harness", "--harness")
     distances = integers_option(arguments, "distances")
-    needed = {f"--distances {arguments.distances}": Recall(torch.empty(0), 0, distances).shortest - 1, "copying": 2 * Copy.size + Copy.gap - 1}
+    needed = {
+        f"--distances {arguments.distances}": Recall(torch.empty(0), 0, distances).shortest - 1,
+        "copying": 2 * Copy.size + Copy.gap - 1,
+    }
     for what, least in needed.items():
         if arguments.length < least:
             raise UsageError(f"--length must be at least {least} for {what}, got {arguments.length}")
@@ -87,11 +92,15 @@ def check(arguments: argparse.Namespace) -> None:
     if hasattr(arguments, "full") and arguments.full > layers:
         raise UsageError(f"--full must be between 0 and the {layers} layers of the base, got {arguments.full}")
     if hasattr(arguments, "window") and arguments.window > layers - arguments.full:
-        raise UsageError(f"--window must be between 0 and the {layers - arguments.full} layers that --full leaves, got {arguments.window}")
+        raise UsageError(
+            f"--window must be between 0 and the {layers - arguments.full} layers that --full leaves, got {arguments.window}"
+        )
     if hasattr(arguments, "placement"):
         placement = placement_of(arguments)
         if len(placement) != layers or "jet" not in placement:
-            raise ValueError(f"--placement must name {layers} layers, jet among them, for this base, got {' '.join(placement)}")
+            raise ValueError(
+                f"--placement must name {layers} layers, jet among them, for this base, got {' '.join(placement)}"
+            )
     if hasattr(arguments, "shape"):
         with torch.device("meta"):
             JetBlock(config.hidden_size, shape_of(arguments.shape).config())
@@ -128,7 +137,9 @@ def base_tokenizer(folder: Path) -> Tokenizer:
         raise FileNotFoundError(f"--base: {folder} has no {TOKENIZER_FILE}")
     tokenizer = Tokenizer.from_pretrained(folder)
     if tokenizer.end_of_text_id is None:
-        raise ValueError(f"--base: the tokenizer in {folder} must have <|endoftext|>, which marks the recall task's keys")
+        raise ValueError(
+            f"--base: the tokenizer in {folder} must have <|endoftext|>, which marks the recall task's keys"
+        )
     return tokenizer
 
 
@@ -140,7 +151,9 @@ def _task_names(arguments: argparse.Namespace) -> list[str]:
     names += [word.partition(":")[0] for word in getattr(arguments, "harness", [])]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise UsageError(f"--questions and --harness must name different tasks, got {twice[0]!r} twice or as one of {', '.join(TASKS)}")
+        raise UsageError(
+            f"--questions and --harness must name different tasks, got {twice[0]!r} twice or as one of {', '.join(TASKS)}"
+        )
     return names
 
 

@@ -61,7 +61,9 @@ def _corpus(arguments: argparse.Namespace, tokenizer: Tokenizer) -> TextCorpus:
             f"{len(corpus.held_out):,} held out {corpus.split}"
         )
     if min(len(corpus.training), len(corpus.held_out)) <= arguments.length:
-        raise ValueError(f"--length {arguments.length} needs more tokens on either side than the text has; give more --text, or a shorter length")
+        raise ValueError(
+            f"--length {arguments.length} needs more tokens on either side than the text has; give more --text, or a shorter length"
+        )
     return corpus
 
 
@@ -96,13 +98,38 @@ def _sources(arguments: argparse.Namespace, corpus: TextCorpus, tokenizer: Token
 
 
 # Options that a training does not depend on: it is not repeated when they change.
-NOT_TRAINING = {"run", "stage", "stage_run", "usage", "command", "model", "whole_steps", "output", "save_every", "text", "base"}
+NOT_TRAINING = {
+    "run",
+    "stage",
+    "stage_run",
+    "usage",
+    "command",
+    "model",
+    "whole_steps",
+    "output",
+    "save_every",
+    "text",
+    "base",
+}
 NOT_TRAINING |= {"full", "window", "window_size", "full_task", "window_task", "objective", "width", "exhaustive_up_to"}
-NOT_TRAINING |= {"examples", "questions", "harness", "harness_limit", "seeds", "task", "placement", "state", "heads", "keys"}
+NOT_TRAINING |= {
+    "examples",
+    "questions",
+    "harness",
+    "harness_limit",
+    "seeds",
+    "task",
+    "placement",
+    "state",
+    "heads",
+    "keys",
+}
 NOT_TRAINING |= {"only", "min_throughput", "min_share", "speed_batch", "speed_prompt", "speed_tokens"}
 
 
-def _facts(arguments: argparse.Namespace, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> list[tuple[str, object]]:
+def _facts(
+    arguments: argparse.Namespace, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None
+) -> list[tuple[str, object]]:
     """What a training depends on, for the report and to recognise checkpoints: options, digests of text and base."""
     facts = sorted((k, v) for k, v in vars(arguments).items() if k not in NOT_TRAINING)
     return [*facts, ("text", corpus.digest), *([("base", weights_digest(base))] if base is not None else [])]
@@ -167,15 +194,21 @@ def _score(task: Task, model: JetNemotronForCausalLM) -> Score:
 
 
 def load_base(folder: Path, device: str) -> tuple[JetNemotronForCausalLM, Tokenizer]:
-    """Base and tokenizer of a folder. In fp32 whatever is stored: the paths beside it are trained in the base's dtype."""
+    """Base and tokenizer of a folder. In fp32 whatever is stored: the paths beside it are trained in the base's
+    dtype.
+    """
     tokenizer = base_tokenizer(folder)
-    return from_pretrained(folder, dtype=torch.float32, device=device, progress=partial(progress, desc="loading base")), tokenizer
+    return from_pretrained(
+        folder, dtype=torch.float32, device=device, progress=partial(progress, desc="loading base")
+    ), tokenizer
 
 
 def run_placement(arguments: argparse.Namespace) -> str | None:
     base, tokenizer = load_base(arguments.base, arguments.device)
     corpus = _corpus(arguments, tokenizer)
-    network = SuperNetwork(base, shape_of(arguments.shape).config(), arguments.window_size, arguments.seed, arguments.recompute)
+    network = SuperNetwork(
+        base, shape_of(arguments.shape).config(), arguments.window_size, arguments.seed, arguments.recompute
+    )
     options = PlacementOptions(
         arguments.full,
         arguments.window,
@@ -200,7 +233,9 @@ def run_placement(arguments: argparse.Namespace) -> str | None:
     write_report(output, book, result, options, facts + asked, fresh)
     export(network, result.placement, output / "model", tokenizer)
     print(f"placement: {' '.join(result.placement)}")
-    print(f"report: {output}/report.md; model: {output}/model (try: jetkernels generate --model {output}/model --prompt 'def ')")
+    print(
+        f"report: {output}/report.md; model: {output}/model (try: jetkernels generate --model {output}/model --prompt 'def ')"
+    )
     return f"`{' '.join(result.placement)}`"
 
 
@@ -215,7 +250,9 @@ class Comparison:
 
 
 def _compare(
-    arguments: argparse.Namespace, names: Sequence[str], block: Callable[[str], JetBlockConfig | Callable[[int], torch.nn.Module]]
+    arguments: argparse.Namespace,
+    names: Sequence[str],
+    block: Callable[[str], JetBlockConfig | Callable[[int], torch.nn.Module]],
 ) -> Comparison:
     """Trains and measures the candidates `names`; block: name -> what `SuperNetwork` takes as its linear paths."""
     base, tokenizer = load_base(arguments.base, arguments.device)
@@ -223,11 +260,17 @@ def _compare(
         # One that cannot be built is refused before any is trained.
         paths = block(name)
         with torch.device("meta"):
-            JetBlock(base.config.hidden_size, paths) if isinstance(paths, JetBlockConfig) else paths(base.config.hidden_size)
+            JetBlock(base.config.hidden_size, paths) if isinstance(paths, JetBlockConfig) else paths(
+                base.config.hidden_size
+            )
     corpus = _corpus(arguments, tokenizer)
     facts, placement = _facts(arguments, corpus, base), placement_of(arguments)
     settings = ("task", "objective", "seeds", "speed_batch", "speed_prompt", "speed_tokens")
-    asked = _task_facts(arguments) + [(name, getattr(arguments, name)) for name in settings] + [("placement", " ".join(placement))]
+    asked = (
+        _task_facts(arguments)
+        + [(name, getattr(arguments, name)) for name in settings]
+        + [("placement", " ".join(placement))]
+    )
     meter = Meter(
         lambda name, seed: SuperNetwork(base, block(name), arguments.window_size, seed, arguments.recompute),
         placement,
@@ -271,7 +314,9 @@ def run_blocks(arguments: argparse.Namespace) -> str | None:
         return lambda size: kind(size, equal_parameters(kind, size, shape))
 
     found = _compare(arguments, arguments.only or list(BLOCKS), block)
-    return _report_comparison(arguments, found, f"Linear-attention blocks of equal {arguments.equal}", ("JetBlock", "Mamba2"))
+    return _report_comparison(
+        arguments, found, f"Linear-attention blocks of equal {arguments.equal}", ("JetBlock", "Mamba2")
+    )
 
 
 def run_design(arguments: argparse.Namespace) -> str | None:

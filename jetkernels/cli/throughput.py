@@ -12,8 +12,12 @@ from jetkernels.model.speed import WARM_UP_STEPS, measure_speed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--batch", type=integer(1, 2**16), default=1, help="sequences (default 1)")
-    parser.add_argument("--prompt-length", type=integer(1, 2**28), default=512, help="tokens of each prompt (default 512)")
-    parser.add_argument("--new-tokens", type=integer(1, 2**28), default=32, help="decode steps that are timed (default 32)")
+    parser.add_argument(
+        "--prompt-length", type=integer(1, 2**28), default=512, help="tokens of each prompt (default 512)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=integer(1, 2**28), default=32, help="decode steps that are timed (default 32)"
+    )
     parser.add_argument("--prefill-chunk", type=integer(1), help="prompt tokens per forward")
     parser.add_argument("--repeats", type=integer(1), default=3, help="timed runs; the median counts (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -27,7 +31,14 @@ def run(arguments: argparse.Namespace) -> None:
     total = 1 + min(new, WARM_UP_STEPS) + arguments.repeats * (1 + new)
     with progress(total=total, desc="timing", disable=arguments.json) as bar:
         speed = measure_speed(
-            model, B, T, new, arguments.repeats, prefill_chunk=arguments.prefill_chunk, seed=arguments.seed, on_call=bar.update
+            model,
+            B,
+            T,
+            new,
+            arguments.repeats,
+            prefill_chunk=arguments.prefill_chunk,
+            seed=arguments.seed,
+            on_call=bar.update,
         )
     result = {
         "device": str(model.device),
@@ -46,4 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(result, indent=1))
         return
     for name, value in result.items():
-        print(f"{name.replace('_', ' '):28} {value:,.1f}" if isinstance(value, float) else f"{name.replace('_', ' '):28} {value}")
+        print(
+            f"{name.replace('_', ' '):28} {value:,.1f}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' '):28} {value}"
+        )

@@ -64,8 +64,8 @@ def marked(o: Tensor, bad: Tensor, window: int | None = None) -> Tensor:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None = None, first: Tensor | None = None
 ) -> Tensor:
-    """`finite_attention` where the keys end with the queries, L = start + T, and keys and values may hold anything: a token that is
-    not finite makes NaN of the queries that see it and changes no other.
+    """`finite_attention` where the keys end with the queries, L = start + T, and keys and values may hold anything: a
+    token that is not finite makes NaN of the queries that see it and changes no other.
     """
     if q.shape[2] == 1:
         return finite_attention(q, k, v, start, window, first)
@@ -79,8 +79,8 @@ def finite_attention(
     """Attention in which query t of sequence n, at index i = start + t of the key axis, sees keys j with j <= i,
     i - j < window and j >= first[n].
 
-    start: one for all, or [N] (then without a window).  first: [N], None for 0.  A key or value that some query does not see must
-    be finite: that query's weight is zero, but 0 * NaN is NaN.
+    start: one for all, or [N] (then without a window).  first: [N], None for 0.  A key or value that some query does
+    not see must be finite: that query's weight is zero, but 0 * NaN is NaN.
     """
     T, L = q.shape[2], k.shape[2]
     whole = isinstance(start, int) and first is None
@@ -108,8 +108,8 @@ def finite_attention(
 class Attention(nn.Module):
     """The attention of an "attn" (window None) or "swa" layer: q, k, v with bias, o without, scale head_dim^-0.5.
 
-    A window counts the token itself: key j is visible to query i when 0 <= i - j < window. A NaN changes no output that does not
-    see its token.
+    A window counts the token itself: key j is visible to query i when 0 <= i - j < window. A NaN changes no output that
+    does not see its token.
     """
 
     def __init__(self, config: JetNemotronConfig, window: int | None, *, device=None, dtype=None):
@@ -133,10 +133,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout, cache: AttentionCache | None = None
     ) -> Tensor:
-        """x [N, T, C] or packed [1, total, C] as `layout` says; `cache` is read and updated in place, without gradients."""
+        """x [N, T, C] or packed [1, total, C] as `layout` says; `cache` is read and updated in place, without
+        gradients.
+        """
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None and torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or in_backward()):
-            raise RuntimeError("Attention: a call with a cache computes no gradient; call it under torch.no_grad(), or without a cache")
+            raise RuntimeError(
+                "Attention: a call with a cache computes no gradient; call it under torch.no_grad(), or without a cache"
+            )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if layout.max_new == 0:
             return self.o_proj(q.flatten(-2))

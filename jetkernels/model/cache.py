@@ -24,7 +24,9 @@ class AttentionCache:
     def __init__(self, batch_size: int, heads: int, slots: int, head_dim: int, *, device, dtype):
         # Zeros, not empty: unused slots are masked, but a NaN would pass through 0 * NaN.
         # Nor zeros_like, which on meta imports torch's Python references: seconds.
-        self.key, self.value = (torch.zeros(batch_size, heads, slots, head_dim, device=device, dtype=dtype) for _ in range(2))
+        self.key, self.value = (
+            torch.zeros(batch_size, heads, slots, head_dim, device=device, dtype=dtype) for _ in range(2)
+        )
 
     @property
     def slots(self) -> int:
@@ -92,7 +94,9 @@ def _sizes(config: JetNemotronConfig) -> dict[str, object]:
     if "swa" in kinds:
         sizes["window_size"] = config.window_size
     if "jet" in kinds:
-        sizes |= {f"jet.{name}": getattr(config.jet, name) for name in ("num_heads", "head_dim", "head_v_dim", "conv_size")}
+        sizes |= {
+            f"jet.{name}": getattr(config.jet, name) for name in ("num_heads", "head_dim", "head_v_dim", "conv_size")
+        }
     return sizes
 
 
@@ -100,9 +104,9 @@ class JetNemotronCache:
     """Memory of a batch of sequences: keys and values of the attention layers, states of the JetBlock layers.
 
     Holds up to `max_length` tokens per sequence; sequences may have different lengths. `forward` writes into it in
-    place, so a step allocates nothing here. Made by `JetNemotronForCausalLM.new_cache`. A call that was interrupted, by an
-    exception or by the keyboard, leaves layers that have seen its tokens and others that have not: the cache then refuses
-    further calls until `reset`.
+    place, so a step allocates nothing here. Made by `JetNemotronForCausalLM.new_cache`. A call that was interrupted, by
+    an exception or by the keyboard, leaves layers that have seen its tokens and others that have not: the cache then
+    refuses further calls until `reset`.
 
     layers: per layer an AttentionCache or a JetBlockState.  lengths: tokens seen, per sequence.
     """
@@ -155,8 +159,8 @@ class JetNemotronCache:
             )
 
     def check(self, new: list[int]) -> None:
-        """Raises ValueError unless `new[n]` more tokens of sequence n fit; RuntimeError if they have been here before, or others
-        have been here in part."""
+        """Raises ValueError unless `new[n]` more tokens of sequence n fit; RuntimeError if they have been here before,
+        or others have been here in part."""
         if torch.is_grad_enabled() and in_backward() and not self.made_in_backward:
             raise RuntimeError(
                 "cache: a call with a cache cannot be repeated in a backward pass, as activation checkpointing does: the cache "

@@ -53,7 +53,8 @@ def opened(folder: str | Path) -> AbstractContextManager[SavedModel]:
     """The model that a local folder holds, its files open and all of one save, also while others save there.
 
     Raises:
-        FileNotFoundError: the folder, config.json or weights are missing; for the name of a model on a hub it says how to download it.
+        FileNotFoundError: the folder, config.json or weights are missing; for the name of a model on a hub it says how
+            to download it.
         ValueError: a file is damaged or is not what it should be.  Other OSErrors: a file cannot be opened.
     """
     check_folder(folder, "checkpoint")
@@ -69,7 +70,9 @@ def check_folder(folder: str | Path, what: str) -> None:
     if os.path.lexists(folder):
         raise NotADirectoryError(f"{what}: {folder} must be a folder, it is a file")
     name = str(folder)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) and not os.path.isdir(os.path.dirname(name)):
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) and not os.path.isdir(
+        os.path.dirname(name)
+    ):
         local = name.split("/")[1]
         raise FileNotFoundError(
             f"{what}: there is no folder {name}. A model of that name on the Hugging Face Hub must be downloaded first, "
@@ -105,9 +108,15 @@ class SavedModel:
             return dict.fromkeys(names, SINGLE_FILE)
         weight_map = parse_json(content, f"checkpoint: {index}").get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"checkpoint: {index} must be JSON with a weight_map, an object, got {type(weight_map).__name__}")
+            raise ValueError(
+                f"checkpoint: {index} must be JSON with a weight_map, an object, got {type(weight_map).__name__}"
+            )
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file, re.ASCII) or len(file) > 255:
+            if (
+                not isinstance(file, str)
+                or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file, re.ASCII)
+                or len(file) > 255
+            ):
                 raise ValueError(
                     f"checkpoint: {index}: weight_map must name a .safetensors file in the same folder for {name!r:.120}, got {file!r:.120}"
                 )
@@ -127,7 +136,9 @@ class SavedModel:
         try:
             file = folder.stack.enter_context(safetensors.safe_open(path, framework="pt"))
         except safetensors.SafetensorError as error:
-            raise ValueError(f"checkpoint: {self.path / name} is not a whole safetensors file: {_short(error)}") from None
+            raise ValueError(
+                f"checkpoint: {self.path / name} is not a whole safetensors file: {_short(error)}"
+            ) from None
         self._opened[name] = file
         self._names[name] = frozenset(file.keys())
         return file
@@ -184,8 +195,8 @@ def misfits(
 ) -> str:
     """How tensors differ from those of a model in name, or else in shape or kind; "" if they do not.
 
-    found: names of the tensors -> what holds them.  facts: name -> shape and kind, one of FLOATING if it fits.  tied: a head may lie
-    beside the embedding.
+    found: names of the tensors -> what holds them.  facts: name -> shape and kind, one of FLOATING if it fits.  tied: a
+    head may lie beside the embedding.
     """
     names = found.keys() - ({TIED_HEAD} if tied else set())
     missing, unexpected = sorted(wanted.keys() - names), sorted(names - wanted.keys())
@@ -198,7 +209,9 @@ def misfits(
         if shape != need:
             wrong.append(f"{name} must be {need}, got {shape}")
         elif kind not in FLOATING:
-            wrong.append(f"{name} in {holder} must be one of {', '.join(FLOATING)}, got {kind}, which is no weight as it stands")
+            wrong.append(
+                f"{name} in {holder} must be one of {', '.join(FLOATING)}, got {kind}, which is no weight as it stands"
+            )
     return _some(wrong, "; ")
 
 
@@ -216,7 +229,9 @@ def chosen_dtype(dtype: torch.dtype | str | None, config: JetNemotronConfig) -> 
         return config.dtype
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else None
     if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, of torch or by name, or 'auto', got {checks.shown(dtype)}")
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES)}, of torch or by name, or 'auto', got {checks.shown(dtype)}"
+        )
     return getattr(torch, name)
 
 
@@ -238,10 +253,10 @@ def load(
 ) -> M:
     """A model of class `kind` with the saved weights, each converted to its parameter's dtype (see `chosen_dtype`).
 
-    Names and shapes must match exactly, and a head stored beside a tied embedding must equal it; the error lists what is missing,
-    unexpected or misshapen. Only then memory is allocated. Weights that are inf or NaN are loaded as they are; integers, complex
-    numbers and 8-bit floats are refused, and so are numbers that would become inf. Tensors are read one at a time; `progress` wraps
-    the list of their names, as tqdm does.
+    Names and shapes must match exactly, and a head stored beside a tied embedding must equal it; the error lists what
+    is missing, unexpected or misshapen. Only then memory is allocated. Weights that are inf or NaN are loaded as they
+    are; integers, complex numbers and 8-bit floats are refused, and so are numbers that would become inf. Tensors are
+    read one at a time; `progress` wraps the list of their names, as tqdm does.
     """
     if config.num_hidden_layers > max(len(saved), MANY_LAYERS):
         raise ValueError(
@@ -285,17 +300,23 @@ def _needed(folder: OpenFolder, name: str) -> bytes:
 def save(model: torch.nn.Module, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes config.json and the weights, in shards of at most `max_shard_bytes` (a larger tensor gets its own).
 
-    The folder changes in one step at the end: until then it is as before, whatever fails. Other files in it stay. Of the files that
-    lay beside the weights when the model was loaded (COMPANIONS: tokenizer, chat template, generation_config) those that the folder
-    does not have are written too. What shares memory is written as often as it has names.
+    The folder changes in one step at the end: until then it is as before, whatever fails. Other files in it stay. Of
+    the files that lay beside the weights when the model was loaded (COMPANIONS: tokenizer, chat template,
+    generation_config) those that the folder does not have are written too. What shares memory is written as often as it
+    has names.
 
     Raises:
-        ValueError: loading would refuse the folder: the tensors do not fit the config, or it is no config; or an argument is wrong.
+        ValueError: loading would refuse the folder: the tensors do not fit the config, or it is no config; or an
+            argument is wrong.
         OSError: as for `replacing`.
     """
     if not isinstance(max_shard_bytes, Integral) or isinstance(max_shard_bytes, bool) or max_shard_bytes < 1:
-        raise ValueError(f"save: max_shard_bytes must be a positive integer, bytes of a file, got {checks.shown(max_shard_bytes)}")
-    config = json.dumps(model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}, indent=2) + "\n"
+        raise ValueError(
+            f"save: max_shard_bytes must be a positive integer, bytes of a file, got {checks.shown(max_shard_bytes)}"
+        )
+    config = (
+        json.dumps(model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}, indent=2) + "\n"
+    )
     state = _state(model, type(model.config).from_dict(json.loads(config)))
     with replacing(folder, drop=(WEIGHT_FILES, INDEX_FILE)) as new:
         shards = split(state, max_shard_bytes)
@@ -318,7 +339,9 @@ def _state(model: torch.nn.Module, config: JetNemotronConfig) -> dict[str, Tenso
     state = model.state_dict()
     tied = config.tie_word_embeddings
     wanted = type(model)(config, device="meta").state_dict()
-    found = misfits(dict.fromkeys(state, "the model"), lambda name: (list(state[name].shape), _kind(state[name])), wanted, tied)
+    found = misfits(
+        dict.fromkeys(state, "the model"), lambda name: (list(state[name].shape), _kind(state[name])), wanted, tied
+    )
     if found:
         raise ValueError(
             f"save: the model's tensors do not fit the config: {found} (adapters, parametrizations or quantisation? merge or remove them "

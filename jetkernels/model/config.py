@@ -22,7 +22,8 @@ MAX_LAYERS = 4096
 _ARCHITECTURES = ["JetNemotronForCausalLM"]
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-# Published keys, and keys of related configs, with the only value that this model computes; another value means another model.
+# Published keys, and keys of related configs, with the only value that this model computes; another value means another
+# model.
 _PUBLISHED = {"hidden_act": "silu", "rope_scaling": None, "use_mrope": False, "attention_dropout": 0.0}
 _ONLY_VALUE = {key: only for key, only in _PUBLISHED.items() if key != "rope_scaling"} | {
     "attention_bias": True,  # of q, k and v; the output projection has none
@@ -65,7 +66,14 @@ class JetNemotronConfig:
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
             self._require_count(name)
         if self.head_dim is None:
             self._require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
@@ -74,7 +82,9 @@ class JetNemotronConfig:
         checks.below_limit("config: num_attention_heads * head_dim", self.num_attention_heads * self.head_dim)
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim must be even (rotary embedding), got {self.head_dim}")
-        self._require_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        self._require_multiple(
+            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+        )
         self._require_number("rms_norm_eps", 0.0, 1.0, text=True)
         self._require_number("rope_theta", 1.0, float("inf"))
         self._require_number("initializer_range", 0.0, 100.0)
@@ -97,33 +107,43 @@ class JetNemotronConfig:
 
     def _check_layers(self) -> None:
         if not isinstance(self.layer_types, (list, tuple)):
-            raise ValueError(f"config: layer_types must be a list of {', '.join(LAYER_TYPES)}, got {checks.shown(self.layer_types)}")
+            raise ValueError(
+                f"config: layer_types must be a list of {', '.join(LAYER_TYPES)}, got {checks.shown(self.layer_types)}"
+            )
         layer_count(len(self.layer_types), "layer_types must have")
         for i, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
-                raise ValueError(f"config: layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {checks.shown(kind)}")
+                raise ValueError(
+                    f"config: layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {checks.shown(kind)}"
+                )
         self.layer_types = list(self.layer_types)
         if not isinstance(self.efficient_attention_config, Mapping):
             raise ValueError(
                 f"config: efficient_attention_config must be a mapping with jet and swa, got {checks.shown(self.efficient_attention_config)}"
             )
         if "jet" in self.layer_types:
-            self.jet  # noqa: B018  (parses, and so checks, the sizes)
+            _ = self.jet  # parses, and so checks, the sizes
         if "swa" in self.layer_types:
-            self.window_size  # noqa: B018
+            _ = self.window_size
 
     def _check_choices(self) -> None:
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"config: tie_word_embeddings must be true or false, got {checks.shown(self.tie_word_embeddings)}")
+            raise ValueError(
+                f"config: tie_word_embeddings must be true or false, got {checks.shown(self.tie_word_embeddings)}"
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]:
                 if not (token is None and token is value) and (type(token) is not int or not 0 <= token < 1 << 63):
-                    raise ValueError(f"config: {name} must be None or a token id (an integer from 0), got {checks.shown(value)}")
+                    raise ValueError(
+                        f"config: {name} must be None or a token id (an integer from 0), got {checks.shown(value)}"
+                    )
         if isinstance(self.torch_dtype, (str, torch.dtype)):
             self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
         if not isinstance(self.torch_dtype, str) or self.torch_dtype not in DTYPES:
-            raise ValueError(f"config: torch_dtype must name a dtype, got {checks.shown(self.torch_dtype)}; one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"config: torch_dtype must name a dtype, got {checks.shown(self.torch_dtype)}; one of {', '.join(DTYPES)}"
+            )
         if not isinstance(self.extra, Mapping) or not all(isinstance(key, str) for key in self.extra):
             raise ValueError(f"config: extra must be a mapping of names, got {checks.shown(self.extra)}")
 
@@ -138,7 +158,9 @@ class JetNemotronConfig:
     def _section(self, name: str) -> Mapping:
         section = self.efficient_attention_config.get(name)
         if not isinstance(section, Mapping):
-            raise ValueError(f"config: efficient_attention_config.{name} is needed by a {name} layer, got {checks.shown(section)}")
+            raise ValueError(
+                f"config: efficient_attention_config.{name} is needed by a {name} layer, got {checks.shown(section)}"
+            )
         return section
 
     @cached_property
@@ -183,7 +205,9 @@ class JetNemotronConfig:
             del values["architectures"]
         dtypes = {str(d) for key in ("dtype", "torch_dtype") if (d := values.pop(key, None)) is not None}
         if len(dtypes) > 1:
-            raise ValueError(f"config: torch_dtype and dtype must agree, got {' and '.join(map(checks.shown, sorted(dtypes)))}")
+            raise ValueError(
+                f"config: torch_dtype and dtype must agree, got {' and '.join(map(checks.shown, sorted(dtypes)))}"
+            )
         layers = values.pop("num_hidden_layers", None)
         missing = [name for name in _REQUIRED if name not in values]
         if missing:
@@ -199,7 +223,9 @@ class JetNemotronConfig:
 
     def to_dict(self) -> dict:
         """The content of config.json, published keys, sorted."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "head_dim", "pad_token_id")}
+        values = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "head_dim", "pad_token_id")
+        }
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             values["head_dim"] = self.head_dim
         if self.pad_token_id is not None:
@@ -224,7 +250,9 @@ class JetNemotronConfig:
         folder = resources.files(__package__) / "configs"
         file = folder / f"{name}.json"
         if not file.is_file():
-            names = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+            names = sorted(
+                entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
+            )
             raise ValueError(f"config: name must be one of {', '.join(names)}, got {name!r}")
         return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
@@ -256,8 +284,8 @@ def _same(got: object, only: object) -> bool:
 def rope_theta(values: Mapping) -> dict[str, object]:
     """{"rope_theta": base of the rotary frequencies} of a config.json, {} if it has none.
 
-    It stands at the top, or, as transformers writes it since version 5, in `rope_parameters` (`rope_scaling` in older files), which
-    may also ask for scaled or partial rotations: those are refused.
+    It stands at the top, or, as transformers writes it since version 5, in `rope_parameters` (`rope_scaling` in older
+    files), which may also ask for scaled or partial rotations: those are refused.
     """
     found = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -267,12 +295,19 @@ def rope_theta(values: Mapping) -> dict[str, object]:
         if not isinstance(section, Mapping):
             raise ValueError(f"config: {key} must be None, got {checks.shown(section)}")
         neutral = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-        if any(name != "rope_theta" and not (name in neutral and _same(value, neutral[name])) for name, value in section.items()):
-            raise ValueError(f"config: {key} must be None, got {checks.shown(section)}; of its kinds only rope_type 'default' is computed")
+        if any(
+            name != "rope_theta" and not (name in neutral and _same(value, neutral[name]))
+            for name, value in section.items()
+        ):
+            raise ValueError(
+                f"config: {key} must be None, got {checks.shown(section)}; of its kinds only rope_type 'default' is computed"
+            )
         if "rope_theta" in section:
             theta = checks.number(f"config: {key}.rope_theta", section["rope_theta"])
             if found and found["rope_theta"] != theta:
-                raise ValueError(f"config: rope_theta and {key}.rope_theta must agree, got {checks.shown(found['rope_theta'])} and {theta:g}")
+                raise ValueError(
+                    f"config: rope_theta and {key}.rope_theta must agree, got {checks.shown(found['rope_theta'])} and {theta:g}"
+                )
             found = {"rope_theta": theta}
     return found
 

@@ -25,7 +25,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     top_k keeps that many tokens, top_p the fewest most likely ones whose probabilities reach it; both: top_k first.
     """
     limits = torch.finfo(torch.float32)
-    # Below it fp32 has zero, and a draw would be the most likely token anyway; above it infinity, and all tokens are alike.
+    # Below it fp32 has zero, and a draw would be the most likely token anyway; above it infinity, and all tokens are
+    # alike.
     if temperature < limits.tiny:
         return logits.argmax(-1)
     temperature = min(temperature, limits.max)
@@ -67,11 +68,12 @@ def generate(
     """Continues each prompt of a batch with a JetNemotronForCausalLM.
 
     Args:
-        input_ids: [B, T] int64 or int32, T >= 1, on the model's device.  attention_mask: [B, T], zero at padding (either side),
-            never in a whole row.
+        input_ids: [B, T] int64 or int32, T >= 1, on the model's device.  attention_mask: [B, T], zero at padding
+            (either side), never in a whole row.
         max_new_tokens: upper bound per row.
         temperature: 0 picks the most likely token, otherwise logits are divided by it before a draw; finite.
-        top_k, top_p: restrict the draw to the top_k most likely tokens, to the fewest tokens with probability top_p in (0, 1].
+        top_k, top_p: restrict the draw to the top_k most likely tokens, to the fewest tokens with probability top_p in
+            (0, 1].
         stop_token_ids: a row ends with the first of these; the config's eos by default, () for none.
         pad_token_id: what follows in rows that ended before others; the config's pad (eos) by default.
         on_tokens: called after each step with the new tokens [B] and which rows were still running [B] (bool).
@@ -79,8 +81,8 @@ def generate(
         prefill_chunk: prompt tokens per forward; bounds the memory of a long prompt. The whole prompt by default.
 
     Returns: [B, T + new] int64, the prompt as given and the new tokens; new <= max_new_tokens, fewer when all rows end.
-    Raises ValueError or TypeError for a wrong argument, before anything is computed; RuntimeError if logits after a prompt are
-    not finite. What on_tokens raises ends the generation and is passed on.
+    Raises ValueError or TypeError for a wrong argument, before anything is computed; RuntimeError if logits after a
+    prompt are not finite. What on_tokens raises ends the generation and is passed on.
     """
     _check_prompt(model, input_ids, attention_mask)
     _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, generator, input_ids.device)
@@ -151,7 +153,9 @@ def _check_prompt(model, input_ids: Tensor, attention_mask: Tensor | None) -> No
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask must be {list(input_ids.shape)}, got {list(attention_mask.shape)}")
     if attention_mask.device != input_ids.device:
-        raise ValueError(f"attention_mask must be on the device of input_ids, {input_ids.device}, got {attention_mask.device}")
+        raise ValueError(
+            f"attention_mask must be on the device of input_ids, {input_ids.device}, got {attention_mask.device}"
+        )
     kept = (attention_mask != 0).any(dim=1)
     if not bool(kept.all()):
         row = kept.tolist().index(False)
@@ -159,7 +163,11 @@ def _check_prompt(model, input_ids: Tensor, attention_mask: Tensor | None) -> No
 
 
 def _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, generator, device: torch.device) -> None:
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1), ("prefill_chunk", prefill_chunk, 1)):
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 0),
+        ("top_k", top_k, 1),
+        ("prefill_chunk", prefill_chunk, 1),
+    ):
         if (value is not None or name == "max_new_tokens") and _integer(name, value) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not _number("temperature", temperature) >= 0:

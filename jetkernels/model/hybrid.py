@@ -27,9 +27,10 @@ Progress = Callable[[list], Iterable]
 class CausalLMOutput(dict):
     """What a call of the model gives: loss, logits and cache, in this order, those that are not None.
 
-    loss: a scalar, if labels were given.  logits: [B, T, vocab], or [N, 1, vocab] with last_logits_only.  cache: as given.
-    Read as an attribute, by name or, as the outputs of transformers' models, by position among those that are there: [0] is
-    the loss of a call with labels and the logits of one without. `to_tuple` unpacks.
+    loss: a scalar, if labels were given.  logits: [B, T, vocab], or [N, 1, vocab] with last_logits_only.  cache: as
+    given.
+    Read as an attribute, by name or, as the outputs of transformers' models, by position among those that are there:
+    [0] is the loss of a call with labels and the logits of one without. `to_tuple` unpacks.
     """
 
     def __init__(self, *args, **fields):
@@ -101,7 +102,8 @@ class DecoderLayer(nn.Module):
 class JetNemotronModel(nn.Module):
     """Embedding, decoder layers and final norm.
 
-    recompute_layers: when gradients are computed, keep only the layers' inputs and compute the rest again in the backward pass.
+    recompute_layers: when gradients are computed, keep only the layers' inputs and compute the rest again in the
+    backward pass.
     """
 
     recompute_layers = False
@@ -164,7 +166,11 @@ class JetNemotronForCausalLM(nn.Module):
             return self.lm_head(h)
         weight = self.model.embed_tokens.weight
         if not isinstance(weight, Tensor) or weight.device != h.device:
-            got = f"on {weight.device}" if isinstance(weight, Tensor) else f"{type(weight).__name__} (a quantised module?)"
+            got = (
+                f"on {weight.device}"
+                if isinstance(weight, Tensor)
+                else f"{type(weight).__name__} (a quantised module?)"
+            )
             raise RuntimeError(
                 f"the head is tied to embed_tokens, whose weight must be a tensor on {h.device}, got {got}: leave embed_tokens out "
                 "of offloading and quantisation, or give the head a weight of its own (tie_word_embeddings=False)"
@@ -245,7 +251,11 @@ class JetNemotronForCausalLM(nn.Module):
             )
 
     def _arrange(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: JetNemotronCache | None, cu_seqlens: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: JetNemotronCache | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[TokenLayout, Unpadding | None]:
         """Checks the call and finds out where each token belongs; a padded batch becomes a packed one."""
         B, T = input_ids.shape
@@ -253,8 +263,16 @@ class JetNemotronForCausalLM(nn.Module):
         if cu_seqlens is not None:
             if attention_mask is not None:
                 raise ValueError("attention_mask and cu_seqlens exclude each other; got both")
-            if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
-                got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            if (
+                not isinstance(cu_seqlens, Tensor)
+                or cu_seqlens.dim() != 1
+                or cu_seqlens.dtype not in (torch.int64, torch.int32)
+            ):
+                got = (
+                    f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+                    if isinstance(cu_seqlens, Tensor)
+                    else type(cu_seqlens).__name__
+                )
                 raise ValueError(f"cu_seqlens must be a tensor [N+1] of int64 or int32, got {got}")
             if cu_seqlens.device != input_ids.device:
                 raise ValueError(f"cu_seqlens must be on {input_ids.device}, like input_ids, got {cu_seqlens.device}")
@@ -291,8 +309,8 @@ class JetNemotronForCausalLM(nn.Module):
 
         dtype: of the loaded model, a floating one or its name; None and "auto": the config's torch_dtype.
         progress: wraps the list of tensors, as tqdm does.
-        All files are of one save, even if others save into the folder meanwhile. The tokenizer's files, chat template and
-        generation_config.json that lie beside the weights are kept for `save_pretrained`.
+        All files are of one save, even if others save into the folder meanwhile. The tokenizer's files, chat template
+        and generation_config.json that lie beside the weights are kept for `save_pretrained`.
 
         Raises:
             OSError: the folder or a file in it is missing or cannot be opened.
@@ -307,7 +325,9 @@ class JetNemotronForCausalLM(nn.Module):
         checkpoint.save(self, folder, max_shard_bytes)
 
     @classmethod
-    def empty(cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | str | None = None) -> JetNemotronForCausalLM:
+    def empty(
+        cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | str | None = None
+    ) -> JetNemotronForCausalLM:
         """A model whose parameters are allocated, in their dtype, but hold no values yet."""
         return checkpoint.allocate(cls(config, device="meta", dtype=checkpoint.chosen_dtype(dtype, config)), device)
 
@@ -357,7 +377,9 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def _values_at_hand(x: Tensor) -> bool:
-    """Whether there are values to look at: not where that waits for a device, in a compiled program, under vmap or torch.func.grad."""
+    """Whether there are values to look at: not where that waits for a device, in a compiled program, under vmap or
+    torch.func.grad.
+    """
     return (
         x.device.type == "cpu"
         and x.numel() > 0

@@ -100,7 +100,9 @@ class TokenLayout:
         return last.masked_fill(empty[:, None], 0.0)[:, None]
 
     def next_labels(self, labels: Tensor, padding: Unpadding | None) -> Tensor:
-        """Labels of the tokens -> what each token should predict: its successor's label, -100 for the last of a sequence."""
+        """Labels of the tokens -> what each token should predict: its successor's label, -100 for the last of a
+        sequence.
+        """
         if padding is not None:
             labels = padding.pack(labels)
         if not labels.shape[1]:

@@ -16,7 +16,9 @@ WARM_UP_STEPS = 4
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over `runs` timed runs. prefill_seconds: of all prompts; decode_seconds: of new_tokens steps of the batch."""
+    """Medians over `runs` timed runs. prefill_seconds: of all prompts; decode_seconds: of new_tokens steps of the
+    batch.
+    """
 
     batch: int
     prompt_length: int
@@ -42,9 +44,16 @@ def synchronize(device: torch.device) -> None:
 
 @torch.no_grad()
 def time_once(
-    model, ids: torch.Tensor, cache, new_tokens: int, chunk: int | None = None, on_call: Callable[[], object] = lambda: None
+    model,
+    ids: torch.Tensor,
+    cache,
+    new_tokens: int,
+    chunk: int | None = None,
+    on_call: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Seconds of one prefill of ids [B, T] and of `new_tokens` decode steps after it; `on_call` is called after each forward."""
+    """Seconds of one prefill of ids [B, T] and of `new_tokens` decode steps after it; `on_call` is called after each
+    forward.
+    """
     cache.reset()
     synchronize(model.device)
     start = time.perf_counter()
@@ -71,7 +80,12 @@ def measure_speed(
     on_call: Callable[[], object] = lambda: None,
 ) -> Speed:
     """Times `repeats` runs on random prompts after a short one that is not counted."""
-    for name, value in (("batch", batch), ("prompt_length", prompt_length), ("new_tokens", new_tokens), ("repeats", repeats)):
+    for name, value in (
+        ("batch", batch),
+        ("prompt_length", prompt_length),
+        ("new_tokens", new_tokens),
+        ("repeats", repeats),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     generator = torch.Generator().manual_seed(seed)

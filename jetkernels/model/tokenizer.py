@@ -25,7 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """A tokenizer.json, as published with the models (byte-level BPE), or one token per byte.
 
-    companions: name -> content of the other files of a tokenizer that lay beside it (chat template, ...), for `save_pretrained`.
+    companions: name -> content of the other files of a tokenizer that lay beside it (chat template, ...), for
+    `save_pretrained`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -92,7 +93,9 @@ class Tokenizer:
             bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if bad is None:
                 raise
-            raise ValueError(f"text must be Unicode, got the lone surrogate U+{ord(text[bad]):04X} at character {bad}") from None
+            raise ValueError(
+                f"text must be Unicode, got the lone surrogate U+{ord(text[bad]):04X} at character {bad}"
+            ) from None
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""

@@ -1,4 +1,6 @@
-"""Numbers that people write into configurations, checked one by one. Each function gives the number, or ValueError naming the field."""
+"""Numbers that people write into configurations, checked one by one. Each function gives the number, or ValueError
+naming the field.
+"""
 
 from __future__ import annotations
 
@@ -41,5 +43,9 @@ def shown(value: object, limit: int = 80) -> str:
         text = repr(value)
     except ValueError:
         # Python writes no integer of more than 4300 digits.
-        return f"an integer of {int(value).bit_length()} bits" if isinstance(value, Integral) else f"a {type(value).__name__}"
+        return (
+            f"an integer of {int(value).bit_length()} bits"
+            if isinstance(value, Integral)
+            else f"a {type(value).__name__}"
+        )
     return text if len(text) <= limit else f"{text[:limit]}..."

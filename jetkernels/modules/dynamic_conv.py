@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,8 +15,8 @@ class KernelGenerator(nn.Module):
     """The two matrices that turn a layer input into convolution taps: kernel = w2 silu(w1 x) + bias.
 
     w1.weight [R, C]; w2.weight [D*W, R] and w2.bias [D*W], row d*W+w for tap w of channel d. Only `w1` runs here: the
-    product with w2 is part of the convolution op, so that the taps [B, T, D, W] never exist in memory. Where w2 is not a plain
-    Linear (an adapter, a hook, ...: `plain_weights`) it is called and they do.
+    product with w2 is part of the convolution op, so that the taps [B, T, D, W] never exist in memory. Where w2 is not
+    a plain Linear (an adapter, a hook, ...: `plain_weights`) it is called and they do.
     """
 
     def __init__(self, input_size: int, width: int, outputs: int, *, device=None, dtype=None):
@@ -61,7 +60,9 @@ class DynamicShortConvolution(nn.Module):
         if not 2 <= kernel_size <= 4:
             raise ValueError(f"kernel_size must be 2, 3 or 4, got {kernel_size}")
         if not 1 <= generator_reduction <= channels:
-            raise ValueError(f"generator_reduction must be between 1 and channels = {channels}, got {generator_reduction}")
+            raise ValueError(
+                f"generator_reduction must be between 1 and channels = {channels}, got {generator_reduction}"
+            )
         self.channels = channels
         self.kernel_size = kernel_size
         self.activation = activation
@@ -111,7 +112,8 @@ class DynamicShortConvolution(nn.Module):
     def step_(
         self, x: Tensor, generator_input: Tensor, conv_state: Tensor, state_indices: Tensor | None = None
     ) -> Tensor:
-        """One token per sequence: x [N, D], generator_input [N, C] -> y [N, D]; updates conv_state [P, D, W-1] in place.
+        """One token per sequence: x [N, D], generator_input [N, C] -> y [N, D]; updates conv_state [P, D, W-1] in
+        place.
 
         Not differentiable: for inference, under `torch.no_grad()`.
         """
@@ -128,7 +130,9 @@ class DynamicShortConvolution(nn.Module):
         """Taps [..., D, W] from w2 as a module."""
         return self.kernel_generator.w2(hidden).unflatten(-1, (self.channels, self.kernel_size))
 
-    def _step_with_kernels_(self, x: Tensor, hidden: Tensor, conv_state: Tensor, state_indices: Tensor | None) -> Tensor:
+    def _step_with_kernels_(
+        self, x: Tensor, hidden: Tensor, conv_state: Tensor, state_indices: Tensor | None
+    ) -> Tensor:
         kernels = self._kernels(hidden)
         if state_indices is None:
             y, after = apply_dynamic_conv(x[:, None], kernels[:, None], conv_state.clone(), None, self.activation, True)

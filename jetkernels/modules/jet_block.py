@@ -28,7 +28,9 @@ TIME_STEPS = (1e-3, 1e-1)
 # The decay is an exponential of a product of these two: a bf16 rounding of them would move every state.
 GATE_PARAMETERS = ("A_log", "dt_bias")
 # Their names, also where torch.nn.utils.prune or a parametrization stands before them.
-GATE_NAMES = tuple(form.format(name) for name in GATE_PARAMETERS for form in ("{}", "{}_orig", "parametrizations.{}.original"))
+GATE_NAMES = tuple(
+    form.format(name) for name in GATE_PARAMETERS for form in ("{}", "{}_orig", "parametrizations.{}.original")
+)
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ class JetBlock(nn.Module):
         y = o_proj(rmsnorm(o) * o_norm.weight * silu(g_proj(x)))
 
     Gates and norm compute in fp32. A_log [H] and dt_bias [H] stay fp32 when the module is cast to a narrower dtype
-    and when a narrower checkpoint is loaded. Both have `_no_weight_decay = True`, as in flash-linear-attention: whoever makes
-    the optimiser should not let them decay (towards a decay rate of 1).
+    and when a narrower checkpoint is loaded. Both have `_no_weight_decay = True`, as in flash-linear-attention: whoever
+    makes the optimiser should not let them decay (towards a decay rate of 1).
 
     Args:
         hidden_size: C.  jet_block_config: the sizes.  initializer_range: standard deviation of the projections.
@@ -217,9 +219,9 @@ class JetBlock(nn.Module):
             hidden_states: [B, T, C].
             attention_mask: [B, T], zero at padding, which may be anywhere; output rows there are zero.
             cu_seqlens: [N+1] int32 or int64 boundaries of sequences packed into one row (B = 1); not with a mask.
-            state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient. Under
-                `torch.utils.checkpoint` the second run starts from the state as the first found it and leaves it alone; where it
-                cannot know which call it repeats it raises RuntimeError.
+            state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient.
+                Under `torch.utils.checkpoint` the second run starts from the state as the first found it and leaves it
+                alone; where it cannot know which call it repeats it raises RuntimeError.
 
         Returns: [B, T, C], in the dtype of hidden_states.
         """
@@ -242,13 +244,19 @@ class JetBlock(nn.Module):
         if not isinstance(x, Tensor):
             raise ValueError(f"JetBlock: hidden_states must be a tensor, got {type(x).__name__}")
         if x.dim() != 3 or x.shape[2] != self.hidden_size or not x.is_floating_point():
-            raise ValueError(f"JetBlock: hidden_states must be floating [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}")
+            raise ValueError(
+                f"JetBlock: hidden_states must be floating [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}"
+            )
         if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
             raise ValueError(f"JetBlock: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
         if state is not None and not isinstance(state, JetBlockState):
-            raise ValueError(f"JetBlock: state must be a JetBlockState (new_state makes one), got {type(state).__name__}")
+            raise ValueError(
+                f"JetBlock: state must be a JetBlockState (new_state makes one), got {type(state).__name__}"
+            )
 
-    def _run(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
+    def _run(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None
+    ) -> Tensor:
         gate = self.g_proj(x).unflatten(-1, (self.config.num_heads, -1))
         o = self._mix(x, cu_seqlens, state, call)
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
@@ -275,15 +283,26 @@ class JetBlock(nn.Module):
             need = "float64, like the layer" if q.dtype == torch.float64 else "float32 (or bfloat16)"
             raise ValueError(f"JetBlock: recurrent_state must be {need}, got {S.dtype}")
 
-    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None) -> Tensor:
-        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]. `call`: of the state, if it may be repeated."""
+    def _mix(
+        self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None
+    ) -> Tensor:
+        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]. `call`: of the state, if it may be
+        repeated.
+        """
         H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
         q = F.silu(self.q_proj(x)).unflatten(-1, (H, K))
         k = F.silu(self.k_proj(x)).unflatten(-1, (H, K))
         x_v = self.v_proj(x)
         g, beta = self._gates(x)
-        # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook would see.
-        if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None and not has_hooks(self.dynamic_conv1d):
+        # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook
+        # would see.
+        if (
+            state is not None
+            and call is None
+            and x.shape[1] == 1
+            and cu_seqlens is None
+            and not has_hooks(self.dynamic_conv1d)
+        ):
             self._check_step(state, q)
             v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
             v = v.view(-1, 1, H, V)

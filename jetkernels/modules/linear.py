@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-# Not DTensor, quantised tensors and other subclasses: what they compute is decided where they are used. FakeTensor stands
-# for a plain tensor while a program is being exported.
+# Not DTensor, quantised tensors and other subclasses: what they compute is decided where they are used. FakeTensor
+# stands for a plain tensor while a program is being exported.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 _FORWARD = nn.Linear.forward
 _announced: set[tuple[str, str]] = set()
@@ -32,8 +32,9 @@ def has_hooks(module: nn.Module) -> bool:
 def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that computes x W^T + b and does nothing else; None if it has to be called instead.
 
-    Adapters, hooks, pruning, parametrizations, offloading and quantisation change what a call of the layer does, and its weight
-    alone knows nothing of them. `name`, for people, is used to announce once that and why such a layer is called.
+    Adapters, hooks, pruning, parametrizations, offloading and quantisation change what a call of the layer does, and
+    its weight alone knows nothing of them. `name`, for people, is used to announce once that and why such a layer is
+    called.
     """
     if type(module) is nn.Linear and not has_hooks(module) and nn.Linear.forward is _FORWARD:
         # Much cheaper than two attributes of a module, and on the path of every decoded token.
@@ -52,13 +53,17 @@ def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] 
 
 
 def floating_weight(*modules: nn.Module) -> Tensor:
-    """The weight of the first module that has one of a floating dtype (quantised ones have not): where and in what it computes."""
+    """The weight of the first module that has one of a floating dtype (quantised ones have not): where and in what it
+    computes.
+    """
     weights = [module.weight for module in modules]
     return next(w for w in weights if isinstance(w, Tensor) and w.is_floating_point())
 
 
 def computing_device(module: nn.Module, weight: Tensor) -> torch.device:
-    """Where a module with this weight computes. accelerate's offloading leaves the weight on meta between calls and names the device."""
+    """Where a module with this weight computes. accelerate's offloading leaves the weight on meta between calls and
+    names the device.
+    """
     if weight.is_meta:
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", [hook]):
@@ -71,7 +76,9 @@ def _announce(module: nn.Module, name: str) -> None:
     reason = _reason(module)
     if (name, reason) not in _announced:
         _announced.add((name, reason))
-        warnings.warn(f"jetkernels: {name} is called as a module, not fused with what follows it: {reason}", stacklevel=3)
+        warnings.warn(
+            f"jetkernels: {name} is called as a module, not fused with what follows it: {reason}", stacklevel=3
+        )
 
 
 def _reason(module: nn.Module) -> str:

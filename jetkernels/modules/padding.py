@@ -33,7 +33,8 @@ class Unpadding:
 
 
 def find_padding(attention_mask: Tensor, batch_size: int, width: int, device: torch.device) -> Unpadding | None:
-    """Reads an attention mask [B, T'] (nonzero: a real token) for a call on [B, T] tokens on `device`; None if nothing is padded.
+    """Reads an attention mask [B, T'] (nonzero: a real token) for a call on [B, T] tokens on `device`; None if nothing
+    is padded.
 
     T' may exceed T, as it does where past tokens are counted too: the last T columns are those of this call.
     Padding may be on the left, on the right or in between; it simply does not exist for the layers.
@@ -50,7 +51,9 @@ def find_padding(attention_mask: Tensor, batch_size: int, width: int, device: to
         )
     if attention_mask.is_floating_point() and not (attention_mask >= 0).all():
         # Read as it is here, a mask that is added to scores would keep the padding and drop the tokens.
-        raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got negative values or NaN: is it an additive mask?")
+        raise ValueError(
+            "attention_mask must be 1 at tokens and 0 at padding, got negative values or NaN: is it an additive mask?"
+        )
     kept = attention_mask[:, attention_mask.shape[1] - width :] != 0
     counts = kept.sum(1)
     lengths = counts.tolist()

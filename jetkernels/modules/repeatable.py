@@ -1,8 +1,9 @@
 """Calls that change a state in place and may be run a second time by activation checkpointing.
 
-`torch.utils.checkpoint` runs a layer again in the backward pass, when its state already holds what came later. The second run
-must start from the state as the first found it, and must not change it. So a call that may be repeated keeps a copy of what it
-started from, and a run inside a backward pass looks for the call that it repeats: the one of the same state with the same input.
+`torch.utils.checkpoint` runs a layer again in the backward pass, when its state already holds what came later. The
+second run must start from the state as the first found it, and must not change it. So a call that may be repeated keeps
+a copy of what it started from, and a run inside a backward pass looks for the call that it repeats: the one of the same
+state with the same input.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# How many elements of an input are kept to recognise it, and how far a second run's may be from them, relative to their norm.
+# How many elements of an input are kept to recognise it, and how far a second run's may be from them, relative to their
+# norm.
 SAMPLE_SIZE = 256
 TOLERANCE = 1e-2
 
@@ -39,7 +41,9 @@ class RepeatableCall:
 
     def __init__(self, layer: str, state: Sequence[Tensor], x: Tensor):
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(f"{layer}: training with a state is not compiled; call it without a state, or without gradients")
+            torch._dynamo.graph_break(
+                f"{layer}: training with a state is not compiled; call it without a state, or without gradients"
+            )
         self.state, self.x = state, x
         self.sample = _sample(x)
         self.history = _histories.setdefault(state[0], _History())

@@ -1,14 +1,15 @@
 """The autograd contract of the ops, as kernels for the dispatch keys Autograd and ADInplaceOrView.
 
-Whatever has no derivative raises: no op returns zeros or None in its place. An op in place raises at the call, before it writes,
-because a gradient that flows through what is overwritten is lost for good; a second derivative raises when it is asked for.
+Whatever has no derivative raises: no op returns zeros or None in its place. An op in place raises at the call, before
+it writes, because a gradient that flows through what is overwritten is lost for good; a second derivative raises when
+it is asked for.
 """
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, _C
+from torch import _C, Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -30,7 +31,9 @@ def _tensors(name: str, args: Sequence) -> Iterator[tuple[str, Tensor]]:
 def _refuse_tangents(name: str, args: Sequence, instead: str) -> None:
     for argument, t in _tensors(name, args):
         if forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(f"{name}: {argument} has a tangent, and this op is not differentiable in forward mode; {instead}")
+            raise NotImplementedError(
+                f"{name}: {argument} has a tangent, and this op is not differentiable in forward mode; {instead}"
+            )
 
 
 def _kernel(name: str, backward: Callable, setup_context: Callable, forward_mode: str) -> Kernel:
@@ -83,7 +86,9 @@ def not_twice(name: str) -> Kernel:
 
 
 def in_place(name: str, instead: str) -> tuple[Kernel, Kernel]:
-    """The kernels for Autograd, and for ADInplaceOrView alone, which inference mode leaves on for tensors from outside of it."""
+    """The kernels for Autograd, and for ADInplaceOrView alone, which inference mode leaves on for tensors from outside
+    of it.
+    """
     op = _overload(name)
     redispatch = op._handle.redispatch_boxed
     written = tuple(i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)

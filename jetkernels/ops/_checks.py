@@ -1,4 +1,5 @@
-"""What ``bindings/checks.h`` and ``bindings/*_inputs.h`` refuse, for fake tensors: the same checks in the same order and words.
+"""What ``bindings/checks.h`` and ``bindings/*_inputs.h`` refuse, for fake tensors: the same checks in the same order
+and words.
 
 They see ranks, sizes, dtypes, devices and layouts. Values, and who shares memory with whom, only the bindings see.
 ``tests/test_bad_arguments.py`` holds the two against each other. Sizes may be symbols, hence ``torch._check``.
@@ -10,9 +11,17 @@ import torch
 from torch import Tensor
 
 _NAMES = {
-    torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int32: "int32",
-    torch.int64: "int64", torch.bool: "bool", torch.uint8: "uint8", torch.int8: "int8", torch.int16: "int16",
-}  # fmt: skip
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.bool: "bool",
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.int16: "int16",
+}
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX = (torch.int32, torch.int64)
 MAX_TAPS = 4
@@ -49,7 +58,7 @@ class Checks:
     def require(self, condition, text: str) -> None:
         torch._check(condition, lambda: f"{self.op}: {text}")
 
-    # ---- bindings/checks.h ----
+    # ---- bindings/checks.h
 
     def bind(self, symbol: str, size: int, source: str) -> None:
         self.size[symbol], self._source[symbol] = size, source
@@ -121,7 +130,7 @@ class Checks:
         self.dtype(name, t, *_INDEX)
         self.device(name, t, like_name, like)
 
-    # ---- bindings/delta_rule_inputs.h, recurrent_inputs.h ----
+    # ---- bindings/delta_rule_inputs.h, recurrent_inputs.h
 
     def heads(self, values: str, keys: str) -> None:
         H, Hk, K, V = (self.size[symbol] for symbol in ("H", "Hk", "K", "V"))
@@ -154,7 +163,9 @@ class Checks:
 
     def pool(self, state: Tensor, state_indices: Tensor | None, like_name: str, like: Tensor) -> None:
         self.shape("state", state, "P", "H", "K", "V")
-        self.dtype("state", state, *((torch.float64,) if like.dtype == torch.float64 else (torch.float32, torch.bfloat16)))
+        self.dtype(
+            "state", state, *((torch.float64,) if like.dtype == torch.float64 else (torch.float32, torch.bfloat16))
+        )
         self.device("state", state, like_name, like)
         self.state_rows(state_indices, like_name, like)
 
@@ -166,7 +177,7 @@ class Checks:
         self.contiguous("keys", keys)
         self.contiguous("updates", updates)
 
-    # ---- bindings/conv_inputs.h ----
+    # ---- bindings/conv_inputs.h
 
     def like(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
         self.dtype_like(name, t, like_name, like)

@@ -1,7 +1,9 @@
-"""How an op becomes ``torch.ops.jet.<op>``: schema, fake kernel, autograd (``_autograd``), autocast and the plain path for CUDA.
+"""How an op becomes ``torch.ops.jet.<op>``: schema, fake kernel, autograd (``_autograd``), autocast and the plain path
+for CUDA.
 
 The implementations that run are C++ (``bindings/<op>.cpp``, for CPU and CUDA tensors). Where no kernel of this library
-serves a tensor (``bindings/backend.h``), they call ``jet_plain::<op>``, which this file registers from ``jetkernels.plain``.
+serves a tensor (``bindings/backend.h``), they call ``jet_plain::<op>``, which this file registers from
+``jetkernels.plain``.
 """
 
 import re
@@ -25,7 +27,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
     """Define ``jet::<name>`` with ``schema`` ("(Tensor q, ...) -> Tensor"), its fake kernel and its plain path.
 
-    ``fake(checks, *args)`` refuses what the binding refuses, as far as a fake tensor shows it, and returns empty outputs.
+    ``fake(checks, *args)`` refuses what the binding refuses, as far as a fake tensor shows it, and returns empty
+    outputs.
     """
     _jet.define(name + schema, tags=_TAGS)
     defined.append(name)
@@ -36,7 +39,9 @@ def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
         *arguments, reason = args
         if (name, reason) not in _announced:
             _announced.add((name, reason))
-            warnings.warn(f"jetkernels: {name} runs as plain PyTorch: {_library.plain_reason_text(reason)}", stacklevel=2)
+            warnings.warn(
+                f"jetkernels: {name} runs as plain PyTorch: {_library.plain_reason_text(reason)}", stacklevel=2
+            )
         return plain(*arguments)
 
     _plain.define(f"{name}{arguments}, int reason{arrow}{results}", tags=_TAGS)
@@ -50,15 +55,15 @@ def differentiate(name: str, *, backward: Callable, setup_context: Callable) -> 
 
 
 def in_place(name: str, *, instead: str) -> None:
-    """``jet::<name>`` bumps the versions of what it writes and refuses inputs that require gradients; ``instead`` has them."""
+    """``jet::<name>`` bumps the versions of what it writes and refuses inputs that require gradients; ``instead`` has
+    them.
+    """
     kernel, bump = _autograd.in_place(name, instead)
     _jet.impl(name, kernel, "Autograd", with_keyset=True)
     _jet.impl(name, bump, "ADInplaceOrView", with_keyset=True)
 
 
-def autocast(
-    name: str, *, low_precision: Sequence[int], fp32: Sequence[int] = (), dtype_of: int | None = None
-) -> None:
+def autocast(name: str, *, low_precision: Sequence[int], fp32: Sequence[int] = (), dtype_of: int | None = None) -> None:
     """Under autocast cast the arguments at the positions ``low_precision`` to autocast's dtype, ``fp32`` to fp32.
 
     ``dtype_of`` names an argument that is written in place and therefore decides the dtype instead of autocast.
@@ -83,7 +88,7 @@ def autocast(
     _jet.impl(name, make("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
 
 
-# ---- what the Python functions share ----
+# ---- what the Python functions share
 
 _ARGUMENTS = {"l2norm_qk": "use_qk_l2norm_in_kernel", "silu": "activation"}  # op -> function, where they differ
 _TYPES = {"Tensor": "a Tensor", "Optional[Tensor]": "a Tensor or None", "float": "a number", "bool": "True or False"}
@@ -100,9 +105,13 @@ def default_scale(q: Tensor) -> float:
 def refusal(error: RuntimeError, function: str) -> Exception:
     """What the user reads when ``function`` was called: the op's sentence under the function's name."""
     message = str(error)
-    wrong_type = re.match(r"jet::\w+\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'", message)
+    wrong_type = re.match(
+        r"jet::\w+\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'", message
+    )
     if wrong_type:
         needs, argument, got = wrong_type.groups()
-        return TypeError(f"{function}: {_ARGUMENTS.get(argument, argument)} must be {_TYPES.get(needs, needs)}, got {got}")
+        return TypeError(
+            f"{function}: {_ARGUMENTS.get(argument, argument)} must be {_TYPES.get(needs, needs)}, got {got}"
+        )
     op, colon, sentence = message.partition(": ")
     return type(error)(f"{function}: {sentence}") if colon and op in defined and op != function else error

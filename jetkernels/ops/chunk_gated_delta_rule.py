@@ -93,9 +93,9 @@ def chunk_gated_delta_rule(
         q, k: [B, T, Hk, K], one dtype with v: fp32, bf16 or fp16 (on a CPU also fp64). Value head h reads query/key
             head ``h // (H // Hk)``.
         v: [B, T, H, V], H a multiple of Hk.
-        g: [B, T, H], natural-log decay, <= 0; ``-inf`` forgets everything. Any floating dtype, used as fp32. A number above
-            0 is refused on a CPU, and on CUDA under ``JETKERNELS_CHECK=1``; elsewhere nothing looks, and what such a token
-            and those after it give is not defined.
+        g: [B, T, H], natural-log decay, <= 0; ``-inf`` forgets everything. Any floating dtype, used as fp32. A number
+            above 0 is refused on a CPU, and on CUDA under ``JETKERNELS_CHECK=1``; elsewhere nothing looks, and what
+            such a token and those after it give is not defined.
         beta: [B, T, H], writing strength in [0, 1]. Any floating dtype, used as fp32.
         scale: factor on the output; ``None`` means ``K ** -0.5``.
         initial_state: [N, H, K, V] fp32 (fp64 with fp64 inputs); ``None`` means zeros.

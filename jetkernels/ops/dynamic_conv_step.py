@@ -41,7 +41,8 @@ def dynamic_conv_step_(
     state_indices: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """One step of :func:`dynamic_conv` per sequence, shifting ``conv_state`` in place. For decode, under ``torch.no_grad()``:
+    """One step of :func:`dynamic_conv` per sequence, shifting ``conv_state`` in place. For decode, under
+    ``torch.no_grad()``:
     not differentiable.
 
     Args:
@@ -58,7 +59,8 @@ def dynamic_conv_step_(
 
     Raises:
         RuntimeError: as :func:`dynamic_conv`; also for an index out of range or named twice (checked on a CPU, and on
-            CUDA under ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The pool is untouched then.
+            CUDA under ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The pool is untouched
+            then.
             With gradients on, an input that requires one: the op writes in place and is not differentiable.
         NotImplementedError: an input has a tangent (forward mode).
     """

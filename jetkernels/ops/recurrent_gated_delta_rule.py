@@ -40,7 +40,8 @@ def recurrent_gated_delta_rule_(
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> Tensor:
-    """Gated delta rule token by token, updating ``state`` in place. For decode, under ``torch.no_grad()``: not differentiable.
+    """Gated delta rule token by token, updating ``state`` in place. For decode, under ``torch.no_grad()``: not
+    differentiable.
 
     Args:
         q, k: [N, T, Hk, K], any T >= 0; one dtype with v.
@@ -57,8 +58,9 @@ def recurrent_gated_delta_rule_(
 
     Raises:
         RuntimeError: as :func:`chunk_gated_delta_rule`; also for an index out of range or named twice (checked on a
-            CPU, and on CUDA under ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The pool is untouched
-            then. With gradients on, an input that requires one: the op writes in place and is not differentiable.
+            CPU, and on CUDA under ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The pool is
+            untouched then. With gradients on, an input that requires one: the op writes in place and is not
+            differentiable.
         NotImplementedError: an input has a tangent (forward mode).
     """
     scale = _register.default_scale(q) if scale is None else scale
@@ -100,7 +102,9 @@ def fused_recurrent_gated_delta_rule(
 
 
 def _start(q, k, v, g, beta, initial_state) -> Tensor | None:
-    """A state to write to, where the recurrent op may; ``None`` where the chunk op has to work, or to refuse an argument."""
+    """A state to write to, where the recurrent op may; ``None`` where the chunk op has to work, or to refuse an
+    argument.
+    """
     given = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
     if not all(isinstance(t, Tensor) for t in given) or q.dim() != 4 or v.dim() != 4:
         return None

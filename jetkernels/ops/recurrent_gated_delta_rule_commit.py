@@ -1,4 +1,6 @@
-"""``jet::recurrent_gated_delta_rule_commit``: the state pool advanced by the accepted draft tokens of speculative decoding."""
+"""``jet::recurrent_gated_delta_rule_commit``: the state pool advanced by the accepted draft tokens of speculative
+decoding.
+"""
 
 import torch
 from torch import Tensor
@@ -46,16 +48,17 @@ def recurrent_gated_delta_rule_commit_(
     Args:
         keys: [N, T, Hk, K], updates: [N, T, H, V], as verify wrote them: contiguous, fp32 or fp64.
         g: [N, T, H], as it was given to verify. Any floating dtype.
-        num_accepted: [N] int32 or int64, each 0..T. It is not read on the host when it is on CUDA; a number outside counts
-            as the nearer bound there. With 0 the state stays as it is.
+        num_accepted: [N] int32 or int64, each 0..T. It is not read on the host when it is on CUDA; a number outside
+            counts as the nearer bound there. With 0 the state stays as it is.
         state: [P, H, K, V] pool that verify read, fp32 or bf16 (fp64 with fp64 keys), any strides; rounded once.
         state_indices: [N], as it was given to verify; a negative index touches no state.
 
     Raises:
-        RuntimeError: an argument has the wrong rank, size, dtype, device or layout; an index is out of range or named twice,
-            a number is not in 0..T, or g is above 0 (all checked on a CPU, and on CUDA under ``JETKERNELS_CHECK=1``); the pool
-            overlaps itself or another argument. The message names the argument, and the pool is untouched. With gradients on,
-            an input that requires one: the op writes in place and is not differentiable.
+        RuntimeError: an argument has the wrong rank, size, dtype, device or layout; an index is out of range or named
+            twice, a number is not in 0..T, or g is above 0 (all checked on a CPU, and on CUDA under
+            ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The message names the argument, and
+            the pool is untouched. With gradients on, an input that requires one: the op writes in place and is not
+            differentiable.
         NotImplementedError: an input has a tangent (forward mode).
 
     Source: Gated Delta Networks (arXiv 2412.06464, section 3); speculative decoding (arXiv 2211.17192).

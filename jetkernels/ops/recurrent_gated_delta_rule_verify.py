@@ -24,7 +24,9 @@ _register.define(
     fake=_fake,
     plain=plain.recurrent_gated_delta_rule_verify,
 )
-_register.in_place("recurrent_gated_delta_rule_verify", instead="chunk_gated_delta_rule or fused_recurrent_gated_delta_rule")
+_register.in_place(
+    "recurrent_gated_delta_rule_verify", instead="chunk_gated_delta_rule or fused_recurrent_gated_delta_rule"
+)
 _register.autocast("recurrent_gated_delta_rule_verify", low_precision=(0, 1, 2), fp32=(3,))
 _op = torch.ops.jet.recurrent_gated_delta_rule_verify.default
 
@@ -42,25 +44,26 @@ def recurrent_gated_delta_rule_verify(
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> Tensor:
-    """:func:`recurrent_gated_delta_rule_` without writing the state: T draft tokens, of which a prefix may be accepted later.
+    """:func:`recurrent_gated_delta_rule_` without writing the state: T draft tokens, of which a prefix may be accepted
+    later.
 
-    What the state needs to advance by any prefix, k_t and u_t of each token, goes to ``keys`` and ``updates``: Hk * K + H * V
-    numbers per token instead of the H * K * V of a state. :func:`recurrent_gated_delta_rule_commit_` takes them. Not
-    differentiable; call it under ``torch.no_grad()``.
+    What the state needs to advance by any prefix, k_t and u_t of each token, goes to ``keys`` and ``updates``: Hk * K +
+    H * V numbers per token instead of the H * K * V of a state. :func:`recurrent_gated_delta_rule_commit_` takes them.
+    Not differentiable; call it under ``torch.no_grad()``.
 
     Args:
         q, k, v, g, beta, state_indices, scale, use_qk_l2norm_in_kernel: as in :func:`recurrent_gated_delta_rule_`.
         state: [P, H, K, V] pool as in :func:`recurrent_gated_delta_rule_`; it is only read.
         keys: [N, T, Hk, K], overwritten with k, after the l2norm if there is one; also where there is no value head.
-        updates: [N, T, H, V], overwritten with ``u_t = beta_t (v_t - exp(g_t) S^T k_t)``. Both are contiguous, fp32 (fp64
-            with fp64 inputs), and zeros where the index is negative.
+        updates: [N, T, H, V], overwritten with ``u_t = beta_t (v_t - exp(g_t) S^T k_t)``. Both are contiguous, fp32
+            (fp64 with fp64 inputs), and zeros where the index is negative.
 
     Returns:
         o [N, T, H, V] in v's dtype, equal to that of :func:`recurrent_gated_delta_rule_`.
 
     Raises:
-        RuntimeError: as :func:`recurrent_gated_delta_rule_`; also when ``keys`` or ``updates`` is not contiguous, or shares memory
-            with another argument. Nothing is written then.
+        RuntimeError: as :func:`recurrent_gated_delta_rule_`; also when ``keys`` or ``updates`` is not contiguous, or
+            shares memory with another argument. Nothing is written then.
         NotImplementedError: an input has a tangent (forward mode).
 
     Source: Gated Delta Networks (arXiv 2412.06464, section 3); speculative decoding (arXiv 2211.17192).

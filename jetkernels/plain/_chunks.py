@@ -31,7 +31,7 @@ class PaddedChunks:
         """[M,B,C,...] -> contiguous [B,T,...] in `dtype`."""
         out = torch.empty(self.batch, self.count, CHUNK, *x.shape[3:], dtype=dtype, device=x.device)
         out.copy_(x.transpose(0, 1))
-        return out.flatten(1, 2)[:, :self.tokens].contiguous()
+        return out.flatten(1, 2)[:, : self.tokens].contiguous()
 
 
 class PackedChunks:

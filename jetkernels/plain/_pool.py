@@ -24,7 +24,7 @@ class PoolRows:
         """The addressed rows [N,...], a copy; any row stands in where there is none."""
         if self.indexed:
             return self.pool.index_select(0, self.index)
-        return self.pool[:self.sequences].clone()
+        return self.pool[: self.sequences].clone()
 
     def put(self, old, new):
         """Write `new` [N,...] to the addressed rows; `old` is what `take` returned. No other row changes by a bit.
@@ -33,7 +33,7 @@ class PoolRows:
         index_copy_ may write in any order. If none has a row, all of them write row 0 back as it was.
         """
         if not self.indexed:
-            self.pool[:self.sequences].copy_(new)
+            self.pool[: self.sequences].copy_(new)
             return
         new = torch.where(self._valid_as(new), new.to(self.pool.dtype), old)
         writer = torch.arange(self.sequences, device=new.device)

@@ -6,10 +6,11 @@ cumulative log decay c, Γ_ij = e^{c_i-c_j} for j <= i, kk = tril(K Kᵀ ∘ Γ,
     T = (I + diag(beta) kk)^-1      U = T diag(beta) (V - diag(e^c) K S0) = U0 - W S0
     O = scale diag(e^c) Q S0 + P U  S1 = e^{c_C} S0 + (diag(e^{c_C-c}) K)ᵀ U
 
-The backward needs no division: with U' from U = diag(beta) U', U' = V - diag(e^c) K S0 - kk U. The gradient of g_t sums what
-passes from before token t to t or later, with Y = tril(dP ∘ Q Kᵀ + dM ∘ K Kᵀ, -1):
+The backward needs no division: with U' from U = diag(beta) U', U' = V - diag(e^c) K S0 - kk U. The gradient of g_t sums
+what passes from before token t to t or later, with Y = tril(dP ∘ Q Kᵀ + dM ∘ K Kᵀ, -1):
 
-    dg_t = Σ_{j<t<=i} Y_ij + Σ_{t<=i} (<q_i, scale e^{c_i} S0 dO_i> - <k_i, e^{c_i} S0 dV_i>) + Σ_{j<t} <k_j, dK_st,j> + e^{c_C} <S0,dS1>
+    dg_t = Σ_{j<t<=i} Y_ij + Σ_{t<=i} (<q_i, scale e^{c_i} S0 dO_i> - <k_i, e^{c_i} S0 dV_i>) + Σ_{j<t} <k_j, dK_st,j> +
+    e^{c_C} <S0,dS1>
 
 Each term has e^{g_t} in it and none cancels another exactly, so that dg keeps its relative accuracy at any decay.
 """
@@ -48,8 +49,8 @@ def finite(x):
 def multiply_lower(a, b):
     """a @ b for lower-triangular a [M,Z,C,C]: row i has rows 0 .. i of b [M,Z,C,N] in it, and nothing of the others.
 
-    A product with the zeros above the diagonal would carry a NaN or an infinity of b to the rows before it. Columns of b are
-    apart: in one that has such a number the product is NaN from there on.
+    A product with the zeros above the diagonal would carry a NaN or an infinity of b to the rows before it. Columns of
+    b are apart: in one that has such a number the product is NaN from there on.
     """
     bad = (b - b).nan_to_num_(1)
     before = b.new_full((CHUNK, CHUNK), -1).tril_().expand(bad.shape[0] * bad.shape[1], -1, -1)
@@ -132,7 +133,8 @@ class Stages:
     def _move_nan_to_values(self, heads, g):
         """Tokens whose k, g or beta is not finite become NaN in v and harmless in these.
 
-        Such a token makes NaN of the whole state, as NaN in all of v does; elsewhere it would reach the tokens before it too.
+        Such a token makes NaN of the whole state, as NaN in all of v does; elsewhere it would reach the tokens before
+        it too.
         """
         of_keys = heads.per_head((self.k - self.k).sum(-1, keepdim=True))
         of_gates = (g - g).to(heads.dtype).unsqueeze(-1) + (self.beta - self.beta)
@@ -161,7 +163,7 @@ def sweep(heads, stages, initial_state, state_shape):
         states[0].copy_(initial.flatten(0, 1))
     for m in range(count):
         if layout.packed:
-            begin = initial.index_select(0, layout.seq[m:m + 1])[0]
+            begin = initial.index_select(0, layout.seq[m : m + 1])[0]
             states[m].copy_(torch.where(layout.first[m], begin, states[m]))
         # U = U0 - W S0   [C, V]
         torch.baddbmm(stages.u0[m], stages.w[m], states[m], alpha=-1, out=u[m])
@@ -169,7 +171,7 @@ def sweep(heads, stages, initial_state, state_shape):
         torch.mul(states[m], stages.decay[m], out=states[m + 1])
         states[m + 1].baddbmm_(stages.k_out[m].transpose(-1, -2), u[m])
         if layout.packed:
-            final.index_copy_(0, layout.end_row[m:m + 1], states[m + 1].unsqueeze(0))
+            final.index_copy_(0, layout.end_row[m : m + 1], states[m + 1].unsqueeze(0))
     if layout.packed:
         return states[:-1], u, final[:-1].contiguous()
     return states[:-1], u, states[-1].clone().view(state_shape)
@@ -193,7 +195,7 @@ def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
         ds = final.flatten(0, 1)
     for m in reversed(range(count)):
         if layout.packed:
-            end = final.index_select(0, layout.seq[m:m + 1])[0]
+            end = final.index_select(0, layout.seq[m : m + 1])[0]
             ds = torch.where(layout.last[m], end, ds)
         ds1[m].copy_(ds)
         du[m].baddbmm_(stages.k_out[m], ds1[m])
@@ -201,7 +203,7 @@ def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
         ds = torch.baddbmm(ds1[m] * stages.decay[m], stages.q_in[m].transpose(-1, -2), grad_o[m])
         ds.baddbmm_(stages.w[m].transpose(-1, -2), du[m], alpha=-1)
         if layout.packed:
-            initial.index_copy_(0, layout.start_row[m:m + 1], ds.unsqueeze(0))
+            initial.index_copy_(0, layout.start_row[m : m + 1], ds.unsqueeze(0))
     if layout.packed:
         return ds1, du, initial[:-1].contiguous()
     return ds1, du, ds.clone().view(state_shape)
@@ -299,6 +301,11 @@ def chunk_gated_delta_rule_backward(
         dq = l2norm_backward(dq, stages.q, stages.q_rnorm)
         dk = l2norm_backward(dk, stages.k, stages.k_rnorm)
     dg = torch.where(g < LOG_DECAY_MIN, 0, heads.join(dg, heads.heads, g.dtype))
-    return (heads.join(dq, heads.key_heads, q.dtype), heads.join(dk, heads.key_heads, k.dtype),
-            heads.join(dv, heads.heads, v.dtype), dg, heads.join(dbeta, heads.heads, beta.dtype),
-            dinitial.to(state_dtype))
+    return (
+        heads.join(dq, heads.key_heads, q.dtype),
+        heads.join(dk, heads.key_heads, k.dtype),
+        heads.join(dv, heads.heads, v.dtype),
+        dg,
+        heads.join(dbeta, heads.heads, beta.dtype),
+        dinitial.to(state_dtype),
+    )

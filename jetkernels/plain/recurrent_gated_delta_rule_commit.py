@@ -12,8 +12,8 @@ def recurrent_gated_delta_rule_commit(keys, updates, g, num_accepted, state, sta
     """jet::recurrent_gated_delta_rule_commit.
 
     keys [N,T,Hk,K], updates [N,T,H,V] and g [N,T,H] of a verify, num_accepted [N], state [P,H,K,V] updated in place,
-    state_indices [N] or None. num_accepted stays on the device: every token is computed and the accepted ones are kept, so
-    a number below 0 counts as 0, one above T as T.
+    state_indices [N] or None. num_accepted stays on the device: every token is computed and the accepted ones are kept,
+    so a number below 0 counts as 0, one above T as T.
     """
     if updates.numel() == 0 or state.numel() == 0:
         return

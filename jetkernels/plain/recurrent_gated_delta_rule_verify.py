@@ -12,7 +12,8 @@ def recurrent_gated_delta_rule_verify(q, k, v, g, beta, state, state_indices, ke
     """jet::recurrent_gated_delta_rule_verify.
 
     The arguments of jet::recurrent_gated_delta_rule, of which the state is only read, and keys [N,T,Hk,K] and
-    updates [N,T,H,V] in the accumulation dtype, which are written -> o. Where the index is negative all three are zeros.
+    updates [N,T,H,V] in the accumulation dtype, which are written -> o. Where the index is negative all three are
+    zeros.
     """
     rows = PoolRows(state, state_indices, v.shape[0])
     q, k = normed(q, k, l2norm_qk)

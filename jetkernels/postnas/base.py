@@ -53,8 +53,8 @@ END_OF_TEXT = 256
 def qwen2_config(values: Mapping) -> JetNemotronConfig:
     """The content of a published Qwen2 or Qwen2.5 config.json -> the same model here, every layer full attention.
 
-    Raises ValueError where the model is another one: another model_type, sliding windows in use, scaled positions, another
-    activation. Source: the published config.json files and transformers' Qwen2Config.
+    Raises ValueError where the model is another one: another model_type, sliding windows in use, scaled positions,
+    another activation. Source: the published config.json files and transformers' Qwen2Config.
     """
     model_type = values.get("model_type")
     if model_type != "qwen2":
@@ -96,11 +96,12 @@ def from_pretrained(
 ) -> JetNemotronForCausalLM:
     """A full-attention base from a local folder: a published Qwen2/Qwen2.5 checkpoint, or one that this library saved.
 
-    dtype: of the loaded model, a floating one or its name; None and "auto": the one of the weights.  progress: wraps the list of tensors, as tqdm does.
+    dtype: of the loaded model, a floating one or its name; None and "auto": the one of the weights.  progress: wraps
+    the list of tensors, as tqdm does.
 
     Raises:
-        OSError: the folder or a file in it is missing or cannot be opened.  ValueError: they are damaged, of another architecture, or
-            do not fit each other; or a layer is not full attention.
+        OSError: the folder or a file in it is missing or cannot be opened.  ValueError: they are damaged, of another
+            architecture, or do not fit each other; or a layer is not full attention.
     """
     with opened(folder) as saved:
         config = saved.parse(_base_config)
@@ -145,7 +146,9 @@ def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausa
     return JetNemotronForCausalLM.random(small_config(layers, **changes), seed=seed)
 
 
-def text_and_tasks(corpus: TextCorpus, mark: int, task_share: float, recall: Recall | None = None) -> list[tuple[RowSource, float]]:
+def text_and_tasks(
+    corpus: TextCorpus, mark: int, task_share: float, recall: Recall | None = None
+) -> list[tuple[RowSource, float]]:
     """Sources of training rows: windows of the text, and `task_share` of the rows recall and copying, half each."""
     if not 0 <= task_share < 1:
         raise ValueError(f"task_share must be at least 0 and below 1, got {task_share}")
@@ -177,7 +180,8 @@ def train_base(
 ) -> list[float]:
     """Trains a base in place on real text, with recall and copying rows made from it. Returns the loss of every step.
 
-    length: positions of a row.  task_share: of the rows; 0 trains on plain text alone.  Resumable: see `training.train`.
+    length: positions of a row.  task_share: of the rows; 0 trains on plain text alone.  Resumable: see
+    `training.train`.
     """
     check_base(model.config)
     recall = Recall(corpus.training, mark, tuple(distances))
@@ -191,7 +195,13 @@ def train_base(
     }
     model.train()
     losses = train(
-        "base", dict(model.named_parameters()), lambda rows, step: next_token_loss(model, rows), loader, recipe, facts, checkpoint
+        "base",
+        dict(model.named_parameters()),
+        lambda rows, step: next_token_loss(model, rows),
+        loader,
+        recipe,
+        facts,
+        checkpoint,
     )
     model.eval()
     return losses

@@ -42,8 +42,8 @@ class ShortConvolution(nn.Module):
 class LinearBlock(nn.Module, ABC):
     """A token mixer of fixed memory that stands where a model has its attention.
 
-    Called as a JetBlock is: hidden states [B, T, C] -> [B, T, C]; `state`, if given, is what the block remembers of earlier
-    tokens and is updated in place. A subclass says what it remembers (`memory`) and computes (`mix`).
+    Called as a JetBlock is: hidden states [B, T, C] -> [B, T, C]; `state`, if given, is what the block remembers of
+    earlier tokens and is updated in place. A subclass says what it remembers (`memory`) and computes (`mix`).
 
     Args: hidden_size: C.  shape: K, V, H; the recurrent state has H*K*V elements in every block.
     """
@@ -67,7 +67,9 @@ class LinearBlock(nn.Module, ABC):
         weight = next(self.parameters())
         return [torch.zeros(batch_size, *shape, device=weight.device, dtype=weight.dtype) for shape in self.memory()]
 
-    def forward(self, x: Tensor, attention_mask=None, cu_seqlens: Tensor | None = None, state: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask=None, cu_seqlens: Tensor | None = None, state: list[Tensor] | None = None
+    ) -> Tensor:
         """x [B, T, C] -> [B, T, C]. Padded and packed batches are refused: a comparison of blocks uses neither."""
         if attention_mask is not None or cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens must be None")
@@ -84,7 +86,9 @@ class LinearBlock(nn.Module, ABC):
         return y
 
     def linear(self, outputs: int, inputs: int | None = None, bias: bool = False) -> nn.Linear:
-        """A projection of the layer input (or of `inputs` channels) with the initial values of this library's layers."""
+        """A projection of the layer input (or of `inputs` channels) with the initial values of this library's
+        layers.
+        """
         layer = nn.Linear(inputs or self.hidden_size, outputs, bias=bias)
         init_weight_(layer.weight, 0.02)
         if bias:
@@ -101,7 +105,9 @@ def head_norm(o: Tensor) -> Tensor:
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """This library's op on unit q and k: the recurrent one for a single token, else the chunked one. -> o, state after."""
+    """This library's op on unit q and k: the recurrent one for a single token, else the chunked one. -> o, state
+    after.
+    """
     rule = fused_recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
     return rule(q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
@@ -119,7 +125,7 @@ def decay_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter]:
 class RetNet(LinearBlock):
     """Multi-scale retention (arXiv 2307.08621): fixed decay 1 - 2^(-5-h) of head h, rotated q and k, swish gate.
 
-        S <- gamma_h S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_g x) * groupnorm(o))
+    S <- gamma_h S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_g x) * groupnorm(o))
     """
 
     THETA = 1e4
@@ -149,7 +155,8 @@ class RetNet(LinearBlock):
 class GLA(LinearBlock):
     """Gated linear attention (arXiv 2312.06635): a decay per channel of the keys, from a low-rank projection.
 
-        alpha = sigmoid(W2 W1 x + b)^(1/16);  S <- diag(alpha) S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_r x + b_r) * norm(o))
+    alpha = sigmoid(W2 W1 x + b)^(1/16);  S <- diag(alpha) S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_r x + b_r) *
+    norm(o))
     """
 
     TEMPERATURE, RANK = 16, 16
@@ -158,7 +165,11 @@ class GLA(LinearBlock):
         super().__init__(hidden_size, shape)
         K, V, H = shape
         self.q_proj, self.k_proj = self.linear(H * K), self.linear(H * K)
-        self.v_proj, self.r_proj, self.o_proj = self.linear(H * V), self.linear(H * V, bias=True), self.linear(hidden_size, H * V)
+        self.v_proj, self.r_proj, self.o_proj = (
+            self.linear(H * V),
+            self.linear(H * V, bias=True),
+            self.linear(hidden_size, H * V),
+        )
         self.alpha_1, self.alpha_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
         self.norm = nn.LayerNorm(V, NORM_EPS)
 
@@ -172,8 +183,8 @@ class GLA(LinearBlock):
 class Mamba2(LinearBlock):
     """Mamba2 (arXiv 2405.21060): H heads of V channels that share one input matrix B and one read-out C of K states.
 
-        x, B, C = silu(conv(W x));  dt = softplus(W_dt x + dt_bias);  S <- exp(-exp(A_log) dt) S + dt B x^T
-        o = S^T C + D x;  y = W_o rmsnorm(o * silu(W_z x))
+    x, B, C = silu(conv(W x));  dt = softplus(W_dt x + dt_bias);  S <- exp(-exp(A_log) dt) S + dt B x^T
+    o = S^T C + D x;  y = W_o rmsnorm(o * silu(W_z x))
     """
 
     def __init__(self, hidden_size: int, shape: Shape):
@@ -203,14 +214,19 @@ class Mamba2(LinearBlock):
 class DeltaNet(LinearBlock):
     """DeltaNet (arXiv 2406.06484): the delta rule without decay, short convolutions, unit q and k.
 
-        q, k, v = silu(conv(W x));  beta = sigmoid(W_b x);  S <- S + beta k (v - S^T k)^T;  o = S^T q K^-0.5;  y = W_o rmsnorm(o)
+    q, k, v = silu(conv(W x));  beta = sigmoid(W_b x);  S <- S + beta k (v - S^T k)^T;  o = S^T q K^-0.5;  y = W_o
+    rmsnorm(o)
     """
 
     def __init__(self, hidden_size: int, shape: Shape):
         super().__init__(hidden_size, shape)
         K, V, H = shape
         self.q_proj, self.k_proj, self.v_proj = self.linear(H * K), self.linear(H * K), self.linear(H * V)
-        self.q_conv, self.k_conv, self.v_conv = ShortConvolution(H * K), ShortConvolution(H * K), ShortConvolution(H * V)
+        self.q_conv, self.k_conv, self.v_conv = (
+            ShortConvolution(H * K),
+            ShortConvolution(H * K),
+            ShortConvolution(H * V),
+        )
         self.b_proj, self.o_proj = self.linear(H), self.linear(hidden_size, H * V)
         self.norm = RMSNorm(V, NORM_EPS)
 
@@ -227,7 +243,8 @@ class DeltaNet(LinearBlock):
 
     def mix(self, x, state):
         (q, q_after), (k, k_after), (v, v_after) = (
-            getattr(self, f"{name}_conv")(getattr(self, f"{name}_proj")(x), before) for name, before in zip("qkv", state[1:])
+            getattr(self, f"{name}_conv")(getattr(self, f"{name}_proj")(x), before)
+            for name, before in zip("qkv", state[1:])
         )
         beta = torch.sigmoid(self.b_proj(x))
         o, S = gated_delta_rule(*map(self.heads, (q, k, v)), self.log_decay(x), beta, state[0])
@@ -254,8 +271,8 @@ class GatedDeltaNet(DeltaNet):
 
 
 class RWKV7(LinearBlock):
-    """The time mixing of RWKV-7 (arXiv 2503.14456), without the value residual from the first layer, which is no part of a
-    single block.
+    """The time mixing of RWKV-7 (arXiv 2503.14456), without the value residual from the first layer, which is no part
+    of a single block.
 
         x_c = x + (x_before - x) mu_c for c in r, w, k, v, a, g
         w = exp(-e^-0.5 sigmoid(w0 + tanh(x_w A_w) B_w));  a = sigmoid(a0 + x_a A_a B_a);  g = sigmoid(x_g A_g) B_g
@@ -297,7 +314,9 @@ class RWKV7(LinearBlock):
 
 
 class Jet(LinearBlock):
-    """JetBlock (arXiv 2508.15884) behind this interface: `jetkernels.modules.JetBlock` itself, not a second version of it."""
+    """JetBlock (arXiv 2508.15884) behind this interface: `jetkernels.modules.JetBlock` itself, not a second version of
+    it.
+    """
 
     def __init__(self, hidden_size: int, shape: Shape):
         super().__init__(hidden_size, shape)

@@ -29,8 +29,8 @@ SPEEDS = ("training_per_second", "prefill_per_second", "generation_per_second")
 class Measured:
     """One candidate, trained and measured.
 
-    seed: of its initial values and its training data.  parameters: of one block.  state: elements of recurrent state of one layer
-    and sequence.  cache_bytes: of the model's cache at the measured batch and length.
+    seed: of its initial values and its training data.  parameters: of one block.  state: elements of recurrent state of
+    one layer and sequence.  cache_bytes: of the model's cache at the measured batch and length.
     *_per_second: tokens, in training (forward and backward), prefill and generation.
     quality: the objective, more is better.  scores: {task: (loss, accuracy)}.  losses: of the training, by step.
     """
@@ -77,8 +77,8 @@ def measure_all(
     checkpoint: str | Path | None = None,
     seeds: Sequence[int] = (0,),
 ) -> list[Measured]:
-    """Measures every candidate with every seed, seed by seed. A resumed run takes finished rows, timings included, from the
-    checkpoint.
+    """Measures every candidate with every seed, seed by seed. A resumed run takes finished rows, timings included, from
+    the checkpoint.
 
     facts: JSON values that the rows depend on; a checkpoint of other ones is refused.
     """
@@ -93,7 +93,9 @@ def measure_all(
         for name, seed in wanted[len(rows) :]:
             rows.append(measure(name, seed))
             if checkpoint is not None and ranks()[0] == 0:
-                plain = [asdict(row) | {"scores": {task: list(pair) for task, pair in row.scores.items()}} for row in rows]
+                plain = [
+                    asdict(row) | {"scores": {task: list(pair) for task, pair in row.scores.items()}} for row in rows
+                ]
                 save_state(checkpoint, "candidates", run, {"rows": plain})
             bar.update()
     return rows
@@ -104,7 +106,9 @@ def over_seeds(rows: Sequence[Measured]) -> list[Measured]:
     found = []
     for name in dict.fromkeys(row.name for row in rows):
         same = [row for row in rows if row.name == name]
-        scores = {task: tuple(statistics.mean(row.scores[task][i] for row in same) for i in (0, 1)) for task in same[0].scores}
+        scores = {
+            task: tuple(statistics.mean(row.scores[task][i] for row in same) for i in (0, 1)) for task in same[0].scores
+        }
         speeds = {field: statistics.median(getattr(row, field) for row in same) for field in SPEEDS}
         found.append(replace(same[0], quality=statistics.mean(row.quality for row in same), scores=scores, **speeds))
     return found
@@ -124,7 +128,9 @@ def spread_sentence(rows: Sequence[Measured]) -> str:
     """How far the quality of one candidate is from seed to seed, for a report."""
     deviation = spread(rows)
     if deviation is None:
-        return "One seed per candidate: how far the quality of one candidate moves from seed to seed was not measured.\n"
+        return (
+            "One seed per candidate: how far the quality of one candidate moves from seed to seed was not measured.\n"
+        )
     seeds = len({row.seed for row in rows})
     return (
         f"Means over {seeds} seeds (initial values and training rows). The quality of one candidate moves from seed to seed by "
@@ -135,9 +141,11 @@ def spread_sentence(rows: Sequence[Measured]) -> str:
 
 @dataclass(frozen=True)
 class Meter:
-    """Trains a candidate by distillation in a fixed placement and measures it: `measure_all`'s `measure` on a real base.
+    """Trains a candidate by distillation in a fixed placement and measures it: `measure_all`'s `measure` on a real
+    base.
 
-    new_network: name, seed -> a super network with that candidate's blocks.  loader: of the training rows, whatever its seed.
+    new_network: name, seed -> a super network with that candidate's blocks.  loader: of the training rows, whatever its
+    seed.
     objective_task: whose objective is the quality.
     batch, prompt_length, new_tokens, repeats: of the speed measurement (`jetkernels.model.speed`).
     folder: of one training checkpoint per candidate.
@@ -192,7 +200,9 @@ class Meter:
         device = network.base.device
         scores = {task.name: task.score(lambda ids: network(ids.to(device), self.placement)) for task in self.tasks}
         training = self.training_speed(network)
-        speed = measure_speed(BlockModel(network, self.placement), self.batch, self.prompt_length, self.new_tokens, self.repeats)
+        speed = measure_speed(
+            BlockModel(network, self.placement), self.batch, self.prompt_length, self.new_tokens, self.repeats
+        )
         block = network.jet[self.placement.index("jet")]
         return Measured(
             name,
@@ -212,11 +222,24 @@ class Meter:
 def candidate_table(rows: Sequence[Measured]) -> str:
     """Quality and speed, one row per candidate, as Markdown."""
     tasks = list(rows[0].scores)
-    header = ["candidate", "parameters of a block", "state of a layer", "cache (KiB)", "training (tokens/s)", "prefill (tokens/s)"]
+    header = [
+        "candidate",
+        "parameters of a block",
+        "state of a layer",
+        "cache (KiB)",
+        "training (tokens/s)",
+        "prefill (tokens/s)",
+    ]
     header += ["generation (tokens/s)", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))]
     lines = []
     for row in rows:
         speeds = (row.training_per_second, row.prefill_per_second, row.generation_per_second)
-        cells = [row.name, f"{row.parameters:,}", f"{row.state:,}", f"{row.cache_bytes / 1024:.1f}", *(f"{s:,.1f}" for s in speeds)]
+        cells = [
+            row.name,
+            f"{row.parameters:,}",
+            f"{row.state:,}",
+            f"{row.cache_bytes / 1024:.1f}",
+            *(f"{s:,.1f}" for s in speeds),
+        ]
         lines.append(cells + [value for task in tasks for value in row.scores[task]])
     return markdown_table(header, lines)

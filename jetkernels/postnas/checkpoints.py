@@ -55,7 +55,8 @@ def save_state(path: str | Path, stage: str, run: Mapping, state: Mapping) -> No
     """Writes `state` (tensors, numbers, strings, lists, dicts) for `load_state`.
 
     stage: which step of the search it belongs to.  run: what the run depends on, JSON values by name.
-    The file: a line that names the format, a JSON line (version, stage, run, size and SHA-256 of the rest), then torch.save's bytes.
+    The file: a line that names the format, a JSON line (version, stage, run, size and SHA-256 of the rest), then
+    torch.save's bytes.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)

@@ -45,7 +45,9 @@ def text_files(folder: str | Path, suffix: str = "", without: Sequence[str] = ()
     if not folder.is_dir():
         raise NotADirectoryError(f"text: {folder} is not a folder")
     excluded = set(without)
-    found = sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file() and not excluded & set(p.relative_to(folder).parts))
+    found = sorted(
+        p for p in folder.rglob(f"*{suffix}") if p.is_file() and not excluded & set(p.relative_to(folder).parts)
+    )
     if not found:
         raise FileNotFoundError(f"text: {folder} must hold files named *{suffix}, got none")
     return found
@@ -61,10 +63,11 @@ def standard_library() -> tuple[Path, list[Path]]:
 class TextCorpus:
     """Tokens of a folder of text.
 
-    training, held_out: int64 [n]; a file is in one of them, by its name; where that would leave less than a 40th of the tokens on
-    one side (a lone file, or a few), the text is cut instead, its last 20th held out.
+    training, held_out: int64 [n]; a file is in one of them, by its name; where that would leave less than a 40th of the
+    tokens on one side (a lone file, or a few), the text is cut instead, its last 20th held out.
     split: "by file" or "by position".  files: how many were read.
-    skipped: files that are not UTF-8 text.  digest: of the tokens, so that a resumed run can tell its data from other data.
+    skipped: files that are not UTF-8 text.  digest: of the tokens, so that a resumed run can tell its data from other
+    data.
     """
 
     training: Tensor
@@ -140,8 +143,8 @@ class Windows:
 class Loader:
     """Batches by step number: the same seed and step give the same batch in any process, before and after a resume.
 
-    sources: what rows are drawn from, with the share that each gets. Where that is no whole number of a batch's rows, chance
-    decides in each step which of the two numbers next to it is taken, so that the share holds over many steps.
+    sources: what rows are drawn from, with the share that each gets. Where that is no whole number of a batch's rows,
+    chance decides in each step which of the two numbers next to it is taken, so that the share holds over many steps.
     batch_size: rows of a batch over all ranks.  length: tokens of a row, one more than the positions trained on.
     """
 
@@ -152,18 +155,23 @@ class Loader:
 
     def __post_init__(self):
         if self.batch_size < 1 or self.length < 2:
-            raise ValueError(f"loader: batch_size >= 1 and length >= 2 are needed, got {self.batch_size} and {self.length}")
+            raise ValueError(
+                f"loader: batch_size >= 1 and length >= 2 are needed, got {self.batch_size} and {self.length}"
+            )
         shares = [share for _, share in self.sources]
         if not shares or min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"loader: shares must not be negative, their sum positive, got {shares}")
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        """Token ids [batch_size / ranks, length] of one rank: every ranks-th row of the batch of all, from row `rank` on."""
+        """Token ids [batch_size / ranks, length] of one rank: every ranks-th row of the batch of all, from row `rank`
+        on.
+        """
         if self.batch_size % ranks:
             raise ValueError(f"loader: batch_size must be a multiple of the {ranks} ranks, got {self.batch_size}")
         generator = seeded("batch", self.seed, step)
         total = sum(share for _, share in self.sources)
-        # Systematic sampling: of the points 0, 1, 2, ... moved by one random offset, those in each source's part of the batch.
+        # Systematic sampling: of the points 0, 1, 2, ... moved by one random offset, those in each source's part of the
+        # batch.
         offset = torch.rand((), generator=seeded("shares", self.seed, step), dtype=torch.float64).item()
         ends = [share / total * self.batch_size for share in accumulate(share for _, share in self.sources)]
         bounds = [0, *(math.ceil(end - offset) for end in ends[:-1]), self.batch_size]

@@ -18,8 +18,8 @@ from .shapes import Shape
 class Design:
     """A JetBlock with these choices changed; the defaults are JetBlock's own.
 
-    convolution: "dynamic" (taps generated per token) or "static".  on: which of q, k, v are convolved; the others only pass SiLU,
-    v nothing.  generator_input: "layer" (the layer's input) or "projection" (what is convolved).
+    convolution: "dynamic" (taps generated per token) or "static".  on: which of q, k, v are convolved; the others only
+    pass SiLU, v nothing.  generator_input: "layer" (the layer's input) or "projection" (what is convolved).
     reduction: R = channels // reduction.  kernel_size: W, 2 to 4.
     """
 
@@ -55,7 +55,8 @@ DESIGNS: dict[str, Design] = {
 class DesignedBlock(LinearBlock):
     """The JetBlock of a design. With the default design it computes what `jetkernels.modules.JetBlock` does.
 
-    Projections, gates and norm are named as there; `convolutions` holds one convolution for each of q, k, v that has one.
+    Projections, gates and norm are named as there; `convolutions` holds one convolution for each of q, k, v that has
+    one.
     """
 
     def __init__(self, hidden_size: int, shape: Shape, design: Design = Design()):

@@ -1,4 +1,6 @@
-"""Stage 5: the found hybrid is trained on, first its token mixers against the base's logits, then the whole model on text."""
+"""Stage 5: the found hybrid is trained on, first its token mixers against the base's logits, then the whole model on
+text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .data import Loader
 from .training import Recipe, train
 
 
-def logit_distillation_loss(student: JetNemotronForCausalLM, teacher: JetNemotronForCausalLM, input_ids: Tensor) -> Tensor:
+def logit_distillation_loss(
+    student: JetNemotronForCausalLM, teacher: JetNemotronForCausalLM, input_ids: Tensor
+) -> Tensor:
     """KL(teacher || student) of the next token, nats, mean over tokens; input_ids [B, T]."""
     with torch.no_grad():
         wanted = teacher(input_ids).logits.float().log_softmax(-1)
@@ -35,10 +39,11 @@ def train_final(
 ) -> tuple[list[float], list[float]]:
     """Trains a hybrid in place and returns the losses of both parts, by step.
 
-    First, with embeddings, norms, MLPs and head frozen, every token mixer (JetBlock and attention) is distilled from the
-    base's logits (`logit_distillation_loss`). Then all parameters are trained on the next token.
+    First, with embeddings, norms, MLPs and head frozen, every token mixer (JetBlock and attention) is distilled from
+    the base's logits (`logit_distillation_loss`). Then all parameters are trained on the next token.
 
-    student: the hybrid, as an earlier stage exported it.  base: its teacher.  folder: of the two checkpoints; None: none.
+    student: the hybrid, as an earlier stage exported it.  base: its teacher.  folder: of the two checkpoints; None:
+    none.
     """
     if student.config.vocab_size != base.config.vocab_size:
         raise ValueError(
@@ -64,6 +69,8 @@ def train_final(
     student.requires_grad_(True)
     facts |= {"distillation steps": distillation.steps, "distilled": weights_digest(student)}
     parameters = dict(student.named_parameters())
-    more = train("whole model", parameters, lambda rows, step: next_token_loss(student, rows), loader, whole, facts, paths[1])
+    more = train(
+        "whole model", parameters, lambda rows, step: next_token_loss(student, rows), loader, whole, facts, paths[1]
+    )
     student.eval()
     return losses, more

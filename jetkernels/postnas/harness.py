@@ -37,7 +37,9 @@ class HarnessModel(TemplateLM):
         pairs = []
         for (_, text), context, answer in requests:
             if len(answer) >= self.max_length:
-                raise ValueError(f"harness: an answer must have fewer than {self.max_length} tokens, got {len(answer)}: {text[:40]!r}...")
+                raise ValueError(
+                    f"harness: an answer must have fewer than {self.max_length} tokens, got {len(answer)}: {text[:40]!r}..."
+                )
             pairs.append((context[max(0, len(context) + len(answer) - self.max_length) :], answer))
         return log_likelihoods(self.predict, pairs)
 
@@ -98,7 +100,12 @@ class HarnessTask:
     def score(self, predict: Predict) -> Score:
         model = HarnessModel(predict, self.tokenizer, self.max_length)
         found = simple_evaluate(
-            model=model, tasks=[self.task], limit=self.limit, num_fewshot=self.fewshot, bootstrap_iters=0, verbosity="ERROR"
+            model=model,
+            tasks=[self.task],
+            limit=self.limit,
+            num_fewshot=self.fewshot,
+            bootstrap_iters=0,
+            verbosity="ERROR",
         )
         results = found["results"][self.name]
         # Keys are "metric,filter".

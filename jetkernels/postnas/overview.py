@@ -33,7 +33,8 @@ def write_overview(
     parameters, layers = sum(p.numel() for p in base.parameters()), base.config.num_hidden_layers
     minutes = [stage.seconds / 60 for stage in stages]
     rows = [
-        [f"[{stage.name}]({stage.name}/report.md)", stage.found, f"{spent:.1f}"] for stage, spent in zip(stages, minutes)
+        [f"[{stage.name}]({stage.name}/report.md)", stage.found, f"{spent:.1f}"]
+        for stage, spent in zip(stages, minutes)
     ]
     text = [
         "# From a full-attention model to a Jet hybrid\n",

@@ -62,9 +62,7 @@ class PlacementOptions:
 class ScoreBook:
     """Scores of placements, each computed once and kept in a file, so that a killed search does not repeat them."""
 
-    def __init__(
-        self, network: SuperNetwork, tasks: Sequence[Task], facts: Mapping, path: str | Path | None = None
-    ):
+    def __init__(self, network: SuperNetwork, tasks: Sequence[Task], facts: Mapping, path: str | Path | None = None):
         self.network = network
         self.tasks = {task.name: task for task in tasks}
         if len(self.tasks) != len(tasks):
@@ -104,7 +102,9 @@ class ScoreBook:
 
 @dataclass(frozen=True)
 class PlacementResult:
-    """What stage 1 ends with: the placement, both searches, importance {kind: {task: {layer: gain}}}, losses of the training."""
+    """What stage 1 ends with: the placement, both searches, importance {kind: {task: {layer: gain}}}, losses of the
+    training.
+    """
 
     placement: Placement
     full: Found
@@ -144,14 +144,18 @@ def train_super_network(
 
 
 def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequence[float] = ()) -> PlacementResult:
-    """Full-attention layers first, on their task; then, with those fixed, windowed layers on theirs; and importance of each."""
+    """Full-attention layers first, on their task; then, with those fixed, windowed layers on theirs; and importance of
+    each.
+    """
     layers = book.network.num_layers
     start: Placement = ("jet",) * layers
     settings = {"width": options.width, "exhaustive_up_to": options.exhaustive_up_to}
     options.check(layers, list(book.tasks))
     most = options.evaluations(layers, len(book.tasks))
     with progress(total=most, desc="placements", unit="evaluation", disable=ranks()[0] > 0) as bar:
-        full = beam_search(start, options.full_layers, book.evaluate(options.full_task, options.objective, bar), **settings)
+        full = beam_search(
+            start, options.full_layers, book.evaluate(options.full_task, options.objective, bar), **settings
+        )
         maps = {"attn": {t: importance(start, book.evaluate(t, options.objective, bar)) for t in book.tasks}}
         window, placement = None, full.placement
         if options.window_layers:
@@ -182,7 +186,12 @@ def _importance_section(folder: Path, result: PlacementResult, layers: int, obje
     parts = []
     for kind, maps in result.importance.items():
         rows = [[task, *(gains.get(i, 0.0) for i in range(layers))] for task, gains in maps.items()]
-        heat_map(folder / f"importance-{kind}.png", list(maps), [row[1:] for row in rows], f"gain from {names[kind]} in one layer")
+        heat_map(
+            folder / f"importance-{kind}.png",
+            list(maps),
+            [row[1:] for row in rows],
+            f"gain from {names[kind]} in one layer",
+        )
         shown = [[task, *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
         what = "minus the loss, nats per token" if objective == "loss" else "accuracy"
         parts.append(
@@ -203,8 +212,9 @@ def write_report(
 ) -> None:
     """report.md, its plots and result.json. The same search gives the same files, whether it was interrupted or not.
 
-    fresh: scores on examples that the search has not seen; the found placement is held against others on these, since on
-    the examples by which it was chosen it has an advantage. None: on the examples of the search, and the report says so.
+    fresh: scores on examples that the search has not seen; the found placement is held against others on these, since
+    on the examples by which it was chosen it has an advantage. None: on the examples of the search, and the report says
+    so.
     """
     folder = Path(folder)
     judge = book if fresh is None else fresh
@@ -226,13 +236,22 @@ def write_report(
     if result.window is not None:
         searches.append(("sliding window", options.window_task, result.window))
     found = [
-        [what, task, ", ".join(map(str, f.chosen)), f.value, f.evaluated, "all there are" if f.exhaustive else f"beam of {options.width}"]
+        [
+            what,
+            task,
+            ", ".join(map(str, f.chosen)),
+            f.value,
+            f.evaluated,
+            "all there are" if f.exhaustive else f"beam of {options.width}",
+        ]
         for what, task, f in searches
     ]
     text = [
         "# Placement of attention layers\n",
         f"Placement: `{' '.join(result.placement)}`\n",
-        markdown_table(["layers of", "chosen by task", "layers (0-based)", "objective", "placements evaluated", "search"], found),
+        markdown_table(
+            ["layers of", "chosen by task", "layers (0-based)", "objective", "placements evaluated", "search"], found
+        ),
         "## Held against\n\nLoss in nats per token of the right answer; all within the super network, JetBlock paths as trained there; on "
         f"{'the examples of the search' if fresh is None else 'generated examples that the search has not seen'}.\n",
         markdown_table(header, rows),
@@ -242,8 +261,12 @@ def write_report(
         text.append(markdown_table(["placement", "group", "loss", "accuracy"], recalled))
     text.append(_importance_section(folder, result, layers, options.objective))
     if result.losses:
-        curve(folder / "distillation.png", result.losses, "super network: feature distillation", "mean squared difference")
-        text.append(f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}.\n\n![distillation](distillation.png)\n")
+        curve(
+            folder / "distillation.png", result.losses, "super network: feature distillation", "mean squared difference"
+        )
+        text.append(
+            f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}.\n\n![distillation](distillation.png)\n"
+        )
     text.append("## Provenance\n")
     text.append(provenance([*facts, *asdict(options).items()]))
     write_text(folder / "report.md", "\n".join(text))

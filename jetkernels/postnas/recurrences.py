@@ -36,14 +36,15 @@ def decayed_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: 
 
 
 def rwkv7(r: Tensor, g: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """S <- (diag(exp(g_t)) - (a_t kappa_t) kappa_t^T) S + k_t v_t^T;  o_t = S^T r_t  (arXiv 2503.14456, with S transposed).
+    """S <- (diag(exp(g_t)) - (a_t kappa_t) kappa_t^T) S + k_t v_t^T;  o_t = S^T r_t  (arXiv 2503.14456, with S
+    transposed).
 
     g: log decay, which RWKV-7 keeps in [-e^-0.5, 0]; kappa: unit removal key, a: in-context rate, all [B, T, H, K].
     Returns o [B, T, H, V] and the last state.
 
-    Chunk by chunk, c the cumulative g: what is removed, u_t = S_{t-1}^T kappa_t, solves (I + M) u = N v + S_0^T (kappa exp(c - g)),
-    where M and N pair kappa with the earlier a kappa and k. The decay between two tokens is a product of two factors around the
-    middle of the chunk's decay, of at most exp(CHUNK e^-0.5 / 2) = 128 each.
+    Chunk by chunk, c the cumulative g: what is removed, u_t = S_{t-1}^T kappa_t, solves (I + M) u = N v + S_0^T (kappa
+    exp(c - g)), where M and N pair kappa with the earlier a kappa and k. The decay between two tokens is a product of
+    two factors around the middle of the chunk's decay, of at most exp(CHUNK e^-0.5 / 2) = 128 each.
     """
     outputs = []
     for r, g, k, v, kappa, a in zip(*(t.transpose(1, 2).split(CHUNK, 2) for t in (r, g, k, v, kappa, a))):

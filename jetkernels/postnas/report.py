@@ -26,7 +26,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def provenance(facts: Sequence[tuple[str, object]]) -> str:
-    """A table of `facts` and of what ran: software, processor, threads. Holds no time of day, so that runs can be compared."""
+    """A table of `facts` and of what ran: software, processor, threads. Holds no time of day, so that runs can be
+    compared.
+    """
     machine = [
         ("jetkernels", __version__),
         ("torch", torch.__version__),
@@ -58,7 +60,9 @@ def _pyplot():
 
 
 def heat_map(path: str | Path, rows: Sequence[str], values: Sequence[Sequence[float]], title: str) -> None:
-    """A PNG of values [rows, layers]; each row's colours are scaled by its own largest magnitude, its numbers are written in."""
+    """A PNG of values [rows, layers]; each row's colours are scaled by its own largest magnitude, its numbers are
+    written in.
+    """
     pyplot = _pyplot()
     columns = len(values[0])
     figure, axes = pyplot.subplots(figsize=(2.5 + 0.8 * columns, 1.6 + 0.6 * len(rows)))
@@ -102,7 +106,8 @@ def quality_against_speed(
     curves: Mapping[str, Sequence[float]] = {},
     minimum: float | None = None,
 ) -> None:
-    """A PNG of (name, tokens/s, quality) points; left of them training losses by step (running means), if there are any.
+    """A PNG of (name, tokens/s, quality) points; left of them training losses by step (running means), if there are
+    any.
 
     minimum: tokens/s that were required; drawn as a line.
     """
@@ -145,7 +150,9 @@ def pair_chart(
     relative = {what: (first / second, 1.0) for what, (first, second) in speeds.items()}
     for axes, values, title in ((middle, accuracies, "accuracy"), (right, relative, f"tokens/s, {names[1]} = 1")):
         for i, name in enumerate(names):
-            bars = axes.bar([x + 0.4 * i - 0.2 for x in range(len(values))], [pair[i] for pair in values.values()], 0.38, label=name)
+            bars = axes.bar(
+                [x + 0.4 * i - 0.2 for x in range(len(values))], [pair[i] for pair in values.values()], 0.38, label=name
+            )
             axes.bar_label(bars, fmt="%.3g", fontsize=8)
         axes.set_xticks(range(len(values)), list(values))
         axes.set(title=title)

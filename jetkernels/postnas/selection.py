@@ -17,8 +17,8 @@ def write_candidate_report(
     quality: str,
     facts: Sequence[tuple[str, object]],
 ) -> Measured:
-    """report.md with the table over the seeds; candidates.png: training losses, and quality against generation speed; and
-    pair.png, the two candidates `pair` against each other, if both were measured.
+    """report.md with the table over the seeds; candidates.png: training losses, and quality against generation speed;
+    and pair.png, the two candidates `pair` against each other, if both were measured.
 
     rows: every seed of every candidate.  quality: what it is, in words.
     Returns the row (over seeds) of the best quality; ties go to the faster one.
@@ -40,7 +40,9 @@ def write_candidate_report(
     if len(both) == 2:
         first, second = both
         accuracies = {task: (first.scores[task][1], second.scores[task][1]) for task in first.scores}
-        speeds = {field.removesuffix("_per_second"): (getattr(first, field), getattr(second, field)) for field in SPEEDS}
+        speeds = {
+            field.removesuffix("_per_second"): (getattr(first, field), getattr(second, field)) for field in SPEEDS
+        }
         pair_chart(folder / "pair.png", (first.name, second.name), (first.losses, second.losses), accuracies, speeds)
         text.append(f"## {first.name} against {second.name}\n\n![{first.name} against {second.name}](pair.png)\n")
     text += ["## Provenance\n", provenance(facts)]

@@ -1,4 +1,6 @@
-"""Stage 4: sizes of the JetBlock, on a grid over (K, V, H) at equal cache, with measured generation speed as the constraint."""
+"""Stage 4: sizes of the JetBlock, on a grid over (K, V, H) at equal cache, with measured generation speed as the
+constraint.
+"""
 
 from __future__ import annotations
 
@@ -50,21 +52,31 @@ def equal_cache_grid(state: int, heads: Sequence[int], keys: Sequence[int]) -> l
     """
     if state < 1 or min([*heads, *keys], default=0) < 1:
         raise ValueError(f"state, heads and keys must be positive, got {state}, {list(heads)} and {list(keys)}")
-    found = [Shape(K, state // (K * H), H) for H in sorted(set(heads)) for K in sorted(set(keys), reverse=True) if state % (K * H) == 0]
+    found = [
+        Shape(K, state // (K * H), H)
+        for H in sorted(set(heads))
+        for K in sorted(set(keys), reverse=True)
+        if state % (K * H) == 0
+    ]
     if not found:
-        raise ValueError(f"state must be a multiple of K*H for some K of {list(keys)} and H of {list(heads)}, got {state}")
+        raise ValueError(
+            f"state must be a multiple of K*H for some K of {list(keys)} and H of {list(heads)}, got {state}"
+        )
     return found
 
 
 def best_shape(rows: Sequence[Measured], minimum: float) -> Measured:
-    """The row of the best quality among those that generate at least `minimum` tokens per second; ties go to the faster one.
+    """The row of the best quality among those that generate at least `minimum` tokens per second; ties go to the faster
+    one.
 
     Raises ValueError if no row is fast enough.
     """
     fast = [row for row in rows if row.generation_per_second >= minimum]
     if not fast:
         fastest = max((row.generation_per_second for row in rows), default=0.0)
-        raise ValueError(f"throughput must reach {minimum:,.1f} tokens/s in at least one shape; the fastest reaches {fastest:,.1f}")
+        raise ValueError(
+            f"throughput must reach {minimum:,.1f} tokens/s in at least one shape; the fastest reaches {fastest:,.1f}"
+        )
     return max(fast, key=lambda row: (row.quality, row.generation_per_second))
 
 

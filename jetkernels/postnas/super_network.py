@@ -1,4 +1,6 @@
-"""The once-for-all super network: each layer of a frozen base with a trained linear-attention path beside its attention."""
+"""The once-for-all super network: each layer of a frozen base with a trained linear-attention path beside its
+attention.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,18 @@ _NO_JET = JetBlockConfig(num_heads=1, head_dim=1, expand_v=1.0, dconv_generator_
 class SuperNetwork(nn.Module):
     """Every placement of a base at once (arXiv 2508.15884, section on full-attention placement).
 
-        h += path_i(RMSNorm(h));  h += MLP(RMSNorm(h)),    path_i in {the layer's attention, the same over a window, its JetBlock}
+        h += path_i(RMSNorm(h));  h += MLP(RMSNorm(h)),    path_i in {the layer's attention, the same over a window, its
+        JetBlock}
 
-    Embeddings, MLPs, norms, head and attention are the base's own tensors and do not change; `jet[i]` are the parameters.
+    Embeddings, MLPs, norms, head and attention are the base's own tensors and do not change; `jet[i]` are the
+    parameters.
     A windowed path has no parameters of its own: it is the attention, cut to the window.
 
     Args:
         base: full attention in every layer; its parameters stop requiring gradients.
-        jet: sizes of the JetBlock paths; or hidden size -> another block for each layer, which is called as a JetBlock is (such a
-            network can be trained and measured, but not exported).  window_size: of the windowed paths, tokens, the current one included.
+        jet: sizes of the JetBlock paths; or hidden size -> another block for each layer, which is called as a JetBlock
+            is (such a network can be trained and measured, but not exported).  window_size: of the windowed paths,
+            tokens, the current one included.
         seed: of the JetBlocks' initial values.
         recompute_layers: keep only the layers' inputs for the backward pass and compute the rest twice.
     """
@@ -81,7 +86,9 @@ class SuperNetwork(nn.Module):
         """The placement as a tuple; ValueError unless it names a path for each layer."""
         wrong = [kind for kind in placement if kind not in LAYER_TYPES]
         if len(placement) != self.num_layers or wrong:
-            raise ValueError(f"placement must name one of {', '.join(LAYER_TYPES)} for {self.num_layers} layers, got {list(placement)}")
+            raise ValueError(
+                f"placement must name one of {', '.join(LAYER_TYPES)} for {self.num_layers} layers, got {list(placement)}"
+            )
         return tuple(placement)
 
     def config(self, placement: Sequence[str]) -> JetNemotronConfig:
@@ -114,7 +121,9 @@ class SuperNetwork(nn.Module):
         return h + layer.mlp(layer.post_attention_layernorm(h))
 
     def features(self, input_ids: Tensor, placement: Sequence[str]) -> list[Tensor]:
-        """Token ids [B, T] -> the residual stream behind each layer, then behind the final norm: L + 1 tensors [B, T, C]."""
+        """Token ids [B, T] -> the residual stream behind each layer, then behind the final norm: L + 1 tensors [B, T,
+        C].
+        """
         placement = self.check(placement)
         model = self.base.model
         B, T = input_ids.shape
@@ -135,14 +144,17 @@ class SuperNetwork(nn.Module):
         return self.base.head(self.features(input_ids, placement)[-1])
 
     def random_placement(self, generator: torch.Generator) -> Placement:
-        """Each layer independently its attention or its JetBlock, even odds; never attention everywhere, which trains nothing."""
+        """Each layer independently its attention or its JetBlock, even odds; never attention everywhere, which trains
+        nothing.
+        """
         while True:
             jet = torch.randint(2, (self.num_layers,), generator=generator)
             if jet.any():
                 return tuple("jet" if flag else "attn" for flag in jet.tolist())
 
     def distillation_loss(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
-        """Feature distillation: the mean squared difference to the base's features, averaged over layers and final norm.
+        """Feature distillation: the mean squared difference to the base's features, averaged over layers and final
+        norm.
 
         Layers in front of the first JetBlock equal the base's and are left out of the average.
         """
@@ -160,7 +172,9 @@ class SuperNetwork(nn.Module):
         """The model that a placement makes, with copies of the weights: what `save_pretrained` exports."""
         placement = self.check(placement)
         if self.jet_config is None and "jet" in placement:
-            raise ValueError("placement must have no jet layer to be exported: the paths of this network are no JetBlocks")
+            raise ValueError(
+                "placement must have no jet layer to be exported: the paths of this network are no JetBlocks"
+            )
         model = JetNemotronForCausalLM.empty(self.config(placement), device=self.base.device, dtype=self.base.dtype)
         state = {k: v for k, v in self.base.state_dict().items()}
         for i, kind in enumerate(placement):

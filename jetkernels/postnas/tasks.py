@@ -24,7 +24,9 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean nats per token of the right answer.  accuracy: in 0..1.  groups: the same pair per group of examples."""
+    """loss: mean nats per token of the right answer.  accuracy: in 0..1.  groups: the same pair per group of
+    examples.
+    """
 
     loss: float
     accuracy: float
@@ -74,7 +76,9 @@ class TokenTask:
         losses, hits = [], []
         for ids, labels in zip(self.input_ids.split(self.batch_size), self.labels.split(self.batch_size)):
             logits = predict(ids).to("cpu", torch.float32)
-            losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"))
+            losses.append(
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+            )
             hits.append((logits.argmax(-1) == labels).flatten())
         asked = self.labels.flatten() != IGNORED
         loss, hit = torch.cat(losses), torch.cat(hits)
@@ -148,14 +152,20 @@ class Recall:
     def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
         """Rows of `length` tokens, each at one of the distances."""
         if length < self.shortest:
-            raise ValueError(f"recall: length must be at least {self.shortest} at distance {max(self.distances)}, got {length}")
+            raise ValueError(
+                f"recall: length must be at least {self.shortest} at distance {max(self.distances)}, got {length}"
+            )
         picks = torch.randint(len(self.distances), (count,), generator=generator).tolist()
         return torch.stack([self._row(length, self.distances[i], generator) for i in picks])
 
     def task(self, count: int, length: int, seed: int = 0) -> TokenTask:
-        """`count` rows of `length` positions at each distance, every value asked for; a group of the score per distance."""
+        """`count` rows of `length` positions at each distance, every value asked for; a group of the score per
+        distance.
+        """
         if length + 1 < self.shortest:
-            raise ValueError(f"recall: length must be at least {self.shortest - 1} at distance {max(self.distances)}, got {length}")
+            raise ValueError(
+                f"recall: length must be at least {self.shortest - 1} at distance {max(self.distances)}, got {length}"
+            )
         generator = seeded("recall", seed)
         rows = torch.stack([self._row(length + 1, d, generator) for d in self.distances for _ in range(count)])
         labels = torch.full_like(rows[:, 1:], IGNORED)
@@ -211,8 +221,8 @@ class Copy:
 def log_likelihoods(
     predict: Predict, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation) of token ids: the natural log of the continuation's probability after the context, and
-    whether it is what greedy decoding gives. Contexts have at least one token."""
+    """For each (context, continuation) of token ids: the natural log of the continuation's probability after the
+    context, and whether it is what greedy decoding gives. Contexts have at least one token."""
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     by_length = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     for start in range(0, len(pairs), batch_size):
@@ -249,11 +259,17 @@ class MultipleChoice:
             try:
                 values = json.loads(line)
                 query, choices, gold = values["query"], list(values["choices"]), values["gold"]
-                right = isinstance(query, str) and all(isinstance(c, str) and c for c in choices) and 0 <= gold < len(choices)
+                right = (
+                    isinstance(query, str)
+                    and all(isinstance(c, str) and c for c in choices)
+                    and 0 <= gold < len(choices)
+                )
             except (ValueError, KeyError, TypeError):
                 right = False
             if not right:
-                raise ValueError(f"choices: line {number} of {path} must be an object with query, choices and gold, got {line!r}")
+                raise ValueError(
+                    f"choices: line {number} of {path} must be an object with query, choices and gold, got {line!r}"
+                )
             documents.append((query, choices, gold))
         if not documents:
             raise ValueError(f"choices: {path} must hold at least one question, got none")

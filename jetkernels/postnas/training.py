@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jetkernels._progress import progress
-
 from jetkernels.modules import parameter_groups
 
 from .checkpoints import load_state, save_state
@@ -54,8 +53,10 @@ class Recipe:
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps)))
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup)) * (
-            self.final_share + (1 - self.final_share) * cosine
+        return (
+            self.learning_rate
+            * min(1.0, (step + 1) / max(1, self.warmup))
+            * (self.final_share + (1 - self.final_share) * cosine)
         )
 
 
@@ -119,7 +120,9 @@ def train(
     def save() -> None:
         if checkpoint is not None and rank == 0:
             values = {name: p.detach().cpu() for name, p in parameters.items()}
-            save_state(checkpoint, stage, run, {"parameters": values, "optimizer": optimizer.state_dict(), "losses": losses})
+            save_state(
+                checkpoint, stage, run, {"parameters": values, "optimizer": optimizer.state_dict(), "losses": losses}
+            )
 
     with progress(total=recipe.steps, initial=len(losses), desc=stage, unit="step", disable=rank > 0) as bar:
         for step in range(len(losses), recipe.steps):

@@ -6,8 +6,8 @@
     python -m tests.fuzz --sanitize address --cases 20000      # ASan and UBSan over the CPU library, bindings included
     python -m tests.fuzz --sanitize thread --cases 20000
 
-`draw` makes a case from its number; `check` says what must be true of it; `campaign` runs cases in processes of their own and
-counts; `sanitize` builds and runs a library that a sanitizer watches.
+`draw` makes a case from its number; `check` says what must be true of it; `campaign` runs cases in processes of their
+own and counts; `sanitize` builds and runs a library that a sanitizer watches.
 """
 
 import sys

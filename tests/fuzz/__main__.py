@@ -10,19 +10,34 @@ from . import campaign
 
 
 def main(command_line: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m tests.fuzz", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tests.fuzz", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, help="in all, shared by the backends (60 where --cases is not given)")
     parser.add_argument("--cases", type=int, help="in all, shared by the backends")
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     parser.add_argument("--op", help="one op alone; its backward is part of it")
-    parser.add_argument("--backend", action="append", help="cpu-generic, cpu-avx2, cpu-avx512, plain, simulator or cuda; may be given more than once")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        help="cpu-generic, cpu-avx2, cpu-avx512, plain, simulator or cuda; may be given more than once",
+    )
     parser.add_argument("--case", type=int, help="run this case alone, and say what it is")
-    parser.add_argument("--sanitize", choices=("address", "thread"), help="the CPU library under ASan and UBSan, or under TSan")
+    parser.add_argument(
+        "--sanitize", choices=("address", "thread"), help="the CPU library under ASan and UBSan, or under TSan"
+    )
     parser.add_argument("--bits-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(command_line)
     if arguments.child:
-        campaign.child(arguments.backend[0], arguments.op, arguments.seed, arguments.cases, arguments.seconds, not arguments.bits_only)
+        campaign.child(
+            arguments.backend[0],
+            arguments.op,
+            arguments.seed,
+            arguments.cases,
+            arguments.seconds,
+            not arguments.bits_only,
+        )
         return 0
 
     from . import backends, draw

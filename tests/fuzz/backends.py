@@ -1,4 +1,6 @@
-"""The backends of a campaign. Each runs in a process of its own: the CPU variant is chosen when the library is first used."""
+"""The backends of a campaign. Each runs in a process of its own: the CPU variant is chosen when the library is first
+used.
+"""
 
 import ctypes
 import os
@@ -8,9 +10,9 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-
 from cases import OpsBackend, PlainBackend
 from device_backends import CudaBackend, SimulatorBackend, has_hopper, hoppersim
+
 from jetkernels import _library
 
 NAMES = ("cpu-generic", "cpu-avx2", "cpu-avx512", "plain", "simulator", "cuda")

@@ -1,7 +1,7 @@
 """Runs cases in processes of their own, counts, and says what was seen.
 
-A process writes a line of JSON before a case and after it, so that one that crashes names its case; the next process goes on
-with the case after it.
+A process writes a line of JSON before a case and after it, so that one that crashes names its case; the next process
+goes on with the case after it.
 """
 
 import json
@@ -67,21 +67,27 @@ class Summary:
         width = max((len(op) for op, *_ in self.cases), default=0)
         for op in sorted({op for op, *_ in self.cases}):
             for backend in backends:
-                counts = [f"{dtype} {self.cases[op, backend, dtype]}" for dtype in dtypes if self.cases[op, backend, dtype]]
+                counts = [
+                    f"{dtype} {self.cases[op, backend, dtype]}" for dtype in dtypes if self.cases[op, backend, dtype]
+                ]
                 if counts:
                     lines.append(f"  {op:{width}}  {backend:11}  {'  '.join(counts)}")
         lines.append("\nworst RMS error / ceiling, by op, dtype and result")
         for op, dtype in sorted({key[:2] for key in self.worst}):
             found = [(name, *self.worst[op, dtype, name]) for *key, name in self.worst if key == [op, dtype]]
-            lines.append(f"  {op:{width}}  {dtype:8}  {'  '.join(f'{name} {error:.1e}/{ceiling:.0e}' for name, error, ceiling in sorted(found))}")
+            lines.append(
+                f"  {op:{width}}  {dtype:8}  {'  '.join(f'{name} {error:.1e}/{ceiling:.0e}' for name, error, ceiling in sorted(found))}"
+            )
         for op, number in sorted(self.ill.items()):
             if number:
-                lines.append(f"  {op}: {number} results of ill-conditioned cases were held against what rounding the inputs does")
+                lines.append(
+                    f"  {op}: {number} results of ill-conditioned cases were held against what rounding the inputs does"
+                )
         lines.append("\n" + "  ".join(f"{backend} {seconds:.0f} s" for backend, seconds in self.seconds.items()))
         return "\n".join(lines)
 
 
-# ---- in the process that runs cases ----
+# ---- in the process that runs cases
 
 
 def run_case(number: int, op: str | None, backend: str, values: bool = True, change: Callable | None = None) -> Row:
@@ -113,7 +119,7 @@ def child(backend: str, op: str | None, first: int, cases: int, seconds: float, 
     from .backends import start
 
     start(backend)
-    say = lambda **facts: print(json.dumps(facts), flush=True)  # noqa: E731
+    say = lambda **facts: print(json.dumps(facts), flush=True)
     end = time.monotonic() + seconds
     for number in range(first, first + cases):
         if time.monotonic() > end:
@@ -122,7 +128,7 @@ def child(backend: str, op: str | None, first: int, cases: int, seconds: float, 
         say(row=run_case(number, op, backend, values))
 
 
-# ---- in the process that was started ----
+# ---- in the process that was started
 
 
 def _last_line(printed: str) -> str:
@@ -157,13 +163,35 @@ def run_backend(
 
 
 def _one_process(summary: Summary, backend: str, op: str | None, number: int, end: int, seconds: float, how: Process):
-    arguments = ["--child", "--backend", backend, "--seed", str(number), "--cases", str(end - number), "--seconds", str(seconds)]
-    command = [*how.before, sys.executable, "-m", "tests.fuzz", *arguments, *(["--op", op] if op else []), *([] if how.values else ["--bits-only"])]
+    arguments = [
+        "--child",
+        "--backend",
+        backend,
+        "--seed",
+        str(number),
+        "--cases",
+        str(end - number),
+        "--seconds",
+        str(seconds),
+    ]
+    command = [
+        *how.before,
+        sys.executable,
+        "-m",
+        "tests.fuzz",
+        *arguments,
+        *(["--op", op] if op else []),
+        *([] if how.values else ["--bits-only"]),
+    ]
     # Idle OpenMP threads that spin take the processor from everything else.
     process = subprocess.Popen(
-        command, cwd=ROOT, env={"OMP_WAIT_POLICY": "passive", **os.environ}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env={"OMP_WAIT_POLICY": "passive", **os.environ},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     other, row = [], None
     for line in process.stdout:
         if line.startswith('{"case": '):
@@ -173,14 +201,19 @@ def _one_process(summary: Summary, backend: str, op: str | None, number: int, en
             summary.add(backend, number, row)
             if time.monotonic() - summary.told > 60:
                 summary.told = time.monotonic()
-                print(f"... {sum(summary.cases.values())} cases, {len(summary.failures)} failed; {backend} is at {number}", flush=True)
+                print(
+                    f"... {sum(summary.cases.values())} cases, {len(summary.failures)} failed; {backend} is at {number}",
+                    flush=True,
+                )
         else:
             other.append(line)
     code = process.wait()
     return number, row, code, "".join(other)
 
 
-def run(backends: Sequence[str], op: str | None, first: int, cases: int | None, seconds: float, process: Process = Process()) -> Summary:
+def run(
+    backends: Sequence[str], op: str | None, first: int, cases: int | None, seconds: float, process: Process = Process()
+) -> Summary:
     """``cases`` and ``seconds`` in all, the same share for each backend."""
     summary = Summary()
     try:

@@ -5,15 +5,26 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 import draft_properties
 import pool_properties
 import properties
-from cases import GATES, REFERENCE, TOLERANCE, ZERO, OpsBackend, accumulator, assert_bitwise, assert_error, floating, rms
+import torch
+from cases import (
+    GATES,
+    REFERENCE,
+    TOLERANCE,
+    ZERO,
+    OpsBackend,
+    accumulator,
+    assert_bitwise,
+    assert_error,
+    floating,
+    rms,
+)
 from device_backends import CHUNK_STATE_CEILING
 from properties import TOKENS, poisoned_allocations
+from torch import Tensor
+
 from reference.dynamic_conv_step import dynamic_conv_step
 from reference.recurrent_gated_delta_rule import recurrent_gated_delta_rule
 from reference.recurrent_gated_delta_rule_commit import recurrent_gated_delta_rule_commit
@@ -23,11 +34,17 @@ from .backends import set_threads, takes_kernels_only
 from .draw import SEQUENCE_OPS, Case
 
 PERTURBATIONS = 3
-_OTHER = {1: 3, 2: 1, 4: 2}  # how many threads a case's second call has: our kernels' bits depend neither on them nor on the call
+_OTHER = {
+    1: 3,
+    2: 1,
+    4: 2,
+}  # how many threads a case's second call has: our kernels' bits depend neither on them nor on the call
 
 
 class Measured(NamedTuple):
-    """An error against the definition; ``ill`` where the definition itself moves more than the ceiling when its inputs are rounded."""
+    """An error against the definition; ``ill`` where the definition itself moves more than the ceiling when its inputs
+    are rounded.
+    """
 
     name: str
     dtype: torch.dtype
@@ -42,14 +59,16 @@ def _set_other_threads(case: Case, backend: OpsBackend) -> None:
 
 
 def check(case: Case, backend: OpsBackend, values: bool = True) -> list[Measured]:
-    """Raises AssertionError where something is wrong. Without ``values`` only bits are looked at, and no definition is computed."""
+    """Raises AssertionError where something is wrong. Without ``values`` only bits are looked at, and no definition is
+    computed.
+    """
     set_threads(case.threads)
     if case.op in SEQUENCE_OPS:
         return _check_sequences(case, backend, values)
     return _check_pool(case, backend, values)
 
 
-# ---- memory ----
+# ---- memory
 
 
 def _storage(t: Tensor) -> Tensor:
@@ -59,7 +78,9 @@ def _storage(t: Tensor) -> Tensor:
 
 def _twin(t: Tensor) -> Tensor:
     """A copy of ``t`` with its strides, and with what lies around its elements."""
-    return torch.tensor([], dtype=t.dtype).set_(_storage(t).clone().untyped_storage(), t.storage_offset(), t.shape, t.stride())
+    return torch.tensor([], dtype=t.dtype).set_(
+        _storage(t).clone().untyped_storage(), t.storage_offset(), t.shape, t.stride()
+    )
 
 
 def _tensors(values: Sequence) -> list[Tensor]:
@@ -77,10 +98,12 @@ class _Unchanged:
         for t, before in zip(self.tensors, self.before):
             assert torch.equal(_storage(t), before), f"the call wrote into an argument of shape {list(t.shape)}"
         mine = {t.untyped_storage().data_ptr() for t in self.tensors if t.numel()}
-        assert not [out for out in outs if out.numel() and out.untyped_storage().data_ptr() in mine], "an output shares an argument's memory"
+        assert not [out for out in outs if out.numel() and out.untyped_storage().data_ptr() in mine], (
+            "an output shares an argument's memory"
+        )
 
 
-# ---- values ----
+# ---- values
 
 
 def _groups(name: str, t: Tensor, inputs: NamedTuple) -> Iterator[Tensor]:
@@ -101,16 +124,23 @@ def _ceiling(name: str, out: Tensor, case: Case, backend: OpsBackend) -> float:
     kind = {"output": "output", "keys": "output", "updates": "output", "state": "state"}.get(name)
     kind = kind or ("gate_gradient" if name[1:] in GATES else "gradient")
     stored = getattr(TOLERANCE[out.dtype], kind)
-    return stored if kind == "state" or name in ("keys", "updates") else max(stored, getattr(TOLERANCE[case.dtype], kind))
+    return (
+        stored if kind == "state" or name in ("keys", "updates") else max(stored, getattr(TOLERANCE[case.dtype], kind))
+    )
 
 
 def compare(
-    case: Case, backend: OpsBackend, outs: dict[str, Tensor], define: Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
+    case: Case,
+    backend: OpsBackend,
+    outs: dict[str, Tensor],
+    define: Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]],
 ) -> list[Measured]:
-    """``outs`` within the tolerances of ``define(change)``, the fp64 definition of the inputs after ``change``, sequence by sequence.
+    """``outs`` within the tolerances of ``define(change)``, the fp64 definition of the inputs after ``change``,
+    sequence by sequence.
 
-    Where a true result is what little large terms leave of each other no arithmetic can be within the table. There the ceiling is
-    what the definition itself moves when every input moves by at most half of the table's ceiling, relative to itself.
+    Where a true result is what little large terms leave of each other no arithmetic can be within the table. There the
+    ceiling is what the definition itself moves when every input moves by at most half of the table's ceiling, relative
+    to itself.
     """
     set_threads(1)  # its many small steps are no work for several
     refs = define(lambda t: t.double())
@@ -122,11 +152,15 @@ def compare(
             generator = torch.Generator().manual_seed(case.number)
 
             def change(t: Tensor) -> Tensor:
-                return t.double() * (1 + ceiling / 2 * (2 * torch.rand(t.shape, dtype=torch.float64, generator=generator) - 1))
+                return t.double() * (
+                    1 + ceiling / 2 * (2 * torch.rand(t.shape, dtype=torch.float64, generator=generator) - 1)
+                )
 
             moved[ceiling] = [define(change) for _ in range(PERTURBATIONS)]
         true = list(_groups(name, refs[name], case.inputs))[number]
-        return max(rms(list(_groups(name, refs_moved[name], case.inputs))[number] - true) for refs_moved in moved[ceiling])
+        return max(
+            rms(list(_groups(name, refs_moved[name], case.inputs))[number] - true) for refs_moved in moved[ceiling]
+        )
 
     found = []
     for name, out in outs.items():
@@ -137,7 +171,9 @@ def compare(
         floor = max(ZERO, torch.finfo(out.dtype).tiny if out.dtype == torch.float16 else 0)
         if case.op.startswith("chunk") and takes_kernels_only(backend.name):
             floor = max(floor, 1e-4)  # the documented limit: their operands are fp16
-        for number, (mine, true) in enumerate(zip(_groups(name, out.detach().double(), case.inputs), _groups(name, ref, case.inputs))):
+        for number, (mine, true) in enumerate(
+            zip(_groups(name, out.detach().double(), case.inputs), _groups(name, ref, case.inputs))
+        ):
             size, difference = max(rms(true), floor), rms(mine - true) if mine.numel() else 0.0
             if true.numel() and true.abs().max() > torch.finfo(out.dtype).max / 2:
                 continue  # beyond what the dtype holds
@@ -155,13 +191,13 @@ def compare(
     return found
 
 
-# The properties compare a call with one on copies. Copies have other strides, which may decide in which order a product is
-# summed: both calls get copies then.
+# The properties compare a call with one on copies. Copies have other strides, which may decide in which order a product
+# is summed: both calls get copies then.
 def _changed(inputs: NamedTuple, change: Callable[[Tensor], Tensor]) -> NamedTuple:
     return inputs._replace(**{name: change(t) for name, t in floating(inputs).items()})
 
 
-# ---- ops over sequences ----
+# ---- ops over sequences
 
 
 def _sequence_definition(case: Case, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -175,7 +211,9 @@ def _sequence_definition(case: Case, change: Callable[[Tensor], Tensor]) -> dict
     grads = [torch.zeros_like(leaf) for leaf in leaves.values()]
     if pairs:
         outputs, cotangents = zip(*pairs)
-        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
+        )
     return result | {f"d{name}": grad for name, grad in zip(leaves, grads)}
 
 
@@ -185,7 +223,9 @@ def _run_sequences(case: Case, backend: OpsBackend, autograd: bool) -> dict[str,
     result = {"output": outs[0], "state": outs[1]}
     if case.grads is None:
         return result
-    found = (backend.gradients if autograd else lambda *args: properties.backward(backend, *args))(case.op, case.inputs, case.grads)
+    found = (backend.gradients if autograd else lambda *args: properties.backward(backend, *args))(
+        case.op, case.inputs, case.grads
+    )
     return result | {f"d{name}": grad for name, grad in found.items() if name in floating(case.inputs)}
 
 
@@ -236,7 +276,8 @@ def _later_tokens_do_not_matter(case: Case, backend: OpsBackend) -> None:
     out = backend(case.op, *inputs)[0]
     before = f"outputs before a NaN at token {t} of row {row}"
     if case.op.startswith("chunk") and takes_kernels_only(backend.name):
-        # The kernels make such a column again, in another order of summation; infinities of the inputs may be among them.
+        # The kernels make such a column again, in another order of summation; infinities of the inputs may be among
+        # them.
         known = expected[row, begin:t].isfinite()
         assert_error(before, out[row, begin:t][known], expected[row, begin:t][known], 2 * TOLERANCE[case.dtype].output)
     else:
@@ -249,7 +290,11 @@ def _later_tokens_do_not_matter(case: Case, backend: OpsBackend) -> None:
     grad[row, t] = math.nan
     for name, dirty in properties.backward(backend, case.op, case.inputs, (grad, case.grads[1])).items():
         if name in TOKENS:
-            assert_bitwise(dirty[row, t + 1 : end], clean[name][row, t + 1 : end], f"d{name} after a NaN cotangent at token {t} of row {row}")
+            assert_bitwise(
+                dirty[row, t + 1 : end],
+                clean[name][row, t + 1 : end],
+                f"d{name} after a NaN cotangent at token {t} of row {row}",
+            )
 
 
 def _calls_at_once(call: Callable[[], list[Tensor]], backend: OpsBackend) -> None:
@@ -273,7 +318,7 @@ def _calls_at_once(call: Callable[[], list[Tensor]], backend: OpsBackend) -> Non
                 assert_bitwise(out, ref, "a call beside another")
 
 
-# ---- ops on a pool of states ----
+# ---- ops on a pool of states
 
 
 def _pool_define(case: Case, rows: list[int], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -319,12 +364,17 @@ def _check_pool(case: Case, backend: OpsBackend, values: bool) -> list[Measured]
 
     N = x[0].shape[0]
     by_sequence = list(range(N)) if x.state_indices is None else x.state_indices.tolist()
-    moves = {"recurrent_gated_delta_rule_verify": case.accepted, "recurrent_gated_delta_rule_commit": getattr(x, "num_accepted", None)}
+    moves = {
+        "recurrent_gated_delta_rule_verify": case.accepted,
+        "recurrent_gated_delta_rule_commit": getattr(x, "num_accepted", None),
+    }
     moves = moves.get(case.op, [1] * N)
     moved = [row for row, number in zip(by_sequence, moves) if row >= 0 and number]
     expected = _twin(x.pool)
     expected[moved] = pool[moved]
-    assert torch.equal(_storage(pool), _storage(expected)), "rows of the pool that no sequence moves, or what lies between its elements"
+    assert torch.equal(_storage(pool), _storage(expected)), (
+        "rows of the pool that no sequence moves, or what lies between its elements"
+    )
     nowhere = [n for n, row in enumerate(by_sequence) if row < 0]
     for name, out in outs.items():
         dtype = case.dtype if name == "output" else accumulator(case.dtype)
@@ -344,4 +394,3 @@ def _check_pool(case: Case, backend: OpsBackend, values: bool) -> list[Measured]
     if case.choice.random() < 0.1:
         _calls_at_once(lambda: [*(results := _run_pool(case, backend))[0].values(), results[1]], backend)
     return measured
-

@@ -1,4 +1,6 @@
-"""A case from its number: sizes, values, layouts. Nothing else decides what is drawn but the op and what the backend takes."""
+"""A case from its number: sizes, values, layouts. Nothing else decides what is drawn but the op and what the backend
+takes.
+"""
 
 import math
 import random
@@ -6,13 +8,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from cases import LAYOUTS, LENGTHS, ApplyInputs, ConvInputs, DeltaInputs, accumulator, laid_out
 from pool_properties import CommitCall, RecurrentCall, StepCall
+from torch import Tensor
 
 SEQUENCE_OPS = ("chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv")
-POOL_OPS = ("recurrent_gated_delta_rule", "dynamic_conv_step", "recurrent_gated_delta_rule_verify", "recurrent_gated_delta_rule_commit")
+POOL_OPS = (
+    "recurrent_gated_delta_rule",
+    "dynamic_conv_step",
+    "recurrent_gated_delta_rule_verify",
+    "recurrent_gated_delta_rule_commit",
+)
 OPS = SEQUENCE_OPS + POOL_OPS
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DECADES = {F64: 6.0, F32: 4.0, BF16: 4.0, F16: 0.5}  # how far magnitudes go, so that results stay within the dtype
@@ -59,12 +65,22 @@ class Draw(random.Random):
         return 10 ** self.uniform(-DECADES[dtype], DECADES[dtype]) if self.chance(0.3) else 1.0
 
     def length(self, most: int) -> int:
-        drawn = self.randint(0, 20) if self.chance(0.6) else self.choice(LENGTHS) if self.chance(0.75) else self.randint(0, 300)
+        drawn = (
+            self.randint(0, 20)
+            if self.chance(0.6)
+            else self.choice(LENGTHS)
+            if self.chance(0.75)
+            else self.randint(0, 300)
+        )
         return min(drawn, most)
 
     def head_dim(self, key: bool) -> int:
         if self.kernel:
-            return self.choice((64, 96, 128, 192, 256)) if key else 16 * self.choice((self.randint(1, 4), self.randint(5, 9)))
+            return (
+                self.choice((64, 96, 128, 192, 256))
+                if key
+                else 16 * self.choice((self.randint(1, 4), self.randint(5, 9)))
+            )
         common = self.choice((16, 32, 64, 96, 128, 256))
         return self.choices((self.randint(1, 20), common, self.randint(1, 140)), (5, 2, 1))[0]
 
@@ -99,7 +115,13 @@ def case_of(number: int, op: str | None = None, kernel: bool = False, backward: 
     draw = Draw(f"{op} {number}", kernel)
     grads, accepted = None, ()
     # commit takes fp32 or fp64 whatever the model's dtype; the kernels take no fp64, those over sequences 16 bits only
-    few = (BF16, F16) if op in (*SEQUENCE_OPS, "dynamic_conv_step") else (F32,) if op.endswith("commit") else (F32, BF16, F16)
+    few = (
+        (BF16, F16)
+        if op in (*SEQUENCE_OPS, "dynamic_conv_step")
+        else (F32,)
+        if op.endswith("commit")
+        else (F32, BF16, F16)
+    )
     dtype = draw.choice(few) if kernel else draw.choice((F64, F32) if op.endswith("commit") else (F64, F32, BF16, F16))
     if op == "chunk_gated_delta_rule":
         inputs = _delta(draw, dtype)
@@ -116,10 +138,12 @@ def case_of(number: int, op: str | None = None, kernel: bool = False, backward: 
     if op in SEQUENCE_OPS and backward:
         grads = _cotangents(draw, inputs)
     shapes = [f"{n}{list(t.shape)}" for n, t in inputs._asdict().items() if isinstance(t, Tensor)]
-    return Case(number, op, dtype, inputs, grads, accepted, draw.choice((1, 2, 4)), choice, " ".join((*shapes, *draw.words)))
+    return Case(
+        number, op, dtype, inputs, grads, accepted, draw.choice((1, 2, 4)), choice, " ".join((*shapes, *draw.words))
+    )
 
 
-# ---- the delta rule ----
+# ---- the delta rule
 
 
 class _Sizes(NamedTuple):
@@ -137,7 +161,8 @@ def _delta_sizes(draw: Draw, B: int, T: int, l2norm: bool) -> _Sizes:
         Hk, group = draw.choice((1, 1, 2, 3)), draw.choice((1, 1, 2, 3))
         K, V = draw.head_dim(key=True), draw.head_dim(key=False)
         if l2norm:
-            # A normalised vector of one or two elements has a direction that it can hardly leave: its true gradient is all cancellation.
+            # A normalised vector of one or two elements has a direction that it can hardly leave: its true gradient is
+            # all cancellation.
             K = max(K, 3)
         if B * T * Hk * group * K * V <= (4 * WORK if draw.kernel else WORK) or Hk * group * K * V <= 8192:
             return _Sizes(B, T, Hk, Hk * group, K, V)
@@ -145,7 +170,22 @@ def _delta_sizes(draw: Draw, B: int, T: int, l2norm: bool) -> _Sizes:
 
 def _gates(draw: Draw, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     g, beta = -0.5 * draw.uniform01(*shape), draw.uniform01(*shape)
-    kind = draw.named("g", "plain", "plain", "small", "strong", 0.0, -1e-3, -1.0, -20.0, -50.0, -math.inf, "some -inf", "some -1e3", "some lowest")
+    kind = draw.named(
+        "g",
+        "plain",
+        "plain",
+        "small",
+        "strong",
+        0.0,
+        -1e-3,
+        -1.0,
+        -20.0,
+        -50.0,
+        -math.inf,
+        "some -inf",
+        "some -1e3",
+        "some lowest",
+    )
     if isinstance(kind, float):
         g.fill_(kind)
     elif kind == "small":
@@ -212,7 +252,9 @@ def _pool(draw: Draw, dtype: torch.dtype, shape: Sequence[int], N: int) -> tuple
     P = N + draw.randint(0, 3)
     rows = None
     if draw.chance(0.75):
-        named = [row if draw.chance(0.8) else draw.choice((-1, -2, -P - 1, -(2**31))) for row in draw.sample(range(P), N)]
+        named = [
+            row if draw.chance(0.8) else draw.choice((-1, -2, -P - 1, -(2**31))) for row in draw.sample(range(P), N)
+        ]
         rows = torch.tensor(named, dtype=draw.index_dtype())
     pool = (draw.normal(P, *shape) * draw.magnitude(dtype)).to(dtype)
     if draw.chance(0.5):
@@ -222,7 +264,9 @@ def _pool(draw: Draw, dtype: torch.dtype, shape: Sequence[int], N: int) -> tuple
 
 
 def _strided_pool(draw: Draw, pool: Tensor) -> Tensor:
-    """In any layout; for the kernels in one whose rows of a state start at a multiple of 16 bytes. What lies between is NaN."""
+    """In any layout; for the kernels in one whose rows of a state start at a multiple of 16 bytes. What lies between is
+    NaN.
+    """
     if draw.chance(0.5):
         return pool
     if not draw.kernel:
@@ -253,7 +297,10 @@ def _recurrent(draw: Draw, dtype: torch.dtype) -> RecurrentCall:
 
 def _commit(draw: Draw, dtype: torch.dtype) -> CommitCall:
     s = _recurrent_sizes(draw, False)
-    keys, updates = draw.normal(s.B, s.T, s.Hk, s.K) * s.K**-0.5, draw.normal(s.B, s.T, s.H, s.V) * draw.magnitude(dtype)
+    keys, updates = (
+        draw.normal(s.B, s.T, s.Hk, s.K) * s.K**-0.5,
+        draw.normal(s.B, s.T, s.H, s.V) * draw.magnitude(dtype),
+    )
     g, _ = _gates(draw, (s.B, s.T, s.H))
     number = torch.tensor([draw.choice((0, s.T, draw.randint(0, s.T))) for _ in range(s.B)], dtype=draw.index_dtype())
     pool, rows = _pool(draw, _state_dtype(draw, dtype), (s.H, s.K, s.V), s.B)
@@ -261,7 +308,7 @@ def _commit(draw: Draw, dtype: torch.dtype) -> CommitCall:
     return CommitCall(keys.to(dtype), updates.to(dtype), g, draw.layout(number), _strided_pool(draw, pool), rows)
 
 
-# ---- the convolution ----
+# ---- the convolution
 
 
 def _generator(draw: Draw, dtype: torch.dtype, D: int, R: int, W: int) -> tuple[Tensor, Tensor | None]:
@@ -295,7 +342,7 @@ def _step(draw: Draw, dtype: torch.dtype) -> StepCall:
     return StepCall(x, hidden, weight, bias, pool, rows, silu)
 
 
-# ---- cotangents ----
+# ---- cotangents
 
 
 def _cotangents(draw: Draw, inputs: NamedTuple) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
-// Faults that a sanitizer must report: python -m tests.fuzz --sanitize calls them first, so that silence means something.
-// They go the way that the ops go: through the bindings' parallel-for, and in memory from the allocator of the CPU code.
+// Faults that a sanitizer must report: python -m tests.fuzz --sanitize calls them first, so that silence means
+// something. They go the way that the ops go: through the bindings' parallel-for, and in memory from the allocator of
+// the CPU code.
 #include <cstdint>
 #include <cstdlib>
 #include <vector>

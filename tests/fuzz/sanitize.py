@@ -1,7 +1,8 @@
 """The CPU library under a sanitizer: built apart, bindings included, and loaded by the processes of a campaign.
 
-The sanitizer first has to report faults that are planted on the way that ops go (planted.cpp): a run whose sanitizer is blind
-is refused. Cases are looked at for their bits only: whether values are right does not need a sanitizer. Leaks are not looked for: Python and torch keep what they have until the process is gone.
+The sanitizer first has to report faults that are planted on the way that ops go (planted.cpp): a run whose sanitizer is
+blind is refused. Cases are looked at for their bits only: whether values are right does not need a sanitizer. Leaks are
+not looked for: Python and torch keep what they have until the process is gone.
 """
 
 import shutil
@@ -35,10 +36,19 @@ getattr(library, "jet_planted_" + sys.argv[1])()
 def build(kind: str) -> Path:
     """The library that ``kind`` watches; takes some minutes the first time."""
     folder = ROOT / "build" / f"sanitize-{kind}"
-    settings = (f"-DPython_EXECUTABLE={sys.executable}", "-DJETKERNELS_BUILD=cpu", f"-DJETKERNELS_SANITIZE={FLAGS[kind]}")
+    settings = (
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DJETKERNELS_BUILD=cpu",
+        f"-DJETKERNELS_SANITIZE={FLAGS[kind]}",
+    )
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (["-S", ROOT, "-B", folder, *generator, *settings], ["--build", folder, "--target", "jetkernels", "--parallel"]):
-        done = subprocess.run(["cmake", *map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for command in (
+        ["-S", ROOT, "-B", folder, *generator, *settings],
+        ["--build", folder, "--target", "jetkernels", "--parallel"],
+    ):
+        done = subprocess.run(
+            ["cmake", *map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         if done.returncode:
             raise SystemExit(f"the build for {kind} failed:\n{done.stdout[-3000:]}")
     return folder / "libjetkernels.so"
@@ -46,7 +56,9 @@ def build(kind: str) -> Path:
 
 def launcher(kind: str, library: Path) -> list[str]:
     """What stands before a command that is to run with ``library``."""
-    path = subprocess.run(["gcc", f"-print-file-name={RUNTIME[kind]}"], check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+    path = subprocess.run(
+        ["gcc", f"-print-file-name={RUNTIME[kind]}"], check=True, text=True, stdout=subprocess.PIPE
+    ).stdout.strip()
     settings = {"JETKERNELS_LIBRARY": library, "LD_PRELOAD": path, **OPTIONS[kind]}
     # GCC's TSan cannot place its shadow memory where addresses are as random as newer kernels make them.
     return ["setarch", "--addr-no-randomize", "env", *(f"{name}={value}" for name, value in settings.items())]
@@ -55,7 +67,11 @@ def launcher(kind: str, library: Path) -> list[str]:
 def report(printed: str) -> str:
     """The lines of a sanitizer's report that say what it is."""
     lines = [line.strip() for line in printed.splitlines()]
-    found = [line for line in lines if line.startswith("SUMMARY:") or "runtime error:" in line or "WARNING: ThreadSanitizer" in line]
+    found = [
+        line
+        for line in lines
+        if line.startswith("SUMMARY:") or "runtime error:" in line or "WARNING: ThreadSanitizer" in line
+    ]
     return " | ".join(found) or (lines or ["it printed nothing"])[-1]
 
 

@@ -24,8 +24,8 @@ both_timings = pytest.mark.parametrize("timing", ["early", "late"])
 
 
 def kernel(body: str, *, arrays: int = 1, maps: int = 0, bytes: int = 16384) -> hoppersim.Module:
-    """``%tid``: thread; ``%a0``, ``%a1`` …: addresses of the arrays; ``%m0`` …: of the tensor maps (the first parameters);
-    ``%buffer``, ``%bar``, ``%bar1``: shared addresses. Loops wait for a barrier: ``WAIT(bar, parity)``."""
+    """``%tid``: thread; ``%a0``, ``%a1`` …: addresses of the arrays; ``%m0`` …: of the tensor maps (the first
+    parameters); ``%buffer``, ``%bar``, ``%bar1``: shared addresses. Loops wait for a barrier: ``WAIT(bar, parity)``."""
     parameters = [f".param .align 64 .b8 m{n}[128]" for n in range(maps)] + [f".param .u64 a{n}" for n in range(arrays)]
     lines = [".reg .b32 %tid, %buffer, %bar, %bar1, %bar2;"]
     for n in range(maps):
@@ -42,19 +42,29 @@ def _expanded(line: str, number: int) -> str:
     if not line.startswith("WAIT("):
         return line
     barrier, parity = line[5:].split(")")[0].split(",")
-    return (f"W{number}: mbarrier.try_wait.parity.shared::cta.b64 %p15, [{barrier}], {parity};\n  @!%p15 bra W{number};")  # fmt: skip
+    return f"W{number}: mbarrier.try_wait.parity.shared::cta.b64 %p15, [{barrier}], {parity};\n  @!%p15 bra W{number};"
 
 
-def launch(module: hoppersim.Module, args, *, threads: int = 32, cluster: int = 1, timing: str = "early", seed: int = 0) -> dict:
+def launch(
+    module: hoppersim.Module, args, *, threads: int = 32, cluster: int = 1, timing: str = "early", seed: int = 0
+) -> dict:
     with hoppersim.simulate(timing=timing, seed=seed):
         return module.launch("k", cluster, threads, args, cluster=(cluster, 1, 1))
 
 
-def finding(body: str, args=None, *, threads: int = 32, cluster: int = 1, timing: str = "early", **options) -> hoppersim.Fault:
+def finding(
+    body: str, args=None, *, threads: int = 32, cluster: int = 1, timing: str = "early", **options
+) -> hoppersim.Fault:
     """The Fault that the kernel ends with."""
     args = (np.zeros(4096, np.uint32),) if args is None else args
     with pytest.raises(hoppersim.Fault) as caught:
-        launch(kernel(body, arrays=len(args) - options.get("maps", 0), **options), args, threads=threads, cluster=cluster, timing=timing)
+        launch(
+            kernel(body, arrays=len(args) - options.get("maps", 0), **options),
+            args,
+            threads=threads,
+            cluster=cluster,
+            timing=timing,
+        )
     return caught.value
 
 

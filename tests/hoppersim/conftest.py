@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 import hoppersim
+import pytest
 
 _FOLDER = Path(__file__).parent
 
@@ -15,7 +14,9 @@ def pytest_collection_modifyitems(items):
     if hoppersim.nvcc() is None:
         for item in items:
             if _FOLDER in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="hoppersim needs nvcc (CUDA 13.0 was used) on PATH or under CUDA_HOME"))
+                item.add_marker(
+                    pytest.mark.skip(reason="hoppersim needs nvcc (CUDA 13.0 was used) on PATH or under CUDA_HOME")
+                )
 
 
 @pytest.fixture(autouse=True)

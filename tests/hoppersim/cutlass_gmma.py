@@ -45,7 +45,9 @@ def gmma_wrappers() -> list[Gmma]:
             if match := _WGMMA.search(asm.text):
                 sparse, n, k, d, a, b, saturate = match.groups()
                 in_registers = not any(expression == "desc_a" for _, expression in asm.operands)
-                found.append(Gmma(function.name, asm, bool(sparse), int(n), int(k), d, a, b, bool(saturate), in_registers))
+                found.append(
+                    Gmma(function.name, asm, bool(sparse), int(n), int(k), d, a, b, bool(saturate), in_registers)
+                )
     return found
 
 
@@ -54,10 +56,16 @@ class WrapperKernel(Wgmma):
 
     def instruction(self, step: int, scale_d: str) -> str:
         values = {
-            "desc_a": "%rd10", "desc_b": "%rd40", "e": "%e0", "int32_t(scale_D)": "%r10", "int32_t(spsel)": str(self.selector),
-            "int32_t(scaleA)": str(self.scale[0]), "int32_t(scaleB)": str(self.scale[1]),
-            "int32_t(tnspA)": str(self.trans[0]), "int32_t(tnspB)": str(self.trans[1]),
-        }  # fmt: skip
+            "desc_a": "%rd10",
+            "desc_b": "%rd40",
+            "e": "%e0",
+            "int32_t(scale_D)": "%r10",
+            "int32_t(spsel)": str(self.selector),
+            "int32_t(scaleA)": str(self.scale[0]),
+            "int32_t(scaleB)": str(self.scale[1]),
+            "int32_t(tnspA)": str(self.trans[0]),
+            "int32_t(tnspB)": str(self.trans[1]),
+        }
         operands = []
         for _, expression in self.wrapper.asm.operands:
             register = re.fullmatch(r"([ad])0*(\d+)", expression)
@@ -69,7 +77,7 @@ class WrapperKernel(Wgmma):
         return self.wrapper.sparse
 
 
-# ---- Operands -------------------------------------------------------------------------------------------------------
+# ---- Operands
 
 
 def _integers(element: str, shape, seed: int) -> np.ndarray:
@@ -79,7 +87,9 @@ def _integers(element: str, shape, seed: int) -> np.ndarray:
 
 
 @functools.cache
-def _tile(element: str, rows: int, k: int, seed: int, swizzle: int, mn_major: bool, step: int) -> tuple[np.ndarray, Tile]:
+def _tile(
+    element: str, rows: int, k: int, seed: int, swizzle: int, mn_major: bool, step: int
+) -> tuple[np.ndarray, Tile]:
     matrix = _integers(element, (rows, k), seed)
     return matrix, tile(matrix, element, swizzle, mn_major, step)
 
@@ -142,7 +152,9 @@ class Problem:
         np.testing.assert_array_equal(d, self.expected, err_msg=self.kernel.wrapper.name)
 
 
-def problem(wrapper: Gmma, *, swizzles=(128, 128), trans=(0, 0), scale=(1, 1), selector=0, accumulate=True, **changes) -> Problem:
+def problem(
+    wrapper: Gmma, *, swizzles=(128, 128), trans=(0, 0), scale=(1, 1), selector=0, accumulate=True, **changes
+) -> Problem:
     """``changes``: what a planted bug changes in the kernel (see Wgmma)."""
     step = SPAN_K[wrapper.a]
     metadata = None
@@ -153,7 +165,17 @@ def problem(wrapper: Gmma, *, swizzles=(128, 128), trans=(0, 0), scale=(1, 1), s
         a, a_tile = _tile(wrapper.a, 64, wrapper.k, 1, swizzles[0], bool(trans[0]), step)
         stored = a
     b, b_tile = _tile(wrapper.b, wrapper.n, wrapper.k, 2, swizzles[1], bool(trans[1]), wrapper.k)
-    kernel = WrapperKernel(wrapper.n, wrapper.a, b_tile, None if wrapper.in_registers else a_tile, wrapper.d, trans, scale, accumulate, **changes)
+    kernel = WrapperKernel(
+        wrapper.n,
+        wrapper.a,
+        b_tile,
+        None if wrapper.in_registers else a_tile,
+        wrapper.d,
+        trans,
+        scale,
+        accumulate,
+        **changes,
+    )
     kernel.wrapper, kernel.selector = wrapper, selector
     c = _integers("f16", (64, wrapper.n), 3)
     if wrapper.d == "s32":  # sums that leave the range of the accumulator
@@ -164,7 +186,9 @@ def problem(wrapper: Gmma, *, swizzles=(128, 128), trans=(0, 0), scale=(1, 1), s
     parts = np.ascontiguousarray(np.concatenate(parts, 1)) if parts else np.zeros(4, np.uint32)
     expected = accumulate * c + scale[0] * scale[1] * (a @ b.T)
     if wrapper.d == "s32":
-        expected = expected.clip(-(2**31), 2**31 - 1) if wrapper.saturate else expected.astype(np.int64).astype(np.int32)
+        expected = (
+            expected.clip(-(2**31), 2**31 - 1) if wrapper.saturate else expected.astype(np.int64).astype(np.int32)
+        )
     return Problem(kernel, spread(c, wrapper.d), parts, expected)
 
 

@@ -1,4 +1,5 @@
-"""The instruction wrappers in CUTLASS's headers: every function, and the asm statements in it, found in the text of the headers.
+"""The instruction wrappers in CUTLASS's headers: every function, and the asm statements in it, found in the text of the
+headers.
 
 A wrapper is known by its qualified name without the namespaces, e.g. ``SM90_TMA_LOAD_2D::PREFETCH::copy``.
 """
@@ -10,7 +11,25 @@ from dataclasses import dataclass, field
 from kernel_library import cutlass_source
 
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
-_NOT_A_NAME = {"if", "for", "while", "switch", "asm", "alignas", "static_assert", "sizeof", "defined", "decltype", "noexcept", "__attribute__", "do", "else", "deprecated", "constexpr", "rank"}
+_NOT_A_NAME = {
+    "if",
+    "for",
+    "while",
+    "switch",
+    "asm",
+    "alignas",
+    "static_assert",
+    "sizeof",
+    "defined",
+    "decltype",
+    "noexcept",
+    "__attribute__",
+    "do",
+    "else",
+    "deprecated",
+    "constexpr",
+    "rank",
+}
 _ESCAPES = {"\\n": "\n", "\\t": "\t", '\\"': '"'}
 
 
@@ -76,7 +95,12 @@ def _asm_statements(text: str, blanked: str) -> list[Asm]:
 
 def _scope_of(head: str) -> tuple[str, str] | None:
     """What a brace opens, from the text before it: ("namespace" | "struct" | "function", name)."""
-    head = re.sub(r"template\s*<.*?>\s*(?=(?:template|struct|class|CUTE|CUTLASS|static|inline|constexpr|void|auto|uint|int|using|friend)\b)", "", head, flags=re.S)
+    head = re.sub(
+        r"template\s*<.*?>\s*(?=(?:template|struct|class|CUTE|CUTLASS|static|inline|constexpr|void|auto|uint|int|using|friend)\b)",
+        "",
+        head,
+        flags=re.S,
+    )
     if match := re.search(r"\bnamespace\b\s*([\w:]*)\s*$", head):
         return "namespace", match[1]
     if match := re.search(r"\b(?:struct|class|union)\s+(?:alignas\([^)]*\)\s*)?(\w+)[^()]*$", head):

@@ -1,4 +1,6 @@
-"""The kernels in ``kernels/``: where CUTLASS's headers are, how they are compiled, and how the GEMMs are called and judged."""
+"""The kernels in ``kernels/``: where CUTLASS's headers are, how they are compiled, and how the GEMMs are called and
+judged.
+"""
 
 import ctypes
 import functools
@@ -30,15 +32,19 @@ def library(name: str, *flags: str) -> hoppersim.Library:
     if source is None:
         pytest.skip("needs CUTLASS 4.2 headers: pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_PATH")
     include = (source / "include", source / "tools" / "util" / "include")
-    return hoppersim.compile_cuda(KERNELS / f"{name}.cu", include_dirs=include, flags=("--expt-relaxed-constexpr", "-DNDEBUG", *flags))
+    return hoppersim.compile_cuda(
+        KERNELS / f"{name}.cu", include_dirs=include, flags=("--expt-relaxed-constexpr", "-DNDEBUG", *flags)
+    )
 
 
 class Problem(ctypes.Structure):
     """jet::hopper::test::GemmProblem."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in "abc"] + [(name, ctypes.c_int) for name in "mnk"] + [
-        (f"stride_{name}", ctypes.c_int64) for name in "abc"
-    ]  # fmt: skip
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in "abc"]
+        + [(name, ctypes.c_int) for name in "mnk"]
+        + [(f"stride_{name}", ctypes.c_int64) for name in "abc"]
+    )
 
 
 def random_16_bit(dtype: str, shape, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +68,9 @@ def unwritten(shape: tuple[int, int]) -> np.ndarray:
 
 
 def padded(bits: np.ndarray) -> np.ndarray:
-    """Rows on 16-byte multiples, as TMA wants them. The padding is NaN in both 16-bit formats: a kernel that reads it shows it."""
+    """Rows on 16-byte multiples, as TMA wants them. The padding is NaN in both 16-bit formats: a kernel that reads it
+    shows it.
+    """
     rows, columns = bits.shape
     whole = np.full((rows, (columns + 7) // 8 * 8 + 8), 0x7FFF, np.uint16)
     whole[:, :columns] = bits
@@ -80,7 +88,9 @@ class Gemm:
         self.b_memory = padded(b_bits.T if b_is_mn else b_bits)
 
     def run(self, source: str, *leading, name: str | None = None, columns: int | None = None, **simulate) -> np.ndarray:
-        """Calls ``name(leading..., problem, message)`` of ``kernels/<source>.cu``; returns C [m, columns], NaN where not written."""
+        """Calls ``name(leading..., problem, message)`` of ``kernels/<source>.cu``; returns C [m, columns], NaN where
+        not written.
+        """
         m, n, k = self.shape
         c = unwritten((m, columns or n))
         pointers = [array.ctypes.data for array in (self.a_memory, self.b_memory, c)]

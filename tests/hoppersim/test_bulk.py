@@ -1,4 +1,6 @@
-"""cp.async, cp.async.bulk, cp.async.bulk.tensor, their reductions and groups, against NumPy; and what their misuse is reported as."""
+"""cp.async, cp.async.bulk, cp.async.bulk.tensor, their reductions and groups, against NumPy; and what their misuse is
+reported as.
+"""
 
 import itertools
 
@@ -30,7 +32,7 @@ def words(count: int) -> np.ndarray:
     return aligned(RNG.integers(0, 2**32, count, dtype=np.uint32))
 
 
-# ---- cp.async --------------------------------------------------------------------------------------------------------
+# ---- cp.async
 
 PER_THREAD = """
 mul.lo.u32 %r1, %tid, {size};
@@ -44,7 +46,9 @@ DUMP = "".join(f"ld.shared.u32 %r5, [%r2+{b}];\nst.global.u32 [%rd3+{b}], %r5;\n
 
 
 @both_timings
-@pytest.mark.parametrize("size, cache, kept", [(4, "ca", 4), (8, "ca", 8), (16, "ca", 16), (16, "cg", 16), (16, "cg", 4), (8, "ca", 0)])
+@pytest.mark.parametrize(
+    "size, cache, kept", [(4, "ca", 4), (8, "ca", 8), (16, "ca", 16), (16, "cg", 16), (16, "cg", 4), (8, "ca", 0)]
+)
 def test_cp_async(size, cache, kept, timing):
     source, out = words(128), np.zeros(128, np.uint32)
     copy = f"mov.u32 %r9, {kept};\ncp.async.{cache}.shared.global.L2::128B [%r2], [%rd2], {size}, %r9;\ncp.async.commit_group;\ncp.async.wait_group 0;"
@@ -58,11 +62,15 @@ def test_cp_async(size, cache, kept, timing):
 
 @both_timings
 def test_cp_async_groups_complete_in_order(timing):
-    copies = "".join(f"cp.async.ca.shared.global [%r2+{b}], [%rd2+{b}], 4;\ncp.async.commit_group;\n" for b in (0, 4, 8, 12))
+    copies = "".join(
+        f"cp.async.ca.shared.global [%r2+{b}], [%rd2+{b}], 4;\ncp.async.commit_group;\n" for b in (0, 4, 8, 12)
+    )
     read = "ld.shared.u32 %r5, [%r2+{0}];\nst.global.u32 [%rd3+{0}], %r5;\n"
     body = PER_THREAD.format(size=16, copy=copies) + "cp.async.wait_group 2;\n" + read.format(0) + read.format(4)
     source, out = words(128), np.zeros(128, np.uint32)
-    launch(kernel(body + "cp.async.wait_all;\n" + read.format(8) + read.format(12), arrays=2), (source, out), timing=timing)
+    launch(
+        kernel(body + "cp.async.wait_all;\n" + read.format(8) + read.format(12), arrays=2), (source, out), timing=timing
+    )
     assert (out == source).all()
     assert finding(body + read.format(8), (source, out), timing=timing).kind == "read while a copy is in flight"
 
@@ -71,9 +79,13 @@ def test_cp_async_groups_complete_in_order(timing):
 @pytest.mark.parametrize("noinc, count", [(".noinc", 32), ("", 1)])
 def test_cp_async_arrives_on_a_barrier(noinc, count, timing):
     """Without .noinc the arrivals are on top of the expected one, which follows."""
-    copy = "cp.async.cg.shared.global [%r2], [%rd2], 16;\n" + f"cp.async.mbarrier.arrive{noinc}.shared::cta.b64 [%bar];\n"
+    copy = (
+        "cp.async.cg.shared.global [%r2], [%rd2], 16;\n" + f"cp.async.mbarrier.arrive{noinc}.shared::cta.b64 [%bar];\n"
+    )
     own = "" if noinc else "@!%p0 mbarrier.arrive.shared::cta.b64 _, [%bar];\n"
-    init = f"setp.ne.u32 %p0, %tid, 0;\n@!%p0 mbarrier.init.shared::cta.b64 [%bar], {count};\nbar.warp.sync 0xffffffff;\n"
+    init = (
+        f"setp.ne.u32 %p0, %tid, 0;\n@!%p0 mbarrier.init.shared::cta.b64 [%bar], {count};\nbar.warp.sync 0xffffffff;\n"
+    )
     source, out = words(128), np.zeros(128, np.uint32)
     body = init + PER_THREAD.format(size=16, copy=copy) + own
     launch(kernel(body + WAIT + DUMP, arrays=2), (source, out), timing=timing)
@@ -81,7 +93,7 @@ def test_cp_async_arrives_on_a_barrier(noinc, count, timing):
     assert finding(body + DUMP, (source, out), timing=timing).kind == "read while a copy is in flight"
 
 
-# ---- Bulk ------------------------------------------------------------------------------------------------------------
+# ---- Bulk
 
 
 @both_timings
@@ -89,8 +101,18 @@ def test_cp_async_arrives_on_a_barrier(noinc, count, timing):
 def test_bulk_there_and_back(space, timing):
     source, out = words(1024), np.zeros(1024, np.uint32)
     hint = "cp.async.bulk.prefetch.L2.global [%a0], 4096;\nmov.u64 %rd5, 0;\n"
-    load = LOAD.format(4096).replace("shared::cluster", space).replace("bytes [", "bytes.L2::cache_hint [").replace("[%bar]", "[%bar], %rd5")
-    counters = launch(kernel(BAR + EXPECT.format(4096) + hint + load + WAIT + STORE.format(4096) + DONE, arrays=2), (source, out), threads=1, timing=timing)
+    load = (
+        LOAD.format(4096)
+        .replace("shared::cluster", space)
+        .replace("bytes [", "bytes.L2::cache_hint [")
+        .replace("[%bar]", "[%bar], %rd5")
+    )
+    counters = launch(
+        kernel(BAR + EXPECT.format(4096) + hint + load + WAIT + STORE.format(4096) + DONE, arrays=2),
+        (source, out),
+        threads=1,
+        timing=timing,
+    )
     assert (out == source).all()
     assert counters["bulk_read_bytes"] == counters["bulk_write_bytes"] == 4096
 
@@ -102,7 +124,17 @@ REDUCTIONS = [
     *itertools.product(["min", "max"], ["s64", "f16"]),
     *itertools.product(["add"], ["f32", "f64", "f16"]),
 ]
-NUMPY = {"u32": np.uint32, "s32": np.int32, "u64": np.uint64, "s64": np.int64, "b32": np.uint32, "b64": np.uint64, "f16": np.float16, "f32": np.float32, "f64": np.float64}
+NUMPY = {
+    "u32": np.uint32,
+    "s32": np.int32,
+    "u64": np.uint64,
+    "s64": np.int64,
+    "b32": np.uint32,
+    "b64": np.uint64,
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
+}
 
 
 def numpy_reduce(op: str, old, new):
@@ -111,7 +143,14 @@ def numpy_reduce(op: str, old, new):
             return np.where(old >= new, 0, old + 1).astype(old.dtype)
         case "dec":
             return np.where((old == 0) | (old > new), new, old - 1).astype(old.dtype)
-    names = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    names = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }
     return names[op](old, new)
 
 
@@ -128,31 +167,56 @@ def test_bulk_reductions(op, kind):
         source, target = source % 5, target % 5
     expected = numpy_reduce(op, target, source)
     name = f"{op}.noftz" if (op, kind) == ("add", "f16") else op
-    reduce = STORE.format(source.nbytes).replace("cp.async.bulk", "cp.reduce.async.bulk").replace("bulk_group", f"bulk_group.{name}.{kind}")
-    launch(kernel(BAR + EXPECT.format(source.nbytes) + LOAD.format(source.nbytes) + WAIT + reduce + DONE, arrays=2), (source, target), threads=1)
+    reduce = (
+        STORE.format(source.nbytes)
+        .replace("cp.async.bulk", "cp.reduce.async.bulk")
+        .replace("bulk_group", f"bulk_group.{name}.{kind}")
+    )
+    launch(
+        kernel(BAR + EXPECT.format(source.nbytes) + LOAD.format(source.nbytes) + WAIT + reduce + DONE, arrays=2),
+        (source, target),
+        threads=1,
+    )
     assert (target == expected).all()
 
 
 def test_f32_reduction_flushes_subnormals():
     source, target = np.full(4, 1e-40, np.float32), np.full(4, -2e-40, np.float32)
-    reduce = STORE.format(16).replace("cp.async.bulk", "cp.reduce.async.bulk").replace("bulk_group", "bulk_group.add.f32")
-    launch(kernel(BAR + EXPECT.format(16) + LOAD.format(16) + WAIT + reduce + DONE, arrays=2), (source, target), threads=1)
+    reduce = (
+        STORE.format(16).replace("cp.async.bulk", "cp.reduce.async.bulk").replace("bulk_group", "bulk_group.add.f32")
+    )
+    launch(
+        kernel(BAR + EXPECT.format(16) + LOAD.format(16) + WAIT + reduce + DONE, arrays=2), (source, target), threads=1
+    )
     assert (target == 0).all()
 
 
 @both_timings
 def test_read_groups_free_the_buffer_before_the_bytes_are_out(timing):
-    """After .read the stage may be filled again; the store must still bring the old bytes, and may finish after the kernel."""
+    """After .read the stage may be filled again; the store must still bring the old bytes, and may finish after the
+    kernel.
+    """
     fill = "st.shared.u32 [%buffer], {0};\nst.shared.u32 [%buffer+4], {0};\nst.shared.u32 [%buffer+8], {0};\nst.shared.u32 [%buffer+12], {0};\n"
     fence = "fence.proxy.async.shared::cta;\n"
-    first = "mov.u32 %r1, 11;\nmov.u32 %r2, 22;\n" + fill.format("%r1") + fence + STORE.format(16) + "cp.async.bulk.commit_group;\n"
+    first = (
+        "mov.u32 %r1, 11;\nmov.u32 %r2, 22;\n"
+        + fill.format("%r1")
+        + fence
+        + STORE.format(16)
+        + "cp.async.bulk.commit_group;\n"
+    )
     second = fill.format("%r2") + fence + STORE.format(16).replace("%a1", "%a0")
     read = "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;\n"
     a, b = np.zeros(4, np.uint32), np.zeros(4, np.uint32)
-    launch(kernel(first + "cp.async.bulk.wait_group.read 0;\n" + second + read, arrays=2), (a, b), threads=1, timing=timing)
+    launch(
+        kernel(first + "cp.async.bulk.wait_group.read 0;\n" + second + read, arrays=2), (a, b), threads=1, timing=timing
+    )
     assert (b == 11).all() and (a == 22).all()
     assert finding(first + second + read, (a, b), threads=1, timing=timing).kind == "overwritten while read"
-    assert finding(first + "cp.async.bulk.wait_group.read 1;\n" + second + read, (a, b), threads=1, timing=timing).kind == "overwritten while read"
+    assert (
+        finding(first + "cp.async.bulk.wait_group.read 1;\n" + second + read, (a, b), threads=1, timing=timing).kind
+        == "overwritten while read"
+    )
 
 
 GLOBAL = LOAD.format(64)
@@ -168,10 +232,19 @@ FAULTS = {
     "copied over before the wait": (GLOBAL + GLOBAL, "overwritten while a copy is in flight"),
     "nobody waits": (GLOBAL, "exit with a copy in flight"),
     "store not committed": (GLOBAL + WAIT + STORE.format(16).replace("%a1", "%a0"), "exit with a copy in flight"),
-    "store not waited for": (GLOBAL + WAIT + STORE.format(16).replace("%a1", "%a0") + "cp.async.bulk.commit_group;", "exit with a copy in flight"),
+    "store not waited for": (
+        GLOBAL + WAIT + STORE.format(16).replace("%a1", "%a0") + "cp.async.bulk.commit_group;",
+        "exit with a copy in flight",
+    ),
     "store of nothing": (STORE.format(16).replace("%a1", "%a0") + DONE, "uninitialised shared memory"),
-    "store without fence": (GLOBAL + WAIT + "st.shared.u32 [%buffer], 1;\n" + STORE.format(16).replace("%a1", "%a0") + DONE, "missing proxy fence"),
-    "cp.async never waited for": (GLOBAL + WAIT + "cp.async.ca.shared.global [%buffer+128], [%a0], 4;", "exit with a copy in flight"),
+    "store without fence": (
+        GLOBAL + WAIT + "st.shared.u32 [%buffer], 1;\n" + STORE.format(16).replace("%a1", "%a0") + DONE,
+        "missing proxy fence",
+    ),
+    "cp.async never waited for": (
+        GLOBAL + WAIT + "cp.async.ca.shared.global [%buffer+128], [%a0], 4;",
+        "exit with a copy in flight",
+    ),
 }
 
 
@@ -184,7 +257,7 @@ def test_faults(name, timing):
     assert "line " in str(found) and "kernel k" in str(found)
 
 
-# ---- Tensor copies ---------------------------------------------------------------------------------------------------
+# ---- Tensor copies
 
 
 def tensor_load(rank: int) -> str:
@@ -194,7 +267,11 @@ def tensor_load(rank: int) -> str:
 
 def tensor_store(rank: int, map: str, reduce: str = "") -> str:
     coordinates = ", ".join(f"%r{10 + d}" for d in range(rank))
-    name = f"cp.reduce.async.bulk.tensor.{rank}d.global.shared::cta.{reduce}" if reduce else f"cp.async.bulk.tensor.{rank}d.global.shared::cta"
+    name = (
+        f"cp.reduce.async.bulk.tensor.{rank}d.global.shared::cta.{reduce}"
+        if reduce
+        else f"cp.async.bulk.tensor.{rank}d.global.shared::cta"
+    )
     return f"{name}.bulk_group [{map}, {{{coordinates}}}], [%buffer];\n"
 
 
@@ -228,7 +305,16 @@ def swizzle(rows: np.ndarray, span: int) -> np.ndarray:
 def dumped(array: np.ndarray, map: bytes, start, count: int, timing: str) -> tuple[np.ndarray, dict]:
     """What a load of `count` bytes leaves in shared memory, and the counters."""
     out, rank = np.zeros(count, np.uint8), array.ndim
-    body = BAR + at(start) + "prefetch.tensormap [%m0];\n" + EXPECT.format(count) + tensor_load(rank) + WAIT + STORE.format(count).replace("%a1", "%a0") + DONE
+    body = (
+        BAR
+        + at(start)
+        + "prefetch.tensormap [%m0];\n"
+        + EXPECT.format(count)
+        + tensor_load(rank)
+        + WAIT
+        + STORE.format(count).replace("%a1", "%a0")
+        + DONE
+    )
     with hoppersim.registered(array):
         counters = launch(kernel(body, arrays=1, maps=1, bytes=max(1024, count)), (map, out), threads=1, timing=timing)
     return out, counters
@@ -260,7 +346,9 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_tensor_ranks_and_bounds(name, timing):
     shape, box, start = SHAPES[name]
-    array = random_values(np.float32, int(np.prod(shape[:-1])) * (-(-shape[-1] // 4) * 4)).reshape(*shape[:-1], -1)[..., : shape[-1]]
+    array = random_values(np.float32, int(np.prod(shape[:-1])) * (-(-shape[-1] // 4) * 4)).reshape(*shape[:-1], -1)[
+        ..., : shape[-1]
+    ]
     for nan in (False, True):
         out, counters = dumped(array, tensor_map.encode(array, box, nan=nan), start, int(np.prod(box)) * 4, timing)
         np.testing.assert_array_equal(out.view(np.float32), image(array, box, start, fill=np.nan if nan else 0).ravel())
@@ -280,13 +368,25 @@ def test_element_strides():
 def test_tensor_store_clips(span, reduce, timing):
     dtype = np.float16
     inner = (span or 32) // 2
-    source, target = random_values(dtype, 16 * inner).reshape(16, inner), random_values(dtype, 12 * 3 * inner).reshape(12, 3 * inner)
+    source, target = (
+        random_values(dtype, 16 * inner).reshape(16, inner),
+        random_values(dtype, 12 * 3 * inner).reshape(12, 3 * inner),
+    )
     start = (-2, 2 * inner + 8)
     expected = target.copy()
     kept = expected[:12, start[1] :]
     moved = source[2:14, : inner - 8]
     kept[...] = numpy_reduce(reduce, kept, moved) if reduce else moved
-    body = BAR + at((0, 0)) + EXPECT.format(source.nbytes) + tensor_load(2) + WAIT + at(start) + tensor_store(2, "%m1", reduce) + DONE
+    body = (
+        BAR
+        + at((0, 0))
+        + EXPECT.format(source.nbytes)
+        + tensor_load(2)
+        + WAIT
+        + at(start)
+        + tensor_store(2, "%m1", reduce)
+        + DONE
+    )
     maps = (tensor_map.encode(source, (16, inner), swizzle=span), tensor_map.encode(target, (16, inner), swizzle=span))
     with hoppersim.registered(source, target):
         launch(kernel(body, arrays=0, maps=2), maps, threads=1, timing=timing)
@@ -298,13 +398,21 @@ def test_tensor_store_clips(span, reduce, timing):
 def test_clipped_elements_need_not_be_written(span, timing):
     """Two rows of 32 bytes, of which the tensor has the first row's first 16."""
     target = aligned(np.zeros((1, 16), np.float32))
-    body = at((0, 12)) + "mov.u32 %r1, 0x3f800000;\nst.shared.v4.u32 [%buffer], {%r1, %r1, %r1, %r1};\nfence.proxy.async;\n"
+    body = (
+        at((0, 12))
+        + "mov.u32 %r1, 0x3f800000;\nst.shared.v4.u32 [%buffer], {%r1, %r1, %r1, %r1};\nfence.proxy.async;\n"
+    )
     maps = (tensor_map.encode(target, (2, 8), swizzle=span),)
     with hoppersim.registered(target):
         launch(kernel(body + tensor_store(2, "%m0") + DONE, arrays=0, maps=1), maps, threads=1, timing=timing)
         assert target.tolist() == [[0] * 12 + [1] * 4]
         with pytest.raises(hoppersim.Fault, match="uninitialised shared memory"):
-            launch(kernel(body + at((0, 8)) + tensor_store(2, "%m0") + DONE, arrays=0, maps=1), maps, threads=1, timing=timing)
+            launch(
+                kernel(body + at((0, 8)) + tensor_store(2, "%m0") + DONE, arrays=0, maps=1),
+                maps,
+                threads=1,
+                timing=timing,
+            )
 
 
 def test_tensor_faults():

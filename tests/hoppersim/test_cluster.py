@@ -1,4 +1,6 @@
-"""Clusters: mapa, the cluster barrier, remote arrivals, copies into and between CTAs, multicast; and what their misuse is reported as."""
+"""Clusters: mapa, the cluster barrier, remote arrivals, copies into and between CTAs, multicast; and what their misuse
+is reported as.
+"""
 
 import hoppersim
 import numpy as np
@@ -18,7 +20,12 @@ seeds = pytest.mark.parametrize("seed", range(4))
 
 
 def pair(body: str, out: np.ndarray, *more, **options) -> dict:
-    return launch(kernel(RANK + PEER + OUT + body, arrays=1 + len(more), maps=options.pop("maps", 0)), (*options.pop("first", ()), out, *more), cluster=2, **options)
+    return launch(
+        kernel(RANK + PEER + OUT + body, arrays=1 + len(more), maps=options.pop("maps", 0)),
+        (*options.pop("first", ()), out, *more),
+        cluster=2,
+        **options,
+    )
 
 
 @both_timings
@@ -193,8 +200,16 @@ FAULTS = {
     "wait without arrive": ("barrier.cluster.wait.aligned;", "barrier.cluster misuse"),
     "the peer waits elsewhere": (BAR + "@!%p5 bra OTHER;\n" + SYNC + "OTHER:\n" + WAIT, "dead-lock"),
     "barrier elsewhere": (BAR + SYNC + COPY.format("%r52", "%bar"), "mbarrier misuse"),
-    "arrival before the cluster knows the barrier": ("@%p5 mbarrier.arrive.shared::cluster.b64 _, [%r53];", "uninitialised mbarrier"),
-    "multicast to nobody": (BAR + "mov.u16 %h1, 4;\n" + COPY.format("%buffer", "%bar").replace("bytes [", "bytes.multicast::cluster [").replace("];", "], %h1;"), "no such CTA"),
+    "arrival before the cluster knows the barrier": (
+        "@%p5 mbarrier.arrive.shared::cluster.b64 _, [%r53];",
+        "uninitialised mbarrier",
+    ),
+    "multicast to nobody": (
+        BAR
+        + "mov.u16 %h1, 4;\n"
+        + COPY.format("%buffer", "%bar").replace("bytes [", "bytes.multicast::cluster [").replace("];", "], %h1;"),
+        "no such CTA",
+    ),
     "local wait on a remote barrier": (BAR + SYNC + "WAIT(%r53,0)", "address of another CTA"),
 }
 
@@ -210,7 +225,9 @@ def test_faults(name):
 def test_the_peer_may_not_leave_early(timing):
     """Without the last cluster barrier rank 1 may end before rank 0 writes to it: with this schedule it has."""
     late = "@!%p5 bra END;\nmov.u32 %r1, 0;\nSPIN: add.u32 %r1, %r1, 1;\nsetp.lt.u32 %p1, %r1, 100000;\n@%p1 bra SPIN;\nmbarrier.arrive.shared::cluster.b64 _, [%r53];\nEND:"
-    assert finding(RANK + PEER + BAR + SYNC + late, threads=1, cluster=2, timing=timing).kind == "access to an ended CTA"
+    assert (
+        finding(RANK + PEER + BAR + SYNC + late, threads=1, cluster=2, timing=timing).kind == "access to an ended CTA"
+    )
 
 
 def test_unsupported():

@@ -50,18 +50,30 @@ def test_call_of_a_function():
 
 def test_shuffles():
     thread = np.arange(32)
-    for mode, operands, expected in [("bfly", "5, 31", thread ^ 5), ("up", "3, 0", np.where(thread >= 3, thread - 3, thread)),
-                                     ("down", "4, 31", np.where(thread < 28, thread + 4, thread)), ("idx", "2, 6175", thread // 8 * 8 + 2)]:  # fmt: skip
-        np.testing.assert_array_equal(run(f"shfl.sync.{mode}.b32 %r1|%p1, %r0, {operands}, -1;\n" + store("%r1")), expected)
+    for mode, operands, expected in [
+        ("bfly", "5, 31", thread ^ 5),
+        ("up", "3, 0", np.where(thread >= 3, thread - 3, thread)),
+        ("down", "4, 31", np.where(thread < 28, thread + 4, thread)),
+        ("idx", "2, 6175", thread // 8 * 8 + 2),
+    ]:
+        np.testing.assert_array_equal(
+            run(f"shfl.sync.{mode}.b32 %r1|%p1, %r0, {operands}, -1;\n" + store("%r1")), expected
+        )
 
 
 def test_votes_matches_reductions():
     thread = np.arange(32)
     head = "and.b32 %r1, %r0, 3;\nsetp.eq.u32 %p1, %r1, 1;\n"
-    np.testing.assert_array_equal(run(head + "vote.sync.ballot.b32 %r2, %p1, -1;\n" + store("%r2")), np.full(32, 0x22222222, np.uint32))
-    np.testing.assert_array_equal(run(head + "match.any.sync.b32 %r2, %r1, -1;\n" + store("%r2")), (0x11111111 << thread % 4).astype(np.uint32))
+    np.testing.assert_array_equal(
+        run(head + "vote.sync.ballot.b32 %r2, %p1, -1;\n" + store("%r2")), np.full(32, 0x22222222, np.uint32)
+    )
+    np.testing.assert_array_equal(
+        run(head + "match.any.sync.b32 %r2, %r1, -1;\n" + store("%r2")), (0x11111111 << thread % 4).astype(np.uint32)
+    )
     np.testing.assert_array_equal(run("redux.sync.add.u32 %r2, %r0, -1;\n" + store("%r2")), np.full(32, 496))
-    np.testing.assert_array_equal(run("neg.s32 %r1, %r0;\nredux.sync.min.s32 %r2, %r1, -1;\n" + store("%r2")), np.full(32, 2**32 - 31))
+    np.testing.assert_array_equal(
+        run("neg.s32 %r1, %r0;\nredux.sync.min.s32 %r2, %r1, -1;\n" + store("%r2")), np.full(32, 2**32 - 31)
+    )
     got = run("elect.sync %r2|%p1, -1;\nselp.u32 %r1, 1, 0, %p1;\n" + store("%r1"))
     assert got.sum() == 1
 
@@ -81,7 +93,11 @@ def test_barrier_orders_shared_memory(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_producer_arrives_consumer_syncs(seed):
     body = ".shared .align 4 .b8 s[128];\nmov.u32 %r1, s;\nand.b32 %r2, %r0, 31;\nshl.b32 %r2, %r2, 2;\nadd.u32 %r1, %r1, %r2;\nsetp.ge.u32 %p1, %r0, 32;\n@%p1 bra CONSUMER;\n"
-    body += "st.shared.u32 [%r1], %r0;\nbar.arrive 3, 64;\nbra END;\nCONSUMER:\nbar.sync 3, 64;\nld.shared.u32 %r3, [%r1];\n" + store("%r3") + "END:\n"
+    body += (
+        "st.shared.u32 [%r1], %r0;\nbar.arrive 3, 64;\nbra END;\nCONSUMER:\nbar.sync 3, 64;\nld.shared.u32 %r3, [%r1];\n"
+        + store("%r3")
+        + "END:\n"
+    )
     np.testing.assert_array_equal(run(body, 64, seed=seed)[32:], np.arange(32))
 
 
@@ -109,7 +125,12 @@ def test_dead_lock_report():
     fault = fault_of(kernel(body), (np.zeros(64, np.uint32),), block=64)
     text = str(fault)
     assert fault.kind == "dead-lock"
-    assert "warp 0 lanes 0xffffffff" in text and "waits for barrier 2" in text and "bar.sync 1, 64" in text and "barrier 1: 32 threads arrived of 64" in text
+    assert (
+        "warp 0 lanes 0xffffffff" in text
+        and "waits for barrier 2" in text
+        and "bar.sync 1, 64" in text
+        and "barrier 1: 32 threads arrived of 64" in text
+    )
 
 
 def test_live_lock():
@@ -134,13 +155,26 @@ def test_register_limits():
     assert run("setmaxnreg.dec.sync.aligned.u32 40;\nsetmaxnreg.inc.sync.aligned.u32 232;\n").sum() == 0
     with pytest.raises(hoppersim.Fault):
         hoppersim.Module(kernel("setmaxnreg.dec.sync.aligned.u32 41;"))
-    assert fault_of(kernel("setmaxnreg.dec.sync.aligned.u32 40;\nsetmaxnreg.inc.sync.aligned.u32 24;\n"), (np.zeros(32, np.uint32),)).kind == "setmaxnreg"
+    assert (
+        fault_of(
+            kernel("setmaxnreg.dec.sync.aligned.u32 40;\nsetmaxnreg.inc.sync.aligned.u32 24;\n"),
+            (np.zeros(32, np.uint32),),
+        ).kind
+        == "setmaxnreg"
+    )
 
 
 def test_grid_coordinates_and_counters():
-    text = HEADER + ".visible .entry k(.param .u64 out)\n{\n.reg .b32 %r<9>;\n.reg .b64 %rd<4>;\nld.param.u64 %rd0, [out];\nmov.u32 %r0, %ctaid.x;\nmov.u32 %r1, %ctaid.y;\nmov.u32 %r2, %nctaid.x;\n"
+    text = (
+        HEADER
+        + ".visible .entry k(.param .u64 out)\n{\n.reg .b32 %r<9>;\n.reg .b64 %rd<4>;\nld.param.u64 %rd0, [out];\nmov.u32 %r0, %ctaid.x;\nmov.u32 %r1, %ctaid.y;\nmov.u32 %r2, %nctaid.x;\n"
+    )
     text += "mad.lo.u32 %r3, %r1, %r2, %r0;\nmul.wide.u32 %rd1, %r3, 4;\nadd.s64 %rd1, %rd0, %rd1;\nred.global.add.u32 [%rd1], %r3;\nret;\n}\n"
     out = np.zeros(21, np.uint32)
     counters = hoppersim.Module(text).launch("k", (7, 3), 32, (out,))
     np.testing.assert_array_equal(out, 32 * np.arange(21))
-    assert counters["instructions"]["red.global"] == 21 and counters["instructions"]["control"] == 21 and counters["warp_instructions"] == 9 * 21
+    assert (
+        counters["instructions"]["red.global"] == 21
+        and counters["instructions"]["control"] == 21
+        and counters["warp_instructions"] == 9 * 21
+    )

@@ -13,9 +13,11 @@ Five = ctypes.c_int * 5
 class Problem(ctypes.Structure):
     """jet::hopper::test::CopyProblem."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("origin", "to", "dump")] + [(name, ctypes.c_int) for name in ("rank", "swizzle", "add")] + [
-        (name, Five) for name in ("extent", "box", "at")
-    ]  # fmt: skip
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("origin", "to", "dump")]
+        + [(name, ctypes.c_int) for name in ("rank", "swizzle", "add")]
+        + [(name, Five) for name in ("extent", "box", "at")]
+    )
 
 
 def aligned(shape) -> np.ndarray:
@@ -32,7 +34,9 @@ def window(at: int, box: int, extent: int) -> tuple[slice, slice]:
 
 
 def copy(extent, box, at, swizzle=16, add=False, **simulate):
-    """Dimension 0 first, as TMA counts; the arrays have it last. Returns source, destination, and the box as it lay in shared memory."""
+    """Dimension 0 first, as TMA counts; the arrays have it last. Returns source, destination, and the box as it lay in
+    shared memory.
+    """
     origin, to, dump = aligned(extent[::-1]), aligned(extent[::-1]), aligned(int(np.prod(box)))
     origin[...] = np.random.default_rng(5).standard_normal(origin.shape)
     to[...] = 100

@@ -1,7 +1,6 @@
 """Counters of kernels whose tiling is known, against numbers computed by hand."""
 
 import hoppersim
-import numpy as np
 import pytest
 from kernel_library import Gemm
 
@@ -53,7 +52,8 @@ def test_global_sectors():
 
 @pytest.mark.parametrize("swizzle", [16, 32, 64, 128])
 def test_ldmatrix_wavefronts(swizzle):
-    # ldmatrix.x4 moves 512 bytes: 4 wavefronts where the 8 rows of each matrix lie in different banks, as in every swizzle of its width.
+    # ldmatrix.x4 moves 512 bytes: 4 wavefronts where the 8 rows of each matrix lie in different banks, as in every
+    # swizzle of its width.
     loads = CTAS * CONSUMER_WARPS * STEPS * (TILE_K // 16)
     c = counters("rs", swizzle)
     assert c["instructions"]["ldmatrix"] == loads
@@ -63,7 +63,8 @@ def test_ldmatrix_wavefronts(swizzle):
 
 @pytest.mark.parametrize("source_of_a, core_matrices", [("ss", (64 + TILE_N) * 32 // 128), ("rs", TILE_N * 32 // 128)])
 def test_wgmma_wavefronts(source_of_a, core_matrices):
-    # Each wgmma reads 32 bytes of 64 rows of A (from shared memory or not) and of 128 rows of B: core matrices of 128 bytes.
+    # Each wgmma reads 32 bytes of 64 rows of A (from shared memory or not) and of 128 rows of B: core matrices of 128
+    # bytes.
     warpgroups, instructions = CTAS * CONSUMER_WARPS // 4, STEPS * (TILE_K // 16)
     assert counters(source_of_a)["wgmma_wavefronts"] == warpgroups * instructions * core_matrices
 
@@ -95,18 +96,36 @@ def test_conflict_factor(words, factor):
     assert c["shared_wavefronts"] == 2 * factor
 
 
-VECTOR = STRIDED.replace("4224", "33792").replace("st.shared.u32 [%r4], %r0", "st.shared.WIDTH.u32 [%r4], VALUES").replace(
-    "ld.shared.u32 %r5, [%r4]", "ld.shared.WIDTH.u32 VALUES, [%r4]"
+VECTOR = (
+    STRIDED.replace("4224", "33792")
+    .replace("st.shared.u32 [%r4], %r0", "st.shared.WIDTH.u32 [%r4], VALUES")
+    .replace("ld.shared.u32 %r5, [%r4]", "ld.shared.WIDTH.u32 VALUES, [%r4]")
 )
 
 
-# Lanes of 8 bytes go in two phases of 16, lanes of 16 bytes in four of 8; a phase is one wavefront where its words lie in different banks.
-@pytest.mark.parametrize("width, stride, factor", [
-    (2, 2, 1), (2, 0, 1), (2, 4, 2), (2, 6, 1), (2, 32, 16), (4, 4, 1), (4, 0, 1), (4, 8, 2), (4, 12, 1), (4, 20, 1), (4, 32, 8),
-])  # fmt: skip
+# Lanes of 8 bytes go in two phases of 16, lanes of 16 bytes in four of 8; a phase is one wavefront where its words lie
+# in different banks.
+@pytest.mark.parametrize(
+    "width, stride, factor",
+    [
+        (2, 2, 1),
+        (2, 0, 1),
+        (2, 4, 2),
+        (2, 6, 1),
+        (2, 32, 16),
+        (4, 4, 1),
+        (4, 0, 1),
+        (4, 8, 2),
+        (4, 12, 1),
+        (4, 20, 1),
+        (4, 32, 8),
+    ],
+)
 def test_conflict_factor_of_vectors(width, stride, factor):
     values = "{" + ", ".join(f"%r{r}" for r in range(width)) + "}"
-    c = hoppersim.Module(VECTOR.replace("WIDTH", f"v{width}").replace("VALUES", values)).launch("strided", 1, 32, (4 * stride,))
+    c = hoppersim.Module(VECTOR.replace("WIDTH", f"v{width}").replace("VALUES", values)).launch(
+        "strided", 1, 32, (4 * stride,)
+    )
     assert c["shared_accesses"] == 2 and c["shared_ideal_wavefronts"] == 2 * width
     assert c["shared_wavefronts"] == 2 * width * factor
 

@@ -1,4 +1,6 @@
-"""GEMMs of CUTLASS's collective builders, compiled from its own headers: warp-specialised, TMA both ways, clusters of 2."""
+"""GEMMs of CUTLASS's collective builders, compiled from its own headers: warp-specialised, TMA both ways, clusters of
+2.
+"""
 
 import ctypes
 

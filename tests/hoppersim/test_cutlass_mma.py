@@ -11,14 +11,31 @@ from lane_ptx import HEADER
 from wgmma_ptx import to_bits
 
 HEADERS = tuple(f"cute/arch/mma_sm{arch}.hpp" for arch in (61, 70, 75, 80, 89, 90))
-BITS = {"f16": 16, "bf16": 16, "tf32": 32, "f32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8, "s4": 4, "u4": 4, "b1": 1, "f64": 64, "s32": 32}
+BITS = {
+    "f16": 16,
+    "bf16": 16,
+    "tf32": 32,
+    "f32": 32,
+    "e4m3": 8,
+    "e5m2": 8,
+    "s8": 8,
+    "u8": 8,
+    "s4": 4,
+    "u4": 4,
+    "b1": 1,
+    "f64": 64,
+    "s32": 32,
+}
 DTYPES = {"f16": np.float16, "f32": np.float32, "s32": np.int32, "f64": np.float64}
 RANGES = {"s8": (-128, 127), "u8": (0, 255), "s4": (-8, 7), "u4": (0, 15), "b1": (0, 1)}
 NOT_PTX = {"SM61_DP2A::fma": "its asm names neither .lo nor .hi, which PTX requires of dp2a: ptxas refuses it"}
 COMPOSED = {  # of several mma.sync, in kernels/wrappers_mma.cu: m, k
-    "SM80_8x8x4_C64C64C64C64_TN::fma": (8, 4), "SM80_8x8x4_GC64C64C64GC64_TN::fma": (8, 4), "MMA_16x8x4_C64C64C64C64_TN::fma": (16, 4),
-    "MMA_16x8x8_C64C64C64C64_TN::fma": (16, 8), "MMA_16x8x16_C64C64C64C64_TN::fma": (16, 16),
-}  # fmt: skip
+    "SM80_8x8x4_C64C64C64C64_TN::fma": (8, 4),
+    "SM80_8x8x4_GC64C64C64GC64_TN::fma": (8, 4),
+    "MMA_16x8x4_C64C64C64C64_TN::fma": (16, 4),
+    "MMA_16x8x8_C64C64C64C64_TN::fma": (16, 8),
+    "MMA_16x8x16_C64C64C64C64_TN::fma": (16, 16),
+}
 BY_NAME = {f.name: f for f in wrappers(*HEADERS) if f.asm} if cutlass_source() else {}
 LANE = np.arange(32)
 
@@ -35,13 +52,24 @@ def run(asm, arrays: dict[str, np.ndarray]) -> np.ndarray:
     body = ["mov.u32 %t, %tid.x;"]
     for role, array in arrays.items():
         registers = array.shape[1]
-        body += [f".reg .b{bits} %{role}<{registers}>;", f"ld.param.u64 %p{role}, [{role}];", f"mad.wide.u32 %p{role}, %t, {size * registers}, %p{role};"]
+        body += [
+            f".reg .b{bits} %{role}<{registers}>;",
+            f"ld.param.u64 %p{role}, [{role}];",
+            f"mad.wide.u32 %p{role}, %t, {size * registers}, %p{role};",
+        ]
         if role != "d":
             body += [f"ld.global.b{bits} %{role}{r}, [%p{role}+{size * r}];" for r in range(registers)]
-    body.append(re.sub(r"%(\d+)", lambda match: "%" + roles[int(match[1])][0] + (roles[int(match[1])][1] or "0"), asm.text))
+    body.append(
+        re.sub(r"%(\d+)", lambda match: "%" + roles[int(match[1])][0] + (roles[int(match[1])][1] or "0"), asm.text)
+    )
     body += [f"st.global.b{bits} [%pd+{size * r}], %d{r};" for r in range(count)]
     parameters = ", ".join(f".param .u64 {role}" for role in arrays)
-    text = HEADER + f".visible .entry k({parameters})\n{{\n.reg .b32 %t;\n.reg .b64 %pa, %pb, %pc, %pd;\n" + "\n".join(body) + "\nret;\n}\n"
+    text = (
+        HEADER
+        + f".visible .entry k({parameters})\n{{\n.reg .b32 %t;\n.reg .b64 %pa, %pb, %pc, %pd;\n"
+        + "\n".join(body)
+        + "\nret;\n}\n"
+    )
     hoppersim.Module(text).launch("k", 1, 32, tuple(arrays.values()))
     return arrays["d"]
 
@@ -58,7 +86,9 @@ def words(matrix: np.ndarray, element: str) -> np.ndarray:
 
 
 def fragments(matrix: np.ndarray, element: str) -> np.ndarray:
-    """Rows of A, or columns of B, to registers: words of four lanes side by side, then the next 8 rows, then the next 4 words."""
+    """Rows of A, or columns of B, to registers: words of four lanes side by side, then the next 8 rows, then the next 4
+    words.
+    """
     w = words(matrix, element)
     places = [(row, at) for at in range(0, w.shape[1], 4) for row in range(0, len(w), 8)]
     return np.stack([w[row + LANE // 4, at + LANE % 4] for row, at in places], 1)
@@ -77,19 +107,26 @@ def expected_product(a, b, c, saturate: bool, integer: bool, exclusive_or: bool)
     return d.clip(-(2**31), 2**31 - 1) if saturate else d.astype(np.int64).astype(np.int32)
 
 
-MMA = re.compile(r"mma\.sync\.aligned\.m(\d+)n8k(\d+)\.(row|col)\.(row|col)\.(\w+)\.(\w+)\.(\w+)\.(\w+)((?:\.[a-z]+)*)[\s{]")
+MMA = re.compile(
+    r"mma\.sync\.aligned\.m(\d+)n8k(\d+)\.(row|col)\.(row|col)\.(\w+)\.(\w+)\.(\w+)\.(\w+)((?:\.[a-z]+)*)[\s{]"
+)
 
 
 def operands(m: int, k: int, element_a: str, element_b: str, accumulator: str):
     rng = np.random.default_rng(m + k)
-    a, b = (rng.integers(low, high + 1, (rows, k)) for rows, (low, high) in ((m, RANGES.get(element_a, (-4, 4))), (8, RANGES.get(element_b, (-4, 4)))))
+    a, b = (
+        rng.integers(low, high + 1, (rows, k))
+        for rows, (low, high) in ((m, RANGES.get(element_a, (-4, 4))), (8, RANGES.get(element_b, (-4, 4))))
+    )
     c = rng.integers(-8, 9, (m, 8)).astype(np.float64)
     if accumulator == "s32":
         c[::3, ::2], c[1::3, 1::2] = 2**31 - 5, -(2**31) + 5
     return a.astype(np.float64), b.astype(np.float64), c
 
 
-@pytest.mark.parametrize("name", [name for name, f in BY_NAME.items() if MMA.search(f.asm[0].text) and not name.startswith("SM70")])
+@pytest.mark.parametrize(
+    "name", [name for name, f in BY_NAME.items() if MMA.search(f.asm[0].text) and not name.startswith("SM70")]
+)
 def test_mma(name):
     asm = BY_NAME[name].asm[0]
     m, k, _, _, d, element_a, element_b, c_type, suffix = MMA.search(asm.text).groups()
@@ -101,7 +138,9 @@ def test_mma(name):
 
 
 def quad_layouts() -> dict[str, np.ndarray]:
-    """Offset row + 8 column (row + 8 k) of each element of each of the 8 threads of a quad pair: the layouts of cute/atom/mma_traits_sm70.hpp."""
+    """Offset row + 8 column (row + 8 k) of each element of each of the 8 threads of a quad pair: the layouts of
+    cute/atom/mma_traits_sm70.hpp.
+    """
     text = (cutlass_source() / "include/cute/atom/mma_traits_sm70.hpp").read_text()
     found = {}
     for name in ("SM70_8x4_Row", "SM70_8x4_Col", "SM70_8x8_16b", "SM70_8x8_32b"):
@@ -124,7 +163,9 @@ def test_quad_pairs(name):
     layouts = quad_layouts()
     rng = np.random.default_rng(4)
     a, b, c = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((4, 8, 4), (4, 8, 4), (4, 8, 8)))
-    lanes = np.stack([np.concatenate([4 * q + np.arange(4), 16 + 4 * q + np.arange(4)]) for q in range(4)])  # [quad pair, thread]
+    lanes = np.stack(
+        [np.concatenate([4 * q + np.arange(4), 16 + 4 * q + np.arange(4)]) for q in range(4)]
+    )  # [quad pair, thread]
 
     def registers(matrices, layout, dtype):
         out = np.zeros((32, layout.shape[1]), dtype)
@@ -134,10 +175,14 @@ def test_quad_pairs(name):
 
     operand = {"row": "SM70_8x4_Row", "col": "SM70_8x4_Col"}
     accumulator, dtype = ("SM70_8x8_16b", np.float16) if d == "f16" else ("SM70_8x8_32b", np.float32)
-    got = run(asm, {
-        "a": registers(a, layouts[operand[layout_a]], np.float16), "b": registers(b, layouts[operand["col" if layout_b == "row" else "row"]], np.float16),
-        "c": registers(c, layouts[accumulator], dtype),
-    })  # fmt: skip
+    got = run(
+        asm,
+        {
+            "a": registers(a, layouts[operand[layout_a]], np.float16),
+            "b": registers(b, layouts[operand["col" if layout_b == "row" else "row"]], np.float16),
+            "c": registers(c, layouts[accumulator], dtype),
+        },
+    )
     np.testing.assert_array_equal(got, registers(c + a @ b.transpose(0, 2, 1), layouts[accumulator], dtype))
 
 
@@ -146,7 +191,9 @@ def test_dot_product():
     rng = np.random.default_rng(6)
     a, b = (rng.integers(-128, 128, (32, 4)).astype(np.int8) for _ in range(2))
     c = rng.integers(-1000, 1000, (32, 1)).astype(np.int32)
-    got = run(BY_NAME["SM61_DP4A::fma"].asm[0], {"a": a.view(np.uint32), "b": b.view(np.uint32), "c": c.view(np.uint32)})
+    got = run(
+        BY_NAME["SM61_DP4A::fma"].asm[0], {"a": a.view(np.uint32), "b": b.view(np.uint32), "c": c.view(np.uint32)}
+    )
     np.testing.assert_array_equal(got.view(np.int32)[:, 0], (a.astype(int) * b).sum(1) + c[:, 0])
 
 
@@ -161,11 +208,16 @@ def test_complex(name):
     of_b = np.ascontiguousarray(np.stack([b[LANE // 4, at + LANE % 4] for at in range(0, k, 4)], 1))
 
     def spread(matrix):
-        return np.ascontiguousarray(np.stack([matrix[row + LANE // 4, LANE % 4 * 2 + e] for row in range(0, m, 8) for e in (0, 1)], 1))
+        return np.ascontiguousarray(
+            np.stack([matrix[row + LANE // 4, LANE % 4 * 2 + e] for row in range(0, m, 8) for e in (0, 1)], 1)
+        )
 
     d = np.zeros_like(spread(c))
     with hoppersim.simulate():
-        assert library("wrappers_mma").call("run_complex_product", list(COMPOSED).index(name), of_a, of_b, spread(c), d) == 0
+        assert (
+            library("wrappers_mma").call("run_complex_product", list(COMPOSED).index(name), of_a, of_b, spread(c), d)
+            == 0
+        )
     np.testing.assert_array_equal(d, spread(a @ b.T + c))
 
 

@@ -1,6 +1,7 @@
 """CUTLASS's wrappers of barriers, clusters, copies and tensor maps: all that sm_90a kernels may call, called from C++.
 
-``test_every_wrapper_is_called`` finds the wrappers in the headers: each is called in kernels/wrappers_*.cu, or excluded with a reason.
+``test_every_wrapper_is_called`` finds the wrappers in the headers: each is called in kernels/wrappers_*.cu, or excluded
+with a reason.
 The tensor-core wrappers are in test_cutlass_mma.py and test_cutlass_gmma.py.
 """
 
@@ -15,10 +16,20 @@ from kernel_library import KERNELS, library
 
 TIMINGS = ("early", "late")
 HEADERS = (
-    "cutlass/arch/barrier.h", "cutlass/arch/reg_reconfig.h", "cutlass/arch/grid_dependency_control.h", "cute/arch/cluster_sm90.hpp",
-    "cute/arch/copy_sm50.hpp", "cute/arch/copy_sm75.hpp", "cute/arch/copy_sm80.hpp", "cute/arch/copy_sm90.hpp",
-    "cute/arch/copy_sm90_desc.hpp", "cute/arch/copy_sm90_tma.hpp", "cute/arch/mma_sm90_gmma.hpp", "cute/arch/mma_sm80.hpp", "cute/arch/mma_sm90.hpp",
-)  # fmt: skip
+    "cutlass/arch/barrier.h",
+    "cutlass/arch/reg_reconfig.h",
+    "cutlass/arch/grid_dependency_control.h",
+    "cute/arch/cluster_sm90.hpp",
+    "cute/arch/copy_sm50.hpp",
+    "cute/arch/copy_sm75.hpp",
+    "cute/arch/copy_sm80.hpp",
+    "cute/arch/copy_sm90.hpp",
+    "cute/arch/copy_sm90_desc.hpp",
+    "cute/arch/copy_sm90_tma.hpp",
+    "cute/arch/mma_sm90_gmma.hpp",
+    "cute/arch/mma_sm80.hpp",
+    "cute/arch/mma_sm90.hpp",
+)
 EXCLUDED = {  # pattern of the name: why
     r"umma_arrive\w*": "tcgen05: needs sm_100",
     r"fence_view_async_tmem_\w+": "tensor memory: needs sm_100",
@@ -49,14 +60,20 @@ def test_every_wrapper_is_called():
 
 
 ELSEWHERE = {  # files of cute/arch: which test has them, or why none
-    r"mma_sm(61|70|75|89)": "test_cutlass_mma.py", r"mma_sm90_gmma\w+": "test_cutlass_gmma.py", r"\w*_sm1[02]0\w*": "needs sm_100",
-    r"config|util": "no instruction beyond address conversions", r"copy|mma": "plain C++ that any architecture compiles", r"mma_sm90_desc": "descriptor type, host and device alike",
-}  # fmt: skip
+    r"mma_sm(61|70|75|89)": "test_cutlass_mma.py",
+    r"mma_sm90_gmma\w+": "test_cutlass_gmma.py",
+    r"\w*_sm1[02]0\w*": "needs sm_100",
+    r"config|util": "no instruction beyond address conversions",
+    r"copy|mma": "plain C++ that any architecture compiles",
+    r"mma_sm90_desc": "descriptor type, host and device alike",
+}
 
 
 @needs_cutlass
 def test_every_header_is_walked():
-    """What CUTLASS's own kernels for sm_90 use; the older interface of cutlass/arch (mma_sm*.h, memory_sm*.h, wmma*.h) is not among it."""
+    """What CUTLASS's own kernels for sm_90 use; the older interface of cutlass/arch (mma_sm*.h, memory_sm*.h, wmma*.h)
+    is not among it.
+    """
     files = {path.stem for path in (cutlass_source() / "include/cute/arch").glob("*.hpp")}
     walked = {name.split("/")[-1].removesuffix(".hpp") for name in HEADERS if name.startswith("cute")}
     assert walked <= files
@@ -76,7 +93,7 @@ def call(source: str, name: str, *args, timing="early", seed=0) -> dict:
     return hoppersim.last_counters()
 
 
-# ---- Barriers and clusters ------------------------------------------------------------------------------------------------
+# ---- Barriers and clusters
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -116,10 +133,12 @@ def test_places():
     np.testing.assert_array_equal(out[..., 12], np.broadcast_to(elected, (2, 4, 128)))
     np.testing.assert_array_equal(out[..., 13], out[..., 12])
     np.testing.assert_array_equal(out[..., 14], 0)
-    np.testing.assert_array_equal(out[..., 15], np.broadcast_to(100 + (np.arange(4)[:, None] % 2 ^ 1), (2, 4, 128)))  # the peer's word
+    np.testing.assert_array_equal(
+        out[..., 15], np.broadcast_to(100 + (np.arange(4)[:, None] % 2 ^ 1), (2, 4, 128))
+    )  # the peer's word
 
 
-# ---- Thread copies ----------------------------------------------------------------------------------------------------------
+# ---- Thread copies
 
 
 def test_matrix_moves():
@@ -128,10 +147,22 @@ def test_matrix_moves():
     call("wrappers_sync", "run_matrix_moves", matrices, out)
     loaded = out[: 19 * 32].view(np.uint16).reshape(19, 8, 8)
     plain, transposed = list(matrices), list(matrices.transpose(0, 2, 1))
-    expected = plain[:1] + plain[:2] + plain[:4] + transposed[:1] + transposed[:2] + transposed[:4] + transposed[:1] + plain[:2] + transposed[:2]
+    expected = (
+        plain[:1]
+        + plain[:2]
+        + plain[:4]
+        + transposed[:1]
+        + transposed[:2]
+        + transposed[:4]
+        + transposed[:1]
+        + plain[:2]
+        + transposed[:2]
+    )
     np.testing.assert_array_equal(loaded, expected)
     stored = out[19 * 32 :].view(np.uint16).reshape(8, 4, 8, 8)
-    for n, (count, turned) in enumerate([(1, False), (2, False), (4, False), (1, True), (2, True), (4, True), (2, False), (2, True)]):
+    for n, (count, turned) in enumerate(
+        [(1, False), (2, False), (4, False), (1, True), (2, True), (4, True), (2, False), (2, True)]
+    ):
         np.testing.assert_array_equal(stored[n, :count], (transposed if turned else plain)[:count])
         np.testing.assert_array_equal(stored[n, count:], 0)
 
@@ -147,14 +178,15 @@ def test_thread_copies(timing):
     np.testing.assert_array_equal(out[1], values[:, 2])
     np.testing.assert_array_equal(out[2], np.where(lane % 2 == 0, values[:, 2], 0))
     np.testing.assert_array_equal(out[3], np.where(lane % 3 == 0, values[:, 3], 0))
-    # The 2x2 transpose of a pair of lanes: the lower keeps its first word and takes the other's first as second, and so on.
+    # The 2x2 transpose of a pair of lanes: the lower keeps its first word and takes the other's first as second, and so
+    # on.
     for row, distance in ((4, 1), (6, 4)):
         low = lane & distance == 0
         np.testing.assert_array_equal(out[row], np.where(low, values[:, 0], values[lane ^ distance, 1]))
         np.testing.assert_array_equal(out[row + 1], np.where(low, values[lane ^ distance, 0], values[:, 1]))
 
 
-# ---- The copy engine --------------------------------------------------------------------------------------------------------
+# ---- The copy engine
 
 
 def problem(maps, at, bytes, rank, *, offsets=(), any_rank=False, multicast=False, add=False, dump) -> np.ndarray:
@@ -172,8 +204,13 @@ def run_tma(name: str, p: np.ndarray, *arrays, timing="early", rest=()) -> None:
         call("wrappers_tma", name, p, *rest, timing=timing)
 
 
-BOXES = {1: ((40,), (16,), (28,)), 2: ((20, 10), (8, 6), (-3, 7)), 3: ((12, 5, 4), (8, 3, 2), (8, 1, -1)), 4: ((8, 3, 4, 3), (4, 2, 3, 2), (4, 2, -1, 1)),
-         5: ((8, 2, 3, 2, 3), (8, 2, 2, 1, 2), (0, 1, 1, 1, 2))}  # fmt: skip
+BOXES = {
+    1: ((40,), (16,), (28,)),
+    2: ((20, 10), (8, 6), (-3, 7)),
+    3: ((12, 5, 4), (8, 3, 2), (8, 1, -1)),
+    4: ((8, 3, 4, 3), (4, 2, 3, 2), (4, 2, -1, 1)),
+    5: ((8, 2, 3, 2, 3), (8, 2, 2, 1, 2), (0, 1, 1, 1, 2)),
+}
 
 
 def window(at: int, size: int, extent: int) -> tuple[slice, slice]:
@@ -242,7 +279,9 @@ def column_positions(extent, lower, upper, stride, start, pixels):
 @pytest.mark.parametrize("any_rank, swizzle", [(False, 0), (True, 0), (False, 32)])
 @pytest.mark.parametrize("rank", COLUMNS)
 def test_columns(rank, any_rank, swizzle, multicast, timing):
-    """im2col: a column of pixels runs through the output positions of a convolution, over the ends of rows and images."""
+    """im2col: a column of pixels runs through the output positions of a convolution, over the ends of rows and
+    images.
+    """
     extent, lower, upper, stride, start, offsets = COLUMNS[rank]
     images, channels, pixels, first_channel, first_image = 3, 8, 40, 8, 1
     shape = (images, *extent[::-1], 12)
@@ -251,9 +290,21 @@ def test_columns(rank, any_rank, swizzle, multicast, timing):
     source[...] = np.random.default_rng(rank).integers(-99, 99, shape)
     target[...] = 1000
     strides = (1, *stride[::-1], 1)
-    maps = [tensor_map.encode_im2col(array, lower, upper, channels, pixels, element_strides=strides, swizzle=swizzle) for array in (source, target)]
+    maps = [
+        tensor_map.encode_im2col(array, lower, upper, channels, pixels, element_strides=strides, swizzle=swizzle)
+        for array in (source, target)
+    ]
     dump = np.full((1 + multicast, pixels, channels), -1, np.float32)
-    p = problem(maps, (first_channel, *start, first_image), dump[0].nbytes, rank, offsets=offsets, any_rank=any_rank, multicast=multicast, dump=dump)
+    p = problem(
+        maps,
+        (first_channel, *start, first_image),
+        dump[0].nbytes,
+        rank,
+        offsets=offsets,
+        any_rank=any_rank,
+        multicast=multicast,
+        dump=dump,
+    )
     run_tma("run_columns", p, source, target, dump, timing=timing)
     expected, stored = np.zeros((pixels, channels), np.float32), np.full(shape, 1000, np.float32)
     for n, (position, image) in enumerate(column_positions(extent, lower, upper, stride, start, pixels)):
@@ -282,7 +333,7 @@ def test_columns_with_a_wrong_count(difference, kind, timing):
     assert caught.value.kind == kind
 
 
-# ---- Tensor maps that a kernel makes ------------------------------------------------------------------------------------------
+# ---- Tensor maps that a kernel makes
 MAKE = {"in_shared": 0, "in_global": 1, "without_acquire": 2, "without_release": 3, "plain_copy": 4}
 
 
@@ -297,7 +348,9 @@ def make_map(how: str, timing: str, *, shape=(24, 12), stride_bytes=None) -> tup
     dims = np.array([*shape, 1, 1, 1], np.uint32)
     strides = np.array([0, stride_bytes or large.strides[0], 0, 0, 0], np.uint64)
     run_tma("run_made_map", p, small, large, dump, work, timing=timing, rest=(work, large, dims, strides, MAKE[how]))
-    seen = large if reshaped else large.reshape(-1)[: 6 * 8].reshape(6, 8)  # in global memory only the address is replaced
+    seen = (
+        large if reshaped else large.reshape(-1)[: 6 * 8].reshape(6, 8)
+    )  # in global memory only the address is replaced
     expected = np.zeros_like(dump)
     part = seen[at[1] : at[1] + 4, at[0] : at[0] + 8]
     expected[: part.shape[0], : part.shape[1]] = part
@@ -326,15 +379,31 @@ def test_made_map_with_impossible_values(changes):
     assert caught.value.kind == "invalid tensor map"
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"lower": (-129, 0)}, "corner"), ({"upper": (128, 0)}, "corner"), ({"lower": (8, 0), "upper": (-3, 0)}, "empty"), ({"channels": 260}, "256"),
-    ({"pixels": 1025}, "1024"), ({"pixels": 0}, "1024"), ({"channels": 3}, "16 bytes"), ({"channels": 16, "swizzle": 32}, "span"),
-    ({"element_strides": (1, 1, 9, 1)}, "stride"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"lower": (-129, 0)}, "corner"),
+        ({"upper": (128, 0)}, "corner"),
+        ({"lower": (8, 0), "upper": (-3, 0)}, "empty"),
+        ({"channels": 260}, "256"),
+        ({"pixels": 1025}, "1024"),
+        ({"pixels": 0}, "1024"),
+        ({"channels": 3}, "16 bytes"),
+        ({"channels": 16, "swizzle": 32}, "span"),
+        ({"element_strides": (1, 1, 9, 1)}, "stride"),
+    ],
+)
 def test_encoder_of_columns_refuses(changes, reason):
     arguments = {"lower": (0, 0), "upper": (0, 0), "channels": 8, "pixels": 16, **changes}
     with pytest.raises(ValueError, match=reason):
-        tensor_map.encode_im2col(aligned((2, 4, 8, 8)), arguments.pop("lower"), arguments.pop("upper"), arguments.pop("channels"), arguments.pop("pixels"), **arguments)
+        tensor_map.encode_im2col(
+            aligned((2, 4, 8, 8)),
+            arguments.pop("lower"),
+            arguments.pop("upper"),
+            arguments.pop("channels"),
+            arguments.pop("pixels"),
+            **arguments,
+        )
 
 
 def test_encoder_of_columns_needs_three_dimensions():
@@ -342,9 +411,14 @@ def test_encoder_of_columns_needs_three_dimensions():
         tensor_map.encode_im2col(aligned((4, 8)), (), (), 8, 16)
 
 
-@pytest.mark.parametrize("change, kind", [
-    ({"start": (2, 0)}, "unsupported instruction"), ({"start": (-3, 0)}, "unsupported instruction"), ({"tile": True}, "invalid tensor map"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        ({"start": (2, 0)}, "unsupported instruction"),
+        ({"start": (-3, 0)}, "unsupported instruction"),
+        ({"tile": True}, "invalid tensor map"),
+    ],
+)
 def test_columns_that_are_refused(change, kind):
     source, dump = aligned((3, 5, 7, 8)), np.zeros((2, 20, 8), np.float32)
     im2col = tensor_map.encode_im2col(source, (-1, -2), (-1, 0), 8, 20, element_strides=(1, 1, 2, 1))

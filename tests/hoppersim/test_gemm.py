@@ -1,4 +1,6 @@
-"""TMA + wgmma GEMMs on csrc/hopper: every swizzle and major-ness, operand A by descriptor and by registers, tails, clusters."""
+"""TMA + wgmma GEMMs on csrc/hopper: every swizzle and major-ness, operand A by descriptor and by registers, tails,
+clusters.
+"""
 
 import time
 
@@ -42,7 +44,11 @@ def test_schedules_agree_bitwise(source, timing):
     results = set()
     for seed in range(20):
         options = {"timing": timing, "seed": seed}
-        c = gemm.run("gemm_multicast", **options) if source == "multicast" else gemm.variant("bf16", source, 128, **options)
+        c = (
+            gemm.run("gemm_multicast", **options)
+            if source == "multicast"
+            else gemm.variant("bf16", source, 128, **options)
+        )
         results.add(c.tobytes())
     gemm.check(c)
     assert len(results) == 1

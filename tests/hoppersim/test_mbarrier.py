@@ -41,7 +41,8 @@ def test_tokens_counts_and_phases(timing):
     st.global.u32 [%a0+24], %r1;
     mbarrier.inval.shared::cta.b64 [%bar];
     """.replace("mbarrier.arrive.b64", "cvt.u64.u32 %rd9, %bar;\n cvta.shared.u64 %rd9, %rd9;\n mbarrier.arrive.b64")
-    # pending before each arrival: 5, 4; not complete; complete; parity 0 complete, 1 not; after the drop of 3 a phase has 2 arrivals
+    # pending before each arrival: 5, 4; not complete; complete; parity 0 complete, 1 not; after the drop of 3 a phase
+    # has 2 arrivals
     assert values(body, 7, threads=1, timing=timing) == [5, 4, 0, 1, 1, 0, 2]
 
 
@@ -69,7 +70,9 @@ def test_warps_pass_a_value_around(timing, seed):
     @!%p0 st.global.u32 [%a0], %r4;
     """
     for poll, hint in (("try_wait", ""), ("try_wait", ", 0x989680"), ("test_wait", "")):
-        assert values(body.replace("POLL", poll).replace("HINT", hint), 1, threads=64, timing=timing, seed=seed) == [640]
+        assert values(body.replace("POLL", poll).replace("HINT", hint), 1, threads=64, timing=timing, seed=seed) == [
+            640
+        ]
 
 
 @both_timings
@@ -107,11 +110,13 @@ END:
 
 
 def ordered(sem: str) -> str:
-    # One lane of each warp works; the buffer's other words are written by nobody, so the store copies one granule of four.
+    # One lane of each warp works; the buffer's other words are written by nobody, so the store copies one granule of
+    # four.
     text = ORDER.format(init=INIT, release=f"mbarrier.arrive{sem}.shared::cta.b64 _, [%bar];")
-    return text.replace("st.shared.u32 [%buffer], 77;", "and.b32 %r1, %tid, 31;\nsetp.ne.u32 %p2, %r1, 0;\n@%p2 bra END;\nmov.u32 %r2, 77;\nst.shared.v4.u32 [%buffer], {%r2, %r2, %r2, %r2};").replace(
-        "WAIT(", "and.b32 %r1, %tid, 31;\nsetp.ne.u32 %p2, %r1, 0;\n@%p2 bra END;\nWAIT("
-    )
+    return text.replace(
+        "st.shared.u32 [%buffer], 77;",
+        "and.b32 %r1, %tid, 31;\nsetp.ne.u32 %p2, %r1, 0;\n@%p2 bra END;\nmov.u32 %r2, 77;\nst.shared.v4.u32 [%buffer], {%r2, %r2, %r2, %r2};",
+    ).replace("WAIT(", "and.b32 %r1, %tid, 31;\nsetp.ne.u32 %p2, %r1, 0;\n@%p2 bra END;\nWAIT(")
 
 
 @both_timings
@@ -131,15 +136,24 @@ WAIT = "WAIT(%bar,0)\n"
 MISUSE = {
     "no init": ("mbarrier.arrive.shared::cta.b64 _, [%bar];", "uninitialised mbarrier"),
     "wait without init": (WAIT, "uninitialised mbarrier"),
-    "after inval": (BAR + "mbarrier.inval.shared::cta.b64 [%bar];\nmbarrier.arrive.shared::cta.b64 _, [%bar];", "uninitialised mbarrier"),
+    "after inval": (
+        BAR + "mbarrier.inval.shared::cta.b64 [%bar];\nmbarrier.arrive.shared::cta.b64 _, [%bar];",
+        "uninitialised mbarrier",
+    ),
     "init twice": (BAR + BAR, "mbarrier misuse"),
     "count 0": ("mbarrier.init.shared::cta.b64 [%bar], 0;", "mbarrier misuse"),
     "parity 2": (BAR + "WAIT(%bar,2)", "mbarrier misuse"),
-    "noComplete completes": (BAR + "mbarrier.arrive.noComplete.release.cta.shared::cta.b64 %rd1, [%bar], 1;", "mbarrier misuse"),
+    "noComplete completes": (
+        BAR + "mbarrier.arrive.noComplete.release.cta.shared::cta.b64 %rd1, [%bar], 1;",
+        "mbarrier misuse",
+    ),
     "more than expected": (BAR + "mbarrier.arrive.shared::cta.b64 _, [%bar], 2;", "too many arrivals"),
     "misaligned": ("add.u32 %r1, %bar, 4;\nmbarrier.init.shared::cta.b64 [%r1], 1;", "misaligned shared"),
     "armed again before its bytes came": (BAR + EXPECT.format(64) * 2, "too many arrivals"),
-    "count out of range": (BAR + "mbarrier.expect_tx.shared::cta.b64 [%bar], 0x100000;", "transaction count out of range"),
+    "count out of range": (
+        BAR + "mbarrier.expect_tx.shared::cta.b64 [%bar], 0x100000;",
+        "transaction count out of range",
+    ),
     "too few bytes expected": (BAR + EXPECT.format(48) + LOAD + WAIT, "expect_tx too small"),
     "none expected": (BAR + LOAD + "mbarrier.arrive.shared::cta.b64 _, [%bar];\n" + WAIT, "expect_tx too small"),
     "too many bytes expected": (BAR + EXPECT.format(80) + LOAD + WAIT, "expect_tx too large"),
@@ -158,7 +172,9 @@ def test_misuse(name, timing):
 
 @both_timings
 def test_the_second_of_two_copies_was_not_expected(timing):
-    """The phase ends with the first copy: at the end 64 bytes came that nobody expected, or the second was late for its phase."""
+    """The phase ends with the first copy: at the end 64 bytes came that nobody expected, or the second was late for its
+    phase.
+    """
     second = LOAD.replace("[%buffer]", "[%r1]")
     body = BAR + "add.u32 %r1, %buffer, 64;\n" + EXPECT.format(64) + LOAD + second + WAIT
     assert finding(body, threads=1, timing=timing).kind == "expect_tx too small"
@@ -169,7 +185,14 @@ def test_dead_lock_names_barrier_and_phase():
     assert "parity 0" in text and "phase 0, 1 of 1 arrivals missing" in text and "mbarrier.try_wait" in text
 
 
-@pytest.mark.parametrize("line", ["mbarrier.init.shared::cta.b32 [%bar], 1;", "mbarrier.try_wait.parity.shared::cluster.b64 %p1, [%bar], 0;", "mbarrier.arrive.sideways.b64 %rd1, [%rd2];"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "mbarrier.init.shared::cta.b32 [%bar], 1;",
+        "mbarrier.try_wait.parity.shared::cluster.b64 %p1, [%bar], 0;",
+        "mbarrier.arrive.sideways.b64 %rd1, [%rd2];",
+    ],
+)
 def test_unsupported(line):
     with pytest.raises(hoppersim.Fault) as caught:
         kernel(line)

@@ -16,7 +16,18 @@ def run(body, out=None, threads=32, declare=""):
 
 
 @pytest.mark.parametrize("space", ["shared", "local", "global", "generic"])
-@pytest.mark.parametrize("vector, kind, size", [("", "u8", 1), ("", "s16", 2), ("", "b32", 4), ("", "b64", 8), (".v2", "b32", 4), (".v4", "b32", 4), (".v2", "b64", 8)])
+@pytest.mark.parametrize(
+    "vector, kind, size",
+    [
+        ("", "u8", 1),
+        ("", "s16", 2),
+        ("", "b32", 4),
+        ("", "b64", 8),
+        (".v2", "b32", 4),
+        (".v4", "b32", 4),
+        (".v2", "b64", 8),
+    ],
+)
 def test_load_store(space, vector, kind, size):
     width = size * (int(vector[2:]) if vector else 1)
     registers = "%rd{}" if size == 8 else "%h{}" if size < 4 else "%r{}"
@@ -36,9 +47,17 @@ def test_load_store(space, vector, kind, size):
         body += "cvt.u64.u32 %rd11, %r10;\nadd.s64 %rd10, %rd0, %rd11;\nadd.s64 %rd10, %rd10, 2048;\n"
     suffix = "" if space == "generic" else f".{space}"
     clear = "mov.u64 {}, 0;\n" if size == 8 else "mov.u16 {}, 0;\n" if size < 4 else "mov.u32 {}, 0;\n"
-    body += f"st{suffix}{vector}.{kind} [%rd10], {group};\n" + "".join(clear.format(n) for n in names) + f"ld{suffix}{vector}.{kind} {group}, [%rd10];\nmov.u32 %r21, 0;\n"
+    body += (
+        f"st{suffix}{vector}.{kind} [%rd10], {group};\n"
+        + "".join(clear.format(n) for n in names)
+        + f"ld{suffix}{vector}.{kind} {group}, [%rd10];\nmov.u32 %r21, 0;\n"
+    )
     for name in names:
-        body += f"cvt.u32.u{8 * max(size, 2)} %r20, {name};\n" + "add.u32 %r21, %r21, %r20;\n" if size != 4 else f"add.u32 %r21, %r21, {name};\n"
+        body += (
+            f"cvt.u32.u{8 * max(size, 2)} %r20, {name};\n" + "add.u32 %r21, %r21, %r20;\n"
+            if size != 4
+            else f"add.u32 %r21, %r21, {name};\n"
+        )
     out, _ = run(body + store("%r21"), np.zeros(1024, np.uint32))
     parts = width // size
     np.testing.assert_array_equal(out[:32], parts * np.arange(32) + parts * (parts - 1) // 2)
@@ -47,12 +66,19 @@ def test_load_store(space, vector, kind, size):
 def test_sign_of_narrow_loads():
     out = np.zeros(32, np.uint32)
     out[0] = 0x80FF
-    got, _ = run("ld.global.s8 %r1, [%rd0];\nld.global.u8 %r2, [%rd0+1];\nld.global.s16 %r3, [%rd0];\nadd.s32 %r1, %r1, %r2;\nadd.s32 %r1, %r1, %r3;\nbar.sync 0;\n" + store("%r1"), out)
+    got, _ = run(
+        "ld.global.s8 %r1, [%rd0];\nld.global.u8 %r2, [%rd0+1];\nld.global.s16 %r3, [%rd0];\nadd.s32 %r1, %r1, %r2;\nadd.s32 %r1, %r1, %r3;\nbar.sync 0;\n"
+        + store("%r1"),
+        out,
+    )
     assert np.int32(got[0]) == -1 + 0x80 + 0x80FF - 0x10000
 
 
 def test_parameters_of_every_kind():
-    text = HEADER + ".visible .entry k(.param .align 8 .b8 s[24], .param .u8 c, .param .u64 out)\n{\n.reg .b32 %r<9>;\n.reg .b64 %rd<9>;\nld.param.u64 %rd0, [out];\n"
+    text = (
+        HEADER
+        + ".visible .entry k(.param .align 8 .b8 s[24], .param .u8 c, .param .u64 out)\n{\n.reg .b32 %r<9>;\n.reg .b64 %rd<9>;\nld.param.u64 %rd0, [out];\n"
+    )
     text += "ld.param.u32 %r1, [s+20];\nld.param.u8 %r2, [c];\nmov.b64 %rd1, s;\ncvta.param.u64 %rd2, %rd1;\nld.u32 %r3, [%rd2+4];\nadd.u32 %r1, %r1, %r2;\nadd.u32 %r1, %r1, %r3;\nst.global.u32 [%rd0], %r1;\nret;\n}\n"
     out = np.zeros(1, np.uint32)
     hoppersim.Module(text).launch("k", 1, 1, (np.arange(6, dtype=np.uint32).tobytes(), 200, out))
@@ -68,23 +94,43 @@ def test_variables_with_initial_values():
 
 
 def test_dynamic_shared_follows_static():
-    body = SHARED + "mov.u32 %r2, d;\nsub.u32 %r3, %r2, %r1;\nmov.u32 %r4, %dynamic_smem_size;\nadd.u32 %r3, %r3, %r4;\nst.shared.u32 [%r2+60], %r3;\nld.shared.u32 %r3, [d+60];\n"
+    body = (
+        SHARED
+        + "mov.u32 %r2, d;\nsub.u32 %r3, %r2, %r1;\nmov.u32 %r4, %dynamic_smem_size;\nadd.u32 %r3, %r3, %r4;\nst.shared.u32 [%r2+60], %r3;\nld.shared.u32 %r3, [d+60];\n"
+    )
     out = np.zeros(32, np.uint32)
-    hoppersim.Module(kernel(body + store("%r3"), declare=".extern .shared .align 1024 .b8 d[];\n")).launch("k", 1, 32, (out,), shared=64)
+    hoppersim.Module(kernel(body + store("%r3"), declare=".extern .shared .align 1024 .b8 d[];\n")).launch(
+        "k", 1, 32, (out,), shared=64
+    )
     assert out[0] == 4096 + 64
 
 
 ATOMS = {
-    "add.u32": lambda old, v: old + v, "min.s32": min, "max.u32": max, "and.b32": lambda old, v: old & v, "or.b32": lambda old, v: old | v, "xor.b32": lambda old, v: old ^ v,
-    "exch.b32": lambda old, v: v, "inc.u32": lambda old, v: 0 if old >= v else old + 1, "dec.u32": lambda old, v: v if old == 0 or old > v else old - 1,
-}  # fmt: skip
+    "add.u32": lambda old, v: old + v,
+    "min.s32": min,
+    "max.u32": max,
+    "and.b32": lambda old, v: old & v,
+    "or.b32": lambda old, v: old | v,
+    "xor.b32": lambda old, v: old ^ v,
+    "exch.b32": lambda old, v: v,
+    "inc.u32": lambda old, v: 0 if old >= v else old + 1,
+    "dec.u32": lambda old, v: v if old == 0 or old > v else old - 1,
+}
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize("op", ATOMS)
 def test_atomics(op, space):
-    body = SHARED + "mov.u32 %r2, 13;\nst.shared.u32 [%r1], %r2;\nadd.u32 %r5, %r0, 3;\n" + ("mov.u64 %rd1, s;\n" if space == "shared" else "mov.u64 %rd1, %rd0;\n")
-    body += f"atom.{space}.{op} %r3, [%rd1], %r5;\nld.{space}.u32 %r4, [%rd1];\nbar.sync 0;\n" + store("%r3") + "st.global.u32 [%rd0+128], %r4;\n"
+    body = (
+        SHARED
+        + "mov.u32 %r2, 13;\nst.shared.u32 [%r1], %r2;\nadd.u32 %r5, %r0, 3;\n"
+        + ("mov.u64 %rd1, s;\n" if space == "shared" else "mov.u64 %rd1, %rd0;\n")
+    )
+    body += (
+        f"atom.{space}.{op} %r3, [%rd1], %r5;\nld.{space}.u32 %r4, [%rd1];\nbar.sync 0;\n"
+        + store("%r3")
+        + "st.global.u32 [%rd0+128], %r4;\n"
+    )
     out = np.zeros(33, np.uint32)
     out[0] = 13
     run(body, out)
@@ -110,13 +156,21 @@ def test_compare_and_swap_across_clusters():
     assert out[0] == 192
 
 
-@pytest.mark.parametrize("body, kind", [
-    ("ld.global.u32 %r1, [%rd0+4096];", "out-of-bounds global"), ("st.global.u32 [%rd0+-4], %r0;", "out-of-bounds global"), ("ld.global.u32 %r1, [%rd0+2];", "misaligned"),
-    ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd0+24];", "misaligned"), (SHARED + "ld.shared.u32 %r2, [%r1];", "uninitialised shared memory"),
-    (SHARED + "st.shared.u32 [%r1+4096], %r0;", "out-of-bounds shared"), (SHARED + "st.shared.u32 [4], %r0;", "out-of-bounds shared"),
-    (SHARED + "st.shared.b16 [%r1+1], %h1;", "misaligned"), (SHARED + "mov.u32 %r2, 16777216;\nst.shared.u32 [%r2+1024], %r0;", "out-of-bounds shared"),
-    (".local .align 4 .b8 l[8];\nmov.u64 %rd1, l;\nst.local.u32 [%rd1+8], %r0;", "out-of-bounds local"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, kind",
+    [
+        ("ld.global.u32 %r1, [%rd0+4096];", "out-of-bounds global"),
+        ("st.global.u32 [%rd0+-4], %r0;", "out-of-bounds global"),
+        ("ld.global.u32 %r1, [%rd0+2];", "misaligned"),
+        ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd0+24];", "misaligned"),
+        (SHARED + "ld.shared.u32 %r2, [%r1];", "uninitialised shared memory"),
+        (SHARED + "st.shared.u32 [%r1+4096], %r0;", "out-of-bounds shared"),
+        (SHARED + "st.shared.u32 [4], %r0;", "out-of-bounds shared"),
+        (SHARED + "st.shared.b16 [%r1+1], %h1;", "misaligned"),
+        (SHARED + "mov.u32 %r2, 16777216;\nst.shared.u32 [%r2+1024], %r0;", "out-of-bounds shared"),
+        (".local .align 4 .b8 l[8];\nmov.u64 %rd1, l;\nst.local.u32 [%rd1+8], %r0;", "out-of-bounds local"),
+    ],
+)
 def test_faults(body, kind):
     fault = fault_of(kernel(body), (np.ascontiguousarray(OUT),))
     assert fault.kind == kind and "ptx line" in str(fault) and "warp 0, lane" in str(fault) or "shared" in kind
@@ -132,14 +186,25 @@ def test_read_only_arrays_are_protected():
 def test_sectors(stride, sectors):
     out = np.zeros(4096, np.uint8)
     begin = -out.ctypes.data % 128  # an aligned window of the array
-    _, counters = run(f"mul.lo.u32 %r1, %r0, {stride};\ncvt.u64.u32 %rd1, %r1;\nadd.s64 %rd1, %rd0, %rd1;\nld.global.u32 %r2, [%rd1];", out[begin : begin + 2048])
-    assert counters["global_read_sectors"] == sectors and counters["global_read_bytes"] == 128 and counters["global_write_sectors"] == 0
+    _, counters = run(
+        f"mul.lo.u32 %r1, %r0, {stride};\ncvt.u64.u32 %rd1, %r1;\nadd.s64 %rd1, %rd0, %rd1;\nld.global.u32 %r2, [%rd1];",
+        out[begin : begin + 2048],
+    )
+    assert (
+        counters["global_read_sectors"] == sectors
+        and counters["global_read_bytes"] == 128
+        and counters["global_write_sectors"] == 0
+    )
 
 
 @pytest.mark.parametrize("stride, wavefronts", [(4, 1), (8, 2), (128, 32), (0, 1), (132 - 128, 1)])
 def test_bank_conflicts(stride, wavefronts):
     _, counters = run(SHARED + f"mad.lo.u32 %r2, %r0, {stride}, %r1;\nst.shared.u32 [%r2], %r0;")
-    assert (counters["shared_accesses"], counters["shared_wavefronts"], counters["shared_ideal_wavefronts"]) == (1, wavefronts, 1)
+    assert (counters["shared_accesses"], counters["shared_wavefronts"], counters["shared_ideal_wavefronts"]) == (
+        1,
+        wavefronts,
+        1,
+    )
 
 
 def test_wide_shared_accesses_go_in_phases():

@@ -46,7 +46,9 @@ def pack(elements: np.ndarray) -> np.ndarray:
 
 
 def fragments(matrix: np.ndarray, is_b: bool) -> np.ndarray:
-    """Bits of A [16, k] or B transposed [8, k] -> words [32, registers]. Register: 8 rows by 4 words of a row, rows first (A)."""
+    """Bits of A [16, k] or B transposed [8, k] -> words [32, registers]. Register: 8 rows by 4 words of a row, rows
+    first (A).
+    """
     per_word = 4 // matrix.itemsize
     words = pack(matrix.reshape(matrix.shape[0], -1, per_word))  # [rows, k / per_word]
     lane = np.arange(32)
@@ -75,9 +77,15 @@ def matrix_of(words: np.ndarray, dtype) -> np.ndarray:
 
 
 CASES = [
-    ("f16", 8, "f32"), ("f16", 16, "f32"), ("f16", 8, "f16"), ("f16", 16, "f16"),
-    ("bf16", 8, "f32"), ("bf16", 16, "f32"), ("tf32", 4, "f32"), ("tf32", 8, "f32"),
-]  # fmt: skip
+    ("f16", 8, "f32"),
+    ("f16", 16, "f32"),
+    ("f16", 8, "f16"),
+    ("f16", 16, "f16"),
+    ("bf16", 8, "f32"),
+    ("bf16", 16, "f32"),
+    ("tf32", 4, "f32"),
+    ("tf32", 8, "f32"),
+]
 
 
 @pytest.mark.parametrize("element, k, accumulator", CASES)
@@ -94,8 +102,15 @@ def test_mma(element, k, accumulator, exact):
     sizes, total = [p.shape[1] for p in parts], source.shape[1]
     d = np.zeros((32, sizes[2]), np.uint32)
     body = loads(0, total, total)
-    operands = [registers(20, sizes[2]), registers(0, sizes[0]), registers(sizes[0], sizes[1]), registers(sizes[0] + sizes[1], sizes[2])]
-    body += f"  mma.sync.aligned.m16n8k{k}.row.col.{accumulator}.{element}.{element}.{accumulator} {', '.join(operands)};\n"
+    operands = [
+        registers(20, sizes[2]),
+        registers(0, sizes[0]),
+        registers(sizes[0], sizes[1]),
+        registers(sizes[0] + sizes[1], sizes[2]),
+    ]
+    body += (
+        f"  mma.sync.aligned.m16n8k{k}.row.col.{accumulator}.{element}.{element}.{accumulator} {', '.join(operands)};\n"
+    )
     counters = launch(body + stores(20, sizes[2]), source, d)
     expected = c.copy()
     for i in range(k):
@@ -104,12 +119,15 @@ def test_mma(element, k, accumulator, exact):
     assert counters["tensor_flop"] == 2 * 16 * 8 * k
 
 
-@pytest.mark.parametrize("text", [
-    "mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e4m3.f32 {%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0}, {%r0,%r1,%r2,%r3};",
-    "mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0,%r1}, {%r0,%r1,%r2,%r3}, %r4, 0;",
-    "ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%r0,%r1}, [%r2];",
-    "stmatrix.sync.aligned.m16n8.x1.trans.shared.b8 [%r2], {%r0};",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e4m3.f32 {%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0}, {%r0,%r1,%r2,%r3};",
+        "mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0,%r1}, {%r0,%r1,%r2,%r3}, %r4, 0;",
+        "ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%r0,%r1}, [%r2];",
+        "stmatrix.sync.aligned.m16n8.x1.trans.shared.b8 [%r2], {%r0};",
+    ],
+)
 def test_unsupported(text):
     with pytest.raises(hoppersim.Fault) as caught:
         hoppersim.Module(HEADER + "  " + text + "\n  ret;\n}\n")
@@ -176,8 +194,12 @@ def test_ldmatrix_bank_conflicts(pitch, factor):
 
 def test_misaligned_row():
     with pytest.raises(hoppersim.Fault) as caught:
-        launch(FILL.replace("PITCH", "16") + "  add.s32 %r33, %r33, 8;\n  ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r33];\n",
-               np.zeros(256, np.uint16), np.zeros(4, np.uint32))  # fmt: skip
+        launch(
+            FILL.replace("PITCH", "16")
+            + "  add.s32 %r33, %r33, 8;\n  ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r33];\n",
+            np.zeros(256, np.uint16),
+            np.zeros(4, np.uint32),
+        )
     assert "misaligned" in caught.value.kind
 
 

@@ -1,4 +1,6 @@
-"""Mistakes that hardware forgives on a lucky day, planted in one kernel: each must be reported as what it is, with its place."""
+"""Mistakes that hardware forgives on a lucky day, planted in one kernel: each must be reported as what it is, with its
+place.
+"""
 
 import ctypes
 import re
@@ -56,7 +58,8 @@ def test_without_a_bug(timing):
         run("none", timing=timing, seed=seed)
 
 
-# wrong_parity: with late copies the wait returns at once and the buffer is read too early; both are findings, only one a dead-lock.
+# wrong_parity: with late copies the wait returns at once and the buffer is read too early; both are findings, only one
+# a dead-lock.
 @pytest.mark.parametrize("timing", ["early", "late"])
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug != "none"])
 def test_bug_is_reported(bug, timing):

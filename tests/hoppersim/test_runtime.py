@@ -5,11 +5,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import hoppersim
 import numpy as np
 import pytest
 import torch
-
-import hoppersim
 
 SOURCE = Path(__file__).parent / "kernels" / "runtime.cu"
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, INVALID_DEVICE_FUNCTION = 0, 1, 9, 98
@@ -30,7 +29,7 @@ def fresh(library, tmp_path):
     return hoppersim.Library(copy, library.source, library.options)
 
 
-# ---- Host code -----------------------------------------------------------------------------------------------------
+# ---- Host code
 
 
 @pytest.mark.parametrize("timing", ["early", "late"])
@@ -86,13 +85,15 @@ def test_cluster_by_launch_attribute(library, cluster):
 
 
 def test_memory_streams_and_events(library):
-    x = np.random.default_rng(0).integers(-999, 999, 300).astype(np.float32)  # exact with or without a fused multiply-add
+    x = (
+        np.random.default_rng(0).integers(-999, 999, 300).astype(np.float32)
+    )  # exact with or without a fused multiply-add
     y = np.empty_like(x)
     assert library.call("round_trip", x, y, 300) == SUCCESS
     np.testing.assert_array_equal(y, x * 3 * (np.arange(300) % 128 % 4 + 1).astype(np.float32) + np.float32(0.5))
 
 
-# ---- What the hardware refuses -------------------------------------------------------------------------------------
+# ---- What the hardware refuses
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,12 @@ def test_shared_memory_needs_opting_in_up_to_the_limit(fresh):
 
 @pytest.mark.parametrize(
     "grid, cluster, non_portable, error",
-    [(24, 5, 0, INVALID_CONFIGURATION), (24, 12, 0, INVALID_CLUSTER_SIZE), (24, 12, 1, SUCCESS), (34, 17, 1, INVALID_CLUSTER_SIZE)],
+    [
+        (24, 5, 0, INVALID_CONFIGURATION),
+        (24, 12, 0, INVALID_CLUSTER_SIZE),
+        (24, 12, 1, SUCCESS),
+        (34, 17, 1, INVALID_CLUSTER_SIZE),
+    ],
 )
 def test_cluster_limits(fresh, grid, cluster, non_portable, error):
     assert fresh.call("run_ranks_by_launch", np.zeros(34, np.int32), grid, cluster, non_portable) == error
@@ -140,7 +146,7 @@ def test_unknown_kernel(library):
     assert library.call("unknown_kernel") == INVALID_DEVICE_FUNCTION
 
 
-# ---- Facts ---------------------------------------------------------------------------------------------------------
+# ---- Facts
 
 
 def test_device_is_an_h200(library):
@@ -180,7 +186,7 @@ def test_tensor_map_entry_point(library):
     assert library.call("unknown_entry_point") == 1
 
 
-# ---- Faults --------------------------------------------------------------------------------------------------------
+# ---- Faults
 
 
 def test_fault_is_raised_and_told(library):
@@ -230,19 +236,37 @@ def test_use_after_free_and_double_free(library):
 
 def test_library_without_ptx():
     flags = ["-gencode", "arch=compute_90a,code=sm_90a"]
-    source = 'extern "C" __global__ void empty() {}\nextern "C" int go() { empty<<<1, 1>>>(); return cudaGetLastError(); }\n'
+    source = (
+        'extern "C" __global__ void empty() {}\nextern "C" int go() { empty<<<1, 1>>>(); return cudaGetLastError(); }\n'
+    )
     both = hoppersim.compile_cuda(source, flags=flags)
     assert both.call("go") == SUCCESS, "machine code beside the PTX is passed over"
     path = Path(both.path).with_name("machine_code_only.so")
-    command = [hoppersim.nvcc(), *flags, "-cudart", "none", "-shared", "-Xcompiler", "-fPIC", "-x", "cu", "-", "-o", str(path),
-               f"-L{hoppersim.BUILD}", "-lhoppersim", "-Xlinker", f"-rpath={hoppersim.BUILD}"]  # fmt: skip
+    command = [
+        hoppersim.nvcc(),
+        *flags,
+        "-cudart",
+        "none",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-x",
+        "cu",
+        "-",
+        "-o",
+        str(path),
+        f"-L{hoppersim.BUILD}",
+        "-lhoppersim",
+        "-Xlinker",
+        f"-rpath={hoppersim.BUILD}",
+    ]
     subprocess.run(command, input=source, text=True, check=True)
     with pytest.raises(hoppersim.Fault) as caught:
         hoppersim.Library(path).call("go")
     assert caught.value.kind == "no ptx"
 
 
-# ---- PTX text ------------------------------------------------------------------------------------------------------
+# ---- PTX text
 
 ADD = """
 .version 8.0
@@ -275,7 +299,9 @@ ADD = """
 """
 
 
-@pytest.mark.parametrize("make", [lambda: np.arange(32, dtype=np.float32), lambda: torch.arange(32, dtype=torch.float32)])
+@pytest.mark.parametrize(
+    "make", [lambda: np.arange(32, dtype=np.float32), lambda: torch.arange(32, dtype=torch.float32)]
+)
 def test_module_arguments(make):
     module = hoppersim.Module(ADD)
     assert module.kernels == ["add"]
@@ -327,7 +353,7 @@ def test_options_are_restored():
         pass
 
 
-# ---- The library's own bindings and kernels ------------------------------------------------------------------------
+# ---- The library's own bindings and kernels
 
 
 def test_empty_launch_of_the_library():

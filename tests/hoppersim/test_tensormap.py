@@ -1,4 +1,6 @@
-"""tensormap.replace, tensormap.cp_fenceproxy and the fences of the tensormap proxy, in PTX: which orders are right, what misuse is called."""
+"""tensormap.replace, tensormap.cp_fenceproxy and the fences of the tensormap proxy, in PTX: which orders are right,
+what misuse is called.
+"""
 
 import hoppersim
 import numpy as np
@@ -83,11 +85,19 @@ def test_two_warps(first, second, seed, timing):
     assert run(by_warps(first, second), threads=64, timing=timing, seed=seed) == 2
 
 
-@pytest.mark.parametrize("body", [
-    REPLACE + LOAD, REPLACE + RELEASE + LOAD, REPLACE + ACQUIRE + LOAD, ACQUIRE + REPLACE + RELEASE + LOAD, REPLACE + ACQUIRE + RELEASE + LOAD,
-    REPLACE + RELEASE + ACQUIRE + REPLACE + LOAD, REPLACE + RELEASE + ACQUIRE + REPLACE + RELEASE + LOAD,
-    REPLACE + RELEASE + ACQUIRE.replace("[%a0]", "[%a1]") + LOAD,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        REPLACE + LOAD,
+        REPLACE + RELEASE + LOAD,
+        REPLACE + ACQUIRE + LOAD,
+        ACQUIRE + REPLACE + RELEASE + LOAD,
+        REPLACE + ACQUIRE + RELEASE + LOAD,
+        REPLACE + RELEASE + ACQUIRE + REPLACE + LOAD,
+        REPLACE + RELEASE + ACQUIRE + REPLACE + RELEASE + LOAD,
+        REPLACE + RELEASE + ACQUIRE.replace("[%a0]", "[%a1]") + LOAD,
+    ],
+)
 @both_timings
 def test_missing_fence(body, timing):
     assert kind(body, timing=timing) == "missing tensormap fence"
@@ -95,24 +105,40 @@ def test_missing_fence(body, timing):
 
 @both_timings
 def test_acquire_of_another_warp_without_a_barrier(timing):
-    waiting = "nanosleep.u32 100;\n" * 300  # the first warp comes first in the unseeded order; nothing else orders the two
-    assert kind(by_warps(REPLACE + RELEASE + ACQUIRE, waiting + LOAD, between=""), threads=64, timing=timing) == "missing tensormap fence"
+    waiting = (
+        "nanosleep.u32 100;\n" * 300
+    )  # the first warp comes first in the unseeded order; nothing else orders the two
+    assert (
+        kind(by_warps(REPLACE + RELEASE + ACQUIRE, waiting + LOAD, between=""), threads=64, timing=timing)
+        == "missing tensormap fence"
+    )
 
 
 @both_timings
 def test_release_by_a_warp_that_does_not_know_of_the_write(timing):
     waiting = "nanosleep.u32 100;\n" * 300
-    assert kind(by_warps(REPLACE, waiting + RELEASE + ACQUIRE + LOAD, between=""), threads=64, timing=timing) == "missing tensormap fence"
+    assert (
+        kind(by_warps(REPLACE, waiting + RELEASE + ACQUIRE + LOAD, between=""), threads=64, timing=timing)
+        == "missing tensormap fence"
+    )
 
 
-@pytest.mark.parametrize("body, expected", [
-    (REPLACE.replace("[%a0]", "[%a1]"), "invalid tensor map"),
-    (REPLACE.replace("%a0]", "%a0+64]"), "misaligned"),
-    (REPLACE.replace(", %a1", ", 8"), "invalid tensor map"),
-    ("tensormap.replace.tile.rank.global.b1024.b32 [%a0], 5;", "invalid tensor map"),
-    ("tensormap.replace.tile.global_stride.global.b1024.b64 [%a0], 0, 24;", "invalid tensor map"),
-    (LOAD.replace("%a0, {0}", "%rd1, {0}").replace("mbarrier.init", "cvta.shared.u64 %rd1, %rd1;\nmbarrier.init", 1).replace("cvta", "cvt.u64.u32 %rd1, %buffer;\ncvta", 1), "invalid tensor map"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        (REPLACE.replace("[%a0]", "[%a1]"), "invalid tensor map"),
+        (REPLACE.replace("%a0]", "%a0+64]"), "misaligned"),
+        (REPLACE.replace(", %a1", ", 8"), "invalid tensor map"),
+        ("tensormap.replace.tile.rank.global.b1024.b32 [%a0], 5;", "invalid tensor map"),
+        ("tensormap.replace.tile.global_stride.global.b1024.b64 [%a0], 0, 24;", "invalid tensor map"),
+        (
+            LOAD.replace("%a0, {0}", "%rd1, {0}")
+            .replace("mbarrier.init", "cvta.shared.u64 %rd1, %rd1;\nmbarrier.init", 1)
+            .replace("cvta", "cvt.u64.u32 %rd1, %buffer;\ncvta", 1),
+            "invalid tensor map",
+        ),
+    ],
+)
 def test_misuse(body, expected):
     assert kind(body) == expected
 
@@ -125,12 +151,18 @@ def test_rank_counts_from_zero(timing):
     assert run(body + REPLACE + RELEASE + ACQUIRE + load, timing=timing) == 2
 
 
-@pytest.mark.parametrize("text", [
-    "tensormap.replace.tile.box_dim.global.b1024.b32 [%a0], 0, 16;", "tensormap.replace.tile.swizzle_mode.global.b1024.b32 [%a0], 1;",
-    "tensormap.replace.tile.global_dim.global.b1024.b32 [%a0], 5, 1;", "tensormap.replace.tile.global_stride.global.b1024.b32 [%a0], 0, 64;",
-    "fence.proxy.tensormap::generic.acquire.gpu [%a0], 64;", "fence.proxy.tensormap::generic.acq_rel.gpu;",
-    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%a0], [%buffer], 64;",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tensormap.replace.tile.box_dim.global.b1024.b32 [%a0], 0, 16;",
+        "tensormap.replace.tile.swizzle_mode.global.b1024.b32 [%a0], 1;",
+        "tensormap.replace.tile.global_dim.global.b1024.b32 [%a0], 5, 1;",
+        "tensormap.replace.tile.global_stride.global.b1024.b32 [%a0], 0, 64;",
+        "fence.proxy.tensormap::generic.acquire.gpu [%a0], 64;",
+        "fence.proxy.tensormap::generic.acq_rel.gpu;",
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%a0], [%buffer], 64;",
+    ],
+)
 def test_unsupported(text):
     with pytest.raises(hoppersim.Fault) as caught:
         kernel(text, arrays=1)

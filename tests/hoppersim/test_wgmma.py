@@ -44,7 +44,9 @@ def test_layouts(swizzle, n, timing):
     a, b, c = integers(64, 64, seed=1), integers(n, 64, seed=2), integers(64, n, seed=3)
     for a_mn in (False, True):
         for b_mn in (False, True):
-            kernel = Wgmma(n, "bf16", tile(b, "bf16", swizzle, b_mn), tile(a, "bf16", swizzle, a_mn), trans=(int(a_mn), int(b_mn)))
+            kernel = Wgmma(
+                n, "bf16", tile(b, "bf16", swizzle, b_mn), tile(a, "bf16", swizzle, a_mn), trans=(int(a_mn), int(b_mn))
+            )
             d, counters = run(kernel, c, timing=timing)
             np.testing.assert_array_equal(d, c + a @ b.T)
             assert counters["tensor_flop"] == 2 * 64 * n * 64
@@ -52,9 +54,19 @@ def test_layouts(swizzle, n, timing):
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("in_registers", [False, True])
-@pytest.mark.parametrize("element, accumulator", [
-    ("f16", "f32"), ("f16", "f16"), ("bf16", "f32"), ("tf32", "f32"), ("e4m3", "f32"), ("e5m2", "f16"), ("s8", "s32"), ("u8", "s32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "element, accumulator",
+    [
+        ("f16", "f32"),
+        ("f16", "f16"),
+        ("bf16", "f32"),
+        ("tf32", "f32"),
+        ("e4m3", "f32"),
+        ("e5m2", "f16"),
+        ("s8", "s32"),
+        ("u8", "s32"),
+    ],
+)
 def test_types(element, accumulator, in_registers, timing):
     n, k = 48, 64
     a, b, c = integers(64, k, seed=1), integers(n, k, seed=2), integers(64, n, seed=3)
@@ -110,7 +122,7 @@ def test_tf32_ignores_low_bits():
     np.testing.assert_allclose(d, cut[0] @ cut[1].T, rtol=0, atol=3e-6)
 
 
-# ---- Groups -----------------------------------------------------------------------------------------------------------
+# ---- Groups
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
@@ -147,11 +159,13 @@ def test_moves_of_outstanding_accumulators_are_renamings(timing):
     np.testing.assert_array_equal(d, c + a @ b.T)
 
 
-# ---- Hazards ------------------------------------------------------------------------------------------------------------
+# ---- Hazards
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
-@pytest.mark.parametrize("access", ["add.f32 %e0, %d3, %d3;", "mov.b32 %d3, 0;", "st.global.b32 [%rd4], %d3;", "mov.b64 %rd70, {%d2, %d3};"])
+@pytest.mark.parametrize(
+    "access", ["add.f32 %e0, %d3, %d3;", "mov.b32 %d3, 0;", "st.global.b32 [%rd4], %d3;", "mov.b64 %rd70, {%d2, %d3};"]
+)
 def test_accumulator_touched_before_wait(access, timing):
     kernel, _, _, c = simple(extra={"commit": access})
     assert fault_kind(kernel, c, timing=timing) == "accumulator read before wait_group"
@@ -218,7 +232,9 @@ def test_operands_differ_within_the_warpgroup():
     assert fault_kind(kernel, c) == "wgmma differs within the warpgroup"
 
 
-@pytest.mark.parametrize("types", ["f16.tf32.tf32", "s32.s4.s4", "f32.b1.b1", "f16.bf16.bf16", "f32.bf16.f16", "f32.f16.e4m3"])
+@pytest.mark.parametrize(
+    "types", ["f16.tf32.tf32", "s32.s4.s4", "f32.b1.b1", "f16.bf16.bf16", "f32.bf16.f16", "f32.f16.e4m3"]
+)
 def test_unsupported_types(types):
     kernel, _, _, _ = simple()
     with pytest.raises(hoppersim.Fault) as caught:

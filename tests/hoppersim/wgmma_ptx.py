@@ -1,7 +1,8 @@
-"""PTX of kernels with one warpgroup that multiply tiles in shared memory by wgmma, and the shared-memory images they read.
+"""PTX of kernels with one warpgroup that multiply tiles in shared memory by wgmma, and the shared-memory images they
+read.
 
-The operand layouts are written here from the picture of a swizzle atom (rows of W 16-byte units, the unit index XORed with the row),
-not from the formulas of the simulator.
+The operand layouts are written here from the picture of a swizzle atom (rows of W 16-byte units, the unit index XORed
+with the row), not from the formulas of the simulator.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,15 @@ import torch
 
 SWIZZLES = {0: 1, 32: 2, 64: 4, 128: 8}  # bytes: units of an atom's row
 _LAYOUT_FIELD = {0: 0, 128: 1, 64: 2, 32: 3}
-SPAN_K = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32}  # elements in 32 bytes: K of an instruction
+SPAN_K = {
+    "f16": 16,
+    "bf16": 16,
+    "tf32": 8,
+    "e4m3": 32,
+    "e5m2": 32,
+    "s8": 32,
+    "u8": 32,
+}  # elements in 32 bytes: K of an instruction
 
 
 ACCUMULATORS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
@@ -42,7 +51,8 @@ class Tile:
 
 
 def tile(matrix: np.ndarray, element: str, swizzle: int, mn_major: bool, step: int | None = None) -> Tile:
-    """``matrix``: [rows of M or N, K]. Atoms of 8 rows (or 8 values of K) by W units, tiled along K (or MN), then the other way.
+    """``matrix``: [rows of M or N, K]. Atoms of 8 rows (or 8 values of K) by W units, tiled along K (or MN), then the
+    other way.
 
     ``step``: elements of K that an instruction reads of a row (B of a sparse product: twice as many as usual).
     """
@@ -115,7 +125,13 @@ class Wgmma:
         k = SPAN_K[self.element]
         d = ", ".join(f"%d{r}" for r in range(self.registers))
         a = f"%rd{10 + step}" if self.a is not None else "{" + ", ".join(f"%a{4 * step + r}" for r in range(4)) + "}"
-        trans = "" if SPAN_K[self.element] != 16 else f", {self.trans[1]}" if self.a is None else f", {self.trans[0]}, {self.trans[1]}"
+        trans = (
+            ""
+            if SPAN_K[self.element] != 16
+            else f", {self.trans[1]}"
+            if self.a is None
+            else f", {self.trans[0]}, {self.trans[1]}"
+        )
         scales = "" if self.accumulator == "s32" else f", {self.scale[0]}, {self.scale[1]}"
         types = f"{self.accumulator}.{self.element}.{self.element}"
         return (
@@ -133,7 +149,9 @@ class Wgmma:
             for first, operand, base in ((10, self.a, 0), (40, self.b, offset_b)):
                 if operand is not None:
                     constant = operand.constants + (base + operand.starts[step] >> 4)
-                    descriptors.append(f"add.s64 %rd{first + step}, %rd1, {constant if constant < 1 << 63 else constant - (1 << 64)};")
+                    descriptors.append(
+                        f"add.s64 %rd{first + step}, %rd1, {constant if constant < 1 << 63 else constant - (1 << 64)};"
+                    )
         loads = [f"ld.global.b32 %d{r}, [%rd4+{4 * r}];" for r in range(self.registers)]
         if self.a is None:
             loads += [f"ld.global.b32 %a{r}, [%rd5+{4 * r}];" for r in range(4 * self.steps)]

@@ -1,9 +1,11 @@
-"""Digests of what the CPU ops compute, bit for bit: a change that means to change no result is held against ``cpu_bits.json``.
+"""Digests of what the CPU ops compute, bit for bit: a change that means to change no result is held against
+``cpu_bits.json``.
 
     python tests/ops/cpu_bits.py            # one JSON object: the digest of every op and dtype, on the variant in use
     python tests/ops/cpu_bits.py --write    # every variant that this machine runs, into cpu_bits.json
 
-Write the file anew in the commit that means to change results, and say so there. Bits depend on the compiler; the file names it.
+Write the file anew in the commit that means to change results, and say so there. Bits depend on the compiler; the file
+names it.
 """
 
 import argparse
@@ -24,7 +26,9 @@ CASES = 24
 
 
 class Draw:
-    """Random tensors that are the same on every machine: from integers, so that no library's logarithm has a part in them."""
+    """Random tensors that are the same on every machine: from integers, so that no library's logarithm has a part in
+    them.
+    """
 
     def __init__(self, seed: int, dtype: torch.dtype):
         self.rng, self.dtype = np.random.default_rng(seed), dtype
@@ -63,7 +67,13 @@ class Draw:
         H, K, V = Hk * self.size(1, 3), self.size(8, 33, 64, 96, 128), self.size(7, 32, 80, 128)
         decay = self.size(1, 4, 60) / 4
         q, k, v = self.tensor(rows, T, Hk, K), self.tensor(rows, T, Hk, K), self.tensor(rows, T, H, V)
-        return [q, k, v, self.numbers((rows, T, H), -decay, 0, self.real), self.numbers((rows, T, H), 0, 1, self.real)], (H, K, V)
+        return [
+            q,
+            k,
+            v,
+            self.numbers((rows, T, H), -decay, 0, self.real),
+            self.numbers((rows, T, H), 0, 1, self.real),
+        ], (H, K, V)
 
     def pool(self, rows: int, *shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """A pool of states and state_indices of ``rows`` sequences."""
@@ -121,8 +131,17 @@ def apply_dynamic_conv(draw: Draw) -> list[Tensor]:
     T, D, W = draw.size(1, 5, 40, 100), draw.size(1, 24, 70, 128), draw.size(2, 3, 4)
     B, N, cu_seqlens = draw.sequences(T)
     grads = draw.tensor(B, T, D), draw.maybe(draw.tensor(N, D, W - 1))
-    arguments = (draw.tensor(B, T, D), draw.tensor(B, T, D, W), draw.maybe(draw.tensor(N, D, W - 1)), cu_seqlens, draw.flag())
-    return [*torch.ops.jet.apply_dynamic_conv(*arguments), *torch.ops.jet.apply_dynamic_conv_backward(*grads, *arguments)]
+    arguments = (
+        draw.tensor(B, T, D),
+        draw.tensor(B, T, D, W),
+        draw.maybe(draw.tensor(N, D, W - 1)),
+        cu_seqlens,
+        draw.flag(),
+    )
+    return [
+        *torch.ops.jet.apply_dynamic_conv(*arguments),
+        *torch.ops.jet.apply_dynamic_conv_backward(*grads, *arguments),
+    ]
 
 
 FAMILIES = (chunk_gated_delta_rule, recurrent_gated_delta_rule, dynamic_conv, dynamic_conv_step, apply_dynamic_conv)
@@ -145,7 +164,9 @@ def digests() -> dict[str, str]:
 def digests_on(isa: str) -> dict[str, str]:
     """The same in a process of its own, on the instruction-set variant ``isa``."""
     command = [sys.executable, __file__]
-    run = subprocess.run(command, env={**os.environ, "JETKERNELS_CPU_ISA": isa}, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command, env={**os.environ, "JETKERNELS_CPU_ISA": isa}, capture_output=True, text=True, check=True
+    )
     return json.loads(run.stdout)
 
 
@@ -160,7 +181,10 @@ def main() -> None:
         print(json.dumps(digests()))
         return
     variants = facts["cpu_isas"][: facts["cpu_isas"].index(facts["cpu_isa"]) + 1]
-    FILE.write_text(json.dumps({"compiler": facts["compiler"], "digests": {isa: digests_on(isa) for isa in variants}}, indent=1) + "\n")
+    FILE.write_text(
+        json.dumps({"compiler": facts["compiler"], "digests": {isa: digests_on(isa) for isa in variants}}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

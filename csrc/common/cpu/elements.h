@@ -28,7 +28,9 @@ constexpr int kLanes = Simd<Arithmetic<T>>::lanes;
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t UnalignedHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
-JET_INLINE void store_halves(void* p, Words w) { *static_cast<UnalignedHalves*>(p) = __builtin_convertvector(w, Halves); }
+JET_INLINE void store_halves(void* p, Words w) {
+  *static_cast<UnalignedHalves*>(p) = __builtin_convertvector(w, Halves);
+}
 #if defined(__AVX512F__)  // GCC widens a vector in five instructions, reading it twice
 JET_INLINE Words load_halves(const void* p) {
   return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -59,7 +61,8 @@ JET_INLINE void store(double* p, Vector<double> x) { Simd<double>::store(p, x); 
 JET_INLINE void store(bf16* p, Floats x) { store_halves(p, bf16_bits(x)); }
 
 #if defined(__AVX512F__)
-// bf16 that the CPU itself rounds, where has_bf16_instructions(): one instruction instead of eight, but subnormals become zero.
+// bf16 that the CPU itself rounds, where has_bf16_instructions(): one instruction instead of eight, but subnormals
+// become zero.
 struct NativeBf16 {
   uint16_t bits;
 };
@@ -74,7 +77,8 @@ JET_INLINE Floats load(const f16* p) {
   return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 JET_INLINE void store(f16* p, Floats x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
 JET_INLINE Floats load(const f16* p) {
@@ -87,8 +91,8 @@ JET_INLINE void store(f16* p, Floats x) {
 JET_INLINE Floats load(const f16* p) {
   const Words half = load_halves(p);
   const Words magnitude = half & 0x7fff;
-  // Shifting exponent and mantissa into place leaves the exponent 112 too small; a power-of-two product repairs it exactly
-  // and normalises subnormals on the way.
+  // Shifting exponent and mantissa into place leaves the exponent 112 too small; a power-of-two product repairs it
+  // exactly and normalises subnormals on the way.
   const Words finite = (Words)((Floats)(magnitude << 13) * 0x1p112f);
   const Words special = 0x7f800000 | ((magnitude & 0x3ff) << 13);
   return (Floats)(((half & 0x8000) << 16) | ((Ints)magnitude >= 0x7c00 ? special : finite));
@@ -152,7 +156,8 @@ inline void store_row(const Arithmetic<T>* src, long n, T* dst, long stride = 1)
   if (i < n) store_some(dst + i * stride, stride, n - i, load_some(src + i, 1, n - i));
 }
 
-// e^x, relative error below 1.3e-7. Overflows to infinity and keeps NaN; below -86.9 the result is 0 instead of subnormal.
+// e^x, relative error below 1.3e-7. Overflows to infinity and keeps NaN; below -86.9 the result is 0 instead of
+// subnormal.
 JET_INLINE Floats exponential(Floats x) {
   const Floats low = Floats{} - 87.0f, high = Floats{} + 89.0f;
   x = x < low ? low : x;

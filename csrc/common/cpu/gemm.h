@@ -2,9 +2,9 @@
 //
 //   C = alpha A B   or   C += alpha A B        A [M, K]  B [K, N]  C [M, N], C row-major
 //
-// A and B are addressed by two strides, so a transpose costs nothing for A (its elements are broadcast) and one packing pass
-// for B. Fused kernels use `Tile` directly: it holds [rows x vectors] of the product in registers over any number of
-// `add` calls, so that several products can be summed, scaled and solved without leaving the register file.
+// A and B are addressed by two strides, so a transpose costs nothing for A (its elements are broadcast) and one packing
+// pass for B. Fused kernels use `Tile` directly: it holds [rows x vectors] of the product in registers over any number
+// of `add` calls, so that several products can be summed, scaled and solved without leaving the register file.
 #pragma once
 
 #include "csrc/common/cpu/simd.h"
@@ -107,7 +107,8 @@ struct Tile {
     }
   }
 
-  // acc += L B, or L^T B, for the lower part of L [R, R]. Row r is made of rows s <= r, or s >= r, of B alone, whatever the others hold.
+  // acc += L B, or L^T B, for the lower part of L [R, R]. Row r is made of rows s <= r, or s >= r, of B alone, whatever
+  // the others hold.
   template <bool transposed>
   JET_INLINE void add_triangle_product(const T* l, long ldl, const T* b, long ldb) {
 #pragma GCC unroll 16
@@ -272,7 +273,8 @@ inline void gemm(long M, long N, long K, T alpha, Matrix<T> A, Matrix<T> B, bool
             alignas(64) T edge[R * NV * S::lanes];
             tile.store(edge, NV * S::lanes);
             for (int r = 0; r < R; ++r)
-              for (long j = 0; j < columns; ++j) c[r * ldc + j] = (add ? c[r * ldc + j] : T(0)) + edge[r * NV * S::lanes + j];
+              for (long j = 0; j < columns; ++j)
+                c[r * ldc + j] = (add ? c[r * ldc + j] : T(0)) + edge[r * NV * S::lanes + j];
           }
         });
       });

@@ -7,8 +7,8 @@
 // (generic, avx2 or avx512) lowers the choice, so that each variant can be tested on one machine. A build with
 // JET_CPU_GENERIC_ONLY has the generic variant alone.
 //
-// fp64, which gradients are checked in, has no AVX-512 variant (an eighth of the build): such machines run the AVX2 one. What only it
-// needs stands in JET_CPU_FP64(call).
+// fp64, which gradients are checked in, has no AVX-512 variant (an eighth of the build): such machines run the AVX2
+// one. What only it needs stands in JET_CPU_FP64(call).
 #pragma once
 
 #include "csrc/common/dtype.h"
@@ -21,7 +21,9 @@ enum class Isa { generic, avx2, avx512 };
 Isa active_isa();
 const char* isa_name(Isa isa);
 
-inline Isa active_isa(Dtype dtype) { return dtype == Dtype::f64 && active_isa() == Isa::avx512 ? Isa::avx2 : active_isa(); }
+inline Isa active_isa(Dtype dtype) {
+  return dtype == Dtype::f64 && active_isa() == Isa::avx512 ? Isa::avx2 : active_isa();
+}
 
 }  // namespace jet::cpu
 
@@ -35,28 +37,29 @@ inline Isa active_isa(Dtype dtype) { return dtype == Dtype::f64 && active_isa() 
 #define JET_CPU_CONCAT(a, b) JET_CPU_CONCAT_(a, b)
 
 #if defined(__x86_64__) && !defined(JET_CPU_GENERIC_ONLY)
-#define JET_CPU_LAUNCHER_generic(function, Params, dtype)                                                       \
-  namespace jet::cpu::avx2 {                                                                                    \
-  void function(const Params&, const Parallel&);                                                                \
-  }                                                                                                             \
-  namespace jet::cpu::avx512 {                                                                                  \
-  void function(const Params&, const Parallel&);                                                                \
-  }                                                                                                             \
-  namespace jet {                                                                                               \
-  void function(const Params& params, const Parallel& parallel) {                                               \
-    switch (cpu::active_isa(dtype)) {                                                                           \
-      case cpu::Isa::avx512: return cpu::avx512::function(params, parallel);                                    \
-      case cpu::Isa::avx2: return cpu::avx2::function(params, parallel);                                        \
-      case cpu::Isa::generic: return cpu::generic::function(params, parallel);                                  \
-    }                                                                                                           \
-  }                                                                                                             \
+#define JET_CPU_LAUNCHER_generic(function, Params, dtype)                      \
+  namespace jet::cpu::avx2 {                                                   \
+  void function(const Params&, const Parallel&);                               \
+  }                                                                            \
+  namespace jet::cpu::avx512 {                                                 \
+  void function(const Params&, const Parallel&);                               \
+  }                                                                            \
+  namespace jet {                                                              \
+  void function(const Params& params, const Parallel& parallel) {              \
+    switch (cpu::active_isa(dtype)) {                                          \
+      case cpu::Isa::avx512: return cpu::avx512::function(params, parallel);   \
+      case cpu::Isa::avx2: return cpu::avx2::function(params, parallel);       \
+      case cpu::Isa::generic: return cpu::generic::function(params, parallel); \
+    }                                                                          \
+  }                                                                            \
   }
 #else
-#define JET_CPU_LAUNCHER_generic(function, Params, dtype)                                                       \
-  namespace jet {                                                                                               \
-  void function(const Params& params, const Parallel& parallel) { cpu::generic::function(params, parallel); }   \
+#define JET_CPU_LAUNCHER_generic(function, Params, dtype)                                                     \
+  namespace jet {                                                                                             \
+  void function(const Params& params, const Parallel& parallel) { cpu::generic::function(params, parallel); } \
   }
 #endif
 #define JET_CPU_LAUNCHER_avx2(function, Params, dtype)
 #define JET_CPU_LAUNCHER_avx512(function, Params, dtype)
-#define JET_CPU_LAUNCHER(function, Params, dtype) JET_CPU_CONCAT(JET_CPU_LAUNCHER_, JET_CPU_ISA)(function, Params, dtype)
+#define JET_CPU_LAUNCHER(function, Params, dtype) \
+  JET_CPU_CONCAT(JET_CPU_LAUNCHER_, JET_CPU_ISA)(function, Params, dtype)

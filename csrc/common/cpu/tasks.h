@@ -54,9 +54,9 @@ class Scratch {
   Buffer<char> memory_;
 };
 
-// Multiply-adds below which the caller's thread works alone. It does about 10 in a nanosecond, and these take it 13 us. To wake
-// a second thread that sleeps costs 5 to 40 us, and on a busy machine the loop then waits until that thread gets a processor.
-// (A thread that still spins joins in 1 us; at most half of the 13 us is lost where it does.)
+// Multiply-adds below which the caller's thread works alone. It does about 10 in a nanosecond, and these take it 13 us.
+// To wake a second thread that sleeps costs 5 to 40 us, and on a busy machine the loop then waits until that thread
+// gets a processor. (A thread that still spins joins in 1 us; at most half of the 13 us is lost where it does.)
 #ifdef JET_WAKE_FOR_ANY_WORK  // where ThreadSanitizer watches small cases
 constexpr double kWorthWaking = 0;
 #else
@@ -66,11 +66,12 @@ constexpr double kWorthWaking = 1 << 17;
 // How to run loops of about so many multiply-adds in all. What they compute does not depend on who runs them.
 inline Parallel for_work(const Parallel& parallel, double multiply_adds) {
   if (multiply_adds >= kWorthWaking) return parallel;
-  return {[](int64_t begin, int64_t end, int64_t, Parallel::Body body, void* context) { body(begin, end, context); }, 1};
+  return {[](int64_t begin, int64_t end, int64_t, Parallel::Body body, void* context) { body(begin, end, context); },
+          1};
 }
 
-// f(worker, task) for every task. Tasks of one worker run one after another, so a worker can own scratch memory; it takes
-// the next free task, which changes who computes a result and never the result.
+// f(worker, task) for every task. Tasks of one worker run one after another, so a worker can own scratch memory; it
+// takes the next free task, which changes who computes a result and never the result.
 template <class F>
 inline void run_tasks(const Parallel& parallel, long workers, long tasks, const F& f) {
   long next = 0;

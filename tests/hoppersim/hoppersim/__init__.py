@@ -1,4 +1,5 @@
-"""Runs Hopper kernels without a GPU: control of the simulator in ``tests/hoppersim/src``. Its README says what a pass proves.
+"""Runs Hopper kernels without a GPU: control of the simulator in ``tests/hoppersim/src``. Its README says what a pass
+proves.
 
 Environment: ``HOPPERSIM_BUILD`` names the build folder (default ``build/hoppersim``).
 """
@@ -62,17 +63,28 @@ def _lock(name: str):
 def build(target: str = "_hoppersim") -> Path:
     """Configures and builds the simulator (nothing to do: half a second). Returns the build folder.
 
-    Targets: ``_hoppersim``, ``jet_sim`` (the library's bindings and kernels on it), ``hoppersim_torch`` (bounds of CPU tensors).
+    Targets: ``_hoppersim``, ``jet_sim`` (the library's bindings and kernels on it), ``hoppersim_torch`` (bounds of CPU
+    tensors).
     """
     with _lock("build"):
         stamp = BUILD / "configured_for"
         facts = f"{sys.executable} {sys.version}"
         if not stamp.exists() or stamp.read_text() != facts:
             _run(
-                [_tool("cmake"), "--fresh", "-S", str(_FOLDER), "-B", str(BUILD), "-G", "Ninja",
-                 f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"],
+                [
+                    _tool("cmake"),
+                    "--fresh",
+                    "-S",
+                    str(_FOLDER),
+                    "-B",
+                    str(BUILD),
+                    "-G",
+                    "Ninja",
+                    f"-DPython_EXECUTABLE={sys.executable}",
+                    f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+                ],
                 "configuring hoppersim",
-            )  # fmt: skip
+            )
             stamp.write_text(facts)
         _run([_tool("cmake"), "--build", str(BUILD), "--target", target], f"building {target}")
     return BUILD
@@ -93,7 +105,7 @@ def __getattr__(name: str):
     raise AttributeError(name)
 
 
-# ---- Arguments -----------------------------------------------------------------------------------------------------
+# ---- Arguments
 
 
 def _extent(array) -> tuple[int, int]:
@@ -117,7 +129,9 @@ def _address(array) -> int:
 
 @contextlib.contextmanager
 def registered(*arrays):
-    """Kernels may touch these arrays (NumPy, CPU tensors; read-only NumPy arrays: only read them) while the block runs."""
+    """Kernels may touch these arrays (NumPy, CPU tensors; read-only NumPy arrays: only read them) while the block
+    runs.
+    """
     native = _native()
     ranges = {}
     for array in arrays:
@@ -155,7 +169,7 @@ def _triple(value) -> tuple[int, int, int]:
     return values + (1,) * (3 - len(values))
 
 
-# ---- Launches ------------------------------------------------------------------------------------------------------
+# ---- Launches
 
 
 class Module:
@@ -171,8 +185,8 @@ class Module:
     def launch(self, name: str, grid, block, args=(), *, cluster=(1, 1, 1), shared: int = 0) -> dict:
         """Runs one launch to its end; returns its counters.
 
-        ``args``: arrays and tensors (their address is passed, and they may be touched), int, float, NumPy scalars and bytes, one per
-        parameter. ``shared``: dynamic shared bytes.
+        ``args``: arrays and tensors (their address is passed, and they may be touched), int, float, NumPy scalars and
+        bytes, one per parameter. ``shared``: dynamic shared bytes.
         """
         parameters = self._module.parameters(name)
         if len(parameters) != len(args):
@@ -198,7 +212,8 @@ class Library:
         self.cdll = ctypes.CDLL(str(path))
 
     def call(self, name: str, *args, restype=ctypes.c_int):
-        """Calls an ``extern "C"`` function; arrays are passed as pointers and may be touched by kernels. Raises the Fault of a launch.
+        """Calls an ``extern "C"`` function; arrays are passed as pointers and may be touched by kernels. Raises the
+        Fault of a launch.
 
         int becomes int64_t, float becomes double; pass ctypes values for other types.
         """
@@ -218,10 +233,13 @@ class Library:
         _native().raise_fault()
         return result
 
-
     def resources(self) -> dict[str, dict]:
-        """What ptxas says of each kernel: registers per thread, spill_bytes, static_shared bytes. Keyed by mangled name."""
-        report = _run([nvcc(), *self.options, "-cubin", "-arch=sm_90a", "-Xptxas=-v", str(self.source), "-o", os.devnull], "ptxas")
+        """What ptxas says of each kernel: registers per thread, spill_bytes, static_shared bytes. Keyed by mangled
+        name.
+        """
+        report = _run(
+            [nvcc(), *self.options, "-cubin", "-arch=sm_90a", "-Xptxas=-v", str(self.source), "-o", os.devnull], "ptxas"
+        )
         kernels, name = {}, None
         for line in report.splitlines():
             if match := re.search(r"Compiling entry function '(\w+)'", line):
@@ -279,9 +297,31 @@ def compile_cuda(source, *, include_dirs=(), flags=()) -> Library:
         library = folder / f"{name}-{current}.so"
         if current is None or not library.exists():
             partial = folder / f"{name}.partial"
-            _run([compiler, *options, "-gencode", "arch=compute_90a,code=compute_90a", "--no-compress", "-cudart", "none", "-shared",
-                  "-Xcompiler", "-fPIC", "-MD", "-MF", str(listed), str(path), "-o", str(partial), f"-L{BUILD}", "-lhoppersim",
-                  "-Xlinker", f"-rpath={BUILD}"], "nvcc")  # fmt: skip
+            _run(
+                [
+                    compiler,
+                    *options,
+                    "-gencode",
+                    "arch=compute_90a,code=compute_90a",
+                    "--no-compress",
+                    "-cudart",
+                    "none",
+                    "-shared",
+                    "-Xcompiler",
+                    "-fPIC",
+                    "-MD",
+                    "-MF",
+                    str(listed),
+                    str(path),
+                    "-o",
+                    str(partial),
+                    f"-L{BUILD}",
+                    "-lhoppersim",
+                    "-Xlinker",
+                    f"-rpath={BUILD}",
+                ],
+                "nvcc",
+            )
             library = folder / f"{name}-{_digest_of_files(listed)}.so"
             partial.rename(library)
     return Library(library, path, options)
@@ -289,7 +329,8 @@ def compile_cuda(source, *, include_dirs=(), flags=()) -> Library:
 
 @functools.cache
 def jet_sim():
-    """``torch.ops.jet_sim``: the library's ops, their schemas and plain paths, with CPU tensors on the simulated device.
+    """``torch.ops.jet_sim``: the library's ops, their schemas and plain paths, with CPU tensors on the simulated
+    device.
 
     Tensors that torch allocates from now on are registered, so kernels are held to their bounds.
     """
@@ -310,15 +351,23 @@ def jet_sim():
     return torch.ops.jet_sim
 
 
-# ---- Control -------------------------------------------------------------------------------------------------------
+# ---- Control
 
 
 @contextlib.contextmanager
-def simulate(*, timing: str = "early", seed: int = 0, host_threads: int = 2, max_instructions: int = 20_000_000_000,
-             check_global: bool = True):  # fmt: skip
-    """Options of the launches in the block; raises at its end the Fault of a launch that the CUDA runtime only reported.
+def simulate(
+    *,
+    timing: str = "early",
+    seed: int = 0,
+    host_threads: int = 2,
+    max_instructions: int = 20_000_000_000,
+    check_global: bool = True,
+):
+    """Options of the launches in the block; raises at its end the Fault of a launch that the CUDA runtime only
+    reported.
 
-    ``timing``: asynchronous effects at once ("early") or as late as allowed ("late"). ``seed``: order of warps and CTAs, 0 in order.
+    ``timing``: asynchronous effects at once ("early") or as late as allowed ("late"). ``seed``: order of warps and
+    CTAs, 0 in order.
     """
     native = _native()
     before = native.options()
@@ -339,7 +388,9 @@ def simulate(*, timing: str = "early", seed: int = 0, host_threads: int = 2, max
 
 
 def launches() -> list[dict]:
-    """The launches since the start of the last ``simulate`` block: kernel, grid, block, cluster, shared bytes, counters."""
+    """The launches since the start of the last ``simulate`` block: kernel, grid, block, cluster, shared bytes,
+    counters.
+    """
     return _native().launches()
 
 

@@ -1,5 +1,5 @@
-// One box of a tensor of 1 to 5 dimensions: loaded by TMA, dumped as it lies in shared memory, stored (or added) by TMA elsewhere.
-// And contiguous bytes there and back by bulk copies.
+// One box of a tensor of 1 to 5 dimensions: loaded by TMA, dumped as it lies in shared memory, stored (or added) by TMA
+// elsewhere. And contiguous bytes there and back by bulk copies.
 #include "csrc/hopper/cluster.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/tensor_map.h"
@@ -23,7 +23,8 @@ __device__ void load_box(CopyShared& shared, const CUtensorMap& map, const Box& 
 }
 
 template <int... d>
-__device__ void store_box(const CUtensorMap& map, const CopyShared& shared, const Box& box, bool add, std::integer_sequence<int, d...>) {
+__device__ void store_box(const CUtensorMap& map, const CopyShared& shared, const Box& box, bool add,
+                          std::integer_sequence<int, d...>) {
   if (add)
     store_add(map, shared.data, box.at[d]...);
   else
@@ -31,7 +32,8 @@ __device__ void store_box(const CUtensorMap& map, const CopyShared& shared, cons
 }
 
 template <int rank>
-__global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, const Box box, bool add, float* dump) {
+__global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to,
+                         const Box box, bool add, float* dump) {
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<CopyShared*>(memory);
   if (threadIdx.x == 0) {
@@ -43,14 +45,16 @@ __global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_
   }
   __syncthreads();
   shared.loaded.wait(Parity::first());
-  for (int at = threadIdx.x; at < box.bytes / 4; at += blockDim.x) dump[at] = reinterpret_cast<const float*>(shared.data)[at];
+  for (int at = threadIdx.x; at < box.bytes / 4; at += blockDim.x)
+    dump[at] = reinterpret_cast<const float*>(shared.data)[at];
   if (threadIdx.x != 0) return;
   store_box(to, shared, box, add, std::make_integer_sequence<int, rank>());
   commit_stores();
   wait_stores_done<0>();
 }
 
-// out[i] = in[i] + 1 for `count` floats, a multiple of 4; the additions are ordinary, so they must be published before the store.
+// out[i] = in[i] + 1 for `count` floats, a multiple of 4; the additions are ordinary, so they must be published before
+// the store.
 __global__ void copy_bytes(const float* in, float* out, int count) {
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<CopyShared*>(memory);
@@ -97,12 +101,16 @@ extern "C" int copy_box(const jet::hopper::test::CopyProblem* problem, char* mes
     const CUtensorMap from = map_of(p, "from", p.from), to = map_of(p, "to", p.to);
     Box box = {{p.at[0], p.at[1], p.at[2], p.at[3], p.at[4]}, 4};
     for (int d = 0; d < p.rank; ++d) box.bytes *= p.box[d];
-    void (*const kernels[])(CUtensorMap, CUtensorMap, Box, bool, float*) = {copy_box<1>, copy_box<2>, copy_box<3>, copy_box<4>, copy_box<5>};
-    jet::hopper::launch("copy_box", {dim3(1), 64, sizeof(CopyShared)}, nullptr, kernels[p.rank - 1], from, to, box, p.add != 0, p.dump);
+    void (*const kernels[])(CUtensorMap, CUtensorMap, Box, bool, float*) = {copy_box<1>, copy_box<2>, copy_box<3>,
+                                                                            copy_box<4>, copy_box<5>};
+    jet::hopper::launch("copy_box", {dim3(1), 64, sizeof(CopyShared)}, nullptr, kernels[p.rank - 1], from, to, box,
+                        p.add != 0, p.dump);
   });
 }
 
 extern "C" int copy_bytes(const float* in, float* out, int count, char* message) {
   using namespace jet::hopper::test;
-  return guarded(message, [&] { jet::hopper::launch("copy_bytes", {dim3(1), 64, sizeof(CopyShared)}, nullptr, copy_bytes, in, out, count); });
+  return guarded(message, [&] {
+    jet::hopper::launch("copy_bytes", {dim3(1), 64, sizeof(CopyShared)}, nullptr, copy_bytes, in, out, count);
+  });
 }

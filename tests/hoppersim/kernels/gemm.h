@@ -1,6 +1,7 @@
-// C[M, N] = A B^T in fp32 from 16-bit A [M, K] and B [N, K], each with either index contiguous: the first user of csrc/hopper.
-// One producer warpgroup (one thread of it issues TMA) and two consumer warpgroups of 64 rows each; a ring of stages between
-// them. A cluster of 2 CTAs, neighbours in M, may share the tile of B: each loads half and multicasts it.
+// C[M, N] = A B^T in fp32 from 16-bit A [M, K] and B [N, K], each with either index contiguous: the first user of
+// csrc/hopper. One producer warpgroup (one thread of it issues TMA) and two consumer warpgroups of 64 rows each; a ring
+// of stages between them. A cluster of 2 CTAs, neighbours in M, may share the tile of B: each loads half and multicasts
+// it.
 #pragma once
 
 #include "csrc/hopper/cluster.h"
@@ -25,7 +26,8 @@ struct GemmConfig {
   using TileA = OperandTile<Element, swizzle, major_a, M, K>;
   using TileB = OperandTile<Element, swizzle, major_b, N, K>;
   using Mma = Wgmma<Element, N, major_a, major_b>;
-  static_assert(cluster == 1 || (cluster == 2 && major_b == Major::k && TileB::panels == 1), "multicast halves one panel");
+  static_assert(cluster == 1 || (cluster == 2 && major_b == Major::k && TileB::panels == 1),
+                "multicast halves one panel");
 };
 
 template <class Config>
@@ -73,14 +75,16 @@ __device__ void produce(GemmShared<Config>& shared, const CUtensorMap& map_a, co
 }
 
 template <class Config>
-__device__ void multiply(float (&c)[Config::Mma::registers], const typename GemmShared<Config>::Stage& stage, int m, int thread, bool accumulate) {
+__device__ void multiply(float (&c)[Config::Mma::registers], const typename GemmShared<Config>::Stage& stage, int m,
+                         int thread, bool accumulate) {
   using Mma = typename Config::Mma;
   using Element = typename Config::Element;
   const Operand<Element, Config::swizzle, Config::major_b, Config::N, Config::K> b(stage.b);
   if constexpr (Config::registers_a) {
     uint32_t a[Config::K / Mma::K][4];
 #pragma unroll
-    for (int s = 0; s < Config::K / Mma::K; ++s) load_fragment<typename Config::TileA>(a[s], stage.a, thread, m, s * Mma::K);
+    for (int s = 0; s < Config::K / Mma::K; ++s)
+      load_fragment<typename Config::TileA>(a[s], stage.a, thread, m, s * Mma::K);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < Config::K / Mma::K; ++s)
@@ -104,7 +108,8 @@ __device__ void consume(GemmShared<Config>& shared, const GemmArguments& p, int 
   for (int step = 0; step < steps; ++step, ring.advance()) {
     const int stage = ring.wait();
     multiply<Config>(c, shared.stage[stage], m, thread, step > 0);
-    // One group stays in flight, so the stage before this one is free. Register operands are reloaded: none may be in flight.
+    // One group stays in flight, so the stage before this one is free. Register operands are reloaded: none may be in
+    // flight.
     if constexpr (Config::registers_a) {
       wgmma_wait<0>();
       ring.template release_all<Config::cluster>(stage, thread);
@@ -118,7 +123,8 @@ __device__ void consume(GemmShared<Config>& shared, const GemmArguments& p, int 
   wgmma_touch(c);
 #pragma unroll
   for (int r = 0; r < Config::Mma::registers; r += 2) {
-    const int row = blockIdx.x * Config::M + m + accumulator_row(thread, r), column = blockIdx.y * Config::N + accumulator_column(thread, r);
+    const int row = blockIdx.x * Config::M + m + accumulator_row(thread, r),
+              column = blockIdx.y * Config::N + accumulator_column(thread, r);
     if (row >= p.m || column >= p.n) continue;
     float* out = p.c + row * p.row_stride + column;
     out[0] = c[r];
@@ -168,12 +174,12 @@ void run_gemm(const GemmProblem& p, cudaStream_t stream) {
   constexpr bool a_rows_are_k = Config::major_a == Major::mn, b_rows_are_k = Config::major_b == Major::mn;
   const CUtensorMap map_a =
       make_operand_map<TileA>("A", p.a, dtype, a_rows_are_k ? p.k : p.m, a_rows_are_k ? p.m : p.k, p.stride_a);
-  const CUtensorMap map_b = make_operand_map<TileB>("B", p.b, dtype, b_rows_are_k ? p.k : p.n, b_rows_are_k ? p.n : p.k, p.stride_b,
-                                                    TileB::rows / Config::cluster);
+  const CUtensorMap map_b = make_operand_map<TileB>("B", p.b, dtype, b_rows_are_k ? p.k : p.n, b_rows_are_k ? p.n : p.k,
+                                                    p.stride_b, TileB::rows / Config::cluster);
   const unsigned tiles_m = (p.m + Config::M - 1) / Config::M, tiles_n = (p.n + Config::N - 1) / Config::N;
   const unsigned grid_m = (tiles_m + Config::cluster - 1) / Config::cluster * Config::cluster;
-  launch("gemm", {dim3(grid_m, tiles_n), Config::threads, sizeof(GemmShared<Config>), Config::cluster}, stream, gemm<Config>, map_a, map_b,
-         GemmArguments{p.c, p.m, p.n, p.k, p.stride_c});
+  launch("gemm", {dim3(grid_m, tiles_n), Config::threads, sizeof(GemmShared<Config>), Config::cluster}, stream,
+         gemm<Config>, map_a, map_b, GemmArguments{p.c, p.m, p.n, p.k, p.stride_c});
 }
 
 }  // namespace jet::hopper::test

@@ -4,5 +4,7 @@
 extern "C" int gemm_multicast(const jet::hopper::test::GemmProblem* problem, char* message) {
   using namespace jet::hopper;
   using namespace jet::hopper::test;
-  return guarded(message, [&] { run_gemm<GemmConfig<jet::bf16, false, Swizzle::b128, Major::k, Major::k, 2>>(*problem, nullptr); });
+  return guarded(message, [&] {
+    run_gemm<GemmConfig<jet::bf16, false, Swizzle::b128, Major::k, Major::k, 2>>(*problem, nullptr);
+  });
 }

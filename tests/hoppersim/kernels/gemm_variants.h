@@ -1,4 +1,5 @@
-// The GEMM variants of one element type and one source of A, chosen at run time; each .cu that includes this makes one launcher.
+// The GEMM variants of one element type and one source of A, chosen at run time; each .cu that includes this makes one
+// launcher.
 #pragma once
 
 #include "tests/hoppersim/kernels/gemm.h"

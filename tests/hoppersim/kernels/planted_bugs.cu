@@ -1,5 +1,6 @@
-// C[64, 64] = A B^T + bias, with one mistake per variant that hardware forgives on a lucky day. test_planted_bugs.py names the
-// Fault that each must raise; `none` must pass. A is written to shared memory by threads, B by TMA, the bias by a bulk copy.
+// C[64, 64] = A B^T + bias, with one mistake per variant that hardware forgives on a lucky day. test_planted_bugs.py
+// names the Fault that each must raise; `none` must pass. A is written to shared memory by threads, B by TMA, the bias
+// by a bulk copy.
 #include "csrc/hopper/cluster.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/tensor_map.h"
@@ -49,7 +50,8 @@ struct Arguments {
 __device__ void write_a(char* tile, const bf16* a, int step, int thread) {
   for (int at = thread * 8; at < kM * kK; at += kWarpgroup * 8) {
     const int row = at / kK, k = at % kK;
-    *reinterpret_cast<uint4*>(tile + TileA::offset(row, k)) = *reinterpret_cast<const uint4*>(a + row * kSteps * kK + step * kK + k);
+    *reinterpret_cast<uint4*>(tile + TileA::offset(row, k)) =
+        *reinterpret_cast<const uint4*>(a + row * kSteps * kK + step * kK + k);
   }
 }
 
@@ -78,7 +80,8 @@ __device__ void multiply(Mma::Accumulator& c, Shared& shared, const CUtensorMap&
     const Operand<bf16, Swizzle::b128, Major::k, kN, kK> b(stage.b);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kK; k += Mma::K) Mma::ss(c, a.at(0, k), b.at(0, k), step > 0 || k > 0);  // C += A Bᵀ   [64, 64], k16
+    for (int k = 0; k < kK; k += Mma::K)
+      Mma::ss(c, a.at(0, k), b.at(0, k), step > 0 || k > 0);  // C += A Bᵀ   [64, 64], k16
     wgmma_commit();
   }
   if (bug != Bug::accumulator_before_wait) wgmma_wait<0>();
@@ -128,7 +131,8 @@ extern "C" int planted_bug(int bug, const void* a, const void* b, const float* b
   return guarded(message, [&] {
     constexpr int bugs = static_cast<int>(Bug::divergent_barrier) + 1;
     jet::hopper::require(bug >= 0 && bug < bugs, "planted", "bug", "one of the enumeration", bug);
-    const CUtensorMap map_b = jet::hopper::make_operand_map<TileB>("B", b, jet::Dtype::bf16, kN, kSteps * kK, kSteps * kK);
+    const CUtensorMap map_b =
+        jet::hopper::make_operand_map<TileB>("B", b, jet::Dtype::bf16, kN, kSteps * kK, kSteps * kK);
     launch_bug(bug, map_b, {static_cast<const jet::bf16*>(a), bias, c}, std::make_integer_sequence<int, bugs>());
   });
 }

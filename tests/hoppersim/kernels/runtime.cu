@@ -1,4 +1,5 @@
-// Host code and kernels for test_runtime.py: one function per part of the runtime, each returns a cudaError_t or a count.
+// Host code and kernels for test_runtime.py: one function per part of the runtime, each returns a cudaError_t or a
+// count.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -131,7 +132,8 @@ int unknown_kernel() {
 int attributes(int* values) {
   cudaFuncAttributes a;
   if (const cudaError_t error = cudaFuncGetAttributes(&a, with_static_shared)) return error;
-  values[0] = static_cast<int>(a.sharedSizeBytes), values[1] = a.maxThreadsPerBlock, values[2] = a.maxDynamicSharedSizeBytes;
+  values[0] = static_cast<int>(a.sharedSizeBytes), values[1] = a.maxThreadsPerBlock,
+  values[2] = a.maxDynamicSharedSizeBytes;
   cudaFuncGetAttributes(&a, scale<3>);
   values[3] = a.maxThreadsPerBlock;
   cudaFuncGetAttributes(&a, ranks);
@@ -164,7 +166,8 @@ int round_trip(const float* from, float* to, int64_t n) {
   cudaMallocAsync(&device, n * sizeof(float), stream);
   cudaMemsetAsync(device, 0, n * sizeof(float), stream);
   cudaMemcpyAsync(device, from, n * sizeof(float), cudaMemcpyHostToDevice, stream);
-  scale<3><<<static_cast<unsigned>((n + 127) / 128), 128, 128 * sizeof(float), stream>>>(device, static_cast<int>(n), 0, 0.5);
+  scale<3><<<static_cast<unsigned>((n + 127) / 128), 128, 128 * sizeof(float), stream>>>(device, static_cast<int>(n), 0,
+                                                                                         0.5);
   cudaEventRecord(event, stream), cudaStreamWaitEvent(stream, event, 0), cudaEventSynchronize(event);
   cudaMemcpyAsync(to, device, n * sizeof(float), cudaMemcpyDeviceToHost, stream);
   cudaStreamSynchronize(stream);
@@ -191,13 +194,16 @@ int use_after_free() {
 int encode_tensor_map(float* address, int64_t row_bytes) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess) return -1;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) !=
+      cudaSuccess)
+    return -1;
   CUtensorMap map;
   const cuuint64_t extent[2] = {64, 16}, stride[1] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[2] = {32, 8}, element_stride[2] = {1, 1};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, address, extent, stride, box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, address, extent, stride, box, element_stride,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 int unknown_entry_point() {

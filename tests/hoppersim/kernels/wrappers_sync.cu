@@ -1,19 +1,19 @@
 // CUTLASS's wrappers of barriers, clusters, register counts and thread-to-shared copies, each called once or more.
 // The results are words that test_cutlass_wrappers.py knows.
 #define CUTLASS_ENABLE_GDC_FOR_SM90 1
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm50.hpp>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/grid_dependency_control.h>
-#include <cutlass/arch/reg_reconfig.h>
 
 using namespace cute;
 using namespace cutlass::arch;
 
-// ---- Named barriers: 128 threads ------------------------------------------------------------------------------------------
+// ---- Named barriers: 128 threads
 // Everybody writes, `barrier` orders, everybody reads another warp's word.
 template <class Barrier>
 __device__ void exchange(uint32_t* values, uint32_t*& out, uint32_t step, Barrier barrier) {
@@ -57,14 +57,16 @@ __global__ void named_barriers(uint32_t* results) {
   hand_over(values, out, 10, 1, [&] { NamedBarrier::arrive(128, reserved); });
 }
 
-// ---- mbarriers in a cluster of two CTAs of 64 threads ----------------------------------------------------------------------
+// ---- mbarriers in a cluster of two CTAs of 64 threads
 struct ClusterShared {
   alignas(16) uint64_t bars[16];
   uint32_t values[64], mailbox[64], copied[2][64];
 };
 
 __device__ ClusterBarrier& plain(ClusterShared& s, int n) { return reinterpret_cast<ClusterBarrier&>(s.bars[n]); }
-__device__ ClusterTransactionBarrier& counting(ClusterShared& s, int n) { return reinterpret_cast<ClusterTransactionBarrier&>(s.bars[n]); }
+__device__ ClusterTransactionBarrier& counting(ClusterShared& s, int n) {
+  return reinterpret_cast<ClusterTransactionBarrier&>(s.bars[n]);
+}
 
 // 4, 6, 8, 10, 12 and 14 count one arrival, the others 64.
 __device__ void initialise(ClusterShared& s) {
@@ -81,7 +83,8 @@ __device__ void initialise(ClusterShared& s) {
   if (threadIdx.x < 32) {
     cutlass::arch::detail::initialize_barrier_array_aligned<Plain*, 1>(&plain(s, 9), 64);
     cutlass::arch::detail::initialize_barrier_array_aligned<Plain, 1>(&s.bars[11], 64);
-    cutlass::arch::detail::initialize_barrier_array_pair_aligned<Counting*, Plain*, 1>(&counting(s, 12), &plain(s, 13), 1, 64);
+    cutlass::arch::detail::initialize_barrier_array_pair_aligned<Counting*, Plain*, 1>(&counting(s, 12), &plain(s, 13),
+                                                                                       1, 64);
     cutlass::arch::detail::initialize_barrier_array_pair_aligned<Counting, Plain, 1>(&s.bars[14], &s.bars[15], 1, 64);
   }
   fence_barrier_init();
@@ -121,7 +124,8 @@ __device__ void remote_arrivals(ClusterShared& s, uint32_t*& out, uint32_t rank)
   ClusterBarrier::arrive(&s.bars[3], peer, 1);
   while (!ClusterBarrier::try_wait(&s.bars[3], 0)) {}
   if (threadIdx.x == 0) counting(s, 4).arrive_and_expect_tx(sizeof s.mailbox);
-  store_shared_remote(threadIdx.x + 5000 + rank, cast_smem_ptr_to_uint(&s.mailbox[threadIdx.x]), cast_smem_ptr_to_uint(&s.bars[4]), peer);
+  store_shared_remote(threadIdx.x + 5000 + rank, cast_smem_ptr_to_uint(&s.mailbox[threadIdx.x]),
+                      cast_smem_ptr_to_uint(&s.bars[4]), peer);
   ClusterBarrier::wait(&s.bars[4], 0);
   *out = s.mailbox[threadIdx.x];
   out += 64;
@@ -172,7 +176,7 @@ __global__ void cluster_barriers(const uint32_t* in, uint32_t* results) {
   if (threadIdx.x == 0) ClusterBarrier::invalidate(&s.bars[0]);
 }
 
-// ---- Where in the grid; who is elected; registers; dependent launches -------------------------------------------------------
+// ---- Where in the grid; who is elected; registers; dependent launches
 __global__ void __launch_bounds__(128) places(uint32_t* results) {
   wait_on_dependent_grids();
   warpgroup_reg_dealloc<40>();
@@ -191,13 +195,15 @@ __global__ void __launch_bounds__(128) places(uint32_t* results) {
   cluster_arrive();
   cluster_wait();
   uint32_t of_peer;
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(of_peer) : "r"(set_block_rank(cast_smem_ptr_to_uint(&word), rank ^ 1)));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(of_peer)
+               : "r"(set_block_rank(cast_smem_ptr_to_uint(&word), rank ^ 1)));
   *out++ = of_peer;
   cluster_sync();
   launch_dependent_grids();
 }
 
-// ---- Matrix moves: 32 threads -----------------------------------------------------------------------------------------------
+// ---- Matrix moves: 32 threads
 __global__ void matrix_moves(const uint32_t* in, uint32_t* out) {
   __shared__ alignas(128) uint4 memory[2][32];
   auto *from = reinterpret_cast<uint128_t*>(memory[0]), *to = reinterpret_cast<uint128_t*>(memory[1]);
@@ -237,7 +243,7 @@ __global__ void matrix_moves(const uint32_t* in, uint32_t* out) {
   copy_stsm_trans(reinterpret_cast<uint2*>(&r[3]), &to[lane]), dump();
 }
 
-// ---- cp.async and shuffles: 32 threads ---------------------------------------------------------------------------------------
+// ---- cp.async and shuffles: 32 threads
 __global__ void thread_copies(const uint4* in, uint32_t* out) {
   __shared__ uint4 to[4][32];
   const int lane = threadIdx.x;
@@ -264,13 +270,16 @@ static int launch(void (*kernel)(Parameters...), dim3 grid, int threads, dim3 cl
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster.x, attribute.val.clusterDim.y = cluster.y, attribute.val.clusterDim.z = cluster.z;
+  attribute.val.clusterDim.x = cluster.x, attribute.val.clusterDim.y = cluster.y,
+  attribute.val.clusterDim.z = cluster.z;
   config.gridDim = grid, config.blockDim = threads, config.attrs = &attribute, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 extern "C" int run_named_barriers(uint32_t* out) { return launch(named_barriers, 1, 128, 1, out); }
-extern "C" int run_cluster_barriers(const uint32_t* in, uint32_t* out) { return launch(cluster_barriers, 2, 64, 2, in, out); }
+extern "C" int run_cluster_barriers(const uint32_t* in, uint32_t* out) {
+  return launch(cluster_barriers, 2, 64, 2, in, out);
+}
 extern "C" int run_places(uint32_t* out) { return launch(places, dim3(4, 2, 1), 128, dim3(2, 1, 1), out); }
 extern "C" int run_matrix_moves(const uint32_t* in, uint32_t* out) { return launch(matrix_moves, 1, 32, 1, in, out); }
 extern "C" int run_thread_copies(const uint4* in, uint32_t* out) { return launch(thread_copies, 1, 32, 1, in, out); }

@@ -1,9 +1,9 @@
-// CUTLASS's wrappers of the copy engine: boxes of 1 to 5 dimensions, columns of pixels, bulk copies, and tensor maps that a
-// kernel modifies. Every kernel loads into shared memory, dumps it as it lies there, and stores it elsewhere.
+// CUTLASS's wrappers of the copy engine: boxes of 1 to 5 dimensions, columns of pixels, bulk copies, and tensor maps
+// that a kernel modifies. Every kernel loads into shared memory, dumps it as it lies there, and stores it elsewhere.
+#include <cutlass/arch/barrier.h>
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <cutlass/arch/barrier.h>
 
 #include <utility>
 
@@ -21,26 +21,83 @@ struct alignas(128) TmaShared {
   uint64_t loaded;
 };
 
-template <int rank> using Dimensions = std::make_integer_sequence<int, rank>;
+template <int rank>
+using Dimensions = std::make_integer_sequence<int, rank>;
 constexpr uint64_t kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL);
 constexpr uint16_t kBothCtas = 3;
 
-// ---- The wrappers by rank ----------------------------------------------------------------------------------------------------
-template <int rank> struct Ops;
-template <> struct Ops<1> { using Load = SM90_TMA_LOAD_1D; using Multicast = SM90_TMA_LOAD_MULTICAST_1D; using Store = SM90_TMA_STORE_1D; using Add = SM90_TMA_REDUCE_ADD_1D; };
-template <> struct Ops<2> { using Load = SM90_TMA_LOAD_2D; using Multicast = SM90_TMA_LOAD_MULTICAST_2D; using Store = SM90_TMA_STORE_2D; using Add = SM90_TMA_REDUCE_ADD_2D; };
-template <> struct Ops<3> { using Load = SM90_TMA_LOAD_3D; using Multicast = SM90_TMA_LOAD_MULTICAST_3D; using Store = SM90_TMA_STORE_3D; using Add = SM90_TMA_REDUCE_ADD_3D; };
-template <> struct Ops<4> { using Load = SM90_TMA_LOAD_4D; using Multicast = SM90_TMA_LOAD_MULTICAST_4D; using Store = SM90_TMA_STORE_4D; using Add = SM90_TMA_REDUCE_ADD_4D; };
-template <> struct Ops<5> { using Load = SM90_TMA_LOAD_5D; using Multicast = SM90_TMA_LOAD_MULTICAST_5D; using Store = SM90_TMA_STORE_5D; using Add = SM90_TMA_REDUCE_ADD_5D; };
-struct AnyRank { using Load = SM90_TMA_LOAD; using Multicast = SM90_TMA_LOAD_MULTICAST; using Store = SM90_TMA_STORE; using Add = SM90_TMA_REDUCE_ADD; };
+// ---- The wrappers by rank
+template <int rank>
+struct Ops;
+template <>
+struct Ops<1> {
+  using Load = SM90_TMA_LOAD_1D;
+  using Multicast = SM90_TMA_LOAD_MULTICAST_1D;
+  using Store = SM90_TMA_STORE_1D;
+  using Add = SM90_TMA_REDUCE_ADD_1D;
+};
+template <>
+struct Ops<2> {
+  using Load = SM90_TMA_LOAD_2D;
+  using Multicast = SM90_TMA_LOAD_MULTICAST_2D;
+  using Store = SM90_TMA_STORE_2D;
+  using Add = SM90_TMA_REDUCE_ADD_2D;
+};
+template <>
+struct Ops<3> {
+  using Load = SM90_TMA_LOAD_3D;
+  using Multicast = SM90_TMA_LOAD_MULTICAST_3D;
+  using Store = SM90_TMA_STORE_3D;
+  using Add = SM90_TMA_REDUCE_ADD_3D;
+};
+template <>
+struct Ops<4> {
+  using Load = SM90_TMA_LOAD_4D;
+  using Multicast = SM90_TMA_LOAD_MULTICAST_4D;
+  using Store = SM90_TMA_STORE_4D;
+  using Add = SM90_TMA_REDUCE_ADD_4D;
+};
+template <>
+struct Ops<5> {
+  using Load = SM90_TMA_LOAD_5D;
+  using Multicast = SM90_TMA_LOAD_MULTICAST_5D;
+  using Store = SM90_TMA_STORE_5D;
+  using Add = SM90_TMA_REDUCE_ADD_5D;
+};
+struct AnyRank {
+  using Load = SM90_TMA_LOAD;
+  using Multicast = SM90_TMA_LOAD_MULTICAST;
+  using Store = SM90_TMA_STORE;
+  using Add = SM90_TMA_REDUCE_ADD;
+};
 
-template <int rank> struct Columns;
-template <> struct Columns<3> { using Load = SM90_TMA_LOAD_IM2COL_3D; using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST_3D; using Store = SM90_TMA_STORE_IM2COL_3D; };
-template <> struct Columns<4> { using Load = SM90_TMA_LOAD_IM2COL_4D; using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST_4D; using Store = SM90_TMA_STORE_IM2COL_4D; };
-template <> struct Columns<5> { using Load = SM90_TMA_LOAD_IM2COL_5D; using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST_5D; using Store = SM90_TMA_STORE_IM2COL_5D; };
-struct AnyColumns { using Load = SM90_TMA_LOAD_IM2COL; using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST; using Store = SM90_TMA_STORE_IM2COL; };
+template <int rank>
+struct Columns;
+template <>
+struct Columns<3> {
+  using Load = SM90_TMA_LOAD_IM2COL_3D;
+  using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST_3D;
+  using Store = SM90_TMA_STORE_IM2COL_3D;
+};
+template <>
+struct Columns<4> {
+  using Load = SM90_TMA_LOAD_IM2COL_4D;
+  using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST_4D;
+  using Store = SM90_TMA_STORE_IM2COL_4D;
+};
+template <>
+struct Columns<5> {
+  using Load = SM90_TMA_LOAD_IM2COL_5D;
+  using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST_5D;
+  using Store = SM90_TMA_STORE_IM2COL_5D;
+};
+struct AnyColumns {
+  using Load = SM90_TMA_LOAD_IM2COL;
+  using Multicast = SM90_TMA_LOAD_IM2COL_MULTICAST;
+  using Store = SM90_TMA_STORE_IM2COL;
+};
 
-// ---- Calls ----------------------------------------------------------------------------------------------------------------------
+// ---- Calls
 template <class Set, bool multicast, int... d>
 __device__ void load_box(const TmaDescriptor& map, TmaShared& s, const Place& p, std::integer_sequence<int, d...>) {
   Set::Load::PREFETCH::copy(&map, p.at[d]...);
@@ -52,10 +109,12 @@ __device__ void load_box(const TmaDescriptor& map, TmaShared& s, const Place& p,
 }
 
 template <class Set, bool multicast, int... d, int... o>
-__device__ void load_column(const TmaDescriptor& map, TmaShared& s, const Place& p, std::integer_sequence<int, d...>, std::integer_sequence<int, o...>) {
+__device__ void load_column(const TmaDescriptor& map, TmaShared& s, const Place& p, std::integer_sequence<int, d...>,
+                            std::integer_sequence<int, o...>) {
   Set::Load::PREFETCH::copy(&map, p.at[d]..., uint16_t(p.offsets[o])...);
   if constexpr (multicast) {
-    if (block_rank_in_cluster() == 0) Set::Multicast::copy(&map, &s.loaded, kBothCtas, s.data, p.at[d]..., uint16_t(p.offsets[o])...);
+    if (block_rank_in_cluster() == 0)
+      Set::Multicast::copy(&map, &s.loaded, kBothCtas, s.data, p.at[d]..., uint16_t(p.offsets[o])...);
   } else {
     Set::Load::copy(&map, &s.loaded, s.data, p.at[d]..., uint16_t(p.offsets[o])...);
   }
@@ -84,15 +143,18 @@ __device__ void dump(TmaShared& s, int bytes, float* out) {
 }
 
 template <class Set, int rank, bool multicast>
-__global__ void boxes(const __grid_constant__ TmaDescriptor from, const __grid_constant__ TmaDescriptor to, const Place p, bool add, float* out) {
+__global__ void boxes(const __grid_constant__ TmaDescriptor from, const __grid_constant__ TmaDescriptor to,
+                      const Place p, bool add, float* out) {
   __shared__ TmaShared s;
   if (threadIdx.x == 0) prefetch_tma_descriptor(&from);
   expect(s, p.bytes);
   if (threadIdx.x == 0) load_box<Set, multicast>(from, s, p, Dimensions<rank>());
   dump(s, p.bytes, out);
   if (threadIdx.x == 0 && blockIdx.x == 0) {
-    if (add) store_box<typename Set::Add>(to, s, p, Dimensions<rank>());
-    else store_box<typename Set::Store>(to, s, p, Dimensions<rank>());
+    if (add)
+      store_box<typename Set::Add>(to, s, p, Dimensions<rank>());
+    else
+      store_box<typename Set::Store>(to, s, p, Dimensions<rank>());
     tma_store_arrive();
     tma_store_wait<0>();
   }
@@ -100,7 +162,8 @@ __global__ void boxes(const __grid_constant__ TmaDescriptor from, const __grid_c
 }
 
 template <class Set, int rank, bool multicast>
-__global__ void columns(const __grid_constant__ TmaDescriptor from, const __grid_constant__ TmaDescriptor to, const Place p, float* out) {
+__global__ void columns(const __grid_constant__ TmaDescriptor from, const __grid_constant__ TmaDescriptor to,
+                        const Place p, float* out) {
   __shared__ TmaShared s;
   expect(s, p.bytes);
   if (threadIdx.x == 0) load_column<Set, multicast>(from, s, p, Dimensions<rank>(), Dimensions<rank - 2>());
@@ -132,11 +195,12 @@ __global__ void bulk(const float* in, float* out, int bytes) {
   }
 }
 
-// ---- Tensor maps that the kernel makes ---------------------------------------------------------------------------------------------
+// ---- Tensor maps that the kernel makes
 enum class Make : int { in_shared, in_global, without_acquire, without_release, plain_copy };
 
 // Warp 0 makes, at `work`, a map like `from` of the tensor at `address`, of shape and strides given.
-__device__ void make_map(const TmaDescriptor& from, TmaDescriptor* work, TmaShared& s, const void* address, array<uint32_t, 5> shape, array<uint64_t, 5> stride, Make how) {
+__device__ void make_map(const TmaDescriptor& from, TmaDescriptor* work, TmaShared& s, const void* address,
+                         array<uint32_t, 5> shape, array<uint64_t, 5> stride, Make how) {
   const int lane = threadIdx.x;
   const bool in_shared = how == Make::in_shared || how == Make::without_acquire;
   auto* to = reinterpret_cast<uint32_t*>(in_shared ? &s.map : work);
@@ -160,8 +224,8 @@ __device__ void make_map(const TmaDescriptor& from, TmaDescriptor* work, TmaShar
   if (how != Make::without_acquire) tma_descriptor_fence_acquire(work);
 }
 
-__global__ void made_map(const __grid_constant__ TmaDescriptor from, TmaDescriptor* work, const void* address, array<uint32_t, 5> shape,
-                         array<uint64_t, 5> stride, Place p, Make how, float* out) {
+__global__ void made_map(const __grid_constant__ TmaDescriptor from, TmaDescriptor* work, const void* address,
+                         array<uint32_t, 5> shape, array<uint64_t, 5> stride, Place p, Make how, float* out) {
   __shared__ TmaShared s;
   expect(s, p.bytes);
   make_map(from, work, s, address, shape, stride, how);
@@ -169,7 +233,7 @@ __global__ void made_map(const __grid_constant__ TmaDescriptor from, TmaDescript
   dump(s, p.bytes, out);
 }
 
-// ---- Host ----------------------------------------------------------------------------------------------------------------------------
+// ---- Host
 struct Problem {
   CUtensorMap from, to;
   Place place;
@@ -187,31 +251,38 @@ static int launch(void (*kernel)(Parameters...), int ctas, Arguments... argument
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <class Set, int rank> static int run_box(const Problem& p) {
+template <class Set, int rank>
+static int run_box(const Problem& p) {
   if (p.multicast) return launch(boxes<Set, rank, true>, 2, p.from, p.to, p.place, p.add != 0, p.dump);
   return launch(boxes<Set, rank, false>, 1, p.from, p.to, p.place, p.add != 0, p.dump);
 }
 
-template <class Set, int rank> static int run_column(const Problem& p) {
+template <class Set, int rank>
+static int run_column(const Problem& p) {
   if (p.multicast) return launch(columns<Set, rank, true>, 2, p.from, p.to, p.place, p.dump);
   return launch(columns<Set, rank, false>, 1, p.from, p.to, p.place, p.dump);
 }
 
 extern "C" int run_boxes(const Problem* p) {
-  int (*const direct[])(const Problem&) = {run_box<Ops<1>, 1>, run_box<Ops<2>, 2>, run_box<Ops<3>, 3>, run_box<Ops<4>, 4>, run_box<Ops<5>, 5>};
-  int (*const any[])(const Problem&) = {run_box<AnyRank, 1>, run_box<AnyRank, 2>, run_box<AnyRank, 3>, run_box<AnyRank, 4>, run_box<AnyRank, 5>};
+  int (*const direct[])(const Problem&) = {run_box<Ops<1>, 1>, run_box<Ops<2>, 2>, run_box<Ops<3>, 3>,
+                                           run_box<Ops<4>, 4>, run_box<Ops<5>, 5>};
+  int (*const any[])(const Problem&) = {run_box<AnyRank, 1>, run_box<AnyRank, 2>, run_box<AnyRank, 3>,
+                                        run_box<AnyRank, 4>, run_box<AnyRank, 5>};
   return (p->any_rank ? any : direct)[p->rank - 1](*p);
 }
 
 extern "C" int run_columns(const Problem* p) {
-  int (*const direct[])(const Problem&) = {run_column<Columns<3>, 3>, run_column<Columns<4>, 4>, run_column<Columns<5>, 5>};
-  int (*const any[])(const Problem&) = {run_column<AnyColumns, 3>, run_column<AnyColumns, 4>, run_column<AnyColumns, 5>};
+  int (*const direct[])(const Problem&) = {run_column<Columns<3>, 3>, run_column<Columns<4>, 4>,
+                                           run_column<Columns<5>, 5>};
+  int (*const any[])(const Problem&) = {run_column<AnyColumns, 3>, run_column<AnyColumns, 4>,
+                                        run_column<AnyColumns, 5>};
   return (p->any_rank ? any : direct)[p->rank - 3](*p);
 }
 
 extern "C" int run_bulk(const float* in, float* out, int64_t bytes) { return launch(bulk, 1, in, out, int(bytes)); }
 
-extern "C" int run_made_map(const Problem* p, TmaDescriptor* work, const void* address, const uint32_t* shape, const uint64_t* stride, int64_t how) {
+extern "C" int run_made_map(const Problem* p, TmaDescriptor* work, const void* address, const uint32_t* shape,
+                            const uint64_t* stride, int64_t how) {
   array<uint32_t, 5> dims{};
   array<uint64_t, 5> strides{};
   for (int d = 0; d < 5; ++d) dims[d] = shape[d], strides[d] = stride[d];

@@ -29,7 +29,8 @@ void schedule(Warp& warp, std::string what, std::function<void()> effect) {
 }
 
 bool cta_ended(const Cta& cta) {
-  return std::all_of(cta.warps.begin(), cta.warps.end(), [](const auto& warp) { return warp->state == Warp::State::done; });
+  return std::all_of(cta.warps.begin(), cta.warps.end(),
+                     [](const auto& warp) { return warp->state == Warp::State::done; });
 }
 
 void check_global(const Issue& issue, uint64_t address, size_t size, bool write) {
@@ -41,24 +42,28 @@ void check_global(const Issue& issue, uint64_t address, size_t size, bool write)
   fault("out-of-bounds global", issue, text);
 }
 
-// ---- Operands -----------------------------------------------------------------------------------------------------------
+// ---- Operands
 
 Space space_of(const Instruction& i, const char* prefix) {
-  const bool named = std::any_of(i.modifiers.begin(), i.modifiers.end(), [&](const std::string& m) { return m.rfind(prefix, 0) == 0; });
+  const bool named = std::any_of(i.modifiers.begin(), i.modifiers.end(),
+                                 [&](const std::string& m) { return m.rfind(prefix, 0) == 0; });
   return named ? Space::shared : Space::generic;
 }
 
 SharedPlace place_of(Warp& warp, const Instruction& i, const Operand& operand, size_t size, bool local, int lane) {
   const SharedPlace place = shared_place(warp, i, operand_value(warp, operand, lane), size, space_of(i, "shared"));
-  if (local && place.cta != warp.cta) fault("address of another CTA", warp, i, "the instruction needs shared memory of its own CTA", lane);
-  if (place.cta != warp.cta && cta_ended(*place.cta)) fault("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
+  if (local && place.cta != warp.cta)
+    fault("address of another CTA", warp, i, "the instruction needs shared memory of its own CTA", lane);
+  if (place.cta != warp.cta && cta_ended(*place.cta))
+    fault("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
   return place;
 }
 
 bool only(const Instruction& i, std::initializer_list<const char*> known) {
   return std::all_of(i.modifiers.begin(), i.modifiers.end(), [&](const std::string& modifier) {
     return std::any_of(known.begin(), known.end(), [&](const std::string name) {
-      return name.back() == '*' ? modifier.compare(0, name.size() - 1, name, 0, name.size() - 1) == 0 : modifier == name;
+      return name.back() == '*' ? modifier.compare(0, name.size() - 1, name, 0, name.size() - 1) == 0
+                                : modifier == name;
     });
   });
 }
@@ -67,7 +72,7 @@ bool has_any(const Instruction& i, std::initializer_list<const char*> names) {
   return std::any_of(names.begin(), names.end(), [&](const char* name) { return i.has(name); });
 }
 
-// ---- Loads --------------------------------------------------------------------------------------------------------------
+// ---- Loads
 
 void set_in_flight(Cta& cta, const Range& range, bool in_flight) {
   uint8_t* flags = cta.shared.flags.data() + range.offset;
@@ -77,23 +82,30 @@ void set_in_flight(Cta& cta, const Range& range, bool in_flight) {
 
 void hold_source(Cta& cta, const Range& range, int change) {
   if (!range.size) return;
-  for (uint32_t g = range.offset / 16; g <= (range.offset + range.size - 1) / 16; ++g) cta.shared.granules[g].async_readers += change;
+  for (uint32_t g = range.offset / 16; g <= (range.offset + range.size - 1) / 16; ++g)
+    cta.shared.granules[g].async_readers += change;
 }
 
 static void check_destination(const Issue& issue, const Cta& cta, const Range& range, bool reduces) {
   uint8_t any = 0;
   for (uint32_t b = 0; b < range.size; ++b) any |= cta.shared.flags[range.offset + b];
-  if (any & SharedMemory::in_flight && !reduces) fault("overwritten while a copy is in flight", issue, "another copy to the same shared memory has not been waited for");
+  if (any & SharedMemory::in_flight && !reduces)
+    fault("overwritten while a copy is in flight", issue,
+          "another copy to the same shared memory has not been waited for");
   for (uint32_t g = range.offset / 16; range.size && g <= (range.offset + range.size - 1) / 16; ++g)
-    if (cta.shared.granules[g].async_readers) fault("overwritten while read", issue, "an outstanding wgmma or bulk store still reads shared offset " + std::to_string(g * 16));
+    if (cta.shared.granules[g].async_readers)
+      fault("overwritten while read", issue,
+            "an outstanding wgmma or bulk store still reads shared offset " + std::to_string(g * 16));
 }
 
-std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier, std::vector<Range> ranges, bool reduces) {
+std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier, std::vector<Range> ranges,
+                                 bool reduces) {
   for (const Range& range : ranges) {
     check_destination(issue, cta, range, reduces);
     set_in_flight(cta, range, true);
   }
-  auto load = std::make_shared<Load>(Load{issue, &cta, barrier, barrier_at(issue, cta, barrier).phase, std::move(ranges)});
+  auto load =
+      std::make_shared<Load>(Load{issue, &cta, barrier, barrier_at(issue, cta, barrier).phase, std::move(ranges)});
   copies_of(*cta.cluster).loads.push_back(load);
   return load;
 }
@@ -104,7 +116,8 @@ void land(Load& load, const void* data) {
   int64_t bytes = 0;
   for (const Range& range : load.ranges) {
     set_in_flight(*load.cta, range, false);
-    async_write_shared(*issue.warp, *issue.instruction, *load.cta, range.offset, range.size, static_cast<const uint8_t*>(data) + bytes);
+    async_write_shared(*issue.warp, *issue.instruction, *load.cta, range.offset, range.size,
+                       static_cast<const uint8_t*>(data) + bytes);
     set_in_flight(*load.cta, range, true);
     bytes += range.size;
   }
@@ -124,28 +137,33 @@ void observe(Cta& cta, uint32_t barrier) {
   });
 }
 
-// ---- Stores -------------------------------------------------------------------------------------------------------------
+// ---- Stores
 
-void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> used, std::function<void(std::vector<uint8_t>&)> write) {
+void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> used,
+                 std::function<void(std::vector<uint8_t>&)> write) {
   auto store = std::make_shared<Store>(Store{issue, &cta, source});
   copies_of(*issue.warp).stores.push_back(store);
   Warp& warp = *issue.warp;
-  for (const Range& part : used) async_read_shared(warp, *issue.instruction, cta, part.offset, part.size, nullptr);  // a late read must not profit from a later fence
+  for (const Range& part : used)
+    async_read_shared(warp, *issue.instruction, cta, part.offset, part.size,
+                      nullptr);  // a late read must not profit from a later fence
   hold_source(cta, source, 1);
-  schedule(warp, "read of " + issue.instruction->text, [store, used = std::move(used), write = std::move(write)]() mutable {
-    auto data = std::make_shared<std::vector<uint8_t>>(store->source.size);
-    Warp& issuer = *store->issue.warp;
-    for (const Range& part : used)
-      async_read_shared(issuer, *store->issue.instruction, *store->cta, part.offset, part.size, data->data() + (part.offset - store->source.offset));
-    store->read = true;
-    schedule(issuer, "write of " + store->issue.instruction->text, [store, data, write = std::move(write)] {
-      write(*data);
-      store->written = true;
-    });
-  });
+  schedule(warp, "read of " + issue.instruction->text,
+           [store, used = std::move(used), write = std::move(write)]() mutable {
+             auto data = std::make_shared<std::vector<uint8_t>>(store->source.size);
+             Warp& issuer = *store->issue.warp;
+             for (const Range& part : used)
+               async_read_shared(issuer, *store->issue.instruction, *store->cta, part.offset, part.size,
+                                 data->data() + (part.offset - store->source.offset));
+             store->read = true;
+             schedule(issuer, "write of " + store->issue.instruction->text, [store, data, write = std::move(write)] {
+               write(*data);
+               store->written = true;
+             });
+           });
 }
 
-// ---- For the scheduler --------------------------------------------------------------------------------------------------
+// ---- For the scheduler
 
 static std::string in_kernel(const Cluster& cluster) { return "kernel " + cluster.launch->function->name + ", "; }
 
@@ -153,12 +171,14 @@ void async_check_deadlock(Cluster& cluster, const std::string& report) {
   const auto& loads = copies_of(cluster).loads;
   for (const auto& cta : cluster.ctas) {
     for (const auto& [offset, barrier] : cta->mbarriers) {
-      if (barrier.tx < 0) throw Fault("expect_tx too small", in_kernel(cluster) + describe(*cta, offset, barrier) + "\n" + report);
+      if (barrier.tx < 0)
+        throw Fault("expect_tx too small", in_kernel(cluster) + describe(*cta, offset, barrier) + "\n" + report);
       const bool outstanding = std::any_of(loads.begin(), loads.end(), [&, offset = offset](const auto& load) {
         return load->cta == cta.get() && load->barrier == offset && !load->landed;
       });
       if (barrier.pending == 0 && barrier.tx > 0 && !outstanding)
-        throw Fault("expect_tx too large", in_kernel(cluster) + describe(*cta, offset, barrier) + "; all its copies are complete\n" + report);
+        throw Fault("expect_tx too large",
+                    in_kernel(cluster) + describe(*cta, offset, barrier) + "; all its copies are complete\n" + report);
     }
   }
 }
@@ -166,7 +186,8 @@ void async_check_deadlock(Cluster& cluster, const std::string& report) {
 void async_finish(Cluster& cluster) {
   for (const auto& cta : cluster.ctas)
     for (const auto& [offset, barrier] : cta->mbarriers)
-      if (barrier.tx < 0) throw Fault("expect_tx too small", in_kernel(cluster) + "at its end " + describe(*cta, offset, barrier));
+      if (barrier.tx < 0)
+        throw Fault("expect_tx too small", in_kernel(cluster) + "at its end " + describe(*cta, offset, barrier));
   for (const auto& load : copies_of(cluster).loads)
     fault("exit with a copy in flight", load->issue,
           std::string(load->landed ? "nobody has waited for " : "not complete when the kernel ended; expected at ") +
@@ -174,7 +195,8 @@ void async_finish(Cluster& cluster) {
   for (const auto& cta : cluster.ctas) {
     for (const auto& warp : cta->warps) {
       for (const auto& store : copies_of(*warp).stores)
-        if (!store->released) fault("exit with a copy in flight", store->issue, "the bulk group of this store was not waited for");
+        if (!store->released)
+          fault("exit with a copy in flight", store->issue, "the bulk group of this store was not waited for");
       for (const ThreadCopy& copy : copies_of(*warp).thread_copies)
         fault("exit with a copy in flight", copy.issue, "this cp.async was not waited for");
     }
@@ -187,8 +209,8 @@ void async_finish(Cluster& cluster) {
 }
 
 bool bind_async(Instruction& instruction) {
-  return bind_mbarrier(instruction) || bind_thread_copy(instruction) || bind_bulk(instruction) || bind_tensor_copy(instruction) ||
-         bind_tensormap(instruction) || bind_cluster(instruction);
+  return bind_mbarrier(instruction) || bind_thread_copy(instruction) || bind_bulk(instruction) ||
+         bind_tensor_copy(instruction) || bind_tensormap(instruction) || bind_cluster(instruction);
 }
 
 }  // namespace hoppersim

@@ -17,7 +17,9 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   ClusterCopies& copies = copies_of(*cta.cluster);
   for (const auto& load : copies.loads)
     if (load->cta == &cta && load->barrier == offset && !load->landed)
-      fault("expect_tx too small", issue, "the phase ends while a copy of it is in flight: " + where(*load->issue.warp, *load->issue.instruction, load->issue.lane));
+      fault("expect_tx too small", issue,
+            "the phase ends while a copy of it is in flight: " +
+                where(*load->issue.warp, *load->issue.instruction, load->issue.lane));
   ++barrier.phase;
   barrier.pending = static_cast<int32_t>(barrier.expected);
   merge(barrier.completed_clock, barrier.clock);
@@ -25,7 +27,9 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   ++copies.completed_phases;
 }
 
-uint64_t state_of(const Mbarrier& barrier) { return static_cast<uint64_t>(barrier.phase) << 32 | static_cast<uint32_t>(barrier.pending); }
+uint64_t state_of(const Mbarrier& barrier) {
+  return static_cast<uint64_t>(barrier.phase) << 32 | static_cast<uint32_t>(barrier.pending);
+}
 
 template <class Body>
 void each_lane(Warp& warp, const Instruction& i, uint32_t mask, Body body) {
@@ -38,8 +42,10 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, issue.lane);
     const uint64_t count = operand_value(warp, i.operands[1], issue.lane) & 0xffffffffu;
     if (place.offset % 8) fault("misaligned shared", issue, "an mbarrier has 8 bytes alignment");
-    if (count == 0 || count > kMaxCount) fault("mbarrier misuse", issue, "arrival count " + std::to_string(count) + " is not in 1 … 2^20 - 1");
-    if (warp.cta->mbarriers.count(place.offset)) fault("mbarrier misuse", issue, "initialised again without mbarrier.inval");
+    if (count == 0 || count > kMaxCount)
+      fault("mbarrier misuse", issue, "arrival count " + std::to_string(count) + " is not in 1 … 2^20 - 1");
+    if (warp.cta->mbarriers.count(place.offset))
+      fault("mbarrier misuse", issue, "initialised again without mbarrier.inval");
     Mbarrier& barrier = warp.cta->mbarriers[place.offset];
     barrier.expected = static_cast<uint32_t>(count);
     barrier.pending = static_cast<int32_t>(count);
@@ -52,7 +58,8 @@ bool invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, issue.lane);
     barrier_at(issue, *place.cta, place.offset);
     for (const auto& load : copies_of(*warp.cta->cluster).loads)
-      if (load->cta == place.cta && load->barrier == place.offset) fault("mbarrier misuse", issue, "invalidated before its copies were waited for");
+      if (load->cta == place.cta && load->barrier == place.offset)
+        fault("mbarrier misuse", issue, "invalidated before its copies were waited for");
     place.cta->mbarriers.erase(place.offset);
   });
   return true;
@@ -69,7 +76,8 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
     set_register(warp, i.operands[0], issue.lane, state_of(barrier));
     uint32_t count = 1;
     if (flags & kExpect) {
-      expect_bytes(issue, *place.cta, place.offset, static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane)));
+      expect_bytes(issue, *place.cta, place.offset,
+                   static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane)));
     } else if (flags & kCount) {
       count = static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane));
     }
@@ -80,7 +88,8 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
     }
     const uint32_t phase = barrier.phase;
     arrive(issue, *place.cta, place.offset, count, !(flags & kRelaxed));
-    if (flags & kNoComplete && barrier.phase != phase) fault("mbarrier misuse", issue, "this .noComplete arrival completes the phase");
+    if (flags & kNoComplete && barrier.phase != phase)
+      fault("mbarrier misuse", issue, "this .noComplete arrival completes the phase");
   });
   // What the warp writes from here on is not covered by the arrival.
   ++warp.clock[warp.clock_index()];
@@ -103,7 +112,7 @@ bool pending_count(Warp& warp, const Instruction& i, uint32_t mask) {
   return true;
 }
 
-// ---- Waits: one question per lane ------------------------------------------------------------------------------------------
+// ---- Waits: one question per lane
 struct Question {
   Cta* cta;
   uint32_t offset;
@@ -111,7 +120,8 @@ struct Question {
   uint32_t phase;  // parity or the phase of the state token
   bool done() const {
     const auto found = cta->mbarriers.find(offset);
-    return found == cta->mbarriers.end() || (parity ? (found->second.phase & 1) != phase : found->second.phase != phase);
+    return found == cta->mbarriers.end() ||
+           (parity ? (found->second.phase & 1) != phase : found->second.phase != phase);
   }
 };
 
@@ -121,14 +131,16 @@ Question question(Warp& warp, const Instruction& i, int lane) {
   const Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
   const uint64_t value = operand_value(warp, i.operands[2], lane);
   const bool parity = i.data[1];
-  if (parity && (value & 0xffffffffu) > 1) fault("mbarrier misuse", issue, "phase parity " + std::to_string(value & 0xffffffffu) + " is not 0 or 1");
+  if (parity && (value & 0xffffffffu) > 1)
+    fault("mbarrier misuse", issue, "phase parity " + std::to_string(value & 0xffffffffu) + " is not 0 or 1");
   const auto phase = static_cast<uint32_t>(parity ? value : value >> 32);
-  if (!parity && phase != barrier.phase && phase + 1 != barrier.phase) fault("mbarrier misuse", issue, "the state is older than the preceding phase");
+  if (!parity && phase != barrier.phase && phase + 1 != barrier.phase)
+    fault("mbarrier misuse", issue, "the state is older than the preceding phase");
   return {place.cta, place.offset, parity, phase};
 }
 
-// Puts the warp to sleep until one of its questions is answered. test_wait and try_wait may both take any time; a warp that
-// asks several barriers in turn must come back when any phase of the cluster has ended.
+// Puts the warp to sleep until one of its questions is answered. test_wait and try_wait may both take any time; a warp
+// that asks several barriers in turn must come back when any phase of the cluster has ended.
 void sleep(Warp& warp, const Instruction& i, std::vector<Question> questions) {
   const Question& first = questions.front();
   char place[64];
@@ -150,7 +162,8 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     if (!(mask >> lane & 1)) continue;
     const Question q = question(warp, i, lane);
     if (q.done()) done |= 1u << lane;
-    const bool known = std::any_of(questions.begin(), questions.end(), [&](const Question& o) { return o.offset == q.offset && o.phase == q.phase; });
+    const bool known = std::any_of(questions.begin(), questions.end(),
+                                   [&](const Question& o) { return o.offset == q.offset && o.phase == q.phase; });
     if (known) continue;
     questions.push_back(q);
     if (!q.done()) continue;
@@ -180,14 +193,19 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
 
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
   char text[200];
-  std::snprintf(text, sizeof text, "mbarrier at shared offset 0x%x of cta %d: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing", offset,
-                cta.rank, barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected, static_cast<long long>(barrier.tx));
+  std::snprintf(
+      text, sizeof text,
+      "mbarrier at shared offset 0x%x of cta %d: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing",
+      offset, cta.rank, barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected,
+      static_cast<long long>(barrier.tx));
   return text;
 }
 
 Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset) {
   const auto found = cta.mbarriers.find(offset);
-  if (found == cta.mbarriers.end()) fault("uninitialised mbarrier", issue, "no mbarrier at shared offset " + std::to_string(offset) + " of cta " + std::to_string(cta.rank));
+  if (found == cta.mbarriers.end())
+    fault("uninitialised mbarrier", issue,
+          "no mbarrier at shared offset " + std::to_string(offset) + " of cta " + std::to_string(cta.rank));
   return found->second;
 }
 
@@ -208,7 +226,8 @@ void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes) 
 void complete_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   barrier.tx -= bytes;
-  if (barrier.tx < -static_cast<int64_t>(kMaxCount)) fault("transaction count out of range", issue, describe(cta, offset, barrier));
+  if (barrier.tx < -static_cast<int64_t>(kMaxCount))
+    fault("transaction count out of range", issue, describe(cta, offset, barrier));
   settle(issue, cta, offset, barrier);
 }
 
@@ -222,19 +241,23 @@ bool bind_mbarrier(Instruction& i) {
   } else if (what == "inval" && operands == 1 && only(i, {"inval", "shared", "shared::cta", "b64"})) {
     i.execute = invalidate;
   } else if ((what == "arrive" || what == "arrive_drop") && operands >= 2 && operands <= 3 &&
-             only(i, {"arrive", "arrive_drop", "expect_tx", "noComplete", "release", "relaxed", "cta", "cluster", "shared", "shared::cta", "shared::cluster", "b64"})) {
+             only(i, {"arrive", "arrive_drop", "expect_tx", "noComplete", "release", "relaxed", "cta", "cluster",
+                      "shared", "shared::cta", "shared::cluster", "b64"})) {
     if (i.has("expect_tx") && operands != 3) return false;
     i.data[0] = what == "arrive" ? kArrive : kDrop;
-    i.data[1] |= (i.has("expect_tx") ? +kExpect : 0u) | (i.has("noComplete") ? +kNoComplete : 0u) | (i.has("relaxed") ? +kRelaxed : 0u) | (operands == 3 ? +kCount : 0u);
+    i.data[1] |= (i.has("expect_tx") ? +kExpect : 0u) | (i.has("noComplete") ? +kNoComplete : 0u) |
+                 (i.has("relaxed") ? +kRelaxed : 0u) | (operands == 3 ? +kCount : 0u);
     if (space_of(i, "shared") == Space::generic) i.data[1] &= ~kLocal;  // a generic address may be remote
     i.execute = arrive_on;
   } else if ((what == "expect_tx" || what == "complete_tx") && operands == 2 &&
-             only(i, {"expect_tx", "complete_tx", "relaxed", "cta", "cluster", "shared", "shared::cta", "shared::cluster", "b64"})) {
+             only(i, {"expect_tx", "complete_tx", "relaxed", "cta", "cluster", "shared", "shared::cta",
+                      "shared::cluster", "b64"})) {
     i.data[0] = what == "complete_tx";
     if (space_of(i, "shared") == Space::generic) i.data[1] &= ~kLocal;
     i.execute = change_bytes;
   } else if ((what == "test_wait" || what == "try_wait") && (operands == 3 || (operands == 4 && what == "try_wait")) &&
-             only(i, {"test_wait", "try_wait", "parity", "acquire", "relaxed", "cta", "cluster", "shared", "shared::cta", "b64"})) {
+             only(i, {"test_wait", "try_wait", "parity", "acquire", "relaxed", "cta", "cluster", "shared",
+                      "shared::cta", "b64"})) {
     i.data[0] = what == "try_wait";
     i.data[1] = i.has("parity");
     i.execute = wait;

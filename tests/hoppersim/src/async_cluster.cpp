@@ -12,9 +12,11 @@ bool map_address(Warp& warp, const Instruction& i, uint32_t mask) {
   const auto ranks = warp.cta->cluster->ctas.size();
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    const SharedPlace place = shared_place(warp, i, operand_value(warp, i.operands[1], lane), 1, generic ? Space::generic : Space::shared);
+    const SharedPlace place =
+        shared_place(warp, i, operand_value(warp, i.operands[1], lane), 1, generic ? Space::generic : Space::shared);
     const uint64_t rank = operand_value(warp, i.operands[2], lane) & 0xffffffffu;
-    if (rank >= ranks) fault("no such CTA", warp, i, "rank " + std::to_string(rank) + " in a cluster of " + std::to_string(ranks), lane);
+    if (rank >= ranks)
+      fault("no such CTA", warp, i, "rank " + std::to_string(rank) + " in a cluster of " + std::to_string(ranks), lane);
     set_register(warp, i.operands[0], lane, (generic ? kSharedWindow : 0) + rank * kRankStride + place.offset);
   }
   return true;
@@ -23,13 +25,14 @@ bool map_address(Warp& warp, const Instruction& i, uint32_t mask) {
 bool rank_of_address(Warp& warp, const Instruction& i, uint32_t mask) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    const SharedPlace place = shared_place(warp, i, operand_value(warp, i.operands[1], lane), 1, i.data[0] ? Space::generic : Space::shared);
+    const SharedPlace place =
+        shared_place(warp, i, operand_value(warp, i.operands[1], lane), 1, i.data[0] ? Space::generic : Space::shared);
     set_register(warp, i.operands[0], lane, static_cast<uint32_t>(place.cta->rank));
   }
   return true;
 }
 
-// ---- barrier.cluster: complete when every lane of the cluster that has not exited has arrived --------------------------------
+// ---- barrier.cluster: complete when every lane of the cluster that has not exited has arrived
 bool try_complete(Cluster& cluster) {
   bool any = false;
   for (const auto& cta : cluster.ctas) {
@@ -52,7 +55,9 @@ bool try_complete(Cluster& cluster) {
 
 bool cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
   WarpCopies& copies = copies_of(warp);
-  if (copies.cluster_waiting & mask) fault("barrier.cluster misuse", warp, i, "arrives again without barrier.cluster.wait", std::countr_zero(copies.cluster_waiting & mask));
+  if (copies.cluster_waiting & mask)
+    fault("barrier.cluster misuse", warp, i, "arrives again without barrier.cluster.wait",
+          std::countr_zero(copies.cluster_waiting & mask));
   Cta::NamedBarrier& barrier = warp.cta->cluster->barrier;
   copies.cluster_arrived |= mask;
   copies.cluster_waiting |= mask;
@@ -69,7 +74,9 @@ bool cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   WarpCopies& copies = copies_of(warp);
-  if (mask & ~copies.cluster_waiting) fault("barrier.cluster misuse", warp, i, "waits without barrier.cluster.arrive", std::countr_zero(mask & ~copies.cluster_waiting));
+  if (mask & ~copies.cluster_waiting)
+    fault("barrier.cluster misuse", warp, i, "waits without barrier.cluster.arrive",
+          std::countr_zero(mask & ~copies.cluster_waiting));
   Cluster& cluster = *warp.cta->cluster;
   uint64_t generation = 0;
   for (int lane = 0; lane < kLanes; ++lane)
@@ -78,7 +85,9 @@ bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
     warp.waiting_for = "barrier.cluster";
     warp.state = Warp::State::waiting;
     // Lanes that exit instead of arriving complete the barrier too, so ask again each time.
-    warp.can_resume = [&cluster, generation] { return cluster.barrier.generation > generation || try_complete(cluster); };
+    warp.can_resume = [&cluster, generation] {
+      return cluster.barrier.generation > generation || try_complete(cluster);
+    };
     return false;
   }
   copies.cluster_waiting &= ~mask;

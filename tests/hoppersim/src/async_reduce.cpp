@@ -49,7 +49,8 @@ void each_element(void* memory, const void* data, size_t bytes, Combine combine)
     Bits value, old = __atomic_load_n(to + e, __ATOMIC_RELAXED);
     std::memcpy(&value, static_cast<const uint8_t*>(data) + e * sizeof(Bits), sizeof value);
     Bits next = combine(old, value);
-    while (!__atomic_compare_exchange_n(to + e, &old, next, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) next = combine(old, value);
+    while (!__atomic_compare_exchange_n(to + e, &old, next, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+      next = combine(old, value);
   }
 }
 
@@ -80,8 +81,10 @@ bool reduces(Reduce reduce, TensorType type) {
   const bool integer = type == u32 || type == s32 || type == u64 || type == s64;
   switch (reduce) {
     case Reduce::add: return integer || type == f16 || type == bf16 || type == f32 || type == f32_ftz || type == f64;
-    case Reduce::min: case Reduce::max: return integer || type == f16 || type == bf16;
-    case Reduce::inc: case Reduce::dec: return type == u32;
+    case Reduce::min:
+    case Reduce::max: return integer || type == f16 || type == bf16;
+    case Reduce::inc:
+    case Reduce::dec: return type == u32;
     default: return integer;
   }
 }
@@ -109,7 +112,8 @@ void reduce_elements(Reduce reduce, TensorType type, void* memory, const void* d
       });
     case TensorType::bf16:
       return each_element<uint16_t>(memory, data, bytes, [reduce](uint16_t old, uint16_t value) {
-        return bf16_of_float(apply(reduce, float_of_element(Element::bf16, old), float_of_element(Element::bf16, value)));
+        return bf16_of_float(
+            apply(reduce, float_of_element(Element::bf16, old), float_of_element(Element::bf16, value)));
       });
     default: return;
   }

@@ -1,4 +1,5 @@
-// cp.async.bulk.tensor and cp.reduce.async.bulk.tensor: boxes (tile mode) and columns of pixels (im2col) of a tensor map.
+// cp.async.bulk.tensor and cp.reduce.async.bulk.tensor: boxes (tile mode) and columns of pixels (im2col) of a tensor
+// map.
 #include <algorithm>
 
 #include "async_reduce.h"
@@ -13,11 +14,11 @@ constexpr uint32_t kNoReduction = ~0u;
 // A box of the tensor, or a column of its pixels: what lies where in the tensor and in shared memory.
 struct Box {
   TensorMap map;
-  int64_t start[kTensorRank];     // coordinates of its first element, may be negative
-  int64_t offset[kTensorRank];    // im2col: what is added to the position of a pixel
-  uint32_t count[kTensorRank];    // elements moved per dimension; of a column in dimension 0 only
+  int64_t start[kTensorRank];   // coordinates of its first element, may be negative
+  int64_t offset[kTensorRank];  // im2col: what is added to the position of a pixel
+  uint32_t count[kTensorRank];  // elements moved per dimension; of a column in dimension 0 only
   uint32_t element, row_bytes, bytes;
-  uint32_t first, last;           // elements [first, last) of a row are inside the tensor
+  uint32_t first, last;  // elements [first, last) of a row are inside the tensor
 
   // Global address of element 0 of the row at these coordinates (of dimensions 1 …), 0 when it is outside.
   uint64_t address_at(const int64_t* coordinate) const {
@@ -37,7 +38,8 @@ struct Box {
     uint32_t index[kTensorRank] = {};
     for (uint32_t r = 0; r < bytes / row_bytes; ++r) {
       int64_t coordinate[kTensorRank];
-      for (int d = 1; d < kTensorRank; ++d) coordinate[d] = start[d] + static_cast<int64_t>(index[d]) * map.element_stride[d];
+      for (int d = 1; d < kTensorRank; ++d)
+        coordinate[d] = start[d] + static_cast<int64_t>(index[d]) * map.element_stride[d];
       row(r, address_at(coordinate));
       for (int d = 1; d < kTensorRank && ++index[d] == count[d]; ++d) index[d] = 0;
     }
@@ -65,9 +67,11 @@ struct Box {
 
 TensorMap read_map(const Issue& issue, const Operand& operand) {
   const uint64_t address = address_of(*issue.warp, operand, issue.lane);
-  if (address >= kSharedWindow) fault("invalid tensor map", issue, "a tensor map must be in global, constant or parameter memory");
+  if (address >= kSharedWindow)
+    fault("invalid tensor map", issue, "a tensor map must be in global, constant or parameter memory");
   uint8_t bytes[128];
-  for (int part = 0; part < 128; part += 8) read_memory(*issue.warp, *issue.instruction, Space::generic, address + part, 8, bytes + part, issue.lane);
+  for (int part = 0; part < 128; part += 8)
+    read_memory(*issue.warp, *issue.instruction, Space::generic, address + part, 8, bytes + part, issue.lane);
   TensorMap map;
   std::memcpy(&map, bytes, sizeof map);
   if (map.magic != kTensorMapMagic) fault("invalid tensor map", issue, "no tensor map at this address");
@@ -92,15 +96,20 @@ void coordinates_of(const Operand& operand, std::vector<const Operand*>& out) {
 // The offsets of an im2col load or prefetch, and that the column starts on a position of the bounding box.
 void place_column(const Issue& issue, Box& box, const Operand* offsets) {
   const uint32_t rank = box.map.rank, spatial = rank - 2;
-  if (offsets && offsets->elements.size() != spatial) fault("ptx syntax", issue, "needs " + std::to_string(spatial) + " im2col offsets");
+  if (offsets && offsets->elements.size() != spatial)
+    fault("ptx syntax", issue, "needs " + std::to_string(spatial) + " im2col offsets");
   for (uint32_t d = 1; d <= spatial; ++d) {
-    if (offsets) box.offset[d] = static_cast<uint16_t>(operand_value(*issue.warp, offsets->elements[d - 1], issue.lane));
-    const int64_t lower = box.map.lower[d - 1], last = static_cast<int64_t>(box.map.extent[d]) - 1 + box.map.upper[d - 1];
+    if (offsets)
+      box.offset[d] = static_cast<uint16_t>(operand_value(*issue.warp, offsets->elements[d - 1], issue.lane));
+    const int64_t lower = box.map.lower[d - 1],
+                  last = static_cast<int64_t>(box.map.extent[d]) - 1 + box.map.upper[d - 1];
     if (box.start[d] < lower || box.start[d] > last || (box.start[d] - lower) % box.map.element_stride[d]) {
-      fault("unsupported instruction", issue, "a column of pixels that starts beside the positions of its bounding box is not modelled");
+      fault("unsupported instruction", issue,
+            "a column of pixels that starts beside the positions of its bounding box is not modelled");
     }
   }
-  if (box.map.element_stride[rank - 1] != 1) fault("unsupported instruction", issue, "im2col with an element stride of the images is not modelled");
+  if (box.map.element_stride[rank - 1] != 1)
+    fault("unsupported instruction", issue, "im2col with an element stride of the images is not modelled");
 }
 
 Box box_of(const Issue& issue, const Operand& operand, const Operand* offsets = nullptr) {
@@ -109,7 +118,8 @@ Box box_of(const Issue& issue, const Operand& operand, const Operand* offsets = 
   const uint32_t rank = issue.instruction->data[1];
   const bool im2col = issue.instruction->data[3];
   if (box.map.rank != rank) fault("invalid tensor map", issue, "its rank is " + std::to_string(box.map.rank));
-  if ((box.map.mode == TensorMode::im2col) != im2col) fault("invalid tensor map", issue, im2col ? "it was made for tile mode" : "it was made for im2col mode");
+  if ((box.map.mode == TensorMode::im2col) != im2col)
+    fault("invalid tensor map", issue, im2col ? "it was made for tile mode" : "it was made for im2col mode");
   std::vector<const Operand*> coordinates;
   coordinates_of(operand, coordinates);
   if (coordinates.size() != rank) fault("ptx syntax", issue, "needs " + std::to_string(rank) + " coordinates");
@@ -131,7 +141,8 @@ Box box_of(const Issue& issue, const Operand& operand, const Operand* offsets = 
   box.last = static_cast<uint32_t>(std::clamp<int64_t>(extent - box.start[0], 0, width));
   const int span = span_of(box.map.swizzle);
   if (span && box.row_bytes != static_cast<uint32_t>(span) && box.bytes != box.row_bytes)
-    fault("unsupported instruction", issue, "a swizzled box whose rows are shorter than the swizzle span is not modelled");
+    fault("unsupported instruction", issue,
+          "a swizzled box whose rows are shorter than the swizzle span is not modelled");
   return box;
 }
 
@@ -170,7 +181,8 @@ void load_rows(const Box& box, uint32_t offset, std::vector<uint8_t>& image) {
   box.each_row([&](uint32_t row, uint64_t address) {
     if (!address) return;
     const uint32_t skip = box.first * box.element;
-    std::memcpy(rows.data() + static_cast<size_t>(row) * box.row_bytes + skip, reinterpret_cast<const void*>(address + skip), (box.last - box.first) * box.element);
+    std::memcpy(rows.data() + static_cast<size_t>(row) * box.row_bytes + skip,
+                reinterpret_cast<const void*>(address + skip), (box.last - box.first) * box.element);
   });
   image.resize(box.bytes);
   permute(box, offset, rows.data(), image.data(), true);
@@ -209,8 +221,10 @@ std::vector<Range> inside(const Box& box, uint32_t offset) {
 }
 
 SharedPlace tile_place(const Issue& issue, const Operand& operand, const Box& box) {
-  const SharedPlace place = shared_place(*issue.warp, *issue.instruction, address_of(*issue.warp, operand, issue.lane), box.bytes, Space::shared);
-  if (place.offset % 128) fault("misaligned bulk copy", issue, "shared offset " + std::to_string(place.offset) + " is not a multiple of 128");
+  const SharedPlace place = shared_place(*issue.warp, *issue.instruction, address_of(*issue.warp, operand, issue.lane),
+                                         box.bytes, Space::shared);
+  if (place.offset % 128)
+    fault("misaligned bulk copy", issue, "shared offset " + std::to_string(place.offset) + " is not a multiple of 128");
   return place;
 }
 
@@ -222,9 +236,12 @@ void load_box(const Issue& issue) {
   const SharedPlace to = tile_place(issue, i.operands[0], *box);
   const SharedPlace barrier = shared_place(warp, i, address_of(warp, i.operands[2], issue.lane), 8, Space::shared);
   if (barrier.cta != to.cta) fault("mbarrier misuse", issue, "the mbarrier is in another CTA than the destination");
-  if (i.has("shared::cta") && to.cta != warp.cta) fault("address of another CTA", issue, "the destination is shared::cta");
+  if (i.has("shared::cta") && to.cta != warp.cta)
+    fault("address of another CTA", issue, "the destination is shared::cta");
   const bool multicast = i.has("multicast::cluster");
-  const uint32_t mask = multicast ? static_cast<uint32_t>(operand_value(warp, i.operands[i.data[3] ? 4 : 3], issue.lane)) & 0xffff : 1u << to.cta->rank;
+  const uint32_t mask =
+      multicast ? static_cast<uint32_t>(operand_value(warp, i.operands[i.data[3] ? 4 : 3], issue.lane)) & 0xffff
+                : 1u << to.cta->rank;
   if (mask >> cluster.ctas.size()) fault("no such CTA", issue, "multicast to a CTA outside of the cluster");
   cluster.counters.bulk_read_bytes += check_rows(issue, *box, false);
   for (uint32_t rank = 0; rank < cluster.ctas.size(); ++rank) {
@@ -242,12 +259,15 @@ void store_box(const Issue& issue) {
   const Instruction& i = *issue.instruction;
   auto box = std::make_shared<const Box>(box_of(issue, i.operands[0]));
   const SharedPlace from = tile_place(issue, i.operands[1], *box);
-  if (from.cta != issue.warp->cta) fault("address of another CTA", issue, "the source of a bulk store is shared memory of its own CTA");
+  if (from.cta != issue.warp->cta)
+    fault("address of another CTA", issue, "the source of a bulk store is shared memory of its own CTA");
   const uint32_t reduction = i.data[2];
-  if (reduction != kNoReduction && !reduces(static_cast<Reduce>(reduction), box->map.type)) fault("invalid tensor map", issue, "its data type has no such reduction");
+  if (reduction != kNoReduction && !reduces(static_cast<Reduce>(reduction), box->map.type))
+    fault("invalid tensor map", issue, "its data type has no such reduction");
   issue.warp->cta->cluster->counters.bulk_write_bytes += check_rows(issue, *box, true);
   const uint32_t offset = from.offset;
-  issue_store(issue, *from.cta, {offset, box->bytes}, inside(*box, offset), [=](std::vector<uint8_t>& image) { store_rows(*box, offset, image, reduction); });
+  issue_store(issue, *from.cta, {offset, box->bytes}, inside(*box, offset),
+              [=](std::vector<uint8_t>& image) { store_rows(*box, offset, image, reduction); });
 }
 
 bool copy(Warp& warp, const Instruction& i, uint32_t mask) {
@@ -267,8 +287,36 @@ bool copy(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool bind_tensor_copy(Instruction& i) {
   if (i.opcode != "cp" || !i.has("bulk") || !i.has("tensor")) return false;
-  if (!only(i, {"reduce", "async", "bulk", "prefetch", "tensor", "1d", "2d", "3d", "4d", "5d", "L2", "tile", "im2col", "im2col_no_offs", "shared::cluster", "shared::cta", "global", "bulk_group",
-                "mbarrier::complete_tx::bytes", "multicast::cluster", "L2::cache_hint", "add", "min", "max", "inc", "dec", "and", "or", "xor"})) return false;
+  if (!only(i, {"reduce",
+                "async",
+                "bulk",
+                "prefetch",
+                "tensor",
+                "1d",
+                "2d",
+                "3d",
+                "4d",
+                "5d",
+                "L2",
+                "tile",
+                "im2col",
+                "im2col_no_offs",
+                "shared::cluster",
+                "shared::cta",
+                "global",
+                "bulk_group",
+                "mbarrier::complete_tx::bytes",
+                "multicast::cluster",
+                "L2::cache_hint",
+                "add",
+                "min",
+                "max",
+                "inc",
+                "dec",
+                "and",
+                "or",
+                "xor"}))
+    return false;
   for (int rank = 1; rank <= kTensorRank; ++rank)
     if (i.has((std::to_string(rank) + "d").c_str())) i.data[1] = static_cast<uint32_t>(rank);
   const bool im2col = i.has("im2col"), store_column = i.has("im2col_no_offs");
@@ -281,7 +329,8 @@ bool bind_tensor_copy(Instruction& i) {
   if (i.has("mbarrier::complete_tx::bytes") && operands == 3 + extra && !reduce && i.has("global") && !store_column) {
     if (im2col && i.operands[3].kind != Operand::Kind::vector) return false;
     i.data[0] = static_cast<uint32_t>(Way::load);
-  } else if (i.has("bulk_group") && i.has("shared::cta") && operands == 2 + extra && !i.has("multicast::cluster") && !im2col) {
+  } else if (i.has("bulk_group") && i.has("shared::cta") && operands == 2 + extra && !i.has("multicast::cluster") &&
+             !im2col) {
     i.data[0] = static_cast<uint32_t>(Way::store);
     if (reduce) i.data[2] = static_cast<uint32_t>(*reduction_of(i));
   } else if (i.has("prefetch") && operands == 1 + extra && !i.has("multicast::cluster") && !store_column) {

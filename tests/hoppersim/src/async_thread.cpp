@@ -1,4 +1,5 @@
-// cp.async (not bulk): each lane copies 4, 8 or 16 bytes; done by the lane itself, so the data are ordinary writes of it.
+// cp.async (not bulk): each lane copies 4, 8 or 16 bytes; done by the lane itself, so the data are ordinary writes of
+// it.
 #include <algorithm>
 #include <bit>
 
@@ -9,7 +10,9 @@ namespace {
 
 Range destination_of(const ThreadCopy& copy) { return {copy.destination, copy.size}; }
 
-uint64_t shared_address(const Cta& cta, uint32_t offset) { return static_cast<uint64_t>(cta.rank) * kRankStride + offset; }
+uint64_t shared_address(const Cta& cta, uint32_t offset) {
+  return static_cast<uint64_t>(cta.rank) * kRankStride + offset;
+}
 
 void perform(const ThreadCopy& copy) {
   Warp& warp = *copy.issue.warp;
@@ -17,7 +20,8 @@ void perform(const ThreadCopy& copy) {
   check_global(copy.issue, copy.source, copy.source_size, false);
   std::memcpy(data, reinterpret_cast<const void*>(copy.source), copy.source_size);
   set_in_flight(*warp.cta, destination_of(copy), false);
-  write_memory(warp, *copy.issue.instruction, Space::shared, shared_address(*warp.cta, copy.destination), copy.size, data, copy.issue.lane);
+  write_memory(warp, *copy.issue.instruction, Space::shared, shared_address(*warp.cta, copy.destination), copy.size,
+               data, copy.issue.lane);
 }
 
 bool is_late(const Warp& warp) { return warp.cta->cluster->launch->options.timing == Timing::late; }
@@ -29,7 +33,8 @@ uint32_t source_size(const Warp& warp, const Instruction& i, uint32_t size, int 
   if (extra.kind == Operand::Kind::predicate) return operand_value(warp, extra, lane) ? 0 : size;
   if (extra.kind == Operand::Kind::reg && bits_of(extra.type) == 64) return size;
   const auto bytes = static_cast<uint32_t>(operand_value(warp, extra, lane));
-  if (bytes > size) fault("misaligned bulk copy", warp, i, "src-size " + std::to_string(bytes) + " is above cp-size", lane);
+  if (bytes > size)
+    fault("misaligned bulk copy", warp, i, "src-size " + std::to_string(bytes) + " is above cp-size", lane);
   return bytes;
 }
 
@@ -49,7 +54,9 @@ bool copy(Warp& warp, const Instruction& i, uint32_t mask) {
     check_global(issue, source, bytes, false);
     ThreadCopy item{issue, source, place.offset, size, bytes};
     for (uint32_t b = 0; b < size; ++b)
-      if (warp.cta->shared.flags[place.offset + b] & SharedMemory::in_flight) fault("overwritten while a copy is in flight", issue, "another copy to the same shared memory has not been waited for");
+      if (warp.cta->shared.flags[place.offset + b] & SharedMemory::in_flight)
+        fault("overwritten while a copy is in flight", issue,
+              "another copy to the same shared memory has not been waited for");
     if (!is_late(warp)) perform(item);
     set_in_flight(*warp.cta, destination_of(item), true);
     copies.thread_copies.push_back(item);
@@ -91,7 +98,8 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   return true;
 }
 
-// The arrival happens when the lane's copies so far are complete. Without .noinc it is not one of the expected arrivals.
+// The arrival happens when the lane's copies so far are complete. Without .noinc it is not one of the expected
+// arrivals.
 bool arrive_after(Warp& warp, const Instruction& i, uint32_t mask) {
   WarpCopies& copies = copies_of(warp);
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -136,13 +144,17 @@ bool bind_thread_copy(Instruction& i) {
   } else if (what == "wait_all" && i.modifiers.size() == 2) {
     i.data[0] = 1;
     i.execute = wait;
-  } else if (what == "wait_group" && i.modifiers.size() == 2 && operands == 1 && i.operands[0].kind == Operand::Kind::immediate) {
+  } else if (what == "wait_group" && i.modifiers.size() == 2 && operands == 1 &&
+             i.operands[0].kind == Operand::Kind::immediate) {
     i.execute = wait;
-  } else if (what == "mbarrier" && operands == 1 && only(i, {"async", "mbarrier", "arrive", "noinc", "shared", "shared::cta", "b64"})) {
+  } else if (what == "mbarrier" && operands == 1 &&
+             only(i, {"async", "mbarrier", "arrive", "noinc", "shared", "shared::cta", "b64"})) {
     i.data[0] = i.has("noinc");
     i.execute = arrive_after;
-  } else if ((what == "ca" || what == "cg") && operands >= 3 && operands <= 5 && i.operands[2].kind == Operand::Kind::immediate &&
-             only(i, {"async", "ca", "cg", "shared", "shared::cta", "global", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B"})) {
+  } else if ((what == "ca" || what == "cg") && operands >= 3 && operands <= 5 &&
+             i.operands[2].kind == Operand::Kind::immediate &&
+             only(i, {"async", "ca", "cg", "shared", "shared::cta", "global", "L2::cache_hint", "L2::64B", "L2::128B",
+                      "L2::256B"})) {
     const uint64_t size = i.operands[2].immediate;
     if (!std::has_single_bit(size) || size < 4 || size > 16 || (what == "cg" && size != 16)) return false;
     i.execute = copy;

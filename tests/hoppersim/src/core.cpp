@@ -9,13 +9,54 @@ namespace hoppersim {
 
 namespace {
 
-const char* const kSpecials[] = {
-    "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y",
-    "%nctaid.z", "%laneid", "%warpid", "%nwarpid", "%clusterid.x", "%clusterid.y", "%clusterid.z", "%nclusterid.x", "%nclusterid.y",
-    "%nclusterid.z", "%cluster_ctaid.x", "%cluster_ctaid.y", "%cluster_ctaid.z", "%cluster_nctaid.x", "%cluster_nctaid.y",
-    "%cluster_nctaid.z", "%cluster_ctarank", "%cluster_nctarank", "%is_explicit_cluster", "%smid", "%nsmid", "%gridid", "%clock",
-    "%clock_hi", "%clock64", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi", "%lanemask_eq", "%lanemask_le", "%lanemask_lt",
-    "%lanemask_ge", "%lanemask_gt", "%dynamic_smem_size", "%total_smem_size", "%aggr_smem_size", "WARP_SZ"};
+const char* const kSpecials[] = {"%tid.x",
+                                 "%tid.y",
+                                 "%tid.z",
+                                 "%ntid.x",
+                                 "%ntid.y",
+                                 "%ntid.z",
+                                 "%ctaid.x",
+                                 "%ctaid.y",
+                                 "%ctaid.z",
+                                 "%nctaid.x",
+                                 "%nctaid.y",
+                                 "%nctaid.z",
+                                 "%laneid",
+                                 "%warpid",
+                                 "%nwarpid",
+                                 "%clusterid.x",
+                                 "%clusterid.y",
+                                 "%clusterid.z",
+                                 "%nclusterid.x",
+                                 "%nclusterid.y",
+                                 "%nclusterid.z",
+                                 "%cluster_ctaid.x",
+                                 "%cluster_ctaid.y",
+                                 "%cluster_ctaid.z",
+                                 "%cluster_nctaid.x",
+                                 "%cluster_nctaid.y",
+                                 "%cluster_nctaid.z",
+                                 "%cluster_ctarank",
+                                 "%cluster_nctarank",
+                                 "%is_explicit_cluster",
+                                 "%smid",
+                                 "%nsmid",
+                                 "%gridid",
+                                 "%clock",
+                                 "%clock_hi",
+                                 "%clock64",
+                                 "%globaltimer",
+                                 "%globaltimer_lo",
+                                 "%globaltimer_hi",
+                                 "%lanemask_eq",
+                                 "%lanemask_le",
+                                 "%lanemask_lt",
+                                 "%lanemask_ge",
+                                 "%lanemask_gt",
+                                 "%dynamic_smem_size",
+                                 "%total_smem_size",
+                                 "%aggr_smem_size",
+                                 "WARP_SZ"};
 static_assert(std::size(kSpecials) == size_t(Special::count));
 
 uint32_t pick(const Dim3& d, int axis) { return axis == 0 ? d.x : axis == 1 ? d.y : d.z; }
@@ -43,10 +84,12 @@ std::string class_of(const Instruction& i) {
   if (o == "bar" || o == "barrier") return i.has("warp") ? "bar.warp" : i.has("cluster") ? "barrier.cluster" : "bar";
   const bool floating = i.type >= Type::f16;
   if (o == "fma" || (o == "mad" && floating)) return "fma";
-  if (o == "ex2" || o == "lg2" || o == "rcp" || o == "rsqrt" || o == "sqrt" || o == "sin" || o == "cos" || o == "tanh") return "special";
+  if (o == "ex2" || o == "lg2" || o == "rcp" || o == "rsqrt" || o == "sqrt" || o == "sin" || o == "cos" || o == "tanh")
+    return "special";
   if (o == "cvt") return "cvt";
   if (o == "add" || o == "sub" || o == "mul" || o == "div") return floating ? "float" : "alu";
-  static const char* const own[] = {"mma", "ldmatrix", "stmatrix", "shfl", "vote", "match", "redux", "elect", "membar", "mapa",
+  static const char* const own[] = {"mma",        "ldmatrix",  "stmatrix",       "shfl",      "vote",
+                                    "match",      "redux",     "elect",          "membar",    "mapa",
                                     "setmaxnreg", "tensormap", "griddepcontrol", "nanosleep", "prefetch"};
   for (const char* name : own) {
     if (o == name) return o;
@@ -95,7 +138,8 @@ uint64_t special_value(const Warp& warp, Special id, int lane) {
   if (id >= Special::cluster_ctaid_x && id <= Special::cluster_ctaid_z) {
     return cta.ctaid[axis(Special::cluster_ctaid_x)] % pick(launch.cluster, axis(Special::cluster_ctaid_x));
   }
-  if (id >= Special::cluster_nctaid_x && id <= Special::cluster_nctaid_z) return pick(launch.cluster, axis(Special::cluster_nctaid_x));
+  if (id >= Special::cluster_nctaid_x && id <= Special::cluster_nctaid_z)
+    return pick(launch.cluster, axis(Special::cluster_nctaid_x));
   switch (id) {
     case Special::laneid: return lane;
     case Special::warpid: return warp.id;
@@ -103,18 +147,23 @@ uint64_t special_value(const Warp& warp, Special id, int lane) {
     case Special::cluster_ctarank: return cta.rank;
     case Special::cluster_nctarank: return cluster.ctas.size();
     case Special::is_explicit_cluster: return launch.function->cluster_x != 0 || cluster.ctas.size() > 1;
-    case Special::smid: return (cta.ctaid[0] + cta.ctaid[1] * launch.grid.x + cta.ctaid[2] * launch.grid.x * launch.grid.y) % 132;
+    case Special::smid:
+      return (cta.ctaid[0] + cta.ctaid[1] * launch.grid.x + cta.ctaid[2] * launch.grid.x * launch.grid.y) % 132;
     case Special::nsmid: return 132;
-    case Special::clock: case Special::globaltimer_lo: return static_cast<uint32_t>(cluster.executed);
-    case Special::clock_hi: case Special::globaltimer_hi: return cluster.executed >> 32;
-    case Special::clock64: case Special::globaltimer: return cluster.executed;
+    case Special::clock:
+    case Special::globaltimer_lo: return static_cast<uint32_t>(cluster.executed);
+    case Special::clock_hi:
+    case Special::globaltimer_hi: return cluster.executed >> 32;
+    case Special::clock64:
+    case Special::globaltimer: return cluster.executed;
     case Special::lanemask_eq: return lane_bit;
     case Special::lanemask_le: return lane_bit | (lane_bit - 1);
     case Special::lanemask_lt: return lane_bit - 1;
     case Special::lanemask_ge: return ~(lane_bit - 1);
     case Special::lanemask_gt: return ~(lane_bit | (lane_bit - 1));
     case Special::dynamic_smem_size: return launch.dynamic_shared;
-    case Special::total_smem_size: case Special::aggr_smem_size: return cta.shared.bytes.size();
+    case Special::total_smem_size:
+    case Special::aggr_smem_size: return cta.shared.bytes.size();
     case Special::warp_size: return kLanes;
     default: return 0;  // gridid
   }
@@ -166,24 +215,27 @@ void set_register(Warp& warp, const Operand& reg, int lane, uint64_t bits) {
 }
 
 uint32_t predicate_mask(const Warp& warp, const Operand& predicate) {
-  if (predicate.kind == Operand::Kind::predicate) return warp.predicates[predicate.index] ^ (predicate.negated ? kAll : 0);
+  if (predicate.kind == Operand::Kind::predicate)
+    return warp.predicates[predicate.index] ^ (predicate.negated ? kAll : 0);
   if (predicate.kind == Operand::Kind::immediate) return (predicate.immediate != 0) != predicate.negated ? kAll : 0;
   throw Fault("ptx syntax", "operand " + predicate.name + " is no predicate");
 }
 
 void unsupported(const Instruction& i, const std::string& why) {
-  throw Fault("unsupported instruction", "line " + std::to_string(i.line) + ": " + i.text + (why.empty() ? "" : " (" + why + ")"));
+  throw Fault("unsupported instruction",
+              "line " + std::to_string(i.line) + ": " + i.text + (why.empty() ? "" : " (" + why + ")"));
 }
 
 bool bind_core(Instruction& i) {
-  return bind_move(i) || bind_memory(i) || bind_control(i) || bind_integer(i) || bind_bits(i) || bind_float(i) || bind_half(i) ||
-         bind_compare(i) || bind_convert(i) || bind_atomic(i) || bind_barrier(i) || bind_warp(i);
+  return bind_move(i) || bind_memory(i) || bind_control(i) || bind_integer(i) || bind_bits(i) || bind_float(i) ||
+         bind_half(i) || bind_compare(i) || bind_convert(i) || bind_atomic(i) || bind_barrier(i) || bind_warp(i);
 }
 
 void PtxParser::emit(Instruction&& i) {
   i.aligned = i.has("aligned") || (i.opcode == "bar" && !i.has("warp"));
   if (!bind_core(i) && !bind_async(i) && !bind_tensor(i)) {
-    throw Fault("unsupported instruction", "kernel " + function_->name + ", line " + std::to_string(i.line) + ": " + i.text);
+    throw Fault("unsupported instruction",
+                "kernel " + function_->name + ", line " + std::to_string(i.line) + ": " + i.text);
   }
   i.counter_class = class_index(class_of(i));
   function_->code.push_back(std::move(i));

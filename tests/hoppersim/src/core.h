@@ -6,11 +6,55 @@
 namespace hoppersim {
 
 enum class Special : uint32_t {
-  tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y, nctaid_z, laneid, warpid, nwarpid,
-  clusterid_x, clusterid_y, clusterid_z, nclusterid_x, nclusterid_y, nclusterid_z, cluster_ctaid_x, cluster_ctaid_y, cluster_ctaid_z,
-  cluster_nctaid_x, cluster_nctaid_y, cluster_nctaid_z, cluster_ctarank, cluster_nctarank, is_explicit_cluster, smid, nsmid, gridid,
-  clock, clock_hi, clock64, globaltimer, globaltimer_lo, globaltimer_hi, lanemask_eq, lanemask_le, lanemask_lt, lanemask_ge,
-  lanemask_gt, dynamic_smem_size, total_smem_size, aggr_smem_size, warp_size, count
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  nwarpid,
+  clusterid_x,
+  clusterid_y,
+  clusterid_z,
+  nclusterid_x,
+  nclusterid_y,
+  nclusterid_z,
+  cluster_ctaid_x,
+  cluster_ctaid_y,
+  cluster_ctaid_z,
+  cluster_nctaid_x,
+  cluster_nctaid_y,
+  cluster_nctaid_z,
+  cluster_ctarank,
+  cluster_nctarank,
+  is_explicit_cluster,
+  smid,
+  nsmid,
+  gridid,
+  clock,
+  clock_hi,
+  clock64,
+  globaltimer,
+  globaltimer_lo,
+  globaltimer_hi,
+  lanemask_eq,
+  lanemask_le,
+  lanemask_lt,
+  lanemask_ge,
+  lanemask_gt,
+  dynamic_smem_size,
+  total_smem_size,
+  aggr_smem_size,
+  warp_size,
+  count
 };
 // The id of "%tid.x" and the like, or -1.
 int special_id(const std::string& name);
@@ -20,19 +64,22 @@ using Execute = bool (*)(Warp&, const Instruction&, uint32_t);
 
 constexpr uint32_t kAll = 0xffffffffu;
 
-template <class T> T from_bits(uint64_t bits) {
+template <class T>
+T from_bits(uint64_t bits) {
   T value;
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
-template <class T> uint64_t to_bits(T value) {
+template <class T>
+uint64_t to_bits(T value) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   return bits;
 }
 
 // The 32 values of an operand. A register narrower than T is zero-extended, a wider one truncated.
-template <class T> inline void load(const Warp& warp, const Operand& operand, T* values) {
+template <class T>
+inline void load(const Warp& warp, const Operand& operand, T* values) {
   if (operand.kind == Operand::Kind::reg) {
     const uint32_t* words = &warp.registers[size_t(operand.index) * kLanes];
     if (bits_of(operand.type) <= 32) {
@@ -65,7 +112,8 @@ template <class T> inline void load(const Warp& warp, const Operand& operand, T*
 }
 
 // Writes the lanes of `mask`. A register wider than T is sign- or zero-extended by T's signedness.
-template <class T> inline void store(Warp& warp, const Operand& operand, const T* values, uint32_t mask) {
+template <class T>
+inline void store(Warp& warp, const Operand& operand, const T* values, uint32_t mask) {
   if (operand.kind != Operand::Kind::reg) return;  // sink
   uint32_t* words = &warp.registers[size_t(operand.index) * kLanes];
   if (bits_of(operand.type) <= 32) {

@@ -31,7 +31,8 @@ void settle(const Cta& cta, Cta::NamedBarrier& barrier) {
 uint32_t uniform(Warp& warp, const Instruction& i, const Operand& operand, uint32_t mask) {
   const uint32_t first = static_cast<uint32_t>(operand_value(warp, operand, std::countr_zero(mask)));
   for (int lane = 0; lane < kLanes; ++lane) {
-    if ((mask >> lane & 1) && operand_value(warp, operand, lane) != first) fault("divergent barrier operands", warp, i, operand.name + " differs between lanes", lane);
+    if ((mask >> lane & 1) && operand_value(warp, operand, lane) != first)
+      fault("divergent barrier operands", warp, i, operand.name + " differs between lanes", lane);
   }
   return first;
 }
@@ -42,7 +43,9 @@ Cta::NamedBarrier& join(Warp& warp, const Instruction& i, uint32_t id, uint32_t 
     fault("barrier count", warp, i, std::to_string(count) + " threads: must be a multiple of 32, at most the CTA's");
   }
   if (barrier.arrived != 0 && barrier.expected != count) {
-    fault("barrier count", warp, i, "barrier " + std::to_string(id) + " waits for " + std::to_string(barrier.expected) + " threads, here for " + std::to_string(count));
+    fault("barrier count", warp, i,
+          "barrier " + std::to_string(id) + " waits for " + std::to_string(barrier.expected) + " threads, here for " +
+              std::to_string(count));
   }
   barrier.expected = count;
   barrier.arrived += mask == warp.alive ? kLanes : static_cast<uint32_t>(std::popcount(mask));
@@ -51,9 +54,11 @@ Cta::NamedBarrier& join(Warp& warp, const Instruction& i, uint32_t id, uint32_t 
 }
 
 void give_result(Warp& warp, const Instruction& i, const Cta::NamedBarrier& barrier, uint32_t mask, uint32_t threads) {
-  const bool result = i.data[0] == red_and_ ? barrier.completed_true_count == threads : barrier.completed_true_count > 0;
+  const bool result =
+      i.data[0] == red_and_ ? barrier.completed_true_count == threads : barrier.completed_true_count > 0;
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (mask >> lane & 1) set_register(warp, i.operands[0], lane, i.data[0] == red_popc_ ? barrier.completed_true_count : result);
+    if (mask >> lane & 1)
+      set_register(warp, i.operands[0], lane, i.data[0] == red_popc_ ? barrier.completed_true_count : result);
   }
 }
 
@@ -67,7 +72,8 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
     const uint32_t count = i.data[2] ? uniform(warp, i, i.operands[i.data[2]], mask) : 0;
     group.ticket = barrier.generation + 1;
     join(warp, i, id, count, mask);
-    if (i.data[0] >= red_popc_) barrier.true_count += static_cast<uint32_t>(std::popcount(predicate_mask(warp, i.operands[i.data[3]]) & mask));
+    if (i.data[0] >= red_popc_)
+      barrier.true_count += static_cast<uint32_t>(std::popcount(predicate_mask(warp, i.operands[i.data[3]]) & mask));
     settle(*warp.cta, barrier);
     if (i.data[0] == arrive_) return true;
   }
@@ -100,11 +106,33 @@ bool fence_proxy(Warp& warp, const Instruction&, uint32_t) {
 
 bool bind_fence(Instruction& i) {
   if (i.has("tensormap::generic")) return false;  // async_tensormap.cpp
-  static const char* const known[] = {
-      "proxy", "async", "async::generic", "sync_restrict::shared::cta", "sync_restrict::shared::cluster", "async.global", "async::global", "async.shared::cta", "global", "shared::cta", "shared::cluster", "alias",
-      "generic", "acquire", "release", "acq_rel", "sc", "cta", "cluster", "gpu", "gl", "sys", "mbarrier_init", "relaxed"};
+  static const char* const known[] = {"proxy",
+                                      "async",
+                                      "async::generic",
+                                      "sync_restrict::shared::cta",
+                                      "sync_restrict::shared::cluster",
+                                      "async.global",
+                                      "async::global",
+                                      "async.shared::cta",
+                                      "global",
+                                      "shared::cta",
+                                      "shared::cluster",
+                                      "alias",
+                                      "generic",
+                                      "acquire",
+                                      "release",
+                                      "acq_rel",
+                                      "sc",
+                                      "cta",
+                                      "cluster",
+                                      "gpu",
+                                      "gl",
+                                      "sys",
+                                      "mbarrier_init",
+                                      "relaxed"};
   for (const std::string& m : i.modifiers) {
-    if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return m == k; })) unsupported(i, "modifier " + m);
+    if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return m == k; }))
+      unsupported(i, "modifier " + m);
   }
   const bool async = i.has("proxy") && (i.has("async") || i.has("async::generic"));
   i.execute = async && !i.has("global") ? fence_proxy : nothing;

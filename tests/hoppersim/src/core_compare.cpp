@@ -7,12 +7,16 @@ namespace hoppersim {
 namespace {
 
 enum Comparison : uint32_t { eq_, ne_, lt_, le_, gt_, ge_, equ_, neu_, ltu_, leu_, gtu_, geu_, num_, nan_, count_ };
-constexpr const char* kComparisons[] = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
+constexpr const char* kComparisons[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
+                                        "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
 enum Join : uint32_t { plain, and_, or_, xor_ };
 
-template <class T> uint32_t compare(uint32_t how, const T* a, const T* b) {
+template <class T>
+uint32_t compare(uint32_t how, const T* a, const T* b) {
   uint32_t result = 0;
-#define EACH(expression) for (int k = 0; k < kLanes; ++k) result |= uint32_t(expression) << k; break
+#define EACH(expression)                                                \
+  for (int k = 0; k < kLanes; ++k) result |= uint32_t(expression) << k; \
+  break
   switch (how) {
     case eq_: EACH(a[k] == b[k]);
     case ne_: EACH(a[k] < b[k] || a[k] > b[k]);
@@ -33,7 +37,8 @@ template <class T> uint32_t compare(uint32_t how, const T* a, const T* b) {
   return result;
 }
 
-template <class T> uint32_t compared(Warp& warp, const Instruction& i) {
+template <class T>
+uint32_t compared(Warp& warp, const Instruction& i) {
   T a[kLanes], b[kLanes];
   const size_t first = i.opcode == "slct" ? 3 : 1;
   load(warp, i.operands[first], a);
@@ -69,11 +74,14 @@ uint32_t compared_flushed(Warp& warp, const Instruction& i) {
 
 uint32_t result_of(Warp& warp, const Instruction& i) {
   switch (i.type) {
-    case Type::u16: case Type::b16: return compared<uint16_t>(warp, i);
+    case Type::u16:
+    case Type::b16: return compared<uint16_t>(warp, i);
     case Type::s16: return compared<int16_t>(warp, i);
-    case Type::u32: case Type::b32: return compared<uint32_t>(warp, i);
+    case Type::u32:
+    case Type::b32: return compared<uint32_t>(warp, i);
     case Type::s32: return compared<int32_t>(warp, i);
-    case Type::u64: case Type::b64: return compared<uint64_t>(warp, i);
+    case Type::u64:
+    case Type::b64: return compared<uint64_t>(warp, i);
     case Type::s64: return compared<int64_t>(warp, i);
     case Type::f32: return i.has("ftz") ? compared_flushed(warp, i) : compared<float>(warp, i);
     case Type::f64: return compared<double>(warp, i);
@@ -99,7 +107,8 @@ bool set_predicate(Warp& warp, const Instruction& i, uint32_t mask) {
   const bool packed = i.type == Type::f16x2 || i.type == Type::bf16x2;
   const Operand& target = i.operands[0];
   const uint32_t first = joined(warp, i, result);
-  if (!target.elements.empty()) put(warp, target.elements[0], joined(warp, i, packed ? compared_half(warp, i, true) : ~result), mask);
+  if (!target.elements.empty())
+    put(warp, target.elements[0], joined(warp, i, packed ? compared_half(warp, i, true) : ~result), mask);
   put(warp, target, first, mask);
   return true;
 }
@@ -110,13 +119,15 @@ bool set_register_to(Warp& warp, const Instruction& i, uint32_t mask) {  // data
   for (int lane = 0; lane < kLanes; ++lane) d[lane] = result >> lane & 1 ? i.data[2] : 0;
   if (i.type == Type::f16x2 || i.type == Type::bf16x2) {
     const uint32_t high = joined(warp, i, compared_half(warp, i, true));
-    for (int lane = 0; lane < kLanes; ++lane) d[lane] = (d[lane] & 0xffff) | (high >> lane & 1 ? i.data[2] & 0xffff0000 : 0);
+    for (int lane = 0; lane < kLanes; ++lane)
+      d[lane] = (d[lane] & 0xffff) | (high >> lane & 1 ? i.data[2] & 0xffff0000 : 0);
   }
   store(warp, i.operands[0], d, mask);
   return true;
 }
 
-template <class T> bool select(Warp& warp, const Instruction& i, uint32_t mask) {
+template <class T>
+bool select(Warp& warp, const Instruction& i, uint32_t mask) {
   T a[kLanes], b[kLanes];
   load(warp, i.operands[1], a);
   load(warp, i.operands[2], b);
@@ -126,7 +137,8 @@ template <class T> bool select(Warp& warp, const Instruction& i, uint32_t mask) 
   return true;
 }
 
-template <class T, class C> bool select_by_sign(Warp& warp, const Instruction& i, uint32_t mask) {  // slct
+template <class T, class C>
+bool select_by_sign(Warp& warp, const Instruction& i, uint32_t mask) {  // slct
   T a[kLanes], b[kLanes];
   C c[kLanes];
   load(warp, i.operands[1], a);
@@ -144,7 +156,8 @@ bool bind_select(Instruction& i) {
 }
 
 bool bind_sign_select(Instruction& i) {
-  const bool wide = i.modifiers[0] == "b64" || i.modifiers[0] == "f64" || i.modifiers[0] == "u64" || i.modifiers[0] == "s64";
+  const bool wide =
+      i.modifiers[0] == "b64" || i.modifiers[0] == "f64" || i.modifiers[0] == "u64" || i.modifiers[0] == "s64";
   const bool by_float = i.type == Type::f32;
   if (i.has("ftz")) unsupported(i);
   i.execute = wide ? (by_float ? select_by_sign<uint64_t, float> : select_by_sign<uint64_t, int32_t>)
@@ -163,16 +176,24 @@ bool bind_compare(Instruction& i) {
   for (uint32_t k = 0; k < count_; ++k) {
     if (i.modifiers[0] == kComparisons[k]) i.data[0] = k;
   }
-  static const std::pair<const char*, Comparison> unsigned_names[] = {{"lo", lt_}, {"ls", le_}, {"hi", gt_}, {"hs", ge_}};
+  static const std::pair<const char*, Comparison> unsigned_names[] = {
+      {"lo", lt_}, {"ls", le_}, {"hi", gt_}, {"hs", ge_}};
   for (const auto& [name, how] : unsigned_names) {
     if (i.modifiers[0] == name && is_unsigned) i.data[0] = how;
   }
   if (i.data[0] == count_) unsupported(i, "comparison " + i.modifiers[0]);
   i.data[1] = i.has("and") ? and_ : i.has("or") ? or_ : i.has("xor") ? xor_ : plain;
   const size_t operands = i.data[1] == plain ? 3 : 4;
-  if (i.opcode == "setp") return take(i, set_predicate, operands, {kComparisons[i.data[0] % count_], i.modifiers[0].c_str(), "and", "or", "xor", "ftz"});
+  if (i.opcode == "setp")
+    return take(i, set_predicate, operands,
+                {kComparisons[i.data[0] % count_], i.modifiers[0].c_str(), "and", "or", "xor", "ftz"});
   const std::string target = i.modifiers[i.modifiers.size() - 2];
-  i.data[2] = target == "f32" ? 0x3f800000 : target == "f16" ? 0x3c00 : target == "f16x2" ? 0x3c003c00 : target == "bf16" ? 0x3f80 : target == "bf16x2" ? 0x3f803f80 : kAll;
+  i.data[2] = target == "f32"      ? 0x3f800000
+              : target == "f16"    ? 0x3c00
+              : target == "f16x2"  ? 0x3c003c00
+              : target == "bf16"   ? 0x3f80
+              : target == "bf16x2" ? 0x3f803f80
+                                   : kAll;
   return take(i, set_register_to, operands, {i.modifiers[0].c_str(), target.c_str(), "and", "or", "xor", "ftz"});
 }
 

@@ -30,7 +30,8 @@ bool branch_indexed(Warp& warp, const Instruction& i, uint32_t mask) {
   const std::vector<Operand>& targets = i.operands[1].elements;
   while (mask != 0) {
     const uint32_t chosen = index[__builtin_ctz(mask)];
-    if (chosen >= targets.size()) fault("branch index out of range", warp, i, std::to_string(chosen) + " of " + std::to_string(targets.size()));
+    if (chosen >= targets.size())
+      fault("branch index out of range", warp, i, std::to_string(chosen) + " of " + std::to_string(targets.size()));
     uint32_t same = 0;
     for (int lane = 0; lane < kLanes; ++lane) same |= uint32_t((mask >> lane & 1) && index[lane] == chosen) << lane;
     go(warp, targets[chosen].index, same);
@@ -46,16 +47,20 @@ bool leave(Warp& warp, const Instruction& i, uint32_t mask) {
   return true;
 }
 
-bool trap(Warp& warp, const Instruction& i, uint32_t mask) { fault("trap", warp, i, "the kernel stopped itself", __builtin_ctz(mask)); }
+bool trap(Warp& warp, const Instruction& i, uint32_t mask) {
+  fault("trap", warp, i, "the kernel stopped itself", __builtin_ctz(mask));
+}
 
 bool external_call(Warp& warp, const Instruction& i, uint32_t mask) {
   const bool assertion = i.text.find("__assertfail") != std::string::npos;
-  fault(assertion ? "device assertion" : "unsupported instruction", warp, i, assertion ? "an assertion of the kernel failed" : "calls a function without a body", __builtin_ctz(mask));
+  fault(assertion ? "device assertion" : "unsupported instruction", warp, i,
+        assertion ? "an assertion of the kernel failed" : "calls a function without a body", __builtin_ctz(mask));
 }
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
-// The register counts are the hardware's business; the rules are checked, and that a warp neither releases upwards nor asks downwards.
+// The register counts are the hardware's business; the rules are checked, and that a warp neither releases upwards nor
+// asks downwards.
 bool set_register_limit(Warp& warp, const Instruction& i, uint32_t) {
   const uint32_t limit = static_cast<uint32_t>(i.operands[0].immediate), now = warp.register_limit;
   const bool down = i.has("dec");
@@ -84,7 +89,8 @@ bool bind_control(Instruction& i) {
     i.execute = nothing;
   } else if (i.opcode == "setmaxnreg") {
     const uint64_t limit = i.operands.empty() ? 0 : i.operands[0].immediate;
-    if (i.operands.size() != 1 || i.operands[0].kind != Operand::Kind::immediate || limit < 24 || limit > 256 || limit % 8 != 0 || !i.aligned) {
+    if (i.operands.size() != 1 || i.operands[0].kind != Operand::Kind::immediate || limit < 24 || limit > 256 ||
+        limit % 8 != 0 || !i.aligned) {
       unsupported(i, "the count must be a multiple of 8 in 24..256");
     }
     i.execute = set_register_limit;

@@ -15,7 +15,9 @@ enum Flag : uint32_t { flush = 1, saturate = 2, finite = 4, relu = 8, to_integra
 bool is_signed(Type t) { return t == Type::s8 || t == Type::s16 || t == Type::s32 || t == Type::s64; }
 bool is_integer(Type t) { return t >= Type::u8 && t <= Type::s64; }
 
-const Format& format_of(Type t) { return t == Type::f16 ? kF16 : t == Type::bf16 ? kBf16 : t == Type::tf32 ? kTf32 : kF32; }
+const Format& format_of(Type t) {
+  return t == Type::f16 ? kF16 : t == Type::bf16 ? kBf16 : t == Type::tf32 ? kTf32 : kF32;
+}
 
 Rounding rounding_of(const Instruction& i) {
   if (i.has("rz") || i.has("rzi")) return Rounding::zero;
@@ -118,7 +120,10 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
   return true;
 }
 
-template <class D, class S> D widen(S x) { return static_cast<D>(x); }
+template <class D, class S>
+D widen(S x) {
+  return static_cast<D>(x);
+}
 float bf16_to_float(uint32_t x) {
   const float f = from_bits<float>(x << 16);
   return f != f ? from_bits<float>(0x7fffffff) : f;
@@ -144,10 +149,13 @@ bool execute_fp8(Warp& warp, const Instruction& i, uint32_t mask) {
   uint32_t a[kLanes], b[kLanes] = {}, d[kLanes];
   load(warp, i.operands[1], a);
   if (i.operands.size() > 2) load(warp, i.operands[2], b);
-  auto narrow = [&](double x) { return encode(i.data[0] & relu && x == x && !(x > 0) ? 0.0 : x, f, Rounding::nearest, true); };
+  auto narrow = [&](double x) {
+    return encode(i.data[0] & relu && x == x && !(x > 0) ? 0.0 : x, f, Rounding::nearest, true);
+  };
   for (int lane = 0; lane < kLanes; ++lane) {
     if (back) {
-      d[lane] = encode(decode(a[lane] & 0xff, f), kF16, Rounding::nearest) | encode(decode(a[lane] >> 8 & 0xff, f), kF16, Rounding::nearest) << 16;
+      d[lane] = encode(decode(a[lane] & 0xff, f), kF16, Rounding::nearest) |
+                encode(decode(a[lane] >> 8 & 0xff, f), kF16, Rounding::nearest) << 16;
     } else if (i.type == Type::f16x2) {
       d[lane] = narrow(decode(a[lane] & 0xffff, kF16)) | narrow(decode(a[lane] >> 16, kF16)) << 8;
     } else {
@@ -164,7 +172,8 @@ bool bind_fp8(Instruction& i) {
   i.data[2] = to == "e5m2x2" || from == "e5m2x2";
   i.data[3] = static_cast<uint32_t>(back ? Type::b16 : Type::f32);
   if (!back && !i.has("satfinite")) unsupported(i);
-  return take(i, execute_fp8, back || from == "f16x2" ? 2 : 3, {"rn", "satfinite", "relu", "e4m3x2", "e5m2x2", "f16x2", "f32"});
+  return take(i, execute_fp8, back || from == "f16x2" ? 2 : 3,
+              {"rn", "satfinite", "relu", "e4m3x2", "e5m2x2", "f16x2", "f32"});
 }
 
 }  // namespace
@@ -172,10 +181,12 @@ bool bind_fp8(Instruction& i) {
 bool bind_convert(Instruction& i) {
   if (i.opcode != "cvt" || i.modifiers.size() < 2) return false;
   const std::string to = i.modifiers[i.modifiers.size() - 2];
-  i.data[0] = (i.has("ftz") ? uint32_t(flush) : 0) | (i.has("sat") ? uint32_t(saturate) : 0) | (i.has("satfinite") ? uint32_t(finite) : 0) |
-              (i.has("relu") ? uint32_t(relu) : 0) | (i.has("rni") || i.has("rzi") || i.has("rmi") || i.has("rpi") ? uint32_t(to_integral) : 0);
+  i.data[0] = (i.has("ftz") ? uint32_t(flush) : 0) | (i.has("sat") ? uint32_t(saturate) : 0) |
+              (i.has("satfinite") ? uint32_t(finite) : 0) | (i.has("relu") ? uint32_t(relu) : 0) |
+              (i.has("rni") || i.has("rzi") || i.has("rmi") || i.has("rpi") ? uint32_t(to_integral) : 0);
   i.data[1] = static_cast<uint32_t>(rounding_of(i));
-  const std::initializer_list<const char*> known = {to.c_str(), "rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "satfinite", "relu"};
+  const std::initializer_list<const char*> known = {to.c_str(), "rn",  "rz",  "rm",  "rp",  "rna",       "rni",
+                                                    "rzi",      "rmi", "rpi", "ftz", "sat", "satfinite", "relu"};
   if (i.has("e4m3x2") || i.has("e5m2x2")) return bind_fp8(i);
   const Type target = type_named(to), source = i.type;
   if (target == Type::f16x2 || target == Type::bf16x2) {
@@ -183,7 +194,9 @@ bool bind_convert(Instruction& i) {
     i.data[3] = static_cast<uint32_t>(source);
     return take(i, source == Type::f32 ? execute_packed : nullptr, 3, known);
   }
-  auto scalar = [](Type t) { return is_integer(t) || t == Type::f16 || t == Type::bf16 || t == Type::f32 || t == Type::f64; };
+  auto scalar = [](Type t) {
+    return is_integer(t) || t == Type::f16 || t == Type::bf16 || t == Type::f32 || t == Type::f64;
+  };
   if (!scalar(source) || (!scalar(target) && target != Type::tf32)) unsupported(i);
   i.data[2] = static_cast<uint32_t>(target);
   i.data[3] = static_cast<uint32_t>(source);
@@ -192,7 +205,8 @@ bool bind_convert(Instruction& i) {
     if (target == Type::u64 && source == Type::u32) execute_as = apply1<uint64_t, uint32_t, widen<uint64_t, uint32_t>>;
     if (target == Type::s64 && source == Type::s32) execute_as = apply1<int64_t, int32_t, widen<int64_t, int32_t>>;
     if (target == Type::u32 && source == Type::u64) execute_as = apply1<uint32_t, uint64_t, widen<uint32_t, uint64_t>>;
-    if (target == Type::f32 && source == Type::bf16 && i.data[0] == 0) execute_as = apply1<float, uint32_t, bf16_to_float>;
+    if (target == Type::f32 && source == Type::bf16 && i.data[0] == 0)
+      execute_as = apply1<float, uint32_t, bf16_to_float>;
   }
   return take(i, execute_as, 2, known);
 }

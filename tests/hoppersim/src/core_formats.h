@@ -16,8 +16,10 @@ struct Format {
   uint32_t largest, nan;  // encodings of the largest finite number and of the canonical NaN
   bool infinite;
 };
-constexpr Format kF16{5, 10, 0x7bff, 0x7fff, true}, kBf16{8, 7, 0x7f7f, 0x7fff, true}, kTf32{8, 10, 0x3fbff, 0x3ffff, true};
-constexpr Format kF32{8, 23, 0x7f7fffff, 0x7fffffff, true}, kE4m3{4, 3, 0x7e, 0x7f, false}, kE5m2{5, 2, 0x7b, 0x7f, true};
+constexpr Format kF16{5, 10, 0x7bff, 0x7fff, true}, kBf16{8, 7, 0x7f7f, 0x7fff, true},
+    kTf32{8, 10, 0x3fbff, 0x3ffff, true};
+constexpr Format kF32{8, 23, 0x7f7fffff, 0x7fffffff, true}, kE4m3{4, 3, 0x7e, 0x7f, false},
+    kE5m2{5, 2, 0x7b, 0x7f, true};
 
 inline uint32_t encode(double x, const Format& f, Rounding mode, bool saturate = false) {
   if (x != x) return f.nan;
@@ -52,7 +54,8 @@ inline uint32_t encode(double x, const Format& f, Rounding mode, bool saturate =
     result = subnormal ? kept : (static_cast<uint64_t>(exponent + bias - 1) << f.mantissa_bits) + kept;
   }
   if (result > f.largest) {
-    const bool to_infinity = mode == Rounding::nearest || mode == Rounding::away || (mode == Rounding::down && negative) || (mode == Rounding::up && !negative);
+    const bool to_infinity = mode == Rounding::nearest || mode == Rounding::away ||
+                             (mode == Rounding::down && negative) || (mode == Rounding::up && !negative);
     result = saturate || !f.infinite || !to_infinity ? f.largest : ((1u << f.exponent_bits) - 1) << f.mantissa_bits;
   }
   return sign | static_cast<uint32_t>(result);

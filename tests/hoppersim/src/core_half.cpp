@@ -1,4 +1,5 @@
-// f16, f16x2, bf16, bf16x2 arithmetic. Sums and products are computed in double (exact or rounded to odd), then rounded once.
+// f16, f16x2, bf16, bf16x2 arithmetic. Sums and products are computed in double (exact or rounded to odd), then rounded
+// once.
 #include <cmath>
 
 #include "core_apply.h"
@@ -24,7 +25,8 @@ double operation(uint32_t op, double a, double b, double c, bool nan) {
     case sub_: return a - b;
     case mul_: return a * b;
     case fma_: return fma_to_odd(a, b, c);
-    case min_: case max_: return nan && (a != a || b != b) ? a + b : pick(op == min_, a, b);
+    case min_:
+    case max_: return nan && (a != a || b != b) ? a + b : pick(op == min_, a, b);
     case ex2_: return std::exp2(a);
     default: return std::tanh(a);
   }
@@ -45,7 +47,9 @@ uint32_t half(const Instruction& i, uint32_t a, uint32_t b, uint32_t c, const Fo
   double x = decode(a, f), y = decode(b, f), z = decode(c, f);
   if (flags & flush) x = tiny_to_zero(x, f), y = tiny_to_zero(y, f), z = tiny_to_zero(z, f);
   // A sum of bf16 numbers far apart is inexact in double: to odd, like fma.
-  double r = op == add_ ? fma_to_odd(x, 1, y) : op == sub_ ? fma_to_odd(x, 1, -y) : operation(op, x, y, z, flags & keep_nan);
+  double r = op == add_   ? fma_to_odd(x, 1, y)
+             : op == sub_ ? fma_to_odd(x, 1, -y)
+                          : operation(op, x, y, z, flags & keep_nan);
   uint32_t bits = encode(r, f, Rounding::nearest);
   r = decode(bits, f);
   if (flags & flush) r = tiny_to_zero(r, f);
@@ -80,14 +84,15 @@ constexpr Name kNames[] = {{"add", add_, 3}, {"sub", sub_, 3}, {"mul", mul_, 3},
 }  // namespace
 
 bool bind_half(Instruction& i) {
-  const bool bf16 = i.type == Type::bf16 || i.type == Type::bf16x2, packed = i.type == Type::f16x2 || i.type == Type::bf16x2;
+  const bool bf16 = i.type == Type::bf16 || i.type == Type::bf16x2,
+             packed = i.type == Type::f16x2 || i.type == Type::bf16x2;
   if (!bf16 && i.type != Type::f16 && i.type != Type::f16x2) return false;
   for (const Name& name : kNames) {
     if (i.opcode != name.opcode) continue;
     i.data[0] = name.op;
     i.data[1] = bf16;
-    i.data[2] = (i.has("ftz") ? uint32_t(flush) : 0) | (i.has("sat") ? uint32_t(saturate) : 0) | (i.has("NaN") ? uint32_t(keep_nan) : 0) |
-                (i.has("relu") ? uint32_t(relu) : 0);
+    i.data[2] = (i.has("ftz") ? uint32_t(flush) : 0) | (i.has("sat") ? uint32_t(saturate) : 0) |
+                (i.has("NaN") ? uint32_t(keep_nan) : 0) | (i.has("relu") ? uint32_t(relu) : 0);
     i.data[3] = packed;
     return take(i, execute, name.operands, {"rn", "ftz", "sat", "approx", "NaN", "relu"});
   }

@@ -9,7 +9,8 @@ namespace hoppersim {
 bool take(Instruction& i, Execute execute, size_t operands, std::initializer_list<const char*> known) {
   for (const std::string& m : i.modifiers) {
     const bool is_type = i.type != Type::none && &m == &i.modifiers.back();
-    if (!is_type && std::none_of(known.begin(), known.end(), [&](const char* k) { return m == k; })) unsupported(i, "modifier " + m);
+    if (!is_type && std::none_of(known.begin(), known.end(), [&](const char* k) { return m == k; }))
+      unsupported(i, "modifier " + m);
   }
   if (execute == nullptr || i.operands.size() != operands) unsupported(i);
   i.execute = execute;
@@ -28,40 +29,108 @@ using i64 = int64_t;
 using u64 = uint64_t;
 using i128 = __int128;
 
-template <class T> using Unsigned = std::make_unsigned_t<T>;
-template <class T> struct WideOf;
-template <> struct WideOf<i16> { using type = i32; };
-template <> struct WideOf<u16> { using type = u32; };
-template <> struct WideOf<i32> { using type = i64; };
-template <> struct WideOf<u32> { using type = u64; };
-template <> struct WideOf<i64> { using type = i128; };
-template <> struct WideOf<u64> { using type = unsigned __int128; };
-template <class T> using Wide = typename WideOf<T>::type;
+template <class T>
+using Unsigned = std::make_unsigned_t<T>;
+template <class T>
+struct WideOf;
+template <>
+struct WideOf<i16> {
+  using type = i32;
+};
+template <>
+struct WideOf<u16> {
+  using type = u32;
+};
+template <>
+struct WideOf<i32> {
+  using type = i64;
+};
+template <>
+struct WideOf<u32> {
+  using type = u64;
+};
+template <>
+struct WideOf<i64> {
+  using type = i128;
+};
+template <>
+struct WideOf<u64> {
+  using type = unsigned __int128;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
 
-template <class T> T add(T a, T b) { return static_cast<T>(Unsigned<T>(a) + Unsigned<T>(b)); }
-template <class T> T sub(T a, T b) { return static_cast<T>(Unsigned<T>(a) - Unsigned<T>(b)); }
-template <class T> T mul_low(T a, T b) { return static_cast<T>(u64(a) * u64(b)); }
-template <class T> T mul_high(T a, T b) { return static_cast<T>(Wide<T>(a) * Wide<T>(b) >> 8 * sizeof(T)); }
-template <class T> T mad_low(T a, T b, T c) { return static_cast<T>(u64(a) * u64(b) + u64(c)); }
-template <class T> T mad_high(T a, T b, T c) { return add<T>(mul_high(a, b), c); }
-template <class T> Wide<T> mul_wide(T a, T b) { return Wide<T>(a) * Wide<T>(b); }
-template <class T> Wide<T> mad_wide(T a, T b, Wide<T> c) { return add<Wide<T>>(Wide<T>(a) * Wide<T>(b), c); }
-template <class T> T minimum(T a, T b) { return std::min(a, b); }
-template <class T> T maximum(T a, T b) { return std::max(a, b); }
-template <class T> T minimum_relu(T a, T b) { return std::max<T>(std::min(a, b), 0); }
-template <class T> T maximum_relu(T a, T b) { return std::max<T>(std::max(a, b), 0); }
-template <class T> T absolute(T a) { return a < 0 ? sub<T>(0, a) : a; }
-template <class T> T negative(T a) { return sub<T>(0, a); }
-template <class T> T sad(T a, T b, T c) { return add<T>(c, a < b ? sub<T>(b, a) : sub<T>(a, b)); }
+template <class T>
+T add(T a, T b) {
+  return static_cast<T>(Unsigned<T>(a) + Unsigned<T>(b));
+}
+template <class T>
+T sub(T a, T b) {
+  return static_cast<T>(Unsigned<T>(a) - Unsigned<T>(b));
+}
+template <class T>
+T mul_low(T a, T b) {
+  return static_cast<T>(u64(a) * u64(b));
+}
+template <class T>
+T mul_high(T a, T b) {
+  return static_cast<T>(Wide<T>(a) * Wide<T>(b) >> 8 * sizeof(T));
+}
+template <class T>
+T mad_low(T a, T b, T c) {
+  return static_cast<T>(u64(a) * u64(b) + u64(c));
+}
+template <class T>
+T mad_high(T a, T b, T c) {
+  return add<T>(mul_high(a, b), c);
+}
+template <class T>
+Wide<T> mul_wide(T a, T b) {
+  return Wide<T>(a) * Wide<T>(b);
+}
+template <class T>
+Wide<T> mad_wide(T a, T b, Wide<T> c) {
+  return add<Wide<T>>(Wide<T>(a) * Wide<T>(b), c);
+}
+template <class T>
+T minimum(T a, T b) {
+  return std::min(a, b);
+}
+template <class T>
+T maximum(T a, T b) {
+  return std::max(a, b);
+}
+template <class T>
+T minimum_relu(T a, T b) {
+  return std::max<T>(std::min(a, b), 0);
+}
+template <class T>
+T maximum_relu(T a, T b) {
+  return std::max<T>(std::max(a, b), 0);
+}
+template <class T>
+T absolute(T a) {
+  return a < 0 ? sub<T>(0, a) : a;
+}
+template <class T>
+T negative(T a) {
+  return sub<T>(0, a);
+}
+template <class T>
+T sad(T a, T b, T c) {
+  return add<T>(c, a < b ? sub<T>(b, a) : sub<T>(a, b));
+}
 // The device gives all ones for a division by zero, and the dividend as remainder.
-template <class T> T quotient(T a, T b) {
+template <class T>
+T quotient(T a, T b) {
   if (b == 0) return static_cast<T>(~T(0));
   if constexpr (std::is_signed_v<T>) {
     if (b == -1) return negative(a);
   }
   return static_cast<T>(a / b);
 }
-template <class T> T remainder(T a, T b) {
+template <class T>
+T remainder(T a, T b) {
   if (b == 0) return a;
   if constexpr (std::is_signed_v<T>) {
     if (b == -1) return 0;
@@ -77,17 +146,20 @@ u32 umul24(u32 a, u32 b) { return (a & 0xffffff) * (b & 0xffffff); }
 i32 mad24(i32 a, i32 b, i32 c) { return add(mul24(a, b), c); }
 u32 umad24(u32 a, u32 b, u32 c) { return umul24(a, b) + c; }
 
-template <class A, class B> u32 dot4(u32 a, u32 b, u32 c) {
+template <class A, class B>
+u32 dot4(u32 a, u32 b, u32 c) {
   for (int k = 0; k < 4; ++k) c += static_cast<u32>(i32(A(a >> 8 * k)) * i32(B(b >> 8 * k)));
   return c;
 }
-template <class A, class B, int Half> u32 dot2(u32 a, u32 b, u32 c) {
+template <class A, class B, int Half>
+u32 dot2(u32 a, u32 b, u32 c) {
   for (int k = 0; k < 2; ++k) c += static_cast<u32>(i32(A(a >> 16 * k)) * i32(B(b >> 8 * (k + 2 * Half))));
   return c;
 }
 
 // add.cc, addc, sub.cc, subc, mad.lo.cc, madc.hi, …: data[0] bit 0: takes the carry, bit 1: writes it, bit 2: subtracts
-template <class T> bool with_carry(Warp& warp, const Instruction& i, uint32_t mask) {
+template <class T>
+bool with_carry(Warp& warp, const Instruction& i, uint32_t mask) {
   T a[kLanes], b[kLanes], d[kLanes];
   load(warp, i.operands[1], a);
   load(warp, i.operands[2], b);
@@ -97,7 +169,8 @@ template <class T> bool with_carry(Warp& warp, const Instruction& i, uint32_t ma
     T c[kLanes];
     load(warp, i.operands[3], c);
     for (int lane = 0; lane < kLanes; ++lane) {
-      const T high = is_signed ? T(mul_high(std::make_signed_t<T>(a[lane]), std::make_signed_t<T>(b[lane]))) : mul_high(a[lane], b[lane]);
+      const T high = is_signed ? T(mul_high(std::make_signed_t<T>(a[lane]), std::make_signed_t<T>(b[lane])))
+                               : mul_high(a[lane], b[lane]);
       a[lane] = i.data[1] == 2 ? high : T(a[lane] * b[lane]);
       b[lane] = c[lane];
     }
@@ -116,7 +189,8 @@ template <class T> bool with_carry(Warp& warp, const Instruction& i, uint32_t ma
   return true;
 }
 
-template <class T> Execute arithmetic(const Instruction& i) {
+template <class T>
+Execute arithmetic(const Instruction& i) {
   const std::string& o = i.opcode;
   if (o == "add") return two<T, add<T>>;
   if (o == "sub") return two<T, sub<T>>;
@@ -141,7 +215,10 @@ template <class T> Execute arithmetic(const Instruction& i) {
 }
 
 // Two 16-bit numbers in a register.
-template <class T, T (*F)(T, T)> u32 pair(u32 a, u32 b) { return u32(u16(F(T(a), T(b)))) | u32(u16(F(T(a >> 16), T(b >> 16)))) << 16; }
+template <class T, T (*F)(T, T)>
+u32 pair(u32 a, u32 b) {
+  return u32(u16(F(T(a), T(b)))) | u32(u16(F(T(a >> 16), T(b >> 16)))) << 16;
+}
 
 bool bind_packed(Instruction& i) {
   const bool is_signed = i.modifiers.back() == "s16x2", relu = i.has("relu");
@@ -149,20 +226,25 @@ bool bind_packed(Instruction& i) {
   if (i.opcode == "add") execute = two<u32, pair<u16, add<u16>>>;
   if (i.opcode == "min") execute = is_signed ? two<u32, pair<i16, minimum<i16>>> : two<u32, pair<u16, minimum<u16>>>;
   if (i.opcode == "max") execute = is_signed ? two<u32, pair<i16, maximum<i16>>> : two<u32, pair<u16, maximum<u16>>>;
-  if (relu) execute = i.opcode == "min" ? two<u32, pair<i16, minimum_relu<i16>>> : two<u32, pair<i16, maximum_relu<i16>>>;
+  if (relu)
+    execute = i.opcode == "min" ? two<u32, pair<i16, minimum_relu<i16>>> : two<u32, pair<i16, maximum_relu<i16>>>;
   return take(i, execute, 3, {"relu", "s16x2", "u16x2"});
 }
 
 bool bind_dot(Instruction& i) {
-  if (i.modifiers.size() < 2 || (i.opcode == "dp2a" ? i.has("lo") == i.has("hi") : i.has("lo") || i.has("hi"))) unsupported(i);
+  if (i.modifiers.size() < 2 || (i.opcode == "dp2a" ? i.has("lo") == i.has("hi") : i.has("lo") || i.has("hi")))
+    unsupported(i);
   const bool a = i.modifiers[i.modifiers.size() - 2] == "s32", b = i.modifiers.back() == "s32";
   Execute execute;
   if (i.opcode == "dp4a") {
-    execute = a ? (b ? three<u32, dot4<i8, i8>> : three<u32, dot4<i8, u8>>) : (b ? three<u32, dot4<u8, i8>> : three<u32, dot4<u8, u8>>);
+    execute = a ? (b ? three<u32, dot4<i8, i8>> : three<u32, dot4<i8, u8>>)
+                : (b ? three<u32, dot4<u8, i8>> : three<u32, dot4<u8, u8>>);
   } else if (i.has("hi")) {
-    execute = a ? (b ? three<u32, dot2<i16, i8, 1>> : three<u32, dot2<i16, u8, 1>>) : (b ? three<u32, dot2<u16, i8, 1>> : three<u32, dot2<u16, u8, 1>>);
+    execute = a ? (b ? three<u32, dot2<i16, i8, 1>> : three<u32, dot2<i16, u8, 1>>)
+                : (b ? three<u32, dot2<u16, i8, 1>> : three<u32, dot2<u16, u8, 1>>);
   } else {
-    execute = a ? (b ? three<u32, dot2<i16, i8, 0>> : three<u32, dot2<i16, u8, 0>>) : (b ? three<u32, dot2<u16, i8, 0>> : three<u32, dot2<u16, u8, 0>>);
+    execute = a ? (b ? three<u32, dot2<i16, i8, 0>> : three<u32, dot2<i16, u8, 0>>)
+                : (b ? three<u32, dot2<u16, i8, 0>> : three<u32, dot2<u16, u8, 0>>);
   }
   return take(i, execute, 4, {"s32", "u32", "lo", "hi"});
 }
@@ -177,9 +259,11 @@ bool bind_carry(Instruction& i) {
 }  // namespace
 
 bool bind_integer(Instruction& i) {
-  static const char* const mine[] = {"add", "sub", "mul", "mad", "sad", "div", "rem", "min", "max", "abs", "neg", "addc", "subc",
-                                     "madc", "mul24", "mad24", "dp4a", "dp2a"};
-  if (i.modifiers.empty() || std::none_of(std::begin(mine), std::end(mine), [&](const char* m) { return i.opcode == m; })) return false;
+  static const char* const mine[] = {"add", "sub", "mul",  "mad",  "sad",  "div",   "rem",   "min",  "max",
+                                     "abs", "neg", "addc", "subc", "madc", "mul24", "mad24", "dp4a", "dp2a"};
+  if (i.modifiers.empty() ||
+      std::none_of(std::begin(mine), std::end(mine), [&](const char* m) { return i.opcode == m; }))
+    return false;
   if (i.opcode == "dp4a" || i.opcode == "dp2a") return bind_dot(i);
   if (i.modifiers.back() == "s16x2" || i.modifiers.back() == "u16x2") return bind_packed(i);
   if (i.type >= Type::f16 || i.type == Type::none) return false;
@@ -189,10 +273,16 @@ bool bind_integer(Instruction& i) {
   if (i.opcode == "mad24") return take(i, is_signed ? three<i32, mad24> : three<u32, umad24>, 4, {"lo"});
   const size_t operands = i.opcode == "abs" || i.opcode == "neg" ? 2 : i.opcode == "mad" || i.opcode == "sad" ? 4 : 3;
   if (i.has("sat")) {
-    const Execute execute = i.opcode == "add" ? two<i32, add_sat> : i.opcode == "sub" ? two<i32, sub_sat> : i.opcode == "mad" && i.has("hi") ? three<i32, mad_high_sat> : nullptr;
+    const Execute execute = i.opcode == "add"                  ? two<i32, add_sat>
+                            : i.opcode == "sub"                ? two<i32, sub_sat>
+                            : i.opcode == "mad" && i.has("hi") ? three<i32, mad_high_sat>
+                                                               : nullptr;
     return take(i, is_signed ? execute : nullptr, operands, {"sat", "hi"});
   }
-  if (i.has("relu")) return take(i, is_signed ? (i.opcode == "min" ? two<i32, minimum_relu<i32>> : two<i32, maximum_relu<i32>>) : nullptr, 3, {"relu"});
+  if (i.has("relu"))
+    return take(i,
+                is_signed ? (i.opcode == "min" ? two<i32, minimum_relu<i32>> : two<i32, maximum_relu<i32>>) : nullptr,
+                3, {"relu"});
   Execute execute = nullptr;
   switch (i.type) {
     case Type::s16: execute = arithmetic<i16>(i); break;

@@ -5,7 +5,7 @@ namespace hoppersim {
 
 namespace {
 
-enum Field { kSpace, kElements, kBytes, kFlags };                       // Instruction::data
+enum Field { kSpace, kElements, kBytes, kFlags };  // Instruction::data
 enum Flag : uint32_t { own_cta = 1, sign_extend = 2 };
 
 Space space_of_operand(const Instruction& i, const Operand& address) {
@@ -13,7 +13,8 @@ Space space_of_operand(const Instruction& i, const Operand& address) {
   if (i.has("shared") || i.has("shared::cta") || i.has("shared::cluster")) return Space::shared;
   if (i.has("local")) return Space::local;
   if (i.has("const")) return Space::global;
-  if (i.has("param") || i.has("param::entry") || i.has("param::func")) return address.space == Space::local ? Space::local : Space::param;
+  if (i.has("param") || i.has("param::entry") || i.has("param::func"))
+    return address.space == Space::local ? Space::local : Space::param;
   return Space::generic;
 }
 
@@ -39,20 +40,25 @@ void count(Warp& warp, const Instruction& i, const uint64_t* addresses, uint32_t
 
 void check_own(Warp& warp, const Instruction& i, uint64_t address, int lane) {
   if (address / kRankStride != static_cast<uint64_t>(warp.cta->rank)) {
-    fault("out-of-bounds shared", warp, i, "address " + std::to_string(address) + " belongs to another CTA; only shared::cluster reaches it", lane);
+    fault("out-of-bounds shared", warp, i,
+          "address " + std::to_string(address) + " belongs to another CTA; only shared::cluster reaches it", lane);
   }
 }
 
-const Operand& element(const Operand& operand, size_t k) { return operand.kind == Operand::Kind::vector ? operand.elements[k] : operand; }
+const Operand& element(const Operand& operand, size_t k) {
+  return operand.kind == Operand::Kind::vector ? operand.elements[k] : operand;
+}
 
 void put(Warp& warp, const Operand& target, int lane, const uint8_t* bytes, int size, bool sign) {
   if (size == 16) {
-    if (target.kind == Operand::Kind::reg) std::memcpy(&warp.registers[size_t(target.index) * kLanes + 4 * lane], bytes, 16);
+    if (target.kind == Operand::Kind::reg)
+      std::memcpy(&warp.registers[size_t(target.index) * kLanes + 4 * lane], bytes, 16);
     return;
   }
   uint64_t value = 0;
   std::memcpy(&value, bytes, size);
-  if (sign && size < 8) value = static_cast<uint64_t>(static_cast<int64_t>(value << (64 - 8 * size)) >> (64 - 8 * size));
+  if (sign && size < 8)
+    value = static_cast<uint64_t>(static_cast<int64_t>(value << (64 - 8 * size)) >> (64 - 8 * size));
   set_register(warp, target, lane, value);
 }
 
@@ -66,7 +72,8 @@ bool execute_load(Warp& warp, const Instruction& i, uint32_t mask) {
     addresses[lane] = address_of(warp, i.operands[1], lane);
     if (i.data[kFlags] & own_cta) check_own(warp, i, addresses[lane], lane);
     read_memory(warp, i, space, addresses[lane], size_t(size) * elements, bytes, lane);
-    for (int k = 0; k < elements; ++k) put(warp, element(i.operands[0], k), lane, bytes + k * size, size, i.data[kFlags] & sign_extend);
+    for (int k = 0; k < elements; ++k)
+      put(warp, element(i.operands[0], k), lane, bytes + k * size, size, i.data[kFlags] & sign_extend);
   }
   count(warp, i, addresses, mask, size * elements, false);
   return true;
@@ -99,11 +106,49 @@ bool execute_store(Warp& warp, const Instruction& i, uint32_t mask) {
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
 bool known_modifier(const std::string& m) {
-  static const char* const known[] = {
-      "global", "shared", "shared::cta", "shared::cluster", "local", "param", "param::entry", "param::func", "const", "nc", "weak", "volatile", "relaxed",
-      "acquire", "release", "cta", "cluster", "gpu", "sys", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "mmio", "v2", "v4", "v8", "unified",
-      "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::cache_hint",
-      "L2::64B", "L2::128B", "L2::256B", "L2::evict_first", "L2::evict_last", "L2::evict_normal"};
+  static const char* const known[] = {"global",
+                                      "shared",
+                                      "shared::cta",
+                                      "shared::cluster",
+                                      "local",
+                                      "param",
+                                      "param::entry",
+                                      "param::func",
+                                      "const",
+                                      "nc",
+                                      "weak",
+                                      "volatile",
+                                      "relaxed",
+                                      "acquire",
+                                      "release",
+                                      "cta",
+                                      "cluster",
+                                      "gpu",
+                                      "sys",
+                                      "ca",
+                                      "cg",
+                                      "cs",
+                                      "lu",
+                                      "cv",
+                                      "wb",
+                                      "wt",
+                                      "mmio",
+                                      "v2",
+                                      "v4",
+                                      "v8",
+                                      "unified",
+                                      "L1::evict_normal",
+                                      "L1::evict_unchanged",
+                                      "L1::evict_first",
+                                      "L1::evict_last",
+                                      "L1::no_allocate",
+                                      "L2::cache_hint",
+                                      "L2::64B",
+                                      "L2::128B",
+                                      "L2::256B",
+                                      "L2::evict_first",
+                                      "L2::evict_last",
+                                      "L2::evict_normal"};
   for (const char* name : known) {
     if (m == name) return true;
   }
@@ -111,7 +156,9 @@ bool known_modifier(const std::string& m) {
 }
 
 bool bind_hint(Instruction& i) {
-  if (i.opcode != "prefetch" && i.opcode != "prefetchu" && i.opcode != "discard" && i.opcode != "applypriority" && i.opcode != "createpolicy") return false;
+  if (i.opcode != "prefetch" && i.opcode != "prefetchu" && i.opcode != "discard" && i.opcode != "applypriority" &&
+      i.opcode != "createpolicy")
+    return false;
   if (i.opcode == "discard") unsupported(i);
   i.execute = nothing;
   if (i.opcode == "createpolicy") {  // a policy is a number that nothing reads
@@ -138,12 +185,15 @@ bool bind_memory(Instruction& i) {
   const Operand& data = i.operands[is_load ? 0 : 1];
   const Operand& address = i.operands[is_load ? 1 : 0];
   const size_t wanted = i.has("v2") ? 2 : i.has("v4") ? 4 : i.has("v8") ? 8 : 1;
-  if ((data.kind == Operand::Kind::vector ? data.elements.size() : 1) != wanted || address.kind != Operand::Kind::address) unsupported(i);
+  if ((data.kind == Operand::Kind::vector ? data.elements.size() : 1) != wanted ||
+      address.kind != Operand::Kind::address)
+    unsupported(i);
   i.data[kSpace] = static_cast<uint32_t>(space_of_operand(i, address));
   i.data[kElements] = static_cast<uint32_t>(wanted);
   i.data[kBytes] = static_cast<uint32_t>(bits_of(i.type) / 8);
   const bool sign = i.type == Type::s8 || i.type == Type::s16 || i.type == Type::s32 || i.type == Type::s64;
-  i.data[kFlags] = (sign ? uint32_t(sign_extend) : 0) | (i.has("shared") || i.has("shared::cta") ? uint32_t(own_cta) : 0);
+  i.data[kFlags] =
+      (sign ? uint32_t(sign_extend) : 0) | (i.has("shared") || i.has("shared::cta") ? uint32_t(own_cta) : 0);
   if (wanted * i.data[kBytes] > 32) unsupported(i);
   i.execute = is_load ? execute_load : execute_store;
   return true;

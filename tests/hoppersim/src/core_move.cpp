@@ -7,7 +7,8 @@ namespace hoppersim {
 
 namespace {
 
-template <class T> bool move(Warp& warp, const Instruction& i, uint32_t mask) {
+template <class T>
+bool move(Warp& warp, const Instruction& i, uint32_t mask) {
   T values[kLanes];
   load(warp, i.operands[1], values);
   store(warp, i.operands[0], values, mask);
@@ -86,7 +87,10 @@ bool convert_address(Warp& warp, const Instruction& i, uint32_t mask) {
   uint64_t values[kLanes];
   load(warp, i.operands[1], values);
   const Launch& launch = *warp.cta->cluster->launch;
-  const uint64_t base = i.data[1] == 1 ? kSharedWindow : i.data[1] == 2 ? kLocalWindow : i.data[1] == 3 ? reinterpret_cast<uint64_t>(launch.parameter_base) : 0;
+  const uint64_t base = i.data[1] == 1   ? kSharedWindow
+                        : i.data[1] == 2 ? kLocalWindow
+                        : i.data[1] == 3 ? reinterpret_cast<uint64_t>(launch.parameter_base)
+                                         : 0;
   for (uint64_t& value : values) value = i.data[0] ? value - base : value + base;
   store(warp, i.operands[0], values, mask);
   return true;
@@ -101,7 +105,10 @@ bool is_in_space(Warp& warp, const Instruction& i, uint32_t mask) {
     const bool shared = a >= kSharedWindow && a < kSharedWindow + (1ull << 32);
     const bool own = shared && (a - kSharedWindow) / kRankStride == static_cast<uint64_t>(warp.cta->rank);
     const bool local = a >= kLocalWindow && a < kLocalWindow + (1ull << 32);
-    const bool in = i.has("shared") || i.has("shared::cta") ? own : i.has("shared::cluster") ? shared : i.has("local") ? local : !shared && !local;
+    const bool in = i.has("shared") || i.has("shared::cta") ? own
+                    : i.has("shared::cluster")              ? shared
+                    : i.has("local")                        ? local
+                                                            : !shared && !local;
     result |= uint32_t(in) << lane;
   }
   uint32_t& target = warp.predicates[i.operands[0].index];
@@ -111,7 +118,10 @@ bool is_in_space(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool bind_cvta(Instruction& i) {
   i.data[0] = i.has("to");
-  i.data[1] = i.has("shared") || i.has("shared::cta") || i.has("shared::cluster") ? 1 : i.has("local") ? 2 : i.has("param") ? 3 : 0;
+  i.data[1] = i.has("shared") || i.has("shared::cta") || i.has("shared::cluster") ? 1
+              : i.has("local")                                                    ? 2
+              : i.has("param")                                                    ? 3
+                                                                                  : 0;
   i.execute = convert_address;
   return true;
 }

@@ -1,4 +1,5 @@
-// Within a warp: shfl, vote, match, redux, activemask, elect, bar.warp.sync. They wait until all members are at the instruction.
+// Within a warp: shfl, vote, match, redux, activemask, elect, bar.warp.sync. They wait until all members are at the
+// instruction.
 #include <algorithm>
 #include <bit>
 
@@ -43,7 +44,10 @@ bool shuffle(Warp& warp, const Instruction& i, uint32_t mask) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const int by = b[lane] & 31, clamp = c[lane] & 31, segment = c[lane] >> 8 & 31;
     const int last = (lane & segment) | (clamp & ~segment), first = lane & segment;
-    int j = i.data[0] == up_ ? lane - by : i.data[0] == down_ ? lane + by : i.data[0] == bfly_ ? lane ^ by : first | (by & ~segment);
+    int j = i.data[0] == up_     ? lane - by
+            : i.data[0] == down_ ? lane + by
+            : i.data[0] == bfly_ ? lane ^ by
+                                 : first | (by & ~segment);
     const bool in = i.data[0] == up_ ? j >= last : j <= last;
     if (!in) j = lane;
     inside |= uint32_t(in) << lane;
@@ -74,7 +78,8 @@ bool match(Warp& warp, const Instruction& i, uint32_t mask) {
   uint32_t d[kLanes] = {};
   load(warp, i.operands[1], a);
   for (int lane = 0; lane < kLanes; ++lane) {
-    for (int other = 0; other < kLanes; ++other) d[lane] |= uint32_t((mask >> other & 1) && a[other] == a[lane]) << other;
+    for (int other = 0; other < kLanes; ++other)
+      d[lane] |= uint32_t((mask >> other & 1) && a[other] == a[lane]) << other;
   }
   if (i.data[0] == all_) {
     const bool same = d[std::countr_zero(mask)] == mask;
@@ -126,7 +131,9 @@ bool elect(Warp& warp, const Instruction& i, uint32_t mask) {
   return true;
 }
 
-bool sync_warp(Warp& warp, const Instruction& i, uint32_t mask) { return members_here(warp, i, i.operands[0], mask) != 0; }
+bool sync_warp(Warp& warp, const Instruction& i, uint32_t mask) {
+  return members_here(warp, i, i.operands[0], mask) != 0;
+}
 
 // Index of the modifier that is one of `names`.
 uint32_t which(const Instruction& i, std::initializer_list<const char*> names) {

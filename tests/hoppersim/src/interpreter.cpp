@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kQuantum = 128;               // instructions a warp runs before the next has its turn
 constexpr uint64_t kGroupPatience = 20000;  // instructions after which the groups of a warp take turns
-constexpr uint64_t kLatePatience = 20000;   // rounds in which some warp only polls, until a late operation completes anyway
+constexpr uint64_t kLatePatience =
+    20000;  // rounds in which some warp only polls, until a late operation completes anyway
 
 // Text such as "(1,0,0)".
 std::string coordinates(const uint32_t* c) {
@@ -219,7 +220,8 @@ void ClusterRun::step(Warp& warp, Group& group) {
   warp.current = &group;
   bool done = false;
   if (!i.aligned || converged(warp, i, warp.alive, group.mask)) {
-    if (i.aligned && mask != group.mask) fault("divergent aligned instruction", warp, i, "its guard holds for lanes " + hex32(mask) + " only");
+    if (i.aligned && mask != group.mask)
+      fault("divergent aligned instruction", warp, i, "its guard holds for lanes " + hex32(mask) + " only");
     const uint32_t pc = group.pc++;
     done = (i.wgmma_registers && check_registers(warp, i, mask)) || i.execute(warp, i, mask);
     if (!done) group.pc = pc;
@@ -243,7 +245,9 @@ void ClusterRun::stuck(const char* kind) {
       const Instruction& i = launch_.function->code[group.pc];
       const bool whole = group.mask == warp->alive;
       if (warp->state != Warp::State::done && group.converging && i.aligned && !whole) {
-        throw Fault("divergent aligned instruction", where(*warp, i) + ": lanes " + hex32(group.mask) + " of " + hex32(warp->alive) + " are here and the others never come\n" + report());
+        throw Fault("divergent aligned instruction", where(*warp, i) + ": lanes " + hex32(group.mask) + " of " +
+                                                         hex32(warp->alive) + " are here and the others never come\n" +
+                                                         report());
       }
     }
   }
@@ -260,20 +264,23 @@ std::string ClusterRun::report() const {
       if (warp->state == Warp::State::done) text += name + " warp " + std::to_string(warp->id) + ": exited\n";
       for (const Group& group : warp->groups) {
         const Instruction& i = launch_.function->code[group.pc];
-        text += name + " warp " + std::to_string(warp->id) + " lanes " + hex32(group.mask) + " at ptx line " + std::to_string(i.line) + ": " + i.text;
+        text += name + " warp " + std::to_string(warp->id) + " lanes " + hex32(group.mask) + " at ptx line " +
+                std::to_string(i.line) + ": " + i.text;
         text += group.can_resume ? "; waits for " + group.waiting_for + "\n" : "; can run\n";
       }
     }
     for (int id = 0; id < 16; ++id) {
       const Cta::NamedBarrier& b = cta->named[id];
       if (b.arrived == 0) continue;
-      text += name + " barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrived of " + (b.expected ? std::to_string(b.expected) : "all") + "\n";
+      text += name + " barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrived of " +
+              (b.expected ? std::to_string(b.expected) : "all") + "\n";
     }
     std::map<uint32_t, const Mbarrier*> mbarriers;
     for (const auto& [offset, m] : cta->mbarriers) mbarriers[offset] = &m;
     for (const auto& [offset, m] : mbarriers) {
-      text += name + " mbarrier " + hex32(offset) + ": phase " + std::to_string(m->phase) + ", " + std::to_string(m->pending) + " of " + std::to_string(m->expected) +
-              " arrivals missing, " + std::to_string(m->tx) + " bytes missing\n";
+      text += name + " mbarrier " + hex32(offset) + ": phase " + std::to_string(m->phase) + ", " +
+              std::to_string(m->pending) + " of " + std::to_string(m->expected) + " arrivals missing, " +
+              std::to_string(m->tx) + " bytes missing\n";
     }
   }
   const Cta::NamedBarrier& b = cluster_.barrier;
@@ -300,7 +307,8 @@ void check_launch(const Launch& launch) {
   const uint64_t threads = uint64_t(launch.block.x) * launch.block.y * launch.block.z;
   if (threads == 0 || threads > 1024) throw Fault("launch", std::to_string(threads) + " threads per CTA");
   if (launch.parameters.size() < launch.function->parameter_bytes) throw Fault("launch", "parameters are too short");
-  if (launch.function->static_shared + launch.dynamic_shared > kSharedLimit) throw Fault("launch", "too much shared memory");
+  if (launch.function->static_shared + launch.dynamic_shared > kSharedLimit)
+    throw Fault("launch", "too much shared memory");
 }
 
 }  // namespace
@@ -325,8 +333,8 @@ void Counters::add(const Counters& o) {
 }
 
 std::string where(const Warp& warp, const Instruction& i, int lane) {
-  std::string text = "kernel " + warp.cta->cluster->launch->function->name + ", ptx line " + std::to_string(i.line) + ": " + i.text + ", cta " +
-                     coordinates(warp.cta->ctaid) + ", warp " + std::to_string(warp.id);
+  std::string text = "kernel " + warp.cta->cluster->launch->function->name + ", ptx line " + std::to_string(i.line) +
+                     ": " + i.text + ", cta " + coordinates(warp.cta->ctaid) + ", warp " + std::to_string(warp.id);
   if (lane >= 0) text += ", lane " + std::to_string(lane);
   return text;
 }
@@ -343,7 +351,9 @@ bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask
   const uint32_t alive = warp.alive;
   warp.can_resume = [&warp, &i, members, mask, alive] {
     if (i.aligned && warp.alive != alive) {
-      fault("divergent aligned instruction", warp, i, "lanes " + hex32(mask) + " wait here and lanes " + hex32(alive & ~warp.alive) + " have exited without coming");
+      fault("divergent aligned instruction", warp, i,
+            "lanes " + hex32(mask) + " wait here and lanes " + hex32(alive & ~warp.alive) +
+                " have exited without coming");
     }
     return (members & warp.alive & ~mask) == 0;
   };

@@ -1,7 +1,8 @@
 // The simulated machine: what the interpreter, the asynchronous units and the runtime share.
 //
-// One Launch runs a grid. CTAs of a cluster run together on one host thread; clusters are independent work items. A warp
-// executes 32 lanes under a mask. Host memory is global memory. All errors are thrown as Fault with the PTX position.
+// One Launch runs a grid. CTAs of a cluster run together on one host thread; clusters are independent work items. A
+// warp executes 32 lanes under a mask. Host memory is global memory. All errors are thrown as Fault with the PTX
+// position.
 #pragma once
 
 #include <cstdint>
@@ -22,14 +23,16 @@ constexpr int kLanes = 32;
 constexpr uint64_t kSharedWindow = 1ull << 52;  // generic address = kSharedWindow + cluster rank * kRankStride + offset
 constexpr uint64_t kLocalWindow = 1ull << 53;   // generic address = kLocalWindow + offset (per thread)
 constexpr uint32_t kRankStride = 1u << 24;      // shared::cluster address = cluster rank * kRankStride + offset
-constexpr uint32_t kSharedBase = 1024;           // the first KiB belongs to the system, as on the device: address 0 is never valid
-constexpr int kSharedLimit = 227 * 1024;        // dynamic + static bytes a CTA of sm_90 may have
+constexpr uint32_t kSharedBase =
+    1024;  // the first KiB belongs to the system, as on the device: address 0 is never valid
+constexpr int kSharedLimit = 227 * 1024;  // dynamic + static bytes a CTA of sm_90 may have
 
 struct Function;     // ptx.h
 struct MapProxy;     // tensor_map_proxy.h
 struct Instruction;  // ptx.h
 
-// A finding that stops the launch. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy fence".
+// A finding that stops the launch. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy
+// fence".
 struct Fault : std::runtime_error {
   Fault(std::string kind, const std::string& text) : std::runtime_error(kind + ": " + text), kind(std::move(kind)) {}
   std::string kind;
@@ -39,32 +42,37 @@ enum class Timing { early, late };  // asynchronous effects at once, or as late 
 
 struct Options {
   Timing timing = Timing::early;
-  uint64_t seed = 0;             // order of warps and CTAs; 0: in order
+  uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
   uint64_t max_instructions = 20'000'000'000ull;  // a launch that runs longer is reported as a live-lock
-  bool check_global = true;      // global accesses must fall into registered or cudaMalloc'ed ranges
+  bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
 };
 
 struct Counters {
   std::map<std::string, uint64_t> instructions;  // warp instructions by class: "alu", "fma", "ld.global", "wgmma", ...
   uint64_t warp_instructions = 0;
-  uint64_t tensor_flop = 0;                      // 2 M N K of wgmma and mma
-  uint64_t global_read_bytes = 0, global_write_bytes = 0;            // by threads, bytes asked for
-  uint64_t global_read_sectors = 0, global_write_sectors = 0;        // 32-byte sectors touched per warp access
-  uint64_t bulk_read_bytes = 0, bulk_write_bytes = 0;                // TMA and bulk copies: global bytes in bounds (multicast: once)
-  uint64_t shared_accesses = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;  // conflict factor = wavefronts / ideal
-  uint64_t wgmma_wavefronts = 0;                 // of operand tiles in shared memory, by the model of tensor.cpp
-  uint64_t barrier_waits = 0;                    // unsuccessful mbarrier try_wait / test_wait
+  uint64_t tensor_flop = 0;                                    // 2 M N K of wgmma and mma
+  uint64_t global_read_bytes = 0, global_write_bytes = 0;      // by threads, bytes asked for
+  uint64_t global_read_sectors = 0, global_write_sectors = 0;  // 32-byte sectors touched per warp access
+  uint64_t bulk_read_bytes = 0, bulk_write_bytes = 0;  // TMA and bulk copies: global bytes in bounds (multicast: once)
+  uint64_t shared_accesses = 0, shared_wavefronts = 0,
+           shared_ideal_wavefronts = 0;  // conflict factor = wavefronts / ideal
+  uint64_t wgmma_wavefronts = 0;         // of operand tiles in shared memory, by the model of tensor.cpp
+  uint64_t barrier_waits = 0;            // unsuccessful mbarrier try_wait / test_wait
   void add(const Counters& other);
 };
 
-// Vector clock over the warps of a cluster (index = cluster rank * warps per CTA + warp): which generic writes are known.
+// Vector clock over the warps of a cluster (index = cluster rank * warps per CTA + warp): which generic writes are
+// known.
 using Clock = std::vector<uint64_t>;
 void merge(Clock& into, const Clock& from);
 
-// ---- Shared memory with its shadow: one byte of flags per byte, writer bookkeeping per 16-byte granule. ----------------
+// ---- Shared memory with its shadow: one byte of flags per byte, writer bookkeeping per 16-byte granule.
 struct SharedMemory {
-  enum Flag : uint8_t { written = 1, in_flight = 2 };  // in_flight: an asynchronous copy will write it, not yet complete
+  enum Flag : uint8_t {
+    written = 1,
+    in_flight = 2
+  };  // in_flight: an asynchronous copy will write it, not yet complete
   std::vector<uint8_t> bytes, flags;
   struct Granule {
     int32_t writer = -1;        // clock index of the last generic writer, -1: none since the last async write
@@ -88,7 +96,7 @@ struct Cta;
 struct Cluster;
 struct Launch;
 
-// ---- Warp -------------------------------------------------------------------------------------------------------------
+// ---- Warp
 // Lanes with equal pc form a group; the group with the lowest pc that can run is run (independent thread scheduling).
 struct Group {
   uint32_t pc;
@@ -105,32 +113,33 @@ struct WgmmaGroupState;  // async.h: outstanding wgmma of a warp, by commit grou
 struct Warp {
   enum class State { ready, waiting, done };
   Cta* cta = nullptr;
-  int id = 0;                          // in the CTA
+  int id = 0;  // in the CTA
   State state = State::ready;
-  std::string waiting_for;             // for the dead-lock report
-  std::function<bool()> can_resume;    // waiting -> ready when true
-  uint32_t alive = 0xffffffffu;        // lanes that exist and have not exited
+  std::string waiting_for;           // for the dead-lock report
+  std::function<bool()> can_resume;  // waiting -> ready when true
+  uint32_t alive = 0xffffffffu;      // lanes that exist and have not exited
   std::vector<Group> groups;
-  std::vector<uint32_t> registers;     // laid out by Function: a b32 register is 32 words, a b64 one 64 (lane-major: lane i at i, or 2 i)
-  std::vector<uint32_t> predicates;    // one mask per predicate register
+  std::vector<uint32_t>
+      registers;  // laid out by Function: a b32 register is 32 words, a b64 one 64 (lane-major: lane i at i, or 2 i)
+  std::vector<uint32_t> predicates;         // one mask per predicate register
   std::vector<uint8_t> register_in_flight;  // per register: outstanding wgmma accumulators that write it
   std::vector<std::vector<uint8_t>> local;  // per lane
   Clock clock;
-  std::shared_ptr<void> async;         // owned by the asynchronous units (wgmma groups, cp.async and bulk groups)
-  std::shared_ptr<void> copies;        // async.h: cp.async and bulk groups of the lanes, arrivals at the cluster barrier
-  std::shared_ptr<void> tensor;        // owned by wgmma: outstanding operations (tensor.cpp)
+  std::shared_ptr<void> async;   // owned by the asynchronous units (wgmma groups, cp.async and bulk groups)
+  std::shared_ptr<void> copies;  // async.h: cp.async and bulk groups of the lanes, arrivals at the cluster barrier
+  std::shared_ptr<void> tensor;  // owned by wgmma: outstanding operations (tensor.cpp)
   uint32_t tid[3][kLanes];
   int clock_index() const;
-  Group* current = nullptr;            // the group that executes
-  uint32_t exists = 0xffffffffu;       // lanes the launch gave this warp
-  uint32_t carry = 0;                  // CC.CF of each lane
-  uint32_t register_limit = 0;         // last setmaxnreg, 0: none yet
-  uint64_t since_merge = 0;            // instructions since groups last changed: a spinning group must let the others run
+  Group* current = nullptr;       // the group that executes
+  uint32_t exists = 0xffffffffu;  // lanes the launch gave this warp
+  uint32_t carry = 0;             // CC.CF of each lane
+  uint32_t register_limit = 0;    // last setmaxnreg, 0: none yet
+  uint64_t since_merge = 0;       // instructions since groups last changed: a spinning group must let the others run
 };
 
 struct Cta {
   Cluster* cluster = nullptr;
-  int rank = 0;                        // in the cluster
+  int rank = 0;  // in the cluster
   uint32_t ctaid[3] = {};
   SharedMemory shared;
   std::vector<std::unique_ptr<Warp>> warps;
@@ -139,25 +148,27 @@ struct Cta {
     uint32_t expected = 0, arrived = 0;  // threads
     uint64_t generation = 0;
     Clock clock, completed_clock;
-    uint32_t true_count = 0, completed_true_count = 0, completed_count = 0;  // barrier.red: threads whose predicate held, of how many
+    uint32_t true_count = 0, completed_true_count = 0,
+             completed_count = 0;  // barrier.red: threads whose predicate held, of how many
   };
   NamedBarrier named[16];
-  std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint64_t>> acquired_maps;  // tensor map and warp: generation of the map, clock of the warp
-  Clock fenced;                        // generic writes that a proxy fence has made visible to the async proxy
+  std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint64_t>>
+      acquired_maps;  // tensor map and warp: generation of the map, clock of the warp
+  Clock fenced;       // generic writes that a proxy fence has made visible to the async proxy
 };
 
 // An asynchronous operation that has been issued and not yet taken effect (Timing::late) or completed.
 struct Pending {
-  std::string what;                    // for reports
+  std::string what;  // for reports
   std::function<void()> complete;
 };
 
 struct Cluster {
   Launch* launch = nullptr;
   std::vector<std::unique_ptr<Cta>> ctas;
-  std::shared_ptr<void> copies;        // async.h: copies on their way to an mbarrier, bulk stores
-  std::deque<Pending> pending;         // completed one by one when no warp can run (late), in seeded order
-  Cta::NamedBarrier barrier;           // barrier.cluster
+  std::shared_ptr<void> copies;  // async.h: copies on their way to an mbarrier, bulk stores
+  std::deque<Pending> pending;   // completed one by one when no warp can run (late), in seeded order
+  Cta::NamedBarrier barrier;     // barrier.cluster
   std::mt19937_64 random;
   Counters counters;
   uint64_t executed = 0;
@@ -172,22 +183,23 @@ struct Launch {
   const Function* function = nullptr;
   Dim3 grid, block, cluster;
   uint32_t dynamic_shared = 0;
-  std::vector<uint8_t> parameters;     // laid out as the PTX .param list
+  std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
-  std::shared_ptr<MapProxy> maps;      // tensor_map_proxy.h; set by run()
-  uint8_t* parameter_base = nullptr;   // copy of the parameters, aligned to 128 bytes; set by run()
+  std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
+  uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
 // interpreter.cpp: runs a launch to its end on options.host_threads threads; throws Fault.
 void run(Launch& launch);
 
-// ---- For everybody who reports -------------------------------------------------------------------------------------------
+// ---- For everybody who reports
 // "kernel gemm, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
-[[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text, int lane = -1);
+[[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text,
+                        int lane = -1);
 
-// ---- Memory accesses of every unit, with bounds, alignment, initialisation and hazard checks (memory.cpp) -----------------
+// ---- Memory accesses of every unit, with bounds, alignment, initialisation and hazard checks (memory.cpp)
 enum class Space { generic, global, shared, local, param, constant };
 
 struct GlobalRanges {  // registered by the runtime (allocations) and by tests (tensors)
@@ -206,7 +218,8 @@ SharedPlace shared_place(Warp& warp, const Instruction& instruction, uint64_t ad
 
 // Plain (generic-proxy) access by one lane. `data` has `size` bytes.
 void read_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, void* data, int lane);
-void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, const void* data, int lane);
+void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, const void* data,
+                  int lane);
 
 // Access by the async proxy (TMA, wgmma, bulk copies) to shared memory: checks the proxy fence and outstanding readers.
 void async_read_shared(Warp& warp, const Instruction& i, Cta& cta, uint32_t offset, size_t size, void* data);

@@ -32,25 +32,34 @@ std::string hex(uint64_t value) {
 void check_shared(const Warp& warp, const Instruction& i, const Cta& cta, uint64_t offset, size_t size, int lane) {
   if (offset >= kSharedBase && offset + size <= cta.shared.bytes.size()) return;
   fault("out-of-bounds shared", warp, i,
-        std::to_string(size) + " bytes at shared address " + hex(offset) + "; the CTA has " + hex(kSharedBase) + " to " + hex(cta.shared.bytes.size()), lane);
+        std::to_string(size) + " bytes at shared address " + hex(offset) + "; the CTA has " + hex(kSharedBase) +
+            " to " + hex(cta.shared.bytes.size()),
+        lane);
 }
 
-void check_readable(const Warp& warp, const Instruction& i, const SharedMemory& shared, uint32_t offset, size_t size, int lane) {
+void check_readable(const Warp& warp, const Instruction& i, const SharedMemory& shared, uint32_t offset, size_t size,
+                    int lane) {
   for (size_t k = 0; k < size; ++k) {
     const uint8_t flags = shared.flags[offset + k];
     if (flags & SharedMemory::in_flight) {
-      fault("read while a copy is in flight", warp, i, "reads shared address " + hex(offset + k) + ", which an asynchronous copy has yet to write: nothing has waited for its completion", lane);
+      fault("read while a copy is in flight", warp, i,
+            "reads shared address " + hex(offset + k) +
+                ", which an asynchronous copy has yet to write: nothing has waited for its completion",
+            lane);
     }
     if (!(flags & SharedMemory::written)) {
-      fault("uninitialised shared memory", warp, i, "reads shared address " + hex(offset + k) + ", which nothing has written", lane);
+      fault("uninitialised shared memory", warp, i,
+            "reads shared address " + hex(offset + k) + ", which nothing has written", lane);
     }
   }
 }
 
-void check_writable(const Warp& warp, const Instruction& i, const SharedMemory& shared, uint32_t offset, size_t size, int lane) {
+void check_writable(const Warp& warp, const Instruction& i, const SharedMemory& shared, uint32_t offset, size_t size,
+                    int lane) {
   for (size_t g = offset / 16; g <= (offset + size - 1) / 16; ++g) {
     if (shared.granules[g].async_readers > 0) {
-      fault("overwritten while read", warp, i, "writes shared address " + hex(offset) + " while an asynchronous operation still reads it", lane);
+      fault("overwritten while read", warp, i,
+            "writes shared address " + hex(offset) + " while an asynchronous operation still reads it", lane);
     }
   }
 }
@@ -59,9 +68,13 @@ void check_writable(const Warp& warp, const Instruction& i, const SharedMemory& 
 uint8_t* global_bytes(Warp& warp, const Instruction& i, uint64_t address, size_t size, bool write, int lane) {
   const Launch& launch = *warp.cta->cluster->launch;
   const uint64_t parameters = reinterpret_cast<uint64_t>(launch.parameter_base);
-  if (!write && address >= parameters && address + size <= parameters + launch.parameters.size()) return reinterpret_cast<uint8_t*>(address);
+  if (!write && address >= parameters && address + size <= parameters + launch.parameters.size())
+    return reinterpret_cast<uint8_t*>(address);
   if (launch.options.check_global && !global_ranges().contains(address, size, write)) {
-    fault("out-of-bounds global", warp, i, (write ? "writes " : "reads ") + std::to_string(size) + " bytes at " + hex(address) + ", in no range it may " + (write ? "write" : "read"), lane);
+    fault("out-of-bounds global", warp, i,
+          (write ? "writes " : "reads ") + std::to_string(size) + " bytes at " + hex(address) +
+              ", in no range it may " + (write ? "write" : "read"),
+          lane);
   }
   return reinterpret_cast<uint8_t*>(address);
 }
@@ -70,7 +83,8 @@ uint8_t* local_bytes(Warp& warp, const Instruction& i, uint64_t address, size_t 
   const uint64_t bytes = warp.cta->cluster->launch->function->local_bytes;
   if (warp.local.empty()) warp.local.assign(kLanes, std::vector<uint8_t>(bytes));
   if (address + size > bytes || address + size < address) {
-    fault("out-of-bounds local", warp, i, std::to_string(size) + " bytes at local address " + hex(address) + " of " + hex(bytes), lane);
+    fault("out-of-bounds local", warp, i,
+          std::to_string(size) + " bytes at local address " + hex(address) + " of " + hex(bytes), lane);
   }
   return warp.local[lane].data() + address;
 }
@@ -165,7 +179,8 @@ SharedPlace shared_place(Warp& warp, const Instruction& i, uint64_t address, siz
   }
   const uint64_t rank = offset / kRankStride;
   Cluster& cluster = *warp.cta->cluster;
-  if (rank >= cluster.ctas.size()) fault("out-of-bounds shared", warp, i, "shared address " + hex(offset) + " names no CTA of the cluster");
+  if (rank >= cluster.ctas.size())
+    fault("out-of-bounds shared", warp, i, "shared address " + hex(offset) + " names no CTA of the cluster");
   Cta& cta = *cluster.ctas[rank];
   offset %= kRankStride;
   check_shared(warp, i, cta, offset, size, -1);
@@ -183,14 +198,16 @@ void read_memory(Warp& warp, const Instruction& i, Space space, uint64_t address
     std::memcpy(data, local_bytes(warp, i, address, size, lane), size);
   } else if (space == Space::param) {
     const Launch& launch = *warp.cta->cluster->launch;
-    if (address + size > launch.parameters.size()) fault("out-of-bounds param", warp, i, "offset " + hex(address), lane);
+    if (address + size > launch.parameters.size())
+      fault("out-of-bounds param", warp, i, "offset " + hex(address), lane);
     std::memcpy(data, launch.parameter_base + address, size);
   } else {
     std::memcpy(data, global_bytes(warp, i, address, size, false, lane), size);
   }
 }
 
-void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, const void* data, int lane) {
+void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, const void* data,
+                  int lane) {
   space = window(space, address);
   check_alignment(warp, i, address, size, lane);
   if (space == Space::shared) {
@@ -199,7 +216,9 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
     check_writable(warp, i, shared, place.offset, size, lane);
     for (size_t k = 0; k < size; ++k) {
       uint8_t& flags = shared.flags[place.offset + k];
-      if (flags & SharedMemory::in_flight) fault("overwritten while a copy is in flight", warp, i, "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
+      if (flags & SharedMemory::in_flight)
+        fault("overwritten while a copy is in flight", warp, i,
+              "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
       flags |= SharedMemory::written;
     }
     std::memcpy(&shared.bytes[place.offset], data, size);
@@ -225,7 +244,8 @@ static void check_proxy(Warp& warp, const Instruction& i, Cta& cta, uint32_t off
     if (granule.writer < 0) continue;
     const size_t writer = static_cast<size_t>(granule.writer);
     auto knows = [&](const Clock& clock) { return writer < clock.size() && clock[writer] >= granule.sequence; };
-    const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which warp " + std::to_string(writer) + " of the cluster wrote";
+    const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which warp " +
+                             std::to_string(writer) + " of the cluster wrote";
     if (!knows(warp.clock)) fault("unsynchronised shared memory", warp, i, what + " and no barrier orders the two");
     if (!knows(cta.fenced)) fault("missing proxy fence", warp, i, what + " without a fence.proxy.async after it");
   }
@@ -249,8 +269,8 @@ void async_write_shared(Warp& warp, const Instruction& i, Cta& cta, uint32_t off
   for (size_t g = offset / 16; g <= (offset + size - 1) / 16; ++g) cta.shared.granules[g].writer = -1;
 }
 
-// Accesses of 8 and 16 bytes a lane go in two and four phases of 16 and 8 lanes; a phase takes as many wavefronts as the
-// bank with the most distinct words.
+// Accesses of 8 and 16 bytes a lane go in two and four phases of 16 and 8 lanes; a phase takes as many wavefronts as
+// the bank with the most distinct words.
 void count_shared(Counters& counters, const uint32_t* offsets, uint32_t mask, int bytes_per_lane) {
   ++counters.shared_accesses;
   const int words = std::max(1, bytes_per_lane / 4), lanes = kLanes / words;

@@ -27,7 +27,9 @@ std::string without_comments(std::string text) {
   return text;
 }
 
-bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+bool is_word(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+}
 
 uint32_t round_up(uint64_t value, uint64_t align) { return static_cast<uint32_t>((value + align - 1) / align * align); }
 
@@ -37,7 +39,9 @@ PtxParser::PtxParser(const std::string& text) : text_(without_comments(text)), m
   text_.resize(std::strlen(text_.c_str()));  // the text in a fat binary ends in zeros
 }
 
-void PtxParser::syntax(const std::string& text) const { throw Fault("ptx syntax", "line " + std::to_string(line_) + ": " + text); }
+void PtxParser::syntax(const std::string& text) const {
+  throw Fault("ptx syntax", "line " + std::to_string(line_) + ": " + text);
+}
 
 void PtxParser::skip_space() {
   while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) line_ += text_[at_++] == '\n';
@@ -52,7 +56,9 @@ bool PtxParser::accept(const char* token) {
   skip_space();
   const size_t length = std::strlen(token);
   if (text_.compare(at_, length, token) != 0) return false;
-  if (is_word(token[length - 1]) && at_ + length < text_.size() && is_word(text_[at_ + length]) && text_[at_ + length] != '.') return false;
+  if (is_word(token[length - 1]) && at_ + length < text_.size() && is_word(text_[at_ + length]) &&
+      text_[at_ + length] != '.')
+    return false;
   at_ += length;
   return true;
 }
@@ -180,7 +186,8 @@ void PtxParser::variable(const std::string& space, bool external) {
     expect(";");
     return;
   }
-  if (v.align > 16) throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": alignment of variable " + v.name);
+  if (v.align > 16)
+    throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": alignment of variable " + v.name);
   std::vector<uint8_t>& bytes = module_->globals[v.name];
   bytes.assign(std::max<uint64_t>(v.unsized ? 0 : v.bytes(), 1), 0);
   if (accept("=")) initialiser(v, bytes);
@@ -213,7 +220,8 @@ void PtxParser::initialiser(const Variable& v, std::vector<uint8_t>& bytes) {
       }
       if (symbol.rfind("generic(", 0) == 0) symbol = symbol.substr(8, symbol.size() - 9);
       const auto found = globals_.find(symbol);
-      if (found == globals_.end() || width != 8) throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": initialiser " + item);
+      if (found == globals_.end() || width != 8)
+        throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": initialiser " + item);
       value.immediate = found->second.value + offset;
     } else if (v.type == Type::f32 && value.type == Type::f64) {
       value.immediate = to_bits(static_cast<float>(from_bits<double>(value.immediate)));
@@ -251,9 +259,12 @@ void PtxParser::entry() {
     if (accept(";")) return;  // declaration
     const std::string name = word();
     const std::vector<std::string> numbers = split_list(until(".{"));
-    auto at = [&](size_t i) { return i < numbers.size() && !numbers[i].empty() ? static_cast<uint32_t>(std::stoul(numbers[i])) : 1u; };
+    auto at = [&](size_t i) {
+      return i < numbers.size() && !numbers[i].empty() ? static_cast<uint32_t>(std::stoul(numbers[i])) : 1u;
+    };
     if (name == ".maxntid" || name == ".reqntid") function_->max_threads = at(0) * at(1) * at(2);
-    if (name == ".reqnctapercluster") function_->cluster_x = at(0), function_->cluster_y = at(1), function_->cluster_z = at(2);
+    if (name == ".reqnctapercluster")
+      function_->cluster_x = at(0), function_->cluster_y = at(1), function_->cluster_z = at(2);
   }
   body(0);
   finish_function();
@@ -348,7 +359,8 @@ void PtxParser::body_directive() {
 
 void PtxParser::declare_registers() {
   const Variable first = declaration();
-  if (first.count != 1 && !first.range) throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": vector register " + first.name);
+  if (first.count != 1 && !first.range)
+    throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": vector register " + first.name);
   Variable v = first;
   while (true) {
     RegisterRange range{v.name, static_cast<uint32_t>(v.count), 0, 1, first.type == Type::pred, first.type};
@@ -363,7 +375,8 @@ void PtxParser::declare_registers() {
     if (v.range) {
       scopes_.back().ranges.push_back(range);
     } else {
-      scopes_.back().symbols[v.name] = {range.predicate ? Symbol::Kind::predicate : Symbol::Kind::reg, range.first, range.type};
+      scopes_.back().symbols[v.name] = {range.predicate ? Symbol::Kind::predicate : Symbol::Kind::reg, range.first,
+                                        range.type};
     }
     if (!accept(",")) break;
     v = Variable();
@@ -406,7 +419,8 @@ void PtxParser::close_scope() {
   for (LabelUse& use : scope.uses) {
     const auto label = scope.labels.find(use.name);
     if (label == scope.labels.end()) {
-      if (scopes_.empty() || scope.callee) throw Fault("ptx syntax", "line " + std::to_string(use.line) + ": no label " + use.name);
+      if (scopes_.empty() || scope.callee)
+        throw Fault("ptx syntax", "line " + std::to_string(use.line) + ": no label " + use.name);
       scopes_.back().uses.push_back(use);
       continue;
     }

@@ -11,20 +11,44 @@
 
 namespace hoppersim {
 
-enum class Type : uint8_t { none, pred, b8, b16, b32, b64, b128, u8, u16, u32, u64, s8, s16, s32, s64, f16, f16x2, bf16, bf16x2, tf32, f32, f64 };
+enum class Type : uint8_t {
+  none,
+  pred,
+  b8,
+  b16,
+  b32,
+  b64,
+  b128,
+  u8,
+  u16,
+  u32,
+  u64,
+  s8,
+  s16,
+  s32,
+  s64,
+  f16,
+  f16x2,
+  bf16,
+  bf16x2,
+  tf32,
+  f32,
+  f64
+};
 int bits_of(Type type);
 
 struct Operand {
   enum class Kind : uint8_t { none, reg, predicate, immediate, address, vector, symbol, special, label, sink /* _ */ };
   Kind kind = Kind::none;
-  bool negated = false;            // !p
-  uint32_t index = 0;              // register: first word in Warp::registers / kLanes; predicate number; label: pc; special: id
-  Type type = Type::none;          // declared type of the register
-  uint64_t immediate = 0;          // bits; address: byte offset (two's complement)
-  int base = -1;                   // address: index into `elements` of the base register, -1: absolute or symbol
-  std::string name;                // as written (symbols, specials, reports)
-  std::vector<Operand> elements;   // vector {a, b, …}; address: the base register if any, then tensor coordinates; `a|b`: b
-  Space space = Space::generic;    // symbol, or address without base register: the space its symbol lives in
+  bool negated = false;    // !p
+  uint32_t index = 0;      // register: first word in Warp::registers / kLanes; predicate number; label: pc; special: id
+  Type type = Type::none;  // declared type of the register
+  uint64_t immediate = 0;  // bits; address: byte offset (two's complement)
+  int base = -1;           // address: index into `elements` of the base register, -1: absolute or symbol
+  std::string name;        // as written (symbols, specials, reports)
+  std::vector<Operand>
+      elements;  // vector {a, b, …}; address: the base register if any, then tensor coordinates; `a|b`: b
+  Space space = Space::generic;  // symbol, or address without base register: the space its symbol lives in
 };
 
 struct Instruction {
@@ -35,16 +59,16 @@ struct Instruction {
   int guard = -1;                      // predicate register, -1: none
   bool guard_negated = false;
   std::vector<Operand> operands;
-  Type type = Type::none;              // last type modifier
+  Type type = Type::none;  // last type modifier
   bool has(const char* modifier) const;
-  // Executes the instruction for the lanes in `mask` (guard applied). Returns false when the warp must stay at this pc and
-  // try again (it has set state, waiting_for and can_resume).
+  // Executes the instruction for the lanes in `mask` (guard applied). Returns false when the warp must stay at this pc
+  // and try again (it has set state, waiting_for and can_resume).
   bool (*execute)(Warp&, const Instruction&, uint32_t mask) = nullptr;
-  uint32_t data[4] = {};               // decoded by the unit that owns `execute`
-  uint16_t counter_class = 0;          // index into counter_class_names()
-  bool aligned = false;                // .aligned (or bar.sync and its kin): the whole warp must be here together
-  const void* extra = nullptr;         // decoded by the unit that owns `execute`; lives as long as the program
-  uint8_t wgmma_registers = 0;         // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
+  uint32_t data[4] = {};        // decoded by the unit that owns `execute`
+  uint16_t counter_class = 0;   // index into counter_class_names()
+  bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
+  const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
+  uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
 };
 
 struct Parameter {
@@ -56,7 +80,7 @@ struct Function {
   std::string name;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
-  uint32_t register_words = 0;   // per lane
+  uint32_t register_words = 0;  // per lane
   uint32_t predicate_count = 0;
   uint32_t static_shared = 0, local_bytes = 0;
   bool external_shared = false;
@@ -71,10 +95,12 @@ struct Module {
   std::vector<std::shared_ptr<void>> registrations;               // keeps their ranges registered
 };
 
-// Values of operands for every unit (core.cpp). An address includes its base register, its offset and, for a shared symbol,
-// the window of the CTA: shared addresses are rank * kRankStride + offset everywhere, as on the device (shared_place splits).
+// Values of operands for every unit (core.cpp). An address includes its base register, its offset and, for a shared
+// symbol, the window of the CTA: shared addresses are rank * kRankStride + offset everywhere, as on the device
+// (shared_place splits).
 uint64_t address_of(const Warp& warp, const Operand& address, int lane);
-uint64_t operand_value(const Warp& warp, const Operand& operand, int lane);  // register, immediate, symbol, special, predicate (0/1)
+uint64_t operand_value(const Warp& warp, const Operand& operand,
+                       int lane);  // register, immediate, symbol, special, predicate (0/1)
 void set_register(Warp& warp, const Operand& reg, int lane, uint64_t bits);  // register, predicate or sink
 uint32_t predicate_mask(const Warp& warp, const Operand& predicate);         // with negation; immediate: all or nothing
 std::vector<std::string>& counter_class_names();
@@ -82,10 +108,10 @@ std::vector<std::string>& counter_class_names();
 // Throws Fault("unsupported instruction" | "ptx syntax", …) naming text and line.
 std::unique_ptr<Module> parse_ptx(const std::string& text);
 
-// Each unit offers: fills `execute` (and `data`) if the instruction is its own, else returns false. parse_ptx asks them in
-// this order; an instruction that none takes is an error.
-bool bind_core(Instruction& instruction);     // alu, control, plain memory, bar, atomics, shuffles, fences  (core*.cpp)
-bool bind_async(Instruction& instruction);    // mbarrier, cp.async*, clusters' remote arrive, griddepcontrol  (async*.cpp)
-bool bind_tensor(Instruction& instruction);   // wgmma, mma, ldmatrix, stmatrix  (tensor*.cpp)
+// Each unit offers: fills `execute` (and `data`) if the instruction is its own, else returns false. parse_ptx asks them
+// in this order; an instruction that none takes is an error.
+bool bind_core(Instruction& instruction);   // alu, control, plain memory, bar, atomics, shuffles, fences  (core*.cpp)
+bool bind_async(Instruction& instruction);  // mbarrier, cp.async*, clusters' remote arrive, griddepcontrol (async*.cpp)
+bool bind_tensor(Instruction& instruction);  // wgmma, mma, ldmatrix, stmatrix  (tensor*.cpp)
 
 }  // namespace hoppersim

@@ -9,10 +9,25 @@ int bits_of(Type type) {
   switch (type) {
     case Type::none: return 32;
     case Type::pred: return 1;
-    case Type::b8: case Type::u8: case Type::s8: return 8;
-    case Type::b16: case Type::u16: case Type::s16: case Type::f16: case Type::bf16: return 16;
-    case Type::b32: case Type::u32: case Type::s32: case Type::f16x2: case Type::bf16x2: case Type::tf32: case Type::f32: return 32;
-    case Type::b64: case Type::u64: case Type::s64: case Type::f64: return 64;
+    case Type::b8:
+    case Type::u8:
+    case Type::s8: return 8;
+    case Type::b16:
+    case Type::u16:
+    case Type::s16:
+    case Type::f16:
+    case Type::bf16: return 16;
+    case Type::b32:
+    case Type::u32:
+    case Type::s32:
+    case Type::f16x2:
+    case Type::bf16x2:
+    case Type::tf32:
+    case Type::f32: return 32;
+    case Type::b64:
+    case Type::u64:
+    case Type::s64:
+    case Type::f64: return 64;
     case Type::b128: return 128;
   }
   return 32;
@@ -20,10 +35,11 @@ int bits_of(Type type) {
 
 Type type_named(const std::string& name) {
   static const std::unordered_map<std::string, Type> types = {
-      {"pred", Type::pred}, {"b8", Type::b8}, {"b16", Type::b16}, {"b32", Type::b32}, {"b64", Type::b64}, {"b128", Type::b128},
-      {"u8", Type::u8}, {"u16", Type::u16}, {"u32", Type::u32}, {"u64", Type::u64}, {"s8", Type::s8}, {"s16", Type::s16},
-      {"s32", Type::s32}, {"s64", Type::s64}, {"f16", Type::f16}, {"f16x2", Type::f16x2}, {"bf16", Type::bf16},
-      {"bf16x2", Type::bf16x2}, {"tf32", Type::tf32}, {"f32", Type::f32}, {"f64", Type::f64}};
+      {"pred", Type::pred},   {"b8", Type::b8},     {"b16", Type::b16},       {"b32", Type::b32},   {"b64", Type::b64},
+      {"b128", Type::b128},   {"u8", Type::u8},     {"u16", Type::u16},       {"u32", Type::u32},   {"u64", Type::u64},
+      {"s8", Type::s8},       {"s16", Type::s16},   {"s32", Type::s32},       {"s64", Type::s64},   {"f16", Type::f16},
+      {"f16x2", Type::f16x2}, {"bf16", Type::bf16}, {"bf16x2", Type::bf16x2}, {"tf32", Type::tf32}, {"f32", Type::f32},
+      {"f64", Type::f64}};
   const auto found = types.find(name);
   return found == types.end() ? Type::none : found->second;
 }
@@ -63,7 +79,8 @@ bool PtxParser::number(const std::string& text, Operand& into) const {
   size_t digits = 0;
   const bool negative = text[0] == '-';
   if (negative || text[0] == '+') ++digits;
-  if (digits >= text.size() || !(std::isdigit(static_cast<unsigned char>(text[digits])) || text[digits] == '.')) return false;
+  if (digits >= text.size() || !(std::isdigit(static_cast<unsigned char>(text[digits])) || text[digits] == '.'))
+    return false;
   into.kind = Operand::Kind::immediate;
   into.name = text;
   std::string body = text.substr(digits);
@@ -123,7 +140,8 @@ bool PtxParser::find(const std::string& name, Operand& into) {
     if (digits == name.size() || name.size() - digits > 9) continue;
     const uint32_t number = static_cast<uint32_t>(std::stoul(name.substr(digits)));
     for (const RegisterRange& range : scopes_[i].ranges) {
-      if (number >= range.count || name.compare(0, digits, range.prefix) != 0 || range.prefix.size() != digits) continue;
+      if (number >= range.count || name.compare(0, digits, range.prefix) != 0 || range.prefix.size() != digits)
+        continue;
       into.kind = range.predicate ? Operand::Kind::predicate : Operand::Kind::reg;
       into.index = range.first + number * range.words;
       into.type = range.type;
@@ -234,7 +252,8 @@ Operand PtxParser::operand(const std::string& text, Instruction& into, size_t po
   if (text[0] == '[') return address(text, into, position);
   if (text[0] == '{') {
     result.kind = Operand::Kind::vector;
-    for (const std::string& part : split_list(text.substr(1, text.size() - 2))) result.elements.push_back(operand(part, into, position));
+    for (const std::string& part : split_list(text.substr(1, text.size() - 2)))
+      result.elements.push_back(operand(part, into, position));
     return result;
   }
   if (text[0] == '!') {
@@ -255,7 +274,8 @@ Operand PtxParser::operand(const std::string& text, Instruction& into, size_t po
   if (const size_t plus = text.find('+'); plus != std::string::npos) {  // symbol+offset
     result = name(trimmed(text.substr(0, plus)));
     Operand offset;
-    if (result.kind != Operand::Kind::symbol || !number(trimmed(text.substr(plus + 1)), offset)) syntax("operand " + text);
+    if (result.kind != Operand::Kind::symbol || !number(trimmed(text.substr(plus + 1)), offset))
+      syntax("operand " + text);
     result.immediate += offset.immediate;
     return result;
   }
@@ -312,7 +332,9 @@ void PtxParser::instruction(std::string text) {
 // (results), name, (arguments): the body of `name` is expanded here with its parameters bound to the caller's.
 void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
   std::vector<std::string> parts = split_list(text);
-  auto list = [](const std::string& s) { return s.size() > 1 && s[0] == '(' ? split_list(s.substr(1, s.size() - 2)) : std::vector<std::string>{}; };
+  auto list = [](const std::string& s) {
+    return s.size() > 1 && s[0] == '(' ? split_list(s.substr(1, s.size() - 2)) : std::vector<std::string>{};
+  };
   std::vector<std::string> results;
   if (!parts.empty() && parts[0][0] == '(') {
     results = list(parts[0]);
@@ -320,7 +342,8 @@ void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
   }
   const std::vector<std::string> arguments = parts.size() > 1 ? list(parts[1]) : std::vector<std::string>{};
   const auto found = parts.empty() ? callees_.end() : callees_.find(parts[0]);
-  if (found == callees_.end() || found->second.body == 0) {  // vprintf, __assertfail, indirect calls: a fault when it executes
+  if (found == callees_.end() ||
+      found->second.body == 0) {  // vprintf, __assertfail, indirect calls: a fault when it executes
     Instruction external;
     external.line = line_;
     external.text = "call " + text;
@@ -331,7 +354,8 @@ void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
     return;
   }
   const Callee& callee = found->second;
-  if (guard >= 0 || depth_ > 16 || results.size() != callee.results.size() || arguments.size() != callee.arguments.size()) {
+  if (guard >= 0 || depth_ > 16 || results.size() != callee.results.size() ||
+      arguments.size() != callee.arguments.size()) {
     throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": call " + text);
   }
   Scope scope;
@@ -339,7 +363,8 @@ void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
   auto bind = [&](const std::vector<std::string>& formal, const std::vector<std::string>& actual) {
     for (size_t i = 0; i < formal.size(); ++i) {
       const Symbol* symbol = find_symbol(actual[i]);
-      if (symbol == nullptr || symbol->kind != Symbol::Kind::local) throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": call " + text);
+      if (symbol == nullptr || symbol->kind != Symbol::Kind::local)
+        throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": call " + text);
       scope.symbols[formal[i]] = *symbol;
     }
   };

@@ -116,7 +116,7 @@ class PtxParser {
   std::unordered_map<std::string, Callee> callees_;
   std::set<std::string> external_;  // external shared names the function uses
   uint32_t external_align_ = 16;
-  int depth_ = 0;                   // of expanded calls
+  int depth_ = 0;  // of expanded calls
 };
 
 Type type_named(const std::string& name);

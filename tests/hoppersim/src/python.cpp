@@ -1,4 +1,5 @@
-// The module `_hoppersim`: options, records of launches, faults, ranges, and launches of PTX text. hoppersim/__init__.py wraps it.
+// The module `_hoppersim`: options, records of launches, faults, ranges, and launches of PTX text.
+// hoppersim/__init__.py wraps it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -55,8 +56,10 @@ py::dict get_options() {
   return d;
 }
 
-void set_options(const std::string& timing, uint64_t seed, int host_threads, uint64_t max_instructions, bool check_global) {
-  if (timing != "early" && timing != "late") throw py::value_error("timing must be \"early\" or \"late\", got \"" + timing + "\"");
+void set_options(const std::string& timing, uint64_t seed, int host_threads, uint64_t max_instructions,
+                 bool check_global) {
+  if (timing != "early" && timing != "late")
+    throw py::value_error("timing must be \"early\" or \"late\", got \"" + timing + "\"");
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
   r.options.timing = timing == "late" ? Timing::late : Timing::early;
@@ -91,8 +94,8 @@ struct TextModule {
     return result;
   }
 
-  void launch(const std::string& name, const Triple& grid, const Triple& block, const py::bytes& parameters, const Triple& cluster,
-              uint32_t shared) {
+  void launch(const std::string& name, const Triple& grid, const Triple& block, const py::bytes& parameters,
+              const Triple& cluster, uint32_t shared) {
     Kernel kernel;
     kernel.module = &loaded, kernel.name = name;
     kernel.largest_dynamic_shared = kSharedLimit - static_cast<int>(kernel.function().static_shared);
@@ -100,7 +103,8 @@ struct TextModule {
     LaunchShape shape{dim3_of(grid), dim3_of(block), std::nullopt, shared};
     if (cluster != Triple{1, 1, 1}) shape.cluster = dim3_of(cluster);
     const std::string bytes = parameters;
-    if (bytes.size() != kernel.function().parameter_bytes) throw py::value_error("parameter bytes of " + name + " do not match");
+    if (bytes.size() != kernel.function().parameter_bytes)
+      throw py::value_error("parameter bytes of " + name + " do not match");
     Dim3 checked_cluster;
     if (const cudaError_t refused = check_launch(kernel, shape, &checked_cluster))
       throw Fault("launch refused", name + ": " + cudaGetErrorName(refused));
@@ -132,20 +136,22 @@ void translate_fault(std::exception_ptr pointer) {
 }  // namespace
 
 PYBIND11_MODULE(_hoppersim, m) {
-  fault_type = PyErr_NewExceptionWithDoc("hoppersim.Fault", "A finding that stopped a launch: `kind` is stable, the text says where.",
+  fault_type = PyErr_NewExceptionWithDoc("hoppersim.Fault",
+                                         "A finding that stopped a launch: `kind` is stable, the text says where.",
                                          PyExc_RuntimeError, nullptr);
   m.attr("Fault") = py::reinterpret_borrow<py::object>(fault_type);
   py::register_exception_translator(&translate_fault);
 
   m.def("options", &get_options);
-  m.def("set_options", &set_options, py::arg("timing"), py::arg("seed"), py::arg("host_threads"), py::arg("max_instructions"),
-        py::arg("check_global"));
+  m.def("set_options", &set_options, py::arg("timing"), py::arg("seed"), py::arg("host_threads"),
+        py::arg("max_instructions"), py::arg("check_global"));
   m.def("launches", &launches, "Records of the launches since clear_launches(), oldest first.");
   m.def("clear_launches", [] {
     std::lock_guard<std::mutex> lock(runtime().mutex);
     runtime().launches.clear();
   });
-  m.def("raise_fault", &raise_fault, "Raises the fault that a launch through the CUDA runtime left, if any, and forgets it.");
+  m.def("raise_fault", &raise_fault,
+        "Raises the fault that a launch through the CUDA runtime left, if any, and forgets it.");
   m.def(
       "add_range",
       [](uintptr_t begin, size_t size, bool writable) {

@@ -43,19 +43,19 @@ struct LoadedModule {
 struct Kernel {
   LoadedModule* module = nullptr;
   std::string name;
-  int largest_dynamic_shared = -1;   // cudaFuncAttributeMaxDynamicSharedMemorySize; -1: never set
+  int largest_dynamic_shared = -1;  // cudaFuncAttributeMaxDynamicSharedMemorySize; -1: never set
   bool non_portable_cluster = false;
-  int registers = 0;                 // per thread, from the compiler's report; 0: not known
+  int registers = 0;  // per thread, from the compiler's report; 0: not known
 
   const Function& function() { return module->function(name); }
   int dynamic_shared_limit();
   int threads_limit();
-  int registers_assumed();           // known ones, else the most that .maxntid lets the compiler use
+  int registers_assumed();  // known ones, else the most that .maxntid lets the compiler use
 };
 
 struct LaunchShape {
   Dim3 grid, block;
-  std::optional<Dim3> cluster;       // from a launch attribute
+  std::optional<Dim3> cluster;  // from a launch attribute
   size_t dynamic_shared = 0;
 };
 
@@ -76,11 +76,11 @@ struct LaunchRecord {
 };
 
 struct Runtime {
-  std::mutex mutex;                    // one launch at a time: streams are in order, and so is everything else
+  std::mutex mutex;  // one launch at a time: streams are in order, and so is everything else
   Options options;
-  std::deque<LaunchRecord> launches;   // since the last clear, the oldest dropped
-  std::optional<Fault> fault;          // the first since Python took one
-  std::string fault_text;              // storage of what cudaGetErrorString returns for it
+  std::deque<LaunchRecord> launches;  // since the last clear, the oldest dropped
+  std::optional<Fault> fault;         // the first since Python took one
+  std::string fault_text;             // storage of what cudaGetErrorString returns for it
 };
 Runtime& runtime();
 

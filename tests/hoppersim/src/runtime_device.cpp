@@ -1,4 +1,5 @@
-// The device (an H200), errors, streams and events. Everything runs in order at the call, so streams and events only exist.
+// The device (an H200), errors, streams and events. Everything runs in order at the call, so streams and events only
+// exist.
 #include <algorithm>
 #include <cstdio>
 #include <unordered_map>
@@ -186,7 +187,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cu
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return set_last_error(cudaErrorNotSupported); }
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  return set_last_error(cudaErrorNotSupported);
+}
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return new_handle(event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return new_handle(event); }
@@ -197,7 +200,8 @@ cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 // A simulator has no time of the hardware to tell.
 cudaError_t cudaEventElapsedTime(float*, cudaEvent_t, cudaEvent_t) { return set_last_error(cudaErrorNotSupported); }
 
-cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long, cudaDriverEntryPointQueryResult* status) {
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* status) {
   return entry_point(name, function, status);
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,

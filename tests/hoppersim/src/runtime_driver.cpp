@@ -10,20 +10,21 @@ namespace hoppersim {
 
 namespace {
 
-CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* extent,
-                      const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* element_stride,
-                      CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
-                      CUtensorMapFloatOOBfill fill) {
-  return static_cast<CUresult>(encode_tensor_map(map, type, rank, address, extent, stride, box, element_stride, interleave, swizzle,
-                                                 promotion, fill));
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                      const cuuint64_t* extent, const cuuint64_t* stride, const cuuint32_t* box,
+                      const cuuint32_t* element_stride, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                      CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  return static_cast<CUresult>(encode_tensor_map(map, type, rank, address, extent, stride, box, element_stride,
+                                                 interleave, swizzle, promotion, fill));
 }
 
-CUresult encode_im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* extent,
-                       const cuuint64_t* stride, const int* lower, const int* upper, cuuint32_t channels, cuuint32_t pixels,
-                       const cuuint32_t* element_stride, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                       CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  return static_cast<CUresult>(encode_im2col_map(map, type, rank, address, extent, stride, lower, upper, channels, pixels,
-                                                 element_stride, interleave, swizzle, promotion, fill));
+CUresult encode_im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                       const cuuint64_t* extent, const cuuint64_t* stride, const int* lower, const int* upper,
+                       cuuint32_t channels, cuuint32_t pixels, const cuuint32_t* element_stride,
+                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                       CUtensorMapFloatOOBfill fill) {
+  return static_cast<CUresult>(encode_im2col_map(map, type, rank, address, extent, stride, lower, upper, channels,
+                                                 pixels, element_stride, interleave, swizzle, promotion, fill));
 }
 
 CUresult error_string(CUresult error, const char** text) {
@@ -52,16 +53,18 @@ extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType
                                            const cuuint32_t* element_stride, CUtensorMapInterleave interleave,
                                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                            CUtensorMapFloatOOBfill fill) {
-  return hoppersim::encode_tiled(map, type, rank, address, extent, stride, box, element_stride, interleave, swizzle, promotion, fill);
+  return hoppersim::encode_tiled(map, type, rank, address, extent, stride, box, element_stride, interleave, swizzle,
+                                 promotion, fill);
 }
 
 extern "C" CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                            const cuuint64_t* extent, const cuuint64_t* stride, const int* lower, const int* upper,
-                                            cuuint32_t channels, cuuint32_t pixels, const cuuint32_t* element_stride,
-                                            CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                                            CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  return hoppersim::encode_im2col(map, type, rank, address, extent, stride, lower, upper, channels, pixels, element_stride, interleave,
-                                  swizzle, promotion, fill);
+                                            const cuuint64_t* extent, const cuuint64_t* stride, const int* lower,
+                                            const int* upper, cuuint32_t channels, cuuint32_t pixels,
+                                            const cuuint32_t* element_stride, CUtensorMapInterleave interleave,
+                                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                            CUtensorMapFloatOOBfill fill) {
+  return hoppersim::encode_im2col(map, type, rank, address, extent, stride, lower, upper, channels, pixels,
+                                  element_stride, interleave, swizzle, promotion, fill);
 }
 
 extern "C" CUresult cuGetErrorString(CUresult error, const char** text) { return hoppersim::error_string(error, text); }

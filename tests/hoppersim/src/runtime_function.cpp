@@ -23,7 +23,8 @@ cudaError_t with_kernel(const void* stub, Use use) {
 cudaError_t set_attribute(Kernel& kernel, cudaFuncAttribute attribute, int value) {
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
-      if (value < 0 || value > kSharedLimit - static_cast<int>(kernel.function().static_shared)) return cudaErrorInvalidValue;
+      if (value < 0 || value > kSharedLimit - static_cast<int>(kernel.function().static_shared))
+        return cudaErrorInvalidValue;
       kernel.largest_dynamic_shared = value;
       return cudaSuccess;
     case cudaFuncAttributeNonPortableClusterSizeAllowed: return kernel.non_portable_cluster = value != 0, cudaSuccess;
@@ -57,7 +58,8 @@ cudaError_t clusters_that_fit(Kernel& kernel, const cudaLaunchConfig_t& config, 
       const auto& c = config.attrs[i].val.clusterDim;
       ctas = c.x * c.y * c.z;
     }
-  if (ctas == 0 || ctas > (kernel.non_portable_cluster ? kLargestCluster : kPortableCluster)) return cudaErrorInvalidClusterSize;
+  if (ctas == 0 || ctas > (kernel.non_portable_cluster ? kLargestCluster : kPortableCluster))
+    return cudaErrorInvalidClusterSize;
   const int threads = static_cast<int>(config.blockDim.x * config.blockDim.y * config.blockDim.z);
   const int per_group = occupancy(kernel, threads, config.dynamicSmemBytes) * kMultiprocessorsPerCluster;
   *count = per_group / static_cast<int>(ctas) * (kMultiprocessors / kMultiprocessorsPerCluster);
@@ -82,7 +84,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* st
 
 cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return cudaSuccess; }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads, size_t shared, unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads,
+                                                                   size_t shared, unsigned) {
   return with_kernel(stub, [&](Kernel& k) { return *blocks = occupancy(k, threads, shared), cudaSuccess; });
 }
 

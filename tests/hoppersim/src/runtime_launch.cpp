@@ -68,8 +68,10 @@ cudaError_t check_cluster(Kernel& kernel, const LaunchShape& shape, Dim3* cluste
   *cluster = shape.cluster.value_or(required);
   if (declared && (cluster->x != required.x || cluster->y != required.y || cluster->z != required.z))
     return cudaErrorInvalidClusterSize;
-  if (volume(*cluster) > (kernel.non_portable_cluster ? kLargestCluster : kPortableCluster)) return cudaErrorInvalidClusterSize;
-  if (shape.grid.x % cluster->x || shape.grid.y % cluster->y || shape.grid.z % cluster->z) return cudaErrorInvalidConfiguration;
+  if (volume(*cluster) > (kernel.non_portable_cluster ? kLargestCluster : kPortableCluster))
+    return cudaErrorInvalidClusterSize;
+  if (shape.grid.x % cluster->x || shape.grid.y % cluster->y || shape.grid.z % cluster->z)
+    return cudaErrorInvalidConfiguration;
   return cudaSuccess;
 }
 
@@ -92,7 +94,8 @@ int Kernel::registers_assumed() {
 
 cudaError_t check_launch(Kernel& kernel, const LaunchShape& shape, Dim3* cluster) {
   const Dim3 &grid = shape.grid, &block = shape.block;
-  if (volume(grid) == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  if (volume(grid) == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
   if (volume(block) == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || volume(block) > kMaxThreadsPerBlock)
     return cudaErrorInvalidConfiguration;
   if (static_cast<int>(volume(block)) > kernel.threads_limit()) return cudaErrorInvalidValue;
@@ -154,7 +157,8 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
   return launch(stub, {from(grid), from(block), std::nullopt, shared}, arguments);
 }
 
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
   return launch(kernel, {from(grid), from(block), std::nullopt, shared}, arguments);
 }
 

@@ -140,12 +140,15 @@ void __cudaUnregisterFatBinary(void** handle) {
   auto* module = reinterpret_cast<LoadedModule*>(handle);
   Registry& r = registry();
   std::lock_guard<std::mutex> lock(r.mutex);
-  for (auto i = r.kernels.begin(); i != r.kernels.end();) i = i->second->module == module ? r.kernels.erase(i) : std::next(i);
-  for (auto i = r.variables.begin(); i != r.variables.end();) i = i->second.module == module ? r.variables.erase(i) : std::next(i);
+  for (auto i = r.kernels.begin(); i != r.kernels.end();)
+    i = i->second->module == module ? r.kernels.erase(i) : std::next(i);
+  for (auto i = r.variables.begin(); i != r.variables.end();)
+    i = i->second.module == module ? r.variables.erase(i) : std::next(i);
   delete module;
 }
 
-void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   auto kernel = std::make_unique<Kernel>();
   kernel->module = reinterpret_cast<LoadedModule*>(handle);
   kernel->name = name;

@@ -1,12 +1,13 @@
 // wgmma: decoding, issue, groups and waiting.
 //
 // The four warps of a warpgroup issue on their own and each computes its own rows, but they finish together: wait_group
-// holds a warp until all four have issued the groups it waits for, as the hardware does (it cannot multiply before). So one
-// thread may, after its own wait_group, hand the operand buffers of all four warps back to the copy engine.
+// holds a warp until all four have issued the groups it waits for, as the hardware does (it cannot multiply before). So
+// one thread may, after its own wait_group, hand the operand buffers of all four warps back to the copy engine.
 //
-// Timing::early computes at issue, Timing::late at the first wait_group that covers the operation. In both, accumulators, A
-// and metadata registers stay in flight until the warp's own wait, and operand units stay marked as being read (Granule::async_readers)
-// until the first warp's wait. Proxy fences and initialisation of operands are checked at issue.
+// Timing::early computes at issue, Timing::late at the first wait_group that covers the operation. In both,
+// accumulators, A and metadata registers stay in flight until the warp's own wait, and operand units stay marked as
+// being read (Granule::async_readers) until the first warp's wait. Proxy fences and initialisation of operands are
+// checked at issue.
 #include "tensor.h"
 
 #include <algorithm>
@@ -63,7 +64,7 @@ bool uniform_predicate(const Warp& warp, const Instruction& i, const Operand& op
   return mask != 0;
 }
 
-// ---- Registers at issue -----------------------------------------------------------------------------------------------
+// ---- Registers at issue
 void require_fence(const Warp& warp, const Instruction& i, const TensorState& state, uint32_t index) {
   if (state.epoch == 1 || state.access_epoch[index] == state.epoch) {
     fault("missing wgmma.fence", warp, i, "one of its registers was accessed after the last wgmma.fence: " + i.text);
@@ -74,15 +75,18 @@ void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
   uint64_t group = state.committed + 1;
   WgmmaShape shape(i);
   // What decides the layout of the accumulators, and the type of the product.
-  uint32_t key = shape.n << 16 | i.data[2] << 8 | (shape.flags & (WgmmaShape::half_accumulator | WgmmaShape::integer | WgmmaShape::sparse));
+  uint32_t key = shape.n << 16 | i.data[2] << 8 |
+                 (shape.flags & (WgmmaShape::half_accumulator | WgmmaShape::integer | WgmmaShape::sparse));
   for (const Operand& d : i.operands[0].elements) {
     require_fence(warp, i, state, d.index);
     uint8_t flags = warp.register_in_flight[d.index];
     if (flags & TensorState::operand) {
-      fault("wgmma operand register touched before wait_group", warp, i, "it accumulates into a register that is read as an operand: " + i.text);
+      fault("wgmma operand register touched before wait_group", warp, i,
+            "it accumulates into a register that is read as an operand: " + i.text);
     }
     if (flags && state.shape[d.index] != key) {
-      fault("accumulator read before wait_group", warp, i, "a wgmma of another shape or type has it in flight: " + i.text);
+      fault("accumulator read before wait_group", warp, i,
+            "a wgmma of another shape or type has it in flight: " + i.text);
     }
     warp.register_in_flight[d.index] = TensorState::accumulator;
     state.shape[d.index] = key;
@@ -91,7 +95,8 @@ void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
   auto take_operand = [&](const Operand& operand) {
     require_fence(warp, i, state, operand.index);
     if (warp.register_in_flight[operand.index] & TensorState::accumulator) {
-      fault("accumulator read before wait_group", warp, i, "it reads an accumulator in flight as an operand: " + i.text);
+      fault("accumulator read before wait_group", warp, i,
+            "it reads an accumulator in flight as an operand: " + i.text);
     }
     warp.register_in_flight[operand.index] |= TensorState::operand;
     state.last_group[operand.index] = group;
@@ -102,7 +107,7 @@ void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
   if (shape.has(WgmmaShape::sparse)) take_operand(i.operands[WgmmaShape::metadata_operand]);
 }
 
-// ---- Operands in shared memory at issue ----------------------------------------------------------------------------------
+// ---- Operands in shared memory at issue
 void list_units(const Warp& warp, const Instruction& i, TensorOperation& operation) {
   WgmmaShape shape(i);
   try {
@@ -126,8 +131,8 @@ void list_units(const Warp& warp, const Instruction& i, TensorOperation& operati
   }
 }
 
-// Wavefronts of the operand reads, by this model: a core matrix (8 rows or columns of 16 bytes) is one. Every layout that a
-// descriptor can name spreads them over all banks. Each warp reads its rows of A; B is read once per warpgroup.
+// Wavefronts of the operand reads, by this model: a core matrix (8 rows or columns of 16 bytes) is one. Every layout
+// that a descriptor can name spreads them over all banks. Each warp reads its rows of A; B is read once per warpgroup.
 void count_operands(Warp& warp, const WgmmaShape& shape, size_t units) {
   const size_t of_a = shape.has(WgmmaShape::a_in_registers) ? 0 : 16 * 32 / 16;  // 16 rows of 32 bytes
   warp.cta->cluster->counters.wgmma_wavefronts += (warp.id % kWarpgroup ? of_a : units) / 8;
@@ -141,7 +146,7 @@ void begin_reading(Warp& warp, const Instruction& i, const TensorOperation& oper
   }
 }
 
-// ---- Completion --------------------------------------------------------------------------------------------------------
+// ---- Completion
 void complete(Warp& warp, uint64_t target) {
   for (TensorOperation& operation : tensor_state(warp).operations) {
     if (operation.group > target) continue;
@@ -170,13 +175,15 @@ void compare_with_peers(Warp& warp, const Instruction& i, uint64_t target) {
     }
   }
   for (int w = 1; w < kWarpgroup; ++w) {
-    bool equal = std::equal(issued[0].begin(), issued[0].end(), issued[w].begin(), issued[w].end(), [](auto* a, auto* b) {
-      return a->instruction == b->instruction && a->accumulate == b->accumulate && a->descriptor_a == b->descriptor_a &&
-             a->descriptor_b == b->descriptor_b;
-    });
+    bool equal =
+        std::equal(issued[0].begin(), issued[0].end(), issued[w].begin(), issued[w].end(), [](auto* a, auto* b) {
+          return a->instruction == b->instruction && a->accumulate == b->accumulate &&
+                 a->descriptor_a == b->descriptor_a && a->descriptor_b == b->descriptor_b;
+        });
     if (!equal) {
       fault("wgmma differs within the warpgroup", warp, i,
-            "warp " + std::to_string(peer(warp, w).id) + " issued other operations, descriptors or scale-d than warp " + std::to_string(peer(warp, 0).id));
+            "warp " + std::to_string(peer(warp, w).id) + " issued other operations, descriptors or scale-d than warp " +
+                std::to_string(peer(warp, 0).id));
     }
   }
 }
@@ -198,10 +205,12 @@ void retire(Warp& warp, TensorState& state, uint64_t target) {
     for (const Operand& a : o[1].elements) release(a);
     if (WgmmaShape(*operation.instruction).has(WgmmaShape::sparse)) release(o[WgmmaShape::metadata_operand]);
   }
-  operations.erase(std::remove_if(operations.begin(), operations.end(), [&](const auto& x) { return x.group <= target; }), operations.end());
+  operations.erase(
+      std::remove_if(operations.begin(), operations.end(), [&](const auto& x) { return x.group <= target; }),
+      operations.end());
 }
 
-// ---- Execution ---------------------------------------------------------------------------------------------------------
+// ---- Execution
 bool execute_fence(Warp& warp, const Instruction& i, uint32_t mask) {
   require_converged(warp, i, mask);
   ++tensor_state(warp).epoch;
@@ -219,7 +228,8 @@ bool execute_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   TensorState& state = tensor_state(warp);
   if (state.committed <= i.data[0]) return true;
   uint64_t target = state.committed - i.data[0];
-  bool outstanding = std::any_of(state.operations.begin(), state.operations.end(), [&](const auto& o) { return o.group <= target; });
+  bool outstanding =
+      std::any_of(state.operations.begin(), state.operations.end(), [&](const auto& o) { return o.group <= target; });
   if (!outstanding) return true;
   auto issued = [&warp, target] {
     for (int w = 0; w < kWarpgroup; ++w) {
@@ -229,7 +239,8 @@ bool execute_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   };
   if (!issued()) {
     warp.state = Warp::State::waiting;
-    warp.waiting_for = "wgmma.wait_group: the other warps of the warpgroup have not issued group " + std::to_string(target);
+    warp.waiting_for =
+        "wgmma.wait_group: the other warps of the warpgroup have not issued group " + std::to_string(target);
     warp.can_resume = issued;
     return false;
   }
@@ -266,7 +277,7 @@ bool execute_mma_async(Warp& warp, const Instruction& i, uint32_t mask) {
   return true;
 }
 
-// ---- Decoding ------------------------------------------------------------------------------------------------------------
+// ---- Decoding
 bool product_types(const std::string& d, Element a, Element b) {
   if (is_integer(a)) return d == "s32" && bits_of(a) == 8 && is_integer(b) && bits_of(b) == 8;
   if (is_fp8(a)) return (d == "f32" || d == "f16") && is_fp8(b);
@@ -274,14 +285,16 @@ bool product_types(const std::string& d, Element a, Element b) {
   return d == "f32" || (d == "f16" && a == Element::f16);
 }
 
-// [sp], sync, aligned, shape, D, A, B in this order and nothing else but satfinite, before D (PTX) or at the end (CUTLASS).
+// [sp], sync, aligned, shape, D, A, B in this order and nothing else but satfinite, before D (PTX) or at the end
+// (CUTLASS).
 bool decode_types(std::vector<std::string> m, WgmmaShape& shape) {
   unsigned rows = 0, n = 0, k = 0;
   if (m.size() > 1 && m[1] == "sp") {
     shape.flags |= WgmmaShape::sparse;
     m.erase(m.begin() + 1);
   }
-  if (const auto saturate = std::find(m.begin(), m.end(), "satfinite"); saturate != m.end() && (saturate == m.begin() + 4 || saturate == m.end() - 1)) {
+  if (const auto saturate = std::find(m.begin(), m.end(), "satfinite");
+      saturate != m.end() && (saturate == m.begin() + 4 || saturate == m.end() - 1)) {
     shape.flags |= WgmmaShape::saturate;
     m.erase(saturate);
   }
@@ -314,7 +327,9 @@ bool immediate(const Operand& operand, int64_t allowed0, int64_t allowed1, bool&
 // metadata register, selector: which lanes of each four hold it. All four do for 8-bit types.
 bool decode_sparsity(const std::vector<Operand>& o, WgmmaShape& shape) {
   bool second = false;
-  if (o.size() < 6 || o[WgmmaShape::metadata_operand].kind != Operand::Kind::reg || bits_of(o[WgmmaShape::metadata_operand].type) != 32) return false;
+  if (o.size() < 6 || o[WgmmaShape::metadata_operand].kind != Operand::Kind::reg ||
+      bits_of(o[WgmmaShape::metadata_operand].type) != 32)
+    return false;
   if (!immediate(o[4], 0, 1, second) || (second && bits_of(shape.a) == 8)) return false;
   if (second) shape.flags |= WgmmaShape::second_pair;
   return true;
@@ -324,7 +339,8 @@ bool decode_sparsity(const std::vector<Operand>& o, WgmmaShape& shape) {
 // [, imm-trans-a of a descriptor, imm-trans-b: 16-bit types]]
 bool decode_operands(const std::vector<Operand>& o, WgmmaShape& shape) {
   const size_t scale_d = shape.scale_d_operand(), scales = scale_d + 1;
-  if (o.size() <= scale_d || o[0].kind != Operand::Kind::vector || o[0].elements.size() != shape.accumulators()) return false;
+  if (o.size() <= scale_d || o[0].kind != Operand::Kind::vector || o[0].elements.size() != shape.accumulators())
+    return false;
   bool in_registers = o[1].kind == Operand::Kind::vector;
   if (in_registers && o[1].elements.size() != 4) return false;
   if (shape.has(WgmmaShape::sparse) && !decode_sparsity(o, shape)) return false;
@@ -369,7 +385,8 @@ void check_wgmma_exit(const Warp& warp, const Instruction& i) {
   if (!warp.tensor) return;
   size_t outstanding = static_cast<const TensorState*>(warp.tensor.get())->operations.size();
   if (outstanding) {
-    fault("exit with wgmma in flight", warp, i, std::to_string(outstanding) + " operations were not waited for with wgmma.wait_group");
+    fault("exit with wgmma in flight", warp, i,
+          std::to_string(outstanding) + " operations were not waited for with wgmma.wait_group");
   }
 }
 

@@ -1,20 +1,22 @@
 // The arithmetic of wgmma.
 //
-// Each warp of the warpgroup computes its own 16 rows: row 16 w + r of D needs row 16 w + r of A and all of B. Arithmetic is
-// fp32: acc, or 0 without scale-d, then + a[k] * b[k] for k = 0, 1, … one after another, each sum rounded to nearest even.
-// Products of f16, bf16, tf32 and 8-bit floats are exact in fp32 (unless a bf16 or tf32 product leaves its exponent range).
-// Hardware sums several products at once with truncation, in an order that is not documented: results agree within rounding,
-// not bitwise. f16 accumulators are converted to fp32, summed as above over the k values of one instruction, and rounded once.
+// Each warp of the warpgroup computes its own 16 rows: row 16 w + r of D needs row 16 w + r of A and all of B.
+// Arithmetic is fp32: acc, or 0 without scale-d, then + a[k] * b[k] for k = 0, 1, … one after another, each sum rounded
+// to nearest even. Products of f16, bf16, tf32 and 8-bit floats are exact in fp32 (unless a bf16 or tf32 product leaves
+// its exponent range). Hardware sums several products at once with truncation, in an order that is not documented:
+// results agree within rounding, not bitwise. f16 accumulators are converted to fp32, summed as above over the k values
+// of one instruction, and rounded once.
 //
-// Integers: the sum of the 32 products of an instruction is below 2^24, so fp32 holds it exactly; it is then added to the s32
-// accumulator, which wraps, or is clamped with .satfinite.
+// Integers: the sum of the 32 products of an instruction is below 2^24, so fp32 holds it exactly; it is then added to
+// the s32 accumulator, which wraps, or is clamped with .satfinite.
 //
 // Sparse A: only the stored elements are multiplied, each with the row of B that its metadata names.
 #include "tensor_float.h"
 #include "tensor_state.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HOPPERSIM_CLONES __attribute__((target_clones("default", "avx2", "arch=skylake-avx512"), optimize("O3,fp-contract=off")))
+#define HOPPERSIM_CLONES \
+  __attribute__((target_clones("default", "avx2", "arch=skylake-avx512"), optimize("O3,fp-contract=off")))
 #else
 #define HOPPERSIM_CLONES
 #endif
@@ -42,7 +44,7 @@ HOPPERSIM_CLONES void multiply(Tiles& t, int n, int stored) {
   }
 }
 
-// ---- Operands ----------------------------------------------------------------------------------------------------------
+// ---- Operands
 template <class Bits, Element E, class Store>
 void each_in_unit(const uint8_t* unit, Store store) {
   Bits bits[16 / sizeof(Bits)];
@@ -68,7 +70,8 @@ void for_elements(const uint8_t* shared, const uint32_t* units, int count, Eleme
   }
 }
 
-// Element i of register j: row lane / 4 + 8 (j % 2), column e (lane % 4) + i, + 4 e for j >= 2; e elements in a register.
+// Element i of register j: row lane / 4 + 8 (j % 2), column e (lane % 4) + i, + 4 e for j >= 2; e elements in a
+// register.
 void load_a_registers(const Warp& warp, const std::vector<Operand>& registers, const WgmmaShape& shape, Tiles& t) {
   const int per_word = 32 / bits_of(shape.a);
   for (int j = 0; j < 4; ++j) {
@@ -85,7 +88,8 @@ int load_a_shared(const uint8_t* shared, const uint32_t* units, const WgmmaShape
   const int per_unit = 128 / bits_of(shape.a);
   if (shape.has(WgmmaShape::a_mn_major)) {  // [2 units of 8 rows][k]
     int depth = shape.stored_k();
-    for_elements(shared, units, 2 * depth, shape.a, [&](int u, int e, float v) { t.a[u / depth * 8 + e][u % depth] = v; });
+    for_elements(shared, units, 2 * depth, shape.a,
+                 [&](int u, int e, float v) { t.a[u / depth * 8 + e][u % depth] = v; });
     return 2 * depth;
   }
   for_elements(shared, units, 2 * kRows, shape.a, [&](int u, int e, float v) { t.a[u / 2][u % 2 * per_unit + e] = v; });
@@ -95,17 +99,19 @@ int load_a_shared(const uint8_t* shared, const uint32_t* units, const WgmmaShape
 void load_b(const uint8_t* shared, const uint32_t* units, const WgmmaShape& shape, Tiles& t) {
   const int n = shape.n, depth = shape.k, per_unit = 128 / bits_of(shape.b);
   if (shape.has(WgmmaShape::b_mn_major)) {  // [n / 8 units of 8 columns][k]
-    for_elements(shared, units, n / 8 * depth, shape.b, [&](int u, int e, float v) { t.b[u % depth][u / depth * 8 + e] = v; });
+    for_elements(shared, units, n / 8 * depth, shape.b,
+                 [&](int u, int e, float v) { t.b[u % depth][u / depth * 8 + e] = v; });
     return;
   }
   const int per_row = shape.b_units();
-  for_elements(shared, units, per_row * n, shape.b, [&](int u, int e, float v) { t.b[u % per_row * per_unit + e][u / per_row] = v; });
+  for_elements(shared, units, per_row * n, shape.b,
+               [&](int u, int e, float v) { t.b[u % per_row * per_unit + e][u / per_row] = v; });
 }
 
-// ---- Sparsity ------------------------------------------------------------------------------------------------------------
-// The 4 metadata bits of chunk c of a row: two 2-bit positions in a chunk of 4 elements of 8 or 16 bits, of which 2 are stored;
-// 0100 or 1110 for the first or second of 2 elements of 32 bits, of which 1 is stored. The lanes that hold them, as in
-// ELayout_64x64, …x32 and …x16 of cute/atom/mma_traits_sm90_gmma_sparse.hpp:
+// ---- Sparsity
+// The 4 metadata bits of chunk c of a row: two 2-bit positions in a chunk of 4 elements of 8 or 16 bits, of which 2 are
+// stored; 0100 or 1110 for the first or second of 2 elements of 32 bits, of which 1 is stored. The lanes that hold
+// them, as in ELayout_64x64, …x32 and …x16 of cute/atom/mma_traits_sm90_gmma_sparse.hpp:
 uint32_t metadata_of(const WgmmaShape& shape, const std::vector<uint32_t>& metadata, int row, int chunk) {
   const int lanes = row % 8 * 4;
   if (bits_of(shape.a) == 8) return metadata[lanes + chunk / 8 * 2 + row / 8] >> chunk % 8 * 4 & 15;
@@ -126,15 +132,17 @@ void place_elements(Warp& warp, const TensorOperation& operation, const WgmmaSha
       const uint32_t first = bits & 3, second = bits >> 2;
       if (wide ? bits != 4 && bits != 14 : first >= second) {
         fault("invalid sparsity metadata", warp, *operation.instruction,
-              "row " + std::to_string(warp.id % kWarpgroup * kRows + row) + " has metadata " + std::to_string(bits) + " for its stored element " + std::to_string(x));
+              "row " + std::to_string(warp.id % kWarpgroup * kRows + row) + " has metadata " + std::to_string(bits) +
+                  " for its stored element " + std::to_string(x));
       }
       t.row_of_b[row][x] = static_cast<uint8_t>(wide ? 2 * x + first / 2 : x / 2 * 4 + (x % 2 ? second : first));
     }
   }
 }
 
-// ---- Accumulators ----------------------------------------------------------------------------------------------------------
-// Register 4 j + 2 h + i of 32-bit accumulators (2 j + h of f16, half i): row lane / 4 + 8 h, column 8 j + lane % 4 * 2 + i.
+// ---- Accumulators
+// Register 4 j + 2 h + i of 32-bit accumulators (2 j + h of f16, half i): row lane / 4 + 8 h, column 8 j + lane % 4 * 2
+// + i.
 void load_accumulators(const Warp& warp, const std::vector<Operand>& registers, const WgmmaShape& shape, Tiles& t) {
   bool half = shape.has(WgmmaShape::half_accumulator);
   for (uint32_t r = 0; r < registers.size(); ++r) {
@@ -152,7 +160,8 @@ void load_accumulators(const Warp& warp, const std::vector<Operand>& registers, 
   }
 }
 
-void store_accumulators(Warp& warp, const std::vector<Operand>& registers, const WgmmaShape& shape, bool accumulate, const Tiles& t) {
+void store_accumulators(Warp& warp, const std::vector<Operand>& registers, const WgmmaShape& shape, bool accumulate,
+                        const Tiles& t) {
   bool half = shape.has(WgmmaShape::half_accumulator), integer = shape.has(WgmmaShape::integer);
   for (uint32_t r = 0; r < registers.size(); ++r) {
     uint32_t* words = &warp.registers[registers[r].index * kLanes];
@@ -160,9 +169,11 @@ void store_accumulators(Warp& warp, const std::vector<Operand>& registers, const
     for (int lane = 0; lane < kLanes; ++lane) {
       const float* d = &t.d[lane / 4 + 8 * high][8 * block + lane % 4 * 2];
       if (integer) {
-        words[lane] = add_s32(accumulate ? words[lane] : 0, static_cast<int64_t>(d[r % 2]), shape.has(WgmmaShape::saturate));
+        words[lane] =
+            add_s32(accumulate ? words[lane] : 0, static_cast<int64_t>(d[r % 2]), shape.has(WgmmaShape::saturate));
       } else {
-        words[lane] = half ? half_of_float(d[0]) | static_cast<uint32_t>(half_of_float(d[1])) << 16 : bits_of_float(d[r % 2]);
+        words[lane] =
+            half ? half_of_float(d[0]) | static_cast<uint32_t>(half_of_float(d[1])) << 16 : bits_of_float(d[r % 2]);
       }
     }
   }

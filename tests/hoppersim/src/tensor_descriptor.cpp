@@ -3,8 +3,9 @@
 // bits  0-13 start address / 16     bits 16-29 leading byte offset / 16     bits 32-45 stride byte offset / 16
 // bits 49-51 base offset            bits 62-63 swizzle: 0 none, 1 128 B, 2 64 B, 3 32 B
 //
-// An operand tile is a set of 16-byte units (16 elements of 8 bits, 8 of 16, 4 of 32). W = 1, 2, 4, 8 is the width of the swizzle
-// atom in units. Unswizzled address of a unit, relative to the start address (LBO, SBO: leading, stride byte offset):
+// An operand tile is a set of 16-byte units (16 elements of 8 bits, 8 of 16, 4 of 32). W = 1, 2, 4, 8 is the width of
+// the swizzle atom in units. Unswizzled address of a unit, relative to the start address (LBO, SBO: leading, stride
+// byte offset):
 //
 //   K-major,  row r, unit j of K (*):            (r % 8) * 16 W + (r / 8) * SBO + (W == 1 ? j * LBO : j * 16)
 //   MN-major, unit u of MN, column k, W = 1:     u * SBO + (k % 8) * 16 + (k / 8) * LBO
@@ -12,11 +13,12 @@
 //
 // (*) j = 0, 1; B of a sparse product: j = 0 … 3, because its K is twice that of the stored A.
 //
-// These are the canonical layouts of cute/atom/mma_traits_sm90_gmma.hpp. The swizzle then exchanges 16-byte units: address
-// bits [4, 4 + log2 W) are XORed with bits [7, 7 + log2 W). It acts on absolute shared-memory addresses, not on offsets in
-// the tile: that is why atoms must lie on multiples of 8 * 16 W bytes, and why a kernel may step along K inside an atom by
-// adding the byte offset (32 for 16 values of bf16) to the start address alone. The copy engine swizzles the same way.
-// The base offset, for tiles that start elsewhere, is not modelled: a descriptor that has one is a fault.
+// These are the canonical layouts of cute/atom/mma_traits_sm90_gmma.hpp. The swizzle then exchanges 16-byte units:
+// address bits [4, 4 + log2 W) are XORed with bits [7, 7 + log2 W). It acts on absolute shared-memory addresses, not on
+// offsets in the tile: that is why atoms must lie on multiples of 8 * 16 W bytes, and why a kernel may step along K
+// inside an atom by adding the byte offset (32 for 16 values of bf16) to the start address alone. The copy engine
+// swizzles the same way. The base offset, for tiles that start elsewhere, is not modelled: a descriptor that has one is
+// a fault.
 #include <stdexcept>
 
 #include "tensor.h"
@@ -36,7 +38,8 @@ uint32_t MatrixDescriptor::swizzled(uint32_t address) const {
 }
 
 void MatrixDescriptor::units_k_major(int first, int count, uint32_t units, std::vector<uint32_t>& out) const {
-  if (units > (1u << swizzle) && swizzle != 0) throw std::invalid_argument("matrix descriptor whose swizzle span is shorter than a row");
+  if (units > (1u << swizzle) && swizzle != 0)
+    throw std::invalid_argument("matrix descriptor whose swizzle span is shorter than a row");
   uint32_t pitch = 16u << swizzle, step = swizzle == 0 ? leading : 16;
   for (int r = first; r < first + count; ++r) {
     uint32_t row = start + r % 8 * pitch + r / 8 * stride;

@@ -36,7 +36,7 @@ inline uint16_t half_of_float(float value) {
   uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   if (magnitude > 0x7f800000u) return 0x7fff;
   if (magnitude >= 0x477ff000u) return sign | 0x7c00;  // 65520 and above round to infinity
-  if (magnitude < 0x38800000u) {                       // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
     return sign | static_cast<uint16_t>(bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u);
   }
   magnitude += 0xfff + (magnitude >> 13 & 1);
@@ -47,9 +47,11 @@ enum class Element : uint8_t { f16, bf16, tf32, e4m3, e5m2, s8, u8, s4, u4, b1, 
 
 constexpr int bits_of(Element element) {
   switch (element) {
-    case Element::f16: case Element::bf16: return 16;
+    case Element::f16:
+    case Element::bf16: return 16;
     case Element::tf32: return 32;
-    case Element::s4: case Element::u4: return 4;
+    case Element::s4:
+    case Element::u4: return 4;
     case Element::b1: return 1;
     case Element::f64: return 64;
     default: return 8;
@@ -106,7 +108,9 @@ inline float element_of_word(Element element, uint32_t word, int index) {
 inline uint32_t add_s32(uint32_t d, int64_t sum, bool saturate) {
   const int64_t wide = static_cast<int64_t>(static_cast<int32_t>(d)) + sum;
   if (!saturate) return static_cast<uint32_t>(wide);
-  return static_cast<uint32_t>(static_cast<int32_t>(wide > INT32_MAX ? INT32_MAX : wide < INT32_MIN ? INT32_MIN : wide));
+  return static_cast<uint32_t>(static_cast<int32_t>(wide > INT32_MAX   ? INT32_MAX
+                                                    : wide < INT32_MIN ? INT32_MIN
+                                                                       : wide));
 }
 
 }  // namespace hoppersim

@@ -25,14 +25,16 @@ const char* tensor_problem(uint32_t rank, const void* address, const uint64_t* e
   return nullptr;
 }
 
-const char* box_problem(uint32_t rank, int element, const uint32_t* box, const uint32_t* element_stride, Swizzle swizzle) {
+const char* box_problem(uint32_t rank, int element, const uint32_t* box, const uint32_t* element_stride,
+                        Swizzle swizzle) {
   for (uint32_t d = 0; d < rank; ++d) {
     if (box[d] == 0 || box[d] > 256) return "a box dimension must be in 1 … 256";
     if (element_stride[d] == 0 || element_stride[d] > 8) return "an element stride must be in 1 … 8";
   }
   const uint32_t inner = box[0] * element;
   if (inner % 16) return "the inner box dimension must be a multiple of 16 bytes";
-  if (span_of(swizzle) && inner > static_cast<uint32_t>(span_of(swizzle))) return "the inner box dimension must not exceed the swizzle span";
+  if (span_of(swizzle) && inner > static_cast<uint32_t>(span_of(swizzle)))
+    return "the inner box dimension must not exceed the swizzle span";
   return nullptr;
 }
 
@@ -41,8 +43,12 @@ const char* box_problem(uint32_t rank, int element, const uint32_t* box, const u
 int bytes_of(TensorType type) {
   switch (type) {
     case TensorType::u8: return 1;
-    case TensorType::u16: case TensorType::f16: case TensorType::bf16: return 2;
-    case TensorType::u64: case TensorType::s64: case TensorType::f64: return 8;
+    case TensorType::u16:
+    case TensorType::f16:
+    case TensorType::bf16: return 2;
+    case TensorType::u64:
+    case TensorType::s64:
+    case TensorType::f64: return 8;
     default: return 4;
   }
 }
@@ -71,7 +77,8 @@ struct Arguments {
 // 0, or the error that `last_error` explains.
 int check(const Arguments& a, uint32_t least_rank) {
   if (!a.map || reinterpret_cast<uint64_t>(a.map) % 64) return refuse("the map must be aligned to 64 bytes");
-  if (a.rank < least_rank || a.rank > kTensorRank) return refuse(least_rank == 1 ? "rank must be in 1 … 5" : "rank must be in 3 … 5");
+  if (a.rank < least_rank || a.rank > kTensorRank)
+    return refuse(least_rank == 1 ? "rank must be in 1 … 5" : "rank must be in 3 … 5");
   if (!a.extent || !a.element_stride || (a.rank > 1 && !a.stride)) return refuse("an array is missing");
   if (a.type > static_cast<uint32_t>(TensorType::tf32_ftz)) return refuse("data type not modelled", kNotSupported);
   if (a.interleave != 0) return refuse("interleaved layouts are not modelled", kNotSupported);
@@ -89,7 +96,8 @@ TensorMap map_of(const Arguments& a) {
   for (uint32_t d = 0; d < kTensorRank; ++d) {
     out.extent[d] = d < a.rank ? a.extent[d] : 1;
     out.box[d] = 1;
-    out.element_stride[d] = static_cast<uint8_t>(d < a.rank && d > 0 ? a.element_stride[d] : 1);  // without interleave dimension 0 has no stride
+    out.element_stride[d] = static_cast<uint8_t>(
+        d < a.rank && d > 0 ? a.element_stride[d] : 1);  // without interleave dimension 0 has no stride
     if (d + 1 < kTensorRank) out.stride[d] = d + 1 < a.rank ? a.stride[d] : 0;
   }
   out.type = static_cast<TensorType>(a.type);
@@ -112,7 +120,8 @@ const char* corner_problem(uint32_t rank, const uint64_t* extent, const int* low
   constexpr int largest[] = {32767, 127, 15};  // ranks 3, 4, 5
   const int limit = largest[rank - 3];
   for (uint32_t d = 0; d < rank - 2; ++d) {
-    if (lower[d] < -limit - 1 || lower[d] > limit || upper[d] < -limit - 1 || upper[d] > limit) return "a corner is out of the range of its rank";
+    if (lower[d] < -limit - 1 || lower[d] > limit || upper[d] < -limit - 1 || upper[d] > limit)
+      return "a corner is out of the range of its rank";
     if (static_cast<int64_t>(extent[d + 1]) - 1 + upper[d] < lower[d]) return "the bounding box is empty";
   }
   return nullptr;
@@ -123,27 +132,32 @@ const char* corner_problem(uint32_t rank, const uint64_t* extent, const int* low
 int encode_tensor_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent,
                       const uint64_t* stride, const uint32_t* box, const uint32_t* element_stride, uint32_t interleave,
                       uint32_t swizzle, uint32_t promotion, uint32_t fill) {
-  const Arguments arguments{map, type, rank, address, extent, stride, element_stride, interleave, swizzle, promotion, fill};
+  const Arguments arguments{map,        type,    rank,      address, extent, stride, element_stride,
+                            interleave, swizzle, promotion, fill};
   if (!box) return refuse("an array is missing");
   if (const int error = check(arguments, 1)) return error;
   const int element = bytes_of(static_cast<TensorType>(type));
-  if (const char* problem = box_problem(rank, element, box, element_stride, static_cast<Swizzle>(swizzle))) return refuse(problem);
+  if (const char* problem = box_problem(rank, element, box, element_stride, static_cast<Swizzle>(swizzle)))
+    return refuse(problem);
   TensorMap out = map_of(arguments);
   for (uint32_t d = 0; d < rank; ++d) out.box[d] = static_cast<uint16_t>(box[d]);
   return put(map, out);
 }
 
-int encode_im2col_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent, const uint64_t* stride,
-                      const int* lower, const int* upper, uint32_t channels, uint32_t pixels, const uint32_t* element_stride,
-                      uint32_t interleave, uint32_t swizzle, uint32_t promotion, uint32_t fill) {
-  const Arguments arguments{map, type, rank, address, extent, stride, element_stride, interleave, swizzle, promotion, fill};
+int encode_im2col_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent,
+                      const uint64_t* stride, const int* lower, const int* upper, uint32_t channels, uint32_t pixels,
+                      const uint32_t* element_stride, uint32_t interleave, uint32_t swizzle, uint32_t promotion,
+                      uint32_t fill) {
+  const Arguments arguments{map,        type,    rank,      address, extent, stride, element_stride,
+                            interleave, swizzle, promotion, fill};
   if (!lower || !upper) return refuse("an array is missing");
   if (const int error = check(arguments, 3)) return error;
   if (const char* problem = corner_problem(rank, extent, lower, upper)) return refuse(problem);
   if (pixels == 0 || pixels > 1024) return refuse("the pixels of a column must be in 1 … 1024");
   const int element = bytes_of(static_cast<TensorType>(type));
   uint32_t box[kTensorRank] = {channels, 1, 1, 1, 1};
-  if (const char* problem = box_problem(rank, element, box, element_stride, static_cast<Swizzle>(swizzle))) return refuse(problem);
+  if (const char* problem = box_problem(rank, element, box, element_stride, static_cast<Swizzle>(swizzle)))
+    return refuse(problem);
   TensorMap out = map_of(arguments);
   out.mode = TensorMode::im2col;
   out.box[0] = static_cast<uint16_t>(channels);
@@ -163,15 +177,17 @@ const char* map_problem(const TensorMap& map) {
 }  // namespace hoppersim
 
 // For Python (hoppersim/tensor_map.py), through ctypes.
-extern "C" int hoppersim_encode_tensor_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent,
-                                           const uint64_t* stride, const uint32_t* box, const uint32_t* element_stride,
-                                           uint32_t swizzle, uint32_t fill) {
-  return hoppersim::encode_tensor_map(map, type, rank, address, extent, stride, box, element_stride, 0, swizzle, 0, fill);
+extern "C" int hoppersim_encode_tensor_map(void* map, uint32_t type, uint32_t rank, const void* address,
+                                           const uint64_t* extent, const uint64_t* stride, const uint32_t* box,
+                                           const uint32_t* element_stride, uint32_t swizzle, uint32_t fill) {
+  return hoppersim::encode_tensor_map(map, type, rank, address, extent, stride, box, element_stride, 0, swizzle, 0,
+                                      fill);
 }
-extern "C" int hoppersim_encode_im2col_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent,
-                                           const uint64_t* stride, const int* lower, const int* upper, uint32_t channels,
-                                           uint32_t pixels, const uint32_t* element_stride, uint32_t swizzle, uint32_t fill) {
-  return hoppersim::encode_im2col_map(map, type, rank, address, extent, stride, lower, upper, channels, pixels, element_stride, 0,
-                                      swizzle, 0, fill);
+extern "C" int hoppersim_encode_im2col_map(void* map, uint32_t type, uint32_t rank, const void* address,
+                                           const uint64_t* extent, const uint64_t* stride, const int* lower,
+                                           const int* upper, uint32_t channels, uint32_t pixels,
+                                           const uint32_t* element_stride, uint32_t swizzle, uint32_t fill) {
+  return hoppersim::encode_im2col_map(map, type, rank, address, extent, stride, lower, upper, channels, pixels,
+                                      element_stride, 0, swizzle, 0, fill);
 }
 extern "C" const char* hoppersim_tensor_map_error() { return hoppersim::tensor_map_error(); }

@@ -16,9 +16,9 @@ enum class TensorMode : uint8_t { tile, im2col };
 struct TensorMap {
   uint64_t magic;
   uint64_t address;
-  uint64_t extent[kTensorRank];         // elements; dimension 0 is contiguous
-  uint64_t stride[kTensorRank - 1];     // bytes, of dimensions 1 …
-  uint16_t box[kTensorRank];            // elements of the tensor the box spans
+  uint64_t extent[kTensorRank];      // elements; dimension 0 is contiguous
+  uint64_t stride[kTensorRank - 1];  // bytes, of dimensions 1 …
+  uint16_t box[kTensorRank];         // elements of the tensor the box spans
   uint8_t element_stride[kTensorRank];
   TensorType type;
   uint8_t rank;
@@ -27,8 +27,8 @@ struct TensorMap {
   uint8_t promotion;
   uint8_t fill_nan;
   TensorMode mode;
-  // im2col: box[0] is the channels of a pixel. The bounding box of the pixels' positions spans lower … extent - 1 + upper in
-  // each spatial dimension (W, H, D).
+  // im2col: box[0] is the channels of a pixel. The bounding box of the pixels' positions spans lower … extent - 1 +
+  // upper in each spatial dimension (W, H, D).
   uint16_t pixels;
   int16_t lower[kSpatialRank], upper[kSpatialRank];
 };
@@ -38,7 +38,8 @@ int bytes_of(TensorType type);
 bool is_float(TensorType type);
 // Bytes after which the pattern of a swizzle repeats in a row: 0 (none), 32, 64, 128.
 int span_of(Swizzle swizzle);
-// Where the copy engine puts the byte that belongs at shared `offset`: 16-byte chunks are exchanged by the offset's own bits.
+// Where the copy engine puts the byte that belongs at shared `offset`: 16-byte chunks are exchanged by the offset's own
+// bits.
 inline uint32_t swizzled(Swizzle swizzle, uint32_t offset) {
   switch (swizzle) {
     case Swizzle::none: return offset;
@@ -55,9 +56,10 @@ int encode_tensor_map(void* map, uint32_t type, uint32_t rank, const void* addre
                       const uint64_t* stride, const uint32_t* box, const uint32_t* element_stride, uint32_t interleave,
                       uint32_t swizzle, uint32_t promotion, uint32_t fill);
 // cuTensorMapEncodeIm2col, likewise. The corners have rank - 2 values, in the order W, H, D.
-int encode_im2col_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent, const uint64_t* stride,
-                      const int* lower, const int* upper, uint32_t channels, uint32_t pixels, const uint32_t* element_stride,
-                      uint32_t interleave, uint32_t swizzle, uint32_t promotion, uint32_t fill);
+int encode_im2col_map(void* map, uint32_t type, uint32_t rank, const void* address, const uint64_t* extent,
+                      const uint64_t* stride, const int* lower, const int* upper, uint32_t channels, uint32_t pixels,
+                      const uint32_t* element_stride, uint32_t interleave, uint32_t swizzle, uint32_t promotion,
+                      uint32_t fill);
 // What a copy would trip over in a map that a kernel has modified; nullptr when all is well.
 const char* map_problem(const TensorMap& map);
 // Why the last encode of this thread returned an error.

@@ -9,8 +9,8 @@ struct MapProxy {
   struct Write {
     uint64_t generation = 0;  // how often the map was written
     const Cluster* cluster = nullptr;
-    size_t writer = 0;        // clock index
-    uint64_t sequence = 0;    // its clock at the write
+    size_t writer = 0;      // clock index
+    uint64_t sequence = 0;  // its clock at the write
     bool released = false;
   };
   std::mutex mutex;  // clusters run on several host threads
@@ -57,13 +57,17 @@ void check_map_fences(const Issue& issue, uint64_t address) {
   std::lock_guard lock(proxy.mutex);
   const auto found = proxy.writes.find(address);
   if (found == proxy.writes.end()) return;
-  if (!found->second.released) fault("missing tensormap fence", issue, "the map was modified and no fence.proxy.tensormap::generic.release by a warp that knows of it followed");
+  if (!found->second.released)
+    fault("missing tensormap fence", issue,
+          "the map was modified and no fence.proxy.tensormap::generic.release by a warp that knows of it followed");
   for (const auto& other : warp.cta->warps) {
     const auto acquired = warp.cta->acquired_maps.find({address, other->id});
     if (acquired == warp.cta->acquired_maps.end() || acquired->second.first != found->second.generation) continue;
     if (warp.clock[other->clock_index()] >= acquired->second.second) return;
   }
-  fault("missing tensormap fence", issue, "the map was modified and released, and this warp has no fence.proxy.tensormap::generic.acquire of its address after that");
+  fault("missing tensormap fence", issue,
+        "the map was modified and released, and this warp has no fence.proxy.tensormap::generic.acquire of its address "
+        "after that");
 }
 
 }  // namespace hoppersim

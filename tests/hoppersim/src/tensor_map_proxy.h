@@ -1,8 +1,9 @@
 // Tensor maps that a kernel modifies, and the fences of the tensormap proxy that must follow.
 //
-// The copy engine reads maps through a cache of its own. A map written during the launch may be used only after a release by a
-// warp that knows of the write (fence.proxy.tensormap::generic.release, or tensormap.cp_fenceproxy), and then an acquire of its
-// address in the same CTA, by the warp itself or by one that it has synchronised with. Scopes are not told apart.
+// The copy engine reads maps through a cache of its own. A map written during the launch may be used only after a
+// release by a warp that knows of the write (fence.proxy.tensormap::generic.release, or tensormap.cp_fenceproxy), and
+// then an acquire of its address in the same CTA, by the warp itself or by one that it has synchronised with. Scopes
+// are not told apart.
 #pragma once
 
 #include <memory>

@@ -28,12 +28,14 @@ bool execute_ldmatrix(Warp& warp, const Instruction& i, uint32_t mask) {
   row_addresses(warp, i, i.operands[1], addresses);
   uint16_t matrices[4][8][8];  // all read before any register is written: the address may be among the targets
   for (uint32_t lane = 0; lane < 8 * i.data[0]; ++lane) {
-    read_memory(warp, i, static_cast<Space>(i.data[2]), addresses[lane], 16, matrices[lane / 8][lane % 8], static_cast<int>(lane));
+    read_memory(warp, i, static_cast<Space>(i.data[2]), addresses[lane], 16, matrices[lane / 8][lane % 8],
+                static_cast<int>(lane));
   }
   for (uint32_t j = 0; j < i.data[0]; ++j) {
     uint32_t* words = words_of(warp, element_of(i.operands[0], j));
     for (int lane = 0; lane < kLanes; ++lane) {
-      words[lane] = element_at(matrices[j], lane, 0, i.data[1]) | static_cast<uint32_t>(element_at(matrices[j], lane, 1, i.data[1])) << 16;
+      words[lane] = element_at(matrices[j], lane, 0, i.data[1]) |
+                    static_cast<uint32_t>(element_at(matrices[j], lane, 1, i.data[1])) << 16;
     }
   }
   return true;
@@ -75,7 +77,8 @@ bool execute_movmatrix(Warp& warp, const Instruction& i, uint32_t mask) {
 
 }  // namespace
 
-// ldmatrix.sync.aligned.m8n8.x4{.trans}{.shared}.b16 r, [p]; stmatrix likewise with [p], r; movmatrix.….m8n8.trans.b16 d, a
+// ldmatrix.sync.aligned.m8n8.x4{.trans}{.shared}.b16 r, [p]; stmatrix likewise with [p], r; movmatrix.….m8n8.trans.b16
+// d, a
 bool bind_matrix_move(Instruction& i) {
   bool load = i.opcode == "ldmatrix", store = i.opcode == "stmatrix", move = i.opcode == "movmatrix";
   if ((!load && !store && !move) || i.operands.size() != 2) return false;
@@ -93,7 +96,8 @@ bool bind_matrix_move(Instruction& i) {
   }
   if (!i.has("sync") || !i.has("aligned") || !i.has("m8n8") || !i.has("b16")) return false;
   if (move) {
-    if (!i.data[1] || i.data[0] || i.operands[0].kind != Operand::Kind::reg || i.operands[1].kind != Operand::Kind::reg) return false;
+    if (!i.data[1] || i.data[0] || i.operands[0].kind != Operand::Kind::reg || i.operands[1].kind != Operand::Kind::reg)
+      return false;
     i.execute = execute_movmatrix;
     return true;
   }

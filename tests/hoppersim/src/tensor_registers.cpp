@@ -1,8 +1,9 @@
 // Registers of outstanding wgmma operations: who may touch them, and the wgmma.fence that must precede a wgmma.
 //
-// A register is dirty when an ordinary instruction has accessed it since the last wgmma.fence; a wgmma that uses a dirty
-// register as accumulator, A operand or metadata is a fault. `mov` counts as a renaming of the compiler, not as an access: the copy
-// inherits the state of its source, constants are clean. So a zero written straight before the wgmma is not reported.
+// A register is dirty when an ordinary instruction has accessed it since the last wgmma.fence; a wgmma that uses a
+// dirty register as accumulator, A operand or metadata is a fault. `mov` counts as a renaming of the compiler, not as
+// an access: the copy inherits the state of its source, constants are clean. So a zero written straight before the
+// wgmma is not reported.
 #include <algorithm>
 
 #include "tensor_state.h"
@@ -20,7 +21,8 @@ bool is_wgmma(const Instruction& i) { return i.opcode == "wgmma"; }
 
 [[noreturn]] void fault_in_flight(Warp& warp, const Instruction& i, uint32_t index) {
   if (warp.register_in_flight[index] & TensorState::accumulator) {
-    fault("accumulator read before wait_group", warp, i, "it touches an accumulator of a wgmma that is not waited for: " + i.text);
+    fault("accumulator read before wait_group", warp, i,
+          "it touches an accumulator of a wgmma that is not waited for: " + i.text);
   }
   fault("wgmma operand register touched before wait_group", warp, i,
         "it touches a register that a wgmma not waited for reads as A or metadata: " + i.text);

@@ -12,8 +12,12 @@ inline void require_whole_warp(const Warp& warp, const Instruction& i, uint32_t 
 inline uint32_t* words_of(Warp& warp, const Operand& operand) { return &warp.registers[operand.index * kLanes]; }
 
 // A vector of registers, or one register written without braces.
-inline const Operand& element_of(const Operand& operand, size_t j) { return operand.kind == Operand::Kind::vector ? operand.elements[j] : operand; }
-inline size_t elements_of(const Operand& operand) { return operand.kind == Operand::Kind::vector ? operand.elements.size() : 1; }
+inline const Operand& element_of(const Operand& operand, size_t j) {
+  return operand.kind == Operand::Kind::vector ? operand.elements[j] : operand;
+}
+inline size_t elements_of(const Operand& operand) {
+  return operand.kind == Operand::Kind::vector ? operand.elements.size() : 1;
+}
 
 // It is a list of `count` registers of `bits` bits.
 inline bool is_fragment(const Operand& operand, size_t count, int bits) {

@@ -1,5 +1,5 @@
-// A CPU allocator for torch that registers every storage with the simulator: kernels launched on CPU tensors are held to the
-// bounds of the tensors' storages, and memory nobody wrote reads as NaN.
+// A CPU allocator for torch that registers every storage with the simulator: kernels launched on CPU tensors are held
+// to the bounds of the tensors' storages, and memory nobody wrote reads as NaN.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -9,8 +9,8 @@
 
 namespace {
 
-constexpr size_t kGuard = 256;     // bytes between a storage and whatever lies behind it
-constexpr int kUnwritten = 0xff;   // NaN in every floating type, -1 in integers
+constexpr size_t kGuard = 256;    // bytes between a storage and whatever lies behind it
+constexpr int kUnwritten = 0xff;  // NaN in every floating type, -1 in integers
 
 c10::Allocator* underlying = nullptr;
 
