@@ -1,15 +1,15 @@
 // jet::chunk_gated_delta_rule and jet::chunk_gated_delta_rule_backward: checks, allocation, dispatch.
-#include "csrc/gated_delta_rule/chunk_gated_delta_rule.h"
+#include "csrc/gated_delta_rule/chunk/chunk_gated_delta_rule.h"
 
 #include <tuple>
 #include <vector>
 
 #include "bindings/backend.h"
-#include "bindings/delta_rule_inputs.h"
+#include "bindings/gated_delta_rule_inputs.h"
 #include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"
-#include "csrc/gated_delta_rule/chunk_kernel_takes.h"
+#include "csrc/gated_delta_rule/chunk/kernel_takes.h"
 
 namespace jet::bindings {
 

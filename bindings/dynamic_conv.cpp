@@ -1,10 +1,10 @@
 // jet::dynamic_conv and jet::dynamic_conv_backward: checks, allocation, dispatch.
-#include "csrc/dynamic_conv/dynamic_conv_kernel_takes.h"
+#include "csrc/dynamic_conv/kernel_takes.h"
 
 #include <tuple>
 
 #include "bindings/backend.h"
-#include "bindings/conv_inputs.h"
+#include "bindings/dynamic_conv_inputs.h"
 #include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"

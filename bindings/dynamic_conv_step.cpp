@@ -1,8 +1,8 @@
 // jet::dynamic_conv_step: checks, allocation, dispatch. conv_state is written only after every check has passed.
-#include "csrc/dynamic_conv/dynamic_conv_kernel_takes.h"
+#include "csrc/dynamic_conv/kernel_takes.h"
 
 #include "bindings/backend.h"
-#include "bindings/conv_inputs.h"
+#include "bindings/dynamic_conv_inputs.h"
 #include "bindings/launch.h"
 #include "bindings/parallel.h"
 #include "bindings/registration.h"

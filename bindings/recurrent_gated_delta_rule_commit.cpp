@@ -1,5 +1,5 @@
 // jet::recurrent_gated_delta_rule_commit: checks, dispatch.
-#include "csrc/gated_delta_rule/recurrent_gated_delta_rule_commit.h"
+#include "csrc/gated_delta_rule/recurrent/recurrent_gated_delta_rule_commit.h"
 
 #include <vector>
 

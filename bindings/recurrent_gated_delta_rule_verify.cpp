@@ -1,5 +1,5 @@
 // jet::recurrent_gated_delta_rule_verify: checks, allocation, dispatch.
-#include "csrc/gated_delta_rule/recurrent_gated_delta_rule_verify.h"
+#include "csrc/gated_delta_rule/recurrent/recurrent_gated_delta_rule_verify.h"
 
 #include <vector>
 

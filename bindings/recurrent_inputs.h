@@ -3,8 +3,8 @@
 
 #include <initializer_list>
 
-#include "bindings/delta_rule_inputs.h"
-#include "csrc/gated_delta_rule/recurrent_kernel_takes.h"
+#include "bindings/gated_delta_rule_inputs.h"
+#include "csrc/gated_delta_rule/recurrent/kernel_takes.h"
 
 namespace jet::bindings {
 

@@ -46,6 +46,6 @@ def pytest_collection_modifyitems(items):
 def simulated_memory(request):
     """A test marked `simulator` makes its tensors in memory that the simulator knows."""
     if request.node.get_closest_marker("simulator") is not None:
-        from device_backends import hoppersim
+        from support.device_backends import hoppersim
 
         hoppersim.jet_sim()

@@ -312,7 +312,7 @@ def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
 
 
 def divisor(name: str, d: int) -> dict[str, int]:
-    """Members of a Divisor of csrc/gated_delta_rule/recurrent_arguments.h."""
+    """Members of a Divisor of csrc/gated_delta_rule/recurrent/arguments.h."""
     shift = 31 + (d - 1).bit_length()
     return {f"{name}.d": d, f"{name}.factor": -(-(1 << shift) // d), f"{name}.shift": shift}
 

@@ -34,7 +34,7 @@ OP_OF_TEST = {  # the first that is in a test's name
 
 def files() -> list[Path]:
     """Those with tests of kernels first, which are the longest."""
-    found = [path for path in sorted(TESTS.glob("test_*.py")) if "device_backends" in path.read_text()]
+    found = [path for path in sorted(TESTS.glob("*/test_*.py")) if "support.device_backends" in path.read_text()]
     return sorted(found, key=lambda path: "kernel" not in path.name)
 
 
@@ -49,7 +49,7 @@ def jobs(settings: dict) -> list[Job]:
     shares = [
         (path, i, SHARES if path.stem.endswith(("kernel", "kernels")) else 1) for path in files() for i in range(SHARES)
     ]
-    return [Job(f"{path.name} {i + 1}/{count}") for path, i, count in shares if i < count]
+    return [Job(f"{path.relative_to(TESTS)} {i + 1}/{count}") for path, i, count in shares if i < count]
 
 
 def op_of(test: str) -> str:

@@ -5,9 +5,9 @@
 // a pair of consecutive bf16 along the summed dimension (Bf16Product, the AVX512-BF16 instruction).
 #pragma once
 
-#include "csrc/common/cpu/elements.h"
-#include "csrc/common/cpu/gemm.h"
-#include "csrc/dynamic_conv/conv_inputs.h"
+#include "csrc/cpu/elements.h"
+#include "csrc/cpu/gemm.h"
+#include "csrc/dynamic_conv/inputs.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 

@@ -1,9 +1,9 @@
 // Where each token's inputs are, and SiLU: what the forward and backward loops share.
 #pragma once
 
-#include "csrc/common/cpu/elements.h"
-#include "csrc/common/cpu/tasks.h"
-#include "csrc/dynamic_conv/conv_inputs.h"
+#include "csrc/cpu/elements.h"
+#include "csrc/cpu/tasks.h"
+#include "csrc/dynamic_conv/inputs.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 

@@ -1,10 +1,10 @@
 // What the CPU kernels of the gated delta rule share: elements of tensors, states in stripes, l2norm.
 #pragma once
 
-#include "csrc/common/cpu/elements.h"
-#include "csrc/common/cpu/gemm.h"
-#include "csrc/common/cpu/tasks.h"
-#include "csrc/gated_delta_rule/layout.h"
+#include "csrc/cpu/elements.h"
+#include "csrc/cpu/gemm.h"
+#include "csrc/cpu/tasks.h"
+#include "csrc/gated_delta_rule/inputs.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 

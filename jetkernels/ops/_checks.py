@@ -2,7 +2,7 @@
 and words.
 
 They see ranks, sizes, dtypes, devices and layouts. Values, and who shares memory with whom, only the bindings see.
-``tests/test_bad_arguments.py`` holds the two against each other. Sizes may be symbols, hence ``torch._check``.
+``tests/ops/test_bad_arguments.py`` holds the two against each other. Sizes may be symbols, hence ``torch._check``.
 """
 
 from typing import NoReturn
@@ -130,7 +130,7 @@ class Checks:
         self.dtype(name, t, *_INDEX)
         self.device(name, t, like_name, like)
 
-    # ---- bindings/delta_rule_inputs.h, recurrent_inputs.h
+    # ---- bindings/gated_delta_rule_inputs.h, recurrent_inputs.h
 
     def heads(self, values: str, keys: str) -> None:
         H, Hk, K, V = (self.size[symbol] for symbol in ("H", "Hk", "K", "V"))
@@ -177,7 +177,7 @@ class Checks:
         self.contiguous("keys", keys)
         self.contiguous("updates", updates)
 
-    # ---- bindings/conv_inputs.h
+    # ---- bindings/dynamic_conv_inputs.h
 
     def like(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
         self.dtype_like(name, t, like_name, like)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from cases import OpsBackend, PlainBackend
-from device_backends import CudaBackend, SimulatorBackend, has_hopper, hoppersim
+from support.cases import OpsBackend, PlainBackend
+from support.device_backends import CudaBackend, SimulatorBackend, has_hopper, hoppersim
 
 from jetkernels import _library
 

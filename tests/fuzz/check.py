@@ -5,11 +5,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import draft_properties
-import pool_properties
-import properties
 import torch
-from cases import (
+from support import draft_properties, pool_properties, properties
+from support.cases import (
     GATES,
     REFERENCE,
     TOLERANCE,
@@ -21,8 +19,8 @@ from cases import (
     floating,
     rms,
 )
-from device_backends import CHUNK_STATE_CEILING
-from properties import TOKENS, poisoned_allocations
+from support.device_backends import CHUNK_STATE_CEILING
+from support.properties import TOKENS, poisoned_allocations
 from torch import Tensor
 
 from reference.dynamic_conv_step import dynamic_conv_step

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from cases import LAYOUTS, LENGTHS, ApplyInputs, ConvInputs, DeltaInputs, accumulator, laid_out
-from pool_properties import CommitCall, RecurrentCall, StepCall
+from support.cases import LAYOUTS, LENGTHS, ApplyInputs, ConvInputs, DeltaInputs, accumulator, laid_out
+from support.pool_properties import CommitCall, RecurrentCall, StepCall
 from torch import Tensor
 
 SEQUENCE_OPS = ("chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv")

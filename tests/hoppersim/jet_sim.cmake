@@ -12,8 +12,8 @@ list(GET torch_facts 0 TORCH_INCLUDE)
 list(GET torch_facts 1 TORCH_LIB)
 
 set(CMAKE_CXX_STANDARD 17)  # as the product
-file(GLOB JET_CUDA_SOURCES CONFIGURE_DEPENDS ${JET_ROOT}/csrc/*/*.cu)
-include(${JET_ROOT}/csrc/find_cutlass.cmake)
+file(GLOB_RECURSE JET_CUDA_SOURCES CONFIGURE_DEPENDS ${JET_ROOT}/csrc/*.cu)
+include(${JET_ROOT}/cmake/find_cutlass.cmake)
 set(JET_CUDA_FLAGS -std=c++17 -O3 -gencode arch=compute_90a,code=compute_90a --no-compress -cudart none -Xcompiler=-fPIC,-fvisibility=hidden
                    --expt-relaxed-constexpr -I${JET_ROOT} -isystem ${CUTLASS_INCLUDE})
 foreach(source IN LISTS JET_CUDA_SOURCES)
@@ -27,7 +27,7 @@ foreach(source IN LISTS JET_CUDA_SOURCES)
 endforeach()
 
 # The CPU kernels are only linked, never called: every tensor takes the launch path. So no time is spent on optimising them.
-file(GLOB JET_CPU_SOURCES CONFIGURE_DEPENDS ${JET_ROOT}/csrc/*/*_cpu.cpp)
+file(GLOB_RECURSE JET_CPU_SOURCES CONFIGURE_DEPENDS ${JET_ROOT}/csrc/*_cpu.cpp)
 add_library(jet_cpu OBJECT EXCLUDE_FROM_ALL ${JET_CPU_SOURCES})
 target_include_directories(jet_cpu PRIVATE ${JET_ROOT})
 target_compile_definitions(jet_cpu PRIVATE JET_CPU_ISA=generic JET_CPU_GENERIC_ONLY=1)
@@ -35,7 +35,7 @@ target_compile_options(jet_cpu PRIVATE -O0 -Wno-psabi)
 
 file(GLOB JET_BINDING_SOURCES CONFIGURE_DEPENDS ${JET_ROOT}/bindings/*.cpp)
 list(FILTER JET_BINDING_SOURCES EXCLUDE REGEX "introspection\\.cpp$")
-add_library(jet_sim SHARED EXCLUDE_FROM_ALL ${JET_BINDING_SOURCES} ${JET_ROOT}/csrc/common/cpu/isa.cpp $<TARGET_OBJECTS:jet_cpu> ${JET_CUDA_OBJECTS})
+add_library(jet_sim SHARED EXCLUDE_FROM_ALL ${JET_BINDING_SOURCES} ${JET_ROOT}/csrc/cpu/isa.cpp $<TARGET_OBJECTS:jet_cpu> ${JET_CUDA_OBJECTS})
 set_target_properties(jet_sim PROPERTIES CXX_VISIBILITY_PRESET hidden BUILD_RPATH "$ORIGIN")
 target_include_directories(jet_sim PRIVATE ${JET_ROOT})
 target_include_directories(jet_sim SYSTEM PRIVATE ${TORCH_INCLUDE})

@@ -1,8 +1,8 @@
 // The stages of the chunked gated delta rule one by one, for tests: one sequence, K = 64, bf16, contiguous tensors.
-#include "csrc/gated_delta_rule/chunk_join.cuh"
-#include "csrc/gated_delta_rule/chunk_prepare.cuh"
-#include "csrc/gated_delta_rule/chunk_sweep.cuh"
-#include "csrc/gated_delta_rule/chunk_workspace.h"
+#include "csrc/gated_delta_rule/chunk/join.cuh"
+#include "csrc/gated_delta_rule/chunk/prepare.cuh"
+#include "csrc/gated_delta_rule/chunk/sweep.cuh"
+#include "csrc/gated_delta_rule/chunk/workspace.h"
 
 namespace jet::hopper {
 

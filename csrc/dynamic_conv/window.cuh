@@ -1,0 +1,204 @@
+// The inputs that a token's kernel meets, the state of a sequence, the activation: what the Hopper kernels of the
+// convolution share. Elements have 16 bits; a thread has 4 or 8 consecutive channels, P.
+#pragma once
+
+#include "csrc/dynamic_conv/inputs.h"
+#include "csrc/hopper/convert.h"
+#include "csrc/hopper/error.h"
+
+namespace jet::hopper {
+
+// Where the inputs before a sequence's first token are, and where its last ones go: [rows, D, W-1].
+struct ConvStates {
+  const void* in;  // null: zeros
+  void* out;
+  int64_t stride;  // of a row, elements: of both
+};
+
+// Which sequence each token m belongs to, m < B * T.
+struct ConvSequences {
+  int64_t tokens, T, N;
+  const void* cu_seqlens;  // null: sequences of T tokens
+  IndexType cu_seqlens_dtype;
+  const void* rows;  // [N] the state row of each sequence; negative or >= P: none; null: row n
+  IndexType rows_dtype;
+  int64_t P;
+};
+
+// Token m: its position in its sequence (positions from W - 1 on are alike), and the state row of the sequence.
+struct TokenPlace {
+  int row;
+  int8_t position;
+  bool last;     // of its sequence
+  bool outside;  // of all sequences, or its sequence has no row: y is zero and no state is touched
+};
+
+__device__ inline int64_t sequence_bound(const ConvSequences& s, int64_t n) {
+  return s.cu_seqlens == nullptr ? n * s.T : load_index(s.cu_seqlens, s.cu_seqlens_dtype, n);
+}
+
+template <int W>
+__device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
+  int64_t n = 0;
+  if (s.cu_seqlens == nullptr) {
+    n = static_cast<uint32_t>(m) /
+        static_cast<uint32_t>(s.T);  // tokens are fewer than 2^31, and 64 bits are divided by a long routine
+  } else {
+    int64_t above = s.N + 1;  // the last n with bound(n) <= m is in [n, above)
+#pragma unroll 1
+    while (above - n > 1) {
+      const int64_t middle = (n + above) / 2;
+      (sequence_bound(s, middle) <= m ? n : above) = middle;
+    }
+  }
+  if (n >= s.N) return {0, W - 1, false, true};
+  const int64_t position = m - sequence_bound(s, n);
+  const int64_t row = s.rows == nullptr ? n : load_index(s.rows, s.rows_dtype, n);
+  const bool none = row < 0 || row >= s.P;
+  return {none ? 0 : static_cast<int>(row), static_cast<int8_t>(position < W - 1 ? position : W - 1),
+          m + 1 == sequence_bound(s, n + 1), none};
+}
+
+// n elements in registers, a multiple of 4, 16 or 8 bytes in an access. Indices are constants after unrolling.
+template <int n>
+struct Elements {
+  uint32_t words[n / 2];
+  __device__ uint32_t operator[](int i) const { return i % 2 == 0 ? words[i / 2] & 0xffff : words[i / 2] >> 16; }
+};
+
+template <int n>
+__device__ Elements<n> load_elements(const void* from) {
+  Elements<n> x;
+  if constexpr (n % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < n / 8; ++i) {
+      const uint4 eight = static_cast<const uint4*>(from)[i];
+      x.words[4 * i] = eight.x, x.words[4 * i + 1] = eight.y, x.words[4 * i + 2] = eight.z,
+                  x.words[4 * i + 3] = eight.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < n / 4; ++i) {
+      const uint2 four = static_cast<const uint2*>(from)[i];
+      x.words[2 * i] = four.x, x.words[2 * i + 1] = four.y;
+    }
+  }
+  return x;
+}
+
+template <int n>
+__device__ void store_elements(void* to, const Elements<n>& x) {
+  if constexpr (n % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < n / 8; ++i)
+      __stcg(static_cast<uint4*>(to) + i,
+             make_uint4(x.words[4 * i], x.words[4 * i + 1], x.words[4 * i + 2], x.words[4 * i + 3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < n / 4; ++i) __stcg(static_cast<uint2*>(to) + i, make_uint2(x.words[2 * i], x.words[2 * i + 1]));
+  }
+}
+
+// n elements, element(i) giving number i as the low 16 bits.
+template <int n, class F>
+__device__ Elements<n> gather(const F& element) {
+  Elements<n> x;
+#pragma unroll
+  for (int j = 0; j < n / 2; ++j) x.words[j] = element(2 * j) | element(2 * j + 1) << 16;
+  return x;
+}
+
+// Where the state of channels d.. of a sequence is.
+template <int W>
+__device__ const void* state_in(const ConvStates& states, const TokenPlace& place, int64_t d) {
+  return static_cast<const uint16_t*>(states.in) + place.row * states.stride + d * (W - 1);
+}
+
+// The state of P channels, which begin_of_sequence takes; zeros where there is none.
+template <int P, int W>
+__device__ Elements<P*(W - 1)> load_state(const ConvStates& states, const TokenPlace& place, int64_t d) {
+  if (states.in == nullptr) return {};
+  return load_elements<P*(W - 1)>(state_in<W>(states, place, d));
+}
+
+// x[w] of a token whose position is below W - 1: where the sequence had not begun, inputs come from its state.
+template <int P, int W>
+__device__ void begin_of_sequence(Elements<P> (&x)[W], const Elements<P*(W - 1)>& state, int position) {
+#pragma unroll
+  for (int i = 0; i < W - 1; ++i) {
+    const Elements<P> inputs = gather<P>([&](int c) { return state[c * (W - 1) + i]; });  // number i of each channel
+#pragma unroll
+    for (int w = 0; w < W - 1; ++w)
+      if (position + w == i) x[w] = inputs;
+  }
+}
+
+// The state after a sequence's last token: its window without the oldest input.
+template <int P, int W>
+__device__ void end_of_sequence(const Elements<P> (&x)[W], const ConvStates& states, const TokenPlace& place,
+                                int64_t d) {
+  const auto state = gather<P*(W - 1)>([&](int e) {  // channels first
+    uint32_t value = 0;
+#pragma unroll
+    for (int w = 1; w < W; ++w)
+      if (e % (W - 1) == w - 1) value = x[w][e / (W - 1)];
+    return value;
+  });
+  store_elements(static_cast<uint16_t*>(states.out) + place.row * states.stride + d * (W - 1), state);
+}
+
+// A sequence of no tokens hands its state on. By one warp.
+template <int W>
+__device__ void pass_state_on(const ConvStates& states, int64_t n, int64_t D) {
+  const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(states.in) + n * states.stride);
+  auto* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(states.out) + n * states.stride);
+#pragma unroll 1
+  for (int64_t i = threadIdx.x % 32; i < D * (W - 1) / 8; i += 32)
+    to[i] = states.in == nullptr ? make_uint4(0, 0, 0, 0) : from[i];
+}
+
+// 1 / (1 + e^-z) with the hardware's 2^x and 1 / x: relative error about 1e-6 down to z = -87. Below, e^-z or its
+// inverse leaves the range of fp32 and this is 0, so silu(z) = -0 where it is above -2e-36; and NaN at -inf, as -inf *
+// 0 is.
+__device__ inline float fast_sigmoid(float z) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.442695041f));  // log2(e)
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+  return inverse;
+}
+
+// act(z) of P channels, rounded. Without a branch, so that what stands before and behind overlaps with the
+// approximations.
+template <class Element, int P>
+__device__ Elements<P> activate(const float (&z)[P], bool silu) {
+  float y[P];
+#pragma unroll
+  for (int c = 0; c < P; ++c) {
+    const float sigmoid = fast_sigmoid(z[c]);
+    y[c] = z[c] * (silu ? sigmoid : 1.0f);
+  }
+  Elements<P> packed;
+#pragma unroll
+  for (int j = 0; j < P / 2; ++j) packed.words[j] = pack<Element>(y[2 * j], y[2 * j + 1]);
+  return packed;
+}
+
+// As fp32
+template <class Element, int n>
+__device__ void unpack_elements(float (&x)[n], const Elements<n>& from) {
+#pragma unroll
+  for (int j = 0; j < n / 2; ++j) {
+    const float2 pair = unpack<Element>(from.words[j]);
+    x[2 * j] = pair.x, x[2 * j + 1] = pair.y;
+  }
+}
+
+// Host: no token at all; every sequence hands its state on.
+inline void copy_states(const char* op, const void* in, void* out, size_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;
+  check(in == nullptr ? cudaMemsetAsync(out, 0, bytes, stream)
+                      : cudaMemcpyAsync(out, in, bytes, cudaMemcpyDeviceToDevice, stream),
+        op);
+}
+
+}  // namespace jet::hopper

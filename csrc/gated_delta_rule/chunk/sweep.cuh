@@ -1,0 +1,486 @@
+// `sweep`: the state through the chunks of a sequence, and the outputs. docs/chunk_gated_delta_rule.md has the data
+// sheet.
+//
+// A CTA has one sequence, one value head and a slice of 128 value columns. One thread loads; three warps turn the rows
+// of q and k into fp16 of norm 1, in place; two consumer warpgroups have 64 value columns each and keep S^T [64, K] in
+// fp32 accumulators. Per chunk, with S^T, R^T, U^T always on the left, as A operands from registers:
+//   S^T Kn^T, O = S^T Qn^T         [64, C]
+//   R  = V^T - e^{c_j} |k_j| S^T Kn^T
+//   U' = R T'^T
+//   O  = scale |q_i| (e^{c_i} O + U' P'^T)
+//   S  = e^{c_C} S + (beta_j e^{c_C - c_j} |k_j| U') Kn
+#pragma once
+
+#include "csrc/gated_delta_rule/chunk/sweep_shared.cuh"
+#include "csrc/hopper/launch.h"
+#include "csrc/hopper/matrix.h"
+
+namespace jet::hopper {
+
+// ---- Producer
+
+// One thread's loop, which nothing else hides: what does not change from chunk to chunk is in registers, not in shared
+// memory.
+template <class Config>
+__device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work,
+                            SweepShared<Config>& shared) {
+  using Rows = typename Config::Rows;
+  const int chunks = work.chunks, row = static_cast<int>(work.row), h = work.h, hk = work.hk, column = work.column;
+  const int groups = work.is_transfer() ? 0 : work.groups;
+  const int common = Config::outputs ? 2 * Rows::bytes + kImageBytes : Rows::bytes + kImageBytes - kTriangleBytes;
+  const char* image = p.images + (work.first_chunk * p.H + h) * kImageBytes;
+  Producer<Config::stages> ring(shared.ring);
+  int token = static_cast<int>(work.token);
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk, token += C, image += p.H * kImageBytes, ring.advance()) {
+    auto& stage = shared.stage[ring.acquire(common + groups * ValueTile::bytes)];
+    Event& loaded = ring.filled();
+#pragma unroll
+    for (int panel = 0; panel < Rows::panels; ++panel) {
+      const int at = panel * Rows::panel_bytes, k = panel * Rows::panel_width;
+      load(stage.k + at, maps.k, loaded, Reuse::normal, k, hk, token, row);
+      if constexpr (Config::outputs) load(stage.q + at, maps.q, loaded, Reuse::normal, k, hk, token, row);
+    }
+    bulk_load(stage.vectors, image + kVectorsAt, kVectors * kVectorBytes, loaded);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group)
+      if (group < groups) load(stage.v[group], maps.v, loaded, Reuse::once, column + group * kRows, h, token, row);
+#pragma unroll
+    for (int panel = 0; panel < kBlocks; ++panel) {
+      bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
+      if constexpr (Config::outputs)
+        bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel), stored_bytes(panel),
+                  loaded);
+    }
+  }
+}
+
+// Zero for the tokens behind the sequence's end, which are the next sequence's.
+template <class Config>
+__device__ void clear_values(SweepStage<Config>& stage, int count, int thread) {
+  constexpr int row_units = ValueTile::row_bytes / 16;
+  for (char* tile : stage.v)
+    for (int u = count * row_units + thread; u < C * row_units; u += kNormalisers)
+      reinterpret_cast<uint4*>(tile)[u] = make_uint4(0, 0, 0, 0);
+}
+
+// 8 elements times `factor`, in fp16.
+template <class Element>
+__device__ uint4 scaled(const uint4& raw, float factor) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  uint32_t out[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const float2 x = unpack<Element>(words[w]);
+    out[w] = pack<f16>(x.x * factor, x.y * factor);
+  }
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; rows behind the sequence's end become zero
+// without being read. A thread has one unit of 16 bytes in each panel of a row, a few of them at a time, so that their
+// loads wait together.
+template <class Config, class Element>
+__device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread) {
+  constexpr int row_units = Config::Rows::row_bytes / 16, rows = kNormalisers / row_units;
+  constexpr int panels = (Config::outputs ? 2 : 1) * Config::Rows::panels, batch = Config::normaliser_batch;
+  static_assert(kNormalisers % row_units == 0 && kInverseQ == kInverseK + 1);
+  int row = thread / row_units;
+  char* at = stage.k + thread * 16;  // q follows k
+  for (; row < count; row += rows, at += kNormalisers * 16) {
+    const float of_k = stage.vectors[kInverseK][row], of_q = Config::outputs ? stage.vectors[kInverseQ][row] : 0;
+#pragma unroll
+    for (int first = 0; first < panels; first += batch) {
+      uint4 raw[batch];
+#pragma unroll
+      for (int b = 0; b < batch && first + b < panels; ++b)
+        raw[b] = *reinterpret_cast<const uint4*>(at + (first + b) * Config::Rows::panel_bytes);
+#pragma unroll
+      for (int b = 0; b < batch && first + b < panels; ++b)
+        *reinterpret_cast<uint4*>(at + (first + b) * Config::Rows::panel_bytes) =
+            scaled<Element>(raw[b], first + b < Config::Rows::panels ? of_k : of_q);
+    }
+  }
+#pragma unroll 1
+  for (; row < C; row += rows, at += kNormalisers * 16)
+#pragma unroll
+    for (int panel = 0; panel < panels; ++panel)
+      *reinterpret_cast<uint4*>(at + panel * Config::Rows::panel_bytes) = make_uint4(0, 0, 0, 0);
+}
+
+template <class Config>
+__device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work, SweepShared<Config>& shared) {
+  const int thread = threadIdx.x - 32;
+  Cursor<Config::stages> at(Parity::first());
+  for (int chunk = 0; chunk < work.chunks; ++chunk, at.advance()) {
+    auto& stage = shared.stage[at.stage];
+    shared.ring.filled[at.stage].wait(at.parity);
+    const int count = work.count(chunk);
+    if (count < C) clear_values<Config>(stage, count, thread);
+    if (p.dtype == Dtype::bf16)
+      normalise_rows<Config, bf16>(stage, count, thread);
+    else
+      normalise_rows<Config, f16>(stage, count, thread);
+    publish_writes_to_async_proxy();
+    shared.normalised[at.stage].arrive();
+  }
+}
+
+// ---- Consumers
+
+struct SweepThread {
+  int group, thread;  // consumer warpgroup, thread of it
+  int column;         // the warpgroup's first value column
+};
+
+// S^T [64, K] of the warpgroup from or to S [K, values]. Columns beyond `values` are zero and not stored: V and K are
+// multiples of 16, so that they are whole warps'. Registers 4 i .. 4 i + 3 are (k, v), (k + 1, v), (k, v + 8), (k + 1,
+// v + 8), k = 8 i + a thread's own.
+__device__ inline bool has_columns(const SweepWork& work, const SweepThread& me) {
+  return me.column + me.thread / 32 * 16 < work.values;
+}
+
+template <class Config>
+__device__ void load_state(typename Config::State& s, const SweepWork& work, const SweepThread& me) {
+  const int k = accumulator_column(me.thread, 0), v = me.column + accumulator_row(me.thread, 0);
+#pragma unroll
+  for (int r = 0; r < Config::MmaState::registers; ++r) s[r] = 0;
+  if (!has_columns(work, me)) return;
+  if (work.is_transfer()) {
+#pragma unroll
+    for (int r = 0; r < Config::MmaState::registers; ++r)
+      s[r] = accumulator_column(me.thread, r) == me.column + accumulator_row(me.thread, r) ? 1 : 0;
+  } else if (work.initial == InitialState::memory) {
+    const int64_t next_k = work.strides.k, v_8 = 8 * work.strides.v;
+    const float* at = work.initial_state + k * next_k + v * work.strides.v;
+#pragma unroll
+    for (int r = 0; r < Config::MmaState::registers; r += 4, at += 8 * next_k) {
+      s[r] = at[0], s[r + 1] = at[next_k];
+      s[r + 2] = at[v_8], s[r + 3] = at[next_k + v_8];
+    }
+  }
+}
+
+template <class Config>
+__device__ void store_state(const typename Config::State& s, const SweepWork& work, const SweepThread& me) {
+  if (work.final_state == nullptr || !has_columns(work, me)) return;
+  const int values = work.values;
+  float* at = work.final_state + accumulator_column(me.thread, 0) * values + me.column + accumulator_row(me.thread, 0);
+#pragma unroll
+  for (int r = 0; r < Config::MmaState::registers; r += 4, at += 8 * values) {
+    at[0] = s[r], at[values] = s[r + 1];
+    at[8] = s[r + 2], at[values + 8] = s[r + 3];
+  }
+}
+
+// Factors of the accumulator columns of registers r, r + 1.
+__device__ inline float2 columns_of(const float* vector, int thread, int r) {
+  return *reinterpret_cast<const float2*>(vector + accumulator_column(thread, r));
+}
+
+// d = S^T rows^T   [64, C]
+template <class Config>
+struct StateProduct {
+  typename Config::Tokens& d;
+  typename Config::RowsOperand rows;
+};
+
+template <class Config>
+__device__ void multiply_fragments(const StateProduct<Config>& product, const uint32_t (&a)[Config::state_steps][4],
+                                   int step) {
+  using Mma = typename Config::Mma;
+#pragma unroll
+  for (int i = 0; i < Config::state_steps; ++i)
+    Mma::rs(product.d, a[i], product.rows.at(0, (step + i) * Mma::K), step + i > 0);
+  wgmma_commit();
+}
+
+// All products with S^T as A operand, in as many pieces as registers allow; the last of each is in flight on return.
+template <class Config, class... Products>
+__device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const typename Config::State& s,
+                               const Products&... products) {
+#pragma unroll
+  for (int step = 0; step < Config::K / Config::Mma::K; step += Config::state_steps) {
+    if (step > 0) {
+      wgmma_wait<0>();
+      (wgmma_touch(products.d), ...);
+      hold(a);
+    }
+#pragma unroll
+    for (int i = 0; i < Config::state_steps; ++i) fragment_of<f16>(a[i], s, step + i);
+    wgmma_fence(a);
+    (multiply_fragments(products, a, step), ...);
+  }
+}
+
+// R = V^T - e^{c_j} |k_j| SK as an A operand.
+template <class Config, class Element>
+__device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens& sk, const SweepStage<Config>& stage,
+                         const SweepThread& me) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if constexpr (Config::few_registers) __syncwarp();  // loads of later steps must not come before this
+    uint32_t v[4];
+    const int token = step * kStep + transposed_k(me.thread);
+    load_matrices_transposed(v, stage.v[me.group] + ValueTile::offset(transposed_m(me.thread), token));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 2 * kStep / 4 * step + 2 * i;
+      const float2 read = columns_of(stage.vectors[kReadK], me.thread, at);
+      const float2 value = unpack<Element>(v[i]);
+      r[step][i] = pack<f16>(value.x - read.x * sk[at], value.y - read.y * sk[at + 1]);
+    }
+  }
+}
+
+// U' for the outputs and beta_j e^{c_C - c_j} |k_j| U' for the state, as A operands.
+template <class Config>
+__device__ void updates(uint32_t (&u)[kSteps][4], uint32_t (&write)[kSteps][4], const typename Config::Tokens& x,
+                        const SweepStage<Config>& stage, int thread) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if constexpr (Config::few_registers) __syncwarp();
+    fragment_of<f16>(u[step], x, step);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 2 * kStep / 4 * step + 2 * i;
+      const float2 to_state = columns_of(stage.vectors[kWrite], thread, at);
+      write[step][i] = pack<f16>(to_state.x * x[at], to_state.y * x[at + 1]);
+    }
+  }
+}
+
+// Rows of the output, scale |q_i| (..), in their own type. With l2norm |q_i| is 1, and shared memory, which bounds the
+// chunk, is not read.
+template <class Config, class Element>
+__device__ void pack_output(uint32_t (&y)[kSteps][4], const typename Config::Tokens& o, const SweepArguments& p,
+                            const SweepStage<Config>& stage, int thread) {
+  const auto pack_all = [&](const auto& factor_of) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 2 * kStep / 4 * step + 2 * i;
+        const float2 factor = factor_of(at);
+        y[step][i] = pack<Element>(o[at] * factor.x, o[at + 1] * factor.y);
+      }
+  };
+  if (p.l2norm)
+    pack_all([&](int) { return make_float2(p.scale, p.scale); });
+  else
+    pack_all([&](int at) { return columns_of(stage.vectors[kOutput], thread, at); });
+}
+
+// The warpgroup's output tile [C, 64] in shared memory, as the copy engine and every thread of the warpgroup see it.
+template <class Config>
+__device__ char* stage_output(const uint32_t (&y)[kSteps][4], SweepShared<Config>& shared, const SweepThread& me) {
+  char* tile = shared.o[me.group];
+  if (me.thread == 0) wait_stores_read<0>();
+  sync_threads(1 + me.group, kWarpgroup);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    store_matrices_transposed(tile + ValueTile::offset(transposed_m(me.thread), step * kStep + transposed_k(me.thread)),
+                              y[step]);
+  publish_writes_to_async_proxy();
+  sync_threads(1 + me.group, kWarpgroup);
+  return tile;
+}
+
+// The output of a chunk of C tokens.
+template <class Config>
+__device__ void store_output(const uint32_t (&y)[kSteps][4], const SweepMaps& maps, const SweepWork& work,
+                             SweepShared<Config>& shared, const SweepThread& me, int chunk) {
+  const char* tile = stage_output<Config>(y, shared, me);
+  if (me.thread == 0) {
+    store(maps.o, tile, me.column, work.h, static_cast<int>(work.token + int64_t{chunk} * C),
+          static_cast<int>(work.row));
+    commit_stores();
+  }
+}
+
+// The output of the last chunk, which may end before its 64th token: behind it lies the next sequence's.
+template <class Config>
+__device__ void store_last_output(const uint32_t (&y)[kSteps][4], const SweepArguments& p, const SweepMaps& maps,
+                                  const SweepWork& work, SweepShared<Config>& shared, const SweepThread& me) {
+  const int chunk = work.chunks - 1, count = work.count(chunk);
+  if (count == C) return store_output<Config>(y, maps, work, shared, me, chunk);
+  const char* tile = stage_output<Config>(y, shared, me);
+  constexpr int unit = 8, row_units = kRows / unit;
+  const int v = me.thread % row_units * unit;
+  if (me.column + v >= work.values) return;
+  const int64_t token = work.token + int64_t{chunk} * C;
+#pragma unroll 1
+  for (int i = me.thread / row_units; i < count; i += kWarpgroup / row_units)
+    *reinterpret_cast<uint4*>(p.o + ((work.row * p.plan.T + token + i) * p.H + work.h) * p.V + me.column + v) =
+        *reinterpret_cast<const uint4*>(tile + ValueTile::offset(v, i));
+}
+
+// S = e^{c_C} S, once S^T has become an A operand.
+template <class Config>
+__device__ void decay_state(typename Config::State& s, const SweepStage<Config>& stage) {
+  const float decay = stage.vectors[kReadQ][C - 1];
+#pragma unroll
+  for (int at = 0; at < Config::MmaState::registers; ++at) s[at] *= decay;
+}
+
+// y: the output of the chunk before on entry, of this one on return; it is stored behind U' of the next chunk, or where
+// registers are few behind its first products.
+template <class Config>
+__device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4], const SweepArguments& p,
+                            const SweepMaps& maps, const SweepWork& work, SweepShared<Config>& shared,
+                            const SweepStage<Config>& stage, const SweepThread& me, int chunk) {
+  using Mma = typename Config::Mma;
+  using MmaState = typename Config::MmaState;
+  const SquareOperand t(stage.t), pp(stage.p);
+  const typename Config::ColumnsOperand k(stage.k);
+  typename Config::Tokens x, o;
+  const StateProduct<Config> sk{x, typename Config::RowsOperand(stage.k)}, sq{o, typename Config::RowsOperand(stage.q)};
+  uint32_t a[Config::state_steps][4], r[kSteps][4];
+  if constexpr (Config::outputs) {
+    multiply_state<Config>(a, s, sk, sq);  // X = Sᵀ Knᵀ, O = Sᵀ Qnᵀ   [64, C]
+    decay_state<Config>(s, stage);
+    if (Config::few_registers && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
+  } else {
+    multiply_state<Config>(a, s, sk);
+  }
+  wgmma_wait<Config::outputs && Config::o_behind_residual ? 1 : 0>();
+  wgmma_touch(x);
+  if constexpr (!Config::o_behind_residual) wgmma_touch(o), hold(a);
+  if (p.dtype == Dtype::bf16)
+    residual<Config, bf16>(r, x, stage, me);
+  else
+    residual<Config, f16>(r, x, stage, me);
+  wgmma_fence(r);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
+  wgmma_commit();
+  if constexpr (Config::outputs) {
+    if constexpr (Config::o_behind_residual) {
+      wgmma_wait<1>();
+      wgmma_touch(o);
+      hold(a);
+    }
+#pragma unroll
+    for (int at = 0; at < Mma::registers; at += 2) {
+      const float2 read = columns_of(stage.vectors[kReadQ], me.thread, at);
+      o[at] *= read.x, o[at + 1] *= read.y;
+    }
+    if (!Config::few_registers && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
+  } else {
+    decay_state<Config>(s, stage);  // earlier, ptxas would have it wait for X
+  }
+  wgmma_wait<0>();
+  wgmma_touch(x);
+  hold(r);
+  if constexpr (!Config::outputs && Config::o_behind_residual) hold(a);
+  uint32_t u[kSteps][4], write[kSteps][4];
+  updates<Config>(u, write, x, stage, me.thread);
+  if constexpr (Config::outputs) {
+    wgmma_fence(o, s, u, write);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+      Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
+    wgmma_commit();
+  } else {
+    wgmma_fence(s, write);
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+    MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]
+  wgmma_commit();
+  if constexpr (Config::outputs) {
+    wgmma_wait<1>();
+    wgmma_touch(o);
+    hold(u);
+    if (p.dtype == Dtype::bf16)
+      pack_output<Config, bf16>(y, o, p, stage, me.thread);
+    else
+      pack_output<Config, f16>(y, o, p, stage, me.thread);
+  }
+  wgmma_wait<0>();
+  wgmma_touch(s);
+  hold(write);
+}
+
+template <class Config>
+__device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work,
+                             SweepShared<Config>& shared) {
+  const int group = threadIdx.x / kWarpgroup - 1;
+  if (group >= work.groups) return;
+  const SweepThread me{group, static_cast<int>(threadIdx.x % kWarpgroup), work.column + group * kRows};
+  typename Config::State s;
+  uint32_t y[kSteps][4] = {};
+  load_state<Config>(s, work, me);
+#pragma unroll 1
+  for (int chunk = 0; chunk < work.chunks; ++chunk) {
+    const int stage = chunk % Config::stages;
+    const Parity parity = parity_of<Config>(chunk);
+    shared.ring.filled[stage].wait(
+        parity);  // has happened; this thread must have seen it before it reads what was copied
+    shared.normalised[stage].wait(parity);
+    sweep_chunk<Config>(s, y, p, maps, work, shared, shared.stage[stage], me, chunk);
+    __syncwarp();
+    if (me.thread % 32 == 0) shared.ring.read[chunk % Config::stages].arrive();
+  }
+  if (Config::outputs && work.chunks > 0) store_last_output<Config>(y, p, maps, work, shared, me);
+  store_state<Config>(s, work, me);
+  if (me.thread == 0) wait_stores_done<0>();
+}
+
+// By one thread. With cu_seqlens the work is known once the kernel has run that writes the plan.
+template <class Config>
+__device__ void set_up(const SweepArguments& p, const SweepMaps& maps, SweepShared<Config>& shared) {
+  if (p.plan.T > 0)
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch(*map);
+  if (p.plan.cu_seqlens != nullptr) wait_for_previous_kernel();
+  const SweepWork work = Config::outputs ? output_work(p) : cut_work(p);
+  if (work.groups > 0) shared.ring.init(work.groups * kWarpgroup / 32);
+  for (Event& event : shared.normalised) event.init(kNormalisers);
+  publish_inits();
+  shared.work = work;
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::threads, 1)
+    chunk_sweep_kernel(const __grid_constant__ SweepArguments p, const __grid_constant__ SweepMaps maps) {
+  extern __shared__ __align__(kTileAlign) char memory[];
+  auto& shared = *reinterpret_cast<SweepShared<Config>*>(memory);
+  const SweepWork& work = shared.work;  // read where it is used: the producer's threads have few registers
+  if (threadIdx.x == 0)
+    set_up<Config>(p, maps, shared);
+  else if (threadIdx.x >= 32)
+    shared.zero_upper_blocks(threadIdx.x - 32, Config::threads - 32);
+  publish_writes_to_async_proxy();
+  wait_for_previous_kernel();  // in every thread, also where there is no work: who waits for this kernel's end counts
+                               // on those before it
+  __syncthreads();
+  let_next_kernel_start();
+  if (work.groups == 0) return;
+  if (!Config::outputs && work.is_transfer()) {
+    shared.zero_values();
+    __syncthreads();
+  }
+  if (warp_index() < kWarpgroup / 32) {
+    give_registers_back<Config::producer_registers>();
+    if (warp_index() > 0)
+      normalise_chunks<Config>(p, work, shared);
+    else if (elected())
+      load_chunks<Config>(p, maps, work, shared);
+  } else {
+    take_registers<Config::consumer_registers>();
+    sweep_chunks<Config>(p, maps, work, shared);
+  }
+}
+
+template <class Config>
+void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream) {
+  const int64_t segments = Config::outputs ? p.plan.N + p.plan.most_cuts : p.plan.most_cuts;
+  const int64_t ctas = segments * p.H * (p.slices + (Config::outputs ? 0 : transfer_slices(p.K)));
+  require(ctas < (int64_t{1} << 31), "chunk_gated_delta_rule", "N * H * V / 128", "below 2^31", ctas);
+  launch("chunk_gated_delta_rule",
+         {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(SweepShared<Config>)), 1, true},
+         stream, chunk_sweep_kernel<Config>, p, maps);
+}
+
+}  // namespace jet::hopper

@@ -1,0 +1,356 @@
+// What the CPU kernels of the recurrent ops share: bound by reading and writing the states once. One work item is a
+// sequence, a value head and a slice of V, processed in stripes one register tile wide. A token takes two passes over
+// its stripe: the first, from memory, forms S^T k and S^T q together; the second, from L1, updates S, and is the first
+// of the next token. The read-out of the updated state needs no third pass, as (e^g S + k u^T)^T q = e^g S^T q + (q.k)
+// u.
+#pragma once
+
+#include "csrc/gated_delta_rule/recurrent/recurrent_gated_delta_rule_verify.h"
+#include "csrc/gated_delta_rule/rows_cpu.h"
+
+namespace jet::cpu::JET_CPU_ISA {
+
+// One token of one head, in the arithmetic type.
+template <class T>
+struct Token {
+  const T *q, *k;     // [K] normalised
+  T qk, decay, beta;  // <q, k>, e^g
+};
+
+// e^g of a token
+template <class T>
+JET_INLINE T decay_of(const void* g, const TokenStrides& s, long n, long t, long h) {
+  return T(__builtin_exp(*at<T>(g, s, n, t, h)));
+}
+
+// S^T k and S^T q of a token with the state before it, summed up row by row. NV vectors of columns.
+template <int NV, class T>
+struct Reading {
+  Vector<T> predicted[NV], read[NV];
+
+  JET_INLINE void clear() {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) predicted[j] = read[j] = Vector<T>{};
+  }
+
+  JET_INLINE void add_row(T k, T q, const Vector<T> (&s)[NV]) {
+    const Vector<T> k_all = Simd<T>::all(k), q_all = Simd<T>::all(q);
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      predicted[j] += k_all * s[j];
+      read[j] += q_all * s[j];
+    }
+  }
+
+  // u, and o in the place of v
+  JET_INLINE void finish(const Token<T>& token, T scale, T* vo, Vector<T> (&u)[NV]) const {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      u[j] = (load(vo + j * Simd<T>::lanes) - predicted[j] * token.decay) * token.beta;
+      store(vo + j * Simd<T>::lanes, (read[j] * token.decay + u[j] * token.qk) * scale);
+    }
+  }
+};
+
+// A state [K, NV vectors] in memory, its rows `ld` apart.
+template <class St>
+struct Rows {
+  St* data;
+  long ld;
+
+  template <int NV, class V>
+  JET_INLINE void get(long i, V (&s)[NV]) const {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) s[j] = load(data + i * ld + j * kLanes<St>);
+  }
+  template <int NV, class V>
+  JET_INLINE void put(long i, const V (&s)[NV]) const {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(data + i * ld + j * kLanes<St>, s[j]);
+  }
+};
+
+// to <- S with S <- e^g S + k u^T for `count` tokens, one after the other, on S = from, which is read once. u(t, j):
+// vector j of u_t. see(i, s) is shown each new row.
+template <int NV, class T, class From, class To, class U, class See>
+JET_INLINE void advance(const Token<T>* tokens, long count, long K, Rows<From> from, Rows<To> to, const U& u,
+                        const See& see) {
+  for (long i = 0; i < K; ++i) {
+    Vector<T> s[NV];
+    from.get(i, s);
+    for (long t = 0; t < count; ++t) {
+      const Vector<T> decay = Simd<T>::all(tokens[t].decay), k = Simd<T>::all(tokens[t].k[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) s[j] = decay * s[j] + k * u(t, j);
+    }
+    to.put(i, s);
+    see(i, s);
+  }
+}
+
+// Columns [v0, v1) of one sequence and value head.
+struct Slice {
+  long n, h, v0, v1;
+};
+
+// f(slice, item) for slices that cover everything; carve(from, columns) makes the item: scratch memory for so many
+// columns.
+template <class T, class Carve, class F>
+inline void for_slices(const Parallel& parallel, long N, long H, long V, const Carve& carve, const F& f) {
+  constexpr long W = Simd<T>::stripe;
+  const long heads = N * H, stripes = round_up(V, W) / W;
+  if (heads == 0) return;
+  long slices = heads < parallel.threads ? (parallel.threads + heads - 1) / heads : 1;
+  if (slices > stripes) slices = stripes;
+  const long slice = round_up(stripes, slices) / slices * W, items = heads * slices;
+  const long workers = parallel.threads < items ? parallel.threads : items;
+  Carver count(nullptr);
+  carve(count, slice);
+  const Scratch scratch(workers, count.used());
+  run_even_tasks(parallel, workers, items, [&](long worker, long i) {
+    const long v0 = i % slices * slice, v1 = v0 + slice < V ? v0 + slice : V;
+    Carver from(scratch.of(worker));
+    auto item = carve(from, slice);
+    f(Slice{i / slices / H, i / slices % H, v0, v1}, item);
+  });
+}
+
+template <class St>
+struct StateType {
+  using Type = St;
+};
+
+// f(StateType) for a pool that is used in fp32
+template <class F>
+inline void with_fp32_pool(Dtype pool, const F& f) {
+  if (pool == Dtype::f32) return f(StateType<float>());
+#if defined(__AVX512F__)
+  if (has_bf16_instructions()) return f(StateType<NativeBf16>());
+#endif
+  f(StateType<bf16>());
+}
+
+JET_INLINE long pool_row(const StatePool& pool, long n) {
+  return pool.rows == nullptr ? n : static_cast<const int64_t*>(pool.rows)[n];
+}
+
+// Whether columns of a pool can be worked on in place, in whole vectors.
+template <class T>
+JET_INLINE bool whole_vectors(const StatePool& pool, long columns) {
+  return pool.strides.v == 1 && columns % Simd<T>::lanes == 0;
+}
+
+constexpr long kTokens = 16;  // tokens whose q and k are prepared at a time, shared by the stripes of a head
+
+template <class T>
+struct RecurrentItem {
+  long ld;              // K rounded up to whole vectors
+  T *q, *k;             // [kTokens, ld]
+  T *stripes, *vo, *u;  // [V / W][K, W], [W], [W]
+  Token<T> tokens[kTokens];
+
+  void carve(Carver& from, long K, long V) {
+    ld = round_up(K, Simd<T>::lanes);
+    q = from.take<T>(kTokens * ld), k = from.take<T>(kTokens * ld);
+    stripes = from.take<T>(V * K), vo = from.take<T>(Simd<T>::stripe), u = from.take<T>(Simd<T>::stripe);
+  }
+};
+
+// item.tokens [count] for the tokens from t
+template <class In, class T>
+inline void load_tokens(const RecurrentGatedDeltaRuleParams& p, long n, long h, long t, long count,
+                        RecurrentItem<T>& item) {
+  using S = Simd<T>;
+  const long hk = h / (p.H / p.Hk);
+  for (long i = 0; i < count; ++i) {
+    T *q = item.q + i * item.ld, *k = item.k + i * item.ld;
+    load_row(at<In>(p.q, p.q_strides, n, t + i, hk), p.q_strides.d, p.K, item.ld, q);
+    load_row(at<In>(p.k, p.k_strides, n, t + i, hk), p.k_strides.d, p.K, item.ld, k);
+    if (p.l2norm_qk) normalise(q, item.ld), normalise(k, item.ld);
+    typename S::Vec qk{};
+    for (long j = 0; j < item.ld; j += S::lanes) qk += S::load(q + j) * S::load(k + j);
+    item.tokens[i] = {q, k, horizontal_sum<T>(qk), decay_of<T>(p.g, p.g_strides, n, t + i, h),
+                      *at<T>(p.beta, p.beta_strides, n, t + i, h)};
+  }
+}
+
+// Else it is recurrent_gated_delta_rule: one code for both takes half the time to compile, and looks at this once per
+// token.
+JET_INLINE bool is_verify(const RecurrentGatedDeltaRuleVerifyParams& vp) { return vp.updates != nullptr; }
+
+// Where o and updates of token t are.
+JET_INLINE long output_offset(const RecurrentGatedDeltaRuleParams& p, const Slice& slice, long t) {
+  return ((slice.n * p.T + t) * p.H + slice.h) * p.V;
+}
+
+// What verify writes to keys for token t; null in all slices of a key head but one.
+template <class T>
+JET_INLINE T* keys_of(const RecurrentGatedDeltaRuleVerifyParams& vp, const Slice& slice, long t) {
+  const RecurrentGatedDeltaRuleParams& p = vp.forward;
+  const long group = p.H / p.Hk;
+  if (slice.v0 != 0 || slice.h % group != 0) return nullptr;
+  return static_cast<T*>(vp.keys) + ((slice.n * p.T + t) * p.Hk + slice.h / group) * p.K;
+}
+
+// A slice of a sequence without a row.
+template <class In, class T>
+inline void write_zeros(const RecurrentGatedDeltaRuleVerifyParams& vp, const Slice& slice) {
+  const long columns = slice.v1 - slice.v0;
+  for (long t = 0; t < vp.forward.T; ++t) {
+    const long out = output_offset(vp.forward, slice, t) + slice.v0;
+    __builtin_memset(static_cast<In*>(vp.forward.o) + out, 0, columns * sizeof(In));
+    if (is_verify(vp)) {
+      zero_row(static_cast<T*>(vp.updates) + out, columns);
+      if (T* keys = keys_of<T>(vp, slice, t)) zero_row(keys, vp.forward.K);
+    }
+  }
+}
+
+// The first pass of a token.
+template <int NV, class T, class From>
+JET_INLINE void read_state(const Token<T>& token, long K, Rows<From> from, Reading<NV, T>& reading) {
+  const T *k = token.k, *q = token.q;
+  reading.clear();
+  for (long i = 0; i < K; ++i) {
+    Vector<T> s[NV];
+    from.get(i, s);
+    reading.add_row(k[i], q[i], s);
+  }
+}
+
+// The second pass of a token, and the first pass of `next`.
+template <int NV, class T, class From, class To>
+JET_INLINE void advance_and_read(const Token<T>& token, const Vector<T> (&u)[NV], const Token<T>& next, long K,
+                                 Rows<From> from, Rows<To> to, Reading<NV, T>& reading) {
+  const Token<T> copy = token;  // as a store to the state might change the original, for all that the compiler knows
+  const T *k = next.k, *q = next.q;
+  reading.clear();
+  advance<NV>(
+      &copy, 1, K, from, to, [&](long, int j) { return u[j]; },
+      [&](long i, const auto& s) { reading.add_row(k[i], q[i], s); });
+}
+
+// The second pass of a token alone.
+template <int NV, class T, class From, class To>
+JET_INLINE void advance_by_token(const Token<T>& token, const Vector<T> (&u)[NV], long K, Rows<From> from,
+                                 Rows<To> to) {
+  const Token<T> copy = token;
+  advance<NV>(&copy, 1, K, from, to, [&](long, int j) { return u[j]; }, [](long, const auto&) {});
+}
+
+// A call of f(t), whatever f is: what takes one is compiled once for all of them.
+class Call {
+ public:
+  template <class F>
+  explicit Call(const F& f) : f_(&f), run_([](const void* g, long t) { (*static_cast<const F*>(g))(t); }) {}
+  void operator()(long t) const { run_(f_, t); }
+
+ private:
+  const void* f_;
+  void (*run_)(const void*, long);
+};
+
+// A block of tokens on one stripe, of which some may come before or after. The state is in `pool` before the first
+// token of all and after the last, and in `stripe` between tokens; verify has no use for it after the last. load_v(t)
+// brings v to item.vo, store_outputs(t) takes o from there and u from item.u.
+template <int NV, class T, class St>
+__attribute__((noinline)) void recurrent_block(const RecurrentItem<T>& item, bool verify, long count, bool begins,
+                                               bool ends, long K, T scale, Rows<St> pool, Rows<T> stripe, Call load_v,
+                                               Call store_outputs) {
+  const Token<T>* token = item.tokens;
+  Reading<NV, T> reading;
+  Vector<T> u[NV];
+  bool in_pool = begins;
+  load_v(0);
+  if (in_pool)
+    read_state(*token, K, pool, reading);
+  else
+    read_state(*token, K, stripe, reading);
+  for (long t = 0; t + 1 < count; ++t, ++token, in_pool = false) {
+    reading.finish(*token, scale, item.vo, u);
+    if (verify) Rows<T>{item.u, 0}.put(0, u);
+    if (in_pool)
+      advance_and_read(*token, u, token[1], K, pool, stripe, reading);
+    else
+      advance_and_read(*token, u, token[1], K, stripe, stripe, reading);
+    store_outputs(t);
+    load_v(t + 1);
+  }
+  reading.finish(*token, scale, item.vo, u);
+  if (verify) Rows<T>{item.u, 0}.put(0, u);
+  if (!ends && in_pool) advance_by_token(*token, u, K, pool, stripe);
+  if (!ends && !in_pool) advance_by_token(*token, u, K, stripe, stripe);
+  if (ends && in_pool && !verify) advance_by_token(*token, u, K, pool, pool);
+  if (ends && !in_pool && !verify) advance_by_token(*token, u, K, stripe, pool);
+  store_outputs(count - 1);  // late: cold lines here would hold up the stores to the state
+}
+
+// A slice of recurrent_gated_delta_rule, or of its verify.
+template <class In, class T, class St>
+inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const Slice& slice, RecurrentItem<T>& item) {
+  constexpr long W = Simd<T>::stripe;
+  const RecurrentGatedDeltaRuleParams& p = vp.forward;
+  const bool verify = is_verify(vp);
+  const long n = slice.n, h = slice.h, row = pool_row(p.pool, n);
+  if (row < 0) return write_zeros<In, T>(vp, slice);
+  St* pool = at(static_cast<St*>(p.pool.data), p.pool.strides, row, h);
+  for (long t0 = 0; t0 < p.T; t0 += kTokens) {
+    const long count = p.T - t0 < kTokens ? p.T - t0 : kTokens;
+    const bool begins = t0 == 0, ends = t0 + count == p.T;
+    load_tokens<In>(p, n, h, t0, count, item);
+    if (verify)
+      for (long i = 0; i < count; ++i)
+        if (T* keys = keys_of<T>(vp, slice, t0 + i)) store_row(item.tokens[i].k, p.K, keys);
+    for (long v = slice.v0; v < slice.v1; v += W) {
+      const long columns = slice.v1 - v < W ? slice.v1 - v : W;
+      const Rows<T> stripe{item.stripes + (v - slice.v0) * p.K, W};
+      const auto load_v = [&](long i) {
+        load_row(at<In>(p.v, p.v_strides, n, t0 + i, h) + v * p.v_strides.d, p.v_strides.d, columns, W, item.vo);
+      };
+      const auto store_outputs = [&](long i) {
+        const long out = output_offset(p, slice, t0 + i) + v;
+        store_row(item.vo, columns, static_cast<In*>(p.o) + out);
+        if (verify) store_row(item.u, columns, static_cast<T*>(vp.updates) + out);
+      };
+      with_vectors<T>(columns, [&](auto vectors) {
+        constexpr int NV = decltype(vectors)::value;
+        const Rows<St> here{pool + v, p.pool.strides.k};
+        const Call load(load_v), store(store_outputs);
+        if (whole_vectors<T>(p.pool, columns))
+          return recurrent_block<NV>(item, verify, count, begins, ends, p.K, T(p.scale), here, stripe, load, store);
+        if (begins) load_state(pool, p.pool.strides, p.K, v, columns, stripe.data);
+        recurrent_block<NV>(item, verify, count, begins, ends, p.K, T(p.scale), stripe, stripe, load, store);
+        if (ends && !verify) store_state(stripe.data, p.pool.strides, p.K, v, columns, pool);
+      });
+    }
+  }
+}
+
+template <class In, class T, class St>
+inline void recurrent_slices(const RecurrentGatedDeltaRuleVerifyParams& vp, const Parallel& caller) {
+  const RecurrentGatedDeltaRuleParams& p = vp.forward;
+  const Parallel parallel = for_work(caller, 3. * p.N * p.T * p.H * p.K * p.V);
+  const auto carve = [&](Carver& from, long columns) {
+    RecurrentItem<T> item;
+    item.carve(from, p.K, columns);
+    return item;
+  };
+  for_slices<T>(parallel, p.N, p.H, p.V, carve,
+                [&](const Slice& slice, RecurrentItem<T>& item) { recurrent_item<In, T, St>(vp, slice, item); });
+}
+
+inline void recurrent_cpu(const RecurrentGatedDeltaRuleVerifyParams& vp, const Parallel& parallel) {
+  const auto with_inputs = [&](auto in) {
+    with_fp32_pool(vp.forward.pool.dtype, [&](auto state) {
+      recurrent_slices<decltype(in), float, typename decltype(state)::Type>(vp, parallel);
+    });
+  };
+  switch (vp.forward.dtype) {
+    case Dtype::f32: return with_inputs(float());
+    case Dtype::f64: JET_CPU_FP64(recurrent_slices<double, double, double>(vp, parallel));
+    case Dtype::bf16: return with_inputs(bf16());
+    case Dtype::f16: return with_inputs(f16());
+  }
+}
+
+}  // namespace jet::cpu::JET_CPU_ISA

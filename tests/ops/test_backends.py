@@ -1,0 +1,62 @@
+"""Every backend that can serve a CPU tensor, not only the one this machine would choose."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jetkernels import _library
+
+OPS = Path(__file__).parent
+FILES = (
+    "chunk_gated_delta_rule",
+    "recurrent_gated_delta_rule",
+    "recurrent_gated_delta_rule_verify",
+    "dynamic_conv",
+    "dynamic_conv_step",
+    "apply_dynamic_conv",
+)
+CHOSEN = "ops and (equals_the_reference or gradients_equal or any_rows or any_number or any_shape or every_element or many_heads)"
+
+
+def python(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+
+
+def run_op_tests(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN]
+    command += [f"{OPS}/test_{name}.py" for name in FILES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=OPS)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "isa", [isa for isa in _library.build_info()["cpu_isas"] if isa != _library.build_info()["cpu_isa"]]
+)
+def test_instruction_set_variant(isa):
+    environment = {**os.environ, "JETKERNELS_CPU_ISA": isa}
+    used = python("from jetkernels import _library; print(_library.build_info()['cpu_isa'])", environment)
+    if used.stdout.strip() != isa:
+        pytest.skip(f"this machine cannot run {isa}")
+    run_op_tests(environment)
+
+
+def test_plain_path_through_the_dispatcher():
+    """The way that a CUDA tensor takes until a kernel serves it: binding, checks, dispatcher, plain PyTorch."""
+    run_op_tests({**os.environ, "JETKERNELS_BACKEND": "plain"})
+
+
+def test_plain_path_is_announced_once_with_its_reason():
+    script = """if True:
+        import warnings, torch, jetkernels
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                jetkernels.apply_dynamic_conv(torch.randn(1, 4, 2), torch.randn(1, 4, 2, 3))
+        print(*[str(w.message) for w in caught if "jetkernels" in str(w.message)], sep="\\n")
+    """
+    said = python(script, {**os.environ, "JETKERNELS_BACKEND": "plain"}).stdout
+    assert said == "jetkernels: apply_dynamic_conv runs as plain PyTorch: JETKERNELS_BACKEND=plain asks for it\n"
+    assert python(script, {k: v for k, v in os.environ.items() if k != "JETKERNELS_BACKEND"}).stdout == "\n"

@@ -1,0 +1,210 @@
+"""What of the benchmarks can be checked without a GPU: floors, cases, tables, rows, counters."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.paths import ROOT
+
+from benchmarks import counters, cpu, floors, ops, report, rows, run
+from benchmarks import provenance as facts
+from benchmarks.floors import H200, Ceilings, Work
+from benchmarks.shapes import SHAPES, Draw, Shape, conv_inputs, delta_rule_inputs, few_heads
+from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
+
+SHAPE_2B, SHAPE_4B = SHAPES[:2]
+F32 = torch.float32
+
+
+def ns(work: Work) -> float:
+    return work.seconds(H200) * 1e9
+
+
+# Floors: the numbers of the design, for the two models
+
+
+def test_delta_rule_prefill_floor():
+    work_2b, work_4b = floors.chunk_token(SHAPE_2B), floors.chunk_token(SHAPE_4B)
+    assert (work_2b.bytes, work_4b.bytes) == (16_992, 24_704)
+    assert work_2b.flop == pytest.approx(2.88e6, rel=2e-3) and work_4b.flop == pytest.approx(4.76e6, rel=1e-3)
+    assert ns(work_2b) == pytest.approx(3.95, abs=0.005) and ns(work_4b) == pytest.approx(6.0, abs=0.05)
+
+
+def test_decode_floor():
+    for shape, fp32, bf16 in ((SHAPE_2B, 0.55, 0.27), (SHAPE_4B, 0.98, 0.49)):
+        for itemsize, us in ((4, fp32), (2, bf16)):
+            states = Work(2 * floors.state_bytes(shape, itemsize), 0)
+            assert ns(states) / 1e3 == pytest.approx(us, abs=0.006)
+            whole = floors.recurrent(shape, 1, 1, itemsize)
+            assert states.bytes < whole.bytes == states.bytes + floors.token_bytes(shape)
+
+
+def test_convolution_floor():
+    for shape, flop, per_token, stored in ((SHAPE_2B, 9.44e6, 11.95, 11.4), (SHAPE_4B, 16.8e6, 21.2, 15.2)):
+        work = floors.conv_token(shape)
+        assert work.flop == pytest.approx(flop, rel=2e-3) and ns(work) == pytest.approx(per_token, abs=0.05)
+        assert floors.stored_kernels(shape) / H200.bandwidth * 1e9 == pytest.approx(stored, abs=0.05)
+    assert floors.conv_step(SHAPE_2B, 1).seconds(H200) == pytest.approx(2.2e-6, rel=0.02)
+    assert floors.conv_step(SHAPE_4B, 1).seconds(H200) == pytest.approx(3.9e-6, rel=0.02)
+
+
+def test_verify_reads_the_state_once_and_commit_twice():
+    shape = SHAPE_2B
+    state = floors.state_bytes(shape)
+    assert floors.verify(shape, 3, 0, 4).bytes == 3 * state
+    assert floors.commit(shape, 3, 0, 4).bytes == 6 * state
+
+
+def test_floor_is_the_larger_of_bytes_and_flop():
+    assert Work(10, 1).seconds(Ceilings(5, 1)) == 2 and Work(1, 10).seconds(Ceilings(5, 1)) == 10
+
+
+def test_published_shapes():
+    for shape in SHAPES:
+        assert shape.D == shape.H * shape.V and shape.H % shape.Hk == 0
+        small = few_heads(shape)
+        assert small.H // small.Hk == shape.H // shape.Hk and (small.K, small.V) == (shape.K, shape.V)
+
+
+# Cases: the same list is measured, compared, sanitised and counted
+
+
+@pytest.mark.parametrize("case", ops.small(Shape("tiny", H=2, Hk=1, K=8, V=16, D=32, R=6, W=4)), ids=lambda c: c.name)
+def test_small_cases_run_and_equal_plain_pytorch(case):
+    args = case.make(Draw())
+    expected = ops.plain_results(case.op, args)
+    found = ops.results(case.op, args)
+    assert found.keys() == expected.keys() and all(error < 5e-3 for error in ops.errors(found, expected).values())
+    assert ops.served_by(case.op, case.make(Draw())) == "kernel"  # on a CPU: not plain PyTorch
+
+
+def test_a_pool_is_among_the_results():
+    case = ops.recurrent(Shape("tiny", H=2, Hk=1, K=8, V=16, D=32, R=6, W=4), 3, F32)
+    args = case.make(Draw())
+    found = ops.results(case.op, args)
+    assert found["state"] is args[5] and len(found) == 2
+
+
+def test_a_plain_path_is_named():
+    script = """if True:
+        from jetkernels import ops as _
+        from benchmarks import ops
+        from benchmarks.shapes import Draw, Shape
+        case = ops.apply_conv(Shape("tiny", H=2, Hk=1, K=8, V=16, D=32, R=6, W=4), 1, 5)
+        print(ops.served_by(case.op, case.make(Draw())))
+    """
+    environment = {**os.environ, "JETKERNELS_BACKEND": "plain"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.strip() == "plain PyTorch: JETKERNELS_BACKEND=plain asks for it", done.stderr
+
+
+def test_measured_cases_have_names_of_their_own():
+    cases = ops.measured(list(SHAPES))
+    assert len({c.name for c in cases}) == len(cases)
+
+
+def test_inputs_repeat():
+    for make in (delta_rule_inputs, conv_inputs):
+        first, second = (make(few_heads(SHAPE_2B), 1, 3, F32) for _ in range(2))
+        first, second = (list(x.values()) if isinstance(x, dict) else x for x in (first, second))
+        assert all(a.equal(b) for a, b in zip(first, second))
+
+
+# Tables
+
+
+def test_table():
+    rows = [{"op": "a|b", "us": 1234.5, "n": 7, "ok": True}, {"op": "c", "us": 0.00123, "extra": 1}]
+    text = report.table(rows, {"op": "op", "us": "us", "n": "n", "ok": "fine", "gone": "gone"})
+    assert text.splitlines() == [
+        "| op   |      us |   n | fine |",
+        "|------|--------:|----:|------|",
+        "| a\\|b |   1,234 |   7 | yes  |",
+        "| c    | 1.2e-03 |     |      |",
+    ]
+    assert report.table([], {"op": "op"}) == "(nothing)"
+
+
+def test_reasons_are_grouped():
+    rows = [{"op": f"op{i}", "skipped": "no time"} for i in range(6)] + [{"op": "x", "failed": "broken"}]
+    assert report.reasons(rows) == ["* skipped: op0, op1, op2, op3 and 2 more: no time", "* failed: x: broken"]
+
+
+def test_rows_are_kept_whatever_the_work_does():
+    found = rows.Rows()
+    found.attempt(rows.Clock(9), lambda: {"us": 1.0}, op="a")
+    found.attempt(rows.Clock(9), lambda: 1 / 0, op="b")
+    found.attempt(rows.Clock(0), lambda: {"us": 1.0}, op="c")
+    assert found.rows[0] == {"op": "a", "us": 1.0} and rows.failed(found.rows)
+    assert "ZeroDivisionError" in found.rows[1]["failed"] and "time" in found.rows[2]["skipped"]
+
+
+# Counters
+
+
+def launch(kernel: str, **changed) -> dict:
+    names = (
+        "tensor_flop",
+        "global_read_bytes",
+        "global_write_bytes",
+        "global_read_sectors",
+        "global_write_sectors",
+        "bulk_read_bytes",
+        "bulk_write_bytes",
+        "shared_wavefronts",
+        "shared_ideal_wavefronts",
+    )
+    return {
+        "kernel": kernel,
+        "grid": (4, 1, 1),
+        "counters": {**dict.fromkeys(names, 0), "instructions": {"ld": 3}, **changed},
+    }
+
+
+def test_counters_of_two_launches():
+    case = ops.chunk(SHAPE_2B, 1, 64)
+    launches = [
+        launch(
+            "_ZN3jet7prepareEv",
+            global_read_bytes=320,
+            global_read_sectors=20,
+            shared_wavefronts=3,
+            shared_ideal_wavefronts=2,
+        ),
+        launch("_ZN3jet12sweep_kernelILi96EEEvv", bulk_read_bytes=430, tensor_flop=int(case.work.flop)),
+    ]
+    first, second, whole = counters.rows_of(case, launches)
+    assert (first["kernel"], second["kernel"], whole["kernel"]) == ("prepare", "sweep_kernel", "all")
+    assert first["per_sector"] == 0.5 and first["conflicts"] == 1.5 and first["bound_us"] == pytest.approx(640 / 4.3e6)
+    assert whole["read"] == 750 and whole["flop_ratio"] == pytest.approx(1, rel=1e-6)
+    assert whole["bound_us"] == pytest.approx(first["bound_us"] + second["bound_us"])
+
+
+def test_an_op_without_kernel_is_named():
+    assert counters.rows_of(ops.chunk(SHAPE_2B, 1, 64), [])[0]["kernel"] == "no kernel"
+
+
+# Provenance and the CPU entry
+
+
+def test_provenance(monkeypatch):
+    found = facts.provenance("python -m benchmarks.run")
+    assert {"device", "torch", "commit", "command", "date", "build", "waiting"} <= found.keys()
+    assert 0 < found["processors"]["got"] <= found["processors"]["count"] + 0.1
+    monkeypatch.setattr(facts, "_output", lambda *command: None)
+    monkeypatch.setenv("JETKERNELS_COMMIT", "abc1234")
+    assert facts.commit() == "abc1234"
+
+
+def test_cpu_run_writes_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "--op", "dynamic_conv_step", "--repeats", "1", "--output", str(tmp_path)])
+    run.main()
+    assert "generator GEMM" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["dtype"] for row in rows} == set(cpu.DTYPES) and all(
+        row["seconds"]["jetkernels"]["n"] == 1 for row in rows
+    )

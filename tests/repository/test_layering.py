@@ -1,0 +1,108 @@
+"""The arrows between folders: csrc/hopper <- csrc/<op> <- bindings <- jetkernels/ops <- modules <- model <- postnas <-
+cli.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+# A folder may import itself, the folders listed for it, and what is outside the project.
+PYTHON_ARROWS = {
+    "reference": set(),
+    "jetkernels/plain": set(),
+    "jetkernels/ops": {"jetkernels/plain", "jetkernels"},
+    "jetkernels/modules": {"jetkernels/ops"},
+    "jetkernels/model": {"jetkernels/ops", "jetkernels/modules"},
+    "jetkernels/postnas": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
+    "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/postnas"},
+    "jetkernels": {"jetkernels/ops", "jetkernels/cli"},
+}
+C_ARROWS = {
+    "csrc/common": set(),
+    "csrc/cpu": {"csrc/common"},
+    "csrc/hopper": {"csrc/common"},
+    "csrc/gated_delta_rule": {"csrc/common", "csrc/cpu", "csrc/hopper"},
+    "csrc/dynamic_conv": {"csrc/common", "csrc/cpu", "csrc/hopper"},
+    "bindings": {"csrc/common", "csrc/cpu", "csrc/hopper", "csrc/gated_delta_rule", "csrc/dynamic_conv"},
+}
+
+
+def folder_of(path: str, folders: dict[str, set[str]]) -> str | None:
+    """The longest known folder that holds ``path``."""
+    return max((f for f in folders if path == f or path.startswith(f + "/")), key=len, default=None)
+
+
+def imported_names(source: Path) -> set[str]:
+    """Absolute dotted names of everything a file imports, relative imports resolved."""
+    names = set()
+    package = source.parent.relative_to(ROOT).parts
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def is_module(path: str) -> bool:
+    return (ROOT / path).is_dir() or (ROOT / f"{path}.py").exists()
+
+
+@pytest.mark.parametrize("folder", PYTHON_ARROWS)
+def test_python_arrows(folder):
+    sources = [
+        p for p in (ROOT / folder).rglob("*.py") if folder_of(str(p.parent.relative_to(ROOT)), PYTHON_ARROWS) == folder
+    ]
+    assert sources, f"{folder} has no Python files"
+    for source in sources:
+        for name in imported_names(source):
+            target = name.replace(".", "/")
+            if not is_module(target):
+                continue
+            home = folder_of(target if (ROOT / target).is_dir() else str(Path(target).parent), PYTHON_ARROWS)
+            if home is None or (home == "jetkernels" and folder == "jetkernels/model"):
+                continue
+            assert home in PYTHON_ARROWS[folder] | {folder}, f"{source.relative_to(ROOT)} imports {name}"
+
+
+def includes(source: Path) -> list[str]:
+    return re.findall(r'^#include\s+[<"]([^>"]+)[>"]', source.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", C_ARROWS)
+def test_c_arrows(folder):
+    sources = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert sources, f"{folder} has no C++ files"
+    for source in sources:
+        for name in includes(source):
+            home = folder_of(str(Path(name).parent), C_ARROWS)
+            assert home is None or home in C_ARROWS[folder] | {folder}, f"{source.relative_to(ROOT)} includes {name}"
+
+
+@pytest.mark.parametrize("folder", [f for f in C_ARROWS if f.startswith("csrc")])
+def test_kernels_do_not_know_torch(folder):
+    for source in (ROOT / folder).rglob("*"):
+        if source.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            assert not [name for name in includes(source) if name.startswith(("torch/", "ATen/", "c10/"))], source
+
+
+def test_bindings_do_not_know_python():
+    """One library serves every Python."""
+    for source in (ROOT / "bindings").glob("*"):
+        assert not [name for name in includes(source) if name.startswith(("pybind11/", "Python.h"))], source
+
+
+def test_reference_and_plain_import_torch_only():
+    for folder in ("reference", "jetkernels/plain"):
+        for source in (ROOT / folder).rglob("*.py"):
+            roots = {name.split(".")[0] for name in imported_names(source)}
+            own = folder.split("/")[0]
+            assert roots <= {"torch", own, "math", "collections", "typing", "dataclasses", "__future__", "functools"}, (
+                source,
+                roots,
+            )

@@ -1,0 +1,126 @@
+"""Stage 5, and the whole pipeline by one command."""
+
+import json
+
+import pytest
+import torch
+from support.postnas_cases import TINY_JET, VOCAB, PlantedRows, killed_at_write, text_folder
+
+from jetkernels.__main__ import main
+from jetkernels.model import JetNemotronForCausalLM
+from jetkernels.postnas import Loader, Recipe, SuperNetwork, small_base
+from jetkernels.postnas.final import logit_distillation_loss, train_final
+
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def pair() -> tuple[JetNemotronForCausalLM, JetNemotronForCausalLM]:
+    base = small_base(2, initializer_range=0.3, vocab_size=VOCAB, **SIZES)
+    return SuperNetwork(base, TINY_JET).extract(("jet", "attn")), base
+
+
+def loader() -> Loader:
+    return Loader([(PlantedRows(), 1.0)], 8, 21)
+
+
+def test_distillation_moves_the_mixers_only_and_towards_the_base():
+    student, base = pair()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    ids = PlantedRows().rows(8, 20, torch.Generator().manual_seed(0))
+    far = logit_distillation_loss(student, base, ids).item()
+    losses, more = train_final(student, base, loader(), Recipe(60, 1e-2, warmup=2), Recipe(0), {})
+    assert len(losses) == 60 and more == [] and logit_distillation_loss(student, base, ids).item() < 0.7 * far
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name]) != (".self_attn." in name), name
+    assert logit_distillation_loss(base, base, ids).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("moment", [1, 3, 5])
+def test_then_the_whole_model_is_trained_and_a_killed_run_ends_alike(tmp_path, moment):
+    whole, base = pair()
+    recipe = Recipe(5, 1e-2, warmup=1, save_every=2)
+    losses = train_final(whole, base, loader(), recipe, recipe, {"seed": 0})
+    assert losses[1][-1] < losses[1][0]
+    with killed_at_write(moment):
+        train_final(*pair(), loader(), recipe, recipe, {"seed": 0}, tmp_path)
+    student, base = pair()
+    assert train_final(student, base, loader(), recipe, recipe, {"seed": 0}, tmp_path) == losses
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    student, base = pair()
+    ids = PlantedRows().rows(3, 20, torch.Generator().manual_seed(0))
+    gradients = []
+    calls = []
+    student.model.layers[0].register_forward_pre_hook(lambda *arguments: calls.append(1))
+    for student.model.recompute_layers in (False, True):
+        student.zero_grad()
+        calls.clear()
+        logit_distillation_loss(student, base, ids).backward()
+        gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})
+        assert len(calls) == 1 + student.model.recompute_layers
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        cache = student.new_cache(3, 20)
+        steps = [student(ids[:, t : t + 1], cache=cache).logits for t in range(20)]
+        torch.testing.assert_close(torch.cat(steps, 1), student(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="must have one vocabulary"):
+        train_final(pair()[0], small_base(1, **SIZES), loader(), Recipe(0), Recipe(0), {})
+
+
+def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_path, capsys):
+    arguments = [
+        "search",
+        "all",
+        "--text",
+        str(text_folder(tmp_path / "text")),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        "--layers",
+        "3",
+        "--hidden-size",
+        "32",
+        "--intermediate-size",
+        "48",
+        "--base-steps",
+        "2",
+        "--recompute",
+    ]
+    arguments += [
+        "--full",
+        "1",
+        "--shape",
+        "8x16x2",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--length",
+        "80",
+        "--distances",
+        "4",
+    ]
+    assert main([*arguments, "--examples", "2"]) == 0
+    overview = (tmp_path / "out" / "report.md").read_text()
+    for stage in ("base", "placement", "blocks", "design", "shapes", "final"):
+        assert "## Provenance" in (tmp_path / "out" / stage / "report.md").read_text(), stage
+        assert f"[{stage}]({stage}/report.md)" in overview
+    placement = " ".join(json.loads((tmp_path / "out" / "placement" / "result.json").read_text())["placement"])
+    assert f"`{placement}`" in overview and "was trained on 320 tokens" in overview and "It cannot show:" in overview
+    capsys.readouterr()
+    model = tmp_path / "out" / "final" / "model"
+    assert (
+        main(["generate", "--model", str(model), "--prompt", "def ", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    )
+    assert JetNemotronForCausalLM.from_pretrained(model).config.layer_types.count("attn") == 1

@@ -1,0 +1,216 @@
+"""Beam search and stage 1: what was planted is found, the map shows it, and the exported model is the one searched."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from support.postnas_cases import LAYERS, PLANTED, TINY_JET, VOCAB, PlantedRows, planted_base
+
+from jetkernels.model import JetNemotronForCausalLM
+from jetkernels.postnas import (
+    Loader,
+    PlacementOptions,
+    Recipe,
+    Score,
+    ScoreBook,
+    SuperNetwork,
+    beam_search,
+    export,
+    importance,
+    search_placement,
+    small_base,
+    train_super_network,
+    uniform,
+    write_report,
+)
+from jetkernels.postnas.data import seeded
+from jetkernels.postnas.search import most_evaluations
+from jetkernels.postnas.tasks import objective_of
+
+
+def planted_objective(planted, trap=None):
+    """One unit per planted layer; `trap` scores alone but not together with others."""
+
+    def evaluate(placement):
+        full = {i for i, kind in enumerate(placement) if kind == "attn"}
+        return len(full & set(planted)) + (0.5 if full == {trap} else 0.0)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+@pytest.mark.parametrize("planted", [(0, 11), (3, 4, 7), (2, 5, 6, 10)])
+def test_beam_search_finds_planted_layers(width, planted):
+    found = beam_search(("jet",) * 12, len(planted), planted_objective(planted), width=width, exhaustive_up_to=0)
+    assert found.chosen == planted and found.value == len(planted) and not found.exhaustive
+    assert found.placement == tuple("attn" if i in planted else "jet" for i in range(12))
+    assert found.evaluated <= most_evaluations(12, len(planted), width, 0)
+
+
+def test_exhaustive_search_looks_at_every_placement_once():
+    seen = []
+
+    def evaluate(placement):
+        seen.append(placement)
+        return planted_objective((1, 4))(placement)
+
+    found = beam_search(("jet",) * 6, 2, evaluate, exhaustive_up_to=15)
+    assert found.exhaustive and found.evaluated == len(seen) == len(set(seen)) == math.comb(6, 2) == most_evaluations(
+        6, 2, 4, 15
+    )
+    assert found.chosen == (1, 4)
+
+
+def test_a_budget_of_none_is_the_start():
+    found = beam_search(("jet", "attn"), 0, planted_objective((1,)), exhaustive_up_to=0)
+    assert found.placement == ("jet", "attn") and found.chosen == () and found.value == 1.0 and found.evaluated == 1
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    assert objective_of("x", Score(math.nan, 0.5), "accuracy") == 0.5
+    with pytest.raises(ValueError, match="objective loss of x must be finite, got nan"):
+        objective_of("x", Score(math.nan, 0.5), "loss")
+
+
+def test_a_wider_beam_escapes_what_a_greedy_search_falls_for():
+    """Layers 2 and 3 are worth much together and nothing alone; layer 0 is worth a little alone."""
+
+    def evaluate(placement):
+        full = {i for i, kind in enumerate(placement) if kind == "attn"}
+        return 10.0 * ({2, 3} <= full) + (0 in full)
+
+    assert beam_search(("jet",) * 5, 2, evaluate, width=1, exhaustive_up_to=0).chosen != (2, 3)
+    assert beam_search(("jet",) * 5, 2, evaluate, width=4, exhaustive_up_to=0).chosen == (2, 3)
+
+
+def test_ties_go_to_the_lower_layers_and_fixed_layers_stay():
+    start = ("jet", "attn", "jet", "jet")
+    found = beam_search(start, 2, lambda placement: 0.0, kind="swa")
+    assert found.placement == ("swa", "attn", "swa", "jet")
+    assert set(importance(start, lambda placement: 0.0, "swa")) == {0, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [({"budget": 4}, "budget must be between 0 and the 3 jet layers, got 4"), ({"budget": 1, "width": 0}, "width")],
+)
+def test_wrong_budgets_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        beam_search(("jet",) * 3, evaluate=lambda placement: 0.0, **arguments)
+
+
+def test_uniform_spreads_layers():
+    assert uniform(28, 2) == (7, 21) and uniform(6, 3) == (1, 3, 5) and uniform(4, 4) == (0, 1, 2, 3)
+
+
+def planted_search(seed: int, options: PlacementOptions, folder=None):
+    base = planted_base()
+    network = SuperNetwork(base, TINY_JET, window_size=20, seed=seed)
+    loader = Loader([(PlantedRows(), 1.0)], batch_size=4, length=21, seed=seed)
+    losses = train_super_network(network, loader, Recipe(15, 1e-3, warmup=2), {})
+    book = ScoreBook(network, [PlantedRows().task()], {})
+    result = search_placement(book, options, losses)
+    if folder is not None:
+        write_report(folder, book, result, options, [("seed", seed)])
+    return network, book, result
+
+
+def test_planted_base_recalls_and_needs_its_planted_layers():
+    base, task = planted_base(), PlantedRows().task()
+    assert task.score(lambda ids: base(ids).logits).accuracy == 1.0
+    for c, i in enumerate(PLANTED):
+        base.model.layers[i].self_attn.o_proj.weight.data.zero_()
+        assert task.score(lambda ids: base(ids).logits).accuracy < 0.8 - 0.25 * c
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("exhaustive_up_to", [0, 64])
+def test_search_finds_the_layers_that_carry_recall(seed, exhaustive_up_to):
+    options = PlacementOptions(full_layers=2, width=2, exhaustive_up_to=exhaustive_up_to)
+    _, book, result = planted_search(seed, options)
+    assert result.full.chosen == PLANTED and result.window is None
+    assert book.score(result.placement, "recall").accuracy == 1.0
+    gains = result.importance["attn"]["recall"]
+    others = [abs(gain) for i, gain in gains.items() if i not in PLANTED]
+    assert min(gains[i] for i in PLANTED) > 3 * max(others)
+
+
+def test_windows_are_searched_after_full_attention_is_placed(tmp_path):
+    """One full layer and one window, both of which reach the whole sequence here: together they must be the planted
+    two.
+    """
+    options = PlacementOptions(full_layers=1, window_layers=1, window_task="recall", objective="accuracy")
+    _, book, result = planted_search(0, options, tmp_path)
+    assert set(result.full.chosen) | set(result.window.chosen) == set(PLANTED)
+    assert sorted(result.placement) == ["attn"] + ["jet"] * (LAYERS - 2) + ["swa"]
+    report = (tmp_path / "report.md").read_text()
+    assert f"Placement: `{' '.join(result.placement)}`" in report and "uniform, 1 full" in report
+    for plot in ("importance-attn.png", "importance-swa.png", "distillation.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in report
+
+
+def test_attention_everywhere_is_the_base():
+    base = planted_base()
+    ids = PlantedRows().rows(3, 12, torch.Generator().manual_seed(0))
+    network = SuperNetwork(base, TINY_JET)
+    torch.testing.assert_close(network(ids, ("attn",) * LAYERS), base(ids).logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="must have a jet layer"):
+        network.distillation_loss(ids, ("attn",) * LAYERS)
+
+
+def test_distillation_teaches_the_paths_and_leaves_the_base_alone():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    base = small_base(2, initializer_range=0.3, vocab_size=VOCAB, **sizes)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    network, placement = SuperNetwork(base, TINY_JET), ("jet", "jet")
+    ids = PlantedRows().rows(8, 20, torch.Generator().manual_seed(0))
+    loss = network.distillation_loss(ids, placement).item()
+    losses = train_super_network(network, Loader([(PlantedRows(), 1.0)], 8, 21), Recipe(60, 1e-2, warmup=2), {})
+    assert len(losses) == 60 and network.distillation_loss(ids, placement).item() < 0.8 * loss
+    assert not any(p.requires_grad for p in base.parameters())
+    for name, value in before.items():
+        torch.testing.assert_close(base.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    rows = PlantedRows().rows(2, 12, torch.Generator().manual_seed(0))
+    gradients = []
+    for recompute_layers in (False, True):
+        network = SuperNetwork(planted_base(), TINY_JET, recompute_layers=recompute_layers)
+        calls = []
+        network.jet[2].register_forward_pre_hook(lambda *arguments: calls.append(1))
+        network.distillation_loss(rows, ("jet", "attn", "jet", "jet", "attn")).backward()
+        gradients.append({name: p.grad for name, p in network.jet.named_parameters() if p.grad is not None})
+        assert len(calls) == 1 + recompute_layers
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
+
+
+def test_random_paths_reach_every_layer_and_never_train_nothing():
+    network = SuperNetwork(planted_base(), TINY_JET)
+    drawn = [network.random_placement(seeded("test", step)) for step in range(200)]
+    assert all("jet" in placement for placement in drawn)
+    for i, kind in itertools.product(range(LAYERS), ("attn", "jet")):
+        assert 60 < sum(placement[i] == kind for placement in drawn) < 140
+
+
+@pytest.mark.parametrize("placement", [("attn", "jet"), ("attn",) * 4 + ("mlp",)])
+def test_placements_that_do_not_fit_are_refused(placement):
+    with pytest.raises(ValueError, match="placement must name one of jet, attn, swa for 5 layers"):
+        SuperNetwork(planted_base(), TINY_JET)(torch.zeros(1, 3, dtype=torch.int64), placement)
+
+
+@torch.no_grad()
+def test_exported_model_equals_the_searched_one_and_decodes_as_it_prefills(tmp_path):
+    network = SuperNetwork(planted_base(), TINY_JET, window_size=6, seed=4)
+    placement = ("swa", "attn", "jet", "attn", "jet")
+    export(network, placement, tmp_path / "model")
+    model = JetNemotronForCausalLM.from_pretrained(tmp_path / "model")
+    ids = PlantedRows().rows(3, 18, torch.Generator().manual_seed(1))
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, network(ids, placement), rtol=0, atol=1e-5)
+    cache = model.new_cache(3, 18)
+    steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(18)]
+    torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=0, atol=1e-5)

@@ -1,0 +1,189 @@
+"""Stage 4: a planted best (K, V, H) is found under a throughput constraint, and the real measurement runs end to
+end.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support.postnas_cases import text_folder, tiny_base_folder
+
+from jetkernels.__main__ import main
+from jetkernels.model import JetNemotronForCausalLM
+from jetkernels.modules import JetBlockConfig
+from jetkernels.postnas.candidates import Measured, measure_all
+from jetkernels.postnas.checkpoints import load_state
+from jetkernels.postnas.shapes import Shape, best_shape, equal_cache_grid, write_shape_report
+
+# The grid of the paper's Table 2.
+PAPER = [
+    *(Shape(256, 288, 4), Shape(192, 384, 4), Shape(128, 576, 4)),
+    *(Shape(256, 144, 8), Shape(192, 192, 8), Shape(128, 288, 8)),
+    *(Shape(128, 192, 12), Shape(96, 256, 12), Shape(64, 384, 12)),
+]
+
+
+def test_the_papers_grid_has_equal_caches():
+    grid = equal_cache_grid(96 * 256 * 12, heads=(4, 8, 12), keys=(64, 96, 128, 192, 256))
+    assert {shape.state for shape in grid} == {294912} and set(PAPER) <= set(grid)
+    with pytest.raises(ValueError, match="state must be a multiple"):
+        equal_cache_grid(7, (2,), (2,))
+    with pytest.raises(ValueError, match="must be positive"):
+        equal_cache_grid(8, (0,), (2,))
+
+
+@pytest.mark.parametrize("shape", [*PAPER, Shape(3, 7, 1), Shape(49, 50, 2), Shape(96, 31, 5)])
+def test_a_shape_becomes_the_jet_block_of_these_sizes(shape):
+    config = shape.config(JetBlockConfig(conv_size=3, dconv_generator_reduction=2))
+    assert (config.head_dim, config.head_v_dim, config.num_heads, config.conv_size) == (*shape, 3)
+
+
+def planted(speed, quality):
+    """Rows whose speed and quality are functions of the shape."""
+
+    def measure(name, seed):
+        shape = Shape.from_name(name)
+        return Measured(
+            name, seed, 10, shape.state, 20, 5.0, 6.0, speed(shape), quality(shape), {"recall": (1.0, 0.5)}, [0.5]
+        )
+
+    return measure
+
+
+NAMES = [shape.name for shape in PAPER]
+
+
+@pytest.mark.parametrize("best", PAPER)
+def test_planted_best_is_found_under_the_constraint(tmp_path, best):
+    """The best shape is just fast enough; one of higher quality is not."""
+    decoy = PAPER[(PAPER.index(best) + 1) % len(PAPER)]
+    measure = planted(lambda s: 99.0 if s == decoy else 100.0, lambda s: {decoy: 3.0, best: 2.0}.get(s, 1.0))
+    rows = measure_all(NAMES, measure, {})
+    chosen = write_shape_report(tmp_path, rows, 100.0, "planted", [])
+    assert chosen.name == best.name and best_shape(rows, 90.0).name == decoy.name
+    line = f"| {best.K} | {best.V} | {best.H} |"
+    assert any(row.startswith(line) and "**yes**" in row for row in (tmp_path / "report.md").read_text().splitlines())
+    assert (tmp_path / "shapes.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"throughput must reach 101\.0 tokens/s .* fastest reaches 100\.0"):
+        best_shape(rows, 101.0)
+
+
+def test_a_killed_search_keeps_the_rows_it_has(tmp_path):
+    seen = []
+
+    def measure(name, seed):
+        seen.append(name)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return planted(lambda s: float(len(seen)), lambda s: float(s.K))(name, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(NAMES, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
+    rows = measure_all(NAMES, measure, {"seed": 1}, tmp_path / "shapes.ckpt")
+    assert seen == NAMES[:4] + NAMES[3:] and [row.name for row in rows] == NAMES
+    assert [row.generation_per_second for row in rows[:3]] == [1.0, 2.0, 3.0] and rows[0].scores == {
+        "recall": (1.0, 0.5)
+    }
+    with pytest.raises(ValueError, match="belongs to a run with other options"):
+        measure_all(NAMES, measure, {"seed": 2}, tmp_path / "shapes.ckpt")
+
+
+def test_the_command_measures_a_grid_and_exports_the_best(tmp_path, capsys):
+    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
+    arguments = [
+        "search",
+        "shapes",
+        "--text",
+        str(text),
+        "--base",
+        str(base),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        "--placement",
+        "jet attn swa",
+        "--state",
+        "128",
+        "--heads",
+        "1,2",
+        "--keys",
+        "8,16",
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+    ]
+    arguments += ["--length", "80", "--distances", "4", "--examples", "4", "--speed-tokens", "4", "--speed-prompt", "8"]
+    assert main(arguments) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert all(f"| {K} | {V} | {H} |" in report for K, V, H in [(16, 8, 1), (8, 16, 1), (16, 4, 2), (8, 8, 2)])
+    weights = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "report.md").read_text() == report
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights
+    model = JetNemotronForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.layer_types == ["jet", "attn", "swa"]
+    assert model.config.jet.num_heads * model.config.jet.head_dim * model.config.jet.head_v_dim == 128
+    capsys.readouterr()
+    (tmp_path / "placed").mkdir()
+    (tmp_path / "placed" / "result.json").write_text(json.dumps({"placement": ["jet", "attn", "swa"]}))
+    arguments[arguments.index("jet attn swa")] = str(tmp_path / "placed")
+    assert main(arguments) == 0
+    assert main([*arguments, "--min-throughput", "1e12"]) == 1
+    assert "throughput must reach" in capsys.readouterr().err
+
+
+def test_two_gloo_ranks_measure_the_grid_of_one(tmp_path):
+    """Losses within 1e-5; the ranks choose and export once. The best shape is left open: speeds are measured."""
+    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
+    arguments = [
+        "search",
+        "shapes",
+        "--text",
+        str(text),
+        "--base",
+        str(base),
+        "--device",
+        "cpu",
+        "--placement",
+        "jet attn jet",
+    ]
+    arguments += [
+        "--state",
+        "128",
+        "--heads",
+        "1,2",
+        "--keys",
+        "8",
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--length",
+        "80",
+        "--distances",
+        "4",
+    ]
+    arguments += ["--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2", "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "jetkernels", *arguments, str(tmp_path / "two")], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    names = [f"{shape}-seed{seed}.ckpt" for shape in ("8x16x1", "8x8x2") for seed in (0, 1)]
+    for name in names:
+        losses = []
+        for folder in ("one", "two"):
+            path = tmp_path / folder / "training" / name
+            run = json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
+            losses.append(load_state(path, "super network", run)["losses"])
+        assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5), name
+    chosen = JetNemotronForCausalLM.from_pretrained(tmp_path / "two" / "model").config.jet
+    shape = f"| {chosen.head_dim} | {chosen.head_v_dim} | {chosen.num_heads} |"
+    lines = (tmp_path / "two" / "report.md").read_text().splitlines()
+    assert [line.startswith(shape) for line in lines if "**yes**" in line] == [True]
