@@ -5,8 +5,8 @@
 
 #include "bindings/backend.h"
 #include "build_facts.h"
-#include "csrc/cpu/isa.h"
 #include "csrc/common/plain_reason.h"
+#include "csrc/cpu/isa.h"
 
 #define JET_C_FUNCTION extern "C" __attribute__((visibility("default")))  // everything else in the library is hidden
 

@@ -2,8 +2,8 @@
 // Arithmetic is fp32, or fp64 for fp64 elements.
 #pragma once
 
-#include "csrc/cpu/simd.h"
 #include "csrc/common/dtype.h"
+#include "csrc/cpu/simd.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

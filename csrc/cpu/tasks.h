@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <new>
 
-#include "csrc/cpu/simd.h"
 #include "csrc/common/parallel.h"
+#include "csrc/cpu/simd.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 

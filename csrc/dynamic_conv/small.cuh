@@ -27,7 +27,7 @@ struct SmallConvShared {
   alignas(128) char x[Config::x_bytes];  // [M + W - 1, channels]: row i is token m0 - (W-1) + i
   alignas(16) float bias[Config::bias_size];
   Ring<Config::stages> ring;
-  Event x_loaded;
+  Mbarrier x_loaded;
 };
 static_assert(2 * (sizeof(SmallConvShared<SmallConvConfig<bf16, 4, 4, 1>>) + 1024) <=
               228 * 1024);  // 1 KB of a CTA is the system's
@@ -40,11 +40,11 @@ __device__ void produce(SmallConvShared<Config>& shared, const DynamicConvMaps& 
 #pragma unroll 1
   for (int panel = 0; panel < p.panels; ++panel, ring.advance()) {
     auto& stage = shared.stage[ring.acquire(Config::stage_bytes)];
-    load(stage.b, maps.weight, ring.filled(), Reuse::often, panel * Config::K, 0, tile * 4, 0, 0);
-    load(stage.a, maps.hidden, ring.filled(), Reuse::normal, panel * Config::K, m0);
+    tma_load(stage.b, maps.weight, ring.full(), CacheHint::evict_last, panel * Config::K, 0, tile * 4, 0, 0);
+    tma_load(stage.a, maps.hidden, ring.full(), CacheHint::evict_normal, panel * Config::K, m0);
     if (panel > 0) continue;
-    shared.x_loaded.arrive_and_expect(Config::x_bytes);
-    load(shared.x, maps.x, shared.x_loaded, Reuse::normal, tile * Config::channels, m0 - (Config::W - 1));
+    shared.x_loaded.arrive_expect_tx(Config::x_bytes);
+    tma_load(shared.x, maps.x, shared.x_loaded, CacheHint::evict_normal, tile * Config::channels, m0 - (Config::W - 1));
   }
 }
 
@@ -65,15 +65,15 @@ __device__ void generate(typename Config::Mma::Accumulator& kernel, SmallConvSha
     for (int k = 0; k < Config::K; k += Mma::K)
       Mma::ss(kernel, a.at(64 * consumer, k), b.at(0, k),
               panel > 0 || k > 0);  // kernel += hidden weightᵀ   [64, N], k16
-    wgmma_commit();
+    wgmma_commit_group();
     if (panel > 0) {  // the stage before this one has been read when only this one's products are left
-      wgmma_wait<1>();
+      wgmma_wait_group<1>();
       ring.template release_all<1>(previous, thread);
     }
     previous = stage;
   }
-  wgmma_wait<0>();
-  wgmma_touch(kernel);
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(kernel);
 }
 
 template <class Config>
@@ -98,7 +98,7 @@ __device__ void consume(SmallConvShared<Config>& shared, const DynamicConvArgume
   for (int i = 0; i < 2; ++i)
     if (inside[i] && place[i].position < W - 1) state[i] = load_state<P, W>(p.states, place[i], d);
   if (threadIdx.x < Config::N) shared.bias[Config::bias_at(threadIdx.x)] = one_bias;
-  sync_threads(all, Config::consumers * kWarpgroup);
+  named_barrier_sync(all, Config::consumers * kWarpgroup);
 
   typename Config::Mma::Accumulator kernel;
   generate<Config>(kernel, shared, p.panels, consumer, thread);
@@ -123,23 +123,23 @@ __global__ void __launch_bounds__(Config::threads, Config::blocks)
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<SmallConvShared<Config>*>(memory);
   const bool producer = warp_index() == Config::threads / 32 - 1;
-  if (producer && elected()) {
+  if (producer && elect_one()) {
     maps.prefetch_all();
     shared.ring.init(Config::consumers);
     shared.x_loaded.init(1);
-    publish_inits();
+    fence_mbarrier_init();
     // Weights into the L2, where it does no harm should the kernel before still be writing them; once for all tiles of
     // tokens, and no more than are soon loaded.
     const int soon = min(p.panels, 2 * Config::stages);
 #pragma unroll 1
     for (int panel = 0; blockIdx.x == 0 && panel < soon; ++panel)
-      prefetch_box(maps.weight, panel * Config::K, 0, static_cast<int>(blockIdx.y) * 4, 0, 0);
+      tma_prefetch(maps.weight, panel * Config::K, 0, static_cast<int>(blockIdx.y) * 4, 0, 0);
   }
   __syncthreads();
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   if (producer) {
-    if (elected()) produce<Config>(shared, maps, p);
+    if (elect_one()) produce<Config>(shared, maps, p);
     __syncwarp();
     pass_states_on<typename Config::Tile>(p, int64_t{blockIdx.y} * gridDim.x + blockIdx.x,
                                           int64_t{gridDim.x} * gridDim.y);

@@ -131,9 +131,9 @@ struct DynamicConvMaps {
   CUtensorMap hidden, weight, x;
 
   __device__ void prefetch_all() const {
-    prefetch(weight);
-    prefetch(hidden);
-    prefetch(x);
+    prefetch_tensormap(weight);
+    prefetch_tensormap(hidden);
+    prefetch_tensormap(x);
   }
 };
 

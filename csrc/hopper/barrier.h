@@ -1,5 +1,6 @@
-// Shared-memory barriers (mbarrier). An Event is named for what has happened when a wait on it returns:
-// `weights_loaded`, `stage_read`. It happens again and again; a Parity says which happening is waited for.
+// mbarrier: barriers in shared memory that threads and asynchronous copies arrive on. One is named for what has
+// happened when a wait on it returns: `weights_loaded`, `stage_read`. It completes phase after phase; a Parity says
+// which phase is waited for.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -8,11 +9,13 @@
 
 namespace jet::hopper {
 
-// Which of an Event's happenings a wait means: they are numbered from 0, and only odd and even are told apart.
+// The parity of the phase that a wait means: phases are numbered from 0, and only odd and even are told apart.
 struct Parity {
   uint32_t bit;
-  __device__ static Parity first() { return {0}; }  // returns once the event has happened for the first time
-  __device__ static Parity past() { return {1}; }   // returns at once on a new Event: "what was before it has happened"
+  __device__ static Parity first() { return {0}; }  // returns once phase 0 is complete
+  __device__ static Parity past() {
+    return {1};
+  }  // returns at once on a new Mbarrier, as if a phase before 0 were complete
   __device__ void next() { bit ^= 1; }
 };
 
@@ -57,38 +60,42 @@ __device__ inline void stop(uint32_t barrier, uint32_t parity) {
 }  // namespace watchdog
 #endif
 
-// An mbarrier, 8 bytes of shared memory. It happens when as many arrivals as `init` said and all expected bytes have
-// come.
-class Event {
+// An mbarrier object, 8 bytes of shared memory. A phase is complete when as many arrivals as `init` said and all
+// expected bytes (tx-count) have come.
+class Mbarrier {
  public:
+  // mbarrier.init
   __device__ void init(int arrivals) { Hardware::init(&word_, arrivals); }
 
+  // mbarrier.arrive
   __device__ void arrive() {
     compiler_fence();
     Hardware::arrive(&word_);
   }
 
-  // Arrives on the same Event of the CTA `rank` of the cluster.
-  __device__ void arrive_at(int rank) {
+  // mbarrier.arrive.shared::cluster: on the same Mbarrier of the CTA `rank` of the cluster.
+  __device__ void arrive_remote(int rank) {
     compiler_fence();
     Hardware::arrive(&word_, rank, 1);
   }
 
-  // Arrives, and makes this happening wait for `bytes` more of asynchronous copies.
-  __device__ void arrive_and_expect(int bytes) {
+  // mbarrier.arrive.expect_tx: arrives, and makes this phase wait for `bytes` more of asynchronous copies.
+  __device__ void arrive_expect_tx(int bytes) {
     compiler_fence();
     Hardware::arrive_and_expect_tx(&word_, bytes);
   }
 
-  // Makes this happening wait for `bytes` more, without arriving.
-  __device__ void expect(int bytes) { Hardware::expect_transaction(&word_, bytes); }
+  // mbarrier.expect_tx: makes this phase wait for `bytes` more, without arriving.
+  __device__ void expect_tx(int bytes) { Hardware::expect_transaction(&word_, bytes); }
 
+  // mbarrier.try_wait.parity, once: whether the phase is complete.
   __device__ bool try_wait(Parity parity) {
     const bool happened = Hardware::try_wait(&word_, parity.bit);
     compiler_fence();
     return happened;
   }
 
+  // mbarrier.try_wait.parity until the phase is complete.
   __device__ void wait(Parity parity) {
 #ifdef JET_WATCHDOG
     const uint32_t start = watchdog::now();
@@ -107,25 +114,25 @@ class Event {
   using Hardware = cutlass::arch::ClusterTransactionBarrier;
   uint64_t word_;
 };
-static_assert(sizeof(Event) == 8);
+static_assert(sizeof(Mbarrier) == 8);
 
-// Makes `Event::init` visible to other threads of the cluster and to asynchronous copies. A block or cluster barrier
-// must follow.
-__device__ inline void publish_inits() {
+// fence.mbarrier_init: makes `Mbarrier::init` visible to other threads of the cluster and to asynchronous copies. A
+// block or cluster barrier must follow.
+__device__ inline void fence_mbarrier_init() {
   cutlass::arch::fence_barrier_init();
   compiler_fence();
 }
 
-// Makes this thread's ordinary writes to shared memory visible to the asynchronous proxy (wgmma operands, TMA stores).
-// It stands between the writes and the barrier that the reader's issuer waits for.
-__device__ inline void publish_writes_to_async_proxy() {
+// fence.proxy.async: makes this thread's ordinary (generic-proxy) writes to shared memory visible to the asynchronous
+// proxy (wgmma operands, TMA stores). It stands between the writes and the barrier that the reader's issuer waits for.
+__device__ inline void fence_proxy_async() {
   compiler_fence();
   cutlass::arch::fence_view_async_shared();
   compiler_fence();
 }
 
 // bar.sync of `threads` threads on the hardware barrier `id`, 1..15 (0 is __syncthreads). Whole warps only.
-__device__ inline void sync_threads(int id, int threads) {
+__device__ inline void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 

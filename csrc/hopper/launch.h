@@ -12,18 +12,20 @@ constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
 struct LaunchShape {
   dim3 grid;
   int threads = 128;
-  int shared_bytes = 0;  // dynamic
-  int cluster = 1;       // CTAs along x; divides grid.x
-  bool early = false;    // may begin before the kernel that stands before it on the stream has ended: it calls
-                         // wait_for_previous_kernel()
+  int shared_bytes = 0;       // dynamic
+  int cluster = 1;            // CTAs along x; divides grid.x
+  bool programmatic = false;  // may begin before the kernel that stands before it on the stream has ended: it calls
+                              // griddepcontrol_wait()
 };
 
-// The two halves of programmatic dependent launch. A kernel launched `early` calls the first in every CTA before it
-// reads or writes anything that another kernel of the stream may touch; when it returns, the kernels before have ended
-// and their writes are visible. The kernel before it may call the second, in every CTA, when all of its CTAs run or
-// have run: until then nothing of the next one starts.
-__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// The two halves of programmatic dependent launch. A kernel launched `programmatic` calls the first in every CTA before
+// it reads or writes anything that another kernel of the stream may touch; when it returns, the kernels before have
+// ended and their writes are visible. The kernel before it may call the second, in every CTA, when all of its CTAs run
+// or have run: until then nothing of the next one starts.
+__device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // Launches kernel(arguments...) on `stream`. `what` names the op in the text of an error.
 template <class... Parameters, class... Arguments>
@@ -51,10 +53,10 @@ void launch(const char* what, const LaunchShape& shape, cudaStream_t stream, voi
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   }
-  if (shape.early) {
-    cudaLaunchAttribute& early = attributes[config.numAttrs++];
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+  if (shape.programmatic) {
+    cudaLaunchAttribute& programmatic = attributes[config.numAttrs++];
+    programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    programmatic.val.programmaticStreamSerializationAllowed = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
 }

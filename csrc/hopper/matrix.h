@@ -22,20 +22,20 @@ JET_INDEX_MAP int transposed_m(int thread) { return thread / 32 * 16 + thread % 
 JET_INDEX_MAP int operand_n(int thread) { return thread % 32 / 16 * 8 + thread % 8; }
 JET_INDEX_MAP int operand_k(int thread) { return thread % 16 / 8 * 8; }
 
-// Four matrices; lane t passes the address of row t % 8 of matrix t / 8.
-__device__ inline void load_matrices(uint32_t (&x)[4], const char* row) {
+// ldmatrix and stmatrix of four matrices (.x4); lane t passes the address of row t % 8 of matrix t / 8.
+__device__ inline void ldmatrix_x4(uint32_t (&x)[4], const char* row) {
   cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(row), x[0], x[1], x[2], x[3]);
 }
-__device__ inline void load_matrices_transposed(uint32_t (&x)[4], const char* row) {
+__device__ inline void ldmatrix_x4_trans(uint32_t (&x)[4], const char* row) {
   cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(row), x[0], x[1], x[2], x[3]);
 }
-__device__ inline void store_matrices_transposed(char* row, const uint32_t (&x)[4]) {
+__device__ inline void stmatrix_x4_trans(char* row, const uint32_t (&x)[4]) {
   cute::SM90_U16x8_STSM_T::copy(x[0], x[1], x[2], x[3], *reinterpret_cast<cute::uint128_t*>(row));
 }
 
-// D [16, 16] += A [16, 16] B [16, 16]^T in fp16, accumulated in fp32. d is laid out as 16 columns of a wgmma
-// accumulator.
-__device__ inline void multiply_16(float (&d)[8], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+// Two mma.sync.m16n8k16. D [16, 16] += A [16, 16] B [16, 16]^T in fp16, accumulated in fp32. d is laid out as 16
+// columns of a wgmma accumulator.
+__device__ inline void mma_m16n16k16(float (&d)[8], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;
 #pragma unroll
   for (int n = 0; n < 2; ++n)

@@ -5,16 +5,16 @@
 
 namespace jet::hopper {
 
-// Lives in shared memory. `filled[s]` happens when stage s holds data, `read[s]` when nobody needs them any more.
+// Lives in shared memory. `full[s]` completes when stage s holds data, `empty[s]` when nobody needs them any more.
 template <int stages>
 struct Ring {
-  Event filled[stages], read[stages];
+  Mbarrier full[stages], empty[stages];
 
-  // One thread; publish_inits() and a barrier follow. `reads`: arrivals that free a stage.
+  // One thread; fence_mbarrier_init() and a barrier follow. `reads`: arrivals that free a stage.
   __device__ void init(int reads) {
     for (int s = 0; s < stages; ++s) {
-      filled[s].init(1);
-      read[s].init(reads);
+      full[s].init(1);
+      empty[s].init(reads);
     }
   }
 };
@@ -40,7 +40,7 @@ struct Cursor {
   }
 };
 
-// The producer's end, held by one thread:  s = acquire(bytes); copies into stage s that complete on filled();
+// The producer's end, held by one thread:  s = acquire(bytes); copies into stage s that complete on full();
 // advance().
 template <int stages>
 class Producer {
@@ -49,18 +49,18 @@ class Producer {
 
   // Waits until the stage is free and announces `bytes`.
   __device__ int acquire(int bytes) {
-    ring_.read[at_.stage].wait(at_.parity);
-    ring_.filled[at_.stage].arrive_and_expect(bytes);
+    ring_.empty[at_.stage].wait(at_.parity);
+    ring_.full[at_.stage].arrive_expect_tx(bytes);
     return at_.stage;
   }
-  __device__ Event& filled() { return ring_.filled[at_.stage]; }
+  __device__ Mbarrier& full() { return ring_.full[at_.stage]; }
   __device__ void advance() { at_.advance(); }
 
   // Waits until every stage has been read: with multicast a CTA must not exit while a peer may still arrive on its
   // barriers.
   __device__ void drain() {
     for (int s = 0; s < stages; ++s) {
-      ring_.read[at_.stage].wait(at_.parity);
+      ring_.empty[at_.stage].wait(at_.parity);
       at_.advance();
     }
   }
@@ -78,21 +78,21 @@ class Consumer {
   __device__ explicit Consumer(Ring<stages>& ring) : ring_(ring), at_(Parity::first()) {}
 
   __device__ int wait() {
-    ring_.filled[at_.stage].wait(at_.parity);
+    ring_.full[at_.stage].wait(at_.parity);
     return at_.stage;
   }
   __device__ void advance() { at_.advance(); }
   // Stages that another consumer takes. The next wait must not come before these have been filled.
   __device__ void skip(int turns) { at_.skip(turns); }
-  __device__ void release(int stage) { ring_.read[stage].arrive(); }
-  __device__ void release_at(int stage, int rank) { ring_.read[stage].arrive_at(rank); }
+  __device__ void release(int stage) { ring_.empty[stage].arrive(); }
+  __device__ void release_remote(int stage, int rank) { ring_.empty[stage].arrive_remote(rank); }
   // By every thread of a warpgroup, for all `cluster` CTAs that multicast into the stage: one arrival at each.
   template <int cluster>
   __device__ void release_all(int stage, int thread) {
     if constexpr (cluster == 1) {
       if (thread == 0) release(stage);
     } else {
-      if (thread < cluster) release_at(stage, thread);
+      if (thread < cluster) release_remote(stage, thread);
     }
   }
 

@@ -97,72 +97,78 @@ CUtensorMap make_operand_map(const char* name, const void* data, Dtype dtype, ui
 }
 
 // ---- Device: all are issued by one thread, for the whole CTA
-enum class Reuse : uint64_t {  // the L2's hint
-  normal = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-  once = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-  often = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+enum class CacheHint : uint64_t {  // the L2's hint
+  evict_normal = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+  evict_first = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+  evict_last = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
 };
 
-__device__ inline void prefetch(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
+// prefetch.tensormap
+__device__ inline void prefetch_tensormap(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
 
-// Loads the box at `coordinates` (1 to 5, dimension 0 first) to `shared`, 128-byte aligned; completes its bytes on
-// `filled`.
+// cp.async.bulk.tensor, global to shared: loads the box at `coordinates` (1 to 5, dimension 0 first) to `shared`,
+// 128-byte aligned; completes its bytes on `barrier`.
 template <class... Coordinates>
-__device__ void load(void* shared, const CUtensorMap& map, Event& filled, Reuse reuse, Coordinates... coordinates) {
-  cute::SM90_TMA_LOAD::copy(&map, filled.word(), static_cast<uint64_t>(reuse), shared, coordinates...);
+__device__ void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier, CacheHint hint,
+                         Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD::copy(&map, barrier.word(), static_cast<uint64_t>(hint), shared, coordinates...);
 }
 
-// The same into every CTA of the cluster whose bit is set in `ranks`, at the same offset, each completing on its own
-// `filled`.
+// cp.async.bulk.tensor .multicast::cluster: the same into every CTA of the cluster whose bit is set in `ranks`, at the
+// same offset, each completing on its own `barrier`.
 template <class... Coordinates>
-__device__ void load_multicast(void* shared, const CUtensorMap& map, Event& filled, uint16_t ranks, Reuse reuse,
-                               Coordinates... coordinates) {
-  cute::SM90_TMA_LOAD_MULTICAST::copy(&map, filled.word(), ranks, static_cast<uint64_t>(reuse), shared, coordinates...);
+__device__ void tma_load_multicast(void* shared, const CUtensorMap& map, Mbarrier& barrier, uint16_t ranks,
+                                   CacheHint hint, Coordinates... coordinates) {
+  cute::SM90_TMA_LOAD_MULTICAST::copy(&map, barrier.word(), ranks, static_cast<uint64_t>(hint), shared, coordinates...);
 }
 
-// Asks for the same box to be brought into the L2. Nothing is written and nothing to wait for.
+// cp.async.bulk.prefetch.tensor: asks for the same box to be brought into the L2. Nothing is written and nothing to
+// wait for.
 template <class... Coordinates>
-__device__ void prefetch_box(const CUtensorMap& map, Coordinates... coordinates) {
+__device__ void tma_prefetch(const CUtensorMap& map, Coordinates... coordinates) {
   cute::SM90_TMA_LOAD::PREFETCH::copy(&map, coordinates...);
 }
 
 // Fills a whole operand tile: panel p holds the box at (column + p * panel_width, row).
 template <class Tile>
-__device__ void load_tile(char* shared, const CUtensorMap& map, Event& filled, Reuse reuse, int column, int row) {
+__device__ void tma_load_tile(char* shared, const CUtensorMap& map, Mbarrier& barrier, CacheHint hint, int column,
+                              int row) {
 #pragma unroll
   for (int p = 0; p < Tile::panels; ++p)
-    load(shared + p * Tile::panel_bytes, map, filled, reuse, column + p * Tile::panel_width, row);
+    tma_load(shared + p * Tile::panel_bytes, map, barrier, hint, column + p * Tile::panel_width, row);
 }
 
-// Stores a box from `shared`. The writes to it must have been published to the async proxy (barrier.h).
+// cp.async.bulk.tensor, shared to global: stores a box from `shared`. The writes to it must have been published to the
+// async proxy (barrier.h).
 template <class... Coordinates>
-__device__ void store(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
+__device__ void tma_store(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
   cute::SM90_TMA_STORE::copy(&map, shared, coordinates...);
 }
+// cp.reduce.async.bulk.tensor .add
 template <class... Coordinates>
-__device__ void store_add(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
+__device__ void tma_reduce_add(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
   cute::SM90_TMA_REDUCE_ADD::copy(&map, shared, coordinates...);
 }
 
-// Contiguous bytes; addresses and size are multiples of 16.
-__device__ inline void bulk_load(void* shared, const void* global, int bytes, Event& filled) {
-  cute::SM90_BULK_COPY_G2S::copy(global, filled.word(), shared, bytes);
+// cp.async.bulk: contiguous bytes; addresses and size are multiples of 16.
+__device__ inline void cp_async_bulk_load(void* shared, const void* global, int bytes, Mbarrier& barrier) {
+  cute::SM90_BULK_COPY_G2S::copy(global, barrier.word(), shared, bytes);
 }
-__device__ inline void bulk_store(void* global, const void* shared, int bytes) {
+__device__ inline void cp_async_bulk_store(void* global, const void* shared, int bytes) {
   cute::SM90_BULK_COPY_S2G::copy(shared, global, bytes);
 }
 
 // Stores are waited for in groups, by the thread that issued them.
-__device__ inline void commit_stores() {
+__device__ inline void cp_async_bulk_commit_group() {
   cute::tma_store_arrive();
   compiler_fence();
 }
 template <int groups_left>
-__device__ void wait_stores_read() {  // their shared memory may be overwritten
+__device__ void cp_async_bulk_wait_group_read() {  // their shared memory may be overwritten
   cute::tma_store_wait<groups_left>();
 }
 template <int groups_left>
-__device__ void wait_stores_done() {  // their results are in global memory
+__device__ void cp_async_bulk_wait_group() {  // their results are in global memory
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(groups_left) : "memory");
 }
 

@@ -16,23 +16,23 @@
 
 namespace jet::hopper {
 
-__device__ inline void wgmma_commit() { cute::warpgroup_commit_batch(); }
+__device__ inline void wgmma_commit_group() { cute::warpgroup_commit_batch(); }
 template <int groups_left>
-__device__ void wgmma_wait() {
+__device__ void wgmma_wait_group() {
   cute::warpgroup_wait<groups_left>();
 }
 
 // After a wait: tells the compiler that the registers have changed, so that it does not read them early. Before a
 // fence: that they are read.
 template <int registers>
-__device__ void wgmma_touch(float (&accumulator)[registers]) {
+__device__ void wgmma_fence_operand(float (&accumulator)[registers]) {
 #pragma unroll
   for (int r = 0; r < registers; ++r) cute::warpgroup_fence_operand(accumulator[r]);
 }
 
 // The same for A operands in registers.
 template <int n>
-__device__ void wgmma_touch(uint32_t (&a)[n][4]) {
+__device__ void wgmma_fence_operand(uint32_t (&a)[n][4]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
@@ -42,7 +42,7 @@ __device__ void wgmma_touch(uint32_t (&a)[n][4]) {
 // fence.
 template <class... Registers>
 __device__ void wgmma_fence(Registers&... computed) {
-  (wgmma_touch(computed), ...);
+  (wgmma_fence_operand(computed), ...);
   cute::warpgroup_arrive();
 }
 

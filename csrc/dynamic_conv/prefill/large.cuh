@@ -34,10 +34,10 @@ struct LargeConvShared {
   alignas(16) float bias[Config::consumers][Config::bias_size];
   TokenPlace places[Config::M];
   Ring<Config::stages> ring;
-  Event hidden_loaded, x_loaded[Config::consumers], x_read[Config::consumers];
+  Mbarrier hidden_loaded, x_loaded[Config::consumers], x_read[Config::consumers];
   // All warps of the other consumer have seen its last stage arrive: this one's stages are the next of the ring. All,
   // because a warp that lags behind would miss its own turn when the next one comes.
-  Event turn[Config::consumers];
+  Mbarrier turn[Config::consumers];
 };
 // With W = 4: everything there is.
 static_assert(kResidentR / 64 * 128 * 128 + sizeof(LargeConvShared<LargeConvConfig<bf16, 4>>) <= 227 * 1024);
@@ -60,11 +60,11 @@ template <class Config>
 __device__ void produce(LargeConvShared<Config>& shared, char* hidden, const DynamicConvMaps& maps,
                         const DynamicConvArguments& p, const ChannelPart& part) {
   const int m0 = blockIdx.x * Config::M, half = cluster_rank();  // of j: half of a stage
-  shared.hidden_loaded.arrive_and_expect(p.panels * Config::TileA::bytes);
+  shared.hidden_loaded.arrive_expect_tx(p.panels * Config::TileA::bytes);
 #pragma unroll 1
   for (int panel = 0; panel < p.panels; ++panel)
-    load(hidden + panel * Config::TileA::bytes, maps.hidden, shared.hidden_loaded, Reuse::normal, panel * Config::K,
-         m0);
+    tma_load(hidden + panel * Config::TileA::bytes, maps.hidden, shared.hidden_loaded, CacheHint::evict_normal,
+             panel * Config::K, m0);
   Producer<Config::stages> ring(shared.ring);
   Cursor<Config::consumers> x(Parity::past());
   for (int i = 0; i < part.count; ++i, x.advance()) {
@@ -72,13 +72,14 @@ __device__ void produce(LargeConvShared<Config>& shared, char* hidden, const Dyn
 #pragma unroll 1
     for (int panel = 0; panel < p.panels; ++panel, ring.advance()) {
       char* const b = shared.stage[ring.acquire(Config::TileB::bytes)].b + half * Config::TileB::bytes / 2;
-      load_multicast(b, maps.weight, ring.filled(), 0b11, Reuse::often, panel * Config::K, 0, tile * 4, 0, 2 * half);
+      tma_load_multicast(b, maps.weight, ring.full(), 0b11, CacheHint::evict_last, panel * Config::K, 0, tile * 4, 0,
+                         2 * half);
     }
     // Needed last, so asked for last: the wait for the epilogue two tiles ago must not hold up the weights.
     shared.x_read[x.stage].wait(x.parity);
-    shared.x_loaded[x.stage].arrive_and_expect(Config::x_bytes);
-    load(shared.x[x.stage], maps.x, shared.x_loaded[x.stage], Reuse::normal, tile * Config::channels,
-         m0 - (Config::W - 1));
+    shared.x_loaded[x.stage].arrive_expect_tx(Config::x_bytes);
+    tma_load(shared.x[x.stage], maps.x, shared.x_loaded[x.stage], CacheHint::evict_normal, tile * Config::channels,
+             m0 - (Config::W - 1));
   }
 }
 
@@ -100,16 +101,16 @@ __device__ void generate(typename Config::Mma::Accumulator (&kernel)[2], LargeCo
       for (int half = 0; half < 2; ++half)
         Mma::ss(kernel[half], a.at(64 * half, k), b.at(0, k),
                 panel > 0 || k > 0);  // kernel += hidden weightᵀ   [64, N], k16
-    wgmma_commit();
+    wgmma_commit_group();
     if (panel > 0) {  // the stage before this one has been read when only this one's products are left
-      wgmma_wait<1>();
+      wgmma_wait_group<1>();
       ring.template release_all<Config::cluster>(previous, thread);
     }
     previous = stage;
   }
-  wgmma_wait<0>();
-  wgmma_touch(kernel[0]);
-  wgmma_touch(kernel[1]);
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(kernel[0]);
+  wgmma_fence_operand(kernel[1]);
   ring.template release_all<Config::cluster>(previous, thread);
 }
 
@@ -161,7 +162,7 @@ __device__ void consume(LargeConvShared<Config>& shared, const char* hidden, con
   const int m0 = blockIdx.x * Config::M,
             rows = min(Config::M, static_cast<int>(p.sequences.tokens) - m0);  // none where it pads a cluster
   if (consumer == 0 && thread < rows) shared.places[thread] = place_of_token<Config::W>(p.sequences, m0 + thread);
-  sync_threads(all, Config::consumers * kWarpgroup);
+  named_barrier_sync(all, Config::consumers * kWarpgroup);
   Consumer<Config::stages> ring(shared.ring);
   Parity x = Parity::first(), turn = consumer == 0 ? Parity::past() : Parity::first();
   if (part.count > consumer) shared.hidden_loaded.wait(Parity::first());
@@ -179,9 +180,9 @@ __device__ void consume(LargeConvShared<Config>& shared, const char* hidden, con
     ring.skip(p.panels);  // the other consumer's tile
     if (thread < Config::N) shared.bias[consumer][Config::bias_at(thread)] = bias;
     shared.x_loaded[consumer].wait(x);
-    sync_threads(mine, kWarpgroup);
+    named_barrier_sync(mine, kWarpgroup);
     convolve<Config>(kernel, shared, p, rows, d, consumer, thread);
-    sync_threads(mine, kWarpgroup);
+    named_barrier_sync(mine, kWarpgroup);
     if (thread == 0) shared.x_read[consumer].arrive();
   }
 }
@@ -198,22 +199,22 @@ __global__ void __launch_bounds__(Config::threads, 1)
     shared.hidden_loaded.init(1);
     for (int i = 0; i < Config::consumers; ++i)
       shared.x_loaded[i].init(1), shared.x_read[i].init(1), shared.turn[i].init(kWarpgroup / 32);
-    publish_inits();
+    fence_mbarrier_init();
   }
   cluster_sync();
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const ChannelPart part(cut);
   if (warp_index() < kWarpgroup / 32) {
-    give_registers_back<40>();
+    setmaxnreg_dec<40>();
     if (warp_index() == 0) {
-      if (elected()) produce<Config>(shared, hidden, maps, p, part);
+      if (elect_one()) produce<Config>(shared, hidden, maps, p, part);
     } else {
       const int64_t ctas = int64_t{gridDim.x} * gridDim.y, cta = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
       pass_states_on<typename Config::Tile>(p, cta * 3 + warp_index() - 1, ctas * 3);
     }
   } else {
-    take_registers<232>();
+    setmaxnreg_inc<232>();
     consume<Config>(shared, hidden, p, part);
   }
   __syncwarp();

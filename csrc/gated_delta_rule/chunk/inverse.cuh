@@ -52,11 +52,11 @@ __device__ inline void invert_diagonal(InverseShared& shared, char* image, int t
 
 // Block (i, m) of A, i > m, as the B operand of X A^T; T'_ii likewise.
 __device__ inline void load_block(uint32_t (&b)[4], const InverseShared& shared, int lane, int i, int m) {
-  load_matrices(
-      b, shared.blocks + SquareTile::offset(i * kBlock, m * kBlock) + in_block(operand_n(lane), operand_k(lane)));
+  ldmatrix_x4(b,
+              shared.blocks + SquareTile::offset(i * kBlock, m * kBlock) + in_block(operand_n(lane), operand_k(lane)));
 }
 __device__ inline void load_inverse(uint32_t (&b)[4], const char* image, int lane, int i) {
-  load_matrices(b, image + image_offset(i * kBlock, i * kBlock) + in_block(operand_n(lane), operand_k(lane)));
+  ldmatrix_x4(b, image + image_offset(i * kBlock, i * kBlock) + in_block(operand_n(lane), operand_k(lane)));
 }
 
 // Block column j = warp of T' below the diagonal, to the image.
@@ -64,7 +64,7 @@ __device__ inline void invert_column(const InverseShared& shared, char* image, i
   const int j = thread / 32, lane = thread % 32;
   uint32_t x[kBlocks][4];  // x[d] = T'_{j + d, j}^T
   const int transposed = in_block(transposed_k(lane), transposed_m(lane));
-  load_matrices_transposed(x[0], image + image_offset(j * kBlock, j * kBlock) + transposed);
+  ldmatrix_x4_trans(x[0], image + image_offset(j * kBlock, j * kBlock) + transposed);
 #pragma unroll
   for (int d = 1; d < kBlocks; ++d) {
     const int i = j + d;
@@ -74,15 +74,15 @@ __device__ inline void invert_column(const InverseShared& shared, char* image, i
 #pragma unroll
     for (int e = 0; e < d; ++e) {
       load_block(b, shared, lane, i, j + e);
-      multiply_16(y, x[e], b);  // Yᵀ += T'_mjᵀ A_imᵀ   [16, 16]
+      mma_m16n16k16(y, x[e], b);  // Yᵀ += T'_mjᵀ A_imᵀ   [16, 16]
     }
 #pragma unroll
     for (int r = 0; r < 8; ++r) y[r] = -y[r];
     fragment_of<f16>(y16, y, 0);
     load_inverse(b, image, lane, i);
-    multiply_16(t, y16, b);  // T'_ijᵀ = -Yᵀ T'_iiᵀ   [16, 16]
+    mma_m16n16k16(t, y16, b);  // T'_ijᵀ = -Yᵀ T'_iiᵀ   [16, 16]
     fragment_of<f16>(x[d], t, 0);
-    store_matrices_transposed(image + image_offset(i * kBlock, j * kBlock) + transposed, x[d]);
+    stmatrix_x4_trans(image + image_offset(i * kBlock, j * kBlock) + transposed, x[d]);
   }
 }
 

@@ -57,7 +57,7 @@ struct SlabLoader {
   __device__ void next() {
     if (left-- <= 0) return;
     const int stage = ring.acquire(Config::Slab::bytes);
-    load(shared.slab[stage], transfers, ring.filled(), Reuse::normal, column, row);
+    tma_load(shared.slab[stage], transfers, ring.full(), CacheHint::evict_normal, column, row);
     ring.advance();
     column += Config::Slab::panel_width;
     if (column == Config::K) column = 0, row += row_step;
@@ -158,14 +158,14 @@ __global__ void __launch_bounds__(Config::threads, Config::K <= 128 ? 2 : 1)
     chunk_join_kernel(const __grid_constant__ JoinArguments p, const __grid_constant__ CUtensorMap transfers) {
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<JoinShared<Config>*>(memory);
-  let_next_kernel_start();
+  griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
-    prefetch(transfers);
+    prefetch_tensormap(transfers);
     shared.ring.init(Config::warps);
-    publish_inits();
+    fence_mbarrier_init();
   }
   __syncthreads();
-  wait_for_previous_kernel();
+  griddepcontrol_wait();
   const uint32_t tiles = static_cast<uint32_t>(p.V) / Config::columns, H = static_cast<uint32_t>(p.H);
   const uint32_t column = blockIdx.x % tiles * Config::columns, head = blockIdx.x / tiles, h = head % H;
   const bool packed = p.plan.cu_seqlens != nullptr;

@@ -30,8 +30,8 @@ __device__ inline int64_t sum_of_threads(int64_t x, int64_t* of_warp, int64_t& t
 // first_chunk[n] = chunks, first_cut[n] = cuts of the sequences before n
 static __global__ void __launch_bounds__(kPlanThreads) chunk_plan_kernel(const __grid_constant__ ChunkPlan plan) {
   __shared__ int64_t of_warp[kPlanThreads / 32];
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   int64_t chunks_before = 0, cuts_before = 0;
   for (int64_t n0 = 0; n0 < plan.N; n0 += kPlanThreads) {
     const int64_t n = n0 + threadIdx.x;

@@ -96,7 +96,7 @@ struct PrepareShared {
       inverse_norm[2][C];  // of q, k as factors: norm is 1 with l2norm; inverse_norm is of the row in memory
   float key_factor[C];     // of a row of k in memory: 1 or with l2norm its inverse norm
   float key_squares[C];
-  Event loaded;  // rows
+  Mbarrier loaded;  // rows
   __device__ float* vector(int v) { return reinterpret_cast<float*>(image + kVectorsAt + v * kVectorBytes); }
 };
 enum { kQuery, kKey };  // of norms
@@ -187,10 +187,10 @@ __device__ void multiply_rows(const PrepareArguments& p, const PreparePlace& at,
 #pragma unroll
   for (int s = 0; s < Config::K / Mma::K; ++s)
     Mma::ss(qk, q.at(0, s * Mma::K), k.at(0, s * Mma::K), s > 0);  // Q Kᵀ   [C, C]
-  wgmma_commit();
+  wgmma_commit_group();
   float squares = query_squares<Config>(shared.rows.q);
-  wgmma_wait<0>();
-  wgmma_touch(kk), wgmma_touch(qk);
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(kk), wgmma_fence_operand(qk);
   put_key_squares(shared.key_squares, kk);
   __syncwarp();
   const int row = threadIdx.x / 2, of = threadIdx.x % 2;  // a thread per row of q and of k
@@ -308,25 +308,25 @@ __device__ void prepare_head(const PrepareArguments& p, const PreparePlace& at, 
   __syncthreads();
   invert_column(shared.inverse, shared.image, thread);
   if (warp == kGateWarp && !last) sum_gates(next, shared.c, shared.beta);
-  publish_writes_to_async_proxy();
+  fence_proxy_async();
   __syncthreads();
   if (thread == 0) {
-    bulk_store(p.images + (at.chunk * p.H + h) * kImageBytes, shared.image, kImageBytes);
-    commit_stores();
-    wait_stores_read<0>();
+    cp_async_bulk_store(p.images + (at.chunk * p.H + h) * kImageBytes, shared.image, kImageBytes);
+    cp_async_bulk_commit_group();
+    cp_async_bulk_wait_group_read<0>();
   }
   if (!last) __syncthreads();  // the image is free
 }
 
 template <class Config>
 __device__ void load_chunk_rows(const PrepareMaps& maps, const PreparePlace& at, PrepareShared<Config>& shared) {
-  shared.loaded.arrive_and_expect(2 * Config::Rows::bytes);
+  shared.loaded.arrive_expect_tx(2 * Config::Rows::bytes);
   for (int panel = 0; panel < Config::Rows::panels; ++panel) {
     const int column = panel * Config::Rows::panel_width, to = panel * Config::Rows::panel_bytes;
-    load(shared.rows.k + to, maps.k, shared.loaded, Reuse::normal, column, at.hk, static_cast<int>(at.token),
-         static_cast<int>(at.row));
-    load(shared.rows.q + to, maps.q, shared.loaded, Reuse::normal, column, at.hk, static_cast<int>(at.token),
-         static_cast<int>(at.row));
+    tma_load(shared.rows.k + to, maps.k, shared.loaded, CacheHint::evict_normal, column, at.hk,
+             static_cast<int>(at.token), static_cast<int>(at.row));
+    tma_load(shared.rows.q + to, maps.q, shared.loaded, CacheHint::evict_normal, column, at.hk,
+             static_cast<int>(at.token), static_cast<int>(at.row));
   }
 }
 
@@ -335,14 +335,14 @@ __global__ void __launch_bounds__(kWarpgroup, Config::ctas)
     chunk_prepare_kernel(const __grid_constant__ PrepareArguments p, const __grid_constant__ PrepareMaps maps) {
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<PrepareShared<Config>*>(memory);
-  let_next_kernel_start();
+  griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
-    prefetch(maps.q), prefetch(maps.k);
+    prefetch_tensormap(maps.q), prefetch_tensormap(maps.k);
     shared.loaded.init(1);
-    publish_inits();
+    fence_mbarrier_init();
   }
   __syncthreads();
-  wait_for_previous_kernel();
+  griddepcontrol_wait();
   const uint32_t key_heads = static_cast<uint32_t>(p.Hk), chunk = blockIdx.x / key_heads;
   const int64_t n = sequence_of_chunk(p.plan, chunk);
   if (n < 0) return;

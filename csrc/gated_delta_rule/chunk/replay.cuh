@@ -52,8 +52,8 @@ static __global__ void __launch_bounds__(kReplayThreads)
     chunk_replay_kernel(const __grid_constant__ ReplayArguments a) {
   __shared__ float q[kReplayMostK], k[kReplayMostK];
   const ChunkGatedDeltaRuleParams& p = a.p;
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const int64_t head = quotient(blockIdx.x, a.slices), n = quotient(head, p.H), h = head - n * p.H,
                 hk = quotient(h, quotient(p.H, p.Hk));
   const int64_t v = (blockIdx.x - head * a.slices) * kReplayThreads + threadIdx.x;

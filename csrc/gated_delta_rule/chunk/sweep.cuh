@@ -34,23 +34,24 @@ __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, cons
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk, token += C, image += p.H * kImageBytes, ring.advance()) {
     auto& stage = shared.stage[ring.acquire(common + groups * ValueTile::bytes)];
-    Event& loaded = ring.filled();
+    Mbarrier& loaded = ring.full();
 #pragma unroll
     for (int panel = 0; panel < Rows::panels; ++panel) {
       const int at = panel * Rows::panel_bytes, k = panel * Rows::panel_width;
-      load(stage.k + at, maps.k, loaded, Reuse::normal, k, hk, token, row);
-      if constexpr (Config::outputs) load(stage.q + at, maps.q, loaded, Reuse::normal, k, hk, token, row);
+      tma_load(stage.k + at, maps.k, loaded, CacheHint::evict_normal, k, hk, token, row);
+      if constexpr (Config::outputs) tma_load(stage.q + at, maps.q, loaded, CacheHint::evict_normal, k, hk, token, row);
     }
-    bulk_load(stage.vectors, image + kVectorsAt, kVectors * kVectorBytes, loaded);
+    cp_async_bulk_load(stage.vectors, image + kVectorsAt, kVectors * kVectorBytes, loaded);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
-      if (group < groups) load(stage.v[group], maps.v, loaded, Reuse::once, column + group * kRows, h, token, row);
+      if (group < groups)
+        tma_load(stage.v[group], maps.v, loaded, CacheHint::evict_first, column + group * kRows, h, token, row);
 #pragma unroll
     for (int panel = 0; panel < kBlocks; ++panel) {
-      bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
+      cp_async_bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
       if constexpr (Config::outputs)
-        bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel), stored_bytes(panel),
-                  loaded);
+        cp_async_bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel),
+                           stored_bytes(panel), loaded);
     }
   }
 }
@@ -114,14 +115,14 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
   Cursor<Config::stages> at(Parity::first());
   for (int chunk = 0; chunk < work.chunks; ++chunk, at.advance()) {
     auto& stage = shared.stage[at.stage];
-    shared.ring.filled[at.stage].wait(at.parity);
+    shared.ring.full[at.stage].wait(at.parity);
     const int count = work.count(chunk);
     if (count < C) clear_values<Config>(stage, count, thread);
     if (p.dtype == Dtype::bf16)
       normalise_rows<Config, bf16>(stage, count, thread);
     else
       normalise_rows<Config, f16>(stage, count, thread);
-    publish_writes_to_async_proxy();
+    fence_proxy_async();
     shared.normalised[at.stage].arrive();
   }
 }
@@ -192,7 +193,7 @@ __device__ void multiply_fragments(const StateProduct<Config>& product, const ui
 #pragma unroll
   for (int i = 0; i < Config::state_steps; ++i)
     Mma::rs(product.d, a[i], product.rows.at(0, (step + i) * Mma::K), step + i > 0);
-  wgmma_commit();
+  wgmma_commit_group();
 }
 
 // All products with S^T as A operand, in as many pieces as registers allow; the last of each is in flight on return.
@@ -202,8 +203,8 @@ __device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const type
 #pragma unroll
   for (int step = 0; step < Config::K / Config::Mma::K; step += Config::state_steps) {
     if (step > 0) {
-      wgmma_wait<0>();
-      (wgmma_touch(products.d), ...);
+      wgmma_wait_group<0>();
+      (wgmma_fence_operand(products.d), ...);
       hold(a);
     }
 #pragma unroll
@@ -222,7 +223,7 @@ __device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens
     if constexpr (Config::few_registers) __syncwarp();  // loads of later steps must not come before this
     uint32_t v[4];
     const int token = step * kStep + transposed_k(me.thread);
-    load_matrices_transposed(v, stage.v[me.group] + ValueTile::offset(transposed_m(me.thread), token));
+    ldmatrix_x4_trans(v, stage.v[me.group] + ValueTile::offset(transposed_m(me.thread), token));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 2 * kStep / 4 * step + 2 * i;
@@ -275,14 +276,14 @@ __device__ void pack_output(uint32_t (&y)[kSteps][4], const typename Config::Tok
 template <class Config>
 __device__ char* stage_output(const uint32_t (&y)[kSteps][4], SweepShared<Config>& shared, const SweepThread& me) {
   char* tile = shared.o[me.group];
-  if (me.thread == 0) wait_stores_read<0>();
-  sync_threads(1 + me.group, kWarpgroup);
+  if (me.thread == 0) cp_async_bulk_wait_group_read<0>();
+  named_barrier_sync(1 + me.group, kWarpgroup);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    store_matrices_transposed(tile + ValueTile::offset(transposed_m(me.thread), step * kStep + transposed_k(me.thread)),
-                              y[step]);
-  publish_writes_to_async_proxy();
-  sync_threads(1 + me.group, kWarpgroup);
+    stmatrix_x4_trans(tile + ValueTile::offset(transposed_m(me.thread), step * kStep + transposed_k(me.thread)),
+                      y[step]);
+  fence_proxy_async();
+  named_barrier_sync(1 + me.group, kWarpgroup);
   return tile;
 }
 
@@ -292,9 +293,9 @@ __device__ void store_output(const uint32_t (&y)[kSteps][4], const SweepMaps& ma
                              SweepShared<Config>& shared, const SweepThread& me, int chunk) {
   const char* tile = stage_output<Config>(y, shared, me);
   if (me.thread == 0) {
-    store(maps.o, tile, me.column, work.h, static_cast<int>(work.token + int64_t{chunk} * C),
-          static_cast<int>(work.row));
-    commit_stores();
+    tma_store(maps.o, tile, me.column, work.h, static_cast<int>(work.token + int64_t{chunk} * C),
+              static_cast<int>(work.row));
+    cp_async_bulk_commit_group();
   }
 }
 
@@ -343,9 +344,9 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   } else {
     multiply_state<Config>(a, s, sk);
   }
-  wgmma_wait<Config::outputs && Config::o_behind_residual ? 1 : 0>();
-  wgmma_touch(x);
-  if constexpr (!Config::o_behind_residual) wgmma_touch(o), hold(a);
+  wgmma_wait_group<Config::outputs && Config::o_behind_residual ? 1 : 0>();
+  wgmma_fence_operand(x);
+  if constexpr (!Config::o_behind_residual) wgmma_fence_operand(o), hold(a);
   if (p.dtype == Dtype::bf16)
     residual<Config, bf16>(r, x, stage, me);
   else
@@ -354,11 +355,11 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
     Mma::rs(x, r[step], t.at(0, step * Mma::K), step > 0);  // U' = R T'ᵀ   [64, C]
-  wgmma_commit();
+  wgmma_commit_group();
   if constexpr (Config::outputs) {
     if constexpr (Config::o_behind_residual) {
-      wgmma_wait<1>();
-      wgmma_touch(o);
+      wgmma_wait_group<1>();
+      wgmma_fence_operand(o);
       hold(a);
     }
 #pragma unroll
@@ -370,8 +371,8 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   } else {
     decay_state<Config>(s, stage);  // earlier, ptxas would have it wait for X
   }
-  wgmma_wait<0>();
-  wgmma_touch(x);
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(x);
   hold(r);
   if constexpr (!Config::outputs && Config::o_behind_residual) hold(a);
   uint32_t u[kSteps][4], write[kSteps][4];
@@ -381,25 +382,25 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
       Mma::rs(o, u[step], pp.at(0, step * Mma::K), true);  // O += U' P'ᵀ   [64, C]
-    wgmma_commit();
+    wgmma_commit_group();
   } else {
     wgmma_fence(s, write);
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
     MmaState::rs(s, write[step], k.at(0, step * Mma::K), true);  // Sᵀ += (..U')ᵀ Kn   [64, K]
-  wgmma_commit();
+  wgmma_commit_group();
   if constexpr (Config::outputs) {
-    wgmma_wait<1>();
-    wgmma_touch(o);
+    wgmma_wait_group<1>();
+    wgmma_fence_operand(o);
     hold(u);
     if (p.dtype == Dtype::bf16)
       pack_output<Config, bf16>(y, o, p, stage, me.thread);
     else
       pack_output<Config, f16>(y, o, p, stage, me.thread);
   }
-  wgmma_wait<0>();
-  wgmma_touch(s);
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(s);
   hold(write);
 }
 
@@ -416,28 +417,28 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
   for (int chunk = 0; chunk < work.chunks; ++chunk) {
     const int stage = chunk % Config::stages;
     const Parity parity = parity_of<Config>(chunk);
-    shared.ring.filled[stage].wait(
+    shared.ring.full[stage].wait(
         parity);  // has happened; this thread must have seen it before it reads what was copied
     shared.normalised[stage].wait(parity);
     sweep_chunk<Config>(s, y, p, maps, work, shared, shared.stage[stage], me, chunk);
     __syncwarp();
-    if (me.thread % 32 == 0) shared.ring.read[chunk % Config::stages].arrive();
+    if (me.thread % 32 == 0) shared.ring.empty[chunk % Config::stages].arrive();
   }
   if (Config::outputs && work.chunks > 0) store_last_output<Config>(y, p, maps, work, shared, me);
   store_state<Config>(s, work, me);
-  if (me.thread == 0) wait_stores_done<0>();
+  if (me.thread == 0) cp_async_bulk_wait_group<0>();
 }
 
 // By one thread. With cu_seqlens the work is known once the kernel has run that writes the plan.
 template <class Config>
 __device__ void set_up(const SweepArguments& p, const SweepMaps& maps, SweepShared<Config>& shared) {
   if (p.plan.T > 0)
-    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch(*map);
-  if (p.plan.cu_seqlens != nullptr) wait_for_previous_kernel();
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_tensormap(*map);
+  if (p.plan.cu_seqlens != nullptr) griddepcontrol_wait();
   const SweepWork work = Config::outputs ? output_work(p) : cut_work(p);
   if (work.groups > 0) shared.ring.init(work.groups * kWarpgroup / 32);
-  for (Event& event : shared.normalised) event.init(kNormalisers);
-  publish_inits();
+  for (Mbarrier& event : shared.normalised) event.init(kNormalisers);
+  fence_mbarrier_init();
   shared.work = work;
 }
 
@@ -451,24 +452,24 @@ __global__ void __launch_bounds__(Config::threads, 1)
     set_up<Config>(p, maps, shared);
   else if (threadIdx.x >= 32)
     shared.zero_upper_blocks(threadIdx.x - 32, Config::threads - 32);
-  publish_writes_to_async_proxy();
-  wait_for_previous_kernel();  // in every thread, also where there is no work: who waits for this kernel's end counts
-                               // on those before it
+  fence_proxy_async();
+  griddepcontrol_wait();  // in every thread, also where there is no work: who waits for this kernel's end counts
+                          // on those before it
   __syncthreads();
-  let_next_kernel_start();
+  griddepcontrol_launch_dependents();
   if (work.groups == 0) return;
   if (!Config::outputs && work.is_transfer()) {
     shared.zero_values();
     __syncthreads();
   }
   if (warp_index() < kWarpgroup / 32) {
-    give_registers_back<Config::producer_registers>();
+    setmaxnreg_dec<Config::producer_registers>();
     if (warp_index() > 0)
       normalise_chunks<Config>(p, work, shared);
-    else if (elected())
+    else if (elect_one())
       load_chunks<Config>(p, maps, work, shared);
   } else {
-    take_registers<Config::consumer_registers>();
+    setmaxnreg_inc<Config::consumer_registers>();
     sweep_chunks<Config>(p, maps, work, shared);
   }
 }

@@ -160,8 +160,8 @@ template <class Config>
 struct SweepShared {
   SweepStage<Config> stage[Config::stages];
   alignas(kTileAlign) char o[kGroups][ValueTile::bytes];
-  Ring<Config::stages> ring;         // filled: the copies have arrived
-  Event normalised[Config::stages];  // k and q are Kn and Qn
+  Ring<Config::stages> ring;            // full: the copies have arrived
+  Mbarrier normalised[Config::stages];  // k and q are Kn and Qn
   SweepWork work;
 
   // Of a transfer matrix's values nothing is ever loaded.

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(Config::threads_at_a_time)
   const RecurrentShared shared(Config(), memory, p);
   RecurrentPlace at = recurrent_place(p);
   const RecurrentThread<Config> me;
-  wait_for_previous_kernel();
+  griddepcontrol_wait();
   int T = p.T;
   if constexpr (Config::mode == RecurrentMode::commit) {
     T = static_cast<int>(min(max(load_index(p.num_accepted, p.num_accepted_dtype, at.n), int64_t{0}), int64_t{p.T}));
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(Config::threads_at_a_time)
   load_state<Config>(next, state, strides.k, row >= 0 && has_columns);
   first.store(p, shared, at, 0, T, 0);
   if (row < 0) return write_zeros<Config>(p, at);
-  let_next_kernel_start();
+  griddepcontrol_launch_dependents();
   TokenFactors factors;
   const auto tokens_are_there = [&](int t, int begin, int end) {
     __syncthreads();

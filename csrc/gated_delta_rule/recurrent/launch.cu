@@ -18,7 +18,7 @@ void launch_recurrent(const char* op, RecurrentArguments& p, int slices, cudaStr
   const int64_t ctas = p.N * p.head_groups.d * p.parts.d;
   require(ctas < (int64_t{1} << 31), op, "N * H * V / 32", "below 2^31", ctas);
   LaunchShape shape{dim3(static_cast<unsigned>(ctas)), 2 * p.K, 4 * static_cast<int>(RecurrentShared::floats(p, tile))};
-  shape.early = true;
+  shape.programmatic = true;
   launch(op, shape, stream, recurrent_kernel<Config>, p);
 }
 

@@ -14,21 +14,21 @@ struct Box {
 
 struct CopyShared {
   alignas(kTileAlign) char data[64 * 1024];
-  Event loaded;
+  Mbarrier loaded;
 };
 
 template <int... d>
 __device__ void load_box(CopyShared& shared, const CUtensorMap& map, const Box& box, std::integer_sequence<int, d...>) {
-  load(shared.data, map, shared.loaded, Reuse::once, box.at[d]...);
+  tma_load(shared.data, map, shared.loaded, CacheHint::evict_first, box.at[d]...);
 }
 
 template <int... d>
 __device__ void store_box(const CUtensorMap& map, const CopyShared& shared, const Box& box, bool add,
                           std::integer_sequence<int, d...>) {
   if (add)
-    store_add(map, shared.data, box.at[d]...);
+    tma_reduce_add(map, shared.data, box.at[d]...);
   else
-    store(map, shared.data, box.at[d]...);
+    tma_store(map, shared.data, box.at[d]...);
 }
 
 template <int rank>
@@ -37,10 +37,10 @@ __global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<CopyShared*>(memory);
   if (threadIdx.x == 0) {
-    prefetch(from);
+    prefetch_tensormap(from);
     shared.loaded.init(1);
-    publish_inits();
-    shared.loaded.arrive_and_expect(box.bytes);
+    fence_mbarrier_init();
+    shared.loaded.arrive_expect_tx(box.bytes);
     load_box(shared, from, box, std::make_integer_sequence<int, rank>());
   }
   __syncthreads();
@@ -49,8 +49,8 @@ __global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_
     dump[at] = reinterpret_cast<const float*>(shared.data)[at];
   if (threadIdx.x != 0) return;
   store_box(to, shared, box, add, std::make_integer_sequence<int, rank>());
-  commit_stores();
-  wait_stores_done<0>();
+  cp_async_bulk_commit_group();
+  cp_async_bulk_wait_group<0>();
 }
 
 // out[i] = in[i] + 1 for `count` floats, a multiple of 4; the additions are ordinary, so they must be published before
@@ -60,19 +60,19 @@ __global__ void copy_bytes(const float* in, float* out, int count) {
   auto& shared = *reinterpret_cast<CopyShared*>(memory);
   if (threadIdx.x == 0) {
     shared.loaded.init(1);
-    publish_inits();
-    shared.loaded.arrive_and_expect(count * 4);
-    bulk_load(shared.data, in, count * 4, shared.loaded);
+    fence_mbarrier_init();
+    shared.loaded.arrive_expect_tx(count * 4);
+    cp_async_bulk_load(shared.data, in, count * 4, shared.loaded);
   }
   __syncthreads();
   shared.loaded.wait(Parity::first());
   for (int at = threadIdx.x; at < count; at += blockDim.x) reinterpret_cast<float*>(shared.data)[at] += 1;
-  publish_writes_to_async_proxy();
+  fence_proxy_async();
   __syncthreads();
   if (threadIdx.x != 0) return;
-  bulk_store(out, shared.data, count * 4);
-  commit_stores();
-  wait_stores_read<0>();
+  cp_async_bulk_store(out, shared.data, count * 4);
+  cp_async_bulk_commit_group();
+  cp_async_bulk_wait_group_read<0>();
 }
 
 struct CopyProblem {

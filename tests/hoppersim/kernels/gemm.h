@@ -49,11 +49,11 @@ struct GemmArguments {
 
 // Coordinates (contiguous, row) of an operand's tile.
 template <class Tile>
-__device__ void load_operand(char* shared, const CUtensorMap& map, Event& filled, int mn, int k) {
+__device__ void load_operand(char* shared, const CUtensorMap& map, Mbarrier& filled, int mn, int k) {
   if constexpr (Tile::major == Major::k)
-    load_tile<Tile>(shared, map, filled, Reuse::normal, k, mn);
+    tma_load_tile<Tile>(shared, map, filled, CacheHint::evict_normal, k, mn);
   else
-    load_tile<Tile>(shared, map, filled, Reuse::normal, mn, k);
+    tma_load_tile<Tile>(shared, map, filled, CacheHint::evict_normal, mn, k);
 }
 
 template <class Config>
@@ -64,12 +64,13 @@ __device__ void produce(GemmShared<Config>& shared, const CUtensorMap& map_a, co
   for (int step = 0; step < steps; ++step, ring.advance()) {
     const int k0 = step * Config::K;
     auto& stage = shared.stage[ring.acquire(GemmShared<Config>::stage_bytes)];
-    load_operand<typename Config::TileA>(stage.a, map_a, ring.filled(), m0, k0);
+    load_operand<typename Config::TileA>(stage.a, map_a, ring.full(), m0, k0);
     if constexpr (Config::cluster == 1) {
-      load_operand<TileB>(stage.b, map_b, ring.filled(), n0, k0);
+      load_operand<TileB>(stage.b, map_b, ring.full(), n0, k0);
     } else {
       const int half = Config::N / 2 * cluster_rank();
-      load_multicast(stage.b + half * TileB::row_bytes, map_b, ring.filled(), 0b11, Reuse::normal, k0, n0 + half);
+      tma_load_multicast(stage.b + half * TileB::row_bytes, map_b, ring.full(), 0b11, CacheHint::evict_normal, k0,
+                         n0 + half);
     }
   }
 }
@@ -96,7 +97,7 @@ __device__ void multiply(float (&c)[Config::Mma::registers], const typename Gemm
     for (int s = 0; s < Config::K / Mma::K; ++s)
       Mma::ss(c, a.at(m, s * Mma::K), b.at(0, s * Mma::K), accumulate || s > 0);  // C += A Bᵀ   [64, N], k16
   }
-  wgmma_commit();
+  wgmma_commit_group();
 }
 
 template <class Config>
@@ -111,16 +112,16 @@ __device__ void consume(GemmShared<Config>& shared, const GemmArguments& p, int 
     // One group stays in flight, so the stage before this one is free. Register operands are reloaded: none may be in
     // flight.
     if constexpr (Config::registers_a) {
-      wgmma_wait<0>();
+      wgmma_wait_group<0>();
       ring.template release_all<Config::cluster>(stage, thread);
     } else if (step > 0) {
-      wgmma_wait<1>();
+      wgmma_wait_group<1>();
       ring.template release_all<Config::cluster>(previous, thread);
     }
     previous = stage;
   }
-  wgmma_wait<0>();
-  wgmma_touch(c);
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(c);
 #pragma unroll
   for (int r = 0; r < Config::Mma::registers; r += 2) {
     const int row = blockIdx.x * Config::M + m + accumulator_row(thread, r),
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   auto& shared = *reinterpret_cast<GemmShared<Config>*>(memory);
   if (threadIdx.x == 0) {
     shared.ring.init(Config::consumers * Config::cluster);
-    publish_inits();
+    fence_mbarrier_init();
   }
   if constexpr (Config::cluster > 1)
     cluster_sync();
@@ -147,10 +148,10 @@ __global__ void __launch_bounds__(Config::threads, 1)
     __syncthreads();
   const int steps = (p.k + Config::K - 1) / Config::K;
   if (warp_index() < kWarpgroup / 32) {
-    give_registers_back<40>();
-    if (warp_index() == 0 && elected()) produce<Config>(shared, map_a, map_b, steps);
+    setmaxnreg_dec<40>();
+    if (warp_index() == 0 && elect_one()) produce<Config>(shared, map_a, map_b, steps);
   } else {
-    take_registers<232>();
+    setmaxnreg_inc<232>();
     consume<Config>(shared, p, steps);
   }
   __syncwarp();

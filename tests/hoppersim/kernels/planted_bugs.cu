@@ -38,7 +38,7 @@ struct Shared {
   };
   Stage stage[kStages];
   alignas(16) float bias[kN + 4];
-  Event filled[kStages], bias_loaded;
+  Mbarrier filled[kStages], bias_loaded;
 };
 
 struct Arguments {
@@ -59,8 +59,8 @@ template <Bug bug>
 __device__ void load_b(Shared& shared, const CUtensorMap& map, int step) {
   const int stage = step % kStages;
   constexpr int wrong = bug == Bug::expect_too_small ? -16 : bug == Bug::expect_too_large ? 16 : 0;
-  shared.filled[stage].arrive_and_expect(TileB::bytes + wrong);
-  load_tile<TileB>(shared.stage[stage].b, map, shared.filled[stage], Reuse::normal, step * kK, 0);
+  shared.filled[stage].arrive_expect_tx(TileB::bytes + wrong);
+  tma_load_tile<TileB>(shared.stage[stage].b, map, shared.filled[stage], CacheHint::evict_normal, step * kK, 0);
 }
 
 template <Bug bug>
@@ -68,11 +68,11 @@ __device__ void multiply(Mma::Accumulator& c, Shared& shared, const CUtensorMap&
   const int thread = threadIdx.x;
   for (int step = 0; step < kSteps; ++step) {
     auto& stage = shared.stage[step % kStages];
-    if (bug != Bug::stage_overwritten) wgmma_wait<1>();  // the group that read this stage
+    if (bug != Bug::stage_overwritten) wgmma_wait_group<1>();  // the group that read this stage
     __syncthreads();
     if (thread == 0) load_b<bug>(shared, map_b, step);
     write_a(stage.a, p.a, step, thread);
-    if (bug != Bug::missing_proxy_fence) publish_writes_to_async_proxy();
+    if (bug != Bug::missing_proxy_fence) fence_proxy_async();
     __syncthreads();
     const Parity parity{bug == Bug::wrong_parity ? 0u : step / kStages % 2u};
     if (bug != Bug::read_before_barrier) shared.filled[step % kStages].wait(parity);
@@ -82,10 +82,10 @@ __device__ void multiply(Mma::Accumulator& c, Shared& shared, const CUtensorMap&
 #pragma unroll
     for (int k = 0; k < kK; k += Mma::K)
       Mma::ss(c, a.at(0, k), b.at(0, k), step > 0 || k > 0);  // C += A Bᵀ   [64, 64], k16
-    wgmma_commit();
+    wgmma_commit_group();
   }
-  if (bug != Bug::accumulator_before_wait) wgmma_wait<0>();
-  wgmma_touch(c);
+  if (bug != Bug::accumulator_before_wait) wgmma_wait_group<0>();
+  wgmma_fence_operand(c);
 }
 
 template <Bug bug>
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kWarpgroup) planted(const __grid_constant__ CU
   if (thread == 0) {
     for (auto& event : shared.filled) event.init(1);
     shared.bias_loaded.init(1);
-    publish_inits();
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (bug == Bug::divergent_barrier && thread % 32 < 16) __syncthreads();
   if (thread == 0) {
-    shared.bias_loaded.arrive_and_expect(kN * 4);
-    bulk_load(shared.bias, p.bias + (bug == Bug::misaligned_bulk_copy ? 1 : 0), kN * 4, shared.bias_loaded);
+    shared.bias_loaded.arrive_expect_tx(kN * 4);
+    cp_async_bulk_load(shared.bias, p.bias + (bug == Bug::misaligned_bulk_copy ? 1 : 0), kN * 4, shared.bias_loaded);
   }
   Mma::Accumulator c;
   multiply<bug>(c, shared, map_b, p);
