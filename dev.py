@@ -1,9 +1,16 @@
-"""Sets everything up in .venv (pinned dependencies, build) and runs one thing in it. Needs Python 3.11+, pip and a C++
-compiler.
+#!/usr/bin/env python3
+"""The development commands. Each makes .venv with the pinned requirements, if they changed, and builds what it needs.
 
-python3 dev.py demo [arguments of `jetkernels demo`]
-python3 dev.py test [arguments of pytest]
-python3 dev.py run  COMMAND ...      (any command inside the environment, e.g. `python -m benchmarks.run --device cpu`)
+  python3 dev.py demo [ARGUMENTS of `jetkernels demo`]
+  python3 dev.py test [ARGUMENTS of pytest]
+  python3 dev.py lint [--fix]                           ruff, clang-format, mypy; --fix writes what they can mend
+  python3 dev.py run  COMMAND ...                       e.g. python -m benchmarks.run --device cpu
+
+Parts of the tests (CONTRIBUTING.md):
+  python3 dev.py test tests/ops                         a folder, or a file; -k NAME picks tests in it
+  python3 dev.py test --fast                            the ops, the layers and the model on the CPU
+  python3 dev.py test -m kernels                        the kernels, on the simulator (needs nvcc), or on a GPU
+  python3 dev.py test -m simulator                      all that runs on the simulator, its own tests too
 """
 
 import hashlib
@@ -15,10 +22,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.resolve()
 VENV = ROOT / ".venv"
-BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+BIN = VENV / "bin"
 PYTHON = BIN / "python"
 # CUTLASS's headers, which the Hopper kernels include; what its Python side depends on is not needed.
 WITHOUT_DEPENDENCIES = "nvidia-cutlass==4.2.0.0"
+CXX_FOLDERS, CXX_SUFFIXES = ("csrc", "bindings", "tests"), (".h", ".cuh", ".c", ".cpp", ".cu")
 
 
 def say(text: str) -> None:
@@ -28,26 +36,17 @@ def say(text: str) -> None:
 def pip(*arguments: str) -> None:
     # pip of the outer Python installs into .venv, so a Python without ensurepip (Debian without python3-venv) works
     # too.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(PYTHON),
-        "install",
-        "--quiet",
-        "--no-compile",
-        "--disable-pip-version-check",
-    ]
+    command = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install"]
+    command += ["--quiet", "--no-compile", "--disable-pip-version-check"]
     if subprocess.run([*command, *arguments], cwd=ROOT).returncode != 0:
         sys.exit(f"[dev.py] pip could not install {' '.join(arguments)}; its last lines above say why")
 
 
 def set_up() -> None:
-    if sys.version_info < (3, 11):
-        sys.exit(
-            f"[dev.py] needs Python 3.11 or newer, this is {sys.version.split()[0]}: run it as python3.11 dev.py (or newer)"
-        )
+    """Makes .venv, unless it holds these requirements already."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (says so to whoever runs it with an older one)
+        version = sys.version.split()[0]
+        sys.exit(f"[dev.py] needs Python 3.11 or newer, this is {version}: run it as python3.11 dev.py (or newer)")
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode != 0:
         sys.exit("[dev.py] needs pip: install it with `python3 -m ensurepip` or your system's python3-pip package")
     requirements = ROOT / "requirements.txt"
@@ -60,35 +59,52 @@ def set_up() -> None:
         pip("-r", str(requirements))
         pip("--no-deps", WITHOUT_DEPENDENCIES)
         stamp.write_text(digest)
+
+
+def build() -> None:
     say("building jetkernels")
     pip("--no-build-isolation", "--no-deps", "-e", ".")
 
 
-def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in ("demo", "test", "run"):
+def run(*command: str) -> int:
+    environment = {**os.environ, "VIRTUAL_ENV": str(VENV), "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def lint(fix: bool) -> int:
+    """All four, whatever the first says."""
+    sources = [str(p) for folder in CXX_FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in CXX_SUFFIXES]
+    commands = {
+        "ruff check": ["ruff", "check", "--quiet", *(["--fix"] if fix else [])],
+        "ruff format": ["ruff", "format", "--quiet", *([] if fix else ["--diff"])],
+        "clang-format": ["clang-format", *(["-i"] if fix else ["--dry-run", "-Werror"]), *sources],
+        "mypy": ["mypy", "--no-error-summary"],
+    }
+    failed = [name for name, command in commands.items() if run(*command) != 0]
+    more = "" if fix else "; `python3 dev.py lint --fix` mends what it can"
+    say(f"lint: {', '.join(failed)} failed{more}" if failed else "lint: clean")
+    return int(bool(failed))
+
+
+def main() -> int:
+    what, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if what not in ("demo", "test", "lint", "run"):
         sys.exit(__doc__.strip())
-    what, arguments = sys.argv[1], sys.argv[2:]
     if what == "run" and not arguments:
         sys.exit("[dev.py] run needs a command, e.g. python3 dev.py run python -m benchmarks.run --device cpu")
+    if what == "lint" and arguments not in ([], ["--fix"]):
+        sys.exit(f"[dev.py] lint takes --fix or nothing, got {' '.join(arguments)}")
     set_up()
-    command = {
-        "demo": [str(PYTHON), "-m", "jetkernels", "demo", *arguments],
-        "test": [str(PYTHON), "-m", "pytest", *arguments],
-        "run": arguments,
-    }[what]
-    environment = {**os.environ, "VIRTUAL_ENV": str(VENV), "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
-    say(
-        "running "
-        + " ".join(
-            ["jetkernels demo", *arguments]
-            if what == "demo"
-            else ["pytest", *arguments]
-            if what == "test"
-            else arguments
-        )
-    )
-    sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
+    if what == "lint":
+        return lint(fix=bool(arguments))
+    build()
+    if what == "demo":
+        arguments = ["python", "-m", "jetkernels", "demo", *arguments]
+    elif what == "test":
+        arguments = ["python", "-m", "pytest", *arguments]
+    say(f"running {' '.join(arguments)}")
+    return run(*arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,11 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent.resolve()
-CHOICES = (
-    "auto",
-    "cuda",
-    "cpu",
-)  # of JETKERNELS_BUILD; it names the build's folder, so nothing else gets as far as CMake
+CHOICES = ("auto", "cuda", "cpu")  # of JETKERNELS_BUILD, which names the build's folder
 
 
 def tool(name: str) -> str:
@@ -29,29 +25,17 @@ def tool(name: str) -> str:
 
 
 def configure() -> Path:
-    """The build's folder, ready to be built; ends with the sentence of CMakeLists.txt that says what this machine
-    lacks.
-    """
+    """Prepares the build's folder; where it cannot, ends with the sentence of CMakeLists.txt that says why."""
     if sys.platform != "linux":
         sys.exit(f"jetkernels builds on Linux, this is {sys.platform}")
     choice = os.environ.get("JETKERNELS_BUILD") or "auto"
     if choice not in CHOICES:
         sys.exit(f"JETKERNELS_BUILD must be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}, got {choice!r}")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
-        sys.exit("jetkernels needs a C++17 compiler: install g++ (Debian: apt-get install g++) or set CXX")
+        sys.exit("jetkernels needs a C++20 compiler: install g++ (Debian: apt-get install g++) or set CXX")
     folder = ROOT / "build" / choice
-    command = [
-        tool("cmake"),
-        "-S",
-        ROOT,
-        "-B",
-        folder,
-        "-G",
-        "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DJETKERNELS_BUILD={choice}",
-    ]
+    command = [tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DJETKERNELS_BUILD={choice}"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0:
         said = re.search(r"^CMake Error at \S+ \(message\):\n((?:  .*\n)+)", done.stderr, re.MULTILINE)
@@ -61,9 +45,7 @@ def configure() -> Path:
 
 
 class EarlyRefusal(dist_info):
-    """pip asks for metadata before it downloads dependencies: what a build would lack is said before a gigabyte of them
-    has come.
-    """
+    """Says what a build would lack when pip asks for metadata, before it downloads a gigabyte of dependencies."""
 
     def run(self) -> None:
         configure()

@@ -1,8 +1,8 @@
 """How the peers want the same problem: exact changes of layout, tested on a CPU against our own op.
 
-The delta rule acts on each value column alone, so a head of V columns is V / 128 heads of 128 with the same q, k, g,
-beta.
-A key dimension that is zero in q and k never changes the output, so K = 96 may be padded to 128, after the l2norm.
+The delta rule acts on each value column alone, so a head of V columns is V / 128 heads of 128 with the same q, k, g
+and beta. A key dimension that is zero in q and k never changes the output, so K = 96 may be padded to 128, after the
+l2norm.
 """
 
 import torch
@@ -36,20 +36,13 @@ def merged_values(o: Tensor, H: int) -> Tensor:
     return o.unflatten(2, (H, -1)).flatten(3, 4)
 
 
-def split_states(S: Tensor) -> Tensor:
-    """[N, H, K, V] -> [N, H V/128, K, 128]."""
-    return S.unflatten(-1, (-1, HEAD)).transpose(2, 3).flatten(1, 2).contiguous()
-
-
 def merged_states(S: Tensor, H: int) -> Tensor:
     """[N, H V/128, K, 128] -> [N, H, K, V]."""
     return S.unflatten(1, (H, -1)).transpose(2, 3).flatten(3, 4)
 
 
 def heads_of_128(inputs: Inputs) -> Inputs:
-    """The same problem with K = V = 128; q and k are normalised already and the scale stays K^-0.5 of the original
-    K.
-    """
+    """The same problem with K = V = 128: q and k are normalised, and the scale stays that of the original K."""
     parts = inputs["v"].shape[-1] // HEAD
     return {
         "q": padded_keys(normalized(inputs["q"])).contiguous(),

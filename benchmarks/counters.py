@@ -67,7 +67,7 @@ def added(all_counters: list[dict]) -> dict:
     return {name: sum(c[name] for c in all_counters) for name in numbers}
 
 
-def row_of(case: Case, kernel: str, grid: str, counters: dict) -> dict[str, object]:
+def row_of(kernel: str, grid: str, counters: dict) -> dict[str, object]:
     read, written = traffic(counters)
     by_threads = counters["global_read_bytes"] + counters["global_write_bytes"]
     sectors = counters["global_read_sectors"] + counters["global_write_sectors"]
@@ -93,10 +93,8 @@ def rows_of(case: Case, launches: list[dict]) -> list[dict[str, object]]:
         ]
     rows = []
     if len(launches) > 1:
-        rows = [
-            {**what, **row_of(case, short(r["kernel"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches
-        ]
-    whole = row_of(case, "all" if rows else short(launches[0]["kernel"]), "", added([r["counters"] for r in launches]))
+        rows = [{**what, **row_of(short(r["kernel"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches]
+    whole = row_of("all" if rows else short(launches[0]["kernel"]), "", added([r["counters"] for r in launches]))
     if not rows:
         whole["grid"] = "x".join(map(str, launches[0]["grid"]))
     whole["bound_us"] = (
@@ -150,9 +148,8 @@ def print_counters(shapes: list[Shape], B: int, T: int, only: str = "") -> None:
     rows = count(shapes, B, T, only)
     print(table(rows, COLUMNS))
     H200 = floors.H200
-    print(
-        f"\nbound: whole sectors at {H200.bandwidth / 1e12} TB/s, FLOP at {H200.tensor / 1e12:.0f} TFLOP/s, launch by launch;"
-    )
+    ceilings = f"{H200.bandwidth / 1e12} TB/s, FLOP at {H200.tensor / 1e12:.0f} TFLOP/s"
+    print(f"\nbound: whole sectors at {ceilings}, launch by launch;")
     print("floor: the same for the least bytes and FLOP of the op. Both leave out launches, latency and instructions.")
     print(
         "bytes / sectors: of the threads' accesses; below 1 something is moved and not used, above 1 lanes share bytes."

@@ -87,8 +87,8 @@ def conv(shape: Shape, B: int, T: int) -> Work:
     return conv_token(shape).times(B * T) + Work(_weight_bytes(shape), 0)
 
 
-def stored_kernels(shape: Shape) -> int:
-    """Bytes per token that the generated kernels cost where they are written and read again."""
+def stored_taps(shape: Shape) -> int:
+    """Bytes per token that the generated taps cost where they are written and read again."""
     return 2 * HALF * shape.D * shape.W
 
 

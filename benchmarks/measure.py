@@ -4,6 +4,7 @@ A case whose results are wrong gets no time.
 """
 
 import gc
+from functools import partial
 
 import torch
 
@@ -23,6 +24,9 @@ LAUNCH_MATTERS = 50e-6  # s: below, the time over an empty launch is told too
 MODEL_BATCHES = (1, 16, 128)
 MODEL_SECONDS = 40  # at most
 PROMPT, NEW_TOKENS = 512, 32
+# What describe() says here and in gpu_run.
+CEILINGS = f"ceilings: a copy of {COPY_BYTES >> 30} GiB, a {PRODUCT}^3 bf16 product, an empty launch in a graph"
+MODEL_RATES = f"prompts of {PROMPT}: prefill and decode tokens/s at batch {', '.join(map(str, MODEL_BATCHES))}"
 
 
 def describe() -> list[str]:
@@ -32,18 +36,17 @@ def describe() -> list[str]:
         known = sizes.setdefault(f"{case.op} ({case.dtype})", [])
         known += [case.size] if case.size not in known else []
     return [
-        f"ceilings: a copy of {COPY_BYTES >> 30} GiB, a {PRODUCT}^3 bf16 product, an empty launch in a graph",
+        CEILINGS,
         *(f"{name}, at 2b, 4b and 128/128: {', '.join(known)}" for name, known in sizes.items()),
-        f"the 2B model with random weights, prompts of {PROMPT}: prefill and decode tokens/s at batch {', '.join(map(str, MODEL_BATCHES))}",
+        f"the 2B model with random weights, {MODEL_RATES}",
     ]
 
 
 def timing_row(timing: Timing) -> dict[str, object]:
-    us = {name: getattr(timing, name) * 1e6 for name in ("median", "fastest", "slowest")}
     return {
-        "us": us["median"],
-        "us_fastest": us["fastest"],
-        "us_slowest": us["slowest"],
+        "us": timing.median * 1e6,
+        "us_fastest": timing.fastest * 1e6,
+        "us_slowest": timing.slowest * 1e6,
         "n": timing.n,
         "method": timing.method,
     }
@@ -63,7 +66,7 @@ def measure_ceilings(rows: Rows, device: torch.device) -> tuple[Ceilings, float]
     """(ceilings, seconds of an empty launch in a graph)."""
     source = Draw(device).normal(COPY_BYTES // 4)
     target = torch.empty_like(source)
-    copy = device_time([lambda: target.copy_(source)])
+    copy = device_time([partial(target.copy_, source)])
     rows.add(op="copy", size=f"{COPY_BYTES >> 30} GiB", **timing_row(copy), gb_per_s=2 * COPY_BYTES / copy.median / 1e9)
     del source, target
     draw = Draw(device)
@@ -121,9 +124,11 @@ def model_work(model, batch: int, past: int) -> Work:
         if kind == "jet":
             jet = model.config.jet
             cache += 2 * floors.SINGLE * jet.num_heads * jet.head_dim * int(jet.head_dim * jet.expand_v)
-        else:
+        elif kind in ("attn", "swa"):
             seen = min(past, model.config.window_size) if kind == "swa" else past
             cache += 2 * floors.HALF * model.config.num_key_value_heads * model.config.head_dim * seen
+        else:
+            raise ValueError(f"no floor is known for a layer of kind {kind!r}")
     return Work(weights + batch * cache, 2 * batch * sum(p.numel() for p in model.parameters()))
 
 
@@ -195,8 +200,6 @@ def measure(
             continue
         rows.attempt(clock, lambda case=case: measure_case(case, device, ceilings, empty), **what)
         if device_is_lost():
-            rows.add(
-                **what,
-                failed="the device was lost here; what comes after it was not measured. --op chooses one op, for the others",
-            )
+            lost = "the device was lost here; what comes after it was not measured. --op chooses one op, for the others"
+            rows.add(**what, failed=lost)
             return

@@ -1,5 +1,6 @@
-"""Calls of the ops at a shape: arguments, floors, results. What is measured, compared, sanitised and counted is listed
-here.
+"""Calls of the ops at a shape: arguments, floors, results.
+
+What is measured, compared, sanitised and counted is listed here.
 """
 
 import warnings
@@ -187,15 +188,11 @@ def plain_results(op: str, args: tuple) -> dict[str, Tensor]:
 
 
 def served_by(op: str, args: tuple) -> str:
-    """Runs the call; "kernel", or why the plain path served it."""
-    from jetkernels.ops import _register
+    """Says "kernel", or why the plain path would serve the call; nothing is run."""
+    from jetkernels import backend_of
 
-    _register._announced.clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function(op)(*args)
-    said = (str(w.message).partition("runs as plain PyTorch: ")[2] for w in caught)
-    return next((f"plain PyTorch: {reason}" for reason in said if reason), "kernel")
+    backend = backend_of(op, *args)
+    return f"plain PyTorch: {backend.detail}" if backend.name == "plain" else "kernel"
 
 
 def rms_error(out: Tensor, ref: Tensor) -> float:

@@ -161,17 +161,17 @@ def plain_recurrent(function, inputs: Inputs, state: Tensor, a: Tensor, b: Tenso
 
 
 def generator_gemm(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The bare GEMM that generates the kernels [B, T, D*W]: what the convolution cannot be rid of."""
+    """The bare GEMM that generates the taps [B, T, D*W]: what the convolution cannot be rid of."""
     return F.linear(hidden, weight, bias)
 
 
 def unfused_dynamic_conv(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The convolution with materialised kernels, as the official code computes it: linear, unfold, sum, SiLU."""
+    """The convolution with stored taps, as the official code computes it: linear, unfold, sum, SiLU."""
     B, T, D = x.shape
     W = weight.shape[0] // D
-    kernels = F.linear(hidden, weight, bias).view(B, T, D, W)
+    taps = F.linear(hidden, weight, bias).view(B, T, D, W)
     windows = F.pad(x.transpose(1, 2), (W - 1, 0)).unfold(-1, W, 1)  # [B, D, T, W]
-    return F.silu((windows.transpose(1, 2) * kernels).sum(-1))
+    return F.silu((windows.transpose(1, 2) * taps).sum(-1))
 
 
 CHUNK = (

@@ -1,11 +1,9 @@
-"""Does the placement that a search finds beat a uniform one? Several seeds, each with its own base and super network;
-one table.
+"""Compares the placement that a search finds with a uniform one, over several seeds.
 
-    python -m benchmarks.postnas_seeds --output FOLDER [--seeds 3] [--full 1,2] [--base-steps 4000] [options of `search
-    placement`]
+    python -m benchmarks.postnas_seeds --output FOLDER [--seeds 3] [options of `jetkernels search placement`]
 
-Writes report.md: for every budget what each seed found, and found against uniform with the spread between seeds. A run
-that was killed goes on when it is called again.
+Each seed has a base and a super network of its own. Writes report.md: for every budget what each seed found, and found
+against uniform with the spread between seeds. A run that was killed goes on when it is called again.
 """
 
 from __future__ import annotations
@@ -22,14 +20,8 @@ from jetkernels.postnas import from_pretrained
 from jetkernels.postnas.base import weights_digest
 from jetkernels.postnas.report import markdown_table, provenance, write_text
 
-SHARED = (
-    "text",
-    "suffix",
-    "length",
-    "distances",
-    "task-share",
-    "device",
-)  # options that a base and its search have in common
+# Options that a base and its search have in common.
+SHARED = ("text", "suffix", "length", "distances", "task-share", "device")
 SUPER_NETWORK = "super_network.ckpt"  # in the output folder of `search placement`
 
 
@@ -95,17 +87,8 @@ def main() -> int:
         folder = arguments.output / f"seed{seed}"
         base = arguments.base or folder / "base"
         if arguments.base is None:
-            words = [
-                "--output",
-                str(base),
-                "--seed",
-                str(seed),
-                "--steps",
-                str(arguments.base_steps),
-                "--save-every",
-                "200",
-                *shared,
-            ]
+            words = ["--output", str(base), "--seed", str(seed), "--steps", str(arguments.base_steps)]
+            words += ["--save-every", "200", *shared]
             if jetkernels(["search", "base", *words]) != 0:
                 return 1
         for before, full in zip([None, *budgets], budgets):

@@ -1,6 +1,4 @@
-"""What every number carries: device, driver, torch, commit, command, date, and whether other processes took the
-processors.
-"""
+"""What every number carries: device, driver, torch, commit, command, date, and how busy the machine was."""
 
 import datetime
 import hashlib
@@ -68,9 +66,7 @@ def processors() -> dict[str, float]:
 
 
 def _waiting() -> dict[str, str]:
-    """What the environment says about how idle threads of OpenMP wait; a program of ours sets GOMP_SPINCOUNT
-    (jetkernels/_machine.py).
-    """
+    """What the environment says about how idle threads of OpenMP wait; jetkernels/_machine.py sets GOMP_SPINCOUNT."""
     names = ("OMP_WAIT_POLICY", machine.SPIN, "KMP_BLOCKTIME")
     return {name: os.environ[name] for name in names if name in os.environ}
 

@@ -54,9 +54,7 @@ def cell(value: object) -> str:
 
 
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
-    """A Markdown table of ``columns`` (key: title); columns without any value are left out, numbers stand to the
-    right.
-    """
+    """A Markdown table of ``columns`` (key: title), without those that have no value; numbers stand to the right."""
     used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
     if not rows or not used:
         return "(nothing)"

@@ -1,5 +1,4 @@
-"""Measure the ops: ``python -m benchmarks.run --device cpu`` or ``cuda``; ``--counters`` counts on the simulator and
-``--forecast`` predicts from the machine code instead.
+"""Measure the ops, count what their kernels do on the simulator, or predict their times from the machine code.
 
 Prints a table and writes ``benchmarks/results/<device>/<date>-<commit>.json`` with what is needed to repeat the run.
 """
@@ -47,7 +46,7 @@ def on_cuda(arguments: argparse.Namespace) -> tuple[dict, list[dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0].replace("``", ""))
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--op", default="", help="measure the ops whose name contains this")
     parser.add_argument("--shape", default="2b", choices=[s.name for s in SHAPES] + ["all"])

@@ -1,5 +1,6 @@
-"""Times. On a CPU: callables side by side, interleaved in one run, so that all see the same machine. On a GPU: device
-events.
+"""Times of calls.
+
+On a CPU: callables side by side, interleaved in one run, so that all see the same machine. On a GPU: device events.
 """
 
 import itertools
@@ -42,9 +43,7 @@ def side_by_side(functions: dict[str, Function], repeats: int, warmup: int = 2, 
 
 # On a GPU.
 
-GRAPH_BELOW = (
-    1e-3  # s: calls shorter than this are timed as a replayed graph, so that no launch from the host is in the number
-)
+GRAPH_BELOW = 1e-3  # s: shorter calls are timed as a replayed graph, so that no launch from the host is in the number
 LONGEST_GRAPH = 256  # calls in a graph
 CACHES = 3  # inputs are rotated until the calls between two uses of one touch this many times the L2
 

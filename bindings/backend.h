@@ -1,9 +1,12 @@
-// The one place that decides which backend serves an op.
+// The one place that decides which backend serves a call.
 #pragma once
 
 #include <optional>
 
 #include "csrc/common/plain_reason.h"
+
+// A function of the library for C and ctypes; everything else is hidden.
+#define JET_C_FUNCTION extern "C" __attribute__((visibility("default")))
 
 namespace jet::bindings {
 
@@ -15,21 +18,15 @@ constexpr bool kWithCuda = false;  // launchers are not linked: calls of them st
 
 constexpr int kHost = -1;  // the "device" of tensors that are not on one
 
-// Why the plain PyTorch path serves tensors on a CUDA device (or kHost); nothing if a kernel of this library does.
-// JETKERNELS_BACKEND=plain asks for the plain path everywhere. `has_kernel`: whether the op has a Hopper kernel at all.
-std::optional<PlainReason> plain_reason(int device, bool has_kernel);
+// Why the plain PyTorch path serves a call; nothing if code of this library does. JETKERNELS_BACKEND=plain asks for the
+// plain path everywhere. An op asks once per call, after its checks, before it writes anything and before its outputs
+// are made: jetkernels.backend_of (backend.cpp) hears the answer here, and then the call ends here, with an exception.
 
-// The same for one call; `takes`: whether the Hopper kernel takes its shapes and dtypes.
-inline std::optional<PlainReason> plain_reason_of_call(int device, bool takes) {
-  const auto reason = plain_reason(device, true);
-  if (reason || device == kHost || takes) return reason;
-  return PlainReason::shape;
-}
+// For an op with a Hopper kernel. `takes`: whether that kernel takes the call's shapes and dtypes; `host_takes`:
+// whether the CPU code does.
+std::optional<PlainReason> plain_reason_of_call(int device, bool takes, bool host_takes = true);
 
-// A static object of this type beside an op's registration says that the op has a Hopper kernel.
-struct HasHopperKernel {
-  explicit HasHopperKernel(const char* op);
-};
-bool has_hopper_kernel(const char* op);
+// For an op without a Hopper kernel, whose CPU code takes every call.
+std::optional<PlainReason> plain_reason_without_kernel(int device);
 
 }  // namespace jet::bindings

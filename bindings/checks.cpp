@@ -118,7 +118,8 @@ std::vector<int64_t> positive_place(const Tensor& g) {
 
 }  // namespace
 
-void Checks::written(std::initializer_list<Named> tensors, std::initializer_list<Named> others) const {
+void Checks::written(std::initializer_list<Named> tensors, std::span<const Named> inputs,
+                     std::initializer_list<Named> others) const {
   for (const Named* here = tensors.begin(); here != tensors.end(); ++here) {
     const Tensor& t = *here->tensor;
     if (t.numel() == 0) continue;
@@ -131,6 +132,7 @@ void Checks::written(std::initializer_list<Named> tensors, std::initializer_list
         fail(here->name, " is written in place and must not share memory with ", other.name);
     };
     for (const Named* next = here + 1; next != tensors.end(); ++next) apart(*next);
+    for (const Named& input : inputs) apart(input);
     for (const Named& other : others) apart(other);
   }
 }
@@ -146,8 +148,7 @@ void Checks::decay(const char* name, const Tensor& g) const {
   fail(name, " must be <= 0 (the logarithm of a decay), got ", *value, " at ", list_text(place));
 }
 
-std::vector<int64_t> Checks::sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name,
-                                       const Tensor& like) {
+std::vector<int64_t> Checks::sequences(const OptionalTensor& cu_seqlens, const char* like_name, const Tensor& like) {
   const int64_t B = size("B"), T = size("T");
   if (!cu_seqlens) {
     bind("N", B, "as B", "");
@@ -170,7 +171,7 @@ std::vector<int64_t> Checks::sequences(const std::optional<Tensor>& cu_seqlens, 
   return offsets;
 }
 
-std::vector<int64_t> Checks::state_rows(const std::optional<Tensor>& state_indices, const char* like_name,
+std::vector<int64_t> Checks::state_rows(const OptionalTensor& state_indices, const char* like_name,
                                         const Tensor& like) {
   const int64_t N = size("N"), P = size("P");
   if (!state_indices) {

@@ -6,13 +6,13 @@
 #include <cstring>
 #include <initializer_list>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "bindings/tensors.h"
-#include "csrc/common/dtype.h"
+#include "bindings/torch_tensors.h"
 
 namespace jet::bindings {
 
@@ -39,19 +39,6 @@ inline ScalarType scalar_type(const Tensor& t) {
   } catch (const std::exception&) {
     return ScalarType::Undefined;
   }
-}
-
-inline Dtype kernel_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: return Dtype::f32;
-  }
-}
-
-inline IndexType index_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Int ? IndexType::i32 : IndexType::i64;
 }
 
 inline std::string device_name(const torch::stable::Device& device) {
@@ -141,26 +128,29 @@ class Checks {
   }
 
   // For `tensors`, which are written in place: no two of their elements share memory, and none shares memory with
-  // `others`.
+  // `inputs` or `others`.
   struct Named {
     Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
-    Named(const char* name, const std::optional<Tensor>& t) : name(name), tensor(t ? &*t : nullptr) {}
+    Named(const char* name, const OptionalTensor& t) : name(name), tensor(t ? &*t : nullptr) {}
     const char* name;
     const Tensor* tensor;  // nothing: it was not given
   };
-  void written(std::initializer_list<Named> tensors, std::initializer_list<Named> others) const;
+  void written(std::initializer_list<Named> tensors, std::initializer_list<Named> others) const {
+    written(tensors, {}, others);
+  }
+  void written(std::initializer_list<Named> tensors, std::span<const Named> inputs,
+               std::initializer_list<Named> others) const;
 
   // Checks that no g is above 0, where the host may read it. NaN is for the arithmetic to spread.
   void decay(const char* name, const Tensor& g) const;
 
   // Checks cu_seqlens [N+1] against B = 1 and T, binds N, and returns the offsets where they may be read on the host
   // (on a CPU always, on CUDA under JETKERNELS_CHECK=1; empty otherwise). Without cu_seqlens N is B.
-  std::vector<int64_t> sequences(const std::optional<Tensor>& cu_seqlens, const char* like_name, const Tensor& like);
+  std::vector<int64_t> sequences(const OptionalTensor& cu_seqlens, const char* like_name, const Tensor& like);
 
   // Checks state_indices [N] against P rows. Values are read where the host may read them: each must be below P,
   // and no row may be named twice. Returns them (negative: no row); empty when they may not be read or are absent.
-  std::vector<int64_t> state_rows(const std::optional<Tensor>& state_indices, const char* like_name,
-                                  const Tensor& like);
+  std::vector<int64_t> state_rows(const OptionalTensor& state_indices, const char* like_name, const Tensor& like);
 
   // Checks `t` [N] of int32 or int64, and that each value is in 0..`most` (a bound symbol) where the host may read it.
   // Returns the values, or nothing.

@@ -6,44 +6,39 @@
 
 #include "bindings/backend.h"
 #include "bindings/gated_delta_rule_inputs.h"
-#include "bindings/launch.h"
-#include "bindings/parallel.h"
+#include "bindings/launch_scope.h"
 #include "bindings/registration.h"
+#include "bindings/torch_parallel.h"
 #include "csrc/gated_delta_rule/chunk/kernel_takes.h"
 
 namespace jet::bindings {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
+struct ChunkArguments {
+  Tokens tokens;
+  OptionalTensor initial_state, cu_seqlens;
+  Scaling scaling;
+
+  auto tie() const { return std::tuple_cat(tokens.tie(), std::tie(initial_state, cu_seqlens), scaling.tie()); }
+};
 
 // Returns the offsets of the sequences where the host may read them.
-std::vector<int64_t> check(Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                           const Tensor& beta, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
-  check_tokens(checks, "B", q, k, v, g, beta);
-  std::vector<int64_t> offsets = checks.sequences(cu_seqlens, "q", q);
-  check_state(checks, "initial_state", initial_state, q);
+std::vector<int64_t> check(Checks& checks, const ChunkArguments& x) {
+  check_tokens(checks, "B", x.tokens);
+  std::vector<int64_t> offsets = checks.sequences(x.cu_seqlens, "q", x.tokens.q);
+  check_state(checks, "initial_state", x.initial_state, x.tokens.q);
   return offsets;
 }
 
-// All but the outputs. g and beta are in real_dtype(q).
-ChunkGatedDeltaRuleParams params(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v,
-                                 const Tensor& g, const Tensor& beta, const OptionalTensor& initial_state,
-                                 const std::vector<int64_t>& offsets, double scale, bool l2norm_qk) {
-  ChunkGatedDeltaRuleParams p{};
-  p.dtype = kernel_dtype(q);
-  p.B = checks.size("B"), p.T = checks.size("T"), p.N = checks.size("N");
-  p.H = checks.size("H"), p.Hk = checks.size("Hk"), p.K = checks.size("K"), p.V = checks.size("V");
-  p.scale = scale, p.l2norm_qk = l2norm_qk;
-  p.q = q.const_data_ptr(), p.q_strides = token_strides(q);
-  p.k = k.const_data_ptr(), p.k_strides = token_strides(k);
-  p.v = v.const_data_ptr(), p.v_strides = token_strides(v);
-  p.g = g.const_data_ptr(), p.g_strides = token_strides(g);
-  p.beta = beta.const_data_ptr(), p.beta_strides = token_strides(beta);
-  if (initial_state)
-    p.initial_state = initial_state->const_data_ptr(), p.initial_state_strides = state_strides(*initial_state);
-  p.cu_seqlens = offsets.empty() ? nullptr : offsets.data();
-  return p;
+// All but the outputs. On a CPU cu_seqlens are the values that the checks have read.
+ChunkGatedDeltaRuleParams params(const Checks& checks, const ChunkArguments& x, const IndexVector& cu_seqlens) {
+  return {.in = inputs(x.tokens, x.scaling),
+          .N = checks.size("N"),
+          .initial_state = state_tensor(x.initial_state),
+          .cu_seqlens = cu_seqlens,
+          .o = nullptr,
+          .final_state = nullptr};
 }
 
 Tensor new_state(const Checks& checks, const Tensor& q) {
@@ -52,86 +47,73 @@ Tensor new_state(const Checks& checks, const Tensor& q) {
 
 // `t` itself where the kernels can read it, else a contiguous copy.
 Tensor readable(const Tensor& t) {
-  if (chunk_kernel_reads(t.const_data_ptr(), token_strides(t), t.size(0), t.size(1), t.size(2))) return t;
+  if (chunk_kernel_reads(token_tensor(t), t.size(0), t.size(1), t.size(2))) return t;
   Tensor copy = allocate(t, t.sizes());
   return torch::stable::copy_(copy, t);
 }
 
-// On the device; `p` holds sizes and outputs.
-void launch(ChunkGatedDeltaRuleParams p, const Tensor& q, const Tensor& k, const Tensor& v,
-            const OptionalTensor& cu_seqlens) {
-  const Tensor readable_q = readable(q), readable_k = readable(k), readable_v = readable(v);
-  p.q = readable_q.const_data_ptr(), p.q_strides = token_strides(readable_q);
-  p.k = readable_k.const_data_ptr(), p.k_strides = token_strides(readable_k);
-  p.v = readable_v.const_data_ptr(), p.v_strides = token_strides(readable_v);
-  std::optional<Tensor> offsets;
-  if (cu_seqlens) offsets = dense(*cu_seqlens);
+// On the device; `p` holds sizes, gates and outputs.
+void launch(ChunkGatedDeltaRuleParams p, const ChunkArguments& x) {
+  const Tensor q = readable(x.tokens.q), k = readable(x.tokens.k), v = readable(x.tokens.v);
+  const OptionalTensor cu_seqlens = dense(x.cu_seqlens);
+  p.in.q = token_tensor(q), p.in.k = token_tensor(k), p.in.v = token_tensor(v);
+  p.cu_seqlens = index_vector(cu_seqlens);
   if constexpr (kWithCuda) {
     const LaunchScope scope(q);
-    const Tensor workspace = allocate(q, {chunk_gated_delta_rule_workspace(p, offsets.has_value())}, ScalarType::Byte);
-    ChunkGatedDeltaRuleLaunch call{p, {nullptr, IndexType::i64}, workspace.mutable_data_ptr()};
-    if (offsets) call.cu_seqlens = {offsets->const_data_ptr(), index_type(*offsets)};
-    chunk_gated_delta_rule_hopper(call, scope.stream());
+    const Tensor workspace = allocate(q, {chunk_gated_delta_rule_workspace(p)}, ScalarType::Byte);
+    chunk_gated_delta_rule_hopper(p, workspace.mutable_data_ptr(), scope.stream());
   }
 }
 
-std::tuple<Tensor, Tensor> chunk_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta,
-                                                  OptionalTensor initial_state, OptionalTensor cu_seqlens, double scale,
-                                                  bool l2norm_qk) {
+std::tuple<Tensor, Tensor> chunk_gated_delta_rule(ChunkArguments x) {
   Checks checks("chunk_gated_delta_rule");
-  const std::vector<int64_t> offsets = check(checks, q, k, v, g, beta, initial_state, cu_seqlens);
-  ChunkGatedDeltaRuleParams p = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
+  const std::vector<int64_t> offsets = check(checks, x);
+  ChunkGatedDeltaRuleParams p = params(checks, x, index_vector(offsets));
+  const Tensor &q = x.tokens.q, &v = x.tokens.v;
   const int device = launch_device(q);
   if (const auto reason = plain_reason_of_call(device, chunk_kernel_takes(p)))
-    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, q, k, v, g, beta,
-                                                  initial_state, cu_seqlens, scale, l2norm_qk);
-  g = in_dtype(g, real_dtype(q)), beta = in_dtype(beta, real_dtype(q));
-  p.g = g.const_data_ptr(), p.g_strides = token_strides(g);
-  p.beta = beta.const_data_ptr(), p.beta_strides = token_strides(beta);
+    return call_plain<std::tuple<Tensor, Tensor>>("jet_plain::chunk_gated_delta_rule", *reason, x);
+  make_gates_real(x.tokens, p.in);
   const Tensor o = allocate(v, v.sizes()), final_state = new_state(checks, q);
   p.o = o.mutable_data_ptr();
   p.final_state = final_state.mutable_data_ptr();
-  if (device != kHost) {
-    launch(p, q, k, v, cu_seqlens);
-    return {o, final_state};
-  }
-  chunk_gated_delta_rule_cpu(p, torch_parallel());
+  if (device != kHost)
+    launch(p, x);
+  else
+    chunk_gated_delta_rule_cpu(p, torch_parallel());
   return {o, final_state};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_final_state, Tensor q, Tensor k, Tensor v,
-                                          Tensor g, Tensor beta, OptionalTensor initial_state,
-                                          OptionalTensor cu_seqlens, double scale, bool l2norm_qk) {
+Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_final_state, ChunkArguments x) {
   Checks checks("chunk_gated_delta_rule_backward");
-  const std::vector<int64_t> offsets = check(checks, q, k, v, g, beta, initial_state, cu_seqlens);
+  const std::vector<int64_t> offsets = check(checks, x);
+  const Tokens& tokens = x.tokens;
   checks.shape("grad_o", grad_o, {"B", "T", "H", "V"});
-  checks.dtype_like("grad_o", grad_o, "q", q);
-  checks.device("grad_o", grad_o, "q", q);
-  check_state(checks, "grad_final_state", grad_final_state, q);
-  if (const auto reason = plain_reason(launch_device(q), false))
-    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o, grad_final_state, q, k,
-                                 v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk);
-  const ScalarType g_dtype = g.scalar_type(), beta_dtype = beta.scalar_type();
-  g = in_dtype(g, real_dtype(q)), beta = in_dtype(beta, real_dtype(q));
+  checks.dtype_like("grad_o", grad_o, "q", tokens.q);
+  checks.device("grad_o", grad_o, "q", tokens.q);
+  check_state(checks, "grad_final_state", grad_final_state, tokens.q);
+  if (const auto reason = plain_reason_without_kernel(launch_device(tokens.q)))
+    return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o, grad_final_state, x);
+  const ScalarType g_dtype = tokens.g.scalar_type(), beta_dtype = tokens.beta.scalar_type();
+  ChunkGatedDeltaRuleParams forward = params(checks, x, index_vector(offsets));
+  make_gates_real(x.tokens, forward.in);
   const auto like = [](const Tensor& t) { return allocate(t, t.sizes()); };
-  const Tensor dq = like(q), dk = like(k), dv = like(v), dg = like(g), dbeta = like(beta);
-  const Tensor dinitial_state = new_state(checks, q);
-  ChunkGatedDeltaRuleBackwardParams p{};
-  p.forward = params(checks, q, k, v, g, beta, initial_state, offsets, scale, l2norm_qk);
-  p.grad_o = grad_o.const_data_ptr(), p.grad_o_strides = token_strides(grad_o);
-  if (grad_final_state)
-    p.grad_final_state = grad_final_state->const_data_ptr(),
-    p.grad_final_state_strides = state_strides(*grad_final_state);
-  p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
-  p.dg = dg.mutable_data_ptr(), p.dbeta = dbeta.mutable_data_ptr(),
-  p.dinitial_state = dinitial_state.mutable_data_ptr();
+  const Tensor dq = like(tokens.q), dk = like(tokens.k), dv = like(tokens.v);
+  const Tensor dg = like(tokens.g), dbeta = like(tokens.beta), dinitial_state = new_state(checks, tokens.q);
+  const ChunkGatedDeltaRuleBackwardParams p{.forward = forward,
+                                            .grad_o = token_tensor(grad_o),
+                                            .grad_final_state = state_tensor(grad_final_state),
+                                            .dq = dq.mutable_data_ptr(),
+                                            .dk = dk.mutable_data_ptr(),
+                                            .dv = dv.mutable_data_ptr(),
+                                            .dg = dg.mutable_data_ptr(),
+                                            .dbeta = dbeta.mutable_data_ptr(),
+                                            .dinitial_state = dinitial_state.mutable_data_ptr()};
   chunk_gated_delta_rule_backward_cpu(p, torch_parallel());
   return {dq, dk, dv, in_dtype(dg, g_dtype), in_dtype(dbeta, beta_dtype), dinitial_state};
 }
-
-const HasHopperKernel has_kernel("chunk_gated_delta_rule");
 
 }  // namespace
 

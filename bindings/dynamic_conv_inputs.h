@@ -1,17 +1,31 @@
-// What the bindings of the dynamic convolution's ops check and fill in alike.
+// The arguments of the dynamic convolution's ops, and what their bindings check and fill in alike.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "bindings/checks.h"
 #include "csrc/dynamic_conv/inputs.h"
 
 namespace jet::bindings {
 
-using OptionalTensor = std::optional<Tensor>;
+// The last layer of the kernel generator, which makes the taps.
+struct GeneratorTensors {
+  Tensor hidden, weight;
+  OptionalTensor bias;
+  auto tie() const { return std::tie(hidden, weight, bias); }
+};
+
+// What a backward is given of the outputs' gradients.
+struct ConvGradientTensors {
+  Tensor grad_y;
+  OptionalTensor grad_conv_state_out;
+  auto tie() const { return std::tie(grad_y, grad_conv_state_out); }
+};
 
 inline void check_like(const Checks& checks, const char* name, const Tensor& t, const char* like_name,
                        const Tensor& like) {
@@ -23,26 +37,23 @@ inline void check_channels(const Checks& checks, const Tensor& x) {
   if (checks.size("D") < 1) checks.fail("x dimension ", x.dim() - 1, " (D) must be at least 1, got 0");
 }
 
-// Binds W from `rows` = D * W rows of the generator.
-inline void bind_taps(Checks& checks, const char* name, int64_t rows) {
-  const int64_t D = checks.size("D");
-  if (rows % D != 0 || rows / D < 2 || rows / D > kMaxTaps)
-    checks.fail(name, " dimension 0 must be D*W with D = ", D, " (as in x) and W in 2..", kMaxTaps, ", got ", rows);
-  checks.bind("W", rows / D, "from ", name);
-  checks.bind("W-1", rows / D - 1, "from ", name);
-}
+inline bool is_number_of_taps(int64_t W) { return W >= kMinTaps && W <= kMaxTaps; }
 
-// weight [D*W, R], bias [D*W]
-inline void check_generator(Checks& checks, const Tensor& x, const Tensor& hidden, const Tensor& weight,
-                            const OptionalTensor& bias) {
-  check_like(checks, "hidden", hidden, "x", x);
-  checks.shape("weight", weight, {"D*W", "R"});
-  check_like(checks, "weight", weight, "x", x);
+// weight [D*W, R], bias [D*W]; hidden's shape has been checked. Binds W.
+inline void check_generator(Checks& checks, const Tensor& x, const GeneratorTensors& g) {
+  check_like(checks, "hidden", g.hidden, "x", x);
+  checks.shape("weight", g.weight, {"D*W", "R"});
+  check_like(checks, "weight", g.weight, "x", x);
   check_channels(checks, x);
-  bind_taps(checks, "weight", weight.size(0));
-  if (!bias) return;
-  checks.shape("bias", *bias, {"D*W"});
-  check_like(checks, "bias", *bias, "x", x);
+  const int64_t D = checks.size("D"), rows = checks.size("D*W");
+  if (rows % D != 0 || !is_number_of_taps(rows / D))
+    checks.fail("weight dimension 0 must be D*W with D = ", D, " (as in x) and W in ", kMinTaps, "..", kMaxTaps,
+                ", got ", rows);
+  checks.bind("W", rows / D, "from ", "weight");
+  checks.bind("W-1", rows / D - 1, "from ", "weight");
+  if (!g.bias) return;
+  checks.shape("bias", *g.bias, {"D*W"});
+  check_like(checks, "bias", *g.bias, "x", x);
 }
 
 // cu_seqlens [N+1] and conv_state, or any tensor of its shape; returns the offsets where the host may read them.
@@ -56,51 +67,42 @@ inline std::vector<int64_t> check_sequences(Checks& checks, const Tensor& x, con
   return offsets;
 }
 
-inline void check_gradients(Checks& checks, const Tensor& x, const Tensor& grad_y,
-                            const OptionalTensor& grad_conv_state_out) {
-  checks.shape("grad_y", grad_y, {"B", "T", "D"});
-  check_like(checks, "grad_y", grad_y, "x", x);
-  if (!grad_conv_state_out) return;
-  checks.shape("grad_conv_state_out", *grad_conv_state_out, {"N", "D", "W-1"});
-  check_like(checks, "grad_conv_state_out", *grad_conv_state_out, "x", x);
+inline void check_gradients(Checks& checks, const Tensor& x, const ConvGradientTensors& g) {
+  checks.shape("grad_y", g.grad_y, {"B", "T", "D"});
+  check_like(checks, "grad_y", g.grad_y, "x", x);
+  if (!g.grad_conv_state_out) return;
+  checks.shape("grad_conv_state_out", *g.grad_conv_state_out, {"N", "D", "W-1"});
+  check_like(checks, "grad_conv_state_out", *g.grad_conv_state_out, "x", x);
 }
 
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
-
-template <std::size_t rank>
-void set_strides(const Tensor& t, int64_t (&stride)[rank]) {
-  for (std::size_t i = 0; i < rank; ++i) stride[i] = t.stride(static_cast<int64_t>(i));
-}
 
 inline Tensor new_conv_state(const Checks& checks, const Tensor& x) {
   return allocate(x, {checks.size("N"), checks.size("D"), checks.size("W-1")});
 }
 
-// For a launch: cu_seqlens, contiguous, stays where it is. The pointers stay valid as long as x, conv_state
-// (contiguous) and cu_seqlens do.
-inline ConvInputs device_conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
-                                     const OptionalTensor& cu_seqlens) {
-  ConvInputs in{};
-  in.dtype = kernel_dtype(x);
-  in.B = checks.size("B"), in.T = checks.size("T"), in.D = checks.size("D"), in.W = checks.size("W"),
-  in.N = checks.size("N");
-  in.x = x.const_data_ptr();
-  set_strides(x, in.x_stride);
-  in.conv_state = data(conv_state);
-  in.cu_seqlens = data(cu_seqlens);
-  if (cu_seqlens) in.cu_seqlens_dtype = index_type(*cu_seqlens);
-  return in;
-}
-
-// For a call on the host: `offsets` are what check_sequences returned.
+// For the kernels and the CPU code. What is made here points into the tensors.
 inline ConvInputs conv_inputs(const Checks& checks, const Tensor& x, const OptionalTensor& conv_state,
-                              const std::vector<int64_t>& offsets) {
-  ConvInputs in = device_conv_inputs(checks, x, conv_state, std::nullopt);
-  if (!offsets.empty()) in.cu_seqlens = offsets.data(), in.cu_seqlens_dtype = IndexType::i64;
-  return in;
+                              const IndexVector& cu_seqlens, bool silu) {
+  return {.B = checks.size("B"),
+          .T = checks.size("T"),
+          .D = checks.size("D"),
+          .W = checks.size("W"),
+          .N = checks.size("N"),
+          .silu = silu,
+          .x = token_tensor(x),
+          .conv_state = data(conv_state),
+          .cu_seqlens = cu_seqlens};
 }
 
-// What a kernel reads 16 bytes at a time: `t` if it is contiguous and aligned, else a copy.
+inline TapGenerator tap_generator(const GeneratorTensors& g) {
+  return {.R = g.weight.size(1),
+          .hidden = token_tensor(g.hidden),
+          .weight = g.weight.const_data_ptr(),
+          .bias = data(g.bias)};
+}
+
+// What a Hopper kernel reads 16 bytes at a time: `t` if it is contiguous and aligned, else a copy.
 inline Tensor aligned(const Tensor& t) {
   const bool is = t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   return is ? t : torch::stable::clone(dense(t));
@@ -115,6 +117,14 @@ inline Tensor as_rows(const Tensor& t) {
                     reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   const bool flat = t.dim() == 2 || t.size(0) == 1 || t.stride(0) == t.size(1) * t.stride(1);
   return rows && flat ? t : aligned(t);
+}
+
+// What the CPU code reads, and what a Hopper kernel reads.
+inline GeneratorTensors dense(const GeneratorTensors& g) {
+  return {.hidden = g.hidden, .weight = dense(g.weight), .bias = dense(g.bias)};
+}
+inline GeneratorTensors as_rows(const GeneratorTensors& g) {
+  return {.hidden = as_rows(g.hidden), .weight = aligned(g.weight), .bias = dense(g.bias)};
 }
 
 }  // namespace jet::bindings

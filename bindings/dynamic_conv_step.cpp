@@ -1,67 +1,72 @@
 // jet::dynamic_conv_step: checks, allocation, dispatch. conv_state is written only after every check has passed.
-#include "csrc/dynamic_conv/kernel_takes.h"
+#include "csrc/dynamic_conv/step/dynamic_conv_step.h"
 
 #include "bindings/backend.h"
 #include "bindings/dynamic_conv_inputs.h"
-#include "bindings/launch.h"
-#include "bindings/parallel.h"
+#include "bindings/launch_scope.h"
 #include "bindings/registration.h"
+#include "bindings/torch_parallel.h"
+#include "csrc/dynamic_conv/kernel_takes.h"
 
 namespace jet::bindings {
 namespace {
 
-Tensor dynamic_conv_step(Tensor x, Tensor hidden, Tensor weight, OptionalTensor bias, Tensor conv_state,
-                         OptionalTensor state_indices, bool silu) {
-  Checks checks("dynamic_conv_step");
-  checks.shape("x", x, {"N", "D"});
-  checks.floating("x", x);
-  checks.shape("hidden", hidden, {"N", "R"});
-  check_generator(checks, x, hidden, weight, bias);
-  checks.shape("conv_state", conv_state, {"P", "D", "W-1"});
-  check_like(checks, "conv_state", conv_state, "x", x);
-  const std::vector<int64_t> rows = checks.state_rows(state_indices, "x", x);
-  checks.written({{"conv_state", conv_state}},
-                 {{"x", x}, {"hidden", hidden}, {"weight", weight}, {"bias", bias}, {"state_indices", state_indices}});
-  const auto params = [&] {
-    DynamicConvStepParams p{};
-    p.dtype = kernel_dtype(x);
-    p.N = checks.size("N"), p.D = checks.size("D"), p.R = checks.size("R"), p.W = checks.size("W"),
-    p.P = checks.size("P");
-    p.silu = silu;
-    p.x = x.const_data_ptr();
-    set_strides(x, p.x_stride);
-    p.hidden = hidden.const_data_ptr();
-    set_strides(hidden, p.hidden_stride);
-    p.weight = weight.const_data_ptr();
-    p.bias = data(bias);
-    p.conv_state = const_cast<void*>(conv_state.const_data_ptr());
-    set_strides(conv_state, p.state_stride);
-    p.state_rows = data(state_indices);
-    if (state_indices) p.state_rows_dtype = index_type(*state_indices);
-    return p;
-  };
-  const int device = launch_device(x);
-  if (const auto reason = plain_reason_of_call(device, dynamic_conv_kernel_takes(params())))
-    return call_plain<Tensor>("jet_plain::dynamic_conv_step", *reason, x, hidden, weight, bias, conv_state,
-                              state_indices, silu);
-  Tensor y = allocate(x, {checks.size("N"), checks.size("D")});
-  bias = dense(bias);
-  if (device != kHost) {
-    x = as_rows(x), hidden = as_rows(hidden), weight = aligned(weight), state_indices = dense(state_indices);
-    DynamicConvStepParams p = params();
-    p.y = y.mutable_data_ptr();
-    if constexpr (kWithCuda) dynamic_conv_step_hopper(p, LaunchScope(x).stream());
-    return y;
-  }
-  weight = dense(weight);
-  DynamicConvStepParams p = params();
-  if (state_indices) p.state_rows = rows.data(), p.state_rows_dtype = IndexType::i64;
-  p.y = y.mutable_data_ptr();
-  dynamic_conv_step_cpu(p, torch_parallel());
-  return y;
+struct StepTensors {
+  Tensor x;
+  GeneratorTensors generator;
+  Tensor conv_state;  // the pool
+  OptionalTensor state_indices;
+  bool silu;
+  auto tie() const { return std::tuple_cat(std::tie(x), generator.tie(), std::tie(conv_state, state_indices, silu)); }
+};
+
+std::vector<int64_t> check(Checks& checks, const StepTensors& t) {
+  checks.shape("x", t.x, {"N", "D"});
+  checks.floating("x", t.x);
+  checks.shape("hidden", t.generator.hidden, {"N", "R"});
+  check_generator(checks, t.x, t.generator);
+  checks.shape("conv_state", t.conv_state, {"P", "D", "W-1"});
+  check_like(checks, "conv_state", t.conv_state, "x", t.x);
+  std::vector<int64_t> rows = checks.state_rows(t.state_indices, "x", t.x);
+  checks.written({{"conv_state", t.conv_state}}, {{"x", t.x},
+                                                  {"hidden", t.generator.hidden},
+                                                  {"weight", t.generator.weight},
+                                                  {"bias", t.generator.bias},
+                                                  {"state_indices", t.state_indices}});
+  checks.bind("B", checks.size("N"), "as N", "");
+  checks.bind("T", 1, "as of a step", "");
+  return rows;
 }
 
-const HasHopperKernel has_kernel("dynamic_conv_step");
+DynamicConvStepParams params(const Checks& checks, const StepTensors& t, const IndexVector& rows) {
+  const Tensor& state = t.conv_state;
+  return {.in = conv_inputs(checks, t.x, std::nullopt, {}, t.silu),
+          .generator = tap_generator(t.generator),
+          .pool = pool(state, ConvStateStrides{state.stride(0), state.stride(1), state.stride(2)}, rows),
+          .y = nullptr};
+}
+
+Tensor dynamic_conv_step(StepTensors t) {
+  Checks checks("dynamic_conv_step");
+  const std::vector<int64_t> rows = check(checks, t);
+  DynamicConvStepParams p = params(checks, t, index_vector(t.state_indices));
+  const int device = launch_device(t.x);
+  if (const auto reason = plain_reason_of_call(device, dynamic_conv_step_kernel_takes(p.in, p.generator, p.pool)))
+    return call_plain<Tensor>("jet_plain::dynamic_conv_step", *reason, t);
+  Tensor y = allocate(t.x, {checks.size("N"), checks.size("D")});
+  if (device == kHost) {
+    t.generator = dense(t.generator);
+    p = params(checks, t, index_vector(rows));
+    p.y = y.mutable_data_ptr();
+    dynamic_conv_step_cpu(p, torch_parallel());
+  } else if constexpr (kWithCuda) {
+    t.x = as_rows(t.x), t.generator = as_rows(t.generator), t.state_indices = dense(t.state_indices);
+    p = params(checks, t, index_vector(t.state_indices));
+    p.y = y.mutable_data_ptr();
+    dynamic_conv_step_hopper(p, LaunchScope(t.x).stream());
+  }
+  return y;
+}
 
 }  // namespace
 }  // namespace jet::bindings

@@ -4,49 +4,47 @@
 #include <vector>
 
 #include "bindings/backend.h"
-#include "bindings/launch.h"
-#include "bindings/parallel.h"
+#include "bindings/launch_scope.h"
 #include "bindings/recurrent_inputs.h"
 #include "bindings/registration.h"
+#include "bindings/torch_parallel.h"
 
 namespace jet::bindings {
 
 namespace {
 
-Tensor recurrent_gated_delta_rule_verify(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
-                                         std::optional<Tensor> state_indices, Tensor keys, Tensor updates, double scale,
-                                         bool l2norm_qk) {
+Tensor recurrent_gated_delta_rule_verify(Tokens x, PoolArguments pool, Drafts drafts, Scaling scaling) {
   Checks checks("recurrent_gated_delta_rule_verify");
-  check_tokens(checks, "N", q, k, v, g, beta);
-  const std::vector<int64_t> rows = check_pool(checks, state, state_indices, "q", q);
-  check_drafts(checks, keys, updates, {real_dtype(q)});
-  checks.device("keys", keys, "q", q);
-  checks.device("updates", updates, "q", q);
-  checks.written(
-      {{"keys", keys}, {"updates", updates}},
-      {{"q", q}, {"k", k}, {"v", v}, {"g", g}, {"beta", beta}, {"state", state}, {"state_indices", state_indices}});
-  state_indices = dense(state_indices);
-  RecurrentGatedDeltaRuleVerifyParams p{recurrent_params(checks, q, k, v, g, beta, scale, l2norm_qk), nullptr, nullptr};
-  p.forward.pool = device_pool(state, state_indices);
-  const int device = launch_device(q);
+  check_tokens(checks, "N", x);
+  const std::vector<int64_t> rows = check_pool(checks, pool, "q", x.q);
+  check_drafts(checks, drafts, {real_dtype(x.q)});
+  checks.device("keys", drafts.keys, "q", x.q);
+  checks.device("updates", drafts.updates, "q", x.q);
+  checks.written({{"keys", drafts.keys}, {"updates", drafts.updates}}, x.named(),
+                 {{"state", pool.state}, {"state_indices", pool.state_indices}});
+  pool.state_indices = dense(pool.state_indices);
+  RecurrentGatedDeltaRuleVerifyParams p{.forward = {.in = inputs(x, scaling),
+                                                    .pool = state_pool(pool.state, index_vector(pool.state_indices)),
+                                                    .o = nullptr},
+                                        .keys = nullptr,
+                                        .updates = nullptr};
+  const int device = launch_device(x.q);
   // the kernels go by value heads; without any, k still goes to `keys`
-  const bool only_keys = checks.size("H") == 0 && keys.numel() != 0;
-  if (const auto reason = only_keys ? PlainReason::shape : plain_reason_of_call(device, recurrent_kernel_takes(p)))
-    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule_verify", *reason, q, k, v, g, beta, state,
-                              state_indices, keys, updates, scale, l2norm_qk);
-  const Tensor o = allocate(v, v.sizes());
-  p.forward.o = o.mutable_data_ptr(), p.keys = keys.mutable_data_ptr(), p.updates = updates.mutable_data_ptr();
+  const bool only_keys = checks.size("H") == 0 && drafts.keys.numel() != 0;
+  if (const auto reason = plain_reason_of_call(device, !only_keys && recurrent_kernel_takes(p), !only_keys))
+    return call_plain<Tensor>("jet_plain::recurrent_gated_delta_rule_verify", *reason, x, pool, drafts, scaling);
+  const Tensor o = allocate(x.v, x.v.sizes());
+  p.forward.o = o.mutable_data_ptr();
+  p.keys = drafts.keys.mutable_data_ptr(), p.updates = drafts.updates.mutable_data_ptr();
   if (device != kHost) {
-    if constexpr (kWithCuda) recurrent_gated_delta_rule_verify_hopper(p, LaunchScope(q).stream());
+    if constexpr (kWithCuda) recurrent_gated_delta_rule_verify_hopper(p, LaunchScope(x.q).stream());
     return o;
   }
-  const RealGates gates(p.forward, q, g, beta);
-  p.forward.pool = host_pool(state, state_indices, rows);
+  make_gates_real(x, p.forward.in);
+  p.forward.pool.rows = index_vector(rows);
   recurrent_gated_delta_rule_verify_cpu(p, torch_parallel());
   return o;
 }
-
-const HasHopperKernel has_kernel("recurrent_gated_delta_rule_verify");
 
 }  // namespace
 

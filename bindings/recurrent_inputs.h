@@ -1,52 +1,53 @@
-// What the bindings of the recurrent gated delta rule, of its verify and of its commit check and fill in alike.
+// What the bindings of the recurrent gated delta rule, of its verify and of its commit take, check and fill in alike.
 #pragma once
 
 #include <initializer_list>
+#include <tuple>
+#include <vector>
 
 #include "bindings/gated_delta_rule_inputs.h"
 #include "csrc/gated_delta_rule/recurrent/kernel_takes.h"
 
 namespace jet::bindings {
 
-// keys [N,T,Hk,K] and updates [N,T,H,V], which verify writes and commit reads.
-inline void check_drafts(Checks& checks, const Tensor& keys, const Tensor& updates,
-                         std::initializer_list<ScalarType> allowed) {
-  checks.shape("keys", keys, {"N", "T", "Hk", "K"});
-  checks.shape("updates", updates, {"N", "T", "H", "V"});
-  checks.dtype("keys", keys, allowed);
-  checks.dtype_like("updates", updates, "keys", keys);
-  checks.contiguous("keys", keys);
-  checks.contiguous("updates", updates);
-}
+// A pool of states and the row of each sequence.
+struct PoolArguments {
+  Tensor state;
+  OptionalTensor state_indices;
 
-// All but the pool and the outputs.
-inline RecurrentGatedDeltaRuleParams recurrent_params(const Checks& checks, const Tensor& q, const Tensor& k,
-                                                      const Tensor& v, const Tensor& g, const Tensor& beta,
-                                                      double scale, bool l2norm_qk) {
-  RecurrentGatedDeltaRuleParams p{};
-  p.dtype = kernel_dtype(q), p.g_dtype = kernel_dtype(g), p.beta_dtype = kernel_dtype(beta);
-  p.N = checks.size("N"), p.T = checks.size("T");
-  p.H = checks.size("H"), p.Hk = checks.size("Hk"), p.K = checks.size("K"), p.V = checks.size("V");
-  p.scale = scale, p.l2norm_qk = l2norm_qk;
-  p.q = q.const_data_ptr(), p.q_strides = token_strides(q);
-  p.k = k.const_data_ptr(), p.k_strides = token_strides(k);
-  p.v = v.const_data_ptr(), p.v_strides = token_strides(v);
-  p.g = g.const_data_ptr(), p.g_strides = token_strides(g);
-  p.beta = beta.const_data_ptr(), p.beta_strides = token_strides(beta);
-  return p;
-}
-
-// On a CPU: g and beta in the arithmetic type, put into `p`. Lives as long as p is used.
-class RealGates {
- public:
-  RealGates(RecurrentGatedDeltaRuleParams& p, const Tensor& q, const Tensor& g, const Tensor& beta)
-      : g_(in_dtype(g, real_dtype(q))), beta_(in_dtype(beta, real_dtype(q))) {
-    p.g = g_.const_data_ptr(), p.g_strides = token_strides(g_), p.g_dtype = kernel_dtype(g_);
-    p.beta = beta_.const_data_ptr(), p.beta_strides = token_strides(beta_), p.beta_dtype = kernel_dtype(beta_);
-  }
-
- private:
-  Tensor g_, beta_;
+  auto tie() const { return std::tie(state, state_indices); }
 };
+
+// keys [N,T,Hk,K] and updates [N,T,H,V], which verify writes and commit reads.
+struct Drafts {
+  Tensor keys, updates;
+
+  auto tie() const { return std::tie(keys, updates); }
+};
+
+// A pool [P,H,K,V] that goes with tensors like `like`. Returns the rows where the host may read them.
+inline std::vector<int64_t> check_pool(Checks& checks, const PoolArguments& pool, const char* like_name,
+                                       const Tensor& like) {
+  checks.shape("state", pool.state, {"P", "H", "K", "V"});
+  if (like.scalar_type() == ScalarType::Double)
+    checks.dtype("state", pool.state, {ScalarType::Double});
+  else
+    checks.dtype("state", pool.state, {ScalarType::Float, ScalarType::BFloat16});
+  checks.device("state", pool.state, like_name, like);
+  return checks.state_rows(pool.state_indices, like_name, like);
+}
+
+inline StatePool state_pool(const Tensor& state, const IndexVector& rows) {
+  return pool(state, state_strides(state), rows);
+}
+
+inline void check_drafts(Checks& checks, const Drafts& drafts, std::initializer_list<ScalarType> allowed) {
+  checks.shape("keys", drafts.keys, {"N", "T", "Hk", "K"});
+  checks.shape("updates", drafts.updates, {"N", "T", "H", "V"});
+  checks.dtype("keys", drafts.keys, allowed);
+  checks.dtype_like("updates", drafts.updates, "keys", drafts.keys);
+  checks.contiguous("keys", drafts.keys);
+  checks.contiguous("updates", drafts.updates);
+}
 
 }  // namespace jet::bindings

@@ -5,6 +5,9 @@ import importlib
 import os
 import re
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Any, NoReturn
 
 from jetkernels._startup import TRACEBACK
 from jetkernels._version import __version__
@@ -27,11 +30,12 @@ EXPECTED = (OSError, ValueError, RuntimeError, MemoryError, ImportError)
 class Parser(argparse.ArgumentParser):
     """Wrong usage ends with one line that names the option; nothing given, with the help."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
         message = re.sub(r"^argument (\S+): must", r"\1 must", message).removeprefix("argument ")
         self.exit(2, f"{self.prog}: {_one_line(message)}; see {self.prog} --help\n")
 
-    def _print_message(self, message: str, file=None):
+    def _print_message(self, message: str, file: Any = None) -> None:
         # argparse's own passes over a full disk.
         (file or sys.stderr).write(message)
 
@@ -51,7 +55,7 @@ def parser_for(argv: list[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == named:
             module = importlib.import_module(f"jetkernels.cli.{name}")
-            command.description = module.__doc__.strip()
+            command.description = (module.__doc__ or "").strip()
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
@@ -63,6 +67,7 @@ def command_of(argv: list[str]) -> str | None:
 
 
 def run(argv: list[str]) -> int:
+    """Runs a command and returns its exit code; what goes wrong is raised."""
     parser = parser_for(argv)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -72,8 +77,10 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code. argv: the words behind `jetkernels`, by default those of this
-    process.
+    """Runs a command and returns its exit code; what goes wrong is said on standard error.
+
+    Args:
+        argv: the words behind `jetkernels`, by default those of this process.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -84,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             code = run(argv)
         except SystemExit as end:  # of argparse: help, version, wrong usage
+            assert isinstance(end.code, int)
             code = end.code
         sys.stdout.flush()
         return code
@@ -113,7 +121,8 @@ def sentence(error: Exception) -> str:
         tried = "" if size is None else f": tried to allocate {_size(size[1])}"
         return f"out of memory{tried}; fewer tokens or sequences at once, a narrower dtype or a smaller model need less"
     if not isinstance(error, EXPECTED):
-        return f"unexpected {type(error).__name__}: {text}; this is a fault of jetkernels, and {TRACEBACK}=1 shows where it is"
+        fault = f"this is a fault of jetkernels, and {TRACEBACK}=1 shows where it is"
+        return f"unexpected {type(error).__name__}: {text}; {fault}"
     if isinstance(error, OSError) and error.strerror:
         name = _one_line(str(error.filename))
         name = name if len(name) <= 300 else f"{name[:300]}..."
@@ -132,20 +141,22 @@ def _one_line(text: str) -> str:
 
 
 def _say(line: str) -> None:
-    try:
+    with suppress(OSError, ValueError):  # there may be nowhere left to say it
         print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass  # there is nowhere left to say it
 
 
 def _prepare_streams() -> None:
-    """A stream that was closed leads nowhere, or the first file opened would get its number and our output;
-    a character that the terminal does not have is shown as a question mark."""
+    """Makes standard input and output safe to use.
+
+    A stream that was closed leads nowhere, or the first file opened would get its number and our output; a character
+    that the terminal does not have is shown as a question mark.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    sys.stdout.reconfigure(errors="replace")
-    sys.stderr.reconfigure(errors="backslashreplace")
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _drop_output() -> None:
@@ -153,8 +164,9 @@ def _drop_output() -> None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
-        if sys.stdout is sys.__stdout__:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ours = sys.__stdout__
+        if ours is not None and sys.stdout is ours:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), ours.fileno())
 
 
 if __name__ == "__main__":

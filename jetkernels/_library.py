@@ -6,19 +6,21 @@ JETKERNELS_LIBRARY names another one than ``libjetkernels.so``, for example one 
 import ctypes
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _PACKAGE = Path(__file__).parent
 
 path = Path(os.environ.get("JETKERNELS_LIBRARY") or _PACKAGE / "libjetkernels.so").resolve()
-ptxas_report = _PACKAGE / "ptxas_report.txt"
 
 if not path.exists():
     if os.environ.get("JETKERNELS_LIBRARY"):
         raise ImportError(
-            f"JETKERNELS_LIBRARY names {path}, which does not exist; without it libjetkernels.so of the package is loaded"
+            f"JETKERNELS_LIBRARY names {path}, which does not exist; "
+            "without it libjetkernels.so of the package is loaded"
         )
     raise ImportError(
         "jetkernels is not built: run `pip install --no-build-isolation -e .` in the repository, "
@@ -30,17 +32,15 @@ except OSError as error:
     raise ImportError(
         f"jetkernels needs PyTorch 2.11 or newer, and {path} does not load with {torch.__version__}: {error}"
     ) from None
-_functions = ctypes.CDLL(str(path))  # the same one; of bindings/introspection.cpp
-if not hasattr(_functions, "jetkernels_build_info"):
+_functions = ctypes.CDLL(str(path))  # the same one; bindings/introspection.cpp and backend.cpp
+if not all(hasattr(_functions, name) for name in ("jetkernels_build_info", "jetkernels_ask_backend")):
     raise ImportError(f"{path} is no library of this version of jetkernels: build it again")
 _functions.jetkernels_build_info.restype = ctypes.c_char_p
 _functions.jetkernels_plain_reason_text.restype = ctypes.c_char_p
 _functions.jetkernels_plain_reason_text.argtypes = [ctypes.c_int64]
-_functions.jetkernels_plain_reason.restype = ctypes.c_char_p
-_functions.jetkernels_plain_reason.argtypes = [ctypes.c_char_p, ctypes.c_int]
 
 
-def build_info() -> dict:
+def build_info() -> dict[str, Any]:
     """The build's ``torch``, ``compiler``, ``cpu_isas`` and ``cuda_architectures``, and ``cpu_isa``, the one in use."""
     return json.loads(_functions.jetkernels_build_info())
 
@@ -50,13 +50,33 @@ def plain_reason_text(code: int) -> str:
     return _functions.jetkernels_plain_reason_text(code).decode()
 
 
-def plain_reason(op: str, device: int) -> str | None:
-    """Why the plain PyTorch path serves an op on a CUDA device (-1: on a CPU); None if a kernel does.
+def ask_backend(call: Callable[[], object], library: ctypes.CDLL = _functions) -> dict[str, str] | None:
+    """Who would serve the op that ``call`` calls: the call ends where its binding decides that, and nothing is written.
 
-    Single calls may differ on a CUDA device: for shapes that the kernel does not take.
+    Args:
+        call: calls one op of ``library`` on this thread.
+        library: the loaded library that holds the op's binding.
+
+    Returns:
+        ``name`` and ``detail`` as in :class:`jetkernels.Backend`; ``None`` if no binding was called.
+
+    Raises:
+        Exception: what the op raises for a wrong argument.
     """
-    reason = _functions.jetkernels_plain_reason(op.encode(), device)
-    return None if reason is None else reason.decode()
+    library.jetkernels_backend_asked.restype = ctypes.c_char_p
+    answer, refused = None, None
+    try:
+        library.jetkernels_ask_backend()
+        call()
+    except Exception as error:
+        refused = error
+    finally:
+        answer = library.jetkernels_backend_asked()
+    if answer is not None:
+        return json.loads(answer)
+    if refused is not None:
+        raise refused
+    return None
 
 
 def empty_launch(stream: int) -> int:

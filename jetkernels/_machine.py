@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 SPIN = "GOMP_SPINCOUNT"
 # Turns of the loop in which an idle thread waits before it sleeps; one takes 35 ns (Xeon at 2.1 GHz). Where others use
@@ -47,14 +47,21 @@ def spin_shortly_in_programs() -> None:
         spin_shortly()
 
 
-class Processors(NamedTuple):
-    """What a program gets of the processors that it may run on."""
+@dataclass(frozen=True)
+class Processors:
+    """What a program gets of the processors that it may run on.
+
+    Attributes:
+        got: as many processors as its processor time comes to.
+        count: how many it may run on.
+    """
 
     got: float
     count: int
 
     @property
     def busy(self) -> bool:
+        """Whether others use a good part of them."""
         return self.got < 0.8 * self.count
 
     def __str__(self) -> str:

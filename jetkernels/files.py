@@ -1,12 +1,11 @@
-"""Files and folders that are seen whole or not at all: by a reader beside a writer, after a kill, after a power
-failure.
+"""Files and folders that are seen whole or not at all.
 
-A writer makes everything ready in a workplace, a hidden folder with a lock that it holds while it lives, and then puts
-it in place:
-one rename for a file; for a folder an exchange of the two (Linux `renameat2`). A mount point, a folder that holds one
-or whose parent may not be written, and a system without exchange get the files one by one: the workplace, moved into
-the folder first, is the record from which whoever comes next finishes what a dead writer began. A workplace that nobody
-locks is a dead writer's; the next save beside it removes it.
+That holds for a reader beside a writer, after a kill and after a power failure. A writer makes everything ready in a
+workplace, a hidden folder with a lock that it holds while it lives, and then puts it in place: one rename for a file;
+for a folder an exchange of the two (Linux `renameat2`). A mount point, a folder that holds one or whose parent may not
+be written, and a system without exchange get the files one by one: the workplace, moved into the folder first, is the
+record from which whoever comes next finishes what a dead writer began. A workplace that nobody locks is a dead
+writer's; the next save beside it removes it.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a Unix
-    fcntl = None
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # not a Unix: no locks
 
 PREFIX, SUFFIX = ".jetkernels-", ".saving"
 WORKPLACE = re.compile(re.escape(PREFIX) + "[a-z0-9_]{8}" + re.escape(SUFFIX))
@@ -46,8 +45,9 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     """Gives `path` this content in one step: a reader, or a kill, sees the old file or the new one, never a part.
 
     Raises:
-        IsADirectoryError: `path` is a folder.  NotADirectoryError: `path` is below a file.  OSError: as for
-            `replacing`.
+        IsADirectoryError: `path` is a folder.
+        NotADirectoryError: `path` is below a file.
+        OSError: as for `replacing`.
     """
     path = _real(path)
     if path.is_dir():
@@ -73,15 +73,15 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(folder: str | Path, drop: Iterable[str] = ()) -> Iterator[Path]:
-    """Yields an empty folder; what the block writes there gets into `folder` in one step if the block succeeds, else
-    nothing does.
+    """Yields an empty folder; what the block writes there gets into `folder` in one step if the block succeeds.
 
-    The other files of `folder` stay, but for those whose names match a pattern of `drop`. New files get the permissions
-    that the umask says; the folder keeps its own. Of two writers at once the later one wins, whole.
+    Otherwise nothing does. The other files of `folder` stay, but for those whose names match a pattern of `drop`.
+    New files get the permissions that the umask says; the folder keeps its own. Of two writers at once the later
+    one wins, whole.
 
     Raises:
-        NotADirectoryError: `folder` is a file, or below one.  OSError: the disk is full, a permission is missing,
-            `folder` is "".
+        NotADirectoryError: `folder` is a file, or below one.
+        OSError: the disk is full, a permission is missing, `folder` is "".
     """
     folder = _real(folder)
     if folder.exists() and not folder.is_dir():
@@ -165,10 +165,13 @@ def _is_mount(folder: Path) -> bool:
 
 
 class _Workplace:
-    """A new hidden folder in `parent`. Its lock is held until it is removed, so that others see whether its writer
-    lives.
+    """A new hidden folder in `parent`.
 
-    file_mode: the permissions of a new file under this umask.
+    Its lock is held until it is removed, so that others see whether its writer lives.
+
+    Attributes:
+        path: of the folder.
+        file_mode: the permissions of a new file under this umask.
     """
 
     def __init__(self, parent: Path):
@@ -202,7 +205,7 @@ class _Workplace:
     def __enter__(self) -> _Workplace:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         _remove(self.path)
         os.close(self.lock)
 
@@ -245,9 +248,7 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a workplace, the lock last: a kill on the way leaves something that is still seen to be a dead
-    writer's.
-    """
+    """Removes a workplace, the lock last: a kill on the way leaves what is still seen to be a dead writer's."""
     with suppress(OSError):
         if (path / NEW).is_dir():
             shutil.rmtree(path / NEW, ignore_errors=True)
@@ -318,8 +319,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _exchanged(new: Path, folder: Path, drop: list[str]) -> bool:
-    """Exchanges the folders, the kept files linked into the new one before. False, and nothing is changed, if that
-    cannot be done here.
+    """Exchanges the folders, the kept files linked into the new one before.
+
+    Returns: False if that cannot be done here; nothing is changed.
     """
     if new.parent.parent != folder.parent:
         return False
@@ -405,8 +407,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _install(place: _Workplace, folder: Path, drop: list[str]) -> None:
-    """Puts the files in place one by one. From the first rename on, the save is the new one: who finds it unfinished
-    finishes it.
+    """Puts the files in place one by one.
+
+    From the first rename on, the save is the new one: who finds it unfinished finishes it.
     """
     new = place.path / NEW
     for root, _, names in os.walk(new):
@@ -447,7 +450,8 @@ def finish(folder: Path) -> None:
                 continue
         if time.monotonic() > until:
             raise OSError(
-                f"{folder} is half written for {PATIENCE:.0f} s: if nobody saves there, its owner must save or load once more"
+                f"{folder} is half written for {PATIENCE:.0f} s: if nobody saves there, its owner must save or load "
+                "once more"
             )
         time.sleep(0.01)
 
@@ -464,7 +468,12 @@ def _finished(folder: Path) -> bool:
             # The lock is the last thing that goes away, so this one is either done or was made where there are no
             # locks.
             if REMOVED not in os.listdir(opened):
-                os.rmdir(place)
+                try:
+                    os.rmdir(place)
+                except OSError as error:
+                    # It is gone, and the next writer's has its name.
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
                 return True
         else:
             stack.callback(os.close, lock)

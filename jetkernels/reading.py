@@ -18,8 +18,9 @@ T = TypeVar("T")
 
 
 class OpenFolder:
-    """A folder opened once. Its files are opened relative to it, so that all are of one save, whatever is saved there
-    meanwhile.
+    """A folder opened once.
+
+    Its files are opened relative to it, so that all are of one save, whatever is saved there meanwhile.
     """
 
     def __init__(self, path: Path, stack: ExitStack):
@@ -38,7 +39,7 @@ class OpenFolder:
         """The descriptor of a file, open until the folder is closed.
 
         Raises:
-            FileNotFoundError, PermissionError, ...: it cannot be opened.  OSError: it is a folder, a device, a pipe.
+            OSError: it cannot be opened, or it is a folder, a device or a pipe.
         """
         if name not in self._files:
             # A pipe must not make the reader wait.
@@ -47,7 +48,7 @@ class OpenFolder:
                 where = name if self._folder is not None else self.path / name
                 descriptor = self._keep_open(os.open(where, flags, dir_fd=self._folder))
             except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno), str(self.path / name)) from None
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path / name)) from None
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise IsADirectoryError(
                     errno.EISDIR, "must be a file, it is a folder or a device", str(self.path / name)
@@ -56,6 +57,7 @@ class OpenFolder:
         return self._files[name]
 
     def read(self, name: str) -> bytes:
+        """The content of a file; raises as `open`."""
         with open(os.dup(self.open(name)), "rb") as file:
             file.seek(0)
             return file.read()
@@ -69,9 +71,7 @@ class OpenFolder:
         return str(self.path / name)
 
     def is_current(self) -> bool:
-        """Whether the folder and its files are still those that were opened, and no writer is putting files in
-        place.
-        """
+        """Whether the folder and its files are those that were opened, and no writer is putting files in place."""
 
         def same(path: Path, descriptor: int) -> bool:
             now, then = os.stat(path), os.fstat(descriptor)
@@ -94,7 +94,8 @@ def reading(path: str | Path, load: Callable[[OpenFolder], T]) -> Iterator[T]:
     `load` opens whatever will be needed. It is called again if the folder was replaced meanwhile.
 
     Raises:
-        OSError: the folder cannot be opened, or it was replaced again and again.  Whatever else `load` raises.
+        OSError: the folder cannot be opened, or it was replaced again and again.
+        Exception: whatever `load` raises.
     """
     path = Path(path)
     for attempt in range(TRIES):

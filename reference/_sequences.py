@@ -9,12 +9,16 @@ from torch import Tensor
 def per_sequence(
     define: Callable[..., tuple[Tensor, Tensor]], tokens: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``define(*tokens, state) -> (out, state_out)`` for each packed sequence apart.
+    """A definition for rows of one sequence, applied to each packed sequence apart.
 
     Args:
+        define: ``define(*tokens, state) -> (out, state_out)``, for any number of rows.
         tokens: tensors [B, T, ...]; ``out`` has the shape of the last one.
         state: [N, ...], one row per sequence.
         cu_seqlens: [N + 1] bounds of the sequences in the one row (B = 1), or ``None``: each row is a sequence.
+
+    Returns:
+        out [B, T, ...] and the states after the sequences [N, ...].
     """
     if cu_seqlens is None:
         return define(*tokens, state)
@@ -30,9 +34,10 @@ def per_sequence(
 def per_pool_row(
     define: Callable[..., tuple[Tensor, Tensor]], tokens: tuple[Tensor, ...], pool: Tensor, state_indices: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``define(*tokens, state) -> (out, state_out)`` for each sequence with its row of the pool.
+    """A definition for rows with a state, applied to each sequence with its row of the pool.
 
     Args:
+        define: ``define(*tokens, state) -> (out, state_out)``, for one row.
         tokens: tensors [N, ...]; ``out`` has the shape of the last one.
         pool: [P, ...].
         state_indices: [N], the row of each sequence, or ``None``: row n for sequence n. A negative index touches no row

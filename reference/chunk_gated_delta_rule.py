@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
 
 
 def gate_cumsum(g: Tensor) -> Tensor:
-    """c [..., C], the running sum of g [..., C]."""
+    """The running sum c [..., C] of g [..., C]."""
     return g.clamp(min=MIN_LOG_DECAY).cumsum(-1)
 
 
@@ -50,7 +50,7 @@ def decays(c: Tensor) -> Tensor:
 
 
 def key_products(k: Tensor, Γ: Tensor) -> Tensor:
-    """kk = tril(K K^T ∘ Γ, -1)."""
+    """The strictly lower triangle kk = tril(K K^T ∘ Γ, -1)."""
     return (k @ k.mT * Γ).tril(-1)
 
 
@@ -93,6 +93,7 @@ def next_state(S0: Tensor, k: Tensor, c: Tensor, U: Tensor) -> Tensor:
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float) -> Chunk:
+    """What a chunk needs beside its state."""
     c = gate_cumsum(g)
     Γ = decays(c)
     return Chunk(q, k, v, beta, c, Γ, key_products(k, Γ), query_key_products(q, k, Γ, scale))
@@ -154,7 +155,7 @@ class Swept(NamedTuple):
 
 
 def update_gradient(x: Chunk, dO: Tensor, dS1: Tensor) -> Tensor:
-    """dU = P^T dO + diag(e^{c_C - c}) K dS1."""
+    """The gradient dU = P^T dO + diag(e^{c_C - c}) K dS1."""
     return x.P.mT @ dO + (x.c[..., -1:] - x.c).exp()[..., None] * (x.k @ dS1)
 
 
@@ -195,7 +196,7 @@ def token_gradients(x: Chunk, g: Tensor, dO: Tensor, s: Swept, scale: float) -> 
 
 
 def l2norm_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dx = (dy - y <y,dy>) / sqrt(sum x^2 + eps) for y = l2norm(x)."""
+    """The gradient dx = (dy - y <y,dy>) / sqrt(sum x^2 + eps) for y = l2norm(x)."""
     y = l2norm(x)
     return (dy - y * (y * dy).sum(-1, keepdim=True)) / (x.square().sum(-1, keepdim=True) + L2NORM_EPS).sqrt()
 

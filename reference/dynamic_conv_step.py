@@ -20,9 +20,14 @@ def dynamic_conv_step(
     """``jet::dynamic_conv_step`` out of place: :func:`dynamic_conv` with T = 1 on each addressed row.
 
     Args:
-        x: [N, D].  hidden: [N, R].  weight: [D * W, R].  bias: [D * W] or ``None``.
+        x: [N, D].
+        hidden: [N, R].
+        weight: [D * W, R].
+        bias: [D * W] or ``None``.
         conv_state: [P, D, W - 1] pool.
         state_indices: [N] pool rows or ``None`` for row n; a negative index touches no state and gives a zero output.
+        silu: whether SiLU follows.
+        dtype: what everything is computed in, and what is returned.
 
     Returns:
         y [N, D] and the pool after the call [P, D, W - 1], in ``dtype``.

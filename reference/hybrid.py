@@ -29,7 +29,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 def attention(
     x: Tensor, w: Mapping[str, Tensor], heads: int, kv_heads: int, theta: float, window: int | None
 ) -> Tensor:
-    """x [B, T, C] -> [B, T, C]: key j is visible to query i when 0 <= i - j, and i - j < window where there is one."""
+    """Attention over x [B, T, C]: query i sees key j when 0 <= i - j, and i - j < window where there is one."""
     T = x.shape[1]
     q, k, v = (x @ w[f"{name}_proj.weight"].mT + w[f"{name}_proj.bias"] for name in "qkv")
     q = rotate(q.unflatten(-1, (heads, -1)).transpose(1, 2), theta)
@@ -55,6 +55,7 @@ def hybrid(
         input_ids: [B, T], every token real.
         state_dict: tensors with the published names; ``lm_head.weight`` may be absent, then the head is tied.
         config: the parsed content of the published config.json.
+        dtype: what everything is computed in, and what is returned.
     """
     w = {name: value.to(dtype) for name, value in state_dict.items()}
     eps, theta = float(config.get("rms_norm_eps", 1e-6)), float(config.get("rope_theta", 1e6))

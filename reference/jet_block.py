@@ -14,7 +14,7 @@ from reference.recurrent_gated_delta_rule import gated_delta_rule
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) * weight over the last dimension."""
+    """RMSNorm over the last dimension: x / sqrt(mean x^2 + eps) * weight."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
@@ -27,15 +27,21 @@ def jet_block(
     norm_eps: float = 1e-5,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, conv_state_out and recurrent_state_out of one JetBlock, in ``dtype``.
+    """One JetBlock.
 
     Args:
         x: [B, T, C], the layer input.
         parameters: ``{q,k,v,g,o,a,b}_proj.weight``, ``A_log`` [H], ``dt_bias`` [H], ``o_norm.weight`` [V] and
             ``dynamic_conv1d.kernel_generator.{w1.weight [R, C], w2.weight [D*W, R], w2.bias [D*W]}``; these shapes say
             how large H, K, V and W are.
-        conv_state: [N, D, W - 1].  recurrent_state: [N, H, K, V].  ``None`` means zeros.
+        conv_state: [N, D, W - 1], or ``None`` for zeros.
+        recurrent_state: [N, H, K, V], or ``None`` for zeros.
         cu_seqlens: [N + 1] bounds of packed sequences (B = 1) or ``None``.
+        norm_eps: epsilon of the RMSNorm over V.
+        dtype: what everything is computed in, and what is returned.
+
+    Returns:
+        y [B, T, C], conv_state_out [N, D, W - 1] and recurrent_state_out [N, H, K, V], in ``dtype``.
     """
     w = {name: value.to(dtype) for name, value in parameters.items()}
     x = x.to(dtype)

@@ -14,7 +14,7 @@ L2NORM_EPS = 1e-6
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + eps) over the last dimension; an all-zero row gives zeros."""
+    """The l2norm over the last dimension, x / sqrt(sum x^2 + eps); an all-zero row gives zeros."""
     return x / (x.square().sum(-1, keepdim=True) + L2NORM_EPS).sqrt()
 
 
@@ -26,8 +26,20 @@ def per_value_head(x: Tensor, H: int) -> Tensor:
 def token_steps(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, scale: float, l2norm_qk: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(o_t [B,H,V], u_t [B,H,V], S after the token) of each token. q, k [B,T,Hk,K], v [B,T,H,V], g, beta [B,T,H], S
-    [B,H,K,V].
+    """One token after the other, all in one dtype.
+
+    Args:
+        q: [B, T, Hk, K].
+        k: [B, T, Hk, K].
+        v: [B, T, H, V].
+        g: [B, T, H], natural-log decay, <= 0; ``-inf`` forgets everything.
+        beta: [B, T, H].
+        S: [B, H, K, V], the state before the first token.
+        scale: factor of the outputs.
+        l2norm_qk: whether q and k are normalised first.
+
+    Yields:
+        o_t [B, H, V], u_t [B, H, V] and S [B, H, K, V] after token t.
     """
     H = v.shape[2]
     if l2norm_qk:
@@ -46,13 +58,14 @@ def token_loop(
 ) -> tuple[Tensor, Tensor]:
     """One sequence per row, all in one dtype: o [B,T,H,V] and the state after the last token."""
     o = []
-    for o_t, _, S in token_steps(q, k, v, g, beta, S, scale, l2norm_qk):
+    for o_t, _, S_t in token_steps(q, k, v, g, beta, S, scale, l2norm_qk):
         o.append(o_t)
+        S = S_t
     return torch.stack(o, 1) if o else torch.zeros_like(v), S
 
 
 def zero_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[N, H, K, V]."""
+    """Zeros [N, H, K, V]."""
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return q.new_zeros((N, v.shape[2], q.shape[3], v.shape[3]), dtype=dtype)
 
@@ -72,10 +85,16 @@ def gated_delta_rule(
     """The token loop with the arguments of ``jet::chunk_gated_delta_rule``.
 
     Args:
-        q, k: [B, T, Hk, K].  v: [B, T, H, V].
-        g: [B, T, H], natural-log decay, <= 0; ``-inf`` forgets everything.  beta: [B, T, H].
+        q: [B, T, Hk, K].
+        k: [B, T, Hk, K].
+        v: [B, T, H, V].
+        g: [B, T, H], natural-log decay, <= 0; ``-inf`` forgets everything.
+        beta: [B, T, H].
         initial_state: [N, H, K, V] or ``None`` for zeros.
         cu_seqlens: [N + 1] bounds of packed sequences (B = 1) or ``None``.
+        scale: factor of the outputs.
+        l2norm_qk: whether q and k are normalised first.
+        dtype: what everything is computed in, and what is returned.
 
     Returns:
         o [B, T, H, V] and final_state [N, H, K, V], in ``dtype``.
@@ -104,9 +123,16 @@ def recurrent_gated_delta_rule(
     """``jet::recurrent_gated_delta_rule`` out of place.
 
     Args:
-        q, k, v, g, beta: as in :func:`gated_delta_rule`, with B = N.
+        q: [N, T, Hk, K].
+        k: [N, T, Hk, K].
+        v: [N, T, H, V].
+        g: [N, T, H], natural-log decay, <= 0; ``-inf`` forgets everything.
+        beta: [N, T, H].
         state: [P, H, K, V] pool.
         state_indices: [N] pool rows or ``None`` for row n; a negative index touches no state and gives a zero output.
+        scale: factor of the outputs.
+        l2norm_qk: whether q and k are normalised first.
+        dtype: what everything is computed in, and what is returned.
 
     Returns:
         o [N, T, H, V] and the pool after the call [P, H, K, V], in ``dtype``.

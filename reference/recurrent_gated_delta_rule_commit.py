@@ -22,11 +22,13 @@ def recurrent_gated_delta_rule_commit(
     """``jet::recurrent_gated_delta_rule_commit`` out of place.
 
     Args:
-        keys: [N, T, Hk, K].  updates: [N, T, H, V]: what verify returned.
+        keys: [N, T, Hk, K], as verify returned them.
+        updates: [N, T, H, V], as verify returned them.
         g: [N, T, H], as it was given to verify.
         num_accepted: [N], 0..T tokens of each sequence.
         state: [P, H, K, V] pool.
         state_indices: [N] pool rows or ``None`` for row n; a negative index touches no state.
+        dtype: what everything is computed in, and what is returned.
 
     Returns:
         The pool after the call [P, H, K, V], in ``dtype``.

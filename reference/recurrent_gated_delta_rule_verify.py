@@ -25,8 +25,16 @@ def recurrent_gated_delta_rule_verify(
     """``jet::recurrent_gated_delta_rule_verify`` with the caller's buffers returned instead of written.
 
     Args:
-        q, k, v, g, beta, state, state_indices: as in
-            :func:`reference.recurrent_gated_delta_rule.recurrent_gated_delta_rule`.
+        q: [N, T, Hk, K].
+        k: [N, T, Hk, K].
+        v: [N, T, H, V].
+        g: [N, T, H], natural-log decay, <= 0; ``-inf`` forgets everything.
+        beta: [N, T, H].
+        state: [P, H, K, V] pool, only read.
+        state_indices: [N] pool rows or ``None`` for row n.
+        scale: factor of the outputs.
+        l2norm_qk: whether q and k are normalised first.
+        dtype: what everything is computed in, and what is returned.
 
     Returns:
         o [N, T, H, V]; keys [N, T, Hk, K], the k_t after the l2norm; updates [N, T, H, V], the u_t. In ``dtype``; zeros

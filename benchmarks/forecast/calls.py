@@ -1,10 +1,11 @@
-"""Time of a call from the cycles of its kernels: waves, memory, launches. The names of the cases are those of
-benchmarks/ops.py.
+"""Time of a call from the cycles of its kernels: waves, memory, launches.
+
+The names of the cases are those of benchmarks/ops.py.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -37,14 +38,17 @@ def here() -> Build | None:
     return Build(files, ROOT / "csrc") if files else None
 
 
+_timed = cache(lambda model, *arguments: model(*arguments))  # a kernel that several cases share is walked once
+
+
 class Forecast:
+    """The forecasts of a build, case by case."""
+
     def __init__(self, build: Build):
         self.build = build
 
-    @cache
-    def timed(self, name: str, shape: Shape, *arguments) -> Timed:
-        found = getattr(kernels, name)(self.build, shape, *arguments)
-        return found[0] if isinstance(found, tuple) and not isinstance(found, Timed) else found
+    def timed(self, model: Callable[..., Timed], shape: Shape, *arguments) -> Timed:
+        return _timed(model, self.build, shape, *arguments)
 
     def row(self, case: str, kernel: str, unit: str, timed: Timed, us: float) -> dict[str, object]:
         busy = {name: round(n) for name, n in timed.busy.items() if n > 0.1 * timed.cycles and name != "none"}
@@ -65,19 +69,19 @@ class Forecast:
         case, sms, clock = ops.chunk(shape, B, T).name, A["multiprocessors"], A["clock"]
         chunks, slices = -(-T // CHUNK), -(-shape.V // 128)
         ctas = B * chunks * shape.Hk
-        prepared = self.timed("prepare", shape, kernels.per_multiprocessor(ctas) if ctas < 12 * sms else 12)
+        prepared = self.timed(kernels.prepare, shape, kernels.per_multiprocessor(ctas) if ctas < 12 * sms else 12)
         fill = max(prepared.total - 12 * prepared.cycles, 0)
         compute = prepared.cycles * ctas / sms + fill if ctas >= 12 * sms else prepared.total
         moved = B * chunks * (shape.Hk * 4 * CHUNK * shape.K + shape.H * (8 * CHUNK + IMAGE))
         rows = [self.row(case, "prepare", "CTA", prepared, max(compute / clock, moved / A["bandwidth"]))]
         segments, longest = segments_of(B, T, shape)
         if segments > 1:
-            cuts = self.timed("sweep", shape, False)
+            cuts = self.timed(kernels.sweep, shape, False)
             rows.append(self.row(case, "cuts", "chunk", cuts, longest * cuts.cycles / clock + A["cta"]))
             if segments > 2:
-                joined = self.timed("join", shape, B, segments - 2)
+                joined = self.timed(kernels.join, shape, B, segments - 2)
                 rows.append(self.row(case, "join", "CTA", joined, joined.total / A["light clock"]))
-        swept = self.timed("sweep", shape, True)
+        swept = self.timed(kernels.sweep, shape, True)
         # Slices of a head, and value heads of a key head, read the same rows through the L2.
         per_chunk = (
             4 * CHUNK * shape.K / max(slices, shape.H // shape.Hk) + IMAGE / slices + 2 * 2 * CHUNK * min(shape.V, 128)
@@ -91,36 +95,31 @@ class Forecast:
         return self.whole(case, rows, replay=1)
 
     def conv(self, shape: Shape, T: int) -> list[dict[str, object]]:
-        return self.large_conv(ops.conv(shape, 1, T), shape, T)
+        return self.pingpong_conv(ops.conv(shape, 1, T), shape, T)
 
-    def large_conv(self, case: ops.Case, shape: Shape, tokens: int) -> list[dict[str, object]]:
-        timed, epilogue = self._conv(shape)
+    def pingpong_conv(self, case: ops.Case, shape: Shape, tokens: int) -> list[dict[str, object]]:
+        timed, epilogue = _timed(kernels.conv, self.build, shape)
         token_tiles, tiles = -(-tokens // 256) * 2, shape.D // 32
-        per_part = min(
+        per_cta = min(
             range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2)
         )
-        waves = math.ceil(token_tiles * -(-tiles // per_part) / A["multiprocessors"])
-        ends = (
-            2 * A["copy"] + timed.busy["tensor"] + epilogue
-        )  # of the first tile the copies, of the last one all; no products beside it
-        us = max(waves * ((per_part - 1) * timed.cycles + ends) / A["clock"], case.work.bytes / A["bandwidth"])
+        waves = math.ceil(token_tiles * -(-tiles // per_cta) / A["multiprocessors"])
+        # Of the first tile the copies, of the last one all; no products beside it.
+        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue
+        us = max(waves * ((per_cta - 1) * timed.cycles + ends) / A["clock"], case.work.bytes / A["bandwidth"])
         return self.whole(case.name, [self.row(case.name, "conv", "tile", timed, us) | {"epilogue": round(epilogue)}])
-
-    @cache
-    def _conv(self, shape: Shape) -> tuple[Timed, float]:
-        return kernels.conv(self.build, shape)
 
     def step(self, shape: Shape, rows: int) -> list[dict[str, object]]:
         """As launch_dynamic_conv chooses the kernel."""
         case = ops.conv_step(shape, rows)
         if rows > 128 and shape.R <= 512:
-            return self.large_conv(case, shape, rows)
-        timed = self.timed("conv_step", shape, rows)
+            return self.pingpong_conv(case, shape, rows)
+        timed = self.timed(kernels.conv_step, shape, rows)
         return self.whole(case.name, [self.row(case.name, "step", "CTA", timed, timed.total / A["light clock"])])
 
     def recurrent(self, shape: Shape, pool, N: int) -> list[dict[str, object]]:
         case = ops.recurrent(shape, N, pool)
-        timed = self.timed("recurrent", shape, pool.itemsize, N)
+        timed = self.timed(kernels.recurrent, shape, pool.itemsize, N)
         us = max(timed.total / A["light clock"], case.work.bytes / A["bandwidth"])
         of_copy = 100 * 2 * N * state_bytes(shape, pool.itemsize) / A["bandwidth"] / us
         return self.whole(
@@ -128,8 +127,9 @@ class Forecast:
         )
 
     def whole(self, case: str, rows: list[dict[str, object]], replay: int = 0) -> list[dict[str, object]]:
-        """The kernels, and the call as the sum of them and their launches; `replay`, which finds nothing to do, is a
-        launch alone.
+        """The kernels, and the call: the sum of them and their launches.
+
+        `replay` finds nothing to do and is a launch alone.
         """
         us = sum(row["us"] for row in rows) + A["launch"] * (len(rows) + replay)
         slowest = max(rows, key=lambda row: row["us"])
@@ -152,10 +152,8 @@ class Forecast:
                     continue
                 try:
                     yield from call(*arguments)
-                except (
-                    AssertionError,
-                    LookupError,
-                ) as error:  # a kernel that the model does not follow must not hide the others
+                except (AssertionError, LookupError) as error:
+                    # A kernel that the model does not follow must not hide the others.
                     case = f"{OPS[call.__name__]} {shape.name} {arguments[1:]}"
                     yield {"op": OPS[call.__name__], "case": case, "kernel": "failed", "limit": str(error)[:200]}
 
@@ -187,9 +185,7 @@ def committed() -> dict[tuple[str, str], dict[str, object]]:
 
 
 def compare(rows: list[dict[str, object]], old: dict[tuple[str, str], dict[str, object]]) -> list[str]:
-    """What is slower than the committed forecast `old`, or so much faster that it should be committed, or no longer
-    followed.
-    """
+    """What is slower than the forecast `old`, so much faster that it should be committed, or no longer followed."""
     said, ops_then = [], {row["op"] for row in old.values()}
     for row in rows:
         name = (row["case"], row["kernel"])
@@ -198,9 +194,8 @@ def compare(rows: list[dict[str, object]], old: dict[tuple[str, str], dict[str, 
         elif name in old and row["us"] > old[name]["us"] * (1 + MARGIN):
             said.append(f"{row['case']}, {row['kernel']}: {row['us']} us, {old[name]['us']} committed")
         elif name in old and row["us"] < old[name]["us"] * (1 - MARGIN):
-            said.append(
-                f"{row['case']}, {row['kernel']}: {row['us']} us, faster than the {old[name]['us']} committed; commit it: {COMMAND}"
-            )
+            faster = f"{row['us']} us, faster than the {old[name]['us']} committed; commit it: {COMMAND}"
+            said.append(f"{row['case']}, {row['kernel']}: {faster}")
     return said
 
 

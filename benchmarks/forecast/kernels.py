@@ -1,6 +1,4 @@
-"""The kernels: which warps play which role, which loop is timed, and what a condition that the walk cannot know comes
-out as.
-"""
+"""The kernels: the roles of their warps, the loop that is timed, and the conditions that the walk cannot know."""
 
 import re
 from functools import cache
@@ -60,8 +58,8 @@ class Build(NamedTuple):
     def chunked(self, struct: str, shape: Shape, T: int = 4096, segments: int = 1) -> dict[int, int]:
         """Arguments of a kernel of the chunked rule: sequences of T tokens, in so many segments."""
         chunks = -(-T // CHUNK)
-        plan = {"T": T, "N": 8, "cu_seqlens": 0, "first_chunk": 0, "first_cut": 0, "segment_chunks": 0, "most_cuts": 0}
-        plan |= {"row_chunks": chunks, "row_segments": segments}
+        plan = {"T": T, "N": 8, "cu_seqlens.data": 0, "first_chunk": 0, "first_cut": 0}
+        plan |= {"segment_chunks": 0, "most_cuts": 0, "row_chunks": chunks, "row_segments": segments}
         values = {f"plan.{name}": value for name, value in plan.items()}
         values |= {
             "dtype": BF16,
@@ -109,8 +107,9 @@ def resident_ctas(registers: int, warps: int) -> int:
 
 
 def together(roles: dict[str, list[Role]], turns: int, skip: int = 4) -> Timed:
-    """Roles that turn together; the first turns are not counted. The unit is a turn of the first role. Memory is never
-    late.
+    """Roles that turn together, where memory is never late.
+
+    The first turns are not counted. The unit is a turn of the first role.
     """
     machine = Multiprocessor(share=1e9)
     machine.add([role for many in roles.values() for role in many])
@@ -216,12 +215,11 @@ def signal(opcode: str, event: int) -> Instruction:
 
 
 def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
-    """Cycles per tile of 128 tokens and 32 channels, and those of the epilogue alone. The weights are there when they
-    are needed.
+    """Cycles per tile of 128 tokens and 32 channels, and those of the epilogue alone.
+
+    The weights are there when they are needed.
     """
-    graph, _ = build.find(
-        r"\d+dynamic_conv_kernelI.*(DynamicConvConfigINS\w+bf16ELi4ELi2ELb1|LargeConvConfigINS\w+bf16ELi4E)"
-    )
+    graph, _ = build.find(r"pingpong_dynamic_conv_kernel.*PingpongConfigINS\w+bf16ELi4E")
     panels = -(-shape.R // 64)
     way = Way(r"HGMMA|MUFU\.EX2|MUFU\.TANH|FFMA", r"LDG\.E\.128", (Work("HGMMA", 8 * panels),))
     loop = graph.find_loop(["HGMMA", r"STG\.E\.128"])
@@ -248,19 +246,18 @@ def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
 def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
     """Of one multiprocessor's CTAs, each a tile of 64 tokens and 16 channels, or 128 and 32 beyond 64 rows."""
     tokens, channels = (64, 16) if rows <= 64 else (128, 32)
-    graph, registers = build.find(
-        rf"small_dynamic_conv_kernel.*SmallConvConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E"
+    graph, _ = build.find(
+        rf"single_tile_dynamic_conv_kernel.*SingleTileConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E"
     )
     panels, consumers, stages = -(-shape.R // 64), tokens // 64, 6
     ctas = -(-rows // tokens) * shape.D // channels
-    sequences = {"sequences.tokens": rows, "sequences.N": rows, "sequences.T": 1, "sequences.cu_seqlens": 0}
+    sequences = {"sequences.tokens": rows, "sequences.N": rows, "sequences.T": 1, "sequences.cu_seqlens.data": 0}
     arguments = build.arguments("DynamicConvArguments", BEHIND_MAPS, panels=panels, D=shape.D, silu=1, **sequences)
     way = Way(r"HGMMA|UTMALDG|MUFU\.EX2", "(?!)", (Work("HGMMA", 4 * panels), Work(r"UTMALDG\.5D", panels)), arguments)
     roles = whole(graph, way, 4 * consumers + 1)
     loader = roles[-1]
-    take_copies(
-        loader, 128 * panels * channels * shape.W, stages
-    )  # hidden comes from the L2, and its rows that are not there from nowhere
+    # hidden comes from the L2, and its rows that are not there from nowhere
+    take_copies(loader, 128 * panels * channels * shape.W, stages)
     resident = 2 if consumers == 1 else 1
     return one_after_another(roles, resident, per_multiprocessor(ctas), share=share_of_memory(ctas))
 
@@ -303,7 +300,7 @@ def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
         | divisor("group", H // shape.Hk)
         | divisor("width", V)
     )
-    values |= {"pool.rows": 1 << 40, "pool.rows_dtype": 0}
+    values |= {"pool.rows.data": 1 << 40, "pool.rows.type": 0}
     way = Way(r"LDG|SHFL|STG\.E\.128", "(?!)", loops, {0x0: 2 * K} | build.arguments("RecurrentArguments", **values))
     warps, ctas = 2 * K // 32, N * H * V / (slices * tile)
     return one_after_another(
@@ -312,7 +309,7 @@ def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
 
 
 def divisor(name: str, d: int) -> dict[str, int]:
-    """Members of a Divisor of csrc/gated_delta_rule/recurrent/arguments.h."""
+    """Members of a Divisor of csrc/gated_delta_rule/recurrent/kernel_arguments.h."""
     shift = 31 + (d - 1).bit_length()
     return {f"{name}.d": d, f"{name}.factor": -(-(1 << shift) // d), f"{name}.shift": shift}
 

@@ -21,12 +21,16 @@ SIZES = {
 
 @cache
 def _texts(csrc: Path) -> str:
-    return "\n".join(re.sub(r"//.*", "", path.read_text()) for path in sorted(csrc.glob("*/*.*h")))
+    return "\n".join(re.sub(r"//.*", "", path.read_text()) for path in sorted(csrc.rglob("*.*h")))
 
 
 @cache
 def _members(csrc: Path, name: str) -> tuple[tuple[str, str], ...]:
-    """(type, member) of a struct; type "*" for pointers."""
+    """(type, member) of a struct; type "*" for pointers. A name may stand for a template with one type."""
+    if alias := re.search(rf"\busing {name} = (\w+)<(\w+)>;", _texts(csrc)):
+        template = re.search(rf"template <class (\w+)>\s*struct {alias[1]} \{{", _texts(csrc))
+        assert template, f"template {alias[1]}"
+        return tuple((alias[2] if kind == template[1] else kind, member) for kind, member in _members(csrc, alias[1]))
     opens = rf"\bstruct (?:alignas\(\d+\) )?{name} \{{"
     found = re.search(opens + r"([^{}\n]*)\};", _texts(csrc)) or re.search(
         opens + r"(.*?)\n\};", _texts(csrc), re.DOTALL

@@ -1,7 +1,7 @@
-"""A multiprocessor that issues streams of instructions: schedulers, pipes, scoreboards, shared memory, tensor cores,
-barriers.
+"""A multiprocessor that issues streams of instructions.
 
-Everything assumed of the hardware is in ASSUMPTIONS.
+It has schedulers, pipes, scoreboards, shared memory, tensor cores and barriers. What is assumed of the hardware is in
+ASSUMPTIONS.
 """
 
 import re
@@ -69,7 +69,8 @@ NAMES = {
     **dict.fromkeys("MUFU F2F FRND I2F F2I I2FP F2IP POPC FLO BREV".split(), "MUFU"),
     **dict.fromkeys("LDS STS LDSM STSM LDG STG LD ST LDGSTS SHFL ATOMS ATOMG RED REDG".split(), "LSU"),
     **dict.fromkeys(
-        "BRA BAR SYNCS WARPGROUP HGMMA HMMA BSSY BSYNC NOP EXIT WARPSYNC DEPBAR LDC S2R S2UR MEMBAR FENCE CALL RET".split(),
+        "BRA BAR SYNCS WARPGROUP HGMMA HMMA BSSY BSYNC NOP EXIT WARPSYNC DEPBAR".split()
+        + "LDC S2R S2UR MEMBAR FENCE CALL RET".split(),
         "none",
     ),
 }
@@ -84,8 +85,9 @@ def pipe(name: str) -> str:
 
 @cache
 def wavefronts(opcode: str) -> int:
-    """Of a warp's access to shared memory without conflicts: a register of each lane a cycle, also where lanes read the
-    same.
+    """Wavefronts of a warp's access to shared memory without conflicts.
+
+    A register of each lane a cycle, also where lanes read the same.
     """
     if opcode.startswith(("LDSM", "STSM")):
         return int(opcode.rpartition(".")[2]) if opcode[-1].isdigit() else 1
@@ -198,8 +200,9 @@ class Multiprocessor:
     # Shared resources
 
     def _shared(self, fronts: float, at: float) -> float:
-        """The end of a warp's access. Bulk copies take turns with the threads; what threads leave they use as fast as
-        the L2 is.
+        """The end of a warp's access.
+
+        Bulk copies take turns with the threads; what threads leave they use as fast as the L2 is.
         """
         begin, mark, speed = (
             max(self.shared_free, at),
@@ -428,9 +431,8 @@ class Multiprocessor:
         alive = [w for w in self.warps if not w.done]
         for s, pipes in enumerate(self.pipes):
             ready = [w for w in alive if w.scheduler == s and w.time <= self.now]
-            ready.sort(
-                key=lambda w: (w.last != self.now - 1, w.last)
-            )  # the one that issued last, then the one that waits longest
+            # The one that issued last, then the one that waits longest.
+            ready.sort(key=lambda w: (w.last != self.now - 1, w.last))
             any(self._try(w, pipes) for w in ready)
         soonest = min((w.time for w in alive if not w.done), default=self.now)
         assert soonest < float("inf"), "dead-lock: " + "; ".join(sorted({w.role.stream[w.at].text for w in alive}))

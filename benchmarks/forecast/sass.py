@@ -73,22 +73,25 @@ def run_cuobjdump(*arguments: object) -> str:
 
 
 def objects(root: Path = ROOT, stem: str = "*") -> list[Path]:
-    """The object files of ``csrc/<op>/<name>.cu``, ``stem`` being ``csrc.<op>.<name>``, of the newest build."""
+    """The newest object file of each source; ``csrc/<folder>/<name>.cu`` has the ``stem`` ``csrc.<folder>.<name>``.
+
+    Not those of sources that have gone, which a build folder keeps.
+    """
+    sources = {".".join(path.relative_to(root).parts) for path in root.glob("csrc/**/*.cu")}
     newest: dict[str, Path] = {}
     for path in sorted(root.glob(f"build/*/cuda/{stem}.cu.o"), key=lambda path: path.stat().st_mtime):
-        newest[path.name] = path
+        if path.stem in sources:
+            newest[path.name] = path
     return newest_first(newest.values())
 
 
 def newest_first(files: Iterable[Path]) -> list[Path]:
-    """A build folder keeps objects of sources that have gone; their kernels are then in newer ones."""
+    """By time, because folders that were named may hold objects of sources that have gone."""
     return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def find_kernel(pattern: str, files: list[Path]) -> tuple[Path, str]:
-    """The first file with a kernel whose mangled name matches, and the name; the kernel for bf16 where several
-    match.
-    """
+    """The first file with a kernel whose mangled name matches, and that name: that for bf16 where several match."""
     for file in files:
         names = {name.decode() for name in re.findall(rb"\.text\.(_Z\w+)", file.read_bytes())}
         found = [name for name in names if re.search(pattern, name)]

@@ -22,8 +22,9 @@ UNKNOWN: Value = (None,) * len(LANES)
 
 
 class Work(NamedTuple):
-    """How often a loop whose condition is unknown turns: until a warp has executed ``total`` instructions that match
-    ``marker``.
+    """How often a loop whose condition is unknown turns.
+
+    Until a warp has executed ``total`` instructions that match ``marker``.
     """
 
     marker: str
@@ -31,9 +32,7 @@ class Work(NamedTuple):
 
 
 class Way(NamedTuple):
-    """Where a condition is unknown: through as many instructions that match `through` as possible, through none of
-    `around`.
-    """
+    """Where a condition is unknown: through as many instructions that match `through` as possible, none of `around`."""
 
     through: str = "(?!)"
     around: str = "(?!)"
@@ -75,9 +74,8 @@ class Lanes:
     def operand(self, name: str) -> Value:
         name = name.replace(".reuse", "").strip()
         if name.startswith("-"):
-            return tuple(
-                None if v is None else (1 << 32) - v for v in self.operand(name[1:])
-            )  # its carry is the hardware's
+            # Its carry is the hardware's.
+            return tuple(None if v is None else (1 << 32) - v for v in self.operand(name[1:]))
         if name.startswith("~"):
             return tuple(None if v is None else ~v & WORD for v in self.operand(name[1:]))
         if name.startswith("!"):
@@ -356,8 +354,11 @@ class Walker:
             self.lanes.execute(x)
 
     def _as_executed(self, x: Instruction) -> Instruction:
-        """An access to memory by the lanes that do it; by none: an instruction that only issues; a load of one place:
-        as if by half of them, as hardware packs two registers then."""
+        """An access to memory by the lanes that do it.
+
+        By none, it is an instruction that only issues. A load of one place is one by half of the lanes, as hardware
+        packs two registers then.
+        """
         if x.name not in ACCESSES:
             return x
         does = [m and u != 0 for m, u in zip(self.lanes.mask, self.lanes.predicate(x.predicate))]

@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = settings_of(arguments)
     if arguments.device == "cuda" and settings["watchdog"] is None:
         print(
-            f"{library.WATCHDOG.name} was not brought along: a dead-lock ends by its time limit and does not say where it was"
+            f"{library.WATCHDOG.name} was not brought along: a dead-lock ends by its time limit and does not say where"
         )
     run = Run([plan.LIBRARY, *arguments.parts], output, arguments.seconds - (time.monotonic() - start), settings)
     done = run.go()

@@ -1,5 +1,6 @@
-"""What the supervisor starts: imports, waits for its turn, does its cases in order, and appends a row for each as soon
-as it is known.
+"""What the supervisor starts: imports, waits for its turn, does its cases in order.
+
+It appends a row for each case as soon as it is known.
 """
 
 import argparse

@@ -19,9 +19,7 @@ def forecasts(folder: Path = FOLDER) -> dict[str, dict]:
     """Case -> row."""
     files = sorted(folder.glob("*.json"))
     if not files:
-        print(
-            f"no forecasts: there is no JSON file in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}"
-        )
+        print(f"no forecasts: there is no JSON file in {folder}")
         return {}
     found = json.loads(files[-1].read_text())
     rows = found if isinstance(found, list) else found["rows"]

@@ -1,6 +1,4 @@
-"""The times that decide, each beside a peer in the same process: ceilings of the device first, then a process per
-op.
-"""
+"""The times that decide, each beside a peer in the same process: ceilings first, then a process per op."""
 
 from functools import cache
 
@@ -57,7 +55,7 @@ def names_of(group: list[Case]) -> tuple[str, ...]:
 
 def describe() -> list[str]:
     return [
-        f"ceilings: a copy of {measure.COPY_BYTES >> 30} GiB, a {measure.PRODUCT}^3 bf16 product, an empty launch in a graph",
+        measure.CEILINGS,
         *(
             f"{name}: {', '.join(case.name for case in group)}; beside {PEERS[group[0].op]}"
             for name, group in groups().items()

@@ -1,8 +1,9 @@
 """Make the library importable on a machine: as it was brought along, else built there with nvcc.
 
-python -m benchmarks.gpu_run.library                 jetkernels/libjetkernels.so, if the one that is there does not do
-python -m benchmarks.gpu_run.library --watchdog      libjetkernels_watchdog.so: a wait that takes over 2 s ends the
-kernel
+    python -m benchmarks.gpu_run.library
+
+makes jetkernels/libjetkernels.so, unless the one that is there has CUDA kernels and loads; with --watchdog it makes
+libjetkernels_watchdog.so, in which a wait of more than 2 s ends the kernel.
 """
 
 import argparse
@@ -73,18 +74,8 @@ def execute(*command: str) -> None:
 
 
 def configure(build: Path, *options: str) -> None:
-    execute(
-        tool("cmake"),
-        "-S",
-        str(ROOT),
-        "-B",
-        str(build),
-        "-G",
-        "Ninja",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-        *options,
-    )
+    tools = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    execute(tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *tools, *options)
 
 
 def build_everything() -> None:

@@ -1,6 +1,4 @@
-"""The 2B model with random weights, in a process of its own: prefill, decode, and decode at key lengths that it has not
-seen.
-"""
+"""The 2B model with random weights, in a process of its own: prefill, decode, decode at key lengths not seen before."""
 
 import statistics
 import time
@@ -25,8 +23,9 @@ def sizes() -> dict[str, int]:
 
 def describe() -> list[str]:
     return [
-        f"prompts of {measure.PROMPT}: prefill and decode tokens/s at batch {', '.join(map(str, measure.MODEL_BATCHES))}",
-        f"{STEPS} decode steps from {PAST} tokens on, twice: attention may plan anew for each length of keys, which repeated runs hide",
+        measure.MODEL_RATES,
+        f"{STEPS} decode steps from {PAST} tokens on, twice: attention may plan anew for each length of keys, "
+        "which repeated runs hide",
     ]
 
 

@@ -40,9 +40,8 @@ def files() -> list[Path]:
 
 def describe() -> list[str]:
     names = ", ".join(path.name for path in files())
-    return [
-        f"pytest of the tests marked {MARKER} in {names}: every test of a kernel that also runs on the simulator, on the GPU"
-    ]
+    what = "every test of a kernel that also runs on the simulator, on the GPU"
+    return [f"pytest of the tests marked {MARKER} in {names}: {what}"]
 
 
 def jobs(settings: dict) -> list[Job]:

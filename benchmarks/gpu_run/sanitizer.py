@@ -47,6 +47,7 @@ def exercise(cases: list[ops.Case]) -> None:
     for case in cases:
         args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in case.make(Draw())]
         print(f"{case.name}: {ops.served_by(case.op, tuple(args))}", flush=True)
+        ops.function(case.op)(*args)
         torch.cuda.synchronize()
 
 

@@ -33,9 +33,8 @@ NOTHING = "no file was brought along: --simulated FILE"
 
 def describe() -> list[str]:
     cases = [case.name for shape in SHAPES for case in ops.small(few_heads(shape))]
-    return [
-        f"{len(cases)} small calls of the ops with a kernel, and {len(GEMMS)} GEMMs of tests/hoppersim: RMS, largest difference, bitwise"
-    ]
+    what = f"{len(cases)} small calls of the ops with a kernel, and {len(GEMMS)} GEMMs of tests/hoppersim"
+    return [f"{what}: RMS, largest difference, bitwise"]
 
 
 def jobs(settings: dict) -> list[Job]:
@@ -72,26 +71,9 @@ def machine_code(name: str) -> bytes:
 
     include = kernel_library.cutlass_source() / "include"
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
-        command = [
-            hoppersim().nvcc(),
-            "-std=c++17",
-            "-O3",
-            "-gencode",
-            "arch=compute_90a,code=sm_90a",
-            "-shared",
-            "-Xcompiler",
-            "-fPIC",
-        ]
-        command += [
-            "-cudart",
-            "static",
-            f"-I{ROOT}",
-            f"-I{include}",
-            "--expt-relaxed-constexpr",
-            "-DNDEBUG",
-            "-o",
-            file.name,
-        ]
+        command = [hoppersim().nvcc(), "-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-DNDEBUG"]
+        command += ["-shared", "-Xcompiler", "-fPIC", "-cudart", "static", "--expt-relaxed-constexpr"]
+        command += [f"-I{ROOT}", f"-I{include}", "-o", file.name]
         subprocess.run([*command, str(kernel_library.KERNELS / f"{name}.cu")], check=True)
         return Path(file.name).read_bytes()
 

@@ -185,8 +185,9 @@ def write(output: Path, done: Sequence[dict[str, object]]) -> None:
 
 
 def screen(output: Path, done: Sequence[dict[str, object]]) -> str:
-    """The end of what the command prints: verdicts, key times, what went wrong. Short: of a long output only the end
-    may come back.
+    """The end of what the command prints: verdicts, key times, what went wrong.
+
+    Short, because of a long output only the end may come back.
     """
     known = store.known(output)
     tables = [table(done, {"part": "part", "status": "status", "seconds": "s", "reason": "why"})]

@@ -1,5 +1,4 @@
-"""Starts children, reads their rows from the file they append to, ends those that stand still, and says whose fault it
-was.
+"""Starts children, reads the rows that they append to a file, ends those that stand still, and says whose fault it was.
 
 A child does its cases in order. When it dies or is killed, the case it had begun is the culprit; the rest of its cases
 go on in a new child. The next child is started ahead and waits, so that its imports cost no time on the device.
@@ -57,10 +56,8 @@ def fault_of(text: str) -> str | None:
     said = text.lower()
     if "jetkernels watchdog" in said:
         return "hang"
-    if re.search(
-        r"illegal memory access|misaligned address|illegal address|illegal instruction|invalid address space|invalid program counter",
-        said,
-    ):
+    addresses = r"illegal memory access|misaligned address|illegal address|invalid address space"
+    if re.search(rf"{addresses}|illegal instruction|invalid program counter", said):
         return "illegal address"
     if re.search(r"unspecified launch failure|cudaerrorassert|device-side assert|cuda_error_launch", said):
         return "broken process"

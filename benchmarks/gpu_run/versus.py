@@ -31,9 +31,7 @@ RECURRENT_BATCHES = (64, 1, 256, 1024)
 CONV_LENGTHS = (8192, 2048, 32768)
 STEP_ROWS = (1, 32, 128, 256)
 GEMM, UNFUSED = "bare GEMM of the generator", "linear, unfold, sum"
-TUNING = (
-    "flash-linear-attention",
-)  # they compile and tune at the first call of a shape: after those that need neither
+TUNING = ("flash-linear-attention",)  # compile and tune at the first call of a shape: after those that need neither
 
 
 class Problem(NamedTuple):
@@ -102,9 +100,7 @@ def jobs(settings: dict) -> list[Job]:
 
 
 def install_wheels(folder: Path) -> str:
-    """Unpacks the wheels of a folder into a fresh directory; returns its path. What a wheel holds is the package
-    itself.
-    """
+    """Unpacks the wheels of a folder into a fresh directory; returns its path."""
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise FileNotFoundError(f"no wheels in {folder}")

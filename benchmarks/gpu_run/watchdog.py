@@ -1,5 +1,6 @@
-"""Reads what the watchdog of csrc/hopper/barrier.h leaves: records in host memory at a fixed address, which outlive the
-device's context.
+"""Reads the records that the watchdog of csrc/hopper/barrier.h leaves.
+
+They are in host memory at a fixed address and outlive the device's context.
 """
 
 import ctypes
@@ -39,8 +40,9 @@ def lines(memory: bytes) -> list[str]:
 
 @functools.cache
 def records() -> ctypes.Array | None:
-    """The memory, mapped and made known to this process's device; None where the library has no watchdog or that is not
-    possible.
+    """The memory, mapped and made known to this process's device.
+
+    None where the library has no watchdog, or where that is not possible.
     """
     if not os.environ.get("JETKERNELS_LIBRARY"):  # the product's library has no watchdog
         return None

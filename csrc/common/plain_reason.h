@@ -13,7 +13,7 @@ inline const char* text(PlainReason reason) {
     case PlainReason::not_hopper: return "the device is not of compute capability 9.0";
     case PlainReason::built_without_cuda: return "the library was built without nvcc";
     case PlainReason::asked: return "JETKERNELS_BACKEND=plain asks for it";
-    case PlainReason::shape: return "the Hopper kernel does not take this shape or dtype";
+    case PlainReason::shape: return "no kernel takes this shape or dtype";
   }
   return "unknown";
 }

@@ -1,29 +1,26 @@
 // Which calls the Hopper kernels of the dynamic convolution take; the others are served by the plain path. What they
-// take they take in rows: elements contiguous, rows (tokens) at one stride that is a multiple of 16 bytes, 16-byte
-// aligned.
+// take they take in rows: channels contiguous, tokens at one stride that is a multiple of 16 bytes, 16-byte aligned.
 #pragma once
 
-#include "csrc/dynamic_conv/apply/apply_dynamic_conv.h"
-#include "csrc/dynamic_conv/prefill/dynamic_conv.h"
-#include "csrc/dynamic_conv/step/dynamic_conv_step.h"
+#include "csrc/dynamic_conv/inputs.h"
 
 namespace jet {
 
-inline bool conv_kernel_takes(Dtype dtype, int64_t tokens, int64_t D, int64_t states) {
+inline bool apply_dynamic_conv_kernel_takes(const ConvInputs& in) {
   constexpr int64_t int32_end = int64_t{1} << 31;
-  return (dtype == Dtype::bf16 || dtype == Dtype::f16) && D % 8 == 0 && tokens < int32_end && states < int32_end;
+  const bool dtype = in.x.dtype == Dtype::bf16 || in.x.dtype == Dtype::f16;
+  return dtype && in.D % 8 == 0 && in.B * in.T < int32_end && in.N < int32_end;
 }
 
-inline bool dynamic_conv_kernel_takes(const DynamicConvParams& p) {
-  return conv_kernel_takes(p.in.dtype, p.in.B * p.in.T, p.in.D, p.in.N) && p.R % 8 == 0 && p.R > 0;
+inline bool dynamic_conv_kernel_takes(const ConvInputs& in, const TapGenerator& generator) {
+  return apply_dynamic_conv_kernel_takes(in) && generator.R % 8 == 0 && generator.R > 0;
 }
-inline bool dynamic_conv_kernel_takes(const DynamicConvStepParams& p) {
-  const bool state = p.state_stride[2] == 1 && p.state_stride[1] == p.W - 1 && p.state_stride[0] % 8 == 0 &&
-                     reinterpret_cast<uintptr_t>(p.conv_state) % 16 == 0;
-  return conv_kernel_takes(p.dtype, p.N, p.D, p.P) && p.R % 8 == 0 && p.R > 0 && state;
-}
-inline bool dynamic_conv_kernel_takes(const ApplyDynamicConvParams& p) {
-  return conv_kernel_takes(p.in.dtype, p.in.B * p.in.T, p.in.D, p.in.N);
+
+inline bool dynamic_conv_step_kernel_takes(const ConvInputs& in, const TapGenerator& generator,
+                                           const ConvStatePool& pool) {
+  const ConvStateStrides& s = pool.strides;
+  const bool rows = s.w == 1 && s.d == in.W - 1 && s.n % 8 == 0 && reinterpret_cast<uintptr_t>(pool.data) % 16 == 0;
+  return dynamic_conv_kernel_takes(in, generator) && rows && pool.P < int64_t{1} << 31;
 }
 
 }  // namespace jet

@@ -1,5 +1,5 @@
-// Matrix products as the dynamic convolution needs them: operands packed so that one step of the inner loop reads
-// consecutive memory. Results stay in a register tile of kAccumulators vectors for a fused epilogue.
+// The generator's GEMM on a CPU: operands are packed so that one step of the inner loop reads consecutive memory, and
+// results stay in a register tile of kAccumulators vectors, where the convolution is the epilogue.
 //
 // A `Product` says what one step multiplies. Its Unit is what one lane of an operand holds: a number (PlainProduct), or
 // a pair of consecutive bf16 along the summed dimension (Bf16Product, the AVX512-BF16 instruction).
@@ -7,6 +7,7 @@
 
 #include "csrc/cpu/elements.h"
 #include "csrc/cpu/gemm.h"
+#include "csrc/cpu/isa.h"
 #include "csrc/dynamic_conv/inputs.h"
 
 namespace jet::cpu::JET_CPU_ISA {
@@ -58,11 +59,35 @@ struct Bf16Product {
 };
 #endif
 
+template <class Product_, class Element_>
+struct ProductTypes {
+  using Product = Product_;
+  using Element = Element_;
+};
+
+// f(ProductTypes<..>(), std::integral_constant<int, W>()) for the dtype and the number of taps of a call. `round_bf16`:
+// whether it may round to bf16 what it multiplies with bf16, where the CPU has the instruction.
+template <class F>
+void with_product(const ConvInputs& in, [[maybe_unused]] bool round_bf16, const F& f) {
+  with_taps(in.W, [&](auto taps) {
+    switch (in.x.dtype) {
+      case Dtype::f32: return f(ProductTypes<PlainProduct<float>, float>(), taps);
+      case Dtype::f64: JET_CPU_FP64(f(ProductTypes<PlainProduct<double>, double>(), taps));
+      case Dtype::f16: return f(ProductTypes<PlainProduct<float>, f16>(), taps);
+      case Dtype::bf16:
+#if defined(__AVX512F__)
+        if (round_bf16 && has_bf16_instructions()) return f(ProductTypes<Bf16Product, bf16>(), taps);
+#endif
+        return f(ProductTypes<PlainProduct<float>, bf16>(), taps);
+    }
+  });
+}
+
 constexpr double kCopy = 4;  // multiply-adds that take the time of copying a number
 
-// Multiply-adds of a forward: the kernels' product, and the convolution with its loads.
-inline double conv_work(const ConvInputs& in, long R) {
-  return double(in.B * in.T) * in.D * in.W * (R + kCopy) + kCopy * in.N * in.D * in.W;
+// Multiply-adds of a forward: the GEMM, and the convolution with its loads.
+inline double conv_work(const ConvInputs& in, const TapGenerator& generator) {
+  return double(in.B * in.T) * in.D * in.W * (generator.R + kCopy) + kCopy * in.N * in.D * in.W;
 }
 
 constexpr long units_for(long numbers, int terms) { return (numbers + terms - 1) / terms; }

@@ -1,5 +1,5 @@
-// The inputs that a token's kernel meets, the state of a sequence, the activation: what the Hopper kernels of the
-// convolution share. Elements have 16 bits; a thread has 4 or 8 consecutive channels, P.
+// The window of W inputs that a token's taps are multiplied with, the states of sequences, the activation: what all
+// Hopper kernels of the convolution share. Elements have 16 bits; a thread has P consecutive channels, 4 or 8.
 #pragma once
 
 #include "csrc/dynamic_conv/inputs.h"
@@ -12,16 +12,14 @@ namespace jet::hopper {
 struct ConvStates {
   const void* in;  // null: zeros
   void* out;
-  int64_t stride;  // of a row, elements: of both
+  int64_t stride;  // of a row, in elements; of both
 };
 
-// Which sequence each token m belongs to, m < B * T.
+// Which sequence each token m belongs to, m < tokens = B * T.
 struct ConvSequences {
   int64_t tokens, T, N;
-  const void* cu_seqlens;  // null: sequences of T tokens
-  IndexType cu_seqlens_dtype;
-  const void* rows;  // [N] the state row of each sequence; negative or >= P: none; null: row n
-  IndexType rows_dtype;
+  IndexVector cu_seqlens;  // not given: sequences of T tokens
+  IndexVector rows;        // [N] the state row of each sequence; negative or >= P: none; not given: row n
   int64_t P;
 };
 
@@ -34,15 +32,15 @@ struct TokenPlace {
 };
 
 __device__ inline int64_t sequence_bound(const ConvSequences& s, int64_t n) {
-  return s.cu_seqlens == nullptr ? n * s.T : load_index(s.cu_seqlens, s.cu_seqlens_dtype, n);
+  return s.cu_seqlens.data == nullptr ? n * s.T : load_index(s.cu_seqlens, n);
 }
 
 template <int W>
 __device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
   int64_t n = 0;
-  if (s.cu_seqlens == nullptr) {
-    n = static_cast<uint32_t>(m) /
-        static_cast<uint32_t>(s.T);  // tokens are fewer than 2^31, and 64 bits are divided by a long routine
+  if (s.cu_seqlens.data == nullptr) {
+    // In 32 bits (tokens are fewer than 2^31), as a division of 64 bits is a long routine.
+    n = static_cast<uint32_t>(m) / static_cast<uint32_t>(s.T);
   } else {
     int64_t above = s.N + 1;  // the last n with bound(n) <= m is in [n, above)
 #pragma unroll 1
@@ -51,15 +49,18 @@ __device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
       (sequence_bound(s, middle) <= m ? n : above) = middle;
     }
   }
-  if (n >= s.N) return {0, W - 1, false, true};
+  if (n >= s.N) return {.row = 0, .position = W - 1, .last = false, .outside = true};
   const int64_t position = m - sequence_bound(s, n);
-  const int64_t row = s.rows == nullptr ? n : load_index(s.rows, s.rows_dtype, n);
+  const int64_t row = s.rows.data == nullptr ? n : load_index(s.rows, n);
   const bool none = row < 0 || row >= s.P;
-  return {none ? 0 : static_cast<int>(row), static_cast<int8_t>(position < W - 1 ? position : W - 1),
-          m + 1 == sequence_bound(s, n + 1), none};
+  return {.row = none ? 0 : static_cast<int>(row),
+          .position = static_cast<int8_t>(position < W - 1 ? position : W - 1),
+          .last = m + 1 == sequence_bound(s, n + 1),
+          .outside = none};
 }
 
-// n elements in registers, a multiple of 4, 16 or 8 bytes in an access. Indices are constants after unrolling.
+// n elements in registers, loaded and stored 16 bytes at a time where n is a multiple of 8, else 8 bytes. Indices are
+// constants after unrolling.
 template <int n>
 struct Elements {
   uint32_t words[n / 2];
@@ -99,7 +100,7 @@ __device__ void store_elements(void* to, const Elements<n>& x) {
   }
 }
 
-// n elements, element(i) giving number i as the low 16 bits.
+// n elements; element(i) gives number i as the low 16 bits.
 template <int n, class F>
 __device__ Elements<n> gather(const F& element) {
   Elements<n> x;
@@ -108,20 +109,21 @@ __device__ Elements<n> gather(const F& element) {
   return x;
 }
 
-// Where the state of channels d.. of a sequence is.
+// Where the state of a sequence lies, from channel d on.
 template <int W>
 __device__ const void* state_in(const ConvStates& states, const TokenPlace& place, int64_t d) {
   return static_cast<const uint16_t*>(states.in) + place.row * states.stride + d * (W - 1);
 }
 
-// The state of P channels, which begin_of_sequence takes; zeros where there is none.
+// The state of P channels from d on, for begin_of_sequence; zeros where there is none.
 template <int P, int W>
 __device__ Elements<P*(W - 1)> load_state(const ConvStates& states, const TokenPlace& place, int64_t d) {
   if (states.in == nullptr) return {};
   return load_elements<P*(W - 1)>(state_in<W>(states, place, d));
 }
 
-// x[w] of a token whose position is below W - 1: where the sequence had not begun, inputs come from its state.
+// The window of a token whose position is below W - 1: inputs from before the sequence's first token come from its
+// state, whatever x held there.
 template <int P, int W>
 __device__ void begin_of_sequence(Elements<P> (&x)[W], const Elements<P*(W - 1)>& state, int position) {
 #pragma unroll
@@ -133,7 +135,7 @@ __device__ void begin_of_sequence(Elements<P> (&x)[W], const Elements<P*(W - 1)>
   }
 }
 
-// The state after a sequence's last token: its window without the oldest input.
+// Stores the state after a sequence's last token: the window without its oldest input.
 template <int P, int W>
 __device__ void end_of_sequence(const Elements<P> (&x)[W], const ConvStates& states, const TokenPlace& place,
                                 int64_t d) {
@@ -147,9 +149,9 @@ __device__ void end_of_sequence(const Elements<P> (&x)[W], const ConvStates& sta
   store_elements(static_cast<uint16_t*>(states.out) + place.row * states.stride + d * (W - 1), state);
 }
 
-// A sequence of no tokens hands its state on. By one warp.
+// The state after a sequence of no tokens is the one before it. By one warp.
 template <int W>
-__device__ void pass_state_on(const ConvStates& states, int64_t n, int64_t D) {
+__device__ void copy_state(const ConvStates& states, int64_t n, int64_t D) {
   const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(states.in) + n * states.stride);
   auto* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(states.out) + n * states.stride);
 #pragma unroll 1
@@ -157,9 +159,18 @@ __device__ void pass_state_on(const ConvStates& states, int64_t n, int64_t D) {
     to[i] = states.in == nullptr ? make_uint4(0, 0, 0, 0) : from[i];
 }
 
+// The states of all sequences of no tokens, by warp `warp` of `warps`.
+template <int W>
+__device__ void copy_states_of_empty_sequences(const ConvSequences& sequences, const ConvStates& states, int64_t D,
+                                               int64_t warp, int64_t warps) {
+  if (sequences.cu_seqlens.data == nullptr) return;
+  for (int64_t n = warp; n < sequences.N; n += warps)
+    if (sequence_bound(sequences, n) == sequence_bound(sequences, n + 1)) copy_state<W>(states, n, D);
+}
+
 // 1 / (1 + e^-z) with the hardware's 2^x and 1 / x: relative error about 1e-6 down to z = -87. Below, e^-z or its
-// inverse leaves the range of fp32 and this is 0, so silu(z) = -0 where it is above -2e-36; and NaN at -inf, as -inf *
-// 0 is.
+// inverse leaves the range of fp32 and this is 0: so silu(z) is -0, where its true value is above -2e-36, and NaN at
+// z = -inf, as -inf * 0 is.
 __device__ inline float fast_sigmoid(float z) {
   float power, inverse;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.442695041f));  // log2(e)
@@ -167,8 +178,8 @@ __device__ inline float fast_sigmoid(float z) {
   return inverse;
 }
 
-// act(z) of P channels, rounded. Without a branch, so that what stands before and behind overlaps with the
-// approximations.
+// silu(z) or z of P channels, rounded to Element. Without a branch, so that the approximations overlap with what stands
+// before and behind.
 template <class Element, int P>
 __device__ Elements<P> activate(const float (&z)[P], bool silu) {
   float y[P];
@@ -183,7 +194,7 @@ __device__ Elements<P> activate(const float (&z)[P], bool silu) {
   return packed;
 }
 
-// As fp32
+// n elements as fp32.
 template <class Element, int n>
 __device__ void unpack_elements(float (&x)[n], const Elements<n>& from) {
 #pragma unroll
@@ -193,12 +204,33 @@ __device__ void unpack_elements(float (&x)[n], const Elements<n>& from) {
   }
 }
 
-// Host: no token at all; every sequence hands its state on.
-inline void copy_states(const char* op, const void* in, void* out, size_t bytes, cudaStream_t stream) {
+// ---- Host
+// The sequences of a call whose state rows are those of conv_state.
+inline ConvSequences sequences_of(const ConvInputs& in) {
+  return {.tokens = in.B * in.T, .T = in.T, .N = in.N, .cu_seqlens = in.cu_seqlens, .rows = {}, .P = in.N};
+}
+inline ConvStates states_of(const ConvInputs& in, void* conv_state_out) {
+  return {.in = in.conv_state, .out = conv_state_out, .stride = in.D * (in.W - 1)};
+}
+
+// The states of a call without tokens. `op` is named in errors.
+inline void copy_all_states(const char* op, const ConvInputs& in, void* conv_state_out, cudaStream_t stream) {
+  const size_t bytes = in.N * in.D * (in.W - 1) * 2;
   if (bytes == 0) return;
-  check(in == nullptr ? cudaMemsetAsync(out, 0, bytes, stream)
-                      : cudaMemcpyAsync(out, in, bytes, cudaMemcpyDeviceToDevice, stream),
+  check(in.conv_state == nullptr
+            ? cudaMemsetAsync(conv_state_out, 0, bytes, stream)
+            : cudaMemcpyAsync(conv_state_out, in.conv_state, bytes, cudaMemcpyDeviceToDevice, stream),
         op);
+}
+
+// Elements from one token to the next, where tokens lie in rows (kernel_takes.h). Of a dimension of size 1 the stride
+// means nothing.
+inline int64_t row_stride(const ConvInputs& in, const TokenTensor& x) { return in.T == 1 ? x.strides.b : x.strides.t; }
+
+// f(Element(), std::integral_constant<int, W>()) for a call that the kernels take.
+template <class F>
+void with_element_and_taps(const ConvInputs& in, const F& f) {
+  with_taps(in.W, [&](auto taps) { in.x.dtype == Dtype::bf16 ? f(bf16(), taps) : f(f16(), taps); });
 }
 
 }  // namespace jet::hopper

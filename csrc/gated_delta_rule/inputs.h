@@ -1,32 +1,36 @@
-// What the ops of the gated delta rule agree on: how their tensors are addressed, and the l2norm.
+// What the ops of the gated delta rule have in common: their inputs, their states, the l2norm.
 #pragma once
 
 #include <cstdint>
 
-#include "csrc/common/dtype.h"
+#include "csrc/common/tensors.h"
 
 namespace jet {
 
 constexpr double kL2NormEps = 1e-6;  // x / sqrt(sum x^2 + kL2NormEps)
-
-// Element strides of a [B, T, heads, D] tensor, or of [B, T, heads] with d = 0.
-struct TokenStrides {
-  int64_t b, t, h, d;
-};
 
 // Element strides of states [N, H, K, V], or of a pool [P, H, K, V].
 struct StateStrides {
   int64_t n, h, k, v;
 };
 
-// A pool of states [P, H, K, V], and which of its rows each sequence n < N has.
-struct StatePool {
-  Dtype dtype;
-  int64_t P;
-  void* data;
+// States [N, H, K, V] that are read. "real" below is fp64 iff q is, else fp32.
+struct StateTensor {
+  const void* data;  // real; null: zeros
   StateStrides strides;
-  const void* rows;      // [N]; negative: no row; null: row n. Each row is named once
-  IndexType rows_dtype;  // i64 on a CPU, where the rows have been checked. On a device a row of P or more is no row
+};
+
+using StatePool = Pool<StateStrides>;
+
+struct GatedDeltaRuleInputs {
+  int64_t B, T, H, Hk, K, V;  // value head h reads query/key head h / (H / Hk)
+  double scale;
+  bool l2norm_qk;
+  TokenTensor q;     // [B, T, Hk, K]
+  TokenTensor k;     // [B, T, Hk, K], dtype of q
+  TokenTensor v;     // [B, T, H, V], dtype of q
+  TokenTensor g;     // [B, T, H], log decay; real on a CPU
+  TokenTensor beta;  // [B, T, H]; real on a CPU
 };
 
 }  // namespace jet

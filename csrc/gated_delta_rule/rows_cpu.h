@@ -4,6 +4,7 @@
 #include "csrc/cpu/elements.h"
 #include "csrc/cpu/gemm.h"
 #include "csrc/cpu/tasks.h"
+#include "csrc/cpu/tensor_access.h"
 #include "csrc/gated_delta_rule/inputs.h"
 
 namespace jet::cpu::JET_CPU_ISA {
@@ -21,16 +22,15 @@ JET_INLINE void zero_row(T* row, long n) {
   for (long i = 0; i < n; ++i) row[i] = T(0);
 }
 
-// Element (b, t, h, 0) of a tensor of tokens.
-template <class T>
-JET_INLINE const T* at(const void* data, const TokenStrides& s, long b, long t, long h) {
-  return static_cast<const T*>(data) + b * s.b + t * s.t + h * s.h;
-}
-
 // State (n, h) [K, V]; null stays null.
 template <class St>
 JET_INLINE St* at(St* states, const StateStrides& s, long n, long h) {
   return states == nullptr ? nullptr : states + n * s.n + h * s.h;
+}
+
+template <class T>
+JET_INLINE const T* at(const StateTensor& states, long n, long h) {
+  return at(static_cast<const T*>(states.data), states.strides, n, h);
 }
 
 // x [padded], zero from its true length on, <- x / sqrt(sum x^2 + eps); returns the factor

@@ -1,6 +1,8 @@
-// mbarrier: barriers in shared memory that threads and asynchronous copies arrive on. One is named for what has
-// happened when a wait on it returns: `weights_loaded`, `stage_read`. It completes phase after phase; a Parity says
-// which phase is waited for.
+// Barriers and fences of a CTA: mbarrier, named barriers (bar.sync), fence.proxy.async.
+//
+// An mbarrier lies in shared memory; threads and asynchronous copies arrive on it. It completes one phase after the
+// other, and a wait names the phase by its parity. Variables are named for what is true when the wait returns:
+// `weights_loaded`, `stage_read`.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -9,17 +11,16 @@
 
 namespace jet::hopper {
 
-// The parity of the phase that a wait means: phases are numbered from 0, and only odd and even are told apart.
-struct Parity {
+// The phase parity of mbarrier.try_wait.parity: which phase a wait is for, modulo 2. Phases are numbered from 0.
+struct PhaseParity {
   uint32_t bit;
-  __device__ static Parity first() { return {0}; }  // returns once phase 0 is complete
-  __device__ static Parity past() {
-    return {1};
-  }  // returns at once on a new Mbarrier, as if a phase before 0 were complete
-  __device__ void next() { bit ^= 1; }
+  __device__ static PhaseParity first() { return {0}; }      // of phase 0
+  __device__ static PhaseParity preceding() { return {1}; }  // of the one before it: on a new mbarrier it is complete
+  __device__ void flip() { bit ^= 1; }
 };
 
-// Keeps the compiler from moving memory accesses across: the wrappers below are volatile asm without a memory clobber.
+// No instruction: keeps the compiler from moving memory accesses across. CUTLASS's wrappers, which those below call,
+// are volatile asm without a memory clobber.
 __device__ inline void compiler_fence() { asm volatile("" ::: "memory"); }
 
 #ifdef JET_WATCHDOG
@@ -60,78 +61,69 @@ __device__ inline void stop(uint32_t barrier, uint32_t parity) {
 }  // namespace watchdog
 #endif
 
-// An mbarrier object, 8 bytes of shared memory. A phase is complete when as many arrivals as `init` said and all
-// expected bytes (tx-count) have come.
+// An mbarrier object, 8 bytes of shared memory. A phase is complete when `arrivals` threads have arrived and all
+// expected bytes (its tx-count) have been copied.
 class Mbarrier {
  public:
   // mbarrier.init
-  __device__ void init(int arrivals) { Hardware::init(&word_, arrivals); }
+  __device__ void init(int arrivals) { Hardware::init(&object_, arrivals); }
 
   // mbarrier.arrive
   __device__ void arrive() {
     compiler_fence();
-    Hardware::arrive(&word_);
+    Hardware::arrive(&object_);
   }
 
-  // mbarrier.arrive.shared::cluster: on the same Mbarrier of the CTA `rank` of the cluster.
+  // mapa and mbarrier.arrive.shared::cluster: on the same mbarrier of the CTA `rank` of the cluster.
   __device__ void arrive_remote(int rank) {
     compiler_fence();
-    Hardware::arrive(&word_, rank, 1);
+    Hardware::arrive(&object_, rank, 1);
   }
 
-  // mbarrier.arrive.expect_tx: arrives, and makes this phase wait for `bytes` more of asynchronous copies.
+  // mbarrier.arrive.expect_tx: arrives, and adds `bytes` to the tx-count of this phase.
   __device__ void arrive_expect_tx(int bytes) {
     compiler_fence();
-    Hardware::arrive_and_expect_tx(&word_, bytes);
+    Hardware::arrive_and_expect_tx(&object_, bytes);
   }
 
-  // mbarrier.expect_tx: makes this phase wait for `bytes` more, without arriving.
-  __device__ void expect_tx(int bytes) { Hardware::expect_transaction(&word_, bytes); }
-
-  // mbarrier.try_wait.parity, once: whether the phase is complete.
-  __device__ bool try_wait(Parity parity) {
-    const bool happened = Hardware::try_wait(&word_, parity.bit);
-    compiler_fence();
-    return happened;
-  }
-
-  // mbarrier.try_wait.parity until the phase is complete.
-  __device__ void wait(Parity parity) {
+  // mbarrier.try_wait.parity in a loop: returns when the phase is complete.
+  __device__ void wait(PhaseParity parity) {
 #ifdef JET_WATCHDOG
     const uint32_t start = watchdog::now();
-    while (!Hardware::try_wait(&word_, parity.bit))
+    while (!Hardware::try_wait(&object_, parity.bit))
       if (watchdog::now() - start > watchdog::kLongestWait)
-        watchdog::stop(static_cast<uint32_t>(__cvta_generic_to_shared(&word_)), parity.bit);
+        watchdog::stop(static_cast<uint32_t>(__cvta_generic_to_shared(&object_)), parity.bit);
 #else
-    Hardware::wait(&word_, parity.bit);
+    Hardware::wait(&object_, parity.bit);
 #endif
     compiler_fence();
   }
 
-  __device__ uint64_t* word() { return &word_; }  // for the copies that complete bytes on it
+  __device__ uint64_t* object() { return &object_; }  // for the copies that complete bytes on it
 
  private:
   using Hardware = cutlass::arch::ClusterTransactionBarrier;
-  uint64_t word_;
+  uint64_t object_;
 };
 static_assert(sizeof(Mbarrier) == 8);
 
-// fence.mbarrier_init: makes `Mbarrier::init` visible to other threads of the cluster and to asynchronous copies. A
-// block or cluster barrier must follow.
+// fence.mbarrier_init.release.cluster: makes `Mbarrier::init` visible to other threads of the cluster and to
+// asynchronous copies. __syncthreads or cluster_sync must follow.
 __device__ inline void fence_mbarrier_init() {
   cutlass::arch::fence_barrier_init();
   compiler_fence();
 }
 
-// fence.proxy.async: makes this thread's ordinary (generic-proxy) writes to shared memory visible to the asynchronous
-// proxy (wgmma operands, TMA stores). It stands between the writes and the barrier that the reader's issuer waits for.
+// fence.proxy.async.shared::cta: makes this thread's ordinary (generic-proxy) writes to shared memory visible to the
+// async proxy (wgmma operands, TMA stores). It stands between the writes and the barrier behind which the wgmma or the
+// store is issued.
 __device__ inline void fence_proxy_async() {
   compiler_fence();
   cutlass::arch::fence_view_async_shared();
   compiler_fence();
 }
 
-// bar.sync of `threads` threads on the hardware barrier `id`, 1..15 (0 is __syncthreads). Whole warps only.
+// bar.sync id, threads: `threads` threads, whole warps, on the named barrier `id`, 1..15 (0 is __syncthreads).
 __device__ inline void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

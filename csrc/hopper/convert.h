@@ -1,4 +1,4 @@
-// Elements of 16 bits and fp32 in registers, and how they get to memory; device side.
+// Conversions between 16-bit elements and fp32 in registers, and loads and stores that convert; device side.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,11 +6,11 @@
 
 #include <cstdint>
 
-#include "csrc/common/dtype.h"
+#include "csrc/common/tensors.h"
 
 namespace jet::hopper {
 
-// Two fp32 rounded to nearest even, the first in the low half: how fragments and stores want them.
+// cvt.rn.bf16x2.f32, cvt.rn.f16x2.f32: two fp32 rounded to nearest even, the first in the low half.
 template <class Element>
 __device__ uint32_t pack(float low, float high);
 template <>
@@ -24,7 +24,7 @@ __device__ inline uint32_t pack<f16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// The inverse: exact.
+// The inverse of pack, exact.
 template <class Element>
 __device__ float2 unpack(uint32_t both);
 template <>
@@ -36,7 +36,7 @@ __device__ inline float2 unpack<f16>(uint32_t both) {
   return __half22float2(*reinterpret_cast<const __half2*>(&both));
 }
 
-// Element i of an array whose type is known at run time only. For the small operands of a kernel.
+// Element i of an array whose type is known at run time only. For a kernel's small tensors.
 __device__ inline float load_as_float(const void* data, Dtype dtype, int64_t i) {
   if (dtype == Dtype::f32) return static_cast<const float*>(data)[i];
   if (dtype == Dtype::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
@@ -66,14 +66,16 @@ __device__ void store_rounded(void* data, Dtype dtype, int64_t i, const float (&
     __stcg(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
 }
 
-// One 16-byte access to shared memory; nvcc splits the assignment of a float4 where it does not see the alignment.
-__device__ inline void store_shared_16(float* to, float a, float b, float c, float d) {
+// st.shared.v4.f32: one 16-byte store; nvcc splits the assignment of a float4 where it does not see the alignment.
+__device__ inline void st_shared_v4(float* to, float a, float b, float c, float d) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
-__device__ inline int64_t load_index(const void* data, IndexType type, int64_t i) {
-  return type == IndexType::i32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
+// Element i of an array of int32 or int64, such as cu_seqlens.
+__device__ inline int64_t load_index(const IndexVector& from, int64_t i) {
+  return from.type == IndexType::i32 ? static_cast<const int32_t*>(from.data)[i]
+                                     : static_cast<const int64_t*>(from.data)[i];
 }
 
 }  // namespace jet::hopper

@@ -13,28 +13,28 @@ namespace {
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "device facts");
+  check(cudaDeviceGetAttribute(&value, which, device), "device properties");
   return value;
 }
 
 }  // namespace
 
-const DeviceFacts& device_facts(int device) {
+const DeviceProperties& device_properties(int device) {
   static std::mutex mutex;
-  static std::map<int, DeviceFacts> known;
+  static std::map<int, DeviceProperties> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
   const int capability =
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
-  return known.emplace(device, DeviceFacts{capability, attribute(cudaDevAttrMultiProcessorCount, device)})
+  return known.emplace(device, DeviceProperties{capability, attribute(cudaDevAttrMultiProcessorCount, device)})
       .first->second;
 }
 
-const DeviceFacts& current_device_facts() {
+const DeviceProperties& current_device_properties() {
   int device = 0;
-  check(cudaGetDevice(&device), "device facts");
-  return device_facts(device);
+  check(cudaGetDevice(&device), "device properties");
+  return device_properties(device);
 }
 
 }  // namespace jet::hopper

@@ -1,28 +1,30 @@
-// Host side: one way to launch a kernel, with its shared memory and its cluster.
+// Launches of kernels with dynamic shared memory, thread block clusters and programmatic dependent launch (PDL).
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <utility>
+
+#include "csrc/hopper/device.h"
 #include "csrc/hopper/error.h"
 
 namespace jet::hopper {
-
-constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
 
 struct LaunchShape {
   dim3 grid;
   int threads = 128;
   int shared_bytes = 0;       // dynamic
   int cluster = 1;            // CTAs along x; divides grid.x
-  bool programmatic = false;  // may begin before the kernel that stands before it on the stream has ended: it calls
-                              // griddepcontrol_wait()
+  bool programmatic = false;  // programmatic dependent launch: may begin before the kernel that stands before it on
+                              // the stream has ended; it calls griddepcontrol_wait()
 };
 
-// The two halves of programmatic dependent launch. A kernel launched `programmatic` calls the first in every CTA before
-// it reads or writes anything that another kernel of the stream may touch; when it returns, the kernels before have
-// ended and their writes are visible. The kernel before it may call the second, in every CTA, when all of its CTAs run
-// or have run: until then nothing of the next one starts.
+// griddepcontrol.wait: a kernel launched `programmatic` calls it in every CTA before it reads or writes anything that
+// another kernel of the stream may touch; when it returns, the kernels before have ended and their writes are visible.
 __device__ inline void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// griddepcontrol.launch_dependents: the next kernel of the stream, if `programmatic`, may start once every CTA of this
+// one has called it or has ended.
 __device__ inline void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -35,7 +37,7 @@ void launch(const char* what, const LaunchShape& shape, cudaStream_t stream, voi
     const auto* const function = reinterpret_cast<const void*>(kernel);
     // The limit belongs to the kernel and not to this launch: a smaller one would make the launch of another thread
     // fail.
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes), what);
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedMemoryPerBlock), what);
     // Else the driver may leave room for fewer CTAs than fit.
     check(
         cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),

@@ -1,31 +1,27 @@
-// Tensor maps: built on the host and checked here, used on the device by TMA loads and stores. Also plain bulk copies.
+// Tensor maps (CUtensorMap, TMA descriptors): built and checked on the host for the copies of tma.h.
 #pragma once
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
-#include <cute/arch/copy_sm90_desc.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
 #include <string>
 
-#include "csrc/hopper/barrier.h"
 #include "csrc/hopper/error.h"
 #include "csrc/hopper/layout.h"
 
 namespace jet::hopper {
 
-// ---- Host
-// A tensor of up to 5 dimensions, dimension 0 contiguous, and the box that one copy moves. Elements of a box that lie
-// outside the tensor are read as zero and not written.
+// Arguments of cuTensorMapEncodeTiled: a tensor of up to 5 dimensions, dimension 0 contiguous, and the box that one
+// copy moves. Elements of a box that lie outside the tensor are read as zero and not written.
 struct TensorMapPlan {
   const char* name;          // for errors
   const void* data;          // 16-byte aligned
   Dtype dtype;               // f32, bf16 or f16
   int rank;                  // 1..5
-  uint64_t extent[5];        // elements, >= 1
-  uint64_t stride_bytes[5];  // [0] is not read (it is the element size); multiples of 16, below 2^40
-  uint32_t box[5];           // elements, 1..256; box[0] * element size is a multiple of 16, at most the swizzle's row
+  uint64_t extent[5];        // globalDim: elements, >= 1
+  uint64_t stride_bytes[5];  // globalStrides; [0] is not read (it is the element size); multiples of 16, below 2^40
+  uint32_t box[5];  // boxDim: elements, 1..256; box[0] * element size is a multiple of 16, at most the swizzle's row
   Swizzle swizzle;
 };
 
@@ -94,82 +90,6 @@ CUtensorMap make_operand_map(const char* name, const void* data, Dtype dtype, ui
   const uint32_t box_columns = Tile::panel_width;
   return make_tensor_map(
       {name, data, dtype, 2, {columns, rows}, {0, row_stride * element_bytes}, {box_columns, box_rows}, Tile::swizzle});
-}
-
-// ---- Device: all are issued by one thread, for the whole CTA
-enum class CacheHint : uint64_t {  // the L2's hint
-  evict_normal = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-  evict_first = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-  evict_last = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
-};
-
-// prefetch.tensormap
-__device__ inline void prefetch_tensormap(const CUtensorMap& map) { cute::prefetch_tma_descriptor(&map); }
-
-// cp.async.bulk.tensor, global to shared: loads the box at `coordinates` (1 to 5, dimension 0 first) to `shared`,
-// 128-byte aligned; completes its bytes on `barrier`.
-template <class... Coordinates>
-__device__ void tma_load(void* shared, const CUtensorMap& map, Mbarrier& barrier, CacheHint hint,
-                         Coordinates... coordinates) {
-  cute::SM90_TMA_LOAD::copy(&map, barrier.word(), static_cast<uint64_t>(hint), shared, coordinates...);
-}
-
-// cp.async.bulk.tensor .multicast::cluster: the same into every CTA of the cluster whose bit is set in `ranks`, at the
-// same offset, each completing on its own `barrier`.
-template <class... Coordinates>
-__device__ void tma_load_multicast(void* shared, const CUtensorMap& map, Mbarrier& barrier, uint16_t ranks,
-                                   CacheHint hint, Coordinates... coordinates) {
-  cute::SM90_TMA_LOAD_MULTICAST::copy(&map, barrier.word(), ranks, static_cast<uint64_t>(hint), shared, coordinates...);
-}
-
-// cp.async.bulk.prefetch.tensor: asks for the same box to be brought into the L2. Nothing is written and nothing to
-// wait for.
-template <class... Coordinates>
-__device__ void tma_prefetch(const CUtensorMap& map, Coordinates... coordinates) {
-  cute::SM90_TMA_LOAD::PREFETCH::copy(&map, coordinates...);
-}
-
-// Fills a whole operand tile: panel p holds the box at (column + p * panel_width, row).
-template <class Tile>
-__device__ void tma_load_tile(char* shared, const CUtensorMap& map, Mbarrier& barrier, CacheHint hint, int column,
-                              int row) {
-#pragma unroll
-  for (int p = 0; p < Tile::panels; ++p)
-    tma_load(shared + p * Tile::panel_bytes, map, barrier, hint, column + p * Tile::panel_width, row);
-}
-
-// cp.async.bulk.tensor, shared to global: stores a box from `shared`. The writes to it must have been published to the
-// async proxy (barrier.h).
-template <class... Coordinates>
-__device__ void tma_store(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
-  cute::SM90_TMA_STORE::copy(&map, shared, coordinates...);
-}
-// cp.reduce.async.bulk.tensor .add
-template <class... Coordinates>
-__device__ void tma_reduce_add(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
-  cute::SM90_TMA_REDUCE_ADD::copy(&map, shared, coordinates...);
-}
-
-// cp.async.bulk: contiguous bytes; addresses and size are multiples of 16.
-__device__ inline void cp_async_bulk_load(void* shared, const void* global, int bytes, Mbarrier& barrier) {
-  cute::SM90_BULK_COPY_G2S::copy(global, barrier.word(), shared, bytes);
-}
-__device__ inline void cp_async_bulk_store(void* global, const void* shared, int bytes) {
-  cute::SM90_BULK_COPY_S2G::copy(shared, global, bytes);
-}
-
-// Stores are waited for in groups, by the thread that issued them.
-__device__ inline void cp_async_bulk_commit_group() {
-  cute::tma_store_arrive();
-  compiler_fence();
-}
-template <int groups_left>
-__device__ void cp_async_bulk_wait_group_read() {  // their shared memory may be overwritten
-  cute::tma_store_wait<groups_left>();
-}
-template <int groups_left>
-__device__ void cp_async_bulk_wait_group() {  // their results are in global memory
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(groups_left) : "memory");
 }
 
 }  // namespace jet::hopper

@@ -1,10 +1,9 @@
-// Warpgroup matrix multiply-accumulate. N is 8, 16, 32, 64, 96, 128, 192 or 256; a file that needs another multiple of
-// 8 defines CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED before its first include, and compiles 5 seconds longer. A shape is a
-// type; operands are tiles in shared memory (ss) or A comes in registers (rs).
+// wgmma: warpgroup matrix multiply-accumulate. N is 8, 16, 32, 64, 96, 128, 192 or 256; a file that needs another
+// multiple of 8 defines CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED before its first include, and compiles 5 seconds longer.
+// A shape is a type; operands are tiles in shared memory (ss) or A comes in registers (rs).
 //   Wgmma<bf16, 96>::ss(s, a.at(0, k), b.at(0, k), accumulate);   // S (+)= A B^T   [64, 96], k16
 #pragma once
 
-#include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm90.hpp>
 #ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
@@ -16,14 +15,16 @@
 
 namespace jet::hopper {
 
+// wgmma.commit_group
 __device__ inline void wgmma_commit_group() { cute::warpgroup_commit_batch(); }
+// wgmma.wait_group: until at most `groups_left` of the newest groups are pending.
 template <int groups_left>
 __device__ void wgmma_wait_group() {
   cute::warpgroup_wait<groups_left>();
 }
 
-// After a wait: tells the compiler that the registers have changed, so that it does not read them early. Before a
-// fence: that they are read.
+// No instruction. After a wait: tells the compiler that the registers have changed, so that it does not read them
+// early. Before a fence: that they are read.
 template <int registers>
 __device__ void wgmma_fence_operand(float (&accumulator)[registers]) {
 #pragma unroll
@@ -37,27 +38,34 @@ __device__ void wgmma_fence_operand(uint32_t (&a)[n][4]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
 
-// Registers of wgmma must not be touched between the fence before the first one that writes or reads them and the wait
-// that follows its commit. Those that were computed are named, or the compiler may move the arithmetic behind the
-// fence.
+// No instruction: keeps A operands in registers, which a wgmma may read until the wait before this line.
+template <int n>
+__device__ void wgmma_hold_operand(const uint32_t (&a)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" ::"r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]) : "memory");
+}
+
+// wgmma.fence.sync.aligned. Registers of a wgmma must not be touched between the fence before the first one that writes
+// or reads them and the wait that follows its commit. Those that were computed are named, or the compiler may move the
+// arithmetic behind the fence.
 template <class... Registers>
 __device__ void wgmma_fence(Registers&... computed) {
   (wgmma_fence_operand(computed), ...);
   cute::warpgroup_arrive();
 }
 
-// A wgmma operand in shared memory: tile layout and base address.
-template <class Element, Swizzle swizzle, Major major, int mn, int k>
-struct Operand {
-  using Tile = OperandTile<Element, swizzle, major, mn, k>;
-  uint64_t descriptor;  // of the whole
+// The matrix descriptor of a wgmma operand in shared memory. `Tile_` is an OperandTile.
+template <class Tile_>
+struct MatrixDescriptor {
+  using Tile = Tile_;
+  uint64_t descriptor;  // of the whole tile
 
-  __device__ explicit Operand(const void* tile) {  // a shared-memory address, a multiple of kTileAlign
-    constexpr OperandStrides strides = Tile::strides();
+  __device__ explicit MatrixDescriptor(const void* tile) {  // a shared-memory address, a multiple of kTileAlign
+    constexpr DescriptorOffsets offsets = Tile::descriptor_offsets();
     cute::GmmaDescriptor bits;
     bits.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(tile) >> 4;
-    bits.bitfield.leading_byte_offset_ = strides.leading >> 4;
-    bits.bitfield.stride_byte_offset_ = strides.stride >> 4;
+    bits.bitfield.leading_byte_offset_ = offsets.leading_byte_offset >> 4;
+    bits.bitfield.stride_byte_offset_ = offsets.stride_byte_offset >> 4;
     bits.bitfield.base_offset_ = 0;  // tiles are aligned to the swizzle's period
     bits.bitfield.layout_type_ = static_cast<uint8_t>(layout_type);
     descriptor = bits;
@@ -69,10 +77,10 @@ struct Operand {
 
  private:
   using Layout = cute::SM90::GMMA::LayoutType;
-  static constexpr Layout layout_type = swizzle == Swizzle::b128  ? Layout::B128
-                                        : swizzle == Swizzle::b64 ? Layout::B64
-                                        : swizzle == Swizzle::b32 ? Layout::B32
-                                                                  : Layout::INTERLEAVE;
+  static constexpr Layout layout_type = Tile::swizzle == Swizzle::b128  ? Layout::B128
+                                        : Tile::swizzle == Swizzle::b64 ? Layout::B64
+                                        : Tile::swizzle == Swizzle::b32 ? Layout::B32
+                                                                        : Layout::INTERLEAVE;
 };
 
 // CUTLASS's name of an element type. fp32 memory is read as tf32 by the tensor cores: the low 13 bits are dropped.
@@ -91,13 +99,13 @@ struct CutlassElement<float> {
   using type = cute::tfloat32_t;
 };
 
-// D[64, n] (+)= A[64, K] B[n, K]^T, accumulated in fp32.
+// wgmma.mma_async.sync.aligned.m64nNkK: D[64, n] (+)= A[64, K] B[n, K]^T, accumulated in fp32.
 template <class Element, int n, Major major_a = Major::k, Major major_b = Major::k>
 struct Wgmma {
   static constexpr int M = 64, N = n, K = 32 / sizeof(Element);
   static constexpr int registers = M * N / kWarpgroup;
   using Accumulator = float[registers];  // layout.h: accumulator_row, accumulator_column
-  using Fragment = uint32_t[4];          // layout.h: fragment_row, fragment_k
+  using Fragment = uint32_t[4];          // layout.h: a_fragment_row, a_fragment_k
 
   __device__ static void ss(Accumulator& d, uint64_t a, uint64_t b, bool accumulate) {
     using Op = decltype(cute::SM90::GMMA::ss_op_selector<Type, Type, float, Shape, cute_major_a, cute_major_b>());
@@ -133,18 +141,10 @@ struct Wgmma {
   }
 };
 
-// The A operand [64, 16] at (i, l) of a K-major tile, loaded into registers by ldmatrix; all four warps of the
-// warpgroup.
-template <class Tile>
-__device__ void load_fragment(uint32_t (&a)[4], const void* tile, int thread, int i, int l) {
-  static_assert(Tile::major == Major::k, "ldmatrix reads rows of 8 consecutive k");
-  const char* row = static_cast<const char*>(tile) + Tile::offset(i + ldmatrix_row(thread), l + ldmatrix_k(thread));
-  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(row), a[0], a[1], a[2], a[3]);
-}
-
-// k16 step `step` of the A operand made of an accumulator's columns (layout.h proves the correspondence).
+// k16 step `step` of an accumulator's columns, rounded, as an A operand in registers (layout.h proves that they are
+// one).
 template <class Element, int registers>
-__device__ void fragment_of(uint32_t (&a)[4], const float (&accumulator)[registers], int step) {
+__device__ void accumulator_to_a_fragment(uint32_t (&a)[4], const float (&accumulator)[registers], int step) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) a[i] = pack<Element>(accumulator[8 * step + 2 * i], accumulator[8 * step + 2 * i + 1]);
 }

@@ -2,20 +2,18 @@
 Python standard library, then complete held-out code with it, token by token from its recurrent state.
 
 Writes the model (a folder that `jetkernels generate --model` reads) and the loss curve to the output folder.
-"""
+"""  # noqa: D205 - this is what `jetkernels demo --help` shows
 
 import argparse
-import io
 import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,25 +22,26 @@ from jetkernels._optional import optional
 from jetkernels._progress import progress
 from jetkernels.cli.info import backends
 from jetkernels.cli.options import device, new_folder, number, seed
-from jetkernels.files import write_atomic
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
-from jetkernels.modules import parameter_groups
-from jetkernels.postnas.data import is_held_out, standard_library
+from jetkernels.postnas.base import next_token_loss
+from jetkernels.postnas.data import TextCorpus, Windows
+from jetkernels.postnas.report import curve
+from jetkernels.postnas.training import Trainer, cosine, warm_up
 
 B, T = 8, 256  # sequences and bytes of one training step
 LEARNING_RATE = 3e-3
+WARMUP = 20  # steps
+WEIGHT_DECAY = 0.1
 TEMPERATURE = 0.5
 WORST_LOSS = 0.75  # of the unigram entropy: a model that learned less has learned little of the language
 FEWEST_STEPS = 80  # of one schedule; they reach WORST_LOSS with room to spare, however long they take
 SCHEDULES = 4  # one after another, until the loss is reached; a model that has not learned by then does not learn
 RESTART = 0.3  # of the learning rate, with which a further schedule begins
-NEW, FEWEST_NEW = (
-    160,
-    16,
-)  # bytes of a completion: so many, or as many as COMPLETION_SECONDS allow, but never fewer than the second
+NEW = 160  # bytes of a completion, or as many as COMPLETION_SECONDS allow, but never fewer than FEWEST_NEW
+FEWEST_NEW = 16
 COMPLETION_SECONDS = 12.0
 WORST_DIFFERENCE = 1e-3  # of a logit between decode and prefill
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(
     vocab_size=257,  # bytes, and the end of a text
     hidden_size=192,
     intermediate_size=512,
@@ -59,25 +58,12 @@ CONFIG = dict(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `jetkernels demo`."""
     minutes = "training time (default 2.5); longer where the loss needs it"
     parser.add_argument("--minutes", type=number(0, 24 * 60, above=True), default=2.5, help=minutes)
     parser.add_argument("--output", type=new_folder, default="jetkernels-demo", help="folder for model and plot")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--seed", type=seed, default=0)
-
-
-def load_corpus() -> tuple[Tensor, Tensor, int]:
-    """The standard library's source as bytes: (training, held out, number of files). A file is in one of them, by
-    name.
-    """
-    root, files = standard_library()
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for path in files:
-        parts[is_held_out(path.relative_to(root).as_posix())].append(path.read_bytes())
-    if not parts[0] or not parts[1]:
-        raise ValueError(f"demo: the standard library at {root} holds too few .py files to train on")
-    training, held_out = (torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for part in parts)
-    return training, held_out, len(files)
 
 
 def unigram_entropy(data: Tensor) -> float:
@@ -86,14 +72,11 @@ def unigram_entropy(data: Tensor) -> float:
     return -torch.special.xlogy(p, p).sum().item()
 
 
-def batch(data: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-    starts = torch.randint(len(data) - T - 1, (B,), generator=generator)
-    return torch.stack([data[s : s + T + 1] for s in starts.tolist()]).long().to(device)
-
-
-def loss_of(model: JetNemotronForCausalLM, tokens: Tensor) -> Tensor:
-    logits = model(tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+def batches(data: Tensor, seed: int) -> Iterator[Tensor]:
+    """Batches [B, T + 1] of windows of the data but its last byte, in the random order of the seed."""
+    windows, generator = Windows(data[:-1]), torch.Generator().manual_seed(seed)
+    while True:
+        yield windows.rows(B, T + 1, generator)
 
 
 def autocast_pays(device: torch.device) -> bool:
@@ -109,13 +92,17 @@ def autocast_pays(device: torch.device) -> bool:
 
 
 class CountOps(TorchDispatchMode):
-    """Counts the calls of jet ops."""
+    """Counts the calls of jet ops.
 
-    def __init__(self):
+    Attributes:
+        calls: {op: calls}.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "jet":
             self.calls[func._schema.name.removeprefix("jet::")] += 1
         return func(*args, **(kwargs or {}))
@@ -126,6 +113,11 @@ class Schedule:
 
     ``progress`` goes from 0 to 1. Each step moves it by one part of the steps that are left, and by at most 1 / fewest:
     it arrives at 1 whether the machine turns slow or fast on the way, and never in a leap.
+
+    Args:
+        seconds: that the steps may take.
+        fewest: steps that are made however long they take.
+        clock: seconds, as `time.perf_counter` counts them.
     """
 
     def __init__(self, seconds: float, fewest: int, clock: Callable[[], float] = time.perf_counter):
@@ -147,10 +139,12 @@ class Schedule:
 
     @property
     def done(self) -> bool:
+        """Whether no step is left."""
         return self.progress == 1.0
 
     @property
     def step_seconds(self) -> float:
+        """The median of the last steps."""
         return statistics.median(self.recent)
 
     @property
@@ -161,44 +155,53 @@ class Schedule:
     @property
     def factor(self) -> float:
         """Of the learning rate."""
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
+        return cosine(self.progress)
 
 
-class Trainer:
-    """AdamW on batches of one random order, under bf16 autocast if asked."""
+class Training:
+    """A training that says how fast it is and how long it takes.
 
-    def __init__(self, model, data: Tensor, seed: int, bf16: bool, device: torch.device):
-        self.model, self.data, self.bf16, self.device = model, data, bf16, device
-        groups = parameter_groups(model.parameters(), 0.1)
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-        self.generator = torch.Generator().manual_seed(seed)
+    Args:
+        model: what is trained, in place.
+        data: bytes to train on.
+        seed: of the batches.
+        bf16: under autocast to bf16.
+
+    Attributes:
+        model: what is trained.
+        seconds: from the start to the end of each step.
+        losses: of each step.
+    """
+
+    def __init__(self, model: JetNemotronForCausalLM, data: Tensor, seed: int, bf16: bool):
+        self.model = model
+        rows = batches(data, seed)
+
+        def step_loss(step: int) -> Tensor:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                return next_token_loss(model, next(rows))
+
+        self.trainer = Trainer(model.parameters(), step_loss, weight_decay=WEIGHT_DECAY, fused=True)
+        self.losses = self.trainer.losses
         self.start = time.perf_counter()
-        self.history: list[tuple[float, float]] = []  # (seconds, loss) of every step
+        self.seconds: list[float] = []
 
     def step(self, factor: float) -> None:
         """One step with this part of the learning rate."""
-        warmup = min(1.0, (len(self.history) + 1) / 20)
-        for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warmup * factor
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = loss_of(self.model, batch(self.data, self.generator, self.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        value = loss.item()
-        self.history.append((time.perf_counter() - self.start, value))
+        self.trainer.step(LEARNING_RATE * warm_up(len(self.losses), WARMUP) * factor)
+        self.seconds.append(time.perf_counter() - self.start)
 
     def run(self, schedule: Schedule, peak: float = 1.0) -> None:
-        """Steps until the schedule is done, from ``peak`` of the learning rate on. Says what is planned as soon as the
-        speed is known.
+        """Steps until the schedule is done, from ``peak`` of the learning rate on.
+
+        Says what is planned as soon as the speed is known.
         """
         while not schedule.done and schedule.steps < 5:
             self.step(peak * schedule.factor)
             schedule.step()
         print(
-            f"training: a step takes {schedule.step_seconds:.2f} s ({B * T / schedule.step_seconds:,.0f} bytes/s), done in about "
-            f"{schedule.seconds_left:.0f} s",
+            f"training: a step takes {schedule.step_seconds:.2f} s ({B * T / schedule.step_seconds:,.0f} bytes/s), "
+            f"done in about {schedule.seconds_left:.0f} s",
             flush=True,
         )
         smooth, shown = None, 0.0
@@ -206,9 +209,9 @@ class Trainer:
             while not schedule.done:
                 self.step(peak * schedule.factor)
                 schedule.step()
-                smooth = self.history[-1][1] if smooth is None else 0.95 * smooth + 0.05 * self.history[-1][1]
+                smooth = self.losses[-1] if smooth is None else 0.95 * smooth + 0.05 * self.losses[-1]
                 bar.set_postfix_str(
-                    f"{schedule.seconds_left:.0f} s left, step {len(self.history)}, loss {smooth:.3f}, "
+                    f"{schedule.seconds_left:.0f} s left, step {len(self.losses)}, loss {smooth:.3f}, "
                     f"{B * T / schedule.step_seconds:,.0f} bytes/s",
                     refresh=False,
                 )
@@ -216,58 +219,33 @@ class Trainer:
                 shown = 100 * schedule.progress
 
 
-def train(trainer: Trainer, seconds: float, held_out: Callable[[], float], enough: float) -> float:
-    """Trains for ``seconds``, and on until the held-out loss is ``enough``. Returns that loss, which is higher where it
-    was not reached.
+def train(training: Training, seconds: float, held_out: Callable[[], float], enough: float) -> float:
+    """Trains for ``seconds``, and on until the held-out loss is ``enough``.
+
+    Returns:
+        That loss, which is higher where it was not reached.
     """
-    trainer.run(Schedule(seconds, FEWEST_STEPS))
+    training.run(Schedule(seconds, FEWEST_STEPS))
     for _ in range(SCHEDULES - 1):
         if (loss := held_out()) <= enough:
             return loss
         print(f"the held-out loss is {loss:.3f} and must be {enough:.3f}: trains {FEWEST_STEPS} steps more", flush=True)
-        trainer.run(Schedule(0, FEWEST_STEPS), RESTART)
+        training.run(Schedule(0, FEWEST_STEPS), RESTART)
     return held_out()
 
 
-def plot(history: list[tuple[float, float]], unigram: float, held_out: float, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    axes.plot(*zip(*history), color="0.75", linewidth=0.7, label="training batch")
-    smooth, average = [], history[0][1]
-    for _, value in history:
-        average = 0.95 * average + 0.05 * value
-        smooth.append(average)
-    axes.plot([t for t, _ in history], smooth, label="training, smoothed")
-    axes.axhline(unigram, linestyle="--", color="0.4", label=f"unigram entropy {unigram:.2f}")
-    axes.axhline(held_out, linestyle=":", color="C3", label=f"held-out files {held_out:.2f}")
-    axes.set(
-        xlabel="seconds",
-        ylabel="loss (nats per byte)",
-        title="byte-level JetBlock hybrid on the Python standard library",
-    )
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomic(path, picture.getvalue())
-    pyplot.close(figure)
-
-
 @torch.no_grad()
-def held_out_loss(model, data: Tensor, device: torch.device) -> float:
-    generator = torch.Generator().manual_seed(1)
-    return sum(loss_of(model, batch(data, generator, device)).item() for _ in range(8)) / 8
+def held_out_loss(model: JetNemotronForCausalLM, data: Tensor) -> float:
+    """Mean over the same few batches in every call."""
+    rows = batches(data, seed=1)
+    return sum(next_token_loss(model, next(rows)).item() for _ in range(8)) / 8
 
 
 def snippets(data: Tensor, count: int) -> list[bytes]:
     """Beginnings of held-out functions: up to 200 bytes that end behind the colon of a `def` line."""
-    text = data.numpy().tobytes()
-    found, position = [], len(text) // 7
+    text = bytes(data.tolist())
+    found: list[bytes] = []
+    position = len(text) // 7
     while len(found) < count and (position := text.find(b"\n    def ", position + len(text) // 9)) >= 0:
         end = text.find(b":\n", position)
         if 0 < end - position < 100:
@@ -276,14 +254,26 @@ def snippets(data: Tensor, count: int) -> list[bytes]:
 
 
 class Completion(NamedTuple):
+    """What decode added to a prompt.
+
+    Attributes:
+        new: the bytes.
+        seconds: of decode.
+        difference: largest one of the logits between decode and prefill.
+    """
+
     new: bytes
-    seconds: float  # of decode
-    difference: float  # largest one of the logits between decode and prefill
+    seconds: float
+    difference: float
 
 
 @torch.no_grad()
 def complete(
-    model, prompt: bytes, seed: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    model: JetNemotronForCausalLM,
+    prompt: bytes,
+    seed: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Completion:
     """Prefill and recurrent decode of up to NEW bytes; then the whole text again in one prefill."""
     tokens = torch.tensor([list(prompt)], device=device)
@@ -304,9 +294,11 @@ def complete(
     return Completion(bytes(tokens[0, len(prompt) :].tolist()), seconds, difference)
 
 
-def complete_all(model, prompts: list[bytes], seed: int, device: torch.device) -> list[Completion]:
+def complete_all(
+    model: JetNemotronForCausalLM, prompts: list[bytes], seed: int, device: torch.device
+) -> list[Completion]:
     """Completes and prints each."""
-    found = []
+    found: list[Completion] = []
     for i, prompt in enumerate(prompts):
         found.append(complete(model, prompt, seed + i, device))
         print(
@@ -331,7 +323,45 @@ def check(difference: float, loss: float, enough: float) -> None:
         )
 
 
+def report(model: JetNemotronForCausalLM, training: Training, unigram: float, final: float, folder: Path) -> None:
+    """Writes the model, its tokenizer and the loss curve, and prints where the loss went."""
+    losses = training.losses
+    folder.mkdir(parents=True, exist_ok=True)
+    curve(
+        folder / "loss.png",
+        losses,
+        "byte-level JetBlock hybrid on the Python standard library",
+        "loss (nats per byte)",
+        seconds=training.seconds,
+        levels={"unigram entropy": unigram, "held-out files": final},
+    )
+    model.save_pretrained(folder)
+    Tokenizer.byte_level().save_pretrained(folder)
+    last = losses[-20:]
+    print(
+        f"loss: {losses[0]:.3f} -> {sum(last) / len(last):.3f} (training), {final:.3f} on held-out files; "
+        f"unigram entropy {unigram:.3f}"
+    )
+
+
+def report_speed(
+    training: Training, completions: list[Completion], counted: CountOps, processors: _machine.Processors
+) -> None:
+    """Prints the speed of training and decode, and which backend served which op."""
+    trained = len(training.losses) * B * T / training.seconds[-1]
+    decoded, seconds = sum(len(each.new) for each in completions), sum(each.seconds for each in completions)
+    print(
+        f"speed: training {trained:,.0f} bytes/s, decode {decoded / seconds:,.0f} bytes/s (one sequence)"
+        + (f", on a busy machine ({processors})" if processors.busy else "")
+    )
+    served_by = backends(training.model.device)
+    print("ops called in one training step and the completions, and the backend that served them:")
+    for op, calls in sorted(counted.calls.items()):
+        print(f"  {op:34} {calls:6} calls   {served_by[op.removesuffix('_backward')]}")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    """Trains, saves, completes and checks."""
     for package in ("matplotlib", "numpy", "safetensors", "tokenizers"):  # before anything is trained
         optional(package, "all", "jetkernels demo")
     device = torch.device(arguments.device)
@@ -341,11 +371,11 @@ def run(arguments: argparse.Namespace) -> int:
         found, "training sees fewer bytes than on a quiet one, and may take longer than asked for"
     ):
         print(notice)
-    training, held_out, files = load_corpus()
-    unigram = unigram_entropy(held_out)
+    corpus = TextCorpus.from_standard_library(between="\n")
+    unigram = unigram_entropy(corpus.held_out)
     print(
-        f"corpus: {files} files of the Python standard library, {len(training) / 1e6:.1f} MB to train on, "
-        f"{len(held_out) / 1e6:.1f} MB held out; unigram entropy {unigram:.3f} nats per byte"
+        f"corpus: {corpus.files} files of the Python standard library, {len(corpus.training) / 1e6:.1f} MB to train "
+        f"on, {len(corpus.held_out) / 1e6:.1f} MB held out; unigram entropy {unigram:.3f} nats per byte"
     )
     model = JetNemotronForCausalLM(JetNemotronConfig(**CONFIG)).to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -355,47 +385,30 @@ def run(arguments: argparse.Namespace) -> int:
         f"{'bf16 autocast' if bf16 else 'fp32'} on {device}"
     )
     with CountOps() as counted:
-        loss_of(model, batch(training, torch.Generator().manual_seed(2), device)).backward()
+        next_token_loss(model, next(batches(corpus.training, seed=2))).backward()
     model.zero_grad(set_to_none=True)
 
-    trainer, asked, enough = (
-        Trainer(model, training, arguments.seed, bf16, device),
+    training, asked, enough = (
+        Training(model, corpus.training, arguments.seed, bf16),
         60 * arguments.minutes,
         WORST_LOSS * unigram,
     )
-    final = train(trainer, asked, lambda: held_out_loss(model, held_out, device), enough)
-    history = trainer.history
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    plot(history, unigram, final, arguments.output / "loss.png")
-    model.save_pretrained(arguments.output)
-    Tokenizer.byte_level().save_pretrained(arguments.output)
-    last = [loss for _, loss in history[-20:]]
-    print(
-        f"loss: {history[0][1]:.3f} -> {sum(last) / len(last):.3f} (training), {final:.3f} on held-out files; "
-        f"unigram entropy {unigram:.3f}"
-    )
-    taken = history[-1][0]
+    final = train(training, asked, lambda: held_out_loss(model, corpus.held_out), enough)
+    report(model, training, unigram, final, arguments.output)
+    steps, taken = len(training.losses), training.seconds[-1]
     if taken > 1.2 * asked + 5:
         print(
-            f"training took {taken:.0f} s instead of {asked:.0f}: the loss needs {len(history)} steps, each {taken / len(history):.2f} s here"
+            f"training took {taken:.0f} s instead of {asked:.0f}: the loss needs {steps} steps, "
+            f"each {taken / steps:.2f} s here"
         )
-
-    if len(history) < 4 * FEWEST_STEPS:
-        print(f"trained on {len(history) * B * T:,} bytes only: the completions will be poor")
+    if steps < 4 * FEWEST_STEPS:
+        print(f"trained on {steps * B * T:,} bytes only: the completions will be poor")
 
     with counted:
-        completions = complete_all(model, snippets(held_out, 3), arguments.seed, device)
+        completions = complete_all(model, snippets(corpus.held_out, 3), arguments.seed, device)
     difference = max(each.difference for each in completions)
-    decoded, seconds = sum(len(each.new) for each in completions), sum(each.seconds for each in completions)
     print(f"\ndecode against prefill: largest difference of a logit {difference:.2e}")
-    print(
-        f"speed: training {len(history) * B * T / taken:,.0f} bytes/s, decode {decoded / seconds:,.0f} bytes/s (one sequence)"
-        + (f", on a busy machine ({found})" if found.busy else "")
-    )
-    served_by = backends(device)
-    print("ops called in one training step and the completions, and the backend that served them:")
-    for op, calls in sorted(counted.calls.items()):
-        print(f"  {op:34} {calls:6} calls   {served_by[op.removesuffix('_backward')]}")
+    report_speed(training, completions, counted, found)
     print(f"model and plot: {arguments.output}/ (try: jetkernels generate --model {arguments.output} --prompt 'def ')")
     check(difference, final, enough)
     return 0

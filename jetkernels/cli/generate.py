@@ -1,11 +1,12 @@
-"""Complete prompts. With --model the folder's tokenizer reads and writes text; with --config and --random-weights there
-is no tokenizer: bytes stand in for tokens, and token ids are printed. --prompt-ids do without a tokenizer too.
+"""Complete prompts.
+
+With --model the folder's tokenizer reads and writes text; with --config and --random-weights there is no tokenizer:
+bytes stand in for tokens, and token ids are printed. --prompt-ids do without a tokenizer too.
 
 The completion of a single prompt is streamed as it is made. Several prompts (--prompt more than once, or --prompt-file)
 are completed --batch at a time, at temperature 0 each as it would be alone. With --json every prompt gives a line with
-an object:
-prompt, prompt_ids, ids (of the completion, without the token that ended it), text (null without a tokenizer), stopped
-(whether it ended by itself).
+an object: prompt, prompt_ids, ids (of the completion, without the token that ended it), text (null without a
+tokenizer), stopped (whether it ended by itself).
 """
 
 import argparse
@@ -26,13 +27,19 @@ STANDARD_INPUT = "standard input"
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: None where token ids were given."""
+    """What is to be completed.
+
+    Attributes:
+        text: None where token ids were given.
+        ids: its tokens.
+    """
 
     text: str | None
     ids: list[int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `jetkernels generate`."""
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -122,7 +129,8 @@ def read_prompts(arguments: argparse.Namespace, tokenizer: Tokenizer | None, con
         outside = [i for i in prompt.ids if not 0 <= i < config.vocab_size]
         if outside:
             raise ValueError(
-                f"{source}: token ids must be below the vocabulary size {config.vocab_size} and not negative, got {outside[0]}"
+                f"{source}: token ids must be below the vocabulary size {config.vocab_size} and not negative, "
+                f"got {outside[0]}"
             )
         if len(prompt.ids) + new > longest:
             raise ValueError(
@@ -150,12 +158,14 @@ class Output:
         self.tokens = 0
 
     def step(self, tokens: torch.Tensor, running: torch.Tensor) -> None:
+        """The tokens [B] of one step, and which rows were still running; prints the token of a single prompt."""
         self.times.append(time.perf_counter())
         self.tokens += int(running.sum())
-        if self.stream and (token := tokens.item()) not in self.stop:
+        if self.stream and (token := int(tokens)) not in self.stop:
             print(self.decoder.push(token) if self.decoder is not None else f"{token} ", end="", flush=True)
 
     def text(self, ids: list[int]) -> str:
+        """What is printed of token ids: text, or the ids where there is no tokenizer."""
         return self.tokenizer.decode(ids) if self.tokenizer is not None else " ".join(map(str, ids))
 
     def done(self, number: int, prompt: Prompt, ids: list[int]) -> None:
@@ -204,6 +214,7 @@ def complete(
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Completes the prompts and prints the completions."""
     config = read_config(arguments)
     tokenizer = read_tokenizer(arguments)
     if (

@@ -3,33 +3,81 @@
 import argparse
 import json
 import platform
+from typing import Any
 
 import torch
 
-from jetkernels import _library, _version
+from jetkernels import _library, _version, backend_of
 from jetkernels.ops import _register
 
 OPS = [name for name in _register.defined if not name.endswith("_backward")]
+_PHRASES = {"hopper": "Hopper kernel", "cpu": "C++", "plain": "plain PyTorch"}
+# One token of one sequence with the head dims of Jet-Nemotron-2B, in bf16
+_B, _T, _H, _K, _V, _D, _R, _W = 1, 1, 1, 96, 256, 256, 32, 4
+
+
+def _example(op: str, device: torch.device) -> list[Any]:
+    """Arguments of ``op``, by their names in its schema."""
+
+    def bf16(*sizes: int) -> torch.Tensor:
+        return torch.zeros(sizes, dtype=torch.bfloat16, device=device)
+
+    def fp32(*sizes: int) -> torch.Tensor:
+        return torch.zeros(sizes, device=device)
+
+    tokens = (_B,) if op == "dynamic_conv_step" else (_B, _T)
+    made: dict[str, Any] = {
+        "q": bf16(_B, _T, _H, _K),
+        "k": bf16(_B, _T, _H, _K),
+        "v": bf16(_B, _T, _H, _V),
+        "g": fp32(_B, _T, _H),
+        "beta": bf16(_B, _T, _H),
+        "state": fp32(_B, _H, _K, _V),
+        "keys": fp32(_B, _T, _H, _K),
+        "updates": fp32(_B, _T, _H, _V),
+        "num_accepted": torch.zeros(_B, dtype=torch.int32, device=device),
+        "x": bf16(*tokens, _D),
+        "hidden": bf16(*tokens, _R),
+        "weight": bf16(_D * _W, _R),
+        "kernels": bf16(_B, _T, _D, _W),
+        "conv_state": bf16(_B, _D, _W - 1),
+        "scale": 1.0,
+        "l2norm_qk": True,
+        "silu": True,
+    }
+    return [made.get(a.name) for a in getattr(torch.ops.jet, op).default._schema.arguments]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``jetkernels info``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def backends(device: torch.device) -> dict[str, str]:
-    """The backend of each op for tensors on ``device``, as one phrase each."""
-    index = device.index if device.type == "cuda" else -1
-    kernel = "Hopper kernel (sm_90a)" if device.type == "cuda" else f"C++ ({_library.build_info()['cpu_isa']})"
-    reasons = {op: _library.plain_reason(op, index) for op in OPS}
-    return {op: kernel if reason is None else f"plain PyTorch ({reason})" for op, reason in reasons.items()}
+    """The backend of each op for tensors on ``device``, as one phrase each.
+
+    Asked for the head dims of Jet-Nemotron in bf16. For other shapes and dtypes :func:`jetkernels.backend_of` may tell
+    another backend.
+    """
+
+    def phrase(op: str) -> str:
+        try:
+            backend = backend_of(op, *_example(op, device))
+        except RuntimeError as error:  # of the CUDA runtime: this command is there to find out
+            return f"none ({str(error).splitlines()[0]})"
+        return f"{_PHRASES[backend.name]} ({backend.detail})"
+
+    return {op: phrase(op) for op in OPS}
 
 
 def devices() -> list[torch.device]:
+    """The CPU and every CUDA device."""
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda))]
 
 
 def facts() -> dict[str, object]:
+    """Versions, threads and what the library was built for, by the names that are printed."""
     build = _library.build_info()
     return {
         "jetkernels": _version.__version__,
@@ -44,6 +92,7 @@ def facts() -> dict[str, object]:
 
 
 def device_name(device: torch.device) -> str:
+    """The device with its product name and compute capability."""
     if device.type == "cpu":
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
@@ -51,6 +100,7 @@ def device_name(device: torch.device) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print it."""
     table = {device_name(device): backends(device) for device in devices()}
     if arguments.json:
         print(json.dumps({**facts(), "backends": table}, indent=1))

@@ -1,12 +1,14 @@
 """Whether a model can fit at all, found out before anything is allocated: a killed process says nothing."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from jetkernels.model import JetNemotronCache, JetNemotronConfig
+from jetkernels.model import JetNemotronConfig
 from jetkernels.model.hybrid import DecoderLayer
+from jetkernels.model.mixers import MIXERS
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 TRAINING_COPIES = 4  # of fp32 parameters: themselves, the gradient, AdamW's two averages
@@ -14,9 +16,9 @@ TRAINING_COPIES = 4  # of fp32 parameters: themselves, the gradient, AdamW's two
 
 def parameter_count(config: JetNemotronConfig) -> int:
     """Of the model of a config; one layer of each kind is built, on no device."""
-    kinds = config.layer_types
     layers = sum(
-        kinds.count(k) * sum(p.numel() for p in DecoderLayer(config, k, device="meta").parameters()) for k in set(kinds)
+        count * sum(p.numel() for p in DecoderLayer(config, kind, device="meta").parameters())
+        for kind, count in Counter(config.layer_types).items()
     )
     heads = 1 if config.tie_word_embeddings else 2
     return heads * config.vocab_size * config.hidden_size + layers + config.hidden_size
@@ -25,10 +27,9 @@ def parameter_count(config: JetNemotronConfig) -> int:
 def cache_bytes(config: JetNemotronConfig, dtype: torch.dtype, batch: int, tokens: int) -> int:
     """Of the cache of `batch` sequences of up to `tokens` tokens."""
     total = 0
-    for kind in dict.fromkeys(config.layer_types):
-        values = config.to_dict() | {"layer_types": [kind], "num_hidden_layers": 1}
-        one = JetNemotronCache(JetNemotronConfig.from_dict(values), 1, max(1, tokens), device="meta", dtype=dtype)
-        total += one.nbytes * config.layer_types.count(kind)
+    for kind, count in Counter(config.layer_types).items():
+        state = MIXERS[kind].initial_state(config, 1, max(1, tokens), device="meta", dtype=dtype)
+        total += count * sum(tensor.nbytes for tensor in state)
     return batch * total
 
 

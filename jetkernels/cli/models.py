@@ -8,7 +8,7 @@ import torch
 
 from jetkernels._progress import progress
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
-from jetkernels.model.checkpoint import opened
+from jetkernels.model.checkpoint import read_folder_config
 
 from . import memory
 from .options import UsageError, default_device, device, seed
@@ -17,6 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model or --config, and how it is loaded."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="folder with config.json, safetensors weights and tokenizer.json")
     which.add_argument("--config", help="2b, 4b, or the path of a config.json; needs --random-weights")
@@ -35,8 +36,7 @@ def read_config(arguments: argparse.Namespace) -> JetNemotronConfig:
     if arguments.model is not None:
         if arguments.random_weights:
             raise UsageError("--random-weights goes with --config, not with --model")
-        with opened(arguments.model) as saved:
-            return saved.parse(JetNemotronConfig.from_dict)
+        return read_folder_config(arguments.model, JetNemotronConfig.from_dict)
     if not arguments.random_weights:
         raise UsageError("--config names a shape without weights: add --random-weights, or give --model FOLDER")
     path = Path(arguments.config)
@@ -44,6 +44,7 @@ def read_config(arguments: argparse.Namespace) -> JetNemotronConfig:
 
 
 def dtype_of(arguments: argparse.Namespace, config: JetNemotronConfig) -> torch.dtype:
+    """--dtype, or what the config says."""
     return DTYPES[arguments.dtype] if arguments.dtype else config.dtype
 
 

@@ -1,14 +1,14 @@
 """Types of options. Each checks a value as it is read, so that no command starts that cannot end well.
 
 What is malformed is wrong usage (ArgumentTypeError, exit code 2); what this machine lacks is a failure (RuntimeError,
-OSError: 1).
-Values that a report or a checkpoint names (devices, lists) stay as they were typed.
+OSError: exit code 1).
 """
 
 import argparse
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,7 +38,14 @@ def integer(least: int = 0, most: int = LARGEST) -> Callable[[str], int]:
 
 
 def number(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
-    """A finite number from least to most.  above, below: without that end itself."""
+    """A finite number from least to most.
+
+    Args:
+        least: lower end.
+        most: upper end.
+        above: without the lower end itself.
+        below: without the upper end itself.
+    """
 
     def parse(text: str) -> float:
         try:
@@ -84,15 +91,15 @@ def integers(least: int = 0, most: int = LARGEST) -> Callable[[str], str]:
 
 
 def default_device() -> str:
+    """CUDA where PyTorch sees a device, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device(text: str) -> str:
-    """cpu, cuda or cuda:N of this machine; as typed."""
-    try:
+    """The device cpu, cuda or cuda:N of this machine, as typed."""
+    found = None
+    with suppress(RuntimeError):
         found = torch.device(text)
-    except RuntimeError:
-        found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {_short(text)}")
     if found.type == "cuda":

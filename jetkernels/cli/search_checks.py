@@ -1,129 +1,122 @@
 """What of a search can be found wrong before text is read, a base is loaded or a file is written."""
 
 import argparse
-import json
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TypeVar
 
 import torch
 
 from jetkernels._optional import optional
 from jetkernels.model import JetNemotronConfig, Tokenizer
-from jetkernels.model.tokenizer import TOKENIZER_FILE
 from jetkernels.modules import JetBlock
 from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
+from jetkernels.postnas.options import Integers, ShapeOptions, SizeOptions, StageOptions, TaskOptions
+from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
+from jetkernels.postnas.stages import (
+    ComparisonOptions,
+    FinalStage,
+    PlacementStage,
+    ShapesStage,
+    base_tokenizer,
+    placement_of,
+)
 
 from . import memory
-from .options import UsageError, integers_of
+from .options import UsageError, integers, integers_of
 
 FP32 = 4
 TASKS = ("recall", "copy", "language modelling")
-LAYERS = ("jet", "attn", "swa")
 
 
-def shape_of(text: str) -> Shape:
-    """--shape, as three positive integers."""
+def shape(text: str) -> Shape:
+    """A shape, KxVxH: three positive integers."""
     try:
-        shape = Shape.from_name(text)
+        found = Shape.from_name(text)
+        if all(0 < size < 2**16 for size in found):
+            return found
     except (ValueError, TypeError):
-        shape = None
-    if shape is None or not all(0 < size < 2**16 for size in shape):
-        raise argparse.ArgumentTypeError(f"must be KxVxH, such as 96x256x12, got {text[:60]!r}")
-    return shape
+        pass
+    raise argparse.ArgumentTypeError(f"must be KxVxH, such as 96x256x12, got {text[:60]!r}")
 
 
-def shape(text: str) -> str:
-    """A shape, as typed."""
-    shape_of(text)
-    return text
+def several(least: int, most: int) -> Callable[[str], Integers]:
+    """Integers from least to most, separated by commas."""
+    parse = integers(least, most)
+    return lambda text: Integers(integers_of(parse(text)))
 
 
-def integers_option(arguments: argparse.Namespace, name: str) -> tuple[int, ...]:
-    return integers_of(getattr(arguments, name))
+def check(stage: StageOptions) -> None:
+    """Refuses options that cannot lead to the end of a stage; reads configs, tokenizer and questions, but no weights.
 
-
-def placement_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """--placement: the layers themselves, or those in a folder's result.json."""
-    path = Path(arguments.placement) / "result.json"
-    if not path.is_file():
-        found = tuple(arguments.placement.split())
-        if not found or set(found) - set(LAYERS):
-            raise ValueError(
-                f"--placement must be {', '.join(LAYERS)} for each layer, or a folder of `search placement`, got {arguments.placement[:200]!r}"
-            )
-        return found
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["placement"]
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, list) or not found or not all(kind in LAYERS for kind in found):
-        raise ValueError(f"--placement: {path} must be a result of `search placement`")
-    return tuple(found)
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Raises where the options of a stage cannot lead to its end. Reads configs, tokenizer and questions, but no
-    weights.
+    Raises:
+        UsageError: they do not fit each other.
+        ValueError, OSError, RuntimeError, ModuleNotFoundError: what they name is wrong or missing, or this machine is
+            too small.
     """
     for package in ("matplotlib", "safetensors", "tokenizers"):  # some are needed at the end only, hours later
         optional(package, "all", "jetkernels search")
-    if getattr(arguments, "harness", None):
+    if isinstance(stage, TaskOptions) and stage.harness:
         optional("lm_eval", "harness", "--harness")
-    distances = integers_option(arguments, "distances")
     needed = {
-        f"--distances {arguments.distances}": Recall(torch.empty(0), 0, distances).shortest - 1,
+        f"--distances {stage.distances}": Recall(torch.empty(0), 0, stage.distances).shortest - 1,
         "copying": 2 * Copy.size + Copy.gap - 1,
     }
     for what, least in needed.items():
-        if arguments.length < least:
-            raise UsageError(f"--length must be at least {least} for {what}, got {arguments.length}")
-    if arguments.batch % ranks()[1]:
-        raise UsageError(f"--batch must be a multiple of the {ranks()[1]} ranks, got {arguments.batch}")
-    if arguments.text is not None and not arguments.text.is_dir():
-        raise NotADirectoryError(f"--text: {arguments.text} is not a folder")
-    names = _task_names(arguments)
-    config = _base_config(arguments)
-    layers = config.num_hidden_layers
+        if stage.length < least:
+            raise UsageError(f"--length must be at least {least} for {what}, got {stage.length}")
+    if stage.batch % ranks()[1]:
+        raise UsageError(f"--batch must be a multiple of the {ranks()[1]} ranks, got {stage.batch}")
+    if stage.text is not None and not stage.text.is_dir():
+        raise NotADirectoryError(f"--text: {stage.text} is not a folder")
+    names = _task_names(stage)
+    config = _base_config(stage)
     for option in ("full_task", "window_task", "task"):
-        if (got := getattr(arguments, option, names[0])) not in names:
+        if (got := getattr(stage, option, names[0])) not in names:
             raise UsageError(f"--{option.replace('_', '-')} must be one of {', '.join(names)}, got {got!r}")
-    if hasattr(arguments, "full") and arguments.full > layers:
-        raise UsageError(f"--full must be between 0 and the {layers} layers of the base, got {arguments.full}")
-    if hasattr(arguments, "window") and arguments.window > layers - arguments.full:
-        raise UsageError(
-            f"--window must be between 0 and the {layers - arguments.full} layers that --full leaves, got {arguments.window}"
-        )
-    if hasattr(arguments, "placement"):
-        placement = placement_of(arguments)
+    _check_layers(stage, config.num_hidden_layers)
+    if isinstance(stage, ShapeOptions):
+        with torch.device("meta"):
+            JetBlock(config.hidden_size, stage.shape.config())
+    if isinstance(stage, ShapesStage):
+        equal_cache_grid(stage.state, stage.heads, stage.keys)
+
+
+def _check_layers(stage: StageOptions, layers: int) -> None:
+    """What a stage says about the layers of its base, against their number."""
+    if isinstance(stage, PlacementStage | Pipeline):
+        if stage.full > layers:
+            raise UsageError(f"--full must be between 0 and the {layers} layers of the base, got {stage.full}")
+        if stage.window > (left := layers - stage.full):
+            raise UsageError(f"--window must be between 0 and the {left} layers that --full leaves, got {stage.window}")
+    if isinstance(stage, ComparisonOptions):
+        placement = placement_of(stage.placement)
         if len(placement) != layers or "jet" not in placement:
             raise ValueError(
                 f"--placement must name {layers} layers, jet among them, for this base, got {' '.join(placement)}"
             )
-    if hasattr(arguments, "shape"):
-        with torch.device("meta"):
-            JetBlock(config.hidden_size, shape_of(arguments.shape).config())
-    if hasattr(arguments, "state"):
-        equal_cache_grid(arguments.state, integers_option(arguments, "heads"), integers_option(arguments, "keys"))
 
 
-def _base_config(arguments: argparse.Namespace) -> JetNemotronConfig:
+def _base_config(stage: StageOptions) -> JetNemotronConfig:
     """Of the base that is loaded or made."""
-    if getattr(arguments, "base", None) is None:
-        sizes = {"hidden_size": arguments.hidden_size, "intermediate_size": arguments.intermediate_size}
-        config = small_config(arguments.layers, **sizes)
-        copies = memory.TRAINING_COPIES
-    else:
-        config = read_config(arguments.base)
-        base_tokenizer(arguments.base)
+    if (folder := getattr(stage, "base", None)) is not None:
+        config = read_config(folder)
+        base_tokenizer(folder)
         copies = 1
-    logits = arguments.batch * arguments.length * config.vocab_size
-    hidden = arguments.batch * arguments.length * config.hidden_size * config.num_hidden_layers
+    else:
+        assert isinstance(stage, SizeOptions)
+        sizes = {"hidden_size": stage.hidden_size, "intermediate_size": stage.intermediate_size}
+        config = small_config(stage.layers, **sizes)
+        copies = memory.TRAINING_COPIES
+    logits = stage.batch * stage.length * config.vocab_size
+    hidden = stage.batch * stage.length * config.hidden_size * config.num_hidden_layers
     needed = FP32 * (copies * memory.parameter_count(config) + logits + hidden)
-    memory.require(f"the base and {arguments.batch} rows of {arguments.length:,} tokens", needed, arguments.device)
-    if getattr(arguments, "model", None) is not None:
-        student = JetNemotronConfig.from_file(arguments.model)
+    memory.require(f"the base and {stage.batch} rows of {stage.length:,} tokens", needed, stage.device)
+    if isinstance(stage, FinalStage):
+        student = JetNemotronConfig.from_file(stage.model)
         if student.vocab_size != config.vocab_size:
             raise ValueError(
                 f"--model and --base must have one vocabulary, got {student.vocab_size} and {config.vocab_size} tokens"
@@ -131,46 +124,39 @@ def _base_config(arguments: argparse.Namespace) -> JetNemotronConfig:
     return config
 
 
-def base_tokenizer(folder: Path) -> Tokenizer:
-    """Of a base: it has the token that marks the recall task's keys."""
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise FileNotFoundError(f"--base: {folder} has no {TOKENIZER_FILE}")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    if tokenizer.end_of_text_id is None:
-        raise ValueError(
-            f"--base: the tokenizer in {folder} must have <|endoftext|>, which marks the recall task's keys"
-        )
-    return tokenizer
-
-
-def _task_names(arguments: argparse.Namespace) -> list[str]:
+def _task_names(stage: StageOptions) -> list[str]:
     """Of all tasks that the options name; none twice."""
     names = list(TASKS)
-    for path in getattr(arguments, "questions", []):
-        names.append(MultipleChoice.from_jsonl(path, Tokenizer.byte_level()).name)
-    names += [word.partition(":")[0] for word in getattr(arguments, "harness", [])]
+    if isinstance(stage, TaskOptions):
+        names += [MultipleChoice.from_jsonl(path, Tokenizer.byte_level()).name for path in stage.questions]
+        names += [word.partition(":")[0] for word in stage.harness]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UsageError(
-            f"--questions and --harness must name different tasks, got {twice[0]!r} twice or as one of {', '.join(TASKS)}"
+            f"--questions and --harness must name different tasks, got {twice[0]!r} twice or as one of "
+            f"{', '.join(TASKS)}"
         )
     return names
 
 
-def explained(error: DifferentRun, arguments: argparse.Namespace) -> str:
+def explained(error: DifferentRun, stage: StageOptions) -> str:
     """What differs from the run that left a checkpoint, in the words of the command line."""
     given = {"num_hidden_layers": "layers"}
     named = {"text": "the text (--text, --suffix) is another one", "base": "the base (--base) has other weights"}
+    known = {field.name for field in fields(stage)}
     options, others = [], []
     for name, old, new in error.differences:
         name = given.get(name, name)
         if name in named:
             options.append(named[name])
-        elif hasattr(arguments, name):
+        elif name in known:
             options.append(f"--{name.replace('_', '-')} was {_shown(old)}, now it is {_shown(new)}")
         else:
             others.append(f"{name} was {_shown(old)}, now it is {_shown(new)}")
-    return f"resume: {error.path} belongs to a run with other options: {'; '.join(options or others)}; give those again, or another --output"
+    return (
+        f"resume: {error.path} belongs to a run with other options: {'; '.join(options or others)}; "
+        "give those again, or another --output"
+    )
 
 
 def _shown(value: object, limit: int = 80) -> str:
@@ -178,3 +164,11 @@ def _shown(value: object, limit: int = 80) -> str:
         value = ",".join(map(str, value))
     text = "not given" if value is None else str(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+Stage = TypeVar("Stage", bound=StageOptions)
+
+
+def told(kind: type[Stage], arguments: argparse.Namespace) -> Stage:
+    """The stage of this kind, told what was typed."""
+    return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})

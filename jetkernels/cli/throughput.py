@@ -10,6 +10,7 @@ from jetkernels.model.speed import WARM_UP_STEPS, measure_speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `jetkernels throughput`."""
     add_model_arguments(parser)
     parser.add_argument("--batch", type=integer(1, 2**16), default=1, help="sequences (default 1)")
     parser.add_argument(
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Measures and prints the result."""
     config = read_config(arguments)
     B, T, new = arguments.batch, arguments.prompt_length, arguments.new_tokens
     check_memory(arguments, config, B, T + new)

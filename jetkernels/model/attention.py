@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.repeatable import in_backward
 
-from .cache import AttentionCache
-from .config import JetNemotronConfig
+from .attention_cache import AttentionCache
 from .layout import TokenLayout
+from .token_mixer import Rotary, TokenMixer
+
+if TYPE_CHECKING:
+    from .config import JetNemotronConfig
 
 # Queries per block where a mask is needed: bounds the mask to [QUERY_BLOCK, keys].
 QUERY_BLOCK = 512
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [..., T, 1, head_dim], of positions [..., T]; the two halves of a head share frequencies."""
+    """Cos and sin, fp32 [..., T, 1, head_dim], of positions [..., T]; the two halves of a head share frequencies."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[..., None].to(torch.float32) * theta**-exponents
     angles = torch.cat((angles, angles), -1)[..., None, :]
@@ -47,12 +53,12 @@ def not_finite(k: Tensor, v: Tensor) -> Tensor:
 
 
 def cleared(x: Tensor, bad: Tensor) -> Tensor:
-    """x [N, Hkv, L, d] with zeros at the tokens `bad` [N, L]."""
+    """Puts zeros at the tokens `bad` [N, L] of x [N, Hkv, L, d]."""
     return x.masked_fill(bad[:, None, :, None], 0)
 
 
 def marked(o: Tensor, bad: Tensor, window: int | None = None) -> Tensor:
-    """o [N, H, T, d] with NaN where one of the last T tokens of `bad` [N, L] sees a token that is bad."""
+    """Puts NaN into o [N, H, T, d] where one of the last T tokens of `bad` [N, L] sees a token that is bad."""
     seen = bad.cumsum(1)
     if window is not None and window < bad.shape[1]:
         seen = seen - F.pad(seen, (window, 0))[:, : bad.shape[1]]
@@ -64,8 +70,9 @@ def marked(o: Tensor, bad: Tensor, window: int | None = None) -> Tensor:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None = None, first: Tensor | None = None
 ) -> Tensor:
-    """`finite_attention` where the keys end with the queries, L = start + T, and keys and values may hold anything: a
-    token that is not finite makes NaN of the queries that see it and changes no other.
+    """`finite_attention` of keys that end with the queries, L = start + T, and may hold anything, like the values.
+
+    A token that is not finite makes NaN of the queries that see it and changes no other.
     """
     if q.shape[2] == 1:
         return finite_attention(q, k, v, start, window, first)
@@ -76,11 +83,19 @@ def causal_attention(
 def finite_attention(
     q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, window: int | None = None, first: Tensor | None = None
 ) -> Tensor:
-    """Attention in which query t of sequence n, at index i = start + t of the key axis, sees keys j with j <= i,
-    i - j < window and j >= first[n].
+    """Attention in which each query sees some of the keys before it.
 
-    start: one for all, or [N] (then without a window).  first: [N], None for 0.  A key or value that some query does
-    not see must be finite: that query's weight is zero, but 0 * NaN is NaN.
+    Query t of sequence n, at index i = start + t of the key axis, sees keys j with j <= i, i - j < window and
+    j >= first[n]. A key or value that some query does not see must be finite: that query's weight is zero, but 0 * NaN
+    is NaN.
+
+    Args:
+        q: [N, H, T, d].
+        k: [N, Hkv, L, d].
+        v: [N, Hkv, L, d].
+        start: one for all sequences, or [N], then without a window.
+        window: tokens; None for no limit.
+        first: [N]; None for 0.
     """
     T, L = q.shape[2], k.shape[2]
     whole = isinstance(start, int) and first is None
@@ -105,18 +120,23 @@ def finite_attention(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
-class Attention(nn.Module):
-    """The attention of an "attn" (window None) or "swa" layer: q, k, v with bias, o without, scale head_dim^-0.5.
+class Attention(TokenMixer):
+    """Grouped-query attention: q, k and v with bias, o without, rotary positions, scale head_dim^-0.5.
 
-    A window counts the token itself: key j is visible to query i when 0 <= i - j < window. A NaN changes no output that
-    does not see its token.
+    A NaN changes no output that does not see its token.
+
+    Attributes:
+        window: tokens that a query sees, itself included: key j is visible to query i when 0 <= i - j < window. None:
+            all that came before it.
     """
 
-    def __init__(self, config: JetNemotronConfig, window: int | None, *, device=None, dtype=None):
+    uses_rotary = True
+    window: int | None = None
+
+    def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
-        H, Hkv, d, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        H, Hkv, d, C = config.num_attention_heads, config.num_key_value_heads, config.head_size, config.hidden_size
         self.head_dim = d
-        self.window = window
         self.initializer_range = config.initializer_range
         self.q_proj = nn.Linear(C, H * d, bias=True, device=device, dtype=dtype)
         self.k_proj = nn.Linear(C, Hkv * d, bias=True, device=device, dtype=dtype)
@@ -124,35 +144,60 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * d, C, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
+    @classmethod
+    def sizes(cls, config: JetNemotronConfig) -> dict[str, object]:
+        """Heads of keys and values, and their width."""
+        return {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+
+    @classmethod
+    def initial_state(
+        cls,
+        config: JetNemotronConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionCache:
+        """A slot for each of `max_length` tokens."""
+        heads, head_dim = config.num_key_value_heads, config.head_size
+        return AttentionCache(batch_size, heads, max_length, head_dim, device=device, dtype=dtype)
+
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_weight_(projection.weight, self.initializer_range)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout, cache: AttentionCache | None = None
+        self,
+        hidden_states: Tensor,
+        *,
+        layout: TokenLayout,
+        rotary: Rotary | None = None,
+        state: AttentionCache | None = None,
     ) -> Tensor:
-        """x [N, T, C] or packed [1, total, C] as `layout` says; `cache` is read and updated in place, without
-        gradients.
-        """
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if cache is not None and torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or in_backward()):
+        """See `TokenMixer.forward`; the rotary angles must be given."""
+        if rotary is None:
+            raise ValueError("Attention: rotary must be the cos and sin of the tokens' angles, got None")
+        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if state is not None and torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or in_backward()):
             raise RuntimeError(
                 "Attention: a call with a cache computes no gradient; call it under torch.no_grad(), or without a cache"
             )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if layout.max_new == 0:
             return self.o_proj(q.flatten(-2))
-        if cache is None:
+        if state is None:
             q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))
             o = causal_attention(q, k, v, 0, self.window)
         elif layout.is_dense and layout.max_new == 1:
-            o = self._step(q, k, v, layout, cache)
+            o = self._step(q, k, v, layout, state)
         elif self.window is None:
-            o = self._extend(q, k, v, layout, cache)
+            o = self._extend(q, k, v, layout, state)
         else:
-            o = self._extend_window(q, k, v, layout, cache)
+            o = self._extend_window(q, k, v, layout, self.window, state)
         return self.o_proj(layout.unpad(o.transpose(1, 2)).flatten(-2))
 
     @staticmethod
@@ -170,18 +215,22 @@ class Attention(nn.Module):
         if bad is None:
             cache.write(k, v, layout)
         else:
-            cache.write(*(cleared(t.transpose(1, 2), bad).transpose(1, 2) for t in (k, v)), layout)
+            finite_k, finite_v = (cleared(t.transpose(1, 2), bad).transpose(1, 2) for t in (k, v))
+            cache.write(finite_k, finite_v, layout)
         q = layout.pad(q).transpose(1, 2)
         # Padded queries stand at positions past the end of their sequence.
         used = min(layout.max_past + layout.max_new, cache.slots)
-        start = layout.max_past if layout.uniform_past else layout.past_device
+        start = layout.max_past if layout.uniform_past else layout.past_on_device
         o = finite_attention(q, cache.key[:, :, :used], cache.value[:, :, :used], start)
         if bad is None:
             return o
         cache.write(k, v, layout)
         return marked(o, layout.pad(bad))
 
-    def _extend_window(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
+    @staticmethod
+    def _extend_window(
+        q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: int, cache: AttentionCache
+    ) -> Tensor:
         """The same over a window: what the ring holds, then the new keys, side by side; then the ring is refilled."""
         q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))
         past = min(layout.max_past, cache.slots)
@@ -190,7 +239,35 @@ class Attention(nn.Module):
             old_k, old_v = cache.recent(past, layout)
             k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
             if not layout.uniform_past:
-                first = (past - layout.past_device).clamp(min=0)
-        o = causal_attention(q, k, v, past, self.window, first)
+                first = (past - layout.past_on_device).clamp(min=0)
+        o = causal_attention(q, k, v, past, window, first)
         cache.rewrite(k, v, past, layout)
         return o
+
+
+class SlidingWindowAttention(Attention):
+    """Attention over the last `window_size` tokens, the current one included."""
+
+    def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
+        super().__init__(config, device=device, dtype=dtype)
+        self.window = config.window_size
+
+    @classmethod
+    def sizes(cls, config: JetNemotronConfig) -> dict[str, object]:
+        """Those of full attention, and the window."""
+        return super().sizes(config) | {"window_size": config.window_size}
+
+    @classmethod
+    def initial_state(
+        cls,
+        config: JetNemotronConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionCache:
+        """A ring with a slot for each token of the window, or for all if `max_length` is less."""
+        return super().initial_state(
+            config, batch_size, min(max_length, config.window_size), device=device, dtype=dtype
+        )

@@ -2,101 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
-from jetkernels.modules import JetBlockState, checks
+from jetkernels.modules import checks
 from jetkernels.modules.repeatable import in_backward
 
+from .attention import AttentionCache as AttentionCache  # where pickled caches look for it
 from .config import JetNemotronConfig
 from .layout import TokenLayout
-
-
-class AttentionCache:
-    """Keys and values of N sequences, [N, Hkv, slots, head_dim].
-
-    A full layer has a slot per token: the token at position p lies in slot p. A windowed layer has min(window,
-    max_length) slots used as a ring: position p lies in slot p % slots, over the token that has left the window.
-    """
-
-    def __init__(self, batch_size: int, heads: int, slots: int, head_dim: int, *, device, dtype):
-        # Zeros, not empty: unused slots are masked, but a NaN would pass through 0 * NaN.
-        # Nor zeros_like, which on meta imports torch's Python references: seconds.
-        self.key, self.value = (
-            torch.zeros(batch_size, heads, slots, head_dim, device=device, dtype=dtype) for _ in range(2)
-        )
-
-    @property
-    def slots(self) -> int:
-        return self.key.shape[2]
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        return self.key, self.value
-
-    def write(self, key: Tensor, value: Tensor, layout: TokenLayout) -> None:
-        """Stores new keys and values, [N, T, Hkv, d] or packed [1, total, Hkv, d], each in its slot.
-
-        No two tokens of one sequence may fall into one slot.
-        """
-        for buffer, new in ((self.key, key), (self.value, value)):
-            if layout.is_dense and layout.uniform_past and self._contiguous(layout):
-                start = layout.max_past % self.slots
-                buffer[:, :, start : start + layout.max_new].copy_(new.transpose(1, 2))
-            elif layout.is_dense:
-                rows = torch.arange(layout.batch_size, device=new.device)[:, None]
-                buffer[rows, :, layout.positions % self.slots] = new.to(buffer.dtype)
-            else:
-                buffer[layout.rows, :, layout.positions[0] % self.slots] = new[0].to(buffer.dtype)
-
-    def _contiguous(self, layout: TokenLayout) -> bool:
-        return layout.max_past % self.slots + layout.max_new <= self.slots
-
-    def recent(self, count: int, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """The last `count` keys and values of each ring, oldest first, [N, Hkv, count, d].
-
-        A sequence of fewer than `count` tokens has something meaningless, but finite, in front.
-        """
-        device = self.key.device
-        if layout.uniform_past:
-            positions = torch.arange(layout.max_past - count, layout.max_past, device=device) % self.slots
-            return self.key[:, :, positions], self.value[:, :, positions]
-        positions = (layout.past_device[:, None] + torch.arange(-count, 0, device=device)) % self.slots
-        return self._gather(self.key, positions), self._gather(self.value, positions)
-
-    @staticmethod
-    def _gather(x: Tensor, index: Tensor) -> Tensor:
-        """x [N, Hkv, L, d], index [N, M] -> [N, Hkv, M, d]."""
-        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-    def rewrite(self, key: Tensor, value: Tensor, past: int, layout: TokenLayout) -> None:
-        """Refills every slot of the ring from keys and values [N, Hkv, past + T, d].
-
-        Their first `past` are what `recent` gave, the others new, padding on the right. Any number of new tokens.
-        """
-        slot = torch.arange(self.slots, device=key.device)
-        before = torch.tensor(layout.past, device=key.device)[:, None]
-        total = before + torch.tensor(layout.new, device=key.device)[:, None]
-        # The newest position that falls into each slot, then where it is among the given keys.
-        newest = total - 1 - (total - 1 - slot) % self.slots
-        index = (newest - before + past).clamp(min=0)
-        self.key.copy_(self._gather(key, index))
-        self.value.copy_(self._gather(value, index))
+from .mixers import MIXERS
+from .token_mixer import State, TokenMixer
 
 
 def _sizes(config: JetNemotronConfig) -> dict[str, object]:
     """What a cache and the model that uses it must have in common, by names of the config."""
-    kinds = set(config.layer_types)
     sizes: dict[str, object] = {"layer_types": list(config.layer_types)}
-    if kinds & {"attn", "swa"}:
-        sizes |= {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
-    if "swa" in kinds:
-        sizes["window_size"] = config.window_size
-    if "jet" in kinds:
-        sizes |= {
-            f"jet.{name}": getattr(config.jet, name) for name in ("num_heads", "head_dim", "head_v_dim", "conv_size")
-        }
+    for kind, mixer in MIXERS.items():
+        if kind in config.layer_types:
+            sizes |= mixer.sizes(config)
     return sizes
 
 
@@ -108,12 +35,31 @@ class JetNemotronCache:
     an exception or by the keyboard, leaves layers that have seen its tokens and others that have not: the cache then
     refuses further calls until `reset`.
 
-    layers: per layer an AttentionCache or a JetBlockState.  lengths: tokens seen, per sequence.
+    Args:
+        config: of the model.
+        batch_size: sequences.
+        max_length: tokens per sequence, at most.
+        device: of the memory.
+        dtype: of the layers' activations; torch's default if None.
+        mixers: token mixers of the layers, if they are not those that the config names.
+
+    Attributes:
+        layers: the state of each layer.
+        lengths: tokens seen, per sequence.
     """
 
     _unfinished = False
 
-    def __init__(self, config: JetNemotronConfig, batch_size: int, max_length: int, *, device=None, dtype=None):
+    def __init__(
+        self,
+        config: JetNemotronConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        mixers: Sequence[TokenMixer | type[TokenMixer]] | None = None,
+    ):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"cache: {name} must be an integer, got {value!r}")
@@ -125,23 +71,22 @@ class JetNemotronCache:
         self.made_in_backward = in_backward()
         self.lengths = [0] * batch_size
         dtype = dtype or torch.get_default_dtype()
-        self.layers: list[AttentionCache | JetBlockState] = []
-        for kind in config.layer_types:
-            if kind == "jet":
-                self.layers.append(JetBlockState.zeros(config.jet, batch_size, device=device, dtype=dtype))
-            else:
-                slots = max_length if kind == "attn" else min(max_length, config.window_size)
-                heads, head_dim = config.num_key_value_heads, config.head_dim
-                self.layers.append(AttentionCache(batch_size, heads, slots, head_dim, device=device, dtype=dtype))
+        if mixers is None:
+            mixers = [MIXERS[kind] for kind in config.layer_types]
+        self.layers: list[State] = [
+            mixer.initial_state(config, batch_size, max_length, device=device, dtype=dtype) for mixer in mixers
+        ]
         self.lengths_device = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
     def batch_size(self) -> int:
+        """Sequences that there is memory for."""
         return len(self.lengths)
 
     def tensors(self) -> Iterator[Tensor]:
+        """The tensors of every layer's state."""
         for layer in self.layers:
-            yield from layer.tensors() if isinstance(layer, AttentionCache) else layer
+            yield from layer
 
     @property
     def nbytes(self) -> int:
@@ -159,12 +104,18 @@ class JetNemotronCache:
             )
 
     def check(self, new: list[int]) -> None:
-        """Raises ValueError unless `new[n]` more tokens of sequence n fit; RuntimeError if they have been here before,
-        or others have been here in part."""
+        """Raises unless a call may bring `new[n]` more tokens of sequence n.
+
+        Raises:
+            ValueError: they do not fit.
+            RuntimeError: they may have been here before, in the pass that this one repeats; or an earlier call left its
+                tokens in some layers only.
+        """
         if torch.is_grad_enabled() and in_backward() and not self.made_in_backward:
             raise RuntimeError(
-                "cache: a call with a cache cannot be repeated in a backward pass, as activation checkpointing does: the cache "
-                "already holds its tokens. Call the model outside the checkpointed function, or make the cache inside it"
+                "cache: a call with a cache cannot be repeated in a backward pass, as activation checkpointing does: "
+                "the cache already holds its tokens. Call the model outside the checkpointed function, or make the "
+                "cache inside it"
             )
         if self._unfinished:
             raise RuntimeError("cache: an earlier call on this cache did not finish: reset() it or make a new one")

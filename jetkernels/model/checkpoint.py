@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from numbers import Integral
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from jetkernels._optional import optional
 from jetkernels.files import replacing
@@ -55,7 +56,8 @@ def opened(folder: str | Path) -> AbstractContextManager[SavedModel]:
     Raises:
         FileNotFoundError: the folder, config.json or weights are missing; for the name of a model on a hub it says how
             to download it.
-        ValueError: a file is damaged or is not what it should be.  Other OSErrors: a file cannot be opened.
+        OSError: a file cannot be opened.
+        ValueError: a file is damaged or is not what it should be.
     """
     check_folder(folder, "checkpoint")
     return reading(folder, SavedModel)
@@ -75,8 +77,8 @@ def check_folder(folder: str | Path, what: str) -> None:
     ):
         local = name.split("/")[1]
         raise FileNotFoundError(
-            f"{what}: there is no folder {name}. A model of that name on the Hugging Face Hub must be downloaded first, "
-            f"`hf download {name} --local-dir {local}`; then give the folder, {local}"
+            f"{what}: there is no folder {name}. A model of that name on the Hugging Face Hub must be downloaded "
+            f"first, `hf download {name} --local-dir {local}`; then give the folder, {local}"
         )
     raise FileNotFoundError(f"{what}: there is no folder {folder}")
 
@@ -84,14 +86,16 @@ def check_folder(folder: str | Path, what: str) -> None:
 class SavedModel:
     """config.json, weights and companions of a folder, all opened.
 
-    companions: name -> content of the files beside the weights that go where the model goes (COMPANIONS).
+    Attributes:
+        path: of the folder, for messages.
+        companions: name -> content of the files beside the weights that go where the model goes (COMPANIONS).
     """
 
     def __init__(self, folder: OpenFolder):
         self.path = folder.path
         self.companions = read_companions(folder, COMPANIONS)
         self._config = parse_json(_needed(folder, CONFIG_FILE), f"checkpoint: {self.path / CONFIG_FILE}")
-        self._opened: dict[str, object] = {}
+        self._opened: dict[str, Any] = {}  # safetensors' files
         self._names: dict[str, frozenset[str]] = {}
         self._file_of = self._weight_files(folder)
 
@@ -118,7 +122,8 @@ class SavedModel:
                 or len(file) > 255
             ):
                 raise ValueError(
-                    f"checkpoint: {index}: weight_map must name a .safetensors file in the same folder for {name!r:.120}, got {file!r:.120}"
+                    f"checkpoint: {index}: weight_map must name a .safetensors file in the same folder for "
+                    f"{name!r:.120}, got {file!r:.120}"
                 )
         missing = []
         for file in sorted(set(weight_map.values())):
@@ -130,7 +135,7 @@ class SavedModel:
             raise FileNotFoundError(f"checkpoint: {index} names {_some(missing)}, which {self.path} does not hold")
         return weight_map
 
-    def _open(self, folder: OpenFolder, name: str):
+    def _open(self, folder: OpenFolder, name: str) -> Any:
         safetensors = optional("safetensors", "model", "loading weights")
         path = folder.reopenable(name)
         try:
@@ -156,7 +161,9 @@ class SavedModel:
     def check(self, wanted: Mapping[str, Tensor], tied: bool) -> None:
         """Raises ValueError unless the folder has exactly these tensors, in shape, and of a floating kind.
 
-        tied: a head may be stored beside the embedding.
+        Args:
+            wanted: name -> tensor, whose shape counts.
+            tied: a head may be stored beside the embedding.
         """
         found = misfits(self._file_of, self._facts, wanted, tied)
         if found:
@@ -178,15 +185,17 @@ class SavedModel:
             lost = stored[found.isinf() & stored.isfinite()]
             if lost.numel():
                 raise ValueError(
-                    f"checkpoint: {name} in {self.path / file} holds {lost[0].item():g}, too large for {str(dtype).removeprefix('torch.')}; "
-                    "load in a wider dtype"
+                    f"checkpoint: {name} in {self.path / file} holds {lost[0].item():g}, "
+                    f"too large for {str(dtype).removeprefix('torch.')}; load in a wider dtype"
                 )
         return found
 
     def holds(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
         return name in self._file_of
 
     def names(self) -> list[str]:
+        """Of all tensors."""
         return list(self._file_of)
 
 
@@ -195,8 +204,11 @@ def misfits(
 ) -> str:
     """How tensors differ from those of a model in name, or else in shape or kind; "" if they do not.
 
-    found: names of the tensors -> what holds them.  facts: name -> shape and kind, one of FLOATING if it fits.  tied: a
-    head may lie beside the embedding.
+    Args:
+        found: names of the tensors -> what holds them.
+        facts: name -> shape and kind, one of FLOATING if it fits.
+        wanted: name -> tensor of the model, whose shape counts.
+        tied: a head may lie beside the embedding.
     """
     names = found.keys() - ({TIED_HEAD} if tied else set())
     missing, unexpected = sorted(wanted.keys() - names), sorted(names - wanted.keys())
@@ -219,7 +231,8 @@ def check_tied_head(head: Tensor, embedding: Tensor, where: str) -> None:
     """Raises ValueError unless a head that lies beside a tied embedding is the same."""
     if not torch.equal(head.to(embedding).nan_to_num(), embedding.nan_to_num()):
         raise ValueError(
-            f"{where}: {TIED_HEAD} must equal {EMBEDDING}: the config ties them; set tie_word_embeddings to false if it has a head of its own"
+            f"{where}: {TIED_HEAD} must equal {EMBEDDING}: the config ties them; set tie_word_embeddings to false if "
+            "it has a head of its own"
         )
 
 
@@ -235,7 +248,7 @@ def chosen_dtype(dtype: torch.dtype | str | None, config: JetNemotronConfig) -> 
     return getattr(torch, name)
 
 
-def allocate(model: M, device=None) -> M:
+def allocate(model: M, device: Device = None) -> M:
     """Gives the parameters of a model on the meta device memory, of no particular values, in their dtypes."""
     # What `to_empty` does; but its `empty_like` of a meta tensor imports torch's Python references: seconds.
     return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device or "cpu"))
@@ -248,7 +261,7 @@ def load(
     saved: SavedModel,
     *,
     dtype: torch.dtype | str | None = None,
-    device=None,
+    device: Device = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> M:
     """A model of class `kind` with the saved weights, each converted to its parameter's dtype (see `chosen_dtype`).
@@ -260,7 +273,8 @@ def load(
     """
     if config.num_hidden_layers > max(len(saved), MANY_LAYERS):
         raise ValueError(
-            f"checkpoint: {saved.path} does not fit the config: {config.num_hidden_layers} layers, but only {len(saved)} weights"
+            f"checkpoint: {saved.path} does not fit the config: {config.num_hidden_layers} layers, "
+            f"but only {len(saved)} weights"
         )
     model = kind(config, device="meta", dtype=chosen_dtype(dtype, config))
     tied = config.tie_word_embeddings
@@ -272,8 +286,31 @@ def load(
     if tied and saved.holds(TIED_HEAD):
         embedding = wanted[EMBEDDING]
         check_tied_head(saved.tensor(TIED_HEAD, embedding.dtype), embedding, f"checkpoint: {saved.path}")
-    model.companions = saved.companions
+    model.companions = saved.companions  # type: ignore[assignment]  # no parameter and no module, for once
     return model
+
+
+def load_folder(
+    kind: type[M],
+    folder: str | Path,
+    read: Callable[[Mapping], JetNemotronConfig],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: Device = None,
+    progress: Callable[[list], Iterable] = iter,
+) -> M:
+    """The model of class `kind` that a local folder holds; `read` makes a config of the values in its config.json.
+
+    See `opened` and `load` for the arguments and for what is raised.
+    """
+    with opened(folder) as saved:
+        return load(kind, saved.parse(read), saved, dtype=dtype, device=device, progress=progress)
+
+
+def read_folder_config(folder: str | Path, read: Callable[[Mapping], JetNemotronConfig]) -> JetNemotronConfig:
+    """The config of the model that `load_folder` would load; sees that there are weights, but reads none."""
+    with opened(folder) as saved:
+        return saved.parse(read)
 
 
 def read_companions(folder: OpenFolder, names: Iterable[str]) -> dict[str, bytes]:
@@ -344,8 +381,9 @@ def _state(model: torch.nn.Module, config: JetNemotronConfig) -> dict[str, Tenso
     )
     if found:
         raise ValueError(
-            f"save: the model's tensors do not fit the config: {found} (adapters, parametrizations or quantisation? merge or remove them "
-            "first, or torch.save(model.state_dict(), file); other layers or sizes? model.config must have them too)"
+            f"save: the model's tensors do not fit the config: {found} (adapters, parametrizations or quantisation? "
+            "merge or remove them first, or torch.save(model.state_dict(), file); other layers or sizes? model.config "
+            "must have them too)"
         )
     empty = [name for name, tensor in state.items() if tensor.is_meta]
     if empty:

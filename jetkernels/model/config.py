@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from jetkernels.files import write_atomic
 from jetkernels.modules import JetBlockConfig, checks
 from jetkernels.reading import parse_json
 
-LAYER_TYPES = ("jet", "attn", "swa")
+from .mixers import MIXERS
+
 CONFIG_FILE = "config.json"
 
 MAX_LAYERS = 4096
@@ -41,9 +43,30 @@ _ONLY_VALUE = {key: only for key, only in _PUBLISHED.items() if key != "rope_sca
 class JetNemotronConfig:
     """Sizes of a hybrid model, field names as in the published config.json.
 
-    layer_types: one of "jet", "attn", "swa" per layer.  efficient_attention_config: {"jet": sizes of JetBlock,
-    "swa": {"window_size": tokens, the current one included}}, kept as written; `jet` and `window_size` are its parsed
-    form.  torch_dtype: name of the dtype the weights are stored in.  extra: keys that mean nothing here; saved again.
+    Attributes:
+        vocab_size: token ids are below it.
+        hidden_size: C.
+        intermediate_size: width of the MLPs.
+        layer_types: the kind of each layer, a key of `mixers.MIXERS`.
+        num_attention_heads: query heads of an attention layer.
+        num_key_value_heads: key and value heads, which divide them.
+        efficient_attention_config: a section for each kind that needs one, {"jet": sizes of JetBlock, "swa":
+            {"window_size": tokens, the current one included}}, kept as written; `jet` and `window_size` are its parsed
+            form.
+        head_dim: of an attention layer; hidden_size / num_attention_heads if None.
+        rms_norm_eps: added to the mean square in the norms.
+        rope_theta: base of the rotary frequencies.
+        initializer_range: standard deviation of new weights.
+        max_position_embeddings: tokens of the longest text that the model is made for.
+        tie_word_embeddings: whether the head has the embedding's weight.
+        bos_token_id: begins a text.
+        eos_token_id: ends a text; one id or several.
+        pad_token_id: fills rows behind their end.
+        torch_dtype: name of the dtype that the weights are stored in.
+        extra: keys that mean nothing here; saved again.
+
+    Raises:
+        ValueError: a value is not one that this model can have.
     """
 
     vocab_size: int
@@ -65,7 +88,7 @@ class JetNemotronConfig:
     torch_dtype: str = "float32"
     extra: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "vocab_size",
             "hidden_size",
@@ -108,23 +131,23 @@ class JetNemotronConfig:
     def _check_layers(self) -> None:
         if not isinstance(self.layer_types, (list, tuple)):
             raise ValueError(
-                f"config: layer_types must be a list of {', '.join(LAYER_TYPES)}, got {checks.shown(self.layer_types)}"
+                f"config: layer_types must be a list of {', '.join(MIXERS)}, got {checks.shown(self.layer_types)}"
             )
         layer_count(len(self.layer_types), "layer_types must have")
         for i, kind in enumerate(self.layer_types):
-            if kind not in LAYER_TYPES:
+            if not isinstance(kind, str) or kind not in MIXERS:
                 raise ValueError(
-                    f"config: layer_types[{i}] must be one of {', '.join(LAYER_TYPES)}, got {checks.shown(kind)}"
+                    f"config: layer_types[{i}] must be one of {', '.join(MIXERS)}, got {checks.shown(kind)}"
                 )
         self.layer_types = list(self.layer_types)
         if not isinstance(self.efficient_attention_config, Mapping):
             raise ValueError(
-                f"config: efficient_attention_config must be a mapping with jet and swa, got {checks.shown(self.efficient_attention_config)}"
+                "config: efficient_attention_config must be a mapping with jet and swa, "
+                f"got {checks.shown(self.efficient_attention_config)}"
             )
-        if "jet" in self.layer_types:
-            _ = self.jet  # parses, and so checks, the sizes
-        if "swa" in self.layer_types:
-            _ = self.window_size
+        for kind, mixer in MIXERS.items():
+            if kind in self.layer_types:
+                mixer.sizes(self)  # reads, and so checks, what the config says of the kind
 
     def _check_choices(self) -> None:
         if not isinstance(self.tie_word_embeddings, bool):
@@ -142,20 +165,34 @@ class JetNemotronConfig:
             self.torch_dtype = str(self.torch_dtype).removeprefix("torch.")
         if not isinstance(self.torch_dtype, str) or self.torch_dtype not in DTYPES:
             raise ValueError(
-                f"config: torch_dtype must name a dtype, got {checks.shown(self.torch_dtype)}; one of {', '.join(DTYPES)}"
+                f"config: torch_dtype must name a dtype, got {checks.shown(self.torch_dtype)}; "
+                f"one of {', '.join(DTYPES)}"
             )
         if not isinstance(self.extra, Mapping) or not all(isinstance(key, str) for key in self.extra):
             raise ValueError(f"config: extra must be a mapping of names, got {checks.shown(self.extra)}")
 
     @property
     def num_hidden_layers(self) -> int:
+        """Layers of the model."""
         return len(self.layer_types)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The one that `torch_dtype` names."""
         return getattr(torch, self.torch_dtype)
 
-    def _section(self, name: str) -> Mapping:
+    @property
+    def head_size(self) -> int:
+        """`head_dim` as it is once the config has been checked."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    def section(self, name: str) -> Mapping:
+        """What `efficient_attention_config` says of a kind of layer.
+
+        Raises:
+            ValueError: there is no such section.
+        """
         section = self.efficient_attention_config.get(name)
         if not isinstance(section, Mapping):
             raise ValueError(
@@ -166,12 +203,12 @@ class JetNemotronConfig:
     @cached_property
     def jet(self) -> JetBlockConfig:
         """Sizes of the JetBlock layers."""
-        return JetBlockConfig.from_dict(self._section("jet"))
+        return JetBlockConfig.from_dict(self.section("jet"))
 
     @cached_property
     def window_size(self) -> int:
         """Tokens that a sliding-window layer sees, the current one included."""
-        window = self._section("swa").get("window_size")
+        window = self.section("swa").get("window_size")
         return checks.count("config: efficient_attention_config.swa.window_size", window)
 
     @property
@@ -213,8 +250,10 @@ class JetNemotronConfig:
         if missing:
             raise ValueError(f"config: missing {', '.join(missing)}")
         names = {f.name for f in fields(cls)} - {"extra"}
-        known = {key: values.pop(key) for key in list(values) if key in names}
-        config = cls(**known, **{"torch_dtype": d for d in dtypes}, extra=values)
+        known: dict[str, Any] = {key: values.pop(key) for key in list(values) if key in names}
+        for dtype in dtypes:
+            known["torch_dtype"] = dtype
+        config = cls(**known, extra=values)
         if layers is not None and layer_count(layers) != config.num_hidden_layers:
             raise ValueError(
                 f"config: layer_types must have num_hidden_layers = {layers} entries, got {config.num_hidden_layers}"
@@ -226,7 +265,7 @@ class JetNemotronConfig:
         values = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "head_dim", "pad_token_id")
         }
-        if self.head_dim * self.num_attention_heads != self.hidden_size:
+        if self.head_size * self.num_attention_heads != self.hidden_size:
             values["head_dim"] = self.head_dim
         if self.pad_token_id is not None:
             values["pad_token_id"] = self.pad_token_id
@@ -300,13 +339,15 @@ def rope_theta(values: Mapping) -> dict[str, object]:
             for name, value in section.items()
         ):
             raise ValueError(
-                f"config: {key} must be None, got {checks.shown(section)}; of its kinds only rope_type 'default' is computed"
+                f"config: {key} must be None, got {checks.shown(section)}; "
+                "of its kinds only rope_type 'default' is computed"
             )
         if "rope_theta" in section:
             theta = checks.number(f"config: {key}.rope_theta", section["rope_theta"])
             if found and found["rope_theta"] != theta:
                 raise ValueError(
-                    f"config: rope_theta and {key}.rope_theta must agree, got {checks.shown(found['rope_theta'])} and {theta:g}"
+                    f"config: rope_theta and {key}.rope_theta must agree, "
+                    f"got {checks.shown(found['rope_theta'])} and {theta:g}"
                 )
             found = {"rope_theta": theta}
     return found

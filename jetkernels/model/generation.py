@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .cache import JetNemotronCache
+
+if TYPE_CHECKING:
+    from .hybrid import JetNemotronForCausalLM
 
 # Steps between two looks at whether every row has ended, on devices where looking stalls the queue of work.
 STOP_CHECK_INTERVAL = 16
@@ -19,7 +25,9 @@ def align_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
-def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
     """Next tokens [B] from logits [B, vocab]: the most likely at temperature 0, else a draw.
 
     top_k keeps that many tokens, top_p the fewest most likely ones whose probabilities reach it; both: top_k first.
@@ -51,7 +59,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 @torch.no_grad()
 def generate(
-    model,
+    model: JetNemotronForCausalLM,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 128,
@@ -68,12 +76,13 @@ def generate(
     """Continues each prompt of a batch with a JetNemotronForCausalLM.
 
     Args:
-        input_ids: [B, T] int64 or int32, T >= 1, on the model's device.  attention_mask: [B, T], zero at padding
-            (either side), never in a whole row.
+        model: whose config says which tokens end a text.
+        input_ids: [B, T] int64 or int32, T >= 1, on the model's device.
+        attention_mask: [B, T], zero at padding (either side), never in a whole row.
         max_new_tokens: upper bound per row.
         temperature: 0 picks the most likely token, otherwise logits are divided by it before a draw; finite.
-        top_k, top_p: restrict the draw to the top_k most likely tokens, to the fewest tokens with probability top_p in
-            (0, 1].
+        top_k: draw from this many most likely tokens.
+        top_p: draw from the fewest tokens whose probabilities reach it, in (0, 1].
         stop_token_ids: a row ends with the first of these; the config's eos by default, () for none.
         pad_token_id: what follows in rows that ended before others; the config's pad (eos) by default.
         on_tokens: called after each step with the new tokens [B] and which rows were still running [B] (bool).
@@ -81,8 +90,12 @@ def generate(
         prefill_chunk: prompt tokens per forward; bounds the memory of a long prompt. The whole prompt by default.
 
     Returns: [B, T + new] int64, the prompt as given and the new tokens; new <= max_new_tokens, fewer when all rows end.
-    Raises ValueError or TypeError for a wrong argument, before anything is computed; RuntimeError if logits after a
-    prompt are not finite. What on_tokens raises ends the generation and is passed on.
+
+    Raises:
+        ValueError: an argument is wrong; nothing has been computed.
+        TypeError: an argument is of a wrong type; nothing has been computed.
+        RuntimeError: logits after a prompt are not finite.
+        BaseException: whatever on_tokens raises; it ends the generation.
     """
     _check_prompt(model, input_ids, attention_mask)
     _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, generator, input_ids.device)
@@ -121,10 +134,16 @@ def generate(
     return out[:, : T + int(counts.max())]
 
 
-def prefill(model, input_ids: Tensor, attention_mask: Tensor | None, cache, chunk: int | None = None) -> Tensor:
+def prefill(
+    model: JetNemotronForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache: JetNemotronCache,
+    chunk: int | None = None,
+) -> Tensor:
     """Runs prompts [B, T] into an empty cache, `chunk` columns at a time.
 
-    Returns logits [B, 1, vocab] after each row's last token.
+    Returns: logits [B, 1, vocab] after each row's last token.
     """
     T = input_ids.shape[1]
     if attention_mask is not None:
@@ -137,7 +156,7 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor | None, cache, chun
     return logits
 
 
-def _check_prompt(model, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def _check_prompt(model: JetNemotronForCausalLM, input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
@@ -162,7 +181,15 @@ def _check_prompt(model, input_ids: Tensor, attention_mask: Tensor | None) -> No
         raise ValueError(f"attention_mask must keep at least one token of each row, got a row of zeros: row {row}")
 
 
-def _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, generator, device: torch.device) -> None:
+def _check_options(
+    max_new_tokens: object,
+    temperature: object,
+    top_k: object,
+    top_p: object,
+    prefill_chunk: object,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> None:
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 0),
         ("top_k", top_k, 1),
@@ -172,7 +199,7 @@ def _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, gen
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not _number("temperature", temperature) >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if math.isinf(temperature):
+    if math.isinf(_number("temperature", temperature)):
         raise ValueError(f"temperature must be finite, got {temperature}")
     if top_p is not None and not 0 < _number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
@@ -180,21 +207,21 @@ def _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, gen
         raise ValueError(f"generator must be on the model's device {device}, got one on {generator.device}")
 
 
-def _integer(name: str, value) -> int:
+def _integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
-def _number(name: str, value) -> float:
+def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
-def _token_ids(name: str, values) -> list[int]:
+def _token_ids(name: str, values: object) -> list[int]:
     """A list of ids from a sequence, a tensor or a single id."""
     if isinstance(values, Tensor):
         values = values.tolist()
@@ -208,5 +235,6 @@ def _check_finite(logits: Tensor) -> None:
     if not bool(good.all()):
         row = good.tolist().index(False)
         raise RuntimeError(
-            f"the logits after prompt {row} are not finite: the weights hold NaN or infinity, or {logits.dtype} is too narrow for them"
+            f"the logits after prompt {row} are not finite: the weights hold NaN or infinity, "
+            f"or {logits.dtype} is too narrow for them"
         )

@@ -1,64 +1,72 @@
-"""The hybrid decoder: JetBlock, full and sliding-window attention layers under one pre-norm residual stream."""
+"""The hybrid decoder: layers with different token mixers under one pre-norm residual stream."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 from torch.utils.checkpoint import checkpoint as recompute
 
-from jetkernels.modules import JetBlock, RMSNorm
+from jetkernels.modules import RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.linear import computing_device, floating_weight, has_hooks
 from jetkernels.modules.padding import Unpadding, find_padding
 
 from . import checkpoint, generation
-from .attention import Attention, rotary_table
+from .attention import rotary_table
 from .cache import JetNemotronCache
 from .config import JetNemotronConfig
 from .layout import TokenLayout
+from .mixers import MIXERS
+from .token_mixer import Rotary, State, TokenMixer
 
 Progress = Callable[[list], Iterable]
+M = TypeVar("M", bound=nn.Module)
 
 
 class CausalLMOutput(dict):
     """What a call of the model gives: loss, logits and cache, in this order, those that are not None.
 
-    loss: a scalar, if labels were given.  logits: [B, T, vocab], or [N, 1, vocab] with last_logits_only.  cache: as
-    given.
-    Read as an attribute, by name or, as the outputs of transformers' models, by position among those that are there:
-    [0] is the loss of a call with labels and the logits of one without. `to_tuple` unpacks.
+    Each is read as an attribute, by name or, as the outputs of transformers' models, by position among those that are
+    there: [0] is the loss of a call with labels and the logits of one without. `to_tuple` unpacks.
     """
 
-    def __init__(self, *args, **fields):
+    def __init__(self, *args: Any, **fields: Any):
         super().__init__({name: value for name, value in dict(*args, **fields).items() if value is not None})
 
-    def __getitem__(self, key: str | int | slice):
+    def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple:
+        """What there is, in order."""
         return tuple(self.values())
 
     @property
     def loss(self) -> Tensor | None:
+        """A scalar, if labels were given."""
         return self.get("loss")
 
     @property
     def logits(self) -> Tensor:
+        """[B, T, vocab]; [N, 1, vocab] with last_logits_only."""
         return self["logits"]
 
     @property
     def cache(self) -> JetNemotronCache | None:
+        """The one that was given."""
         return self.get("cache")
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
 
-    def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
+    def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
         C, width = config.hidden_size, config.intermediate_size
         self.initializer_range = config.initializer_range
@@ -68,50 +76,55 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             init_weight_(projection.weight, self.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Hidden states [..., C] -> [..., C]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
     """h += mixer(RMSNorm(h)); h += MLP(RMSNorm(h)). The mixer is called self_attn whatever it is, as in checkpoints."""
 
-    def __init__(self, config: JetNemotronConfig, kind: str, *, device=None, dtype=None):
+    def __init__(
+        self, config: JetNemotronConfig, kind: str, *, device: Device = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
-        self.kind = kind
-        options = {"device": device, "dtype": dtype}
-        if kind == "jet":
-            self.self_attn = JetBlock(config.hidden_size, config.jet, config.initializer_range, **options)
-        else:
-            self.self_attn = Attention(config, config.window_size if kind == "swa" else None, **options)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.self_attn = MIXERS[kind](config, **options)
         self.mlp = MLP(config, **options)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
-    def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None, layout: TokenLayout, cache) -> Tensor:
-        x = self.input_layernorm(h)
-        if self.kind == "jet":
-            h = h + self.self_attn(x, cu_seqlens=layout.cu_seqlens, state=cache)
-        else:
-            h = h + self.self_attn(x, rotary, layout, cache)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Reads also a layer that was pickled when it knew its kind and its mixer did not."""
+        super().__setstate__(state)
+        kind = self.__dict__.pop("kind", None)
+        if kind is not None:
+            self.self_attn.__class__ = MIXERS[kind]
+
+    def forward(self, h: Tensor, layout: TokenLayout, rotary: Rotary | None, state: State | None) -> Tensor:
+        """The residual stream before the layer, arranged as `layout` says -> the one behind it."""
+        h = h + self.self_attn(self.input_layernorm(h), layout=layout, rotary=rotary, state=state)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class JetNemotronModel(nn.Module):
     """Embedding, decoder layers and final norm.
 
-    recompute_layers: when gradients are computed, keep only the layers' inputs and compute the rest again in the
-    backward pass.
+    Attributes:
+        recompute_layers: when gradients are computed, keep only the layers' inputs and compute the rest again in the
+            backward pass.
     """
 
     recompute_layers = False
 
-    def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
+    def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         # An explicit weight keeps the default initialisation from running before ours.
         weight = torch.empty(config.vocab_size, config.hidden_size, **options)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
@@ -120,22 +133,55 @@ class JetNemotronModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws the embedding anew; the layers draw theirs."""
         init_weight_(self.embed_tokens.weight, self.config.initializer_range)
 
-    def forward(self, input_ids: Tensor, layout: TokenLayout, cache: JetNemotronCache | None = None) -> Tensor:
-        """Token ids arranged as `layout` says -> final hidden states, arranged alike."""
+    @property
+    def mixers(self) -> list[TokenMixer]:
+        """The token mixer of each layer."""
+        return [cast(TokenMixer, layer.self_attn) for layer in self.layers]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        layout: TokenLayout,
+        cache: JetNemotronCache | None = None,
+        features: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Runs tokens through the layers.
+
+        Args:
+            input_ids: arranged as `layout` says.
+            layout: where each token belongs.
+            cache: states of the layers, read and updated in place.
+            features: the residual stream behind each layer is appended to it.
+
+        Returns: the final hidden states, arranged alike.
+        """
         h = self.embed_tokens(input_ids)
         rotary = None
-        if any(layer.kind != "jet" for layer in self.layers):
-            rotary = rotary_table(layout.positions, self.config.head_dim, self.config.rope_theta)
+        # What stands in a mixer's place, such as a wrapper, may not say what the mixer wants.
+        if any(getattr(layer.self_attn, "uses_rotary", True) for layer in self.layers):
+            rotary = rotary_table(layout.positions, self.config.head_size, self.config.rope_theta)
         if cache is not None:
             cache.begin()
         for i, layer in enumerate(self.layers):
             if self.recompute_layers and cache is None and torch.is_grad_enabled():
-                h = recompute(layer, h, rotary, layout, None, use_reentrant=False)
+                h = recompute(layer, h, layout, rotary, None, use_reentrant=False)
             else:
-                h = layer(h, rotary, layout, None if cache is None else cache.layers[i])
+                h = layer(h, layout, rotary, None if cache is None else cache.layers[i])
+            if features is not None:
+                features.append(h)
         return self.norm(h)
+
+    def with_mixers(self, config: JetNemotronConfig, mixers: Sequence[TokenMixer]) -> JetNemotronModel:
+        """A model of `config` that shares every module with this one but the token mixers: those are `mixers`."""
+        model = _shallow_copy(self)
+        model.config = config
+        model.layers = nn.ModuleList(map(_shallow_copy, self.layers))
+        for layer, mixer in zip(model.layers, mixers, strict=True):
+            layer.self_attn = mixer
+        return model
 
 
 class JetNemotronForCausalLM(nn.Module):
@@ -145,7 +191,7 @@ class JetNemotronForCausalLM(nn.Module):
     JetBlock layers are fp32 whatever `dtype` is.
     """
 
-    def __init__(self, config: JetNemotronConfig, *, device=None, dtype=None):
+    def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
         # Name -> content of the small files that lay beside the weights; see `checkpoint.COMPANIONS`.
@@ -172,23 +218,42 @@ class JetNemotronForCausalLM(nn.Module):
                 else f"{type(weight).__name__} (a quantised module?)"
             )
             raise RuntimeError(
-                f"the head is tied to embed_tokens, whose weight must be a tensor on {h.device}, got {got}: leave embed_tokens out "
-                "of offloading and quantisation, or give the head a weight of its own (tie_word_embeddings=False)"
+                f"the head is tied to embed_tokens, whose weight must be a tensor on {h.device}, got {got}: leave "
+                "embed_tokens out of offloading and quantisation, or give the head a weight of its own "
+                "(tie_word_embeddings=False)"
             )
         return F.linear(h, weight)
 
     @property
     def device(self) -> torch.device:
+        """Where the model computes."""
         embedding = self.model.embed_tokens
         return computing_device(embedding, floating_weight(embedding, self.model.norm))
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of its weights; A_log and dt_bias of JetBlock layers are fp32 at least."""
         return floating_weight(self.model.embed_tokens, self.model.norm).dtype
 
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
-        return JetNemotronCache(self.config, batch_size, max_length, device=self.device, dtype=self.dtype)
+        mixers = [
+            layer.self_attn if isinstance(layer.self_attn, TokenMixer) else MIXERS[kind]
+            for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True)
+        ]
+        return JetNemotronCache(
+            self.config, batch_size, max_length, device=self.device, dtype=self.dtype, mixers=mixers
+        )
+
+    def with_mixers(self, config: JetNemotronConfig, mixers: Sequence[TokenMixer]) -> JetNemotronForCausalLM:
+        """A model of `config` that shares every module with this one but the token mixers: those are `mixers`.
+
+        The configs may differ in the layers alone. Nothing is copied: a change of a parameter is a change of both.
+        """
+        model = _shallow_copy(self)
+        model.config = config
+        model.model = self.model.with_mixers(config, mixers)
+        return model
 
     def forward(
         self,
@@ -212,6 +277,12 @@ class JetNemotronForCausalLM(nn.Module):
             labels: [B, T], -100 where there is none; the loss is the mean cross-entropy (natural log, fp32) of each
                 token's successor in its own sequence, 0 if there is none.
             last_logits_only: logits of the last new token of each sequence, [N, 1, vocab]; zeros where there is none.
+
+        Returns: the logits, and the loss and the cache where there are any.
+
+        Raises:
+            ValueError: an argument is wrong; nothing has been computed.
+            RuntimeError: the cache or the head cannot be used for this call.
         """
         _check_ids(input_ids, self.config.vocab_size)
         self._check_place(input_ids, cache)
@@ -246,8 +317,8 @@ class JetNemotronForCausalLM(nn.Module):
             cache.check_model(self.config)
         if self.config.tie_word_embeddings and "lm_head" in self._modules:
             raise RuntimeError(
-                "the head is tied to embed_tokens, so the model's lm_head would not be used: set config.tie_word_embeddings = False "
-                "to use it, or delete it"
+                "the head is tied to embed_tokens, so the model's lm_head would not be used: set "
+                "config.tie_word_embeddings = False to use it, or delete it"
             )
 
     def _arrange(
@@ -296,29 +367,37 @@ class JetNemotronForCausalLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128, **options
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128, **options: Any
     ) -> Tensor:
         """Continues each row; see `jetkernels.model.generation.generate` for the options. Greedy by default."""
         return generation.generate(self, input_ids, attention_mask, max_new_tokens, **options)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | str | None = None, device=None, progress: Progress = iter
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: Device = None,
+        progress: Progress = iter,
     ) -> JetNemotronForCausalLM:
         """Loads config.json and safetensors weights from a local folder; see `checkpoint.load` for what is refused.
 
-        dtype: of the loaded model, a floating one or its name; None and "auto": the config's torch_dtype.
-        progress: wraps the list of tensors, as tqdm does.
         All files are of one save, even if others save into the folder meanwhile. The tokenizer's files, chat template
         and generation_config.json that lie beside the weights are kept for `save_pretrained`.
+
+        Args:
+            folder: with config.json and model.safetensors, or shards of it and their index.
+            dtype: of the loaded model, a floating one or its name; None and "auto": the config's torch_dtype.
+            device: of the loaded model; the CPU by default.
+            progress: wraps the list of tensors, as tqdm does.
 
         Raises:
             OSError: the folder or a file in it is missing or cannot be opened.
             ValueError: a file is damaged, or does not fit the others; or dtype is no floating one.
         """
-        with checkpoint.opened(folder) as saved:
-            config = saved.parse(JetNemotronConfig.from_dict)
-            return checkpoint.load(cls, config, saved, dtype=dtype, device=device, progress=progress)
+        read = JetNemotronConfig.from_dict
+        return checkpoint.load_folder(cls, folder, read, dtype=dtype, device=device, progress=progress)
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
         """Writes config.json and safetensors weights into a local folder; see `checkpoint.save`."""
@@ -326,7 +405,7 @@ class JetNemotronForCausalLM(nn.Module):
 
     @classmethod
     def empty(
-        cls, config: JetNemotronConfig, *, device=None, dtype: torch.dtype | str | None = None
+        cls, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | str | None = None
     ) -> JetNemotronForCausalLM:
         """A model whose parameters are allocated, in their dtype, but hold no values yet."""
         return checkpoint.allocate(cls(config, device="meta", dtype=checkpoint.chosen_dtype(dtype, config)), device)
@@ -336,15 +415,21 @@ class JetNemotronForCausalLM(nn.Module):
         cls,
         config: JetNemotronConfig,
         *,
-        device=None,
+        device: Device = None,
         dtype: torch.dtype | str | None = None,
         seed: int = 0,
         progress: Progress = iter,
     ) -> JetNemotronForCausalLM:
         """A freshly initialised model; a seed gives the same one each time and leaves the global generators alone.
 
-        The parameters are drawn directly in `dtype` (the config's by default), so nothing is ever held twice.
-        progress: wraps the list of modules, as tqdm does.
+        The parameters are drawn directly in their dtype, so nothing is ever held twice.
+
+        Args:
+            config: of the model.
+            device: of the model; the CPU by default.
+            dtype: of the model, a floating one or its name; the config's by default.
+            seed: of the values.
+            progress: wraps the list of modules, as tqdm does.
         """
         model = cls.empty(config, device=device, dtype=dtype)
         devices = [model.device] if model.device.type == "cuda" else []
@@ -356,11 +441,18 @@ class JetNemotronForCausalLM(nn.Module):
     def reset_parameters(self, progress: Progress = iter) -> None:
         """Draws every parameter anew."""
         # The linear layers are filled by the module that owns them.
-        owners = (JetNemotronModel, Attention, JetBlock, MLP, RMSNorm)
+        owners = (JetNemotronModel, TokenMixer, MLP, RMSNorm)
         for module in progress([module for module in self.modules() if isinstance(module, owners)]):
             module.reset_parameters()
         if not self.config.tie_word_embeddings:
             init_weight_(self.lm_head.weight, self.config.initializer_range)
+
+
+def _shallow_copy(module: M) -> M:
+    """The same parameters and submodules, in a module in which the latter can be replaced."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -377,8 +469,9 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def _values_at_hand(x: Tensor) -> bool:
-    """Whether there are values to look at: not where that waits for a device, in a compiled program, under vmap or
-    torch.func.grad.
+    """Whether there are values to look at, without waiting for a device.
+
+    There are none in a compiled program, under vmap or torch.func.grad.
     """
     return (
         x.device.type == "cpu"

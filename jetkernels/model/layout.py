@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.types import Device
 
 from jetkernels.modules.padding import Unpadding
 
@@ -20,10 +21,18 @@ def _largest(counts: list[int]) -> int:
 class TokenLayout:
     """N sequences, sequence n adding new[n] tokens to past[n] earlier ones.
 
-    Dense: hidden states are [N, T, C] and every sequence adds T tokens; `cu_seqlens`, `rows`, `offsets` are None.
-    Packed: hidden states are [1, total, C], sequence after sequence; token i is number offsets[i] of the new tokens
-    of sequence rows[i]. positions [N or 1, T] or [1, total] count from the start of each sequence.
-    Counts are known to the host, so that no layer has to ask the device.
+    Dense: hidden states are [N, T, C] and every sequence adds T tokens. Packed: hidden states are [1, total, C],
+    sequence after sequence. Counts are known to the host, so that no layer has to ask the device.
+
+    Attributes:
+        new: tokens that each sequence adds.
+        past: tokens that came before them.
+        positions: [N, T], [1, T] where they are the same for all, or packed [1, total]; they count from the start of
+            each sequence.
+        past_device: `past` as [N] int64 on the device; None in a call without a cache.
+        cu_seqlens: [N+1], where each sequence starts among the packed tokens; None if dense.
+        rows: [total], the sequence of each packed token; None if dense.
+        offsets: [total], the number of each packed token among the new ones of its sequence; None if dense.
     """
 
     new: list[int]
@@ -36,9 +45,13 @@ class TokenLayout:
     _masks: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def dense(cls, batch_size: int, width: int, past: list[int], past_device: Tensor | None, device) -> TokenLayout:
+    def dense(
+        cls, batch_size: int, width: int, past: list[int], past_device: Tensor | None, device: Device
+    ) -> TokenLayout:
+        """Of `batch_size` sequences that add `width` tokens each."""
         steps = torch.arange(width, device=device)
         if len(set(past)) > 1:
+            assert past_device is not None
             positions = past_device[:, None] + steps
         else:
             positions = (steps + (past[0] if past else 0))[None]
@@ -46,6 +59,7 @@ class TokenLayout:
 
     @classmethod
     def packed(cls, new: list[int], cu_seqlens: Tensor, past: list[int], past_device: Tensor | None) -> TokenLayout:
+        """Of sequences that add `new[n]` tokens each, packed into one row at the boundaries `cu_seqlens` [N+1]."""
         device = cu_seqlens.device
         counts = torch.tensor(new, device=device)
         rows = torch.arange(len(new), device=device).repeat_interleave(counts, output_size=sum(new))
@@ -54,23 +68,34 @@ class TokenLayout:
         return cls(new, past, positions[None], past_device, cu_seqlens, rows, offsets)
 
     @property
+    def past_on_device(self) -> Tensor:
+        """`past` as [N] int64 on the device; there is one where the call has a cache."""
+        assert self.past_device is not None
+        return self.past_device
+
+    @property
     def is_dense(self) -> bool:
+        """Whether every sequence adds equally many tokens, so that nothing is packed."""
         return self.cu_seqlens is None
 
     @property
     def batch_size(self) -> int:
+        """N."""
         return len(self.new)
 
     @property
     def max_new(self) -> int:
+        """The most tokens that a sequence adds."""
         return _largest(self.new)
 
     @property
     def max_past(self) -> int:
+        """The most tokens that came before in a sequence."""
         return _largest(self.past)
 
     @property
     def max_total(self) -> int:
+        """Tokens of the longest sequence behind this call."""
         return _largest([n + p for n, p in zip(self.new, self.past)])
 
     @property
@@ -79,19 +104,19 @@ class TokenLayout:
         return len(set(self.past)) <= 1
 
     def pad(self, x: Tensor) -> Tensor:
-        """[1, total, ...] -> [N, max_new, ...], padding (zeros) on the right; dense tensors pass."""
-        if self.is_dense:
+        """Spreads x [1, total, ...] to [N, max_new, ...], padding (zeros) on the right; dense tensors pass."""
+        if self.rows is None or self.offsets is None:
             return x
         padded = x.new_zeros(self.batch_size, self.max_new, *x.shape[2:])
         return padded.index_put((self.rows, self.offsets), x[0])
 
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of `pad`."""
-        return x if self.is_dense else x[self.rows, self.offsets][None]
+        return x if self.rows is None or self.offsets is None else x[self.rows, self.offsets][None]
 
     def last(self, x: Tensor) -> Tensor:
         """Hidden states -> those of the last new token of each sequence [N, 1, C]; zeros where there is none."""
-        if self.is_dense:
+        if self.cu_seqlens is None:
             return x[:, -1:] if self.max_new else x.new_zeros(self.batch_size, 1, x.shape[-1])
         if not sum(self.new):
             return x.new_zeros(self.batch_size, 1, x.shape[-1])
@@ -100,15 +125,18 @@ class TokenLayout:
         return last.masked_fill(empty[:, None], 0.0)[:, None]
 
     def next_labels(self, labels: Tensor, padding: Unpadding | None) -> Tensor:
-        """Labels of the tokens -> what each token should predict: its successor's label, -100 for the last of a
-        sequence.
+        """What each token should predict: the label of its successor, -100 for the last of a sequence.
+
+        Args:
+            labels: of the tokens, as the caller gave them.
+            padding: of the caller's batch, if it was packed.
         """
         if padding is not None:
             labels = padding.pack(labels)
         if not labels.shape[1]:
             return labels
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if not self.is_dense:
+        if self.cu_seqlens is not None:
             # An empty sequence names the end of the one before it, or, if it is the first, the end of the last one.
             shifted = shifted.index_fill(1, (self.cu_seqlens[1:].to(torch.int64) - 1) % labels.shape[1], -100)
         return shifted
@@ -118,6 +146,6 @@ class TokenLayout:
         if self.uniform_past:
             return None
         if size not in self._masks:
-            slots = torch.arange(size, device=self.past_device.device)
-            self._masks[size] = (slots <= self.past_device[:, None])[:, None, None]
+            slots = torch.arange(size, device=self.past_on_device.device)
+            self._masks[size] = (slots <= self.past_on_device[:, None])[:, None, None]
         return self._masks[size]

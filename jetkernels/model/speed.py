@@ -9,15 +9,25 @@ from dataclasses import dataclass
 
 import torch
 
+from .cache import JetNemotronCache
 from .generation import prefill
+from .hybrid import JetNemotronForCausalLM
 
 WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over `runs` timed runs. prefill_seconds: of all prompts; decode_seconds: of new_tokens steps of the
-    batch.
+    """Medians over several timed runs.
+
+    Attributes:
+        batch: sequences.
+        prompt_length: tokens of each prompt.
+        new_tokens: decode steps.
+        prefill_seconds: of all prompts.
+        decode_seconds: of `new_tokens` steps of the batch.
+        cache_bytes: of the cache of the batch.
+        runs: that were timed.
     """
 
     batch: int
@@ -30,29 +40,41 @@ class Speed:
 
     @property
     def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens of the whole batch."""
         return self.batch * self.prompt_length / self.prefill_seconds
 
     @property
     def decode_tokens_per_second(self) -> float:
+        """New tokens of the whole batch."""
         return self.batch * self.new_tokens / self.decode_seconds
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
 def time_once(
-    model,
+    model: JetNemotronForCausalLM,
     ids: torch.Tensor,
-    cache,
+    cache: JetNemotronCache,
     new_tokens: int,
     chunk: int | None = None,
     on_call: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Seconds of one prefill of ids [B, T] and of `new_tokens` decode steps after it; `on_call` is called after each
-    forward.
+    """Times one prefill and the decode steps after it.
+
+    Args:
+        model: on the device that is measured.
+        ids: prompts [B, T].
+        cache: of the model, with room for prompts and new tokens; it is reset.
+        new_tokens: decode steps.
+        chunk: prompt tokens per forward; all by default.
+        on_call: called after the prefill and after each step.
+
+    Returns: seconds of the prefill, and seconds of the steps.
     """
     cache.reset()
     synchronize(model.device)
@@ -69,7 +91,7 @@ def time_once(
 
 
 def measure_speed(
-    model,
+    model: JetNemotronForCausalLM,
     batch: int,
     prompt_length: int,
     new_tokens: int,
@@ -79,7 +101,18 @@ def measure_speed(
     seed: int = 0,
     on_call: Callable[[], object] = lambda: None,
 ) -> Speed:
-    """Times `repeats` runs on random prompts after a short one that is not counted."""
+    """Times `repeats` runs on random prompts after a short one that is not counted.
+
+    Args:
+        model: on the device that is measured.
+        batch: sequences.
+        prompt_length: tokens of each prompt.
+        new_tokens: decode steps after the prompts.
+        repeats: runs that are timed.
+        prefill_chunk: prompt tokens per forward; all by default.
+        seed: of the prompts.
+        on_call: called after each prefill and each step.
+    """
     for name, value in (
         ("batch", batch),
         ("prompt_length", prompt_length),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """A tokenizer.json, as published with the models (byte-level BPE), or one token per byte.
 
-    companions: name -> content of the other files of a tokenizer that lay beside it (chat template, ...), for
-    `save_pretrained`.
+    Attributes:
+        backend: the library's tokenizer.
+        companions: name -> content of the other files of a tokenizer that lay beside it (chat template, ...), for
+            `save_pretrained`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -38,7 +40,8 @@ class Tokenizer:
         """Reads tokenizer.json in a local folder.
 
         Raises:
-            OSError: the folder or the file is missing or cannot be opened.  ValueError: the file is damaged.
+            OSError: the folder or the file is missing or cannot be opened.
+            ValueError: the file is damaged.
         """
         check_folder(folder, "tokenizer")
         with reading(folder, lambda opened: read_companions(opened, TOKENIZER_FILES)) as found:
@@ -81,10 +84,15 @@ class Tokenizer:
 
     @property
     def end_of_text_id(self) -> int | None:
+        """The id of `<|endoftext|>`; None if there is none."""
         return self.backend.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids. Raises ValueError for text that is not Unicode (bytes that were not UTF-8, read as surrogates)."""
+        """Token ids.
+
+        Raises:
+            ValueError: the text is not Unicode: bytes that were not UTF-8, read as surrogates.
+        """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
@@ -147,7 +155,7 @@ class StreamDecoder:
         return text
 
 
-def _library():
+def _library() -> Any:
     return optional("tokenizers", "model", "reading and writing text")
 
 

@@ -1,5 +1,6 @@
-"""Numbers that people write into configurations, checked one by one. Each function gives the number, or ValueError
-naming the field.
+"""Numbers that people write into configurations, checked one by one.
+
+Each function gives the number, or raises ValueError naming the field.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ def count(field: str, value: object, kind: str = "positive integer") -> int:
 
 
 def below_limit(field: str, value: int) -> int:
+    """At most MAX_SIZE."""
     if value > MAX_SIZE:
         raise ValueError(f"{field} must be at most {MAX_SIZE}, got {shown(value)}")
     return value

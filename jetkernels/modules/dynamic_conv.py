@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from jetkernels.ops import apply_dynamic_conv, dynamic_conv, dynamic_conv_step_
 
@@ -19,7 +21,9 @@ class KernelGenerator(nn.Module):
     a plain Linear (an adapter, a hook, ...: `plain_weights`) it is called and they do.
     """
 
-    def __init__(self, input_size: int, width: int, outputs: int, *, device=None, dtype=None):
+    def __init__(
+        self, input_size: int, width: int, outputs: int, *, device: Device = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         self.w1 = nn.Linear(input_size, width, bias=False, device=device, dtype=dtype)
         self.w2 = nn.Linear(width, outputs, bias=True, device=device, dtype=dtype)
@@ -40,8 +44,14 @@ class DynamicShortConvolution(nn.Module):
     gradient from the first step and w1 from the second; with both at zero neither would ever move.
 
     Args:
-        channels: D.  kernel_size: W, 2 to 4.  generator_input_size: C.  generator_reduction: R = D // reduction.
-        activation: "silu" or None.  initializer_range: standard deviation of w1 and of w2's bias.
+        channels: D.
+        kernel_size: W, 2 to 4.
+        generator_input_size: C.
+        generator_reduction: R = D // generator_reduction.
+        activation: "silu" or None.
+        initializer_range: standard deviation of w1 and of w2's bias.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -53,8 +63,8 @@ class DynamicShortConvolution(nn.Module):
         activation: str | None = "silu",
         initializer_range: float = 0.02,
         *,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if not 2 <= kernel_size <= 4:
@@ -77,6 +87,7 @@ class DynamicShortConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws w1 and w2's bias anew, and sets w2 to zero."""
         init_weight_(self.kernel_generator.w1.weight, self.initializer_range)
         nn.init.zeros_(self.kernel_generator.w2.weight)
         init_weight_(self.kernel_generator.w2.bias, self.initializer_range)
@@ -91,8 +102,14 @@ class DynamicShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Convolves whole sequences.
 
-        x [B, T, D], generator_input [B, T, C]; conv_state [N, D, W-1] left context, zeros if None; cu_seqlens [N+1]
-        with B = 1 for packed sequences. Returns y [B, T, D] and, if asked for, the state after the last token.
+        Args:
+            x: [B, T, D].
+            generator_input: [B, T, C].
+            conv_state: [N, D, W-1], the inputs in front of each sequence; zeros if None.
+            cu_seqlens: [N+1] boundaries of sequences packed into one row (B = 1).
+            output_final_state: whether the second result is wanted.
+
+        Returns: y [B, T, D], and the state behind the last token of each sequence or None.
         """
         hidden = self.kernel_generator(generator_input)
         weights = self._plain_weights()
@@ -112,10 +129,16 @@ class DynamicShortConvolution(nn.Module):
     def step_(
         self, x: Tensor, generator_input: Tensor, conv_state: Tensor, state_indices: Tensor | None = None
     ) -> Tensor:
-        """One token per sequence: x [N, D], generator_input [N, C] -> y [N, D]; updates conv_state [P, D, W-1] in
-        place.
+        """Convolves one token of each sequence. Not differentiable: for inference, under `torch.no_grad()`.
 
-        Not differentiable: for inference, under `torch.no_grad()`.
+        Args:
+            x: [N, D].
+            generator_input: [N, C].
+            conv_state: [P, D, W-1], updated in place.
+            state_indices: [N] rows of conv_state; a negative one touches none and gives zeros. None: row n for
+                sequence n.
+
+        Returns: y [N, D].
         """
         hidden = self.kernel_generator(generator_input)
         weights = self._plain_weights()
@@ -136,6 +159,7 @@ class DynamicShortConvolution(nn.Module):
         kernels = self._kernels(hidden)
         if state_indices is None:
             y, after = apply_dynamic_conv(x[:, None], kernels[:, None], conv_state.clone(), None, self.activation, True)
+            assert after is not None
             conv_state.copy_(after.detach())
             return y[:, 0]
         before = conv_state[state_indices.clamp(0, conv_state.shape[0] - 1)]
@@ -146,4 +170,5 @@ class DynamicShortConvolution(nn.Module):
         return y[:, 0].masked_fill((state_indices < 0)[:, None], 0.0)
 
     def extra_repr(self) -> str:
+        """What `print` says of it."""
         return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation}"

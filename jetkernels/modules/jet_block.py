@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
 
@@ -20,6 +21,7 @@ from .linear import computing_device, floating_weight, has_hooks
 from .norm import GatedRMSNorm
 from .padding import find_padding
 from .repeatable import RepeatableCall, may_be_repeated
+from .weight_decay import exempt_from_weight_decay
 
 # Decay rates exp(A_log) and time steps softplus(dt_bias) of a new layer: log-uniform over these ranges, so that from
 # the start some heads forget within a few tokens (rate * step near 1.6) and some remember for thousands (near 0.001).
@@ -37,8 +39,16 @@ GATE_NAMES = tuple(
 class JetBlockConfig:
     """Sizes of a JetBlock; names as under `efficient_attention_config.jet` of a published config.
 
-    num_heads: H.  head_dim: K, of queries and keys.  expand_v: V = int(K * expand_v), of values.  conv_size: W.
-    dconv_generator_reduction: R = H*V // reduction.  norm_eps: of the gated norm; a string such as "1e-5" is read too.
+    Args:
+        num_heads: H.
+        head_dim: K, of queries and keys.
+        expand_v: V = int(K * expand_v), of values.
+        conv_size: W, taps of the convolution, 2 to 4.
+        dconv_generator_reduction: R = H*V // dconv_generator_reduction.
+        norm_eps: of the gated norm; a string such as "1e-5" is read too.
+
+    Raises:
+        ValueError: a size is out of its range.
     """
 
     num_heads: int = 12
@@ -48,9 +58,10 @@ class JetBlockConfig:
     dconv_generator_reduction: int = 8
     norm_eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             name, got = f"jet: {field.name}", getattr(self, field.name)
+            value: float
             if field.name in ("expand_v", "norm_eps"):
                 value = checks.number(name, got, text=True)
                 if value <= 0:
@@ -65,7 +76,8 @@ class JetBlockConfig:
         # Before it is rounded: the product may be infinite.
         if not 1 <= self.head_dim * self.expand_v <= checks.MAX_SIZE:
             raise ValueError(
-                f"jet: head_dim * expand_v must be at least 1 and at most {checks.MAX_SIZE}, got {self.head_dim} * {self.expand_v}"
+                f"jet: head_dim * expand_v must be at least 1 and at most {checks.MAX_SIZE}, "
+                f"got {self.head_dim} * {self.expand_v}"
             )
         checks.below_limit("jet: num_heads * head_dim", self.key_dim)
         checks.below_limit("jet: num_heads * head_dim * expand_v", self.value_dim)
@@ -104,17 +116,25 @@ class JetBlockConfig:
         return cls(**sizes)
 
     def to_dict(self) -> dict:
+        """The sizes by name, as `from_dict` reads them."""
         return asdict(self)
 
 
 class JetBlockState(NamedTuple):
-    """What a JetBlock remembers of N sequences: conv_state [N, D, W-1] and recurrent_state [N, H, K, V] (fp32)."""
+    """What a JetBlock remembers of N sequences.
+
+    Attributes:
+        conv_state: [N, D, W-1], the last inputs of the convolution, oldest first; in the layer's dtype.
+        recurrent_state: [N, H, K, V], fp32 (fp64 in an fp64 layer).
+    """
 
     conv_state: Tensor
     recurrent_state: Tensor
 
     @classmethod
-    def zeros(cls, config: JetBlockConfig, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
+    def zeros(
+        cls, config: JetBlockConfig, batch_size: int, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> JetBlockState:
         """Of sequences that have seen nothing. `dtype` is the layer's; the recurrent state is fp32 (fp64 if it is)."""
         if not isinstance(batch_size, int) or batch_size < 0:
             raise ValueError(f"JetBlockState: batch_size must be an integer from 0, got {batch_size!r}")
@@ -139,7 +159,11 @@ class JetBlock(nn.Module):
     makes the optimiser should not let them decay (towards a decay rate of 1).
 
     Args:
-        hidden_size: C.  jet_block_config: the sizes.  initializer_range: standard deviation of the projections.
+        hidden_size: C.
+        jet_block_config: the other sizes; those of the published 2B model if None.
+        initializer_range: standard deviation of the projections.
+        device: of the parameters.
+        dtype: of the parameters; A_log and dt_bias are fp32 at least.
     """
 
     def __init__(
@@ -148,8 +172,8 @@ class JetBlock(nn.Module):
         jet_block_config: JetBlockConfig | None = None,
         initializer_range: float = 0.02,
         *,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         config = JetBlockConfig() if jet_block_config is None else jet_block_config
@@ -189,6 +213,7 @@ class JetBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Draws every parameter anew; does nothing on the meta device."""
         if self.A_log.is_meta:
             return
         for name in "qkvgabo":
@@ -200,7 +225,7 @@ class JetBlock(nn.Module):
         # The inverse of softplus: softplus(dt_bias) = step.
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def new_state(self, batch_size: int, *, device=None, dtype=None) -> JetBlockState:
+    def new_state(self, batch_size: int, *, device: Device = None, dtype: torch.dtype | None = None) -> JetBlockState:
         """A state of `batch_size` sequences that have seen nothing; its device and dtype are the layer's by default."""
         weight = floating_weight(self.o_proj, self.o_norm)
         device = device or computing_device(self, weight)
@@ -286,8 +311,9 @@ class JetBlock(nn.Module):
     def _mix(
         self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None
     ) -> Tensor:
-        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V]. `call`: of the state, if it may be
-        repeated.
+        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V].
+
+        call: of the state, if it may be repeated.
         """
         H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
         q = F.silu(self.q_proj(x)).unflatten(-1, (H, K))
@@ -320,6 +346,8 @@ class JetBlock(nn.Module):
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=cu_seqlens,
         )
+        if conv_after is None or recurrent_after is None:
+            return o
         if call is not None:
             call.finish((conv_after, recurrent_after), o)
         elif state is not None:
@@ -327,7 +355,7 @@ class JetBlock(nn.Module):
             state.recurrent_state.copy_(recurrent_after)
         return o
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: parameter.data for name, parameter in self._gate_parameters().items()}
         super()._apply(fn, recurse)
         for name, new in self._gate_parameters().items():
@@ -339,7 +367,7 @@ class JetBlock(nn.Module):
         self._exempt_from_weight_decay()
         return self
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copied parameter has no attributes.
         self._exempt_from_weight_decay()
@@ -350,9 +378,9 @@ class JetBlock(nn.Module):
 
     def _exempt_from_weight_decay(self) -> None:
         for parameter in self._gate_parameters().values():
-            parameter._no_weight_decay = True
+            exempt_from_weight_decay(parameter)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in GATE_NAMES:
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor):
@@ -362,4 +390,5 @@ class JetBlock(nn.Module):
         self._exempt_from_weight_decay()
 
     def extra_repr(self) -> str:
+        """What `print` says of it."""
         return f"{self.hidden_size}, {self.config}"

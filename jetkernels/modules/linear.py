@@ -39,7 +39,8 @@ def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] 
     if type(module) is nn.Linear and not has_hooks(module) and nn.Linear.forward is _FORWARD:
         # Much cheaper than two attributes of a module, and on the path of every decoded token.
         parameters = module._parameters
-        weight = parameters.get("weight")
+        weight: Tensor | None = parameters.get("weight")
+        bias: Tensor | None
         if weight is None:
             # A replica of DataParallel has its tensors as attributes.
             weight, bias = module.weight, module.bias
@@ -53,16 +54,18 @@ def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] 
 
 
 def floating_weight(*modules: nn.Module) -> Tensor:
-    """The weight of the first module that has one of a floating dtype (quantised ones have not): where and in what it
-    computes.
+    """The weight of the first module that has one of a floating dtype: where and in what it computes.
+
+    Quantised modules have none.
     """
     weights = [module.weight for module in modules]
     return next(w for w in weights if isinstance(w, Tensor) and w.is_floating_point())
 
 
 def computing_device(module: nn.Module, weight: Tensor) -> torch.device:
-    """Where a module with this weight computes. accelerate's offloading leaves the weight on meta between calls and
-    names the device.
+    """Where a module with this weight computes.
+
+    accelerate's offloading leaves the weight on meta between calls and names the device.
     """
     if weight.is_meta:
         hook = getattr(module, "_hf_hook", None)

@@ -12,8 +12,12 @@ from torch import Tensor
 class Unpadding:
     """Which tokens of a padded [B, T, ...] batch are real.
 
-    indices [n]: their positions in the flattened batch; cu_seqlens [B+1] int64: where each row starts among them;
-    lengths: how many each row has, known to the host.
+    Attributes:
+        batch_size: B.
+        width: T.
+        indices: [n], their positions in the flattened batch.
+        cu_seqlens: [B+1] int64, where each row starts among them.
+        lengths: how many each row has, known to the host.
     """
 
     batch_size: int
@@ -23,22 +27,32 @@ class Unpadding:
     lengths: list[int]
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [1, n, ...], the real tokens only."""
+        """Takes the real tokens [1, n, ...] out of x [B, T, ...]."""
         return x.flatten(0, 1).index_select(0, self.indices)[None]
 
     def restore(self, x: Tensor) -> Tensor:
-        """[1, n, ...] -> [B, T, ...] with zeros at the padding."""
+        """Puts x [1, n, ...] back into a batch [B, T, ...], with zeros at the padding."""
         full = x.new_zeros(self.batch_size * self.width, *x.shape[2:])
         return full.index_copy(0, self.indices, x[0]).unflatten(0, (self.batch_size, self.width))
 
 
 def find_padding(attention_mask: Tensor, batch_size: int, width: int, device: torch.device) -> Unpadding | None:
-    """Reads an attention mask [B, T'] (nonzero: a real token) for a call on [B, T] tokens on `device`; None if nothing
-    is padded.
+    """Finds the real tokens of a padded batch.
 
-    T' may exceed T, as it does where past tokens are counted too: the last T columns are those of this call.
-    Padding may be on the left, on the right or in between; it simply does not exist for the layers.
-    Reads the mask on the host, once: how many tokens there are decides the shapes that follow.
+    Padding may be on the left, on the right or in between; it simply does not exist for the layers. The mask is read on
+    the host, once: how many tokens there are decides the shapes that follow.
+
+    Args:
+        attention_mask: [B, T'], nonzero at real tokens. T' may exceed T, as it does where past tokens are counted too:
+            the last T columns are those of this call.
+        batch_size: B.
+        width: T.
+        device: of the tokens.
+
+    Returns: None if nothing is padded.
+
+    Raises:
+        ValueError: the mask has another shape, another device, or values that are none of a mask.
     """
     if not isinstance(attention_mask, Tensor):
         raise ValueError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")

@@ -34,9 +34,12 @@ def may_be_repeated(x: Tensor) -> bool:
 class RepeatableCall:
     """One call's use of a state, where `may_be_repeated`. Made before the state is read; `finish` ends it.
 
-    before: what the call has to start from.  repeats: it is a second run, so the state must stay as it is.
+    Attributes:
+        before: what the call has to start from.
+        repeats: it is a second run, so the state must stay as it is.
 
-    Raises: RuntimeError if this is a second run, and which call it repeats cannot be told.
+    Raises:
+        RuntimeError: this is a second run, and which call it repeats cannot be told.
     """
 
     def __init__(self, layer: str, state: Sequence[Tensor], x: Tensor):
@@ -49,10 +52,12 @@ class RepeatableCall:
         self.history = _histories.setdefault(state[0], _History())
         earlier = self.history.find(layer, state, x, self.sample)
         self.repeats = earlier is not None
-        self.before = earlier.before if self.repeats else tuple(tensor.clone() for tensor in state)
+        before = earlier.before if earlier is not None else tuple(tensor.clone() for tensor in state)
+        assert before is not None  # a call that has ended is not found
+        self.before = before
 
     def finish(self, after: Sequence[Tensor], output: Tensor) -> None:
-        """Writes the state after the call, unless it is a second run. `output`: a result with the call's gradient."""
+        """Writes the state `after` the call, unless it is a second run; `output` is a result with its gradient."""
         if self.repeats:
             return
         for old, new in zip(self.state, after):
@@ -81,7 +86,7 @@ class _Call:
     def end(self) -> None:
         self.before = None
 
-    def end_with_backward(self, *_) -> None:
+    def end_with_backward(self, *_: object) -> None:
         """After a backward pass that frees the graph nothing is run again."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             torch.autograd.Variable._execution_engine.queue_callback(self.end)
@@ -90,10 +95,12 @@ class _Call:
 class _History:
     """The calls of one state that can still be repeated, owned by what would repeat them.
 
-    made_in_backward: the state belongs to a function that is being run again, so its calls are first ones.
+    Attributes:
+        calls: that can still be repeated.
+        made_in_backward: the state belongs to a function that is being run again, so its calls are first ones.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls: list[weakref.ref[_Call]] = []
         self.made_in_backward = False
 
@@ -122,10 +129,11 @@ class _History:
             return None
         if self.made_in_backward or len(found) != 1:
             raise RuntimeError(
-                f"{layer}: this call runs in a backward pass, as activation checkpointing does, and the call it repeats cannot "
-                f"be told: {len(found)} calls on this state kept such an input. Checkpoint with use_reentrant=False, without a "
-                "second checkpoint inside; give each call of a state another input; and make a state that belongs to the "
-                "checkpointed function there, with its final values. Or do not checkpoint calls with a state."
+                f"{layer}: this call runs in a backward pass, as activation checkpointing does, and the call it "
+                f"repeats cannot be told: {len(found)} calls on this state kept such an input. Checkpoint with "
+                "use_reentrant=False, without a second checkpoint inside; give each call of a state another input; and "
+                "make a state that belongs to the checkpointed function there, with its final values. Or do not "
+                "checkpoint calls with a state."
             )
         # One that no graph owns has no hook that would end it.
         found[0].end_with_backward()

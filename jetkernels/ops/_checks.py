@@ -1,11 +1,11 @@
-"""What ``bindings/checks.h`` and ``bindings/*_inputs.h`` refuse, for fake tensors: the same checks in the same order
-and words.
+"""What ``bindings/checks.h`` and ``bindings/*_inputs.h`` refuse, for fake tensors: in the same order and words.
 
 They see ranks, sizes, dtypes, devices and layouts. Values, and who shares memory with whom, only the bindings see.
 ``tests/ops/test_bad_arguments.py`` holds the two against each other. Sizes may be symbols, hence ``torch._check``.
 """
 
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, "another dtype")
 
 
-def _numbers(values) -> str:
+def _numbers(values: Iterable) -> str:
     return "[" + ",".join(str(v) for v in values) + "]"
 
 
@@ -55,8 +55,12 @@ class Checks:
     def fail(self, text: str) -> NoReturn:
         raise RuntimeError(f"{self.op}: {text}")
 
-    def require(self, condition, text: str) -> None:
+    def require(self, condition: Any, text: str) -> None:
         torch._check(condition, lambda: f"{self.op}: {text}")
+
+    def empty(self, like: Tensor, *symbols: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A result whose sizes are bound."""
+        return like.new_empty([self.size[symbol] for symbol in symbols], dtype=dtype or like.dtype)
 
     # ---- bindings/checks.h
 
@@ -139,20 +143,21 @@ class Checks:
         self.require(K >= 1, f"{keys} dimension 3 (K) must be at least 1, got {K}")
         self.require(V >= 1, f"{values} dimension 3 (V) must be at least 1, got {V}")
 
-    def tokens(self, batch: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
-        self.shape("q", q, batch, "T", "Hk", "K")
-        self.floating("q", q)
-        self.shape("k", k, batch, "T", "Hk", "K")
-        self.shape("v", v, batch, "T", "H", "V")
-        self.shape("g", g, batch, "T", "H")
-        self.shape("beta", beta, batch, "T", "H")
+    def tokens(self, batch: str, a: Any) -> None:
+        """Of the arguments ``a``: q, k [batch, T, Hk, K], v [batch, T, H, V], g and beta [batch, T, H]."""
+        self.shape("q", a.q, batch, "T", "Hk", "K")
+        self.floating("q", a.q)
+        self.shape("k", a.k, batch, "T", "Hk", "K")
+        self.shape("v", a.v, batch, "T", "H", "V")
+        self.shape("g", a.g, batch, "T", "H")
+        self.shape("beta", a.beta, batch, "T", "H")
         self.heads("v", "q")
-        self.dtype_like("k", k, "q", q)
-        self.dtype_like("v", v, "q", q)
-        self.floating("g", g)
-        self.floating("beta", beta)
-        for name, t in (("k", k), ("v", v), ("g", g), ("beta", beta)):
-            self.device(name, t, "q", q)
+        self.dtype_like("k", a.k, "q", a.q)
+        self.dtype_like("v", a.v, "q", a.q)
+        self.floating("g", a.g)
+        self.floating("beta", a.beta)
+        for name in ("k", "v", "g", "beta"):
+            self.device(name, getattr(a, name), "q", a.q)
 
     def state(self, name: str, t: Tensor | None, q: Tensor) -> None:
         if t is None:
@@ -161,21 +166,22 @@ class Checks:
         self.dtype(name, t, real_dtype(q))
         self.device(name, t, "q", q)
 
-    def pool(self, state: Tensor, state_indices: Tensor | None, like_name: str, like: Tensor) -> None:
-        self.shape("state", state, "P", "H", "K", "V")
-        self.dtype(
-            "state", state, *((torch.float64,) if like.dtype == torch.float64 else (torch.float32, torch.bfloat16))
-        )
-        self.device("state", state, like_name, like)
-        self.state_rows(state_indices, like_name, like)
+    def pool(self, a: Any, like_name: str, like: Tensor) -> None:
+        """Of the arguments ``a``: state [P, H, K, V], which goes with tensors like ``like``, and state_indices."""
+        allowed = (torch.float64,) if like.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+        self.shape("state", a.state, "P", "H", "K", "V")
+        self.dtype("state", a.state, *allowed)
+        self.device("state", a.state, like_name, like)
+        self.state_rows(a.state_indices, like_name, like)
 
-    def drafts(self, keys: Tensor, updates: Tensor, *allowed: torch.dtype) -> None:
-        self.shape("keys", keys, "N", "T", "Hk", "K")
-        self.shape("updates", updates, "N", "T", "H", "V")
-        self.dtype("keys", keys, *allowed)
-        self.dtype_like("updates", updates, "keys", keys)
-        self.contiguous("keys", keys)
-        self.contiguous("updates", updates)
+    def drafts(self, a: Any, *allowed: torch.dtype) -> None:
+        """Of the arguments ``a``: keys [N, T, Hk, K] and updates [N, T, H, V]."""
+        self.shape("keys", a.keys, "N", "T", "Hk", "K")
+        self.shape("updates", a.updates, "N", "T", "H", "V")
+        self.dtype("keys", a.keys, *allowed)
+        self.dtype_like("updates", a.updates, "keys", a.keys)
+        self.contiguous("keys", a.keys)
+        self.contiguous("updates", a.updates)
 
     # ---- bindings/dynamic_conv_inputs.h
 
@@ -190,31 +196,36 @@ class Checks:
         self.require(W >= 2, text)
         self.require(W <= MAX_TAPS, text)
 
-    def generator(self, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.like("hidden", hidden, "x", x)
-        self.shape("weight", weight, "D*W", "R")
-        self.like("weight", weight, "x", x)
-        self.channels("x", x)
-        D, rows = self.size["D"], weight.shape[0]
+    def generator(self, a: Any) -> None:
+        """Of the arguments ``a``: hidden, whose rank is checked, weight [D*W, R] and bias [D*W]; binds W."""
+        self.like("hidden", a.hidden, "x", a.x)
+        self.shape("weight", a.weight, "D*W", "R")
+        self.like("weight", a.weight, "x", a.x)
+        self.channels("x", a.x)
+        D, rows = self.size["D"], a.weight.shape[0]
         text = f"weight dimension 0 must be D*W with D = {D} (as in x) and W in 2..{MAX_TAPS}, got {rows}"
         self.require(rows % D == 0, text)
         W = rows // D
         self.taps(W, text)
         self.bind("W", W, "from weight")
         self.bind("W-1", W - 1, "from weight")
-        if bias is not None:
-            self.shape("bias", bias, "D*W")
-            self.like("bias", bias, "x", x)
+        if a.bias is not None:
+            self.shape("bias", a.bias, "D*W")
+            self.like("bias", a.bias, "x", a.x)
 
-    def conv_sequences(self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        self.sequences(cu_seqlens, "x", x)
-        if conv_state is not None:
-            self.shape("conv_state", conv_state, "N", "D", "W-1")
-            self.like("conv_state", conv_state, "x", x)
+    def conv_sequences(self, a: Any) -> None:
+        """Of the arguments ``a``: cu_seqlens and conv_state."""
+        self.sequences(a.cu_seqlens, "x", a.x)
+        self.conv_state("conv_state", a.conv_state, a.x)
 
-    def conv_gradients(self, x: Tensor, grad_y: Tensor, grad_conv_state_out: Tensor | None) -> None:
-        self.shape("grad_y", grad_y, "B", "T", "D")
-        self.like("grad_y", grad_y, "x", x)
-        if grad_conv_state_out is not None:
-            self.shape("grad_conv_state_out", grad_conv_state_out, "N", "D", "W-1")
-            self.like("grad_conv_state_out", grad_conv_state_out, "x", x)
+    def conv_state(self, name: str, t: Tensor | None, x: Tensor) -> None:
+        """A state [N, D, W-1] or its gradient."""
+        if t is not None:
+            self.shape(name, t, "N", "D", "W-1")
+            self.like(name, t, "x", x)
+
+    def conv_gradients(self, a: Any) -> None:
+        """Of the arguments ``a``: the incoming gradients."""
+        self.shape("grad_y", a.grad_y, "B", "T", "D")
+        self.like("grad_y", a.grad_y, "x", a.x)
+        self.conv_state("grad_conv_state_out", a.grad_conv_state_out, a.x)

@@ -1,14 +1,18 @@
-"""How an op becomes ``torch.ops.jet.<op>``: schema, fake kernel, autograd (``_autograd``), autocast and the plain path
-for CUDA.
+"""How an op becomes ``torch.ops.jet.<op>``: schema, fake implementation, autograd, autocast and the plain path.
 
-The implementations that run are C++ (``bindings/<op>.cpp``, for CPU and CUDA tensors). Where no kernel of this library
-serves a tensor (``bindings/backend.h``), they call ``jet_plain::<op>``, which this file registers from
+The implementations that run are C++ (``bindings/<op>.cpp``, for CPU and CUDA tensors). Where no code of this library
+serves a call (``bindings/backend.h``), they call ``jet_plain::<op>``, which this file registers from
 ``jetkernels.plain``.
+
+The schema is the one place that lists an op's arguments: the backward op's schema, autograd (``_autograd``), and the
+arguments of a fake implementation follow from it.
 """
 
 import re
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,64 +29,97 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
-    """Define ``jet::<name>`` with ``schema`` ("(Tensor q, ...) -> Tensor"), its fake kernel and its plain path.
+    """Define ``jet::<name>``.
 
-    ``fake(checks, *args)`` refuses what the binding refuses, as far as a fake tensor shows it, and returns empty
-    outputs.
+    Args:
+        name: of the op.
+        schema: its arguments and results: ``"(Tensor q, ...) -> Tensor"``.
+        fake: ``fake(checks, a)`` refuses what the binding refuses, as far as a fake tensor shows it, and returns empty
+            results; ``a`` has the arguments under their names in the schema.
+        plain: ``plain(*arguments)``, the op in operations of PyTorch.
     """
     _jet.define(name + schema, tags=_TAGS)
     defined.append(name)
-    arguments, arrow, results = schema.partition(") ->")
-    torch.library.register_fake(f"jet::{name}", lambda *args: fake(Checks(name), *args), lib=_jet)
+    names = [a.name for a in _autograd.overload(name)._schema.arguments]
+    Arguments = namedtuple("Arguments", names)  # type: ignore[misc]  # its fields are known when the op is defined
+    torch.library.register_fake(f"jet::{name}", lambda *args: fake(Checks(name), Arguments(*args)), lib=_jet)
 
-    def announced_plain(*args):
+    def announced_plain(*args: Any) -> Any:
         *arguments, reason = args
         if (name, reason) not in _announced:
             _announced.add((name, reason))
-            warnings.warn(
-                f"jetkernels: {name} runs as plain PyTorch: {_library.plain_reason_text(reason)}", stacklevel=2
-            )
+            text = _library.plain_reason_text(reason)
+            warnings.warn(f"jetkernels: {name} runs as plain PyTorch: {text}", stacklevel=2)
         return plain(*arguments)
 
+    arguments, arrow, results = schema.partition(") ->")
     _plain.define(f"{name}{arguments}, int reason{arrow}{results}", tags=_TAGS)
     _plain.impl(name, announced_plain, "CompositeExplicitAutograd")
 
 
-def differentiate(name: str, *, backward: Callable, setup_context: Callable) -> None:
-    """Attach autograd to ``jet::<name>``; ``jet::<name>_backward`` raises where it would be differentiated."""
-    _jet.impl(name, _autograd.differentiable(name, backward, setup_context), "Autograd", with_keyset=True)
+def define_backward(name: str, *, constant: Sequence[str], fake: Callable, plain: Callable) -> None:
+    """Define ``jet::<name>_backward`` and attach autograd to both ops.
+
+    The backward op takes ``grad_<output>`` of every output, of which those after the first may be None, and then the
+    arguments of ``jet::<name>``. It returns ``d<argument>`` of every tensor that is not ``constant``; also of one that
+    was None. It raises where it would be differentiated.
+
+    Args:
+        name: of the op that :func:`define` has defined.
+        constant: tensors without a gradient.
+        fake: as for :func:`define`.
+        plain: as for :func:`define`.
+    """
+    schema = _autograd.overload(name)._schema
+    arguments = str(schema).partition("(")[2].partition(") ->")[0]
+    grads = [f"Tensor{'?' if i else ''} grad_{output.name}" for i, output in enumerate(schema.returns)]
+    if unknown := set(constant) - {a.name for a in schema.arguments}:
+        raise ValueError(f"{name}: constant names no argument: {', '.join(sorted(unknown))}")
+    differentiable = [a.name for a in schema.arguments if _autograd.is_tensor(a) and a.name not in constant]
+    results = ", ".join(f"Tensor d{argument}" for argument in differentiable)
+    define(f"{name}_backward", f"({', '.join(grads)}, {arguments}) -> ({results})", fake=fake, plain=plain)
+    _jet.impl(name, _autograd.differentiable(name), "Autograd", with_keyset=True)
     _jet.impl(name + "_backward", _autograd.not_twice(name), "Autograd", with_keyset=True)
 
 
 def in_place(name: str, *, instead: str) -> None:
-    """``jet::<name>`` bumps the versions of what it writes and refuses inputs that require gradients; ``instead`` has
-    them.
+    """``jet::<name>`` bumps the versions of what it writes and refuses inputs that require gradients.
+
+    ``instead`` names what has gradients.
     """
-    kernel, bump = _autograd.in_place(name, instead)
-    _jet.impl(name, kernel, "Autograd", with_keyset=True)
-    _jet.impl(name, bump, "ADInplaceOrView", with_keyset=True)
+    autograd, versions = _autograd.in_place(name, instead)
+    _jet.impl(name, autograd, "Autograd", with_keyset=True)
+    _jet.impl(name, versions, "ADInplaceOrView", with_keyset=True)
 
 
-def autocast(name: str, *, low_precision: Sequence[int], fp32: Sequence[int] = (), dtype_of: int | None = None) -> None:
-    """Under autocast cast the arguments at the positions ``low_precision`` to autocast's dtype, ``fp32`` to fp32.
+def autocast(name: str, *, low_precision: Sequence[str], fp32: Sequence[str] = (), dtype_of: str | None = None) -> None:
+    """What autocast does to the arguments of ``jet::<name>``.
 
-    ``dtype_of`` names an argument that is written in place and therefore decides the dtype instead of autocast.
     float64 arguments stay as they are, as everywhere in PyTorch's autocast.
-    """
-    op = getattr(torch.ops.jet, name).default
 
-    def make(device_type: str, key: torch._C.DispatchKey):
-        def kernel(*args):
-            low = torch.get_autocast_dtype(device_type) if dtype_of is None else args[dtype_of].dtype
+    Args:
+        name: of the op.
+        low_precision: the arguments that are cast to autocast's dtype.
+        fp32: those that are cast to float32.
+        dtype_of: an argument that is written in place and therefore decides the dtype instead of autocast.
+    """
+    op = _autograd.overload(name)
+    names = [a.name for a in op._schema.arguments]
+    low_places, fp32_places = [names.index(a) for a in low_precision], [names.index(a) for a in fp32]
+    written = None if dtype_of is None else names.index(dtype_of)
+
+    def make(device_type: str, key: torch._C.DispatchKey) -> Callable:
+        def implementation(*args: Any) -> Any:
+            low = torch.get_autocast_dtype(device_type) if written is None else args[written].dtype
             cast = list(args)
-            for positions, dtype in ((low_precision, low), (fp32, torch.float32)):
-                for i in positions:
+            for places, dtype in ((low_places, low), (fp32_places, torch.float32)):
+                for i in places:
                     if isinstance(cast[i], Tensor) and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
                         cast[i] = cast[i].to(dtype)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
                 return op(*cast)
 
-        return kernel
+        return implementation
 
     _jet.impl(name, make("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
     _jet.impl(name, make("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
@@ -102,7 +139,16 @@ def default_scale(q: Tensor) -> float:
         return 1.0
 
 
-def refusal(error: RuntimeError, function: str) -> Exception:
+def use_silu(function: str, activation: str | None) -> bool:
+    """The ops' ``silu`` flag for the ``activation`` argument of the Python functions."""
+    if activation is None:
+        return False
+    if isinstance(activation, str) and activation in ("silu", "swish"):
+        return True
+    raise ValueError(f"{function}: activation must be 'silu', 'swish' or None, got {activation!r}")
+
+
+def refusal(error: Exception, function: str) -> Exception:
     """What the user reads when ``function`` was called: the op's sentence under the function's name."""
     message = str(error)
     wrong_type = re.match(

@@ -1,4 +1,6 @@
-"""``jet::dynamic_conv`` and its backward: a causal convolution whose kernels are generated per token."""
+"""``jet::dynamic_conv`` and its backward: a causal convolution whose taps are generated per token."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,37 +10,24 @@ from jetkernels.ops._checks import Checks
 from jetkernels.plain import dynamic_conv as plain
 
 
-def use_silu(function: str, activation: str | None) -> bool:
-    """Translate the ``activation`` argument of the Python functions into the ops' ``silu`` flag."""
-    if activation is None:
-        return False
-    if isinstance(activation, str) and activation in ("silu", "swish"):
-        return True
-    raise ValueError(f"{function}: activation must be 'silu', 'swish' or None, got {activation!r}")
+def _check(checks: Checks, a: Any) -> None:
+    checks.shape("x", a.x, "B", "T", "D")
+    checks.floating("x", a.x)
+    checks.shape("hidden", a.hidden, "B", "T", "R")
+    checks.generator(a)
+    checks.conv_sequences(a)
 
 
-def new_conv_state(checks: Checks, x: Tensor) -> Tensor:
-    return x.new_empty([checks.size[symbol] for symbol in ("N", "D", "W-1")])
+def _fake(checks: Checks, a: Any) -> tuple[Tensor, ...]:
+    _check(checks, a)
+    return a.x.new_empty(a.x.shape), checks.empty(a.x, "N", "D", "W-1")
 
 
-def _check(checks, x, hidden, weight, bias, conv_state, cu_seqlens):
-    checks.shape("x", x, "B", "T", "D")
-    checks.floating("x", x)
-    checks.shape("hidden", hidden, "B", "T", "R")
-    checks.generator(x, hidden, weight, bias)
-    checks.conv_sequences(x, conv_state, cu_seqlens)
-
-
-def _fake(checks, x, hidden, weight, bias, conv_state, cu_seqlens, silu):
-    _check(checks, x, hidden, weight, bias, conv_state, cu_seqlens)
-    return x.new_empty(x.shape), new_conv_state(checks, x)
-
-
-def _fake_backward(checks, grad_y, grad_conv_state_out, x, hidden, weight, bias, conv_state, cu_seqlens, silu):
-    _check(checks, x, hidden, weight, bias, conv_state, cu_seqlens)
-    checks.conv_gradients(x, grad_y, grad_conv_state_out)
-    dx, dhidden, dweight = (t.new_empty(t.shape) for t in (x, hidden, weight))
-    return dx, dhidden, dweight, weight.new_empty((weight.shape[0],)), new_conv_state(checks, x)
+def _fake_backward(checks: Checks, a: Any) -> tuple[Tensor, ...]:
+    _check(checks, a)
+    checks.conv_gradients(a)
+    dx, dhidden, dweight = (t.new_empty(t.shape) for t in (a.x, a.hidden, a.weight))
+    return dx, dhidden, dweight, checks.empty(a.x, "D*W"), checks.empty(a.x, "N", "D", "W-1")
 
 
 _register.define(
@@ -48,36 +37,10 @@ _register.define(
     fake=_fake,
     plain=plain.dynamic_conv,
 )
-_register.define(
-    "dynamic_conv_backward",
-    "(Tensor grad_y, Tensor? grad_conv_state_out, Tensor x, Tensor hidden, Tensor weight, Tensor? bias, "
-    "Tensor? conv_state, Tensor? cu_seqlens, bool silu) "
-    "-> (Tensor dx, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dconv_state)",
-    fake=_fake_backward,
-    plain=plain.dynamic_conv_backward,
+_register.define_backward(
+    "dynamic_conv", constant=("cu_seqlens",), fake=_fake_backward, plain=plain.dynamic_conv_backward
 )
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_y, grad_conv_state_out):
-    x, hidden, weight, bias, conv_state, cu_seqlens = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = torch.zeros_like(x)
-    dx, dhidden, dweight, dbias, dconv_state = torch.ops.jet.dynamic_conv_backward(
-        grad_y, grad_conv_state_out, x, hidden, weight, bias, conv_state, cu_seqlens, ctx.silu
-    )
-    dbias = dbias if bias is not None else None
-    dconv_state = dconv_state if conv_state is not None else None
-    return dx, dhidden, dweight, dbias, dconv_state, None, None
-
-
-_register.differentiate("dynamic_conv", backward=_backward, setup_context=_setup_context)
-_register.autocast("dynamic_conv", low_precision=(0, 1, 2, 3, 4))
+_register.autocast("dynamic_conv", low_precision=("x", "hidden", "weight", "bias", "conv_state"))
 _op = torch.ops.jet.dynamic_conv.default
 
 
@@ -91,21 +54,21 @@ def dynamic_conv(
     activation: str | None = "silu",
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal depthwise convolution whose kernel is generated for every token; the kernels are never stored.
+    """Causal depthwise convolution whose taps are generated for every token; no tensor of taps [B, T, D, W] is made.
 
     Differentiable in every floating-point input, once and in reverse mode; a second derivative and forward mode raise.
 
     ::
 
-        kernel[b,t,d,w] = sum_r weight[d*W+w, r] * hidden[b,t,r] + bias[d*W+w]
-        y[b,t,d] = act(sum_w kernel[b,t,d,w] * x[b, t-(W-1)+w, d])
+        taps[b,t,d,w] = sum_r weight[d*W+w, r] * hidden[b,t,r] + bias[d*W+w]
+        y[b,t,d] = act(sum_w taps[b,t,d,w] * x[b, t-(W-1)+w, d])
 
     Args:
-        x: [B, T, D], fp32, bf16 or fp16 (on a CPU also fp64); all floating arguments have one dtype.
+        x: [B, T, D], fp32, bf16, fp16 or fp64; all floating arguments have one dtype.
         hidden: [B, T, R], the generator's hidden activations.
         weight: [D * W, R], row ``d * W + w`` generates tap w of channel d; W is 2, 3 or 4, tap W-1 meets the
             current token.
-        bias: [D * W] or ``None``: the static kernel.
+        bias: [D * W], the part of the taps that no token changes, or ``None``.
         conv_state: [N, D, W - 1], the inputs before the first token, oldest first; ``None`` means zeros.
         cu_seqlens: [N + 1] int32 or int64 offsets of N packed sequences; then B must be 1. Empty sequences are legal.
         activation: ``"silu"``, ``"swish"`` (the same) or ``None``.
@@ -121,7 +84,7 @@ def dynamic_conv(
 
     Source: JetBlock's dynamic convolution (arXiv 2508.15884, section 2.3).
     """
-    silu = use_silu("dynamic_conv", activation)
+    silu = _register.use_silu("dynamic_conv", activation)
     try:
         y, conv_state_out = _op(x, hidden, weight, bias, conv_state, cu_seqlens, silu)
     except RuntimeError as error:

@@ -1,20 +1,22 @@
 """``jet::recurrent_gated_delta_rule``: decode, token by token, the state pool updated in place."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from jetkernels.ops import _register
-from jetkernels.ops._checks import real_dtype
+from jetkernels.ops._checks import Checks, real_dtype
 from jetkernels.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from jetkernels.plain import recurrent_gated_delta_rule as plain
 
 
-def _fake(checks, q, k, v, g, beta, state, state_indices, scale, l2norm_qk):
-    checks.tokens("N", q, k, v, g, beta)
-    checks.pool(state, state_indices, "q", q)
-    checks.written("state", state)
-    return v.new_empty(v.shape)
+def _fake(checks: Checks, a: Any) -> Tensor:
+    checks.tokens("N", a)
+    checks.pool(a, "q", a.q)
+    checks.written("state", a.state)
+    return a.v.new_empty(a.v.shape)
 
 
 _register.define(
@@ -25,7 +27,7 @@ _register.define(
     plain=plain.recurrent_gated_delta_rule,
 )
 _register.in_place("recurrent_gated_delta_rule", instead="chunk_gated_delta_rule or fused_recurrent_gated_delta_rule")
-_register.autocast("recurrent_gated_delta_rule", low_precision=(0, 1, 2), fp32=(3,))
+_register.autocast("recurrent_gated_delta_rule", low_precision=("q", "k", "v"), fp32=("g",))
 _op = torch.ops.jet.recurrent_gated_delta_rule.default
 
 
@@ -40,14 +42,18 @@ def recurrent_gated_delta_rule_(
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> Tensor:
-    """Gated delta rule token by token, updating ``state`` in place. For decode, under ``torch.no_grad()``: not
-    differentiable.
+    """Gated delta rule token by token, updating ``state`` in place.
+
+    For decode, under ``torch.no_grad()``: not differentiable.
 
     Args:
-        q, k: [N, T, Hk, K], any T >= 0; one dtype with v.
+        q: [N, T, Hk, K], any T >= 0; one dtype with k and v.
+        k: [N, T, Hk, K].
         v: [N, T, H, V].
-        g, beta: [N, T, H], as in :func:`chunk_gated_delta_rule`.
-        state: [P, H, K, V] pool of states, fp32 or bf16 (fp64 with fp64 inputs), any strides; arithmetic is fp32.
+        g: [N, T, H], as in :func:`chunk_gated_delta_rule`.
+        beta: [N, T, H], as in :func:`chunk_gated_delta_rule`.
+        state: [P, H, K, V] pool of states, fp32 or bf16 (fp64 with fp64 inputs); any strides without
+            overlap. Arithmetic is fp32 (fp64 with fp64 inputs).
         state_indices: [N] int32 or int64, the pool row of each sequence; a negative index touches no state and gives
             a zero output row. ``None`` means row n for sequence n.
         scale: factor on the output; ``None`` means ``K ** -0.5``.
@@ -88,24 +94,22 @@ def fused_recurrent_gated_delta_rule(
     be asked for, or the sequences are packed, the chunk op computes the same function.
     """
     scale = _register.default_scale(q) if scale is None else scale
-    state = None if cu_seqlens is not None else _start(q, k, v, g, beta, initial_state)
+    tokens = (q, k, v, g, beta)
+    state = None if cu_seqlens is not None else _start(tokens, initial_state)
     try:
         if state is None:
-            o, state = chunk_gated_delta_rule(
-                q, k, v, g, beta, scale, initial_state, True, use_qk_l2norm_in_kernel, cu_seqlens
-            )
+            o, state = chunk_gated_delta_rule(*tokens, scale, initial_state, True, use_qk_l2norm_in_kernel, cu_seqlens)
         else:
-            o = _op(q, k, v, g, beta, state, None, scale, use_qk_l2norm_in_kernel)
+            o = _op(*tokens, state, None, scale, use_qk_l2norm_in_kernel)
     except (RuntimeError, TypeError) as error:
         raise _register.refusal(error, "fused_recurrent_gated_delta_rule") from None
     return o, state if output_final_state else None
 
 
-def _start(q, k, v, g, beta, initial_state) -> Tensor | None:
-    """A state to write to, where the recurrent op may; ``None`` where the chunk op has to work, or to refuse an
-    argument.
-    """
-    given = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
+def _start(tokens: tuple[Tensor, ...], initial_state: Tensor | None) -> Tensor | None:
+    """A state for the recurrent op to write; ``None`` where the chunk op has to work, or to refuse an argument."""
+    given = tokens if initial_state is None else (*tokens, initial_state)
+    q, _, v, *_ = tokens
     if not all(isinstance(t, Tensor) for t in given) or q.dim() != 4 or v.dim() != 4:
         return None
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):

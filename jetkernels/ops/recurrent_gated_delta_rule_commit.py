@@ -1,24 +1,25 @@
-"""``jet::recurrent_gated_delta_rule_commit``: the state pool advanced by the accepted draft tokens of speculative
-decoding.
-"""
+"""``jet::recurrent_gated_delta_rule_commit``: the state pool advanced by the accepted draft tokens."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jetkernels.ops import _register
+from jetkernels.ops._checks import Checks
 from jetkernels.plain import recurrent_gated_delta_rule_commit as plain
 
 
-def _fake(checks, keys, updates, g, num_accepted, state, state_indices):
-    checks.drafts(keys, updates, torch.float32, torch.float64)
+def _fake(checks: Checks, a: Any) -> None:
+    checks.drafts(a, torch.float32, torch.float64)
     checks.heads("updates", "keys")
-    checks.shape("g", g, "N", "T", "H")
-    checks.floating("g", g)
-    checks.device("updates", updates, "keys", keys)
-    checks.device("g", g, "keys", keys)
-    checks.index("num_accepted", num_accepted, "keys", keys)
-    checks.pool(state, state_indices, "keys", keys)
-    checks.written("state", state)
+    checks.shape("g", a.g, "N", "T", "H")
+    checks.floating("g", a.g)
+    checks.device("updates", a.updates, "keys", a.keys)
+    checks.device("g", a.g, "keys", a.keys)
+    checks.index("num_accepted", a.num_accepted, "keys", a.keys)
+    checks.pool(a, "keys", a.keys)
+    checks.written("state", a.state)
 
 
 _register.define(
@@ -39,18 +40,19 @@ def recurrent_gated_delta_rule_commit_(
     state: Tensor,
     state_indices: Tensor | None = None,
 ) -> None:
-    """Advance ``state`` in place by the first ``num_accepted[n]`` tokens of each sequence that
-    :func:`recurrent_gated_delta_rule_verify` saw: ``S <- exp(g_t) S + k_t u_t^T``.
+    """Advance ``state`` in place by the draft tokens that were accepted: ``S <- exp(g_t) S + k_t u_t^T``.
 
-    The pool is then what :func:`recurrent_gated_delta_rule_` on those tokens alone would have left. Not differentiable;
+    These are the first ``num_accepted[n]`` of each sequence that :func:`recurrent_gated_delta_rule_verify` saw. The
+    pool is then what :func:`recurrent_gated_delta_rule_` on those tokens alone would have left. Not differentiable;
     call it under ``torch.no_grad()``.
 
     Args:
-        keys: [N, T, Hk, K], updates: [N, T, H, V], as verify wrote them: contiguous, fp32 or fp64.
+        keys: [N, T, Hk, K], as verify wrote them: contiguous, fp32 or fp64.
+        updates: [N, T, H, V], as verify wrote them, in the dtype of keys.
         g: [N, T, H], as it was given to verify. Any floating dtype.
         num_accepted: [N] int32 or int64, each 0..T. It is not read on the host when it is on CUDA; a number outside
             counts as the nearer bound there. With 0 the state stays as it is.
-        state: [P, H, K, V] pool that verify read, fp32 or bf16 (fp64 with fp64 keys), any strides; rounded once.
+        state: [P, H, K, V] pool that verify read, fp32 or bf16 (fp64 with fp64 keys); rounded once.
         state_indices: [N], as it was given to verify; a negative index touches no state.
 
     Raises:

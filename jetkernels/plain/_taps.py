@@ -2,7 +2,7 @@
 
 import torch
 
-# tokens per tile; a tile's generated kernels are [TILE, D] per tap, whatever T is
+# tokens per tile, at most: a tap of a tile is [tile, D], however large T is
 TILE = 1024
 
 
@@ -49,6 +49,7 @@ class TapRows:
         return self.table.index_select(0, self.tap_rows(tile, tap)).to(dtype)
 
     def tap_rows(self, tile, tap):
+        """The rows of those inputs in the table."""
         return (self.row[tile] - self.context + tap).clamp(min=0)
 
     def final_state(self):

@@ -1,4 +1,4 @@
-"""Causal convolution with one explicit kernel per token and channel, and its backward, in plain PyTorch."""
+"""Causal convolution with W given taps per token and channel, and its backward, in plain PyTorch."""
 
 import torch
 
@@ -6,11 +6,11 @@ from ._compute import accumulation_dtype, plain_op
 from ._taps import TapRows, silu_backward
 
 
-def convolve(rows, tile, kernel_of, width, dtype):
-    """sum_w kernel_w * input_w before the activation, [tile,D]; kernel_of(w) gives kernel_w [tile,D]."""
-    total = kernel_of(0) * rows.read(tile, 0, dtype)
+def convolve(rows, tile, tap, width, dtype):
+    """sum_w tap_w * input_w before the activation, [tile,D]; tap(w) gives tap_w [tile,D]."""
+    total = tap(0) * rows.read(tile, 0, dtype)
     for w in range(1, width):
-        total.addcmul_(kernel_of(w), rows.read(tile, w, dtype))
+        total.addcmul_(tap(w), rows.read(tile, w, dtype))
     return total
 
 
@@ -35,40 +35,40 @@ def start_table_gradient(rows, grad_conv_state_out, dtype):
 
 
 @plain_op
-def apply_dynamic_conv(x, kernels, conv_state, cu_seqlens, silu):
+def apply_dynamic_conv(x, taps, conv_state, cu_seqlens, silu):
     """jet::apply_dynamic_conv.
 
-    x [B,T,D], kernels [B,T,D,W], conv_state [N,D,W-1] or None, cu_seqlens [N+1] or None, all in one dtype
-    -> y [B,T,D], conv_state_out [N,D,W-1] in that dtype.
+    x [B,T,D], taps [B,T,D,W] (the op's `kernels`), conv_state [N,D,W-1] or None, all in one dtype,
+    cu_seqlens [N+1] or None -> y [B,T,D], conv_state_out [N,D,W-1] in that dtype.
     """
-    dtype, width = accumulation_dtype(x), kernels.shape[3]
+    dtype, width = accumulation_dtype(x), taps.shape[3]
     rows = TapRows(x, conv_state, cu_seqlens, width)
-    kernels = kernels.flatten(0, 1)
+    taps = taps.flatten(0, 1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat = y.flatten(0, 1)
     for tile in rows.tiles():
-        total = convolve(rows, tile, lambda w: kernels[tile, :, w].to(dtype), width, dtype)
+        total = convolve(rows, tile, lambda w: taps[tile, :, w].to(dtype), width, dtype)
         flat[tile].copy_(finish(rows, total, tile, silu))
     return y, rows.final_state()
 
 
 @plain_op
-def apply_dynamic_conv_backward(grad_y, grad_conv_state_out, x, kernels, conv_state, cu_seqlens, silu):
+def apply_dynamic_conv_backward(grad_y, grad_conv_state_out, x, taps, conv_state, cu_seqlens, silu):
     """jet::apply_dynamic_conv_backward.
 
     grad_y [B,T,D], grad_conv_state_out [N,D,W-1] or None, then the arguments of the forward op
-    -> gradients of x, kernels and conv_state, in their shapes and dtypes.
+    -> gradients of x, taps and conv_state [N,D,W-1], all in the dtype of x.
     """
-    dtype, width = accumulation_dtype(x), kernels.shape[3]
+    dtype, width = accumulation_dtype(x), taps.shape[3]
     rows = TapRows(x, conv_state, cu_seqlens, width)
-    dkernels = torch.empty(kernels.shape, dtype=kernels.dtype, device=kernels.device)
-    kernels, flat, grad_y = kernels.flatten(0, 1), dkernels.flatten(0, 1), grad_y.flatten(0, 1)
+    dtaps = torch.empty(taps.shape, dtype=taps.dtype, device=taps.device)
+    taps, flat, grad_y = taps.flatten(0, 1), dtaps.flatten(0, 1), grad_y.flatten(0, 1)
     grad_table = start_table_gradient(rows, grad_conv_state_out, dtype)
     for tile in rows.tiles():
-        total = convolve(rows, tile, lambda w: kernels[tile, :, w].to(dtype), width, dtype) if silu else None
+        total = convolve(rows, tile, lambda w: taps[tile, :, w].to(dtype), width, dtype) if silu else None
         grad = start_gradient(rows, grad_y, total, tile, silu, dtype)
         for w in range(width):
             flat[tile, :, w] = grad * rows.read(tile, w, dtype)
-            grad_table.index_add_(0, rows.tap_rows(tile, w), grad * kernels[tile, :, w])
+            grad_table.index_add_(0, rows.tap_rows(tile, w), grad * taps[tile, :, w])
     dx, dconv_state = rows.split_gradient(grad_table)
-    return dx, dkernels, dconv_state
+    return dx, dtaps, dconv_state

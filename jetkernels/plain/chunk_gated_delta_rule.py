@@ -15,7 +15,10 @@ what passes from before token t to t or later, with Y = tril(dP ∘ Q Kᵀ + dM 
 Each term has e^{g_t} in it and none cancels another exactly, so that dg keeps its relative accuracy at any decay.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ._chunks import CHUNK, chunk_layout
 from ._compute import accumulation_dtype, plain_op
@@ -26,7 +29,7 @@ L2NORM_EPS = 1e-6
 
 
 def l2norm(x):
-    """x / sqrt(sum x^2 + eps) over the last dimension, and the reciprocal norm."""
+    """Normalise: x / sqrt(sum x^2 + eps) over the last dimension, and the reciprocal norm."""
     rnorm = (x.square().sum(-1, keepdim=True) + L2NORM_EPS).rsqrt()
     return x * rnorm, rnorm
 
@@ -42,12 +45,12 @@ def multiply(a, b):
 
 
 def finite(x):
-    """x with zeros for what is not finite."""
+    """Zeros for what is not finite in x."""
     return x.nan_to_num(0, 0, 0)
 
 
 def multiply_lower(a, b):
-    """a @ b for lower-triangular a [M,Z,C,C]: row i has rows 0 .. i of b [M,Z,C,N] in it, and nothing of the others.
+    """Batched a @ b for lower-triangular a [M,Z,C,C]: row i has rows 0 .. i of b [M,Z,C,N] in it, and no other.
 
     A product with the zeros above the diagonal would carry a NaN or an infinity of b to the rows before it. Columns of
     b are apart: in one that has such a number the product is NaN from there on.
@@ -59,10 +62,24 @@ def multiply_lower(a, b):
 
 
 def multiply_shared(a, b):
-    """a [M,Z,C,C] @ b [M,Zk,C,K] -> [M,Z,C,K]; the Z // Zk value heads that share b[:, zk] are one GEMM."""
+    """Batched a [M,Z,C,C] @ b [M,Zk,C,K] -> [M,Z,C,K]; the Z // Zk value heads that share b[:, zk] are one GEMM."""
     shape = a.shape[:3] + b.shape[3:]
     a = a.reshape(b.shape[0] * b.shape[1], -1, CHUNK)
     return torch.bmm(a, b.flatten(0, 1)).reshape(shape)
+
+
+class Inputs(NamedTuple):
+    """The arguments of the op; those of the backward op after the incoming gradients."""
+
+    q: Tensor  # [B,T,Hk,K]
+    k: Tensor  # [B,T,Hk,K]
+    v: Tensor  # [B,T,H,V]
+    g: Tensor  # [B,T,H]
+    beta: Tensor  # [B,T,H]
+    initial_state: Tensor | None  # [N,H,K,V]
+    cu_seqlens: Tensor | None  # [N+1]
+    scale: float
+    l2norm_qk: bool
 
 
 class Heads:
@@ -98,32 +115,32 @@ class Heads:
 class Stages:
     """All that does not depend on the state: c, Γ, kk, P, T, U0, W and the scaled copies of q and k, [M,Z,...]."""
 
-    def __init__(self, heads, q, k, v, g, beta, scale, l2norm_qk):
-        self.q, self.k, self.v = heads.split(q), heads.split(k), heads.split(v)
+    def __init__(self, heads, a):
+        self.q, self.k, self.v = heads.split(a.q), heads.split(a.k), heads.split(a.v)
         self.q_rnorm = self.k_rnorm = None
-        if l2norm_qk:
+        if a.l2norm_qk:
             self.q, self.q_rnorm = l2norm(self.q)
             self.k, self.k_rnorm = l2norm(self.k)
-        self.beta = heads.split(beta).unsqueeze(-1)
-        g = heads.split(g, torch.float64).clamp(min=LOG_DECAY_MIN)
+        self.beta = heads.split(a.beta).unsqueeze(-1)
+        g = heads.split(a.g, torch.float64).clamp(min=LOG_DECAY_MIN)
         self._move_nan_to_values(heads, g)
         # c reaches -6656, where fp32 resolves 5e-4: sums and differences in fp64, one rounding before exp
         c = g.cumsum(-1)
         self.decay_in = c.exp().to(heads.dtype).unsqueeze(-1)
         self.decay_out = (c[..., -1:] - c).exp().to(heads.dtype).unsqueeze(-1)
         self.decay = self.decay_in[..., -1:, :]
-        causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+        causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=g.device).tril()
         difference = (c.unsqueeze(-1) - c.unsqueeze(-2)).to(heads.dtype)
         self.gamma = torch.where(causal, difference, -torch.inf).exp_()
 
         keys = self.k.transpose(-1, -2)
         self.kk = (heads.per_head(multiply(self.k, keys)) * self.gamma).tril_(-1)
-        self.p = (heads.per_head(multiply(self.q, keys)) * self.gamma).mul_(scale).tril_()
+        self.p = (heads.per_head(multiply(self.q, keys)) * self.gamma).mul_(a.scale).tril_()
         self.k_in = heads.per_head(self.k) * self.decay_in
         self.k_out = heads.per_head(self.k) * self.decay_out
-        self.q_in = heads.per_head(self.q) * (self.decay_in * scale)
+        self.q_in = heads.per_head(self.q) * (self.decay_in * a.scale)
 
-        eye = torch.eye(CHUNK, dtype=heads.dtype, device=q.device)
+        eye = torch.eye(CHUNK, dtype=heads.dtype, device=g.device)
         # T = (I + diag(beta) kk)^-1   [C, C]
         self.t = torch.linalg.solve_triangular(self.kk * self.beta, eye, upper=False, unitriangular=True)
         t_beta = self.t * self.beta.transpose(-1, -2)
@@ -210,28 +227,28 @@ def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
 
 
 @plain_op
-def chunk_gated_delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk):
+def chunk_gated_delta_rule(*inputs):
     """jet::chunk_gated_delta_rule.
 
-    q, k [B,T,Hk,K], v [B,T,H,V], g, beta [B,T,H], initial_state [N,H,K,V] or None, cu_seqlens [N+1] or None
-    -> o [B,T,H,V] in v's dtype, final_state [N,H,K,V] in fp32 (fp64 if q is fp64).
+    The fields of `Inputs` -> o [B,T,H,V] in v's dtype, final_state [N,H,K,V] in fp32 (fp64 if q is fp64).
     """
-    heads = Heads(q, v, cu_seqlens)
-    state_shape = (heads.layout.sequences, heads.heads, q.shape[3], v.shape[3])
+    a = Inputs(*inputs)
+    heads = Heads(a.q, a.v, a.cu_seqlens)
+    state_shape = (heads.layout.sequences, heads.heads, a.q.shape[3], a.v.shape[3])
     if heads.empty:
-        final = v.new_zeros(state_shape, dtype=heads.dtype)
-        if initial_state is not None:
-            final.copy_(initial_state)
-        return torch.zeros_like(v, memory_format=torch.contiguous_format), final
-    stages = Stages(heads, q, k, v, g, beta, scale, l2norm_qk)
-    states, u, final_state = sweep(heads, stages, initial_state, state_shape)
+        final = a.v.new_zeros(state_shape, dtype=heads.dtype)
+        if a.initial_state is not None:
+            final.copy_(a.initial_state)
+        return torch.zeros_like(a.v, memory_format=torch.contiguous_format), final
+    stages = Stages(heads, a)
+    states, u, final_state = sweep(heads, stages, a.initial_state, state_shape)
     # O = scale diag(e^c) Q S0 + P U   [C, V]
     o = multiply(stages.q_in, states).add_(multiply_lower(stages.p, u))
-    return heads.join(o, heads.heads, v.dtype), final_state
+    return heads.join(o, heads.heads, a.v.dtype), final_state
 
 
 def gate_gradients(y, read, stored, through):
-    """dg [M,Z,C] from the terms of the module's text: y [M,Z,C,C], read, stored [M,Z,C], through [M,Z]."""
+    """Gradient dg [M,Z,C] from the terms of the module's text: y [M,Z,C,C], read, stored [M,Z,C], through [M,Z]."""
     # sums in fp64, so that those of 64 add no error
     below = y.flip(-2).cumsum(-2).flip(-2)
     passing = below.tril_(-1).sum(-1, dtype=torch.float64)
@@ -273,39 +290,39 @@ def chunk_gradients(heads, stages, states, u, grad_o, ds1, du, scale):
 
 
 @plain_op
-def chunk_gated_delta_rule_backward(
-    grad_o, grad_final_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk
-):
+def chunk_gated_delta_rule_backward(grad_o, grad_final_state, *inputs):
     """jet::chunk_gated_delta_rule_backward.
 
-    grad_o [B,T,H,V], grad_final_state [N,H,K,V] or None, then the arguments of the forward op
+    grad_o [B,T,H,V], grad_final_state [N,H,K,V] or None, then the fields of `Inputs`
     -> gradients of q, k, v, g, beta and initial_state, each in the shape and dtype of what it belongs to
     (initial_state = None: [N,H,K,V] in fp32, fp64 if q is fp64).
     """
-    heads = Heads(q, v, cu_seqlens)
-    state_shape = (heads.layout.sequences, heads.heads, q.shape[3], v.shape[3])
-    state_dtype = heads.dtype if initial_state is None else initial_state.dtype
+    a = Inputs(*inputs)
+    heads = Heads(a.q, a.v, a.cu_seqlens)
+    state_shape = (heads.layout.sequences, heads.heads, a.q.shape[3], a.v.shape[3])
+    state_dtype = heads.dtype if a.initial_state is None else a.initial_state.dtype
     if heads.empty:
-        dinitial = v.new_zeros(state_shape, dtype=state_dtype)
+        dinitial = a.v.new_zeros(state_shape, dtype=state_dtype)
         if grad_final_state is not None:
             dinitial.copy_(grad_final_state)
-        return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)), dinitial
-    stages = Stages(heads, q, k, v, g, beta, scale, l2norm_qk)
-    states, u, _ = sweep(heads, stages, initial_state, state_shape)
+        tokens = inputs[: Inputs._fields.index("initial_state")]
+        return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tokens), dinitial
+    stages = Stages(heads, a)
+    states, u, _ = sweep(heads, stages, a.initial_state, state_shape)
     do = heads.split(grad_o)
     ds1, du, dinitial = sweep_backward(heads, stages, do, grad_final_state, state_shape)
-    dq, dk, dv, dbeta, dg = chunk_gradients(heads, stages, states, u, do, ds1, du, scale)
+    dq, dk, dv, dbeta, dg = chunk_gradients(heads, stages, states, u, do, ds1, du, a.scale)
 
     dq, dk = heads.per_key_head(dq), heads.per_key_head(dk)
-    if l2norm_qk:
+    if a.l2norm_qk:
         dq = l2norm_backward(dq, stages.q, stages.q_rnorm)
         dk = l2norm_backward(dk, stages.k, stages.k_rnorm)
-    dg = torch.where(g < LOG_DECAY_MIN, 0, heads.join(dg, heads.heads, g.dtype))
+    dg = torch.where(a.g < LOG_DECAY_MIN, 0, heads.join(dg, heads.heads, a.g.dtype))
     return (
-        heads.join(dq, heads.key_heads, q.dtype),
-        heads.join(dk, heads.key_heads, k.dtype),
-        heads.join(dv, heads.heads, v.dtype),
+        heads.join(dq, heads.key_heads, a.q.dtype),
+        heads.join(dk, heads.key_heads, a.k.dtype),
+        heads.join(dv, heads.heads, a.v.dtype),
         dg,
-        heads.join(dbeta, heads.heads, beta.dtype),
+        heads.join(dbeta, heads.heads, a.beta.dtype),
         dinitial.to(state_dtype),
     )

@@ -1,6 +1,6 @@
-"""Causal convolution whose kernels are generated from `hidden`, and its backward, in plain PyTorch.
+"""Causal convolution whose taps are generated from `hidden`, and its backward, in plain PyTorch.
 
-Kernels are generated for one tile of tokens and one tap at a time, [tile,D]; [B,T,D,W] never exists.
+A tap is generated for one tile of tokens at a time, [tile,D]; no tensor [B,T,D,W] is made.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .apply_dynamic_conv import convolve, finish, start_gradient, start_table_gr
 
 
 class Generator:
-    """kernel_w = hidden weight_wᵀ + bias_w, [rows,D] in the dtype of the arithmetic."""
+    """tap_w = hidden weight_wᵀ + bias_w, [rows,D] in the dtype of the arithmetic."""
 
     def __init__(self, weight, bias, width, dtype):
         self.width = width
@@ -19,7 +19,7 @@ class Generator:
         self.weight = contiguous_as(weight.unflatten(0, (-1, width)).transpose(0, 1), dtype)
         self.bias = None if bias is None else contiguous_as(bias.unflatten(0, (-1, width)).transpose(0, 1), dtype)
 
-    def kernel(self, hidden, w):
+    def tap(self, hidden, w):
         """Tap w of every channel for `hidden` [rows,R]."""
         if self.bias is None:
             return torch.mm(hidden, self.weight[w].t())
@@ -41,7 +41,7 @@ def dynamic_conv(x, hidden, weight, bias, conv_state, cu_seqlens, silu):
     flat = y.flatten(0, 1)
     for tile in rows.tiles():
         source = hidden[tile].to(dtype)
-        total = convolve(rows, tile, lambda w: generator.kernel(source, w), width, dtype)
+        total = convolve(rows, tile, lambda w: generator.tap(source, w), width, dtype)
         flat[tile].copy_(finish(rows, total, tile, silu))
     return y, rows.final_state()
 
@@ -63,16 +63,16 @@ def dynamic_conv_backward(grad_y, grad_conv_state_out, x, hidden, weight, bias, 
     grad_table = start_table_gradient(rows, grad_conv_state_out, dtype)
     for tile in rows.tiles():
         source = hidden[tile].to(dtype)
-        kernels = [generator.kernel(source, w) for w in range(width)]
-        total = convolve(rows, tile, kernels.__getitem__, width, dtype) if silu else None
+        taps = [generator.tap(source, w) for w in range(width)]
+        total = convolve(rows, tile, taps.__getitem__, width, dtype) if silu else None
         grad = start_gradient(rows, grad_y, total, tile, silu, dtype)
         dsource = torch.zeros_like(source)
         for w in range(width):
-            dkernel = grad * rows.read(tile, w, dtype)
-            dsource.addmm_(dkernel, generator.weight[w])
-            dweight[w].addmm_(dkernel.t(), source)
-            dbias[w].add_(dkernel.sum(0))
-            grad_table.index_add_(0, rows.tap_rows(tile, w), kernels[w].mul_(grad))
+            dtap = grad * rows.read(tile, w, dtype)
+            dsource.addmm_(dtap, generator.weight[w])
+            dweight[w].addmm_(dtap.t(), source)
+            dbias[w].add_(dtap.sum(0))
+            grad_table.index_add_(0, rows.tap_rows(tile, w), taps[w].mul_(grad))
         flat[tile].copy_(dsource)
     dx, dconv_state = rows.split_gradient(grad_table)
     dweight = contiguous_as(dweight.transpose(0, 1), x.dtype).view(weight.shape)

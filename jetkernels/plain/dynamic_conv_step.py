@@ -23,9 +23,9 @@ def dynamic_conv_step(x, hidden, weight, bias, conv_state, state_indices, silu):
     window = torch.cat([old, x.unsqueeze(-1)], dim=-1)
     generator = Generator(weight, bias, width, dtype)
     hidden = hidden.to(dtype)
-    total = generator.kernel(hidden, 0) * window[..., 0]
+    total = generator.tap(hidden, 0) * window[..., 0]
     for w in range(1, width):
-        total.addcmul_(generator.kernel(hidden, w), window[..., w].to(dtype))
+        total.addcmul_(generator.tap(hidden, w), window[..., w].to(dtype))
     rows.put(old, window[..., 1:])
     y = torch.nn.functional.silu(total) if silu else total
     return contiguous_as(rows.mask(y), x.dtype)

@@ -54,6 +54,7 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, state, state_indices, scale, l2
     rows = PoolRows(state, state_indices, v.shape[0])
     old = rows.take()
     s = old.to(accumulation_dtype(q), copy=True).flatten(0, 1)
-    o, _ = run_tokens(*normed(q, k, l2norm_qk), v, g, beta, s, scale)
+    q, k = normed(q, k, l2norm_qk)
+    o, _ = run_tokens(q, k, v, g, beta, s, scale)
     rows.put(old, s.view(old.shape))
     return contiguous_as(rows.mask(o), v.dtype)

@@ -9,8 +9,8 @@ from .placement import (
     export,
     search_placement,
     train_super_network,
-    write_report,
 )
+from .report.placement import write_report
 from .search import Found, beam_search, importance, uniform
 from .super_network import SuperNetwork
 from .tasks import OBJECTIVES, Copy, MultipleChoice, Recall, Score, Task, TokenTask, language_modelling

@@ -5,39 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.types import Device
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
-from jetkernels.model.checkpoint import load, opened
-from jetkernels.model.config import layer_count
+from jetkernels.model.checkpoint import load_folder, read_folder_config
+from jetkernels.model.qwen2 import qwen2_config
 
 from .data import Loader, RowSource, TextCorpus, Windows
 from .tasks import Copy, Recall
 from .training import Recipe, train
 
-# Keys of a published Qwen2 config that name the same thing here.
-_SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-    "initializer_range",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "head_dim",
-)
-# What Qwen2 means by a key that its config does not write; each differs from ours or is missing there.
-_DEFAULTS = {"rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
 # The shape of the small base: bytes, and the end of a text.
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 257,
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -50,68 +34,34 @@ SMALL = {
 END_OF_TEXT = 256
 
 
-def qwen2_config(values: Mapping) -> JetNemotronConfig:
-    """The content of a published Qwen2 or Qwen2.5 config.json -> the same model here, every layer full attention.
-
-    Raises ValueError where the model is another one: another model_type, sliding windows in use, scaled positions,
-    another activation. Source: the published config.json files and transformers' Qwen2Config.
-    """
-    model_type = values.get("model_type")
-    if model_type != "qwen2":
-        raise ValueError(f"base: model_type must be qwen2, got {model_type!r}")
-    rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"base: rope_parameters must be an object, got {rope!r:.100}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    for key, only, got in (
-        ("hidden_act", "silu", values.get("hidden_act", "silu")),
-        ("use_sliding_window", False, values.get("use_sliding_window") or False),
-        ("rope_scaling", None, values.get("rope_scaling")),
-        ("rope_parameters.rope_type", "default", kind),
-    ):
-        if got != only:
-            raise ValueError(f"base: {key} must be {only!r}, got {got!r}")
-    missing = [k for k in (*_SHARED[:4], "num_hidden_layers") if values.get(k) is None]
-    if missing:
-        raise ValueError(f"base: config.json must have {', '.join(missing)}")
-    known = _DEFAULTS | {key: values[key] for key in _SHARED if values.get(key) is not None}
-    if "rope_theta" in rope:
-        known["rope_theta"] = rope["rope_theta"]
-    known.setdefault("num_key_value_heads", values["num_attention_heads"])
-    known["tie_word_embeddings"] = values.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"])
-    return JetNemotronConfig(
-        **known,
-        layer_types=["attn"] * layer_count(values["num_hidden_layers"]),
-        efficient_attention_config={},
-        torch_dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
-    )
-
-
 def from_pretrained(
     folder: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
-    device=None,
+    device: Device = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> JetNemotronForCausalLM:
     """A full-attention base from a local folder: a published Qwen2/Qwen2.5 checkpoint, or one that this library saved.
 
-    dtype: of the loaded model, a floating one or its name; None and "auto": the one of the weights.  progress: wraps
-    the list of tensors, as tqdm does.
+    Args:
+        folder: of the checkpoint.
+        dtype: of the loaded model, a floating one or its name; None and "auto": the one of the weights.
+        device: of the loaded model.
+        progress: wraps the list of tensors, as tqdm does.
 
     Raises:
-        OSError: the folder or a file in it is missing or cannot be opened.  ValueError: they are damaged, of another
-            architecture, or do not fit each other; or a layer is not full attention.
+        OSError: the folder or a file in it is missing or cannot be opened.
+        ValueError: they are damaged, of another architecture, or do not fit each other; or a layer is not full
+            attention.
     """
-    with opened(folder) as saved:
-        config = saved.parse(_base_config)
-        return load(JetNemotronForCausalLM, config, saved, dtype=dtype, device=device, progress=progress).eval()
+    return load_folder(
+        JetNemotronForCausalLM, folder, _base_config, dtype=dtype, device=device, progress=progress
+    ).eval()
 
 
 def read_config(folder: str | Path) -> JetNemotronConfig:
     """The config of the base that `from_pretrained` would load; raises what it raises before weights are read."""
-    with opened(folder) as saved:
-        return saved.parse(_base_config)
+    return read_folder_config(folder, _base_config)
 
 
 def _base_config(values: Mapping) -> JetNemotronConfig:
@@ -136,12 +86,12 @@ def check_base(config: JetNemotronConfig) -> None:
         raise ValueError(f"base: layer_types must all be attn, got {list(config.layer_types)}")
 
 
-def small_config(layers: int = 6, **changes) -> JetNemotronConfig:
+def small_config(layers: int = 6, **changes: Any) -> JetNemotronConfig:
     """Of a byte-level base of the size that a CPU can train; `changes` replace entries of SMALL."""
     return JetNemotronConfig(**(SMALL | changes), layer_types=["attn"] * layers, efficient_attention_config={})
 
 
-def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausalLM:
+def small_base(layers: int = 6, seed: int = 0, **changes: Any) -> JetNemotronForCausalLM:
     """An untrained base of `small_config`."""
     return JetNemotronForCausalLM.random(small_config(layers, **changes), seed=seed)
 
@@ -149,7 +99,17 @@ def small_base(layers: int = 6, seed: int = 0, **changes) -> JetNemotronForCausa
 def text_and_tasks(
     corpus: TextCorpus, mark: int, task_share: float, recall: Recall | None = None
 ) -> list[tuple[RowSource, float]]:
-    """Sources of training rows: windows of the text, and `task_share` of the rows recall and copying, half each."""
+    """Sources of training rows: windows of the text, and recall and copying, half each of `task_share`.
+
+    Args:
+        corpus: whose training text the rows are made of.
+        mark: token that marks a key of the recall task.
+        task_share: of the rows; 0 for plain text alone.
+        recall: the recall task; None: that of the default distances.
+
+    Raises:
+        ValueError: task_share is not in [0, 1).
+    """
     if not 0 <= task_share < 1:
         raise ValueError(f"task_share must be at least 0 and below 1, got {task_share}")
     sources: list[tuple[RowSource, float]] = [(Windows(corpus.training), 1 - task_share)]
@@ -178,10 +138,19 @@ def train_base(
     seed: int = 0,
     checkpoint: str | Path | None = None,
 ) -> list[float]:
-    """Trains a base in place on real text, with recall and copying rows made from it. Returns the loss of every step.
+    """Trains a base in place on real text, with recall and copying rows made from it; returns the loss of every step.
 
-    length: positions of a row.  task_share: of the rows; 0 trains on plain text alone.  Resumable: see
-    `training.train`.
+    Args:
+        model: full attention in every layer.
+        corpus: the text.
+        recipe: steps, learning rate and the like.
+        batch_size: rows of a step, over all ranks.
+        length: positions of a row.
+        task_share: of the rows: recall and copying; 0 trains on plain text alone.
+        distances: of the recall rows, tokens.
+        mark: token that marks a key of the recall task.
+        seed: of the rows.
+        checkpoint: file to resume from and to write to (`training.train`).
     """
     check_base(model.config)
     recall = Recall(corpus.training, mark, tuple(distances))

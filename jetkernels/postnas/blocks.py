@@ -16,6 +16,7 @@ from jetkernels.modules import GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.jet_block import DECAY_RATES, TIME_STEPS
 from jetkernels.modules.repeatable import RepeatableCall, may_be_repeated
+from jetkernels.modules.weight_decay import exempt_from_weight_decay
 from jetkernels.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 from .recurrences import decayed_linear_attention, rwkv7
@@ -32,7 +33,10 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-(size**-0.5), size**-0.5))
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], before [B, W-1, D] (the inputs in front) -> y [B, T, D] and the last W-1 inputs."""
+        """Convolves x [B, T, D], which follows the inputs `before` [B, W-1, D].
+
+        Returns: y [B, T, D], and the last W-1 inputs.
+        """
         W = self.weight.shape[1]
         context = torch.cat([before, x], 1)
         y = F.conv1d(context.mT, self.weight[:, None], groups=self.weight.shape[0]).mT
@@ -45,7 +49,9 @@ class LinearBlock(nn.Module, ABC):
     Called as a JetBlock is: hidden states [B, T, C] -> [B, T, C]; `state`, if given, is what the block remembers of
     earlier tokens and is updated in place. A subclass says what it remembers (`memory`) and computes (`mix`).
 
-    Args: hidden_size: C.  shape: K, V, H; the recurrent state has H*K*V elements in every block.
+    Args:
+        hidden_size: C.
+        shape: K, V, H; the recurrent state has H*K*V elements in every block.
     """
 
     def __init__(self, hidden_size: int, shape: Shape):
@@ -60,7 +66,10 @@ class LinearBlock(nn.Module, ABC):
 
     @abstractmethod
     def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """x [B, T, C] and the state before -> y [B, T, C] and the state after."""
+        """Mixes x [B, T, C], which follows what `state` holds.
+
+        Returns: y [B, T, C], and the state behind the last token.
+        """
 
     def new_state(self, batch_size: int) -> list[Tensor]:
         """The state of `batch_size` sequences that have seen nothing."""
@@ -68,9 +77,13 @@ class LinearBlock(nn.Module, ABC):
         return [torch.zeros(batch_size, *shape, device=weight.device, dtype=weight.dtype) for shape in self.memory()]
 
     def forward(
-        self, x: Tensor, attention_mask=None, cu_seqlens: Tensor | None = None, state: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. Padded and packed batches are refused: a comparison of blocks uses neither."""
+        """Mixes x [B, T, C]. Padded and packed batches are refused: a comparison of blocks uses neither."""
         if attention_mask is not None or cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens must be None")
         if state is None:
@@ -86,9 +99,7 @@ class LinearBlock(nn.Module, ABC):
         return y
 
     def linear(self, outputs: int, inputs: int | None = None, bias: bool = False) -> nn.Linear:
-        """A projection of the layer input (or of `inputs` channels) with the initial values of this library's
-        layers.
-        """
+        """A projection of the layer input, or of `inputs` channels, with the initial values of the library's layers."""
         layer = nn.Linear(inputs or self.hidden_size, outputs, bias=bias)
         init_weight_(layer.weight, 0.02)
         if bias:
@@ -96,6 +107,7 @@ class LinearBlock(nn.Module, ABC):
         return layer
 
     def heads(self, x: Tensor) -> Tensor:
+        """Splits x [..., H*n] into [..., H, n]."""
         return x.unflatten(-1, (self.shape.H, -1))
 
 
@@ -105,11 +117,14 @@ def head_norm(o: Tensor) -> Tensor:
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """This library's op on unit q and k: the recurrent one for a single token, else the chunked one. -> o, state
-    after.
+    """This library's op on unit q and k: the recurrent one for a single token, else the chunked one.
+
+    Returns: o [B, T, H, V] and the state behind the last token.
     """
     rule = fused_recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
-    return rule(q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    o, after = rule(q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    assert after is not None  # it was asked for
+    return o, after
 
 
 def decay_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -118,7 +133,7 @@ def decay_parameters(heads: int) -> tuple[nn.Parameter, nn.Parameter]:
     step = torch.empty(heads).uniform_(*map(math.log, TIME_STEPS)).exp()
     parameters = nn.Parameter(A_log), nn.Parameter(step + torch.log(-torch.expm1(-step)))
     for parameter in parameters:
-        parameter._no_weight_decay = True
+        exempt_from_weight_decay(parameter)
     return parameters
 
 
@@ -138,10 +153,12 @@ class RetNet(LinearBlock):
         self.q_proj, self.k_proj = self.linear(H * K), self.linear(H * K)
         self.v_proj, self.g_proj, self.o_proj = self.linear(H * V), self.linear(H * V), self.linear(hidden_size, H * V)
 
-    def memory(self):
+    def memory(self) -> list[Sequence[int]]:
+        """The recurrent state, and how many tokens came before."""
         return [*super().memory(), (1,)]
 
-    def mix(self, x, state):
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """See `LinearBlock.mix`."""
         S, position = state
         T = x.shape[1]
         rotary = rotary_table(position + torch.arange(T, device=x.device), self.shape.K, self.THETA)
@@ -155,8 +172,8 @@ class RetNet(LinearBlock):
 class GLA(LinearBlock):
     """Gated linear attention (arXiv 2312.06635): a decay per channel of the keys, from a low-rank projection.
 
-    alpha = sigmoid(W2 W1 x + b)^(1/16);  S <- diag(alpha) S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_r x + b_r) *
-    norm(o))
+    alpha = sigmoid(W2 W1 x + b)^(1/16);  S <- diag(alpha) S + k v^T;  o = S^T q K^-0.5
+    y = W_o (swish(W_r x + b_r) * norm(o))
     """
 
     TEMPERATURE, RANK = 16, 16
@@ -173,7 +190,8 @@ class GLA(LinearBlock):
         self.alpha_1, self.alpha_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
         self.norm = nn.LayerNorm(V, NORM_EPS)
 
-    def mix(self, x, state):
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """See `LinearBlock.mix`."""
         q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         g = F.logsigmoid(self.heads(self.alpha_2(self.alpha_1(x)))) / self.TEMPERATURE
         o, S = decayed_linear_attention(q * self.shape.K**-0.5, k, v, g, state[0])
@@ -197,14 +215,17 @@ class Mamba2(LinearBlock):
         self.norm = RMSNorm(H * V, NORM_EPS)
         self.o_proj = self.linear(hidden_size, H * V)
 
-    def memory(self):
+    def memory(self) -> list[Sequence[int]]:
+        """The recurrent state, and the convolution's last inputs."""
         return [*super().memory(), (3, self.conv.weight.shape[0])]
 
-    def mix(self, x, state):
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """See `LinearBlock.mix`."""
         K, V, H = self.shape
         xbc, before = self.conv(self.xbc_proj(x), state[1])
         v, k, q = xbc.split([H * V, K, K], -1)
-        v, k, q = self.heads(v), *(t[:, :, None].expand(-1, -1, H, -1) for t in (k, q))
+        v = self.heads(v)
+        k, q = (t[:, :, None].expand(-1, -1, H, -1) for t in (k, q))
         dt = F.softplus(self.dt_proj(x) + self.dt_bias)[..., None]
         o, S = decayed_linear_attention(q, k, dt * v, -self.A_log.exp()[:, None] * dt, state[0])
         o = (o + self.D[:, None] * v).flatten(-2)
@@ -214,8 +235,8 @@ class Mamba2(LinearBlock):
 class DeltaNet(LinearBlock):
     """DeltaNet (arXiv 2406.06484): the delta rule without decay, short convolutions, unit q and k.
 
-    q, k, v = silu(conv(W x));  beta = sigmoid(W_b x);  S <- S + beta k (v - S^T k)^T;  o = S^T q K^-0.5;  y = W_o
-    rmsnorm(o)
+    q, k, v = silu(conv(W x));  beta = sigmoid(W_b x);  S <- S + beta k (v - S^T k)^T;  o = S^T q K^-0.5
+    y = W_o rmsnorm(o)
     """
 
     def __init__(self, hidden_size: int, shape: Shape):
@@ -230,24 +251,28 @@ class DeltaNet(LinearBlock):
         self.b_proj, self.o_proj = self.linear(H), self.linear(hidden_size, H * V)
         self.norm = RMSNorm(V, NORM_EPS)
 
-    def memory(self):
+    def memory(self) -> list[Sequence[int]]:
+        """The recurrent state, and the last inputs of the three convolutions."""
         K, V, H = self.shape
         return [*super().memory(), (3, H * K), (3, H * K), (3, H * V)]
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """[B, T, H]."""
+        """Log decay [B, T, H] of x [B, T, C]: none."""
         return x.new_zeros(*x.shape[:2], self.shape.H)
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """What the output projection is given of o [B, T, H, V]: its norm."""
         return self.norm(o)
 
-    def mix(self, x, state):
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """See `LinearBlock.mix`."""
         (q, q_after), (k, k_after), (v, v_after) = (
             getattr(self, f"{name}_conv")(getattr(self, f"{name}_proj")(x), before)
             for name, before in zip("qkv", state[1:])
         )
+        q, k, v = (self.heads(t) for t in (q, k, v))
         beta = torch.sigmoid(self.b_proj(x))
-        o, S = gated_delta_rule(*map(self.heads, (q, k, v)), self.log_decay(x), beta, state[0])
+        o, S = gated_delta_rule(q, k, v, self.log_decay(x), beta, state[0])
         return self.o_proj(self.read_out(o, x).flatten(-2)), [S, q_after, k_after, v_after]
 
 
@@ -263,16 +288,19 @@ class GatedDeltaNet(DeltaNet):
         self.A_log, self.dt_bias = decay_parameters(shape.H)
         self.norm = GatedRMSNorm(shape.V, NORM_EPS)
 
-    def log_decay(self, x):
+    def log_decay(self, x: Tensor) -> Tensor:
+        """Log decay [B, T, H] of x [B, T, C]."""
         return -self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)
 
-    def read_out(self, o, x):
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """The norm of o [B, T, H, V], gated by x."""
         return self.norm(o, self.heads(self.g_proj(x)))
 
 
 class RWKV7(LinearBlock):
-    """The time mixing of RWKV-7 (arXiv 2503.14456), without the value residual from the first layer, which is no part
-    of a single block.
+    """The time mixing of RWKV-7 (arXiv 2503.14456), but for its value residual.
+
+    That comes from the first layer and is no part of a single block.
 
         x_c = x + (x_before - x) mu_c for c in r, w, k, v, a, g
         w = exp(-e^-0.5 sigmoid(w0 + tanh(x_w A_w) B_w));  a = sigmoid(a0 + x_a A_a B_a);  g = sigmoid(x_g A_g) B_g
@@ -295,10 +323,12 @@ class RWKV7(LinearBlock):
         self.norm = nn.GroupNorm(H, H * V, eps=NORM_EPS * V)
         self.o_proj = self.linear(hidden_size, H * V)
 
-    def memory(self):
+    def memory(self) -> list[Sequence[int]]:
+        """The recurrent state, and the last token."""
         return [*super().memory(), (1, self.hidden_size)]
 
-    def mix(self, x, state):
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """See `LinearBlock.mix`."""
         before = torch.cat([state[1], x[:, :-1]], 1)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + (before - x) * mu for mu in self.mu)
         r, k, v = (self.heads(t) for t in (self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)))
@@ -314,19 +344,19 @@ class RWKV7(LinearBlock):
 
 
 class Jet(LinearBlock):
-    """JetBlock (arXiv 2508.15884) behind this interface: `jetkernels.modules.JetBlock` itself, not a second version of
-    it.
-    """
+    """JetBlock (arXiv 2508.15884) behind this interface: `jetkernels.modules.JetBlock` itself."""
 
     def __init__(self, hidden_size: int, shape: Shape):
         super().__init__(hidden_size, shape)
         self.block = JetBlock(hidden_size, shape.config())
 
-    def memory(self):
+    def memory(self) -> list[Sequence[int]]:
+        """The recurrent state, and the convolution's last inputs."""
         config = self.block.config
         return [*super().memory(), (config.value_dim, config.conv_size - 1)]
 
-    def mix(self, x, state):
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """See `LinearBlock.mix`."""
         inner = JetBlockState(state[1].clone(), state[0].clone())
         return self.block(x, state=inner), [inner.recurrent_state, inner.conv_state]
 

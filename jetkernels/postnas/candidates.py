@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jetkernels._progress import progress
-from jetkernels.model import JetNemotronCache, JetNemotronForCausalLM
 from jetkernels.model.speed import measure_speed, synchronize
 
 from .checkpoints import load_state, save_state
 from .data import Loader
 from .placement import train_super_network
-from .report import markdown_table
 from .super_network import Placement, SuperNetwork
 from .tasks import Task, objective_of
 from .training import Recipe, ranks
@@ -29,10 +27,18 @@ SPEEDS = ("training_per_second", "prefill_per_second", "generation_per_second")
 class Measured:
     """One candidate, trained and measured.
 
-    seed: of its initial values and its training data.  parameters: of one block.  state: elements of recurrent state of
-    one layer and sequence.  cache_bytes: of the model's cache at the measured batch and length.
-    *_per_second: tokens, in training (forward and backward), prefill and generation.
-    quality: the objective, more is better.  scores: {task: (loss, accuracy)}.  losses: of the training, by step.
+    Attributes:
+        name: of the candidate.
+        seed: of its initial values and its training data.
+        parameters: of one block.
+        state: elements of recurrent state of one layer and sequence.
+        cache_bytes: of the model's cache at the measured batch and length.
+        training_per_second: tokens, forward and backward.
+        prefill_per_second: tokens.
+        generation_per_second: tokens.
+        quality: the objective, more is better.
+        scores: {task: (loss, accuracy)}.
+        losses: of the training, by step.
     """
 
     name: str
@@ -48,28 +54,6 @@ class Measured:
     losses: Sequence[float] = ()
 
 
-class BlockModel(JetNemotronForCausalLM):
-    """The model of a placement whose "jet" layers hold any blocks; for measuring. It shares the network's tensors."""
-
-    def __init__(self, network: SuperNetwork, placement: Placement):
-        super().__init__(network.config(placement), device="meta")
-        self.blocks = {i: network.jet[i] for i, kind in enumerate(placement) if kind == "jet"}
-        base = network.base
-        self.model.embed_tokens, self.model.norm = base.model.embed_tokens, base.model.norm
-        if not self.config.tie_word_embeddings:
-            self.lm_head = base.lm_head
-        for i, (layer, old) in enumerate(zip(self.model.layers, base.model.layers)):
-            layer.mlp, layer.input_layernorm = old.mlp, old.input_layernorm
-            layer.post_attention_layernorm = old.post_attention_layernorm
-            layer.self_attn = network.mixer(i, placement[i])
-
-    def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
-        cache = super().new_cache(batch_size, max_length)
-        for i, block in self.blocks.items():
-            cache.layers[i] = block.new_state(batch_size)
-        return cache
-
-
 def measure_all(
     names: Sequence[str],
     measure: Callable[[str, int], Measured],
@@ -77,10 +61,16 @@ def measure_all(
     checkpoint: str | Path | None = None,
     seeds: Sequence[int] = (0,),
 ) -> list[Measured]:
-    """Measures every candidate with every seed, seed by seed. A resumed run takes finished rows, timings included, from
-    the checkpoint.
+    """Measures every candidate with every seed, seed by seed.
 
-    facts: JSON values that the rows depend on; a checkpoint of other ones is refused.
+    A resumed run takes finished rows, timings included, from the checkpoint.
+
+    Args:
+        names: of the candidates.
+        measure: name, seed -> row.
+        facts: JSON values that the rows depend on; a checkpoint of other ones is refused.
+        checkpoint: file that keeps the finished rows.
+        seeds: each of them gives a row of every candidate.
     """
     run = dict(facts) | {"candidates": list(names), "runs": list(seeds)}
     wanted = [(name, seed) for seed in seeds for name in names]
@@ -106,9 +96,8 @@ def over_seeds(rows: Sequence[Measured]) -> list[Measured]:
     found = []
     for name in dict.fromkeys(row.name for row in rows):
         same = [row for row in rows if row.name == name]
-        scores = {
-            task: tuple(statistics.mean(row.scores[task][i] for row in same) for i in (0, 1)) for task in same[0].scores
-        }
+        pairs = {task: list(zip(*(row.scores[task] for row in same))) for task in same[0].scores}
+        scores = {task: (statistics.mean(loss), statistics.mean(right)) for task, (loss, right) in pairs.items()}
         speeds = {field: statistics.median(getattr(row, field) for row in same) for field in SPEEDS}
         found.append(replace(same[0], quality=statistics.mean(row.quality for row in same), scores=scores, **speeds))
     return found
@@ -124,31 +113,24 @@ def spread(rows: Sequence[Measured]) -> float | None:
     return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom)
 
 
-def spread_sentence(rows: Sequence[Measured]) -> str:
-    """How far the quality of one candidate is from seed to seed, for a report."""
-    deviation = spread(rows)
-    if deviation is None:
-        return (
-            "One seed per candidate: how far the quality of one candidate moves from seed to seed was not measured.\n"
-        )
-    seeds = len({row.seed for row in rows})
-    return (
-        f"Means over {seeds} seeds (initial values and training rows). The quality of one candidate moves from seed to seed by "
-        f"{deviation:.4f} (standard deviation, pooled over the candidates), so the standard error of a difference between two "
-        f"rows is {deviation * math.sqrt(2 / seeds):.4f}; differences of less than twice that show nothing.\n"
-    )
-
-
 @dataclass(frozen=True)
 class Meter:
-    """Trains a candidate by distillation in a fixed placement and measures it: `measure_all`'s `measure` on a real
-    base.
+    """Trains a candidate by distillation in a fixed placement and measures it: the `measure` of `measure_all`.
 
-    new_network: name, seed -> a super network with that candidate's blocks.  loader: of the training rows, whatever its
-    seed.
-    objective_task: whose objective is the quality.
-    batch, prompt_length, new_tokens, repeats: of the speed measurement (`jetkernels.model.speed`).
-    folder: of one training checkpoint per candidate.
+    Attributes:
+        new_network: name, seed -> a super network with that candidate's blocks.
+        placement: in which every candidate is trained and measured.
+        loader: of the training rows, whatever its seed.
+        recipe: of the training.
+        tasks: that the trained model is scored on.
+        facts: JSON values that a training depends on; a checkpoint of other ones is refused.
+        objective_task: whose objective is the quality.
+        objective: what of its score.
+        batch: sequences of the speed measurement (`jetkernels.model.speed`).
+        prompt_length: of each of them, tokens.
+        new_tokens: decode steps that are timed.
+        repeats: runs that are timed.
+        folder: of one training checkpoint per candidate.
     """
 
     new_network: Callable[[str, int], SuperNetwork]
@@ -165,7 +147,7 @@ class Meter:
     repeats: int = 3
     folder: Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
         if self.objective_task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}, got {self.objective_task!r}")
@@ -196,12 +178,13 @@ class Meter:
         return rows.numel() / statistics.median(seconds[1:])
 
     def __call__(self, name: str, seed: int) -> Measured:
+        """Trains and measures one candidate."""
         network, losses = self.train(name, seed)
         device = network.base.device
         scores = {task.name: task.score(lambda ids: network(ids.to(device), self.placement)) for task in self.tasks}
         training = self.training_speed(network)
         speed = measure_speed(
-            BlockModel(network, self.placement), self.batch, self.prompt_length, self.new_tokens, self.repeats
+            network.assemble(self.placement), self.batch, self.prompt_length, self.new_tokens, self.repeats
         )
         block = network.jet[self.placement.index("jet")]
         return Measured(
@@ -217,29 +200,3 @@ class Meter:
             {task: (score.loss, score.accuracy) for task, score in scores.items()},
             losses,
         )
-
-
-def candidate_table(rows: Sequence[Measured]) -> str:
-    """Quality and speed, one row per candidate, as Markdown."""
-    tasks = list(rows[0].scores)
-    header = [
-        "candidate",
-        "parameters of a block",
-        "state of a layer",
-        "cache (KiB)",
-        "training (tokens/s)",
-        "prefill (tokens/s)",
-    ]
-    header += ["generation (tokens/s)", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))]
-    lines = []
-    for row in rows:
-        speeds = (row.training_per_second, row.prefill_per_second, row.generation_per_second)
-        cells = [
-            row.name,
-            f"{row.parameters:,}",
-            f"{row.state:,}",
-            f"{row.cache_bytes / 1024:.1f}",
-            *(f"{s:,.1f}" for s in speeds),
-        ]
-        lines.append(cells + [value for task in tasks for value in row.scores[task]])
-    return markdown_table(header, lines)

@@ -19,7 +19,9 @@ FORMAT_VERSION = 2
 class DifferentRun(ValueError):
     """A checkpoint is of a run that depends on something else.
 
-    path: of the checkpoint.  differences: (name, value in its run, value now); None where a run has no such fact.
+    Attributes:
+        path: of the checkpoint.
+        differences: (name, value in its run, value now); None where a run has no such fact.
     """
 
     def __init__(self, path: Path, differences: list[tuple[str, object, object]]):
@@ -52,11 +54,16 @@ def differences(old: Mapping, new: Mapping) -> list[tuple[str, object, object]]:
 
 
 def save_state(path: str | Path, stage: str, run: Mapping, state: Mapping) -> None:
-    """Writes `state` (tensors, numbers, strings, lists, dicts) for `load_state`.
+    """Writes `state` for `load_state`.
 
-    stage: which step of the search it belongs to.  run: what the run depends on, JSON values by name.
     The file: a line that names the format, a JSON line (version, stage, run, size and SHA-256 of the rest), then
     torch.save's bytes.
+
+    Args:
+        path: of the file.
+        stage: which step of the search it belongs to.
+        run: what the run depends on, JSON values by name.
+        state: tensors, numbers, strings, lists, dicts.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)

@@ -39,7 +39,8 @@ def text_files(folder: str | Path, suffix: str = "", without: Sequence[str] = ()
     """The files below `folder` whose name ends in `suffix`, sorted, none under a folder named in `without`.
 
     Raises:
-        NotADirectoryError: `folder` is no folder.  FileNotFoundError: it holds no such file.
+        NotADirectoryError: `folder` is no folder.
+        FileNotFoundError: it holds no such file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,15 +60,39 @@ def standard_library() -> tuple[Path, list[Path]]:
     return root, text_files(root, ".py", NOT_CODE)
 
 
+def _is_text(raw: bytes) -> bool:
+    try:
+        return "\0" not in raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
+def _encoded(raw: bytes, tokenizer: Tokenizer | None) -> Tensor:
+    """Token ids int64 of UTF-8 text; tokenizer None: the bytes' values."""
+    if tokenizer is not None:
+        return torch.tensor(tokenizer.encode(raw.decode("utf-8")), dtype=torch.int64)
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() if raw else torch.empty(0, dtype=torch.int64)
+
+
+def _joined(parts: Sequence[Tensor], gap: Tensor) -> Tensor:
+    """The parts in one, `gap` between each two."""
+    return torch.cat([piece for part in parts for piece in (gap, part)][1:])
+
+
 @dataclass(frozen=True)
 class TextCorpus:
     """Tokens of a folder of text.
 
-    training, held_out: int64 [n]; a file is in one of them, by its name; where that would leave less than a 40th of the
-    tokens on one side (a lone file, or a few), the text is cut instead, its last 20th held out.
-    split: "by file" or "by position".  files: how many were read.
-    skipped: files that are not UTF-8 text.  digest: of the tokens, so that a resumed run can tell its data from other
-    data.
+    A file is trained on or held out, by its name. Where that would leave less than a 40th of the tokens on one side (a
+    lone file, or a few), the text is cut instead, its last 20th held out.
+
+    Attributes:
+        training: tokens to train on, int64 [n].
+        held_out: tokens that are never trained on, int64 [n].
+        split: "by file" or "by position".
+        files: how many were read.
+        skipped: files that are not UTF-8 text.
+        digest: of the tokens, so that a resumed run can tell its data from other data.
     """
 
     training: Tensor
@@ -78,32 +103,37 @@ class TextCorpus:
     digest: str
 
     @classmethod
-    def from_files(cls, root: Path, files: Sequence[Path], tokenizer: Tokenizer | None = None) -> TextCorpus:
-        """Reads and encodes `files`; tokenizer None: one token per byte, its value, as in `Tokenizer.byte_level`."""
+    def from_files(
+        cls, root: Path, files: Sequence[Path], tokenizer: Tokenizer | None = None, between: str = ""
+    ) -> TextCorpus:
+        """Reads and encodes text files.
+
+        Args:
+            root: folder of the files; their names relative to it decide which are held out.
+            files: what is read.
+            tokenizer: None makes one token of each byte, its value, as `Tokenizer.byte_level` does.
+            between: text that is put between two files.
+
+        Raises:
+            ValueError: no file holds text.
+        """
+        gap = _encoded(between.encode(), tokenizer)
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         skipped = 0
         for path in files:
             raw = path.read_bytes()
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError:
+            if _is_text(raw):
+                parts[is_held_out(path.relative_to(root).as_posix())].append(_encoded(raw, tokenizer))
+            else:
                 skipped += 1
-                continue
-            if "\0" in text:
-                skipped += 1
-                continue
-            ids = list(raw) if tokenizer is None else tokenizer.encode(text)
-            if ids:
-                parts[is_held_out(path.relative_to(root).as_posix())].append(torch.tensor(ids))
-        whole = parts[0] + parts[1]
-        if not whole:
-            raise ValueError(f"text: {root} must hold text (UTF-8) in its {len(files)} files, got none in any")
         sizes = [sum(map(len, part)) for part in parts]
+        if not sum(sizes):
+            raise ValueError(f"text: {root} must hold text (UTF-8) in its {len(files)} files, got none in any")
         # By file only where that leaves something worth reading on both sides.
         if 2 * HELD_OUT * min(sizes) >= sum(sizes):
-            split, training, held_out = "by file", torch.cat(parts[0]), torch.cat(parts[1])
+            split, training, held_out = "by file", _joined(parts[0], gap), _joined(parts[1], gap)
         else:
-            split, tokens = "by position", torch.cat(whole)
+            split, tokens = "by position", _joined(parts[0] + parts[1], gap)
             cut = len(tokens) - max(1, len(tokens) // HELD_OUT)
             training, held_out = tokens[:cut], tokens[cut:]
         digest = hashlib.sha256(training.numpy().tobytes() + b"|" + held_out.numpy().tobytes()).hexdigest()
@@ -115,15 +145,17 @@ class TextCorpus:
         return cls.from_files(Path(folder), text_files(folder, suffix), tokenizer)
 
     @classmethod
-    def from_standard_library(cls, tokenizer: Tokenizer | None = None) -> TextCorpus:
+    def from_standard_library(cls, tokenizer: Tokenizer | None = None, between: str = "") -> TextCorpus:
         """The source text of this Python's standard library."""
-        return cls.from_files(*standard_library(), tokenizer)
+        return cls.from_files(*standard_library(), tokenizer, between)
 
 
 class RowSource(Protocol):
     """Draws training rows: token ids [count, length] int64, from the generator and nothing else."""
 
-    def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor: ...
+    def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Token ids [count, length]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -133,6 +165,7 @@ class Windows:
     tokens: Tensor
 
     def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Windows [count, length]; ValueError where the text is shorter than one."""
         if len(self.tokens) < length:
             raise ValueError(f"text: must hold at least length = {length} tokens, got {len(self.tokens)}")
         starts = torch.randint(len(self.tokens) - length + 1, (count,), generator=generator)
@@ -143,9 +176,13 @@ class Windows:
 class Loader:
     """Batches by step number: the same seed and step give the same batch in any process, before and after a resume.
 
-    sources: what rows are drawn from, with the share that each gets. Where that is no whole number of a batch's rows,
-    chance decides in each step which of the two numbers next to it is taken, so that the share holds over many steps.
-    batch_size: rows of a batch over all ranks.  length: tokens of a row, one more than the positions trained on.
+    Attributes:
+        sources: what rows are drawn from, with the share that each gets. Where that is no whole number of a batch's
+            rows, chance decides in each step which of the two numbers next to it is taken, so that the share holds over
+            many steps.
+        batch_size: rows of a batch over all ranks.
+        length: tokens of a row, one more than the positions trained on.
+        seed: of the draws.
     """
 
     sources: Sequence[tuple[RowSource, float]]
@@ -153,7 +190,7 @@ class Loader:
     length: int
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.batch_size < 1 or self.length < 2:
             raise ValueError(
                 f"loader: batch_size >= 1 and length >= 2 are needed, got {self.batch_size} and {self.length}"
@@ -163,8 +200,12 @@ class Loader:
             raise ValueError(f"loader: shares must not be negative, their sum positive, got {shares}")
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        """Token ids [batch_size / ranks, length] of one rank: every ranks-th row of the batch of all, from row `rank`
-        on.
+        """Token ids [batch_size / ranks, length] of one rank.
+
+        Args:
+            step: number of the batch.
+            rank: whose rows: every ranks-th row of the batch, from row `rank` on.
+            ranks: how many there are.
         """
         if self.batch_size % ranks:
             raise ValueError(f"loader: batch_size must be a multiple of the {ranks} ranks, got {self.batch_size}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm
 
@@ -18,9 +19,12 @@ from .shapes import Shape
 class Design:
     """A JetBlock with these choices changed; the defaults are JetBlock's own.
 
-    convolution: "dynamic" (taps generated per token) or "static".  on: which of q, k, v are convolved; the others only
-    pass SiLU, v nothing.  generator_input: "layer" (the layer's input) or "projection" (what is convolved).
-    reduction: R = channels // reduction.  kernel_size: W, 2 to 4.
+    Attributes:
+        convolution: "dynamic" (taps generated per token) or "static".
+        on: which of q, k, v are convolved; the others only pass SiLU, v nothing.
+        generator_input: "layer" (the layer's input) or "projection" (what is convolved).
+        reduction: R = channels // reduction.
+        kernel_size: W, 2 to 4.
     """
 
     convolution: str = "dynamic"
@@ -29,7 +33,7 @@ class Design:
     reduction: int = 8
     kernel_size: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed in (("convolution", ("dynamic", "static")), ("generator_input", ("layer", "projection"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"design: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -55,9 +59,20 @@ DESIGNS: dict[str, Design] = {
 class DesignedBlock(LinearBlock):
     """The JetBlock of a design. With the default design it computes what `jetkernels.modules.JetBlock` does.
 
-    Projections, gates and norm are named as there; `convolutions` holds one convolution for each of q, k, v that has
-    one.
+    Projections, gates and norm are named as there.
+
+    Args:
+        hidden_size: C.
+        shape: K, V, H.
+        design: what differs from the JetBlock.
+
+    Attributes:
+        convolutions: one for each of q, k, v that has one, by that letter.
     """
+
+    g_proj: nn.Linear
+    a_proj: nn.Linear
+    b_proj: nn.Linear
 
     def __init__(self, hidden_size: int, shape: Shape, design: Design = Design()):
         super().__init__(hidden_size, shape)
@@ -78,13 +93,16 @@ class DesignedBlock(LinearBlock):
         reads = self.hidden_size if design.generator_input == "layer" else channels
         return DynamicShortConvolution(channels, design.kernel_size, reads, design.reduction)
 
-    def memory(self):
+    def memory(self) -> list[Sequence[int]]:
+        """The recurrent state, and what each convolution has seen last."""
         return [*super().memory(), *((self.design.kernel_size - 1, self.channels[name]) for name in self.design.on)]
 
-    def _convolve(self, name, x, projected, before):
+    def _convolve(self, name: str, x: Tensor, projected: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The projection [B, T, D], convolved, and the inputs to remember; before: those in front [B, W-1, D]."""
         convolution = self.convolutions[name]
         if isinstance(convolution, ShortConvolution):
             return convolution(projected, before)
+        assert isinstance(convolution, DynamicShortConvolution)
         reads = x if self.design.generator_input == "layer" else projected
         context = before.mT.contiguous()
         if x.shape[1] == 1 and not torch.is_grad_enabled():
@@ -92,7 +110,12 @@ class DesignedBlock(LinearBlock):
         y, after = convolution(projected, reads, context, output_final_state=True)
         return y, after.mT
 
-    def mix(self, x, state):
+    def log_decay(self, x: Tensor) -> Tensor:
+        """[B, T, H]."""
+        return -self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)
+
+    def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """As `LinearBlock.mix` says: from x and the state before to y and the state after."""
         before = dict(zip(self.design.on, state[1:]))
         after, mixed = {}, {}
         for name in "qkv":
@@ -101,8 +124,7 @@ class DesignedBlock(LinearBlock):
                 mixed[name], after[name] = self._convolve(name, x, projected, before[name])
             else:
                 mixed[name] = projected if name == "v" else F.silu(projected)
-        g = -self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)
-        beta = torch.sigmoid(self.b_proj(x))
-        o, S = gated_delta_rule(*(self.heads(mixed[name]) for name in "qkv"), g, beta, state[0])
+        q, k, v = (self.heads(mixed[name]) for name in "qkv")
+        o, S = gated_delta_rule(q, k, v, self.log_decay(x), torch.sigmoid(self.b_proj(x)), state[0])
         y = self.o_proj(self.o_norm(o, self.heads(self.g_proj(x))).flatten(-2))
         return y, [S, *(after[name] for name in self.design.on)]

@@ -1,6 +1,4 @@
-"""Stage 5: the found hybrid is trained on, first its token mixers against the base's logits, then the whole model on
-text.
-"""
+"""Stage 5: the found hybrid is trained on, first its token mixers by distillation, then the whole model on text."""
 
 from __future__ import annotations
 
@@ -42,12 +40,22 @@ def train_final(
     First, with embeddings, norms, MLPs and head frozen, every token mixer (JetBlock and attention) is distilled from
     the base's logits (`logit_distillation_loss`). Then all parameters are trained on the next token.
 
-    student: the hybrid, as an earlier stage exported it.  base: its teacher.  folder: of the two checkpoints; None:
-    none.
+    Args:
+        student: the hybrid, as an earlier stage exported it.
+        base: its teacher.
+        loader: of the rows of both parts.
+        distillation: recipe of the first part.
+        whole: recipe of the second part.
+        facts: JSON values that the result depends on.
+        folder: of the two checkpoints; None: none.
+
+    Raises:
+        ValueError: student and base have different vocabularies.
     """
     if student.config.vocab_size != base.config.vocab_size:
         raise ValueError(
-            f"student and base must have one vocabulary, got {student.config.vocab_size} and {base.config.vocab_size} tokens"
+            f"student and base must have one vocabulary, got {student.config.vocab_size} and "
+            f"{base.config.vocab_size} tokens"
         )
     paths = [None if folder is None else Path(folder) / name for name in ("distillation.ckpt", "whole.ckpt")]
     facts = dict(facts) | {"student": weights_digest(student), "base": weights_digest(base)}

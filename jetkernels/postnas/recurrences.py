@@ -12,10 +12,18 @@ CHUNK = 16  # tokens whose pairwise decays are held at once: [CHUNK, CHUNK, K] p
 
 
 def decayed_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """S <- diag(exp(g_t)) S + k_t v_t^T;  o_t = S^T q_t.  Returns o [B, T, H, V] and the last state.
+    """Linear attention with decay: S <- diag(exp(g_t)) S + k_t v_t^T;  o_t = S^T q_t.
 
-    g: log decay <= 0, [B, T, H, K], or [B, T, H, 1] for one rate per head. Chunk by chunk; exponents are differences of
-    later and earlier cumulative decays, so that none is positive.
+    Chunk by chunk; exponents are differences of later and earlier cumulative decays, so that none is positive.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        g: log decay <= 0, [B, T, H, K], or [B, T, H, 1] for one rate per head.
+        state: [B, H, K, V], before the first token.
+
+    Returns: o [B, T, H, V] and the state behind the last token.
     """
     outputs = []
     for q, k, v, g in zip(*(t.split(CHUNK, 1) for t in (q, k, v, g))):
@@ -36,15 +44,24 @@ def decayed_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: 
 
 
 def rwkv7(r: Tensor, g: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """S <- (diag(exp(g_t)) - (a_t kappa_t) kappa_t^T) S + k_t v_t^T;  o_t = S^T r_t  (arXiv 2503.14456, with S
-    transposed).
-
-    g: log decay, which RWKV-7 keeps in [-e^-0.5, 0]; kappa: unit removal key, a: in-context rate, all [B, T, H, K].
-    Returns o [B, T, H, V] and the last state.
+    """RWKV-7's recurrence: S <- (diag(exp(g_t)) - (a_t kappa_t) kappa_t^T) S + k_t v_t^T;  o_t = S^T r_t.
 
     Chunk by chunk, c the cumulative g: what is removed, u_t = S_{t-1}^T kappa_t, solves (I + M) u = N v + S_0^T (kappa
     exp(c - g)), where M and N pair kappa with the earlier a kappa and k. The decay between two tokens is a product of
     two factors around the middle of the chunk's decay, of at most exp(CHUNK e^-0.5 / 2) = 128 each.
+
+    Args:
+        r: [B, T, H, K].
+        g: log decay, which RWKV-7 keeps in [-e^-0.5, 0], [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        kappa: unit removal key, [B, T, H, K].
+        a: in-context rate, [B, T, H, K].
+        state: [B, H, K, V], before the first token.
+
+    Returns: o [B, T, H, V] and the state behind the last token.
+
+    Source: arXiv 2503.14456, with S transposed.
     """
     outputs = []
     for r, g, k, v, kappa, a in zip(*(t.transpose(1, 2).split(CHUNK, 2) for t in (r, g, k, v, kappa, a))):

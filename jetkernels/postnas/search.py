@@ -16,8 +16,12 @@ Evaluate = Callable[[Placement], float]
 class Found:
     """What a search ended with.
 
-    placement: the best.  value: its objective.  chosen: layers (0-based) that got the kind searched for.
-    evaluated: placements looked at.  exhaustive: whether these were all there are.
+    Attributes:
+        placement: the best.
+        value: its objective.
+        chosen: layers (0-based) that got the kind searched for.
+        evaluated: placements looked at.
+        exhaustive: whether these were all there are.
     """
 
     placement: Placement
@@ -68,7 +72,17 @@ def beam_search(
     Layers are added one at a time; of the placements of each size the `width` best go on. If there are at most
     `exhaustive_up_to` placements with `budget` layers, all of them are evaluated instead. Ties go to the lower layers.
 
-    Raises ValueError for a budget that is negative or above the number of `replaced` layers, or a width below 1.
+    Args:
+        start: the placement that layers are changed in.
+        budget: layers to change.
+        evaluate: placement -> objective, more is better.
+        kind: what the layers become.
+        replaced: kind of the layers that may change.
+        width: placements of each size that go on.
+        exhaustive_up_to: placements that are all evaluated.
+
+    Raises:
+        ValueError: the budget is negative or above the number of `replaced` layers, or the width is below 1.
     """
     free = [i for i, old in enumerate(start) if old == replaced]
     check_search(len(free), budget, width, replaced)

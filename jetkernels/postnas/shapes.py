@@ -1,23 +1,23 @@
-"""Stage 4: sizes of the JetBlock, on a grid over (K, V, H) at equal cache, with measured generation speed as the
-constraint.
-"""
+"""Sizes of linear blocks: (K, V, H), and the grid of stage 4 over them at equal cache."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from jetkernels.modules import JetBlockConfig
 
-from .candidates import Measured, over_seeds, spread_sentence
-from .report import markdown_table, provenance, quality_against_speed, write_text
-
 
 class Shape(NamedTuple):
-    """K: head dimension of queries and keys.  V: of values.  H: heads. A layer's recurrent state has H*K*V elements."""
+    """Sizes of a linear block; its recurrent state has H*K*V elements per sequence.
+
+    Attributes:
+        K: head dimension of queries and keys.
+        V: head dimension of values.
+        H: heads.
+    """
 
     K: int
     V: int
@@ -25,6 +25,7 @@ class Shape(NamedTuple):
 
     @property
     def state(self) -> int:
+        """Elements of recurrent state."""
         return self.K * self.V * self.H
 
     @property
@@ -32,8 +33,12 @@ class Shape(NamedTuple):
         """KxVxH, as in "96x256x12"."""
         return "x".join(map(str, self))
 
+    def __str__(self) -> str:
+        return self.name
+
     @classmethod
     def from_name(cls, name: str) -> Shape:
+        """The shape of a name such as "96x256x12"; ValueError or TypeError where it is none."""
         return cls(*map(int, name.split("x")))
 
     def config(self, like: JetBlockConfig = JetBlockConfig()) -> JetBlockConfig:
@@ -46,9 +51,15 @@ class Shape(NamedTuple):
 
 
 def equal_cache_grid(state: int, heads: Sequence[int], keys: Sequence[int]) -> list[Shape]:
-    """Shapes with `state` elements of recurrent state per layer: V follows from K and H where it is whole.
+    """The shapes with `state` elements of recurrent state per layer: V follows from K and H where it is whole.
 
-    Raises ValueError if no combination divides `state`.
+    Args:
+        state: K*V*H.
+        heads: H to try.
+        keys: K to try.
+
+    Raises:
+        ValueError: no combination divides `state`, or a number is not positive.
     """
     if state < 1 or min([*heads, *keys], default=0) < 1:
         raise ValueError(f"state, heads and keys must be positive, got {state}, {list(heads)} and {list(keys)}")
@@ -63,59 +74,3 @@ def equal_cache_grid(state: int, heads: Sequence[int], keys: Sequence[int]) -> l
             f"state must be a multiple of K*H for some K of {list(keys)} and H of {list(heads)}, got {state}"
         )
     return found
-
-
-def best_shape(rows: Sequence[Measured], minimum: float) -> Measured:
-    """The row of the best quality among those that generate at least `minimum` tokens per second; ties go to the faster
-    one.
-
-    Raises ValueError if no row is fast enough.
-    """
-    fast = [row for row in rows if row.generation_per_second >= minimum]
-    if not fast:
-        fastest = max((row.generation_per_second for row in rows), default=0.0)
-        raise ValueError(
-            f"throughput must reach {minimum:,.1f} tokens/s in at least one shape; the fastest reaches {fastest:,.1f}"
-        )
-    return max(fast, key=lambda row: (row.quality, row.generation_per_second))
-
-
-def write_shape_report(
-    folder: str | Path, rows: Sequence[Measured], minimum: float, quality: str, facts: Sequence[tuple[str, object]]
-) -> Measured:
-    """report.md with the grid as a table of the form of the paper's Table 2, and shapes.png; returns the chosen row.
-
-    rows: every seed of every shape.  quality: what it is, in words.
-    """
-    means = over_seeds(rows)
-    best = best_shape(means, minimum)
-    tasks = list(rows[0].scores)
-    header = ["K", "V", "H", "parameters of a block", "cache (KiB)", "generation (tokens/s)", "fast enough", "chosen"]
-    header += [f"{task}, {what}" for task in tasks for what in ("loss", "accuracy")]
-    table = [
-        [
-            *Shape.from_name(row.name),
-            f"{row.parameters:,}",
-            f"{row.cache_bytes / 1024:.1f}",
-            f"{row.generation_per_second:,.1f}",
-            "yes" if row.generation_per_second >= minimum else "no",
-            "**yes**" if row is best else "",
-            *(value for task in tasks for value in row.scores[task]),
-        ]
-        for row in means
-    ]
-    chosen = Shape.from_name(best.name)
-    text = [
-        "# Sizes of the JetBlock\n",
-        f"Chosen: K = {chosen.K}, V = {chosen.V}, H = {chosen.H}: the best quality among the shapes that generate at "
-        f"least {minimum:,.1f} tokens/s on this machine. Every shape has {chosen.state:,} elements of state per JetBlock layer.\n",
-        spread_sentence(rows),
-        markdown_table(header, table),
-        "![shapes](shapes.png)\n",
-        "## Provenance\n",
-        provenance(facts),
-    ]
-    points = [(row.name, row.generation_per_second, row.quality) for row in means]
-    quality_against_speed(Path(folder) / "shapes.png", points, quality, minimum=minimum)
-    write_text(Path(folder) / "report.md", "\n".join(text))
-    return best

@@ -1,47 +1,83 @@
-"""The once-for-all super network: each layer of a frozen base with a trained linear-attention path beside its
-attention.
-"""
+"""The once-for-all super network: every layer of a frozen base with a trained linear path beside its attention."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.types import Device
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
-from jetkernels.model.attention import rotary_table
-from jetkernels.model.config import LAYER_TYPES
+from jetkernels.model.attention import Attention, SlidingWindowAttention
 from jetkernels.model.layout import TokenLayout
-from jetkernels.modules import JetBlock, JetBlockConfig
+from jetkernels.model.mixers import JetMixer
+from jetkernels.model.token_mixer import Rotary, State, TokenMixer
+from jetkernels.modules import JetBlockConfig
 
 from .base import check_base
 from .data import seeded
 
-# One of LAYER_TYPES per layer.
+# The paths of a layer, by the kind of layer that each of them makes of it.
+PATHS = ("jet", "attn", "swa")
+# One of PATHS per layer.
 Placement = tuple[str, ...]
 # Stands in a config whose jet layers hold another block.
 _NO_JET = JetBlockConfig(num_heads=1, head_dim=1, expand_v=1.0, dconv_generator_reduction=1)
 
 
+class BlockMixer(TokenMixer):
+    """A block that is called as a JetBlock is, as the token mixer of a layer; it has no line in a config."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    @classmethod
+    def sizes(cls, config: JetNemotronConfig) -> dict[str, object]:
+        """None: the config does not know the block."""
+        return {}
+
+    def initial_state(  # type: ignore[override]  # of this block: a model with it asks the layer, not its class
+        self,
+        config: JetNemotronConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """The block's own."""
+        return cast(Any, self.block).new_state(batch_size)
+
+    def reset_parameters(self) -> None:
+        """Does nothing: the block has its values."""
+
+    def forward(
+        self, hidden_states: Tensor, *, layout: TokenLayout, rotary: Rotary | None = None, state: State | None = None
+    ) -> Tensor:
+        """See `TokenMixer.forward`."""
+        if state is None and layout.cu_seqlens is None:  # enough for training and features
+            return self.block(hidden_states)
+        return self.block(hidden_states, cu_seqlens=layout.cu_seqlens, state=state)
+
+
 class SuperNetwork(nn.Module):
     """Every placement of a base at once (arXiv 2508.15884, section on full-attention placement).
 
-        h += path_i(RMSNorm(h));  h += MLP(RMSNorm(h)),    path_i in {the layer's attention, the same over a window, its
-        JetBlock}
+        h += path_i(RMSNorm(h));  h += MLP(RMSNorm(h))
+        path_i in {the layer's attention, the same over a window, its JetBlock}
 
     Embeddings, MLPs, norms, head and attention are the base's own tensors and do not change; `jet[i]` are the
-    parameters.
-    A windowed path has no parameters of its own: it is the attention, cut to the window.
+    parameters. A windowed path has no parameters of its own: it is the attention, cut to the window.
 
     Args:
         base: full attention in every layer; its parameters stop requiring gradients.
         jet: sizes of the JetBlock paths; or hidden size -> another block for each layer, which is called as a JetBlock
-            is (such a network can be trained and measured, but not exported).  window_size: of the windowed paths,
-            tokens, the current one included.
+            is (such a network can be trained and measured, but not exported).
+        window_size: of the windowed paths, tokens, the current one included.
         seed: of the JetBlocks' initial values.
         recompute_layers: keep only the layers' inputs for the backward pass and compute the rest twice.
     """
@@ -62,32 +98,33 @@ class SuperNetwork(nn.Module):
         self.jet_config = jet if isinstance(jet, JetBlockConfig) else None
         self.window_size = window_size
         self.recompute_layers = recompute_layers
-        config = base.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=seeded("jet paths", seed))))
             if isinstance(jet, JetBlockConfig):
-                blocks = [JetBlock(config.hidden_size, jet, config.initializer_range) for _ in config.layer_types]
+                config = self.config(("jet",) * self.num_layers)
+                blocks: list[nn.Module] = [JetMixer(config) for _ in range(self.num_layers)]
             else:
-                blocks = [jet(config.hidden_size) for _ in config.layer_types]
+                blocks = [jet(base.config.hidden_size) for _ in range(self.num_layers)]
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
 
     @property
     def num_layers(self) -> int:
-        return len(self.jet)
+        """Layers of the base, and so of every placement."""
+        return self.base.config.num_hidden_layers
 
     @property
     def state_elements(self) -> int:
         """Elements of recurrent state of one path and sequence: H*K*V."""
         if self.jet_config is not None:
             return self.jet_config.num_heads * self.jet_config.head_dim * self.jet_config.head_v_dim
-        return self.jet[0].new_state(1)[0].numel()
+        return cast(Any, self.jet[0]).new_state(1)[0].numel()
 
     def check(self, placement: Sequence[str]) -> Placement:
         """The placement as a tuple; ValueError unless it names a path for each layer."""
-        wrong = [kind for kind in placement if kind not in LAYER_TYPES]
+        wrong = [kind for kind in placement if kind not in PATHS]
         if len(placement) != self.num_layers or wrong:
             raise ValueError(
-                f"placement must name one of {', '.join(LAYER_TYPES)} for {self.num_layers} layers, got {list(placement)}"
+                f"placement must name one of {', '.join(PATHS)} for {self.num_layers} layers, got {list(placement)}"
             )
         return tuple(placement)
 
@@ -103,49 +140,50 @@ class SuperNetwork(nn.Module):
         }
         return JetNemotronConfig.from_dict(values)
 
-    def mixer(self, i: int, kind: str) -> nn.Module:
+    def mixer(self, i: int, kind: str) -> TokenMixer:
         """The path of layer i."""
         if kind == "jet":
-            return self.jet[i]
-        attention = self.base.model.layers[i].self_attn
+            block = self.jet[i]
+            return block if isinstance(block, TokenMixer) else BlockMixer(block)
+        attention = cast(Attention, self.base.model.mixers[i])
         if kind == "swa":
-            # A shallow copy shares every tensor and differs in the window only.
-            attention = copy.copy(attention)
-            attention.window = self.window_size
+            # Shares every tensor, and differs in the window only.
+            windowed = SlidingWindowAttention.__new__(SlidingWindowAttention)
+            windowed.__dict__ = attention.__dict__ | {"window": self.window_size}
+            return windowed
         return attention
 
-    def _layer(self, i: int, kind: str, h: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout) -> Tensor:
-        layer, mixer = self.base.model.layers[i], self.mixer(i, kind)
-        x = layer.input_layernorm(h)
-        h = h + (mixer(x) if kind == "jet" else mixer(x, rotary, layout))
-        return h + layer.mlp(layer.post_attention_layernorm(h))
+    def assemble(self, placement: Sequence[str]) -> JetNemotronForCausalLM:
+        """The model that a placement makes, of the network's own tensors: for training and measuring."""
+        placement = self.check(placement)
+        mixers = [self.mixer(i, kind) for i, kind in enumerate(placement)]
+        model = self.base.with_mixers(self.config(placement), mixers)
+        model.model.recompute_layers = self.recompute_layers
+        return model
 
     def features(self, input_ids: Tensor, placement: Sequence[str]) -> list[Tensor]:
-        """Token ids [B, T] -> the residual stream behind each layer, then behind the final norm: L + 1 tensors [B, T,
-        C].
+        """The residual stream behind each layer, then behind the final norm.
+
+        Args:
+            input_ids: token ids [B, T].
+            placement: a path for each layer.
+
+        Returns: L + 1 tensors [B, T, C].
         """
-        placement = self.check(placement)
-        model = self.base.model
         B, T = input_ids.shape
         layout = TokenLayout.dense(B, T, [0] * B, None, input_ids.device)
-        rotary = rotary_table(layout.positions, self.base.config.head_dim, self.base.config.rope_theta)
-        h = model.embed_tokens(input_ids)
-        found = []
-        for i, kind in enumerate(placement):
-            if self.recompute_layers and torch.is_grad_enabled():
-                h = recompute(self._layer, i, kind, h, rotary, layout, use_reentrant=False)
-            else:
-                h = self._layer(i, kind, h, rotary, layout)
-            found.append(h)
-        return [*found, model.norm(h)]
+        found: list[Tensor] = []
+        last = self.assemble(placement).model(input_ids, layout, features=found)
+        return [*found, last]
 
     def forward(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes."""
         return self.base.head(self.features(input_ids, placement)[-1])
 
     def random_placement(self, generator: torch.Generator) -> Placement:
-        """Each layer independently its attention or its JetBlock, even odds; never attention everywhere, which trains
-        nothing.
+        """Each layer independently its attention or its JetBlock, even odds.
+
+        Never attention everywhere: it trains nothing.
         """
         while True:
             jet = torch.randint(2, (self.num_layers,), generator=generator)
@@ -153,8 +191,7 @@ class SuperNetwork(nn.Module):
                 return tuple("jet" if flag else "attn" for flag in jet.tolist())
 
     def distillation_loss(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
-        """Feature distillation: the mean squared difference to the base's features, averaged over layers and final
-        norm.
+        """Feature distillation: the mean squared difference to the base's features, over layers and final norm.
 
         Layers in front of the first JetBlock equal the base's and are left out of the average.
         """
@@ -175,13 +212,8 @@ class SuperNetwork(nn.Module):
             raise ValueError(
                 "placement must have no jet layer to be exported: the paths of this network are no JetBlocks"
             )
-        model = JetNemotronForCausalLM.empty(self.config(placement), device=self.base.device, dtype=self.base.dtype)
-        state = {k: v for k, v in self.base.state_dict().items()}
-        for i, kind in enumerate(placement):
-            if kind == "jet":
-                prefix = f"model.layers.{i}.self_attn."
-                state = {k: v for k, v in state.items() if not k.startswith(prefix)}
-                state |= {prefix + k: v for k, v in self.jet[i].state_dict().items()}
-        model.load_state_dict(state)
+        assembled = self.assemble(placement)
+        model = JetNemotronForCausalLM.empty(assembled.config, device=self.base.device, dtype=self.base.dtype)
+        model.load_state_dict(assembled.state_dict())
         model.companions = self.base.companions
         return model.eval()

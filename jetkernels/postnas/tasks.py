@@ -24,8 +24,12 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean nats per token of the right answer.  accuracy: in 0..1.  groups: the same pair per group of
-    examples.
+    """How well a model does in a task.
+
+    Attributes:
+        loss: mean nats per token of the right answer.
+        accuracy: in 0..1.
+        groups: the same pair per group of examples.
     """
 
     loss: float
@@ -36,9 +40,14 @@ class Score:
 class Task(Protocol):
     """Anything that can judge a model; evaluations of harnesses such as lm-eval fit behind `score`."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports, options and checkpoints call it."""
+        ...
 
-    def score(self, predict: Predict) -> Score: ...
+    def score(self, predict: Predict) -> Score:
+        """The score of the model that `predict` is."""
+        ...
 
 
 # A score -> a number of which more is better.
@@ -58,10 +67,15 @@ def objective_of(task: str, score: Score, objective: str) -> float:
 
 @dataclass(frozen=True)
 class TokenTask:
-    """Rows of tokens with the answers marked.
+    """Rows of tokens with the answers marked; accuracy is the share of asked tokens that are the most likely one.
 
-    input_ids [N, T] int64.  labels [N, T]: the token that should follow each position, -100 where nothing is asked.
-    group [N]: index into group_names.  Accuracy is the share of asked tokens that are the most likely one.
+    Attributes:
+        name: of the task.
+        input_ids: int64 [N, T].
+        labels: [N, T], the token that should follow each position, -100 where nothing is asked.
+        group_names: of groups of rows that are scored on their own, too.
+        group: [N], index into group_names; None: no groups.
+        batch_size: rows that a model is shown at once.
     """
 
     name: str
@@ -73,6 +87,7 @@ class TokenTask:
 
     @torch.no_grad()
     def score(self, predict: Predict) -> Score:
+        """The score over all asked tokens, and that of each group."""
         losses, hits = [], []
         for ids, labels in zip(self.input_ids.split(self.batch_size), self.labels.split(self.batch_size)):
             logits = predict(ids).to("cpu", torch.float32)
@@ -106,8 +121,15 @@ class Recall:
         text, pairs x (<mark> key value), <mark>, text of `distance` tokens, pairs x (<mark> key value)
 
     The questions come in random order, so that position does not answer them. Keys and values are
-    spans of the text, of key_size and value_size tokens, no token twice in a span and no key twice in a row.
-    mark: a token that the text does not hold (the end of a text, say).
+    spans of the text, no token twice in a span and no key twice in a row.
+
+    Attributes:
+        tokens: the text.
+        mark: a token that the text does not hold (the end of a text, say).
+        distances: between the pairs and the questions, tokens.
+        key_size: tokens of a key.
+        value_size: tokens of a value.
+        pairs: of a row.
     """
 
     tokens: Tensor
@@ -159,9 +181,7 @@ class Recall:
         return torch.stack([self._row(length, self.distances[i], generator) for i in picks])
 
     def task(self, count: int, length: int, seed: int = 0) -> TokenTask:
-        """`count` rows of `length` positions at each distance, every value asked for; a group of the score per
-        distance.
-        """
+        """`count` rows of `length` positions at each distance, every value asked for; a distance is a group."""
         if length + 1 < self.shortest:
             raise ValueError(
                 f"recall: length must be at least {self.shortest - 1} at distance {max(self.distances)}, got {length}"
@@ -183,7 +203,11 @@ class Copy:
 
         text ... span, text of `gap` tokens, span
 
-    size: tokens of the span.  gap: tokens between its two occurrences.
+    Attributes:
+        tokens: the text.
+        size: tokens of the span.
+        gap: tokens between its two occurrences.
+        cue: tokens of its second occurrence that are not asked for.
     """
 
     tokens: Tensor
@@ -191,7 +215,7 @@ class Copy:
     gap: int = 16
     cue: int = 6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.cue < self.size:
             raise ValueError(f"copy: cue must be between 1 and size - 1 = {self.size - 1}, got {self.cue}")
 
@@ -221,8 +245,17 @@ class Copy:
 def log_likelihoods(
     predict: Predict, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation) of token ids: the natural log of the continuation's probability after the
-    context, and whether it is what greedy decoding gives. Contexts have at least one token."""
+    """How likely each continuation is.
+
+    Args:
+        predict: the model.
+        pairs: (context, continuation), token ids; a context has at least one.
+        batch_size: pairs that the model is shown at once.
+
+    Returns:
+        For each pair the natural log of the continuation's probability after the context, and whether it is what greedy
+        decoding gives.
+    """
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     by_length = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     for start in range(0, len(pairs), batch_size):
@@ -242,7 +275,10 @@ def log_likelihoods(
 class MultipleChoice:
     """Questions with listed answers, as lm-eval-harness scores them: the choice of the largest log-likelihood wins.
 
-    documents: (query, choices, index of the right choice).  loss is the mean over the right choices' tokens.
+    Attributes:
+        name: of the task.
+        documents: (query, choices, index of the right choice) of each question.
+        tokenizer: of the model.
     """
 
     name: str
@@ -251,7 +287,12 @@ class MultipleChoice:
 
     @classmethod
     def from_jsonl(cls, path: str | Path, tokenizer: Tokenizer) -> MultipleChoice:
-        """A file with one JSON object per line: "query" (text), "choices" (texts), "gold" (index)."""
+        """Reads a file with one JSON object per line: "query" (text), "choices" (texts), "gold" (index).
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: a line is no such object, or there is none.
+        """
         documents = []
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
@@ -276,6 +317,7 @@ class MultipleChoice:
         return cls(Path(path).stem, documents, tokenizer)
 
     def score(self, predict: Predict) -> Score:
+        """The loss is the mean over the tokens of the right choices."""
         pairs = []
         for query, choices, _ in self.documents:
             context = self.tokenizer.encode(query)

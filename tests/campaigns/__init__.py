@@ -1,4 +1,4 @@
-"""Long random campaigns beside the fuzzer of the ops, each a program that prints what it saw: `python -m tests.campaigns.<name>`."""
+"""Long random campaigns beside the fuzzer of the ops, each a program: `python -m tests.campaigns.<name>`."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A random driver for the command line: valid command lines with a part of them gone bad.
 
-`python -m tests.campaigns.bad_arguments 2000` runs until so many were refused and prints what it saw. Whatever is refused must
-end with one sentence and exit code 1 or 2, and must have written nothing; whatever is accepted must run.
+`python -m tests.campaigns.bad_arguments 2000` runs until so many were refused and prints what it saw. Whatever is
+refused must end with one sentence and exit code 1 or 2, and must have written nothing; whatever is accepted must run.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ from unittest import mock
 from support.postnas_cases import text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
-from jetkernels.cli import demo, search, throughput
+from jetkernels.cli import demo, throughput
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
+from jetkernels.postnas import stages as postnas_stages
 
 VALUES = [
     "-1",
@@ -274,14 +275,16 @@ def light():
     def small(cls, config, **options):
         return _ran() if config.vocab_size * config.hidden_size > 10**6 else random_model(cls, config, **options)
 
-    stages = [f"run_{name}" for name in ("base", "placement", "blocks", "design", "shapes", "final")]
+    stages = [
+        getattr(postnas_stages, f"{name}Stage") for name in ("Base", "Placement", "Blocks", "Design", "Shapes", "Final")
+    ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in [
             (JetNemotronForCausalLM, "generate", short),
             (JetNemotronForCausalLM, "random", classmethod(small)),
             (throughput, "measure_speed", quick),
-            (demo, "load_corpus", _ran),
-            *((search, name, _ran) for name in stages),
+            (demo.TextCorpus, "from_standard_library", _ran),
+            *((stage, "run", _ran) for stage in stages),
         ]:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

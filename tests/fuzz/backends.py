@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from support.cases import OpsBackend, PlainBackend
+from support.backends import OpsBackend, PlainBackend
 from support.device_backends import CudaBackend, SimulatorBackend, has_hopper, hoppersim
 
 from jetkernels import _library

@@ -75,9 +75,8 @@ class Summary:
         lines.append("\nworst RMS error / ceiling, by op, dtype and result")
         for op, dtype in sorted({key[:2] for key in self.worst}):
             found = [(name, *self.worst[op, dtype, name]) for *key, name in self.worst if key == [op, dtype]]
-            lines.append(
-                f"  {op:{width}}  {dtype:8}  {'  '.join(f'{name} {error:.1e}/{ceiling:.0e}' for name, error, ceiling in sorted(found))}"
-            )
+            results = [f"{name} {error:.1e}/{ceiling:.0e}" for name, error, ceiling in sorted(found)]
+            lines.append(f"  {op:{width}}  {dtype:8}  {'  '.join(results)}")
         for op, number in sorted(self.ill.items()):
             if number:
                 lines.append(
@@ -201,10 +200,8 @@ def _one_process(summary: Summary, backend: str, op: str | None, number: int, en
             summary.add(backend, number, row)
             if time.monotonic() - summary.told > 60:
                 summary.told = time.monotonic()
-                print(
-                    f"... {sum(summary.cases.values())} cases, {len(summary.failures)} failed; {backend} is at {number}",
-                    flush=True,
-                )
+                cases, failed = sum(summary.cases.values()), len(summary.failures)
+                print(f"... {cases} cases, {failed} failed; {backend} is at {number}", flush=True)
         else:
             other.append(line)
     code = process.wait()

@@ -6,37 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from support import draft_properties, pool_properties, properties
-from support.cases import (
-    GATES,
-    REFERENCE,
-    TOLERANCE,
-    ZERO,
-    OpsBackend,
-    accumulator,
-    assert_bitwise,
-    assert_error,
-    floating,
-    rms,
-)
+from support import draft_properties, pool_properties
+from support import sequence_properties as properties
+from support.arguments import SEQUENCE_OPS, TOKENS, accumulator, floating, with_pool
+from support.backends import REFERENCE, OpsBackend
+from support.comparison import GATES, TOLERANCE, ZERO, assert_bitwise, assert_error, rms
 from support.device_backends import CHUNK_STATE_CEILING
-from support.properties import TOKENS, poisoned_allocations
+from support.memory import poisoned_allocations
 from torch import Tensor
 
-from reference.dynamic_conv_step import dynamic_conv_step
-from reference.recurrent_gated_delta_rule import recurrent_gated_delta_rule
 from reference.recurrent_gated_delta_rule_commit import recurrent_gated_delta_rule_commit
 from reference.recurrent_gated_delta_rule_verify import recurrent_gated_delta_rule_verify
 
 from .backends import set_threads, takes_kernels_only
-from .draw import SEQUENCE_OPS, Case
+from .draw import Case
 
 PERTURBATIONS = 3
-_OTHER = {
-    1: 3,
-    2: 1,
-    4: 2,
-}  # how many threads a case's second call has: our kernels' bits depend neither on them nor on the call
+# How many threads a case's second call has: our kernels' bits depend neither on them nor on the call.
+_OTHER = {1: 3, 2: 1, 4: 2}
 
 
 class Measured(NamedTuple):
@@ -322,14 +309,13 @@ def _calls_at_once(call: Callable[[], list[Tensor]], backend: OpsBackend) -> Non
 def _pool_define(case: Case, rows: list[int], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     x = _changed(case.inputs, change)
     if case.op == "recurrent_gated_delta_rule_commit":
-        return {"state": recurrent_gated_delta_rule_commit(*x[:4], x.pool, x.state_indices)[rows]}
+        return {"state": recurrent_gated_delta_rule_commit(*x)[rows]}
     if case.op == "recurrent_gated_delta_rule_verify":
         o, keys, updates = recurrent_gated_delta_rule_verify(*x)
         number = torch.tensor(case.accepted, dtype=torch.int64)
-        pool = recurrent_gated_delta_rule_commit(keys, updates, x.g, number, x.pool, x.state_indices)
+        pool = recurrent_gated_delta_rule_commit(keys, updates, x.g, number, x.state, x.state_indices)
         return {"output": o, "keys": keys, "updates": updates, "state": pool[rows]}
-    define = dynamic_conv_step if case.op == "dynamic_conv_step" else recurrent_gated_delta_rule
-    out, pool = define(*x)
+    out, pool = REFERENCE[case.op](*x)
     return {"output": out, "state": pool[rows]}
 
 
@@ -337,14 +323,14 @@ def _run_pool(case: Case, backend: OpsBackend) -> tuple[dict[str, Tensor], Tenso
     """Results by name, and a pool in the layout of the case's after the call."""
     x, pool = case.inputs, _twin(case.inputs.pool)
     if case.op == "recurrent_gated_delta_rule_commit":
-        backend(case.op, *x[:4], pool, x.state_indices)
+        backend(case.op, *with_pool(x, pool))
         return {}, pool
     if case.op == "recurrent_gated_delta_rule_verify":
         draft = draft_properties.verify(backend, x)
         number = torch.tensor(case.accepted, dtype=torch.int64)
         backend("recurrent_gated_delta_rule_commit", *draft[1:], x.g, number, pool, x.state_indices)
         return {"output": draft.o, "keys": draft.keys, "updates": draft.updates}, pool
-    return {"output": backend(case.op, *x._replace(pool=pool))}, pool
+    return {"output": backend(case.op, *with_pool(x, pool))}, pool
 
 
 def _check_pool(case: Case, backend: OpsBackend, values: bool) -> list[Measured]:

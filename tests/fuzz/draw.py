@@ -8,18 +8,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from support.cases import LAYOUTS, LENGTHS, ApplyInputs, ConvInputs, DeltaInputs, accumulator, laid_out
-from support.pool_properties import CommitCall, RecurrentCall, StepCall
+from support.arguments import (
+    POOL_OPS,
+    SEQUENCE_OPS,
+    ApplyInputs,
+    CommitCall,
+    ConvInputs,
+    DeltaInputs,
+    RecurrentCall,
+    StepCall,
+    accumulator,
+    results_of,
+)
+from support.layouts import LAYOUTS, laid_out
+from support.shapes import LENGTHS
 from torch import Tensor
 
-SEQUENCE_OPS = ("chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv")
-POOL_OPS = (
-    "recurrent_gated_delta_rule",
-    "dynamic_conv_step",
-    "recurrent_gated_delta_rule_verify",
-    "recurrent_gated_delta_rule_commit",
-)
-OPS = SEQUENCE_OPS + POOL_OPS
+OPS = (*SEQUENCE_OPS, *POOL_OPS)
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DECADES = {F64: 6.0, F32: 4.0, BF16: 4.0, F16: 0.5}  # how far magnitudes go, so that results stay within the dtype
 WORK = 2_000_000  # multiply-adds of the recurrence in one case: what keeps a case in the milliseconds
@@ -346,15 +351,8 @@ def _step(draw: Draw, dtype: torch.dtype) -> StepCall:
 
 
 def _cotangents(draw: Draw, inputs: NamedTuple) -> tuple[Tensor, Tensor | None]:
-    N = inputs[0].shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
-    if isinstance(inputs, DeltaInputs):
-        like, dtype = inputs.v, accumulator(inputs.v.dtype)
-        shape = (N, like.shape[2], inputs.q.shape[3], like.shape[3])
-    else:
-        like, dtype = inputs.x, inputs.x.dtype
-        W = inputs.weight.shape[0] // like.shape[2] if isinstance(inputs, ConvInputs) else inputs.kernels.shape[3]
-        shape = (N, like.shape[2], W - 1)
-    grad = (draw.normal(*like.shape) * draw.magnitude(like.dtype)).to(like.dtype)
+    (shape, dtype), (state_shape, state_dtype) = results_of(inputs)
+    grad = (draw.normal(*shape) * draw.magnitude(dtype)).to(dtype)
     which = draw.named("cotangents", "both", "both", "both", "output", "state")
-    state = (draw.normal(*shape) * draw.magnitude(like.dtype)).to(dtype) if which != "output" else None
+    state = (draw.normal(*state_shape) * draw.magnitude(dtype)).to(state_dtype) if which != "output" else None
     return draw.layout(torch.zeros_like(grad) if which == "state" else grad), draw.layout(state)

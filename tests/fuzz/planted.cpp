@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "bindings/parallel.h"
+#include "bindings/torch_parallel.h"
 
 #define JET_PLANTED extern "C" __attribute__((visibility("default"), noinline))
 

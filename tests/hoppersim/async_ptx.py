@@ -54,7 +54,7 @@ def launch(
 
 def finding(
     body: str, args=None, *, threads: int = 32, cluster: int = 1, timing: str = "early", **options
-) -> hoppersim.Fault:
+) -> "hoppersim.Fault":
     """The Fault that the kernel ends with."""
     args = (np.zeros(4096, np.uint32),) if args is None else args
     with pytest.raises(hoppersim.Fault) as caught:

@@ -9,8 +9,6 @@ _FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    # jet_sim() puts an allocator under torch for the rest of the process: these tests come last.
-    items.sort(key=lambda item: _FOLDER in item.path.parents)
     if hoppersim.nvcc() is None:
         for item in items:
             if _FOLDER in item.path.parents:

@@ -60,7 +60,8 @@ def kernel(body: str, parameters: str = ".param .u64 out", declare: str = "") ->
     return (
         HEADER
         + declare
-        + f".visible .entry k({parameters})\n{{\n.reg .pred %p<10>;\n.reg .b16 %h<10>;\n.reg .b32 %r<40>;\n.reg .b64 %rd<20>;\n.reg .f32 %f<20>;\n"
+        + f".visible .entry k({parameters})\n{{\n.reg .pred %p<10>;\n.reg .b16 %h<10>;\n.reg .b32 %r<40>;\n"
+        ".reg .b64 %rd<20>;\n.reg .f32 %f<20>;\n"
         "ld.param.u64 %rd0, [out];\nmov.u32 %r0, %tid.x;\n" + body + "\nret;\n}\n"
     )
 
@@ -70,7 +71,7 @@ def store(value: str) -> str:
     return f"mul.wide.u32 %rd19, %r0, 4;\nadd.s64 %rd19, %rd0, %rd19;\nst.global.b32 [%rd19], {value};\n"
 
 
-def fault_of(text: str, args, block=32, grid=1, **options) -> hoppersim.Fault:
+def fault_of(text: str, args, block=32, grid=1, **options) -> "hoppersim.Fault":
     """The fault of a launch that must have one."""
     import pytest
 

@@ -381,7 +381,10 @@ def test_compare_with_nan(name, holds):
 
 def test_compare_joins_predicates():
     a, b = words(np.int32, seed=20), words(np.int32, seed=21)
-    body = "setp.gt.s32 %p1, %x0, 0;\nsetp.lt.and.s32 %p2|%p3, %x0, %x1, !%p1;\nselp.u32 %t3, 1, 0, %p2;\nselp.u32 %t4, 2, 0, %p3;\nor.b32 %y, %t3, %t4;"
+    body = (
+        "setp.gt.s32 %p1, %x0, 0;\nsetp.lt.and.s32 %p2|%p3, %x0, %x1, !%p1;\nselp.u32 %t3, 1, 0, %p2;\n"
+        "selp.u32 %t4, 2, 0, %p3;\nor.b32 %y, %t3, %t4;"
+    )
     gate = ~(a > 0)
     np.testing.assert_array_equal(lanes(body, [a, b], "u32"), ((a < b) & gate) + 2 * (~(a < b) & gate))
 

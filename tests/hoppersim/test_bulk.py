@@ -51,7 +51,10 @@ DUMP = "".join(f"ld.shared.u32 %r5, [%r2+{b}];\nst.global.u32 [%rd3+{b}], %r5;\n
 )
 def test_cp_async(size, cache, kept, timing):
     source, out = words(128), np.zeros(128, np.uint32)
-    copy = f"mov.u32 %r9, {kept};\ncp.async.{cache}.shared.global.L2::128B [%r2], [%rd2], {size}, %r9;\ncp.async.commit_group;\ncp.async.wait_group 0;"
+    copy = (
+        f"mov.u32 %r9, {kept};\ncp.async.{cache}.shared.global.L2::128B [%r2], [%rd2], {size}, %r9;\n"
+        "cp.async.commit_group;\ncp.async.wait_group 0;"
+    )
     dump = "".join(f"ld.shared.u32 %r5, [%r2+{b}];\nst.global.u32 [%rd3+{b}], %r5;\n" for b in range(0, size, 4))
     counters = launch(kernel(PER_THREAD.format(size=size, copy=copy) + dump, arrays=2), (source, out), timing=timing)
     expected = source[: 8 * size].reshape(32, -1).copy()
@@ -196,7 +199,10 @@ def test_read_groups_free_the_buffer_before_the_bytes_are_out(timing):
     """After .read the stage may be filled again; the store must still bring the old bytes, and may finish after the
     kernel.
     """
-    fill = "st.shared.u32 [%buffer], {0};\nst.shared.u32 [%buffer+4], {0};\nst.shared.u32 [%buffer+8], {0};\nst.shared.u32 [%buffer+12], {0};\n"
+    fill = (
+        "st.shared.u32 [%buffer], {0};\nst.shared.u32 [%buffer+4], {0};\nst.shared.u32 [%buffer+8], {0};\n"
+        "st.shared.u32 [%buffer+12], {0};\n"
+    )
     fence = "fence.proxy.async.shared::cta;\n"
     first = (
         "mov.u32 %r1, 11;\nmov.u32 %r2, 22;\n"
@@ -262,7 +268,10 @@ def test_faults(name, timing):
 
 def tensor_load(rank: int) -> str:
     coordinates = ", ".join(f"%r{10 + d}" for d in range(rank))
-    return f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [%buffer], [%m0, {{{coordinates}}}], [%bar];\n"
+    return (
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[%buffer], [%m0, {{{coordinates}}}], [%bar];\n"
+    )
 
 
 def tensor_store(rank: int, map: str, reduce: str = "") -> str:
@@ -454,7 +463,10 @@ def test_what_the_driver_refuses(change, reason):
 @pytest.mark.parametrize(
     "line",
     [
-        "cp.async.bulk.tensor.2d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%buffer], [%rd1, {%r1, %r2}], [%bar];",
+        (
+            "cp.async.bulk.tensor.2d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+            "[%buffer], [%rd1, {%r1, %r2}], [%bar];"
+        ),
         "cp.async.bulk.global.shared::cta.bulk_group.cp_mask [%rd1], [%buffer], 16, %h1;",
         "cp.async.cg.shared.global [%buffer], [%rd1], 8;",
     ],

@@ -72,7 +72,10 @@ def test_remote_store_between_cluster_barriers(timing, seed):
 
 @seeds
 def test_lanes_that_exit_do_not_hold_up_the_cluster_barrier(seed):
-    body = "setp.ge.u32 %p1, %tid, 40;\n@%p1 bra END;\nbarrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;\nst.global.u32 [%rd60], 1;\nEND:"
+    body = (
+        "setp.ge.u32 %p1, %tid, 40;\n@%p1 bra END;\nbarrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;\n"
+        "st.global.u32 [%rd60], 1;\nEND:"
+    )
     out = np.zeros((2, 64), np.uint32)
     pair(body, out, threads=64, seed=seed)
     assert out[:, 0].tolist() == [1, 1]
@@ -114,9 +117,15 @@ def test_multicast(tensor, timing, seed):
     source = memory[-memory.ctypes.data % 16 :][: source.nbytes].view(np.uint32)
     source[:] = np.arange(128)
     if tensor:
-        copy = "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%m0, {%r3}], [%bar], %h1;"
+        copy = (
+            "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%r2], [%m0, {%r3}], [%bar], %h1;"
+        )
     else:
-        copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%rd1], 256, [%bar], %h1;"
+        copy = (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%r2], [%rd1], 256, [%bar], %h1;"
+        )
     body = f"""
     {BAR}
     {SYNC}
@@ -143,6 +152,7 @@ def test_multicast(tensor, timing, seed):
 @both_timings
 def test_remote_reductions_share_a_destination(timing):
     """Both CTAs add 4 words to rank 0's buffer."""
+    reduce = "cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32"
     body = f"""
     {BAR}
     mov.u32 %r1, 5;
@@ -153,7 +163,7 @@ def test_remote_reductions_share_a_destination(timing):
     mapa.shared::cluster.u32 %r2, %buffer, 0;
     mapa.shared::cluster.u32 %r3, %bar, 0;
     @%p5 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], 32;
-    cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32 [%r2], [%buffer+128], 16, [%r3];
+    {reduce} [%r2], [%buffer+128], 16, [%r3];
     @!%p5 bra DONE;
     {WAIT}
     ld.shared.v4.u32 {{%r4, %r5, %r6, %r7}}, [%buffer];
@@ -224,7 +234,10 @@ def test_faults(name):
 @both_timings
 def test_the_peer_may_not_leave_early(timing):
     """Without the last cluster barrier rank 1 may end before rank 0 writes to it: with this schedule it has."""
-    late = "@!%p5 bra END;\nmov.u32 %r1, 0;\nSPIN: add.u32 %r1, %r1, 1;\nsetp.lt.u32 %p1, %r1, 100000;\n@%p1 bra SPIN;\nmbarrier.arrive.shared::cluster.b64 _, [%r53];\nEND:"
+    late = (
+        "@!%p5 bra END;\nmov.u32 %r1, 0;\nSPIN: add.u32 %r1, %r1, 1;\nsetp.lt.u32 %p1, %r1, 100000;\n"
+        "@%p1 bra SPIN;\nmbarrier.arrive.shared::cluster.b64 _, [%r53];\nEND:"
+    )
     assert (
         finding(RANK + PEER + BAR + SYNC + late, threads=1, cluster=2, timing=timing).kind == "access to an ended CTA"
     )

@@ -1,4 +1,4 @@
-"""csrc/hopper/tensor_map.h: boxes of 1 to 5 dimensions there and back, swizzles as layout.h says, bulk copies."""
+"""csrc/hopper/tma.h: boxes of 1 to 5 dimensions there and back, swizzles as layout.h says, bulk copies."""
 
 import ctypes
 

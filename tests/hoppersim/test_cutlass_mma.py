@@ -163,9 +163,8 @@ def test_quad_pairs(name):
     layouts = quad_layouts()
     rng = np.random.default_rng(4)
     a, b, c = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((4, 8, 4), (4, 8, 4), (4, 8, 8)))
-    lanes = np.stack(
-        [np.concatenate([4 * q + np.arange(4), 16 + 4 * q + np.arange(4)]) for q in range(4)]
-    )  # [quad pair, thread]
+    # [quad pair, thread]
+    lanes = np.stack([np.concatenate([4 * q + np.arange(4), 16 + 4 * q + np.arange(4)]) for q in range(4)])
 
     def registers(matrices, layout, dtype):
         out = np.zeros((32, layout.shape[1]), dtype)

@@ -133,9 +133,8 @@ def test_places():
     np.testing.assert_array_equal(out[..., 12], np.broadcast_to(elected, (2, 4, 128)))
     np.testing.assert_array_equal(out[..., 13], out[..., 12])
     np.testing.assert_array_equal(out[..., 14], 0)
-    np.testing.assert_array_equal(
-        out[..., 15], np.broadcast_to(100 + (np.arange(4)[:, None] % 2 ^ 1), (2, 4, 128))
-    )  # the peer's word
+    peer = np.arange(4)[:, None] % 2 ^ 1
+    np.testing.assert_array_equal(out[..., 15], np.broadcast_to(100 + peer, (2, 4, 128)))
 
 
 # ---- Thread copies
@@ -348,9 +347,8 @@ def make_map(how: str, timing: str, *, shape=(24, 12), stride_bytes=None) -> tup
     dims = np.array([*shape, 1, 1, 1], np.uint32)
     strides = np.array([0, stride_bytes or large.strides[0], 0, 0, 0], np.uint64)
     run_tma("run_made_map", p, small, large, dump, work, timing=timing, rest=(work, large, dims, strides, MAKE[how]))
-    seen = (
-        large if reshaped else large.reshape(-1)[: 6 * 8].reshape(6, 8)
-    )  # in global memory only the address is replaced
+    # In global memory only the address is replaced.
+    seen = large if reshaped else large.reshape(-1)[: 6 * 8].reshape(6, 8)
     expected = np.zeros_like(dump)
     part = seen[at[1] : at[1] + 4, at[0] : at[0] + 8]
     expected[: part.shape[0], : part.shape[1]] = part

@@ -115,7 +115,10 @@ def ordered(sem: str) -> str:
     text = ORDER.format(init=INIT, release=f"mbarrier.arrive{sem}.shared::cta.b64 _, [%bar];")
     return text.replace(
         "st.shared.u32 [%buffer], 77;",
-        "and.b32 %r1, %tid, 31;\nsetp.ne.u32 %p2, %r1, 0;\n@%p2 bra END;\nmov.u32 %r2, 77;\nst.shared.v4.u32 [%buffer], {%r2, %r2, %r2, %r2};",
+        (
+            "and.b32 %r1, %tid, 31;\nsetp.ne.u32 %p2, %r1, 0;\n@%p2 bra END;\nmov.u32 %r2, 77;\n"
+            "st.shared.v4.u32 [%buffer], {%r2, %r2, %r2, %r2};"
+        ),
     ).replace("WAIT(", "and.b32 %r1, %tid, 31;\nsetp.ne.u32 %p2, %r1, 0;\n@%p2 bra END;\nWAIT(")
 
 

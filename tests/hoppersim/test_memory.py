@@ -67,7 +67,10 @@ def test_sign_of_narrow_loads():
     out = np.zeros(32, np.uint32)
     out[0] = 0x80FF
     got, _ = run(
-        "ld.global.s8 %r1, [%rd0];\nld.global.u8 %r2, [%rd0+1];\nld.global.s16 %r3, [%rd0];\nadd.s32 %r1, %r1, %r2;\nadd.s32 %r1, %r1, %r3;\nbar.sync 0;\n"
+        (
+            "ld.global.s8 %r1, [%rd0];\nld.global.u8 %r2, [%rd0+1];\nld.global.s16 %r3, [%rd0];\n"
+            "add.s32 %r1, %r1, %r2;\nadd.s32 %r1, %r1, %r3;\nbar.sync 0;\n"
+        )
         + store("%r1"),
         out,
     )
@@ -75,28 +78,38 @@ def test_sign_of_narrow_loads():
 
 
 def test_parameters_of_every_kind():
-    text = (
-        HEADER
-        + ".visible .entry k(.param .align 8 .b8 s[24], .param .u8 c, .param .u64 out)\n{\n.reg .b32 %r<9>;\n.reg .b64 %rd<9>;\nld.param.u64 %rd0, [out];\n"
+    text = HEADER + (
+        ".visible .entry k(.param .align 8 .b8 s[24], .param .u8 c, .param .u64 out)\n{\n.reg .b32 %r<9>;\n"
+        ".reg .b64 %rd<9>;\nld.param.u64 %rd0, [out];\n"
     )
-    text += "ld.param.u32 %r1, [s+20];\nld.param.u8 %r2, [c];\nmov.b64 %rd1, s;\ncvta.param.u64 %rd2, %rd1;\nld.u32 %r3, [%rd2+4];\nadd.u32 %r1, %r1, %r2;\nadd.u32 %r1, %r1, %r3;\nst.global.u32 [%rd0], %r1;\nret;\n}\n"
+    text += (
+        "ld.param.u32 %r1, [s+20];\nld.param.u8 %r2, [c];\nmov.b64 %rd1, s;\ncvta.param.u64 %rd2, %rd1;\n"
+        "ld.u32 %r3, [%rd2+4];\nadd.u32 %r1, %r1, %r2;\nadd.u32 %r1, %r1, %r3;\nst.global.u32 [%rd0], %r1;\n"
+        "ret;\n}\n"
+    )
     out = np.zeros(1, np.uint32)
     hoppersim.Module(text).launch("k", 1, 1, (np.arange(6, dtype=np.uint32).tobytes(), 200, out))
     assert out[0] == 5 + 200 + 1
 
 
 def test_variables_with_initial_values():
-    declare = ".const .align 4 .b8 table[8] = {1, 0, 0, 0, 2, 1};\n.global .align 4 .u32 number = 7;\n.global .align 8 .u64 pointer = generic(table)+4;\n.global .align 4 .f32 f = 0f40000000;\n"
-    body = "ld.const.u32 %r1, [table+4];\nld.global.u32 %r2, [number];\nmov.u64 %rd1, pointer;\nld.global.u64 %rd2, [%rd1];\nld.u32 %r3, [%rd2];\nld.global.f32 %f1, [f];\ncvt.rzi.u32.f32 %r4, %f1;\n"
+    declare = (
+        ".const .align 4 .b8 table[8] = {1, 0, 0, 0, 2, 1};\n.global .align 4 .u32 number = 7;\n"
+        ".global .align 8 .u64 pointer = generic(table)+4;\n.global .align 4 .f32 f = 0f40000000;\n"
+    )
+    body = (
+        "ld.const.u32 %r1, [table+4];\nld.global.u32 %r2, [number];\nmov.u64 %rd1, pointer;\n"
+        "ld.global.u64 %rd2, [%rd1];\nld.u32 %r3, [%rd2];\nld.global.f32 %f1, [f];\ncvt.rzi.u32.f32 %r4, %f1;\n"
+    )
     body += "add.u32 %r1, %r1, %r2;\nadd.u32 %r1, %r1, %r3;\nadd.u32 %r1, %r1, %r4;\n" + store("%r1")
     out, _ = run(body, declare=declare)
     assert out[0] == 258 + 7 + 258 + 2
 
 
 def test_dynamic_shared_follows_static():
-    body = (
-        SHARED
-        + "mov.u32 %r2, d;\nsub.u32 %r3, %r2, %r1;\nmov.u32 %r4, %dynamic_smem_size;\nadd.u32 %r3, %r3, %r4;\nst.shared.u32 [%r2+60], %r3;\nld.shared.u32 %r3, [d+60];\n"
+    body = SHARED + (
+        "mov.u32 %r2, d;\nsub.u32 %r3, %r2, %r1;\nmov.u32 %r4, %dynamic_smem_size;\nadd.u32 %r3, %r3, %r4;\n"
+        "st.shared.u32 [%r2+60], %r3;\nld.shared.u32 %r3, [d+60];\n"
     )
     out = np.zeros(32, np.uint32)
     hoppersim.Module(kernel(body + store("%r3"), declare=".extern .shared .align 1024 .b8 d[];\n")).launch(
@@ -143,13 +156,20 @@ def test_atomics(op, space):
 
 def test_floating_atomics():
     out = np.zeros(8, np.float32)
-    body = "cvt.rn.f32.u32 %f1, %r0;\nred.global.add.f32 [%rd0], %f1;\nmov.b32 %r2, 0x3F803F80;\nred.global.add.noftz.bf16x2 [%rd0+4], %r2;\nmov.b32 %r3, 0x3C004000;\nred.global.add.noftz.f16x2 [%rd0+8], %r3;\n"
+    body = (
+        "cvt.rn.f32.u32 %f1, %r0;\nred.global.add.f32 [%rd0], %f1;\nmov.b32 %r2, 0x3F803F80;\n"
+        "red.global.add.noftz.bf16x2 [%rd0+4], %r2;\nmov.b32 %r3, 0x3C004000;\n"
+        "red.global.add.noftz.f16x2 [%rd0+8], %r3;\n"
+    )
     run(body, out)
     assert out[0] == 496 and out.view(np.uint32)[1] == 0x42004200 and out.view(np.uint32)[2] == 0x50005400
 
 
 def test_compare_and_swap_across_clusters():
-    body = "LOOP:\nld.global.u32 %r1, [%rd0];\nadd.u32 %r2, %r1, 1;\natom.global.cas.b32 %r3, [%rd0], %r1, %r2;\nsetp.ne.u32 %p1, %r3, %r1;\n@%p1 bra LOOP;\n"
+    body = (
+        "LOOP:\nld.global.u32 %r1, [%rd0];\nadd.u32 %r2, %r1, 1;\natom.global.cas.b32 %r3, [%rd0], %r1, %r2;\n"
+        "setp.ne.u32 %p1, %r3, %r1;\n@%p1 bra LOOP;\n"
+    )
     out = np.zeros(1, np.uint32)
     with hoppersim.simulate(seed=3, host_threads=2):
         hoppersim.Module(kernel(body)).launch("k", 6, 32, (out,))
@@ -187,7 +207,10 @@ def test_sectors(stride, sectors):
     out = np.zeros(4096, np.uint8)
     begin = -out.ctypes.data % 128  # an aligned window of the array
     _, counters = run(
-        f"mul.lo.u32 %r1, %r0, {stride};\ncvt.u64.u32 %rd1, %r1;\nadd.s64 %rd1, %rd0, %rd1;\nld.global.u32 %r2, [%rd1];",
+        (
+            f"mul.lo.u32 %r1, %r0, {stride};\ncvt.u64.u32 %rd1, %r1;\nadd.s64 %rd1, %rd0, %rd1;\n"
+            "ld.global.u32 %r2, [%rd1];"
+        ),
         out[begin : begin + 2048],
     )
     assert (

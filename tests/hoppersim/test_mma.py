@@ -123,7 +123,10 @@ def test_mma(element, k, accumulator, exact):
     "text",
     [
         "mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e4m3.f32 {%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0}, {%r0,%r1,%r2,%r3};",
-        "mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0,%r1}, {%r0,%r1,%r2,%r3}, %r4, 0;",
+        (
+            "mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%r0,%r1,%r2,%r3}, {%r0,%r1}, {%r0,%r1}, {%r0,%r1,%r2,%r3}, %r4, 0;"
+        ),
         "ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%r0,%r1}, [%r2];",
         "stmatrix.sync.aligned.m16n8.x1.trans.shared.b8 [%r2], {%r0};",
     ],
@@ -164,7 +167,10 @@ def test_stmatrix(number, trans):
     source = np.ascontiguousarray(matrices.reshape(4, 32, 2).view(np.uint32)[..., 0].T)  # [lane, matrix]
     d = np.zeros((32, 4), np.uint32)
     body = "  mov.u32 %r31, rows;\n  mad.lo.u32 %r33, %r30, 16, %r31;\n" + loads(0, number, 4)
-    body += f"  stmatrix.sync.aligned.m8n8.x{number}{'.trans' * trans}.shared.b16 [%r33], {registers(0, number)};\n  bar.warp.sync -1;\n"
+    body += (
+        f"  stmatrix.sync.aligned.m8n8.x{number}{'.trans' * trans}.shared.b16 [%r33], {registers(0, number)};\n"
+        "  bar.warp.sync -1;\n"
+    )
     body += f"  setp.lt.u32 %p1, %r30, {8 * number};\n  @%p1 ld.shared.v4.b32 {registers(10, 4)}, [%r33];\n"
     launch(body + stores(10, 4), source, d)
     got = d.view(np.uint16).reshape(4, 8, 8)

@@ -85,9 +85,8 @@ def test_cluster_by_launch_attribute(library, cluster):
 
 
 def test_memory_streams_and_events(library):
-    x = (
-        np.random.default_rng(0).integers(-999, 999, 300).astype(np.float32)
-    )  # exact with or without a fused multiply-add
+    # Exact with or without a fused multiply-add.
+    x = np.random.default_rng(0).integers(-999, 999, 300).astype(np.float32)
     y = np.empty_like(x)
     assert library.call("round_trip", x, y, 300) == SUCCESS
     np.testing.assert_array_equal(y, x * 3 * (np.arange(300) % 128 % 4 + 1).astype(np.float32) + np.float32(0.5))
@@ -273,7 +272,8 @@ ADD = """
 .target sm_90a
 .address_size 64
 .global .align 4 .u32 launches = 40;
-.visible .entry add(.param .u64 x, .param .u8 small, .param .f32 scale, .param .f64 offset, .param .align 8 .b8 pair[16])
+.visible .entry add(.param .u64 x, .param .u8 small, .param .f32 scale, .param .f64 offset,
+                    .param .align 8 .b8 pair[16])
 {
   .reg .b32 %r<8>; .reg .b64 %rd<8>; .reg .f32 %f<8>; .reg .f64 %fd<8>;
   ld.param.u64 %rd1, [x];

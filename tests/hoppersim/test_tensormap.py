@@ -105,9 +105,8 @@ def test_missing_fence(body, timing):
 
 @both_timings
 def test_acquire_of_another_warp_without_a_barrier(timing):
-    waiting = (
-        "nanosleep.u32 100;\n" * 300
-    )  # the first warp comes first in the unseeded order; nothing else orders the two
+    # The first warp comes first in the unseeded order; nothing else orders the two.
+    waiting = "nanosleep.u32 100;\n" * 300
     assert (
         kind(by_warps(REPLACE + RELEASE + ACQUIRE, waiting + LOAD, between=""), threads=64, timing=timing)
         == "missing tensormap fence"
@@ -146,7 +145,10 @@ def test_misuse(body, expected):
 @both_timings
 def test_rank_counts_from_zero(timing):
     """As PTX says of this field alone."""
-    body = "tensormap.replace.tile.rank.global.b1024.b32 [%a0], 1;\ntensormap.replace.tile.global_stride.global.b1024.b64 [%a0], 0, 64;\n"
+    body = (
+        "tensormap.replace.tile.rank.global.b1024.b32 [%a0], 1;\n"
+        "tensormap.replace.tile.global_stride.global.b1024.b64 [%a0], 0, 64;\n"
+    )
     load = LOAD.replace(".1d.", ".2d.").replace("{0}", "{0, 0}")
     assert run(body + REPLACE + RELEASE + ACQUIRE + load, timing=timing) == 2
 

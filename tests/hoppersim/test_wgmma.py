@@ -133,7 +133,10 @@ def test_waits_for_all_but_the_newest_groups(timing):
     second = second.replace("%e0, %e1, %e2, %e3, %e4, %e5, %e6, %e7", "%d8, %d9, %d10, %d11, %d12, %d13, %d14, %d15")
     for wanted, register in ((None, "%d0"), ("accumulator read before wait_group", "%d8")):
         kernel.extra = {
-            "commit": f"{second}\nwgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;\nadd.f32 %e9, {register}, {register};"
+            "commit": (
+                f"{second}\nwgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;\n"
+                f"add.f32 %e9, {register}, {register};"
+            )
         }
         if wanted:
             assert fault_kind(kernel, c, timing=timing) == wanted

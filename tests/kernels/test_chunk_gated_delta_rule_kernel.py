@@ -8,21 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import (
-    LENGTHS,
-    PACKED,
-    DeltaInputs,
-    DeltaShape,
-    assert_bitwise,
-    assert_error,
-    delta_inputs,
-    ids,
-    laid_out,
-    layouts,
-    offsets,
-    seeds,
-    splits,
-)
+from support.arguments import DeltaInputs, delta_inputs
+from support.comparison import assert_bitwise, assert_error
 from support.device_backends import (
     CHUNK_STATE_CEILING,
     EARLY,
@@ -33,7 +20,11 @@ from support.device_backends import (
     simulated,
 )
 from support.kernel_code import disassembly, report
-from support.properties import far_apart, part, poisoned_allocations, sequences
+from support.layouts import far_apart, with_layouts
+from support.memory import poisoned_allocations
+from support.sequence_properties import part, sequences
+from support.shapes import LENGTHS, PACKED, DeltaShape, ids
+from support.strategies import layouts, offsets, seeds, splits
 
 from benchmarks import counters as counting
 from benchmarks import ops
@@ -46,10 +37,8 @@ OP = "chunk_gated_delta_rule"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 KEY_DIMS = (64, 96, 128, 192, 256)
 CUT = 8192 + 37  # tokens: one sequence of few heads is cut into eight segments
-OUTPUT_CEILING = {
-    BF16: 2.5e-3,
-    F16: 1e-3,
-}  # operands are fp16 inside: the error of o is that of its own rounding and a few 1e-4
+# Operands are fp16 inside: the error of o is that of its own rounding and a few 1e-4.
+OUTPUT_CEILING = {BF16: 2.5e-3, F16: 1e-3}
 
 SHAPES = (
     *(DeltaShape(f"K = {K}", T=130, K=K, V=64) for K in KEY_DIMS),
@@ -125,8 +114,7 @@ def test_any_shape_dtype_and_layout(backend, K, V, Hk, group, B, T, cu_seqlens, 
         B, T = 1, cu_seqlens[-1]
     shape = DeltaShape("", B, T, Hk, Hk * group, K, V, cu_seqlens, l2norm, state)
     inputs = delta_inputs(shape, dtype, seed)
-    names = [name for name, t in inputs._asdict().items() if isinstance(t, torch.Tensor)]
-    other = inputs._replace(**{name: laid_out(getattr(inputs, name), layout) for name, layout in zip(names, layouts)})
+    other = with_layouts(inputs, layouts)
     check(backend, other)
     for out, expected in zip(backend(OP, *other), backend(OP, *inputs)):
         assert_bitwise(out, expected, "other layout")

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.cases import DeltaShape, assert_bitwise, assert_error, delta_inputs
+from support.arguments import delta_inputs
+from support.comparison import assert_bitwise, assert_error
 from support.device_backends import hoppersim, simulated
+from support.shapes import DeltaShape
 from torch import Tensor
 
 from reference import chunk_gated_delta_rule as chunk

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from support.cases import rms_error
+from support.comparison import rms_error
 from support.device_backends import has_hopper, hoppersim, simulated
 
 from jetkernels.modules import JetBlock, JetBlockConfig

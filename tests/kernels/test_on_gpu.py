@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from support.cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, delta_inputs, rms_error
+from support.arguments import apply_inputs, conv_inputs, delta_inputs, recurrent_call, step_call
+from support.comparison import assert_bitwise, rms_error
 from support.device_backends import has_hopper
+from support.shapes import ConvShape, DeltaShape
 
 import jetkernels
 
@@ -15,22 +17,13 @@ def on_gpu(arguments):
     return [t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments]
 
 
-def recurrent_arguments():
-    inputs = delta_inputs(DeltaShape("", B=4, T=2, Hk=2, H=4, K=96, V=256), BF16)
-    return on_gpu([*inputs[:5], inputs.initial_state, torch.tensor([2, 0, 3, 1]), inputs.scale, True])
-
-
-def step_arguments():
-    x, hidden, weight, bias, state, _, silu = conv_inputs(ConvShape("", B=4, T=1, D=512, R=64), BF16)
-    return on_gpu([x[:, 0], hidden[:, 0], weight, bias, state, None, silu])
-
-
+TOKENS, CHANNELS = DeltaShape("", B=2, T=200, Hk=2, H=4, K=96, V=256), ConvShape("", B=2, T=300, D=512, R=64)
 CALLS = {
-    "recurrent_gated_delta_rule": recurrent_arguments,
-    "dynamic_conv_step": step_arguments,
-    "dynamic_conv": lambda: on_gpu(conv_inputs(ConvShape("", B=2, T=300, D=512, R=64), BF16)),
-    "apply_dynamic_conv": lambda: on_gpu(apply_inputs(ConvShape("", B=2, T=300, D=512), BF16)),
-    "chunk_gated_delta_rule": lambda: on_gpu(delta_inputs(DeltaShape("", B=2, T=200, Hk=2, H=4, K=96, V=256), BF16)),
+    "recurrent_gated_delta_rule": lambda: recurrent_call(TOKENS._replace(B=4, T=2), BF16, rows=(2, 0, 3, 1)),
+    "dynamic_conv_step": lambda: step_call(CHANNELS._replace(B=4), BF16),
+    "dynamic_conv": lambda: conv_inputs(CHANNELS, BF16),
+    "apply_dynamic_conv": lambda: apply_inputs(CHANNELS, BF16),
+    "chunk_gated_delta_rule": lambda: delta_inputs(TOKENS, BF16),
 }
 each_op = pytest.mark.parametrize("name", CALLS)
 
@@ -46,7 +39,7 @@ def call(name, arguments):
 
 @each_op
 def test_a_graph_replays_what_a_call_does(name):
-    arguments = CALLS[name]()
+    arguments = on_gpu(CALLS[name]())
     expected = call(name, arguments)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -67,7 +60,7 @@ def test_a_graph_replays_what_a_call_does(name):
 @each_op
 def test_the_current_stream_is_used(name):
     """The inputs come late on a side stream: a launch on another stream would not see them."""
-    arguments = CALLS[name]()
+    arguments = on_gpu(CALLS[name]())
     expected = call(name, arguments)
     late = [
         torch.full_like(t, float("nan")) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
@@ -89,7 +82,7 @@ def test_the_current_stream_is_used(name):
 def test_a_side_device_is_used(name):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    arguments = CALLS[name]()
+    arguments = on_gpu(CALLS[name]())
     expected = call(name, arguments)
     there = [t.to("cuda:1") if isinstance(t, torch.Tensor) else t for t in arguments]
     for out, ref in zip(call(name, there), expected):
@@ -100,12 +93,12 @@ def test_a_side_device_is_used(name):
 
 @each_op
 def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.jet, name).default, tuple(CALLS[name]()))
+    torch.library.opcheck(getattr(torch.ops.jet, name).default, tuple(on_gpu(CALLS[name]())))
 
 
 @each_op
 def test_no_host_synchronisation(name):
-    arguments = CALLS[name]()
+    arguments = on_gpu(CALLS[name]())
     call(name, arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -115,7 +108,7 @@ def test_no_host_synchronisation(name):
 
 
 def test_compiled_equals_eager():
-    x, hidden, weight, bias, *_ = CALLS["dynamic_conv"]()
+    x, hidden, weight, bias, *_ = on_gpu(CALLS["dynamic_conv"]())
 
     def function(x, hidden):
         y, _ = jetkernels.dynamic_conv(x, hidden, weight, bias)
@@ -126,7 +119,9 @@ def test_compiled_equals_eager():
 
 
 def test_autocast_takes_the_kernel():
-    x, hidden, weight, bias, *_ = (t.float() if isinstance(t, torch.Tensor) else t for t in CALLS["dynamic_conv"]())
+    x, hidden, weight, bias, *_ = (
+        t.float() if isinstance(t, torch.Tensor) else t for t in on_gpu(CALLS["dynamic_conv"]())
+    )
     with torch.autocast("cuda", BF16):
         y, _ = jetkernels.dynamic_conv(x, hidden, weight, bias)
     expected, _ = jetkernels.dynamic_conv(*(t.to(BF16) for t in (x, hidden, weight, bias)))

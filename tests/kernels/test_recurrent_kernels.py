@@ -8,16 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import draft_properties, pool_properties
-from support.cases import DeltaShape, assert_bitwise, delta_inputs, ids, laid_out, layouts, seeds, splits
+from support import backends, draft_properties, pool_properties
+from support.arguments import RecurrentCall, recurrent_call, some_prefixes, with_rows
+from support.comparison import assert_bitwise
 from support.device_backends import EARLY, assert_every_schedule_agrees, each_device, each_machine, hoppersim, simulated
 from support.kernel_code import disassembly, report
-from support.pool_properties import RecurrentCall, run, with_rows
+from support.layouts import with_layouts
+from support.pool_properties import run
+from support.shapes import DeltaShape, ids
+from support.strategies import layouts, seeds, splits
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-PAIRS = tuple((dtype, pool) for dtype in (BF16, F16, F32) for pool in (F32, BF16))
-each_pair = pytest.mark.parametrize("dtype, pool_dtype", PAIRS, ids=lambda d: str(d).removeprefix("torch."))
-each_pool = pytest.mark.parametrize("pool_dtype", (F32, BF16), ids=ids)
+PAIRS = tuple(pair for pair in backends.PAIRS if torch.float64 not in pair)  # the kernel takes no fp64
+each_pair = pytest.mark.parametrize("dtype, state_dtype", PAIRS, ids=ids)
+each_pool = pytest.mark.parametrize("state_dtype", (F32, BF16), ids=ids)
 KEY_DIMS = (64, 96, 128, 192, 256)
 
 SHAPES = (
@@ -43,12 +47,8 @@ SHAPES = (
 AGREE = ("the 2B model's heads", "three value heads per key head", "T = 17", "a CTA for all slices of a key head")
 
 
-def random(
-    dtype=BF16, pool_dtype=F32, shape=DeltaShape("", B=3, T=1, K=64, V=32), P: int | None = None, seed: int = 0
-) -> RecurrentCall:
-    *tokens, _, _, scale, l2norm = delta_inputs(shape, dtype, seed)
-    pool = torch.randn(P or shape.B + 2, shape.H, shape.K, shape.V, dtype=torch.float64).to(pool_dtype)
-    return RecurrentCall(*tokens, pool, None, scale, l2norm)
+def random(dtype=BF16, state_dtype=F32, shape=DeltaShape("", B=3, T=1, K=64, V=32), **more) -> RecurrentCall:
+    return recurrent_call(shape, dtype, state_dtype, **more)
 
 
 # ---- semantics
@@ -57,15 +57,15 @@ def random(
 @each_device
 @each_pair
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.B < 50], ids=ids)
-def test_equals_the_reference(backend, dtype, pool_dtype, shape):
-    pool_properties.check(backend, random(dtype, pool_dtype, shape))
+def test_equals_the_reference(backend, dtype, state_dtype, shape):
+    pool_properties.check(backend, random(dtype, state_dtype, shape))
 
 
 @each_device
 @each_pool
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.B >= 50], ids=ids)
-def test_large_batches(backend, pool_dtype, shape):
-    pool_properties.check(backend, random(BF16, pool_dtype, shape))
+def test_large_batches(backend, state_dtype, shape):
+    pool_properties.check(backend, random(BF16, state_dtype, shape))
 
 
 @each_device
@@ -73,8 +73,8 @@ def test_large_batches(backend, pool_dtype, shape):
 @pytest.mark.parametrize("T", (1, 3))
 @pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64), ids=("int32", "int64"))
 @pytest.mark.parametrize("rows", (None, (4, 0, 3), (2, -1, 0), (-1, -1, -1), (-7, 4, -1)), ids=str)
-def test_any_rows_of_the_pool(backend, pool_dtype, T, index_dtype, rows):
-    call = random(BF16, pool_dtype, DeltaShape("", B=3, T=T, K=64, V=16))
+def test_any_rows_of_the_pool(backend, state_dtype, T, index_dtype, rows):
+    call = random(BF16, state_dtype, DeltaShape("", B=3, T=T, K=64, V=16))
     pool_properties.check(backend, with_rows(call, rows, index_dtype))
 
 
@@ -92,8 +92,8 @@ def calls(draw) -> RecurrentCall:
         V=16 * draw(st.integers(1, 5)),
         l2norm=draw(st.booleans()),
     )
-    dtype, pool_dtype = draw(st.sampled_from(PAIRS))
-    call = random(dtype, pool_dtype, shape, seed=draw(seeds))
+    dtype, state_dtype = draw(st.sampled_from(PAIRS))
+    call = random(dtype, state_dtype, shape, seed=draw(seeds))
     rows = draw(st.permutations(range(shape.B + 2)))[: shape.B]
     call = with_rows(
         call,
@@ -102,8 +102,7 @@ def calls(draw) -> RecurrentCall:
     )
     gates = {name: getattr(call, name).to(draw(st.sampled_from((F32, BF16, F16)))) for name in ("g", "beta")}
     call = call._replace(**gates)
-    tokens = call._fields[:5]
-    return call._replace(**{name: laid_out(getattr(call, name), layout) for name, layout in zip(tokens, draw(layouts))})
+    return with_layouts(call, draw(layouts)[:5])
 
 
 @each_device
@@ -125,22 +124,22 @@ def test_any_split_into_calls_equals_one_call(backend, data, T, seed):
         parts.append(backend("recurrent_gated_delta_rule", *tokens, *call[5:]))
         begin += length
     assert_bitwise(torch.cat(parts, 1), whole, "output")
-    assert_bitwise(call.pool, whole_pool, "pool")
+    assert_bitwise(call.state, whole_pool, "pool")
 
 
 @each_device
 @each_pool
 @pytest.mark.parametrize("V", (32, 48))
-def test_pool_with_strides(backend, pool_dtype, V):
+def test_pool_with_strides(backend, state_dtype, V):
     """Rows, heads and key dims of the pool may be anywhere on a multiple of 16 bytes; what lies between is
     untouched.
     """
-    call = random(BF16, pool_dtype, DeltaShape("", B=3, T=2, K=64, V=V))
-    storage = torch.full((7, 64, 3, V + 16), math.nan, dtype=pool_dtype)
+    call = random(BF16, state_dtype, DeltaShape("", B=3, T=2, K=64, V=V))
+    storage = torch.full((7, 64, 3, V + 16), math.nan, dtype=state_dtype)
     pool = storage.permute(0, 2, 1, 3)[1:6, :2, :, 8 : V + 8]
-    pool.copy_(call.pool)
-    pool_properties.check(backend, with_rows(call._replace(pool=pool), (4, 0, 2)))
-    backend("recurrent_gated_delta_rule", *call._replace(pool=pool))
+    pool.copy_(call.state)
+    pool_properties.check(backend, with_rows(call._replace(state=pool), (4, 0, 2)))
+    backend("recurrent_gated_delta_rule", *call._replace(state=pool))
     assert storage[0].isnan().all() and storage[1:6, :, 2].isnan().all()
     assert storage[1:6, :, :2, :8].isnan().all() and storage[1:6, :, :2, V + 8 :].isnan().all()
 
@@ -155,15 +154,15 @@ def test_indices_with_strides(backend):
 
 @each_device
 @each_pool
-def test_index_minus_one_is_not_row_zero(backend, pool_dtype):
-    pool_properties.negative_index_is_not_a_row(backend, random(BF16, pool_dtype))
+def test_index_minus_one_is_not_row_zero(backend, state_dtype):
+    pool_properties.negative_index_is_not_a_row(backend, random(BF16, state_dtype))
 
 
 @each_device
 @each_pool
 @pytest.mark.parametrize("rows", ((3, 0, 1), (-1, 2, -1)), ids=str)
-def test_other_rows_do_not_matter(backend, pool_dtype, rows):
-    pool_properties.other_rows_do_not_matter(backend, random(BF16, pool_dtype), rows)
+def test_other_rows_do_not_matter(backend, state_dtype, rows):
+    pool_properties.other_rows_do_not_matter(backend, random(BF16, state_dtype), rows)
 
 
 @each_device
@@ -176,9 +175,9 @@ def test_nan_stays_in_its_sequence(backend, n, value):
 
 @each_device
 @each_pool
-def test_a_row_does_not_depend_on_the_others_to_the_bit(backend, pool_dtype):
+def test_a_row_does_not_depend_on_the_others_to_the_bit(backend, state_dtype):
     """Also where another batch size takes other tiles."""
-    call = with_rows(random(BF16, pool_dtype, DeltaShape("", B=40, T=1, Hk=12, H=12, K=64, V=64), P=42), range(1, 41))
+    call = with_rows(random(BF16, state_dtype, DeltaShape("", B=40, T=1, Hk=12, H=12, K=64, V=64), P=42), range(1, 41))
     out, pool = run(backend, call)
     for n in (0, 17, 39):
         alone = with_rows(call._replace(**{name: getattr(call, name)[n : n + 1] for name in call._fields[:5]}), [n + 1])
@@ -190,8 +189,8 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit(backend, pool_dtype):
 @each_device
 @each_pool
 @pytest.mark.parametrize("rows", (None, (4, -1, 2)), ids=str)
-def test_every_element_is_written(backend, pool_dtype, rows):
-    pool_properties.every_element_is_written(backend, with_rows(random(BF16, pool_dtype), rows))
+def test_every_element_is_written(backend, state_dtype, rows):
+    pool_properties.every_element_is_written(backend, with_rows(random(BF16, state_dtype), rows))
 
 
 @each_device
@@ -215,7 +214,7 @@ def test_nothing_to_do(backend, shape):
     call = random(shape=shape)
     out, pool = run(backend, call)
     assert out.shape == call.v.shape
-    assert_bitwise(pool, call.pool, "pool")
+    assert_bitwise(pool, call.state, "pool")
 
 
 @each_device
@@ -232,7 +231,7 @@ def test_long_memory_is_exact(backend):
     call = random(shape=DeltaShape("", B=2, T=64, K=64, V=16))
     call = call._replace(g=torch.zeros_like(call.g), beta=torch.zeros_like(call.beta))
     _, pool = run(backend, call)
-    assert_bitwise(pool, call.pool, "pool")
+    assert_bitwise(pool, call.state, "pool")
 
 
 @each_device
@@ -254,7 +253,7 @@ def test_correlated_keys_with_beta_one(backend, signs):
 def test_bf16_pool_is_rounded_once_per_call(backend):
     call = random(BF16, BF16, DeltaShape("", B=2, T=20, K=64, V=16), P=2)
     out, pool = run(backend, call)
-    wide_out, wide_pool = run(backend, call._replace(pool=call.pool.float()))
+    wide_out, wide_pool = run(backend, call._replace(state=call.state.float()))
     assert_bitwise(out, wide_out, "output")
     assert_bitwise(pool, wide_pool.to(BF16), "pool")
 
@@ -262,8 +261,8 @@ def test_bf16_pool_is_rounded_once_per_call(backend):
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.reason in AGREE], ids=ids)
 @each_pool
 @simulated
-def test_every_schedule_agrees(pool_dtype, shape):
-    call = random(BF16, pool_dtype, shape)
+def test_every_schedule_agrees(state_dtype, shape):
+    call = random(BF16, state_dtype, shape)
     assert_every_schedule_agrees(lambda backend: run(backend, call))
 
 
@@ -272,23 +271,19 @@ def test_every_schedule_agrees(pool_dtype, shape):
 DRAFT = DeltaShape("", B=3, T=5, Hk=2, H=4, K=64, V=48)
 
 
-def prefixes(shape: DeltaShape) -> list[int]:
-    return [(shape.T, 0, shape.T // 2)[n % 3] for n in range(shape.B)]
-
-
 @each_device
 @each_pool
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.T > 0], ids=ids)
-def test_drafts_equal_the_reference(backend, pool_dtype, shape):
-    call = random(BF16, pool_dtype, shape)
-    draft_properties.check(backend, call, prefixes(shape))
+def test_drafts_equal_the_reference(backend, state_dtype, shape):
+    call = random(BF16, state_dtype, shape)
+    draft_properties.check(backend, call, some_prefixes(shape))
 
 
 @each_device
 @each_pair
 @pytest.mark.parametrize("count", range(6))
-def test_any_accepted_prefix_equals_one_call_to_the_bit(backend, dtype, pool_dtype, count):
-    call = with_rows(random(dtype, pool_dtype, DRAFT), (4, 0, 2))
+def test_any_accepted_prefix_equals_one_call_to_the_bit(backend, dtype, state_dtype, count):
+    call = with_rows(random(dtype, state_dtype, DRAFT), (4, 0, 2))
     draft_properties.accepted_prefix_equals_one_call(backend, call, [count, 5 - count, 2])
 
 
@@ -304,8 +299,8 @@ def test_any_drafts(backend, call, data):
 
 @each_device
 @each_pool
-def test_draft_properties(backend, pool_dtype):
-    call = random(BF16, pool_dtype, DRAFT)
+def test_draft_properties(backend, state_dtype):
+    call = random(BF16, state_dtype, DRAFT)
     draft_properties.any_bits_are_kept_without_an_accepted_token(backend, call)
     draft_properties.negative_index_is_not_a_row(backend, call)
     draft_properties.other_rows_do_not_matter(backend, call, (3, 0, 1))
@@ -337,13 +332,13 @@ COSTS = (
 @simulated
 @each_pool
 @pytest.mark.parametrize("shape", COSTS, ids=ids)
-def test_traffic_is_the_minimum(pool_dtype, shape):
+def test_traffic_is_the_minimum(state_dtype, shape):
     """The states once in and once out, every other input and output once, whole sectors, no bank conflicts."""
-    call = random(BF16, pool_dtype, shape, P=shape.B)
+    call = random(BF16, state_dtype, shape, P=shape.B)
     out, _ = run(EARLY, call)
     (launch,) = hoppersim.launches()
     counters = launch["counters"]
-    state = call.pool.numel() * call.pool.element_size()
+    state = call.state.numel() * call.state.element_size()
     inputs = sum(t.numel() * t.element_size() for t in call[:5])
     assert counters["global_read_bytes"] == state + inputs
     assert counters["global_write_bytes"] == state + out.numel() * out.element_size()
@@ -358,7 +353,7 @@ def test_traffic_is_the_minimum(pool_dtype, shape):
 @pytest.mark.parametrize("shape", COSTS, ids=ids)
 def test_drafts_read_states_once_and_commit_writes_them_once(shape):
     call = random(BF16, F32, shape._replace(T=2), P=shape.B)
-    state = call.pool.numel() * call.pool.element_size()
+    state = call.state.numel() * call.state.element_size()
     draft = draft_properties.verify(EARLY, call)
     (launch,) = hoppersim.launches()
     inputs = sum(t.numel() * t.element_size() for t in call[:5])
@@ -374,18 +369,18 @@ def test_drafts_read_states_once_and_commit_writes_them_once(shape):
 
 @simulated
 @pytest.mark.parametrize(
-    "pool_dtype, B, ctas",
+    "state_dtype, B, ctas",
     ((F32, 1, 96), (F32, 8, 384), (F32, 32, 1536), (BF16, 1, 96), (BF16, 8, 384), (BF16, 16, 384), (BF16, 32, 384)),
 )
-def test_small_batches_spread_over_the_device(pool_dtype, B, ctas):
+def test_small_batches_spread_over_the_device(state_dtype, B, ctas):
     """Below a full device a CTA has one slice, of a bf16 pool soon two or four: q and k are read by several CTAs, the
     states still once.
     """
-    call = random(BF16, pool_dtype, DeltaShape("", B=B, T=1, Hk=12, H=12, K=96, V=256), P=B)
+    call = random(BF16, state_dtype, DeltaShape("", B=B, T=1, Hk=12, H=12, K=96, V=256), P=B)
     run(EARLY, call)
     (launch,) = hoppersim.launches()
     assert launch["grid"] == [ctas, 1, 1]
-    state = call.pool.numel() * call.pool.element_size()
+    state = call.state.numel() * call.state.element_size()
     inputs = sum(t.numel() * t.element_size() for t in call[:5])
     assert state <= launch["counters"]["global_read_bytes"] - inputs <= 1.1 * state
 

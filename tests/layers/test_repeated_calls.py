@@ -218,18 +218,18 @@ def test_inference_keeps_nothing():
 )
 def test_nothing_is_kept_after_backward(wrap):
     """Also where somebody keeps the losses, as a training loop may."""
-    block = small_block()
-    state, losses = block.new_state(2), []
-    for step in range(4):
+    block, losses = small_block(), []
+    states = [block.new_state(2)]  # from which the functions take it, so that they do not keep it
+    for _ in range(4):
         x = torch.randn(2, 5, C, requires_grad=True)
-        losses.append(wrap(lambda x: block(x, state=state), x).square().sum())
-        assert kept_calls(state) == 1
+        losses.append(wrap(lambda x: block(x, state=states[0]), x).square().sum())
+        assert kept_calls(states[0]) == 1
         losses[-1].backward()
-        assert kept_calls(state) == 0
-    wrap(lambda x: block(x, state=state), torch.randn(2, 5, C, requires_grad=True))
-    assert kept_calls(state) == 0, "the result was dropped"
-    key = weakref.ref(state[0])
-    del state
+        assert kept_calls(states[0]) == 0
+    wrap(lambda x: block(x, state=states[0]), torch.randn(2, 5, C, requires_grad=True))
+    assert kept_calls(states[0]) == 0, "the result was dropped"
+    key = weakref.ref(states[0][0])
+    states.clear()
     assert key() is None
 
 
@@ -283,5 +283,10 @@ def test_an_attention_layer_with_a_cache_computes_no_gradient(kind):
     layer, cache = model.model.layers[0].self_attn, model.new_cache(1, 8)
     rotary = rotary_table(torch.arange(4)[None], model.config.head_dim, 1e6)
     with pytest.raises(RuntimeError, match="Attention: a call with a cache computes no gradient"):
-        layer(torch.randn(1, 4, 32), rotary, TokenLayout.dense(1, 4, [0], None, "cpu"), cache.layers[0])
+        layer(
+            torch.randn(1, 4, 32),
+            layout=TokenLayout.dense(1, 4, [0], None, "cpu"),
+            rotary=rotary,
+            state=cache.layers[0],
+        )
     assert not cache.layers[0].key.any()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.model_cases import JET, content, small_config, small_model, tokens
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer, checkpoint
+from jetkernels.model.mixers import MIXERS
 
 PUBLISHED = {
     "architectures": ["JetNemotronForCausalLM"],
@@ -84,7 +85,7 @@ def test_shipped_configs(name, V, R, window, swa, attn):
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads = 3, got 4"),
         (
             {"layer_types": ["jet", "mamba"], "num_hidden_layers": 2},
-            r"layer_types\[1\] must be one of jet, attn, swa, got 'mamba'",
+            rf"layer_types\[1\] must be one of {', '.join(MIXERS)}, got 'mamba'",
         ),
         ({"num_hidden_layers": 5}, "layer_types must have num_hidden_layers = 5 entries, got 4"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling must be None, got"),
@@ -302,8 +303,8 @@ def test_broken_folders_are_refused(tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=f"names {shard.name}, which"):
         JetNemotronForCausalLM.from_pretrained(folder)
-    for content, message in (("[]", "must hold a JSON object, got list"), ("{}", "must be JSON with a weight_map")):
-        (folder / "model.safetensors.index.json").write_text(content)
+    for text, message in (("[]", "must hold a JSON object, got list"), ("{}", "must be JSON with a weight_map")):
+        (folder / "model.safetensors.index.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             JetNemotronForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors.index.json").unlink()
@@ -408,7 +409,8 @@ def test_an_index_names_plain_files_only(tmp_path, name):
     index.write_text(json.dumps(values))
     with pytest.raises(
         ValueError,
-        match=r"index\.json: weight_map must name a \.safetensors file in the same folder for 'model\.norm\.weight', got",
+        match=r"index\.json: weight_map must name a \.safetensors file in the same folder for "
+        r"'model\.norm\.weight', got",
     ):
         JetNemotronForCausalLM.from_pretrained(tmp_path / "m")
 

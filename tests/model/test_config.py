@@ -11,6 +11,7 @@ import torch
 from support.model_cases import JET
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
+from jetkernels.model.mixers import MIXERS
 from jetkernels.modules import JetBlockConfig
 
 VALID = {
@@ -123,7 +124,7 @@ def test_two_rotary_bases_must_agree():
         ({"vocab_size": True}, "vocab_size must be a positive integer, got True"),
         ({"vocab_size": 2**63}, "vocab_size must be at most 16777216"),
         ({"max_position_embeddings": -1}, "max_position_embeddings must be a positive integer, got -1"),
-        ({"layer_types": "jet"}, "layer_types must be a list of jet, attn, swa, got 'jet'"),
+        ({"layer_types": "jet"}, f"layer_types must be a list of {', '.join(MIXERS)}, got 'jet'"),
         ({"layer_types": []}, "layer_types must have 1 to 4096, got 0"),
         ({"layer_types": [["jet"]] * 3}, r"layer_types\[0\] must be one of"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers must be 1 to 4096, got '3'"),
@@ -245,7 +246,6 @@ PATHS = (
     + [("efficient_attention_config", "jet", key) for key in JET]
     + [("efficient_attention_config", "swa", "window_size")]
 )
-FREE = {"mode", "dconv_implementation"}
 # Where a field is refused by the name of what it decides.
 ALIASES = {
     "efficient_attention_config": {"jet", "swa"},

@@ -299,7 +299,7 @@ def test_window_counts_the_token_itself(T):
     embedded = model.model.embed_tokens(ids).detach().requires_grad_()
     layer = model.model.layers[0].self_attn
     rotary = attention_module.rotary_table(torch.arange(T)[None], model.config.head_dim, 1e6)
-    y = layer(embedded, rotary, TokenLayout.dense(1, T, [0], None, "cpu"))
+    y = layer(embedded, layout=TokenLayout.dense(1, T, [0], None, "cpu"), rotary=rotary)
     seen = torch.autograd.grad(y[0, -1].sum(), embedded)[0][0].abs().sum(-1) > 0
     assert seen.tolist() == [j > T - 1 - WINDOW for j in range(T)]
 

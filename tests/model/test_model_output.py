@@ -57,7 +57,7 @@ def test_an_output_is_copied_pickled_and_rebuilt():
         copy.copy(out),
         copy.deepcopy(out),
         type(out)(out.items()),
-        type(out)({k: v for k, v in out.items()}),
+        type(out)(dict(out)),
     ):
         assert (
             type(other) is CausalLMOutput and torch.equal(other.logits, out.logits) and torch.equal(other[0], out.loss)

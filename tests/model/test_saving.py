@@ -88,11 +88,13 @@ UP = r"model\.layers\.0\.mlp\.up_proj"
     [
         (
             wrapped,
-            rf"do not fit the config: missing {UP}\.weight; unexpected {UP}\.base_layer\.weight, .*adapters.*merge or remove them first",
+            rf"do not fit the config: missing {UP}\.weight; unexpected {UP}\.base_layer\.weight, "
+            r".*adapters.*merge or remove them first",
         ),
         (
             parametrized,
-            rf"missing {UP}\.weight; unexpected {UP}\.parametrizations\.weight\.original0, .*torch\.save\(model\.state_dict\(\)",
+            rf"missing {UP}\.weight; unexpected {UP}\.parametrizations\.weight\.original0, "
+            r".*torch\.save\(model\.state_dict\(\)",
         ),
         (pruned, rf"missing {UP}\.weight; unexpected {UP}\.weight_mask, {UP}\.weight_orig "),
         (shortened, r"missing model\.layers\..* and \d+ more; unexpected .*other layers or sizes\?"),

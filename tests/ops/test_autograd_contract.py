@@ -4,29 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import (
-    ConvShape,
-    DeltaShape,
-    apply_inputs,
-    assert_bitwise,
-    conv_inputs,
-    cotangents,
-    delta_inputs,
-    floating,
-    seeds,
-)
-from test_contract import POOL_OPS
+from support.arguments import POOL_OPS, SEQUENCE_OPS, cotangents, example, floating
+from support.comparison import assert_bitwise
+from support.strategies import seeds
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import jetkernels
 
 F64 = torch.float64
-SEQUENCE_OPS = {
-    "chunk_gated_delta_rule": (delta_inputs, DeltaShape("", B=2, T=3, K=4, V=3)),
-    "dynamic_conv": (conv_inputs, ConvShape("", B=2, T=3, D=4)),
-    "apply_dynamic_conv": (apply_inputs, ConvShape("", B=2, T=3, D=4)),
-}
 WRITTEN = {
     "recurrent_gated_delta_rule": ("state",),
     "recurrent_gated_delta_rule_verify": ("keys", "updates"),
@@ -37,17 +24,12 @@ each_pool_op = pytest.mark.parametrize("op", POOL_OPS)
 each_sequence_op = pytest.mark.parametrize("op", SEQUENCE_OPS)
 
 
-def call_of(op: str):
+def op_named(op: str):
     return getattr(torch.ops.jet, op)
 
 
 def argument_names(op: str) -> list[str]:
-    return [a.name for a in call_of(op).default._schema.arguments]
-
-
-def inputs_of(op: str):
-    make, shape = SEQUENCE_OPS[op]
-    return make(shape, F64)
+    return [a.name for a in op_named(op).default._schema.arguments]
 
 
 def differentiable_names(op: str, args) -> list[str]:
@@ -60,49 +42,49 @@ def differentiable_names(op: str, args) -> list[str]:
 @each_pool_op
 @pytest.mark.parametrize("mode", (torch.enable_grad, torch.no_grad, torch.inference_mode))
 def test_versions_of_what_is_written_and_of_nothing_else(op, mode):
-    args = POOL_OPS[op]()
+    args = example(op)
     tensors = {n: t for n, t in zip(argument_names(op), args) if isinstance(t, Tensor)}
     before = {n: t._version for n, t in tensors.items()}
     with mode():
-        call_of(op)(*args)
+        op_named(op)(*args)
     for name, t in tensors.items():
         assert (t._version > before[name]) == (name in WRITTEN[op]), name
 
 
 @each_pool_op
 def test_a_saved_tensor_that_was_overwritten_raises(op):
-    args = POOL_OPS[op]()
+    args = example(op)
     for name in WRITTEN[op]:
         w = torch.ones((), requires_grad=True)
         loss = (w * dict(zip(argument_names(op), args))[name]).sum()
         with torch.no_grad():
-            call_of(op)(*args)
+            op_named(op)(*args)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
 
 @each_pool_op
 def test_a_view_of_a_pool_and_the_pool_share_a_version(op):
-    args = list(POOL_OPS[op]())
+    args = list(example(op))
     place = argument_names(op).index(WRITTEN[op][0])
     base = torch.stack([args[place]] * 2)
     args[place] = base[1]
     with torch.no_grad():
-        call_of(op)(*args)
+        op_named(op)(*args)
     assert base._version > 0
 
 
 @each_pool_op
 def test_inference_tensors_are_taken_inside_and_outside_of_inference_mode(op):
     with torch.inference_mode():
-        args = POOL_OPS[op]()
-        call_of(op)(*args)
-    call_of(op)(*args)
+        args = example(op)
+        op_named(op)(*args)
+    op_named(op)(*args)
 
 
 @each_pool_op
 def test_an_input_that_requires_a_gradient_is_refused_before_anything_is_written(op):
-    args = POOL_OPS[op]()
+    args = example(op)
     for name in differentiable_names(op, args):
         place = argument_names(op).index(name)
         for leaf in (True, False):
@@ -113,16 +95,16 @@ def test_an_input_that_requires_a_gradient_is_refused_before_anything_is_written
             with pytest.raises(
                 RuntimeError, match=f"^{op}: {name} requires a gradient, .*not differentiable.*no_grad.*or use "
             ):
-                call_of(op)(*again)
+                op_named(op)(*again)
             for a, b in zip(again, before):
                 if isinstance(a, Tensor):
                     assert_bitwise(a.detach(), b, "argument")
             with torch.no_grad():
-                call_of(op)(*again)
+                op_named(op)(*again)
 
 
 def test_the_python_functions_name_themselves():
-    q, k, v, g, beta, state, rows, *_ = POOL_OPS["recurrent_gated_delta_rule"]()
+    q, k, v, g, beta, state, rows, *_ = example("recurrent_gated_delta_rule")
     with pytest.raises(RuntimeError, match="^recurrent_gated_delta_rule_: q requires a gradient"):
         jetkernels.recurrent_gated_delta_rule_(q.requires_grad_(), k, v, g, beta, state, rows)
 
@@ -135,11 +117,11 @@ def test_the_python_functions_name_themselves():
 @given(seed=seeds, data=st.data())
 def test_second_derivatives_raise_when_they_are_asked_for(op, seed, data):
     torch.manual_seed(seed)
-    inputs = inputs_of(op)
+    inputs = example(op, F64, indexed=False)
     names = list(floating(inputs))
     of, then = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(names))
     inputs = inputs._replace(**{n: getattr(inputs, n).requires_grad_() for n in names})
-    out, state = call_of(op)(*inputs)
+    out, state = op_named(op)(*inputs)
     once = torch.autograd.grad(out.square().sum() + state.square().sum(), getattr(inputs, of), create_graph=True)[0]
     assert once.requires_grad
     with pytest.raises(RuntimeError, match=f"{op}: not differentiable twice"):
@@ -148,10 +130,10 @@ def test_second_derivatives_raise_when_they_are_asked_for(op, seed, data):
 
 @each_sequence_op
 def test_create_graph_gives_the_first_derivative(op):
-    inputs = inputs_of(op)
+    inputs = example(op, F64, indexed=False)
     leaves = [t.requires_grad_() for t in floating(inputs).values()]
     grads = cotangents(inputs)
-    outs = call_of(op)(*inputs)
+    outs = op_named(op)(*inputs)
     expected = torch.autograd.grad(outs, leaves, grads, retain_graph=True)
     for found, ref in zip(torch.autograd.grad(outs, leaves, grads, create_graph=True), expected):
         assert_bitwise(found.detach(), ref, op)
@@ -160,9 +142,9 @@ def test_create_graph_gives_the_first_derivative(op):
 @pytest.mark.parametrize("op", (*SEQUENCE_OPS, *(op + "_backward" for op in SEQUENCE_OPS), *POOL_OPS))
 def test_forward_mode_raises(op):
     if op in POOL_OPS:
-        args = POOL_OPS[op]()
+        args = example(op)
     else:
-        inputs = inputs_of(op.removesuffix("_backward"))
+        inputs = example(op.removesuffix("_backward"), F64, indexed=False)
         args = (*cotangents(inputs), *inputs) if op.endswith("_backward") else tuple(inputs)
     for name in differentiable_names(op, args):
         place = argument_names(op).index(name)
@@ -171,17 +153,17 @@ def test_forward_mode_raises(op):
             with pytest.raises(
                 NotImplementedError, match=f"^{op}: {name} has a tangent.*not differentiable in forward mode"
             ):
-                call_of(op)(*args[:place], dual, *args[place + 1 :])
-            call_of(op)(*args)
+                op_named(op)(*args[:place], dual, *args[place + 1 :])
+            op_named(op)(*args)
 
 
 @each_sequence_op
 def test_function_transforms(op):
     """torch.func.grad and vmap are right; jvp, jacfwd and hessian raise."""
-    inputs = inputs_of(op)
+    inputs = example(op, F64, indexed=False)
 
     def loss(x: Tensor) -> Tensor:
-        out, state = call_of(op)(x, *inputs[1:])
+        out, state = op_named(op)(x, *inputs[1:])
         return out.square().sum() + state.sum()
 
     x = inputs[0]
@@ -203,16 +185,33 @@ def test_function_transforms(op):
 
 @each_sequence_op
 def test_gradcheck(op):
-    inputs = inputs_of(op)
-    names = [n for n in floating(inputs)]
+    inputs = example(op, F64, indexed=False)
+    names = list(floating(inputs))
     leaves = [getattr(inputs, n).clone().requires_grad_() for n in names]
     assert torch.autograd.gradcheck(
-        lambda *t: call_of(op)(*inputs._replace(**dict(zip(names, t)))), leaves, fast_mode=True
+        lambda *t: op_named(op)(*inputs._replace(**dict(zip(names, t)))), leaves, fast_mode=True
     )
 
 
+@each_sequence_op
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_gradients_under_checkpoint_are_those_without(op, use_reentrant):
+    inputs = example(op)
+    names = list(floating(inputs))
+
+    def gradients(call):
+        leaves = [getattr(inputs, n).clone().requires_grad_() for n in names]
+        out = call(lambda *t: op_named(op)(*inputs._replace(**dict(zip(names, t)))), *leaves)
+        sum(o.square().sum() for o in out).backward()
+        return [leaf.grad for leaf in leaves]
+
+    wanted = gradients(lambda f, *t: f(*t))
+    for grad, want in zip(gradients(lambda f, *t: checkpoint(f, *t, use_reentrant=use_reentrant)), wanted):
+        assert_bitwise(grad, want, op)
+
+
 def test_python_functions_compile_without_graph_breaks():
-    q, k, v, g, beta, state, rows, *_ = POOL_OPS["recurrent_gated_delta_rule"]()
+    q, k, v, g, beta, state, rows, *_ = example("recurrent_gated_delta_rule")
 
     def calls(q, pool):
         o = jetkernels.fused_recurrent_gated_delta_rule(
@@ -220,7 +219,6 @@ def test_python_functions_compile_without_graph_breaks():
         )
         return o, jetkernels.recurrent_gated_delta_rule_(q, k, v, g, beta, pool, rows)
 
-    torch._dynamo.reset()
     pools = state.clone(), state.clone()
     with torch.no_grad():
         expected = calls(q, pools[0])
@@ -229,6 +227,5 @@ def test_python_functions_compile_without_graph_breaks():
     assert_bitwise(found[0][1], expected[0][1], "state")
     assert_bitwise(pools[1], pools[0], "pool")
     assert pools[1]._version > 0
-    torch._dynamo.reset()
     with pytest.raises(Exception, match="requires a gradient"):
         torch.compile(calls, fullgraph=True, backend="aot_eager")(q.clone().requires_grad_(), pools[1])

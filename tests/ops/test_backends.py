@@ -11,14 +11,15 @@ from jetkernels import _library
 
 OPS = Path(__file__).parent
 FILES = (
+    "sequence_ops",
     "chunk_gated_delta_rule",
     "recurrent_gated_delta_rule",
     "recurrent_gated_delta_rule_verify",
-    "dynamic_conv",
     "dynamic_conv_step",
-    "apply_dynamic_conv",
+    "pool_ops",
 )
-CHOSEN = "ops and (equals_the_reference or gradients_equal or any_rows or any_number or any_shape or every_element or many_heads)"
+PROPERTIES = "equals_the_reference gradients_equal any_rows any_number any_shape every_element many_heads"
+CHOSEN = f"ops] and ({' or '.join(PROPERTIES.split())})"  # "ops]": an id ends with the name of its backend
 
 
 def python(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -32,6 +33,7 @@ def run_op_tests(environment: dict[str, str]) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "isa", [isa for isa in _library.build_info()["cpu_isas"] if isa != _library.build_info()["cpu_isa"]]
 )
@@ -43,6 +45,7 @@ def test_instruction_set_variant(isa):
     run_op_tests(environment)
 
 
+@pytest.mark.slow
 def test_plain_path_through_the_dispatcher():
     """The way that a CUDA tensor takes until a kernel serves it: binding, checks, dispatcher, plain PyTorch."""
     run_op_tests({**os.environ, "JETKERNELS_BACKEND": "plain"})

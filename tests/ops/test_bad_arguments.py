@@ -13,28 +13,16 @@ import numpy
 import pytest
 import torch
 from hypothesis import given, settings
-from support.cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, delta_inputs, seeds
-from test_contract import commit_args, recurrent_args, step_args, verify_args
+from support.arguments import POOL_OPS, SEQUENCE_OPS, example
+from support.comparison import assert_bitwise
+from support.strategies import seeds
 from torch import Tensor
 
 import jetkernels
 
 EXAMPLES = int(os.environ.get("JETKERNELS_EXAMPLES", 40))
 many = settings(max_examples=EXAMPLES, deadline=None)
-DELTA = DeltaShape("", B=2, T=3, K=4, V=3)
-CONV = ConvShape("", B=2, T=3, D=4)
-PACKED = {"B": 1, "T": 5, "cu_seqlens": (0, 0, 2, 5)}
-
-# op -> (Python function, its valid arguments by their name in the op)
-VALID = {
-    "chunk_gated_delta_rule": lambda packed: delta_inputs(DELTA._replace(**PACKED) if packed else DELTA, torch.float32),
-    "dynamic_conv": lambda packed: conv_inputs(CONV._replace(**PACKED) if packed else CONV, torch.float32),
-    "apply_dynamic_conv": lambda packed: apply_inputs(CONV._replace(**PACKED) if packed else CONV, torch.float32),
-    "recurrent_gated_delta_rule": lambda indexed: recurrent_args(indexed=indexed),
-    "recurrent_gated_delta_rule_verify": lambda indexed: verify_args(indexed=indexed),
-    "recurrent_gated_delta_rule_commit": lambda indexed: commit_args(indexed=indexed),
-    "dynamic_conv_step": lambda indexed: step_args(indexed=indexed),
-}
+OPS = (*SEQUENCE_OPS, *POOL_OPS)
 FUNCTIONS = {
     "chunk_gated_delta_rule": "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule": "chunk_gated_delta_rule",
@@ -75,7 +63,7 @@ def schema_of(op: str):
 
 def valid_arguments(op: str, rng: random.Random) -> dict:
     torch.manual_seed(rng.randrange(2**31))
-    return dict(zip((a.name for a in schema_of(op).arguments), VALID[op](rng.random() < 0.5)))
+    return example(op, indexed=rng.random() < 0.5)._asdict()
 
 
 def resized(t: Tensor, rng: random.Random) -> Tensor:
@@ -195,7 +183,7 @@ def test_functions_name_themselves_and_an_argument(function, seed):
         assert sparse_or_quantized or names_an_argument(message, parameters), message
 
 
-@pytest.mark.parametrize("op", VALID)
+@pytest.mark.parametrize("op", OPS)
 @many
 @given(seed=seeds)
 def test_ops_and_their_fake_kernels_agree(op, seed):
@@ -236,7 +224,7 @@ def fresh(op: str) -> dict:
     return valid_arguments(op, random.Random(0))
 
 
-@pytest.mark.parametrize("op", [op for op in VALID if any(a.alias_info is not None for a in schema_of(op).arguments)])
+@pytest.mark.parametrize("op", [op for op in OPS if any(a.alias_info is not None for a in schema_of(op).arguments)])
 def test_what_is_written_shares_memory_with_nothing(op):
     names = [a.name for a in schema_of(op).arguments if a.alias_info is not None]
     for name in names:
@@ -262,7 +250,7 @@ def test_what_is_written_shares_memory_with_nothing(op):
 
 def test_pools_that_interleave_in_pages_are_apart():
     """A page per sequence that holds the state and, behind it, what else is kept of a sequence."""
-    q, k, v, g, beta, state, rows, scale, l2norm = recurrent_args()
+    q, k, v, g, beta, state, rows, scale, l2norm = example("recurrent_gated_delta_rule")
     P, size = state.shape[0], state[0].numel()
     pages = torch.zeros(P, size + q[0].numel())
     paged, paged_q = pages[:, :size].view_as(state), pages[:3, size:].unflatten(-1, q.shape[1:])
@@ -278,25 +266,24 @@ def test_pools_that_interleave_in_pages_are_apart():
 
 
 def test_pools_of_any_order_of_dimensions_are_taken_and_overlapping_ones_are_not():
-    args = list(recurrent_args())
-    pool = args[5]
+    call = example("recurrent_gated_delta_rule")
+    pool = call.state
     for order in ((0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)):
-        args[5] = pool.permute(order).contiguous().permute([order.index(i) for i in range(4)])
-        torch.ops.jet.recurrent_gated_delta_rule(*args)
+        again = pool.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+        torch.ops.jet.recurrent_gated_delta_rule(*call._replace(state=again))
     for bad in (
         pool[:1].expand(pool.shape),
         pool.flatten().unfold(0, pool[0].numel(), 1)[:4].unflatten(1, pool.shape[1:]),
     ):
-        args[5] = bad
         with pytest.raises(RuntimeError, match="state is written in place and must not overlap itself"):
-            torch.ops.jet.recurrent_gated_delta_rule(*args)
+            torch.ops.jet.recurrent_gated_delta_rule(*call._replace(state=bad))
 
 
 # ---- the decay
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("op", [op for op in VALID if "gated_delta_rule" in op])
+@pytest.mark.parametrize("op", [op for op in OPS if "gated_delta_rule" in op])
 def test_a_decay_above_zero_is_refused_where_it_is(op, dtype):
     for value, refused in (
         (0.5, True),
@@ -321,7 +308,7 @@ def test_a_decay_above_zero_is_refused_where_it_is(op, dtype):
 
 
 def test_fused_recurrent_checks_as_chunk_with_and_without_gradients():
-    q, k, v, g, beta, S, *_ = delta_inputs(DELTA, torch.float32)
+    q, k, v, g, beta, S, *_ = example("chunk_gated_delta_rule", indexed=False)
     for state in (
         S[:1],
         S[:, :1],

@@ -7,29 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import (
-    BACKENDS,
-    TOLERANCE,
+from support.arguments import (
+    TOKENS,
     ApplyInputs,
     ConvInputs,
-    ConvShape,
     DeltaInputs,
-    DeltaShape,
-    OpsBackend,
     apply_inputs,
-    assert_bitwise,
-    assert_error,
-    backend_id,
     conv_inputs,
-    conv_shapes,
     delta_inputs,
-    delta_shapes,
-    seeds,
+    recurrent_call,
 )
+from support.backends import OPS, OpsBackend, each_backend
+from support.comparison import TOLERANCE, assert_bitwise, assert_error
 from support.device_backends import each_device, each_machine
 from support.draft_properties import verify
-from support.pool_properties import RecurrentCall, run
-from support.properties import TOKENS
+from support.pool_properties import run
+from support.shapes import ConvShape, DeltaShape
+from support.strategies import conv_shapes, delta_shapes, seeds
 from torch import Tensor
 
 from reference.recurrent_gated_delta_rule import gated_delta_rule
@@ -37,7 +31,6 @@ from reference.recurrent_gated_delta_rule import gated_delta_rule
 CHUNK = "chunk_gated_delta_rule"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NOT_FINITE = (math.nan, math.inf, -math.inf)
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=backend_id)
 
 
 def names_of(inputs: NamedTuple) -> list[str]:
@@ -151,7 +144,7 @@ def test_gradients_of_tokens_that_do_not_meet_a_nan_are_kept(backend):
 @pytest.mark.parametrize("token", (1, 40, 64, 69))
 def test_gradients_do_not_see_cotangents_of_earlier_outputs(token):
     """Of the CPU kernels; the plain backward multiplies zeros by them within a chunk."""
-    backend = BACKENDS[0]
+    backend = OPS
     inputs = delta_inputs(DeltaShape("", T=70, K=8, V=12), F32)
     grads = torch.randn(inputs.v.shape), torch.randn(inputs.initial_state.shape)
     bad = grads[0].clone()
@@ -217,14 +210,10 @@ def test_device_values_beyond_fp16(backend):
 # ---- the other ops
 
 
-def recurrent_call(inputs: DeltaInputs) -> RecurrentCall:
-    return RecurrentCall(*inputs[:5], inputs.initial_state, None, *inputs[7:])
-
-
 def check_drafts(backend: OpsBackend, shape: DeltaShape, dtype: torch.dtype, token: int, value: float) -> None:
     """recurrent_gated_delta_rule and its verify."""
-    inputs = delta_inputs(shape, dtype)
-    call, other = recurrent_call(inputs), recurrent_call(with_other_future(inputs, token, value, seed=token))
+    call = recurrent_call(shape, dtype)
+    other = with_other_future(call, token, value, seed=token)
     assert_bitwise(run(backend, other)[0][:, :token], run(backend, call)[0][:, :token], "recurrent")
     for name, out, clean in zip(("o", "keys", "updates"), verify(backend, other), verify(backend, call)):
         assert_bitwise(out[:, :token], clean[:, :token], f"{name} of verify")

@@ -1,46 +1,20 @@
-"""jet::chunk_gated_delta_rule against its definition, and the properties that it must have."""
+"""jet::chunk_gated_delta_rule: hard numbers, its arguments. test_sequence_ops.py has what is true of all such ops."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from support import properties
-from support.cases import (
-    BACKENDS,
-    DELTA_SHAPES,
-    DTYPES,
-    LENGTHS,
-    PACKED,
-    DeltaInputs,
-    DeltaShape,
-    assert_bitwise,
-    assert_error,
-    assert_gradients,
-    assert_outputs,
-    backend_id,
-    check_gradients,
-    check_outputs,
-    cotangents,
-    delta_inputs,
-    delta_shapes,
-    dg_floor,
-    ids,
-    layouts,
-    reference_gradients,
-    seeds,
-    splits,
-    with_layouts,
-)
+from support import sequence_properties as properties
+from support.arguments import DeltaInputs, cotangents, delta_inputs
+from support.backends import check_gradients, check_outputs, dg_floor, each_backend, each_dtype, reference_gradients
+from support.comparison import DTYPES, assert_bitwise, assert_error, assert_gradients, assert_outputs
+from support.shapes import LENGTHS, DeltaShape, ids
 
 from reference import chunk_gated_delta_rule as chunk
 from reference.recurrent_gated_delta_rule import gated_delta_rule
 
 OP = "chunk_gated_delta_rule"
 F32, F64 = torch.float32, torch.float64
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=backend_id)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 
 
 def random(dtype: torch.dtype = F32, seed: int = 0, **shape) -> DeltaInputs:
@@ -56,40 +30,6 @@ def check(backend, inputs: DeltaInputs) -> None:
 
 
 @each_backend
-@each_dtype
-@pytest.mark.parametrize("shape", DELTA_SHAPES, ids=ids)
-def test_equals_the_reference(backend, dtype, shape):
-    """T <= 64, K != V and V = 256 with K = 96 among them: training there fails elsewhere."""
-    check_outputs(backend, OP, delta_inputs(shape, dtype))
-
-
-@each_backend
-@each_dtype
-@pytest.mark.parametrize("shape", DELTA_SHAPES, ids=ids)
-def test_gradients_equal_fp64_differentiation(backend, dtype, shape):
-    check_gradients(backend, OP, delta_inputs(shape, dtype))
-
-
-@each_backend
-@given(shape=delta_shapes(), dtype=st.sampled_from(DTYPES), layouts=layouts, seed=seeds)
-def test_any_shape_dtype_and_layout(backend, shape, dtype, layouts, seed):
-    inputs = delta_inputs(shape, dtype, seed)
-    other = with_layouts(inputs, layouts)
-    check(backend, other)
-    assert_outputs(backend(OP, *other), backend(OP, *inputs), dtype)
-
-
-@each_backend
-@pytest.mark.parametrize("which", ("o", "final_state"))
-@pytest.mark.parametrize("T", (1, 64, 65))
-def test_gradient_of_one_output_alone(backend, which, T):
-    inputs = random(T=T)
-    o, S = cotangents(inputs)
-    grads = (o, None) if which == "o" else (torch.zeros_like(o), S)
-    check_gradients(backend, OP, inputs, grads)
-
-
-@each_backend
 @pytest.mark.parametrize("g_dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("beta_dtype", DTYPES, ids=ids)
 def test_gates_of_any_dtype(backend, g_dtype, beta_dtype):
@@ -98,31 +38,6 @@ def test_gates_of_any_dtype(backend, g_dtype, beta_dtype):
     check(backend, inputs)
     grads = properties.backward(backend, OP, inputs, cotangents(inputs))
     assert grads["g"].dtype == g_dtype and grads["beta"].dtype == beta_dtype
-
-
-@each_backend
-@pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=("int32", "int64"))
-def test_offsets_of_either_integer_dtype(backend, dtype):
-    inputs = random(T=200, cu_seqlens=PACKED)
-    check(backend, inputs._replace(cu_seqlens=inputs.cu_seqlens.to(dtype)))
-
-
-@pytest.mark.parametrize(
-    "shape",
-    (
-        DeltaShape("short, GVA", B=2, T=5, Hk=1, H=2, K=3, V=2),
-        DeltaShape("two chunks", T=66, H=1, K=2, V=2, l2norm=False),
-        DeltaShape("packed", T=9, H=1, K=3, V=2, cu_seqlens=(0, 0, 2, 9, 9)),
-    ),
-    ids=ids,
-)
-def test_gradcheck(shape):
-    """torch's own finite differences, for every differentiable input, the initial state included."""
-    inputs = delta_inputs(shape, F64)
-    leaves = [t.requires_grad_() for t in inputs[:6]]
-    assert torch.autograd.gradcheck(
-        lambda *t: torch.ops.jet.chunk_gated_delta_rule(*t, *inputs[6:]), leaves, fast_mode=True
-    )
 
 
 @each_backend
@@ -144,13 +59,6 @@ def test_many_heads_over_many_chunks(backend, dtype, cu_seqlens):
 
 
 @each_backend
-@given(data=st.data(), T=st.integers(0, 200), seed=seeds)
-def test_any_split_into_calls_equals_one_call(backend, data, T, seed):
-    inputs = random(seed=seed, B=2, T=T)
-    properties.any_split_equals_one_call(backend, OP, inputs, data.draw(splits(T)))
-
-
-@each_backend
 @pytest.mark.parametrize("T", LENGTHS)
 def test_chunked_equals_recurrent_equals_single_steps(backend, T):
     inputs = random(B=2, T=T)
@@ -163,34 +71,6 @@ def test_chunked_equals_recurrent_equals_single_steps(backend, T):
         one = [x[:, t : t + 1] for x in tokens]
         steps.append(backend("recurrent_gated_delta_rule", *one, state, None, scale, l2norm))
     assert_outputs((torch.cat(steps, 1), state), (o, S), F32)
-
-
-@each_backend
-@given(shape=delta_shapes(packed=True), dtype=st.sampled_from((F32, F64)), seed=seeds)
-def test_packed_equals_separate(backend, shape, dtype, seed):
-    """Nothing leaks from one sequence into the next, forward or backward; empty sequences break no index table."""
-    properties.packed_equals_separate(backend, OP, delta_inputs(shape, dtype, seed))
-
-
-@each_backend
-@each_dtype
-def test_rows_do_not_depend_on_others(backend, dtype):
-    properties.rows_do_not_depend_on_others(backend, OP, random(dtype, B=5, T=70))
-
-
-@each_backend
-@pytest.mark.parametrize("cu_seqlens", (None, PACKED), ids=("rows", "packed"))
-def test_repeated_runs_are_equal(backend, cu_seqlens):
-    properties.repeated_runs_are_equal(backend, OP, random(T=200, B=1 if cu_seqlens else 3, cu_seqlens=cu_seqlens))
-
-
-@each_backend
-@pytest.mark.parametrize("value", (math.nan, math.inf), ids=str)
-@pytest.mark.parametrize("n", range(3))
-@pytest.mark.parametrize("cu_seqlens", (None, (0, 5, 70, 141)), ids=("rows", "packed"))
-def test_nan_stays_in_its_sequence(backend, cu_seqlens, n, value):
-    inputs = random(T=141 if cu_seqlens else 70, B=1 if cu_seqlens else 3, cu_seqlens=cu_seqlens)
-    properties.nan_stays_in_its_sequence(backend, OP, inputs, n, value)
 
 
 # ---- hard numbers
@@ -332,43 +212,3 @@ def test_no_initial_state_means_zeros(backend):
     zeros = inputs._replace(initial_state=torch.zeros(1, 2, 8, 12))
     for out, ref in zip(backend(OP, *inputs), backend(OP, *zeros)):
         assert_error("output", out, ref, 1e-7)
-
-
-@each_backend
-@pytest.mark.parametrize(
-    "shape",
-    (
-        DeltaShape("no tokens", B=2, T=0),
-        DeltaShape("no rows", B=0, T=5),
-        DeltaShape("no sequences", T=0, cu_seqlens=(0,)),
-        DeltaShape("empty sequences only", T=0, cu_seqlens=(0, 0, 0)),
-        DeltaShape("no tokens, no state", B=2, T=0, state=False),
-        DeltaShape("empty sequences only, no state", T=0, cu_seqlens=(0, 0, 0), state=False),
-    ),
-    ids=ids,
-)
-def test_nothing_to_do(backend, shape):
-    properties.nothing_to_do(backend, OP, delta_inputs(shape, F32))
-
-
-# ---- memory
-
-
-@each_backend
-@each_dtype
-@pytest.mark.parametrize(
-    "shape", (*DELTA_SHAPES[:3], *DELTA_SHAPES[-2:], DeltaShape("ragged", B=3, T=70, K=13, V=7)), ids=ids
-)
-def test_every_element_is_written(backend, dtype, shape):
-    properties.every_element_is_written(backend, OP, delta_inputs(shape, dtype))
-
-
-@each_backend
-def test_arguments_stay_as_they_are(backend):
-    properties.arguments_stay_as_they_are(backend, OP, random(B=2, T=70))
-
-
-@each_backend
-@pytest.mark.parametrize("dim", (0, 1), ids=("rows", "tokens"))
-def test_strides_beyond_32_bits(backend, dim):
-    properties.strides_beyond_32_bits(backend, OP, random(torch.bfloat16, B=2, T=3), dim)

@@ -1,26 +1,28 @@
 """What callers rely on besides the numbers: opcheck, torch.compile, autocast, output dtypes, the Python signatures."""
 
 import inspect
+from typing import NamedTuple
 
 import pytest
 import torch
-from support.cases import (
-    DTYPES,
+from support.arguments import (
+    POOL_OPS,
+    SEQUENCE_OPS,
     ApplyInputs,
     ConvInputs,
-    ConvShape,
     DeltaInputs,
-    DeltaShape,
+    StepCall,
     accumulator,
-    apply_inputs,
-    assert_bitwise,
-    assert_error,
     conv_inputs,
     cotangents,
     delta_inputs,
+    example,
     floating,
-    ids,
+    inputs_of,
+    results_of,
 )
+from support.comparison import DTYPES, assert_bitwise, assert_error
+from support.shapes import ConvShape, DeltaShape, ids
 from torch import Tensor
 
 import jetkernels
@@ -32,59 +34,17 @@ CONV = ConvShape("rows, bias, state", T=5)
 CONV_PACKED = ConvShape(
     "packed, no bias, no state", B=1, T=9, cu_seqlens=(0, 0, 4, 9), bias=False, state=False, silu=False
 )
-INPUTS = {
-    "chunk_gated_delta_rule": (delta_inputs, (DELTA, DELTA_PACKED)),
-    "dynamic_conv": (conv_inputs, (CONV, CONV_PACKED)),
-    "apply_dynamic_conv": (apply_inputs, (CONV, CONV_PACKED)),
+SHAPES = {
+    "chunk_gated_delta_rule": (DELTA, DELTA_PACKED),
+    "dynamic_conv": (CONV, CONV_PACKED),
+    "apply_dynamic_conv": (CONV, CONV_PACKED),
 }
-SEQUENCE_OPS = [(op, shape) for op, (_, shapes) in INPUTS.items() for shape in shapes]
 each_sequence_op = pytest.mark.parametrize(
-    "op, shape", SEQUENCE_OPS, ids=lambda x: x if isinstance(x, str) else x.reason
+    "op, shape",
+    [(op, shape) for op, shapes in SHAPES.items() for shape in shapes],
+    ids=lambda x: x if isinstance(x, str) else x.reason,
 )
-
-
-def make(op: str, shape, dtype: torch.dtype = F32):
-    return INPUTS[op][0](shape, dtype)
-
-
-def recurrent_args(dtype: torch.dtype = F32, pool_dtype: torch.dtype = F32, indexed: bool = True) -> tuple:
-    *tokens, _, _, scale, l2norm = delta_inputs(DeltaShape("", B=3, T=2, K=4, V=3), dtype)
-    rows = torch.tensor([2, -1, 0]) if indexed else None
-    return *tokens, torch.randn(4, 2, 4, 3, dtype=F64).to(pool_dtype), rows, scale, l2norm
-
-
-def verify_args(dtype: torch.dtype = F32, pool_dtype: torch.dtype = F32, indexed: bool = True) -> tuple:
-    q, k, v, g, beta, pool, rows, scale, l2norm = recurrent_args(dtype, pool_dtype, indexed)
-    keys, updates = (torch.zeros(t.shape, dtype=accumulator(dtype)) for t in (k, v))
-    return q, k, v, g, beta, pool, rows, keys, updates, scale, l2norm
-
-
-def commit_args(indexed: bool = True) -> tuple:
-    args = verify_args(indexed=indexed)
-    torch.ops.jet.recurrent_gated_delta_rule_verify(*args)
-    return args[7], args[8], args[3], torch.tensor([2, 1, 0]), args[5], args[6]
-
-
-def step_args(dtype: torch.dtype = F32, indexed: bool = True) -> tuple:
-    x, hidden, weight, bias, _, _, silu = conv_inputs(ConvShape("", B=3, T=1), dtype)
-    rows = torch.tensor([2, -1, 0], dtype=torch.int32) if indexed else None
-    return (
-        x[:, 0],
-        hidden[:, 0],
-        weight,
-        bias if indexed else None,
-        torch.randn(4, 12, 3, dtype=F64).to(dtype),
-        rows,
-        silu,
-    )
-
-
-POOL_OPS = {
-    "recurrent_gated_delta_rule": recurrent_args,
-    "recurrent_gated_delta_rule_verify": verify_args,
-    "recurrent_gated_delta_rule_commit": commit_args,
-    "dynamic_conv_step": step_args,
-}
+each_pool_op = pytest.mark.parametrize("op", POOL_OPS)
 
 
 # ---- opcheck: schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes
@@ -93,7 +53,7 @@ POOL_OPS = {
 @each_sequence_op
 @pytest.mark.parametrize("differentiable", (False, True), ids=("inference", "training"))
 def test_opcheck(op, shape, differentiable):
-    inputs = make(op, shape)
+    inputs = inputs_of(op, shape)
     if differentiable:
         inputs = inputs._replace(**{name: t.requires_grad_() for name, t in floating(inputs).items()})
     torch.library.opcheck(getattr(torch.ops.jet, op).default, tuple(inputs))
@@ -102,16 +62,16 @@ def test_opcheck(op, shape, differentiable):
 @each_sequence_op
 @pytest.mark.parametrize("state_gradient", (True, False), ids=("state gradient", "no state gradient"))
 def test_opcheck_of_the_backward(op, shape, state_gradient):
-    inputs = make(op, shape)
+    inputs = inputs_of(op, shape)
     grads = cotangents(inputs)
     grads = grads if state_gradient else (grads[0], None)
     torch.library.opcheck(getattr(torch.ops.jet, op + "_backward").default, (*grads, *inputs))
 
 
 @pytest.mark.parametrize("indexed", (True, False), ids=("indices", "rows in order"))
-@pytest.mark.parametrize("op", POOL_OPS)
+@each_pool_op
 def test_opcheck_of_the_ops_in_place(op, indexed):
-    torch.library.opcheck(getattr(torch.ops.jet, op).default, POOL_OPS[op](indexed=indexed))
+    torch.library.opcheck(getattr(torch.ops.jet, op).default, tuple(example(op, indexed=indexed)))
 
 
 # ---- torch.compile
@@ -120,13 +80,12 @@ def test_opcheck_of_the_ops_in_place(op, indexed):
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static shapes", "dynamic shapes"))
 @each_sequence_op
 def test_compiles_without_graph_breaks(op, shape, dynamic):
-    inputs = make(op, shape)
+    inputs = inputs_of(op, shape)
     names, grads = list(floating(inputs)), cotangents(inputs)
 
     def call(*leaves: Tensor):
         return getattr(torch.ops.jet, op)(*inputs._replace(**dict(zip(names, leaves))))
 
-    torch._dynamo.reset()
     results = []
     for function in (call, torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")):
         leaves = [getattr(inputs, name).clone().requires_grad_() for name in names]
@@ -136,12 +95,10 @@ def test_compiles_without_graph_breaks(op, shape, dynamic):
         assert_bitwise(compiled, eager, name)
 
 
-@pytest.mark.parametrize("op", POOL_OPS)
+@each_pool_op
 def test_ops_in_place_compile_without_graph_breaks(op):
     function = getattr(torch.ops.jet, op)
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    args = POOL_OPS[op]()
+    args = example(op)
     again = tuple(t.clone() if isinstance(t, Tensor) else t for t in args)
     eager, compiled = (
         function(*args),
@@ -166,7 +123,6 @@ def test_inductor_compiles_a_layer_of_ops():
             step = jetkernels.recurrent_gated_delta_rule_(*last, pool)
         return o.tanh() + step, S
 
-    torch._dynamo.reset()
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True)):
         x, q, pool = conv.x.clone().requires_grad_(), delta.q.clone().requires_grad_(), delta.initial_state.clone()
@@ -182,14 +138,14 @@ def test_inductor_compiles_a_layer_of_ops():
 @each_sequence_op
 def test_autocast_of_ops_over_sequences(op, shape):
     """Activations and weights go to bf16; g and the delta rule's state stay fp32; gradients come back in fp32."""
-    inputs = make(op, shape)
+    inputs = inputs_of(op, shape)
     keep = ("g", "beta", "initial_state")
     cast = inputs._replace(**{name: t.to(BF16) for name, t in floating(inputs).items() if name not in keep})
     expected = getattr(torch.ops.jet, op)(*cast)
     leaves = {name: t.clone().requires_grad_() for name, t in floating(inputs).items()}
     with torch.autocast("cpu", BF16):
         outs = getattr(torch.ops.jet, op)(*inputs._replace(**leaves))
-        doubles = getattr(torch.ops.jet, op)(*make(op, shape, F64))
+        doubles = getattr(torch.ops.jet, op)(*inputs_of(op, shape, F64))
     for out, ref in zip(outs, expected):
         assert_bitwise(out, ref, op)
     assert all(out.dtype == F64 for out in doubles)
@@ -197,32 +153,35 @@ def test_autocast_of_ops_over_sequences(op, shape):
     assert all(leaf.grad is not None and leaf.grad.dtype == F32 for leaf in leaves.values())
 
 
+def low(call: NamedTuple) -> NamedTuple:
+    """What autocast makes of q, k and v."""
+    return call._replace(q=call.q.to(BF16), k=call.k.to(BF16), v=call.v.to(BF16))
+
+
 def test_autocast_of_ops_in_place():
     """The pool is written in place, so it keeps its dtype; the convolution's decides that of its step."""
-    torch.manual_seed(0)
-    args = recurrent_args()
-    low = [t.to(BF16) for t in args[:3]]
-    pool = args[5].clone()
-    expected = torch.ops.jet.recurrent_gated_delta_rule(*low, *args[3:5], pool, *args[6:])
+    call = example("recurrent_gated_delta_rule")
+    again = low(call)._replace(state=call.state.clone())
+    expected = torch.ops.jet.recurrent_gated_delta_rule(*again)
     with torch.autocast("cpu", BF16):
-        assert_bitwise(torch.ops.jet.recurrent_gated_delta_rule(*args), expected, "o")
-    assert_bitwise(args[5], pool, "pool")
-    args = verify_args()
-    again = (*low, *args[3:7], *(t.clone() for t in args[7:9]), *args[9:])
+        assert_bitwise(torch.ops.jet.recurrent_gated_delta_rule(*call), expected, "o")
+    assert_bitwise(call.state, again.state, "pool")
+    call = example("recurrent_gated_delta_rule_verify")
+    again = low(call)._replace(keys=call.keys.clone(), updates=call.updates.clone())
     expected = torch.ops.jet.recurrent_gated_delta_rule_verify(*again)
     with torch.autocast("cpu", BF16):
-        assert_bitwise(torch.ops.jet.recurrent_gated_delta_rule_verify(*args), expected, "o of verify")
-        torch.ops.jet.recurrent_gated_delta_rule_commit(*args[7:9], args[3], torch.tensor([2, 1, 0]), args[5], args[6])
-    for name, buffer, buffer_again in zip(("keys", "updates"), args[7:9], again[7:9]):
-        assert_bitwise(buffer, buffer_again, name)
+        assert_bitwise(torch.ops.jet.recurrent_gated_delta_rule_verify(*call), expected, "o of verify")
+        torch.ops.jet.recurrent_gated_delta_rule_commit(*example("recurrent_gated_delta_rule_commit"))
+    for name in ("keys", "updates"):
+        assert_bitwise(getattr(call, name), getattr(again, name), name)
     for dtype in (F32, BF16):
-        args = step_args(dtype)
-        mixed = (*(t.to(F32) for t in args[:4]), *args[4:])
-        again = (*args[:4], args[4].clone(), *args[5:])
+        call = example("dynamic_conv_step", dtype)
+        mixed = StepCall(*(t.to(F32) for t in call[:4]), *call[4:])
+        again = call._replace(conv_state=call.conv_state.clone())
         with torch.autocast("cpu", BF16):
             y = torch.ops.jet.dynamic_conv_step(*mixed)
         assert_bitwise(y, torch.ops.jet.dynamic_conv_step(*again), "y")
-        assert_bitwise(mixed[4], again[4], "conv_state")
+        assert_bitwise(mixed.conv_state, again.conv_state, "conv_state")
 
 
 # ---- dtypes, gradients, signatures
@@ -231,12 +190,11 @@ def test_autocast_of_ops_in_place():
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @each_sequence_op
 def test_dtypes_and_shapes_of_outputs_and_gradients(op, shape, dtype):
-    inputs = make(op, shape, dtype)
+    inputs = inputs_of(op, shape, dtype)
     grads = cotangents(inputs)
     out, state = getattr(torch.ops.jet, op)(*inputs)
-    like = inputs.v if isinstance(inputs, DeltaInputs) else inputs.x
-    assert out.dtype == dtype and out.shape == like.shape and out.is_contiguous()
-    assert state.dtype == grads[1].dtype and state.shape == grads[1].shape and state.is_contiguous()
+    for result, (expected_shape, expected_dtype) in zip((out, state), results_of(inputs)):
+        assert (result.shape, result.dtype) == (expected_shape, expected_dtype) and result.is_contiguous()
     found = getattr(torch.ops.jet, op + "_backward")(*grads, *inputs)
     for name, value, grad in zip(inputs._fields, inputs, found):
         if value is not None:
@@ -247,7 +205,7 @@ def test_dtypes_and_shapes_of_outputs_and_gradients(op, shape, dtype):
 
 @each_sequence_op
 def test_autograd_equals_the_backward_op(op, shape):
-    inputs = make(op, shape)
+    inputs = inputs_of(op, shape)
     grads = cotangents(inputs)
     leaves = {name: t.requires_grad_() for name, t in floating(inputs).items()}
     outs = getattr(torch.ops.jet, op)(*inputs)
@@ -260,7 +218,7 @@ def test_autograd_equals_the_backward_op(op, shape):
 
 @each_sequence_op
 def test_only_what_asks_for_a_gradient_gets_one(op, shape):
-    inputs = make(op, shape)
+    inputs = inputs_of(op, shape)
     for name, t in floating(inputs).items():
         leaf = t.clone().requires_grad_()
         out, state = getattr(torch.ops.jet, op)(*inputs._replace(**{name: leaf}))
@@ -273,11 +231,13 @@ SIGNATURES = {
     "use_qk_l2norm_in_kernel=False, cu_seqlens=None",
     "fused_recurrent_gated_delta_rule": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
     "use_qk_l2norm_in_kernel=False, cu_seqlens=None",
-    "recurrent_gated_delta_rule_": "q, k, v, g, beta, state, state_indices=None, scale=None, use_qk_l2norm_in_kernel=False",
+    "recurrent_gated_delta_rule_": "q, k, v, g, beta, state, state_indices=None, scale=None, "
+    "use_qk_l2norm_in_kernel=False",
     "recurrent_gated_delta_rule_verify": "q, k, v, g, beta, state, keys, updates, state_indices=None, scale=None, "
     "use_qk_l2norm_in_kernel=False",
     "recurrent_gated_delta_rule_commit_": "keys, updates, g, num_accepted, state, state_indices=None",
-    "dynamic_conv": "x, hidden, weight, bias=None, conv_state=None, cu_seqlens=None, activation='silu', output_final_state=False",
+    "dynamic_conv": "x, hidden, weight, bias=None, conv_state=None, cu_seqlens=None, activation='silu', "
+    "output_final_state=False",
     "dynamic_conv_step_": "x, hidden, weight, bias, conv_state, state_indices=None, activation='silu'",
 }
 
@@ -299,10 +259,11 @@ def test_python_functions_translate_their_arguments():
     outs = jetkernels.chunk_gated_delta_rule(q, k, v, g, beta, 0.3, S, True, True)
     for out, ref in zip(outs, torch.ops.jet.chunk_gated_delta_rule(q, k, v, g, beta, S, None, 0.3, True)):
         assert_bitwise(out, ref, "scale, state, l2norm")
-    args = recurrent_args()
+    call = example("recurrent_gated_delta_rule")
+    again = call._replace(state=call.state.clone())
     assert_bitwise(
-        jetkernels.recurrent_gated_delta_rule_(*args[:5], args[5].clone(), args[6], use_qk_l2norm_in_kernel=True),
-        torch.ops.jet.recurrent_gated_delta_rule(*args[:5], args[5].clone(), args[6], 4**-0.5, True),
+        jetkernels.recurrent_gated_delta_rule_(*call[:7], use_qk_l2norm_in_kernel=True),
+        torch.ops.jet.recurrent_gated_delta_rule(*again),
         "recurrent",
     )
     x, hidden, weight, bias, state, _, _ = conv_inputs(CONV, F32)
@@ -314,9 +275,15 @@ def test_python_functions_translate_their_arguments():
         jetkernels.dynamic_conv(x, hidden, weight, activation="relu")
 
 
+@pytest.mark.parametrize("op", (*SEQUENCE_OPS, *POOL_OPS))
+def test_named_tuples_of_the_tests_have_the_names_of_the_schema(op):
+    schema = getattr(torch.ops.jet, op).default._schema
+    assert list((SEQUENCE_OPS | POOL_OPS)[op]._fields) == [argument.name for argument in schema.arguments]
+
+
 def test_schemas_have_no_string_and_only_positional_tensors():
     """A str argument leaks memory on every call."""
-    for op in [*INPUTS, *(op + "_backward" for op in INPUTS), *POOL_OPS]:
+    for op in [*SEQUENCE_OPS, *(op + "_backward" for op in SEQUENCE_OPS), *POOL_OPS]:
         for argument in getattr(torch.ops.jet, op).default._schema.arguments:
             assert "str" not in str(argument.type) and not argument.kwarg_only, f"{op}: {argument}"
 

@@ -7,9 +7,29 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.cases import ConvShape, DeltaShape, apply_inputs, assert_bitwise, conv_inputs, cotangents, delta_inputs
-from support.pool_properties import CommitCall, RecurrentCall, StepCall
-from support.properties import on_tokens, state_name
+from support.arguments import (
+    POOL_OPS,
+    ApplyInputs,
+    CommitCall,
+    ConvInputs,
+    DeltaInputs,
+    RecurrentCall,
+    StepCall,
+    VerifyCall,
+    apply_inputs,
+    commit_call,
+    conv_inputs,
+    cotangents,
+    delta_inputs,
+    recurrent_call,
+    step_call,
+    verify_call,
+    with_pool,
+    with_rows,
+)
+from support.comparison import assert_bitwise
+from support.sequence_properties import on_tokens, state_name
+from support.shapes import ConvShape, DeltaShape
 from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -47,50 +67,35 @@ def integers(*values: int, dtype: torch.dtype = torch.int32) -> Callable[[object
 
 
 # Valid arguments: B = 2, T = 5, Hk = 2, H = 4, K = 8, V = 12; D = 12, R = 5, W = 4; N = 3 and P = 5 with a pool.
-def delta(**changes) -> tuple:
-    return delta_inputs(DeltaShape("", B=2, T=5, Hk=2, H=4)._replace(**changes), F32)
+DELTA, CONV = DeltaShape("", B=2, T=5, Hk=2, H=4), ConvShape("", T=5)
 
 
-def conv() -> tuple:
-    return conv_inputs(ConvShape("", T=5), F32)
+def delta() -> DeltaInputs:
+    return delta_inputs(DELTA)
 
 
-def apply() -> tuple:
-    return apply_inputs(ConvShape("", T=5), F32)
+def conv() -> ConvInputs:
+    return conv_inputs(CONV)
+
+
+def apply() -> ApplyInputs:
+    return apply_inputs(CONV)
 
 
 def recurrent() -> RecurrentCall:
-    *tokens, _, _, scale, l2norm = delta(B=3)
-    return RecurrentCall(*tokens, torch.randn(5, 4, 8, 12), torch.tensor([3, -1, 0]), scale, l2norm)
-
-
-class VerifyCall(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-    pool: Tensor
-    state_indices: Tensor | None
-    keys: Tensor
-    updates: Tensor
-    scale: float
-    l2norm_qk: bool
+    return recurrent_call(DELTA._replace(B=3), rows=(3, -1, 0))
 
 
 def verify() -> VerifyCall:
-    *arguments, scale, l2norm = recurrent()
-    return VerifyCall(*arguments, torch.randn(3, 5, 2, 8), torch.randn(3, 5, 4, 12), scale, l2norm)
+    return verify_call(recurrent())
 
 
 def commit() -> CommitCall:
-    call = verify()
-    return CommitCall(call.keys, call.updates, call.g, torch.tensor([5, 0, 2]), call.pool, call.state_indices)
+    return commit_call(recurrent(), (5, 0, 2))
 
 
 def step() -> StepCall:
-    x, hidden, weight, bias, _, _, silu = conv_inputs(ConvShape("", B=3, T=1), F32)
-    return StepCall(x[:, 0], hidden[:, 0], weight, bias, torch.randn(5, 12, 3), torch.tensor([3, -1, 0]), silu)
+    return step_call(CONV._replace(B=3), rows=(3, -1, 0))
 
 
 DELTA_TOKENS = (
@@ -135,14 +140,14 @@ INDICES = (
     Wrong("state_indices", lambda _: torch.tensor([[0], [1], [2]]), ("state_indices must have 1 dimension",)),
 )
 POOL = (
-    Wrong("pool", resized(1, 2), ("state", "H = 4", "got 2")),
-    Wrong("pool", resized(2, 7), ("state", "K = 8", "got 7")),
-    Wrong("pool", resized(3, 8), ("state", "V = 12", "got 8")),
-    Wrong("pool", drop_dim, ("state must have 4 dimensions",)),
-    Wrong("pool", cast(F16), ("state must be float32 or bfloat16", "got float16")),
-    Wrong("pool", cast(F64), ("state must be float32 or bfloat16", "got float64")),
+    Wrong("state", resized(1, 2), ("state", "H = 4", "got 2")),
+    Wrong("state", resized(2, 7), ("state", "K = 8", "got 7")),
+    Wrong("state", resized(3, 8), ("state", "V = 12", "got 8")),
+    Wrong("state", drop_dim, ("state must have 4 dimensions",)),
+    Wrong("state", cast(F16), ("state must be float32 or bfloat16", "got float16")),
+    Wrong("state", cast(F64), ("state must be float32 or bfloat16", "got float64")),
 )
-EXPANDED_POOL = Wrong("pool", lambda t: t[:1].expand(5, -1, -1, -1), ("state",))
+EXPANDED_POOL = Wrong("state", lambda t: t[:1].expand(5, -1, -1, -1), ("state",))
 BUFFERS = (
     Wrong("keys", drop_dim, ("keys must have 4 dimensions", "got 3")),
     Wrong("keys", lambda t: t.mT.contiguous().mT, ("keys must be contiguous", "strides [80,16,1,2]")),
@@ -256,11 +261,11 @@ TABLE: dict[str, tuple[Callable[[], tuple], tuple[Wrong, ...]]] = {
         (
             *GENERATOR,
             *INDICES,
-            Wrong("pool", resized(1, 11), ("conv_state", "D = 12", "got 11")),
-            Wrong("pool", resized(2, 2), ("conv_state", "= 3", "got 2")),
-            Wrong("pool", drop_dim, ("conv_state must have 3 dimensions",)),
-            Wrong("pool", cast(BF16), ("conv_state must be float32", "got bfloat16")),
-            Wrong("pool", lambda t: t[:1].expand(5, -1, -1), ("conv_state",)),
+            Wrong("conv_state", resized(1, 11), ("conv_state", "D = 12", "got 11")),
+            Wrong("conv_state", resized(2, 2), ("conv_state", "= 3", "got 2")),
+            Wrong("conv_state", drop_dim, ("conv_state must have 3 dimensions",)),
+            Wrong("conv_state", cast(BF16), ("conv_state must be float32", "got bfloat16")),
+            Wrong("conv_state", lambda t: t[:1].expand(5, -1, -1), ("conv_state",)),
         ),
     ),
 }
@@ -284,10 +289,10 @@ def refuse(op: str, args: tuple, says: tuple[str, ...]) -> None:
     ],
 )
 def test_wrong_argument(op, valid, wrong):
-    torch.manual_seed(0)
     args = valid()
     bad = args._replace(**{wrong.argument: wrong.change(getattr(args, wrong.argument))})
-    written = [name for name in ("pool", "keys", "updates") if name in bad._fields]
+    schema = getattr(torch.ops.jet, op).default._schema
+    written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
     before = [getattr(bad, name).clone() for name in written]
     refuse(op, bad, wrong.says)
     for name, old in zip(written, before):
@@ -312,15 +317,15 @@ def test_wrong_cu_seqlens(op, wrong):
 def test_value_heads_are_a_multiple_of_key_heads(op):
     args = TABLE[op][0]()
     three = args._replace(**{name: getattr(args, name)[:, :, :3] for name in ("v", "g", "beta")})
-    name = "pool" if op.startswith("recurrent") else "initial_state"
+    name = "state" if op.startswith("recurrent") else "initial_state"
     three = three._replace(**{name: getattr(args, name)[:, :3]})
     refuse(op, three, ("v dimension 2 (H) must be a multiple of Hk = 2", "got 3"))
 
 
-@pytest.mark.parametrize("op", [op for op, (valid, _) in TABLE.items() if hasattr(valid(), "pool")])
+@pytest.mark.parametrize("op", POOL_OPS)
 def test_pool_smaller_than_the_batch(op):
     call = TABLE[op][0]()
-    small = call._replace(pool=call.pool[:2].clone(), state_indices=None)
+    small = with_pool(with_rows(call, None), call.pool[:2].clone())
     before = small.pool.clone()
     refuse(op, small, ("N = 3", "2"))
     assert_bitwise(small.pool, before, "pool after the error")

@@ -7,18 +7,10 @@ from functools import cache
 
 import pytest
 import torch
-from support.cases import (
-    BACKENDS,
-    PACKED,
-    DeltaInputs,
-    DeltaShape,
-    OpsBackend,
-    assert_error,
-    cotangents,
-    delta_inputs,
-    ids,
-    reference_gradients,
-)
+from support.arguments import DeltaInputs, cotangents, delta_inputs
+from support.backends import OPS, PLAIN, OpsBackend, each_backend, reference_gradients
+from support.comparison import assert_error
+from support.shapes import PACKED, DeltaShape, ids
 from torch import Tensor
 
 from reference.chunk_gated_delta_rule import chunk_gated_delta_rule_backward as reference_backward
@@ -45,8 +37,7 @@ class ReferenceBackend(OpsBackend):
         return dict(zip(DeltaInputs._fields, reference_backward(*grads, *inputs, dtype=dtype)))
 
 
-each_backend = pytest.mark.parametrize("backend", (*BACKENDS, ReferenceBackend()), ids=lambda backend: backend.name)
-each_op = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+with_reference = pytest.mark.parametrize("backend", (OPS, PLAIN, ReferenceBackend()), ids=lambda backend: backend.name)
 
 
 @cache
@@ -62,7 +53,7 @@ def check_dg(backend: OpsBackend, inputs: DeltaInputs, expected: Tensor) -> None
     assert_error("dg", found, expected, CEILING if inputs.q.dtype != F64 else 1e-12, floor=0)
 
 
-@each_backend
+@with_reference
 @pytest.mark.parametrize("g", DECAYS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_dg_at_every_decay(backend, shape, g):
@@ -70,7 +61,7 @@ def test_dg_at_every_decay(backend, shape, g):
     check_dg(backend, inputs, expected["g"])
 
 
-@each_backend
+@with_reference
 @pytest.mark.parametrize("dtype", (BF16, F16, F64), ids=ids)
 @pytest.mark.parametrize("g", (-1e-3, -5.0, -50.0), ids=str)
 def test_dg_of_other_dtypes(backend, dtype, g):
@@ -89,7 +80,7 @@ def mixed_case(shape: DeltaShape, dtype: torch.dtype) -> tuple[DeltaInputs, Tens
     return inputs, level, reference_gradients(OP, inputs, cotangents(inputs))["g"]
 
 
-@each_op
+@each_backend
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=ids)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_weak_decays_do_not_blur_the_gradients_of_strong_ones(backend, shape, dtype):
@@ -100,7 +91,7 @@ def test_weak_decays_do_not_blur_the_gradients_of_strong_ones(backend, shape, dt
         assert_error(f"dg at g = {g}", found[level == i], expected[level == i], CEILING, floor=0)
 
 
-@each_op
+@each_backend
 @pytest.mark.parametrize("g", (-1e-2, -1.0), ids=str)
 @pytest.mark.parametrize("which", (0, 1), ids=("of the outputs alone", "of the final state alone"))
 def test_dg_of_one_cotangent(backend, which, g):
@@ -111,14 +102,14 @@ def test_dg_of_one_cotangent(backend, which, g):
     assert_error("dg", found, reference_gradients(OP, inputs, grads)["g"], CEILING, floor=0)
 
 
-@each_backend
+@with_reference
 def test_dg_is_zero_before_anything_is_remembered(backend):
     inputs = delta_inputs(DeltaShape("", T=70, state=False), F32)
     dg = backend.gradients(OP, inputs, cotangents(inputs))["g"]
     assert not dg[:, 0].any() and dg[:, 1:].all()
 
 
-@each_backend
+@with_reference
 @pytest.mark.parametrize("g", (0.0, -1e-3, -1.0, -20.0, -50.0, -math.inf), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_every_gradient_equals_that_of_the_token_loop(backend, shape, g):

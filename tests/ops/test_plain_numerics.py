@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from support.arguments import apply_inputs, conv_inputs, delta_inputs, recurrent_call, step_call
+from support.shapes import ConvShape, DeltaShape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,39 +42,18 @@ class EverythingOnMeta(TorchDispatchMode):
 
 def run_all(device, packed, mode):
     """Run all eight functions under `mode` on shapes with a ragged tail; return what they return."""
-    torch.manual_seed(0)
-
-    def make(*shape):
-        return torch.randn(*shape).to(device)
-
-    cu = torch.tensor(PACKED, dtype=torch.int32).to(device) if packed else None
-    b, t, n = (1, 100, len(PACKED) - 1) if packed else (2, 100, 2)
-    delta = (
-        make(b, t, 2, 8),
-        make(b, t, 2, 8),
-        make(b, t, 4, 6),
-        -make(b, t, 4).abs(),
-        make(b, t, 4).sigmoid(),
-        make(n, 4, 8, 6),
-        cu,
-        0.3,
-        True,
+    heads, channels = DeltaShape("", 2, 100, 2, 4, 8, 6), ConvShape("", 2, 100, 5, 3)
+    pack = {"B": 1, "cu_seqlens": PACKED} if packed else {}
+    arguments = (
+        delta_inputs(heads._replace(**pack)),
+        conv_inputs(channels._replace(**pack)),
+        apply_inputs(channels._replace(**pack)),
+        recurrent_call(heads._replace(T=3), rows=(4, -1), P=6),
+        step_call(channels, rows=(4, -1), P=6),
     )
-    generated = (make(b, t, 5), make(b, t, 3), make(20, 3), make(20), make(n, 5, 3), cu, True)
-    explicit = (make(b, t, 5), make(b, t, 5, 4), make(n, 5, 3), cu, True)
-    rows = torch.tensor([4, -1]).to(device)
-    steps = (
-        make(2, 3, 2, 8),
-        make(2, 3, 2, 8),
-        make(2, 3, 4, 6),
-        -make(2, 3, 4).abs(),
-        make(2, 3, 4),
-        make(6, 4, 8, 6),
-        rows,
-        0.3,
-        True,
+    delta, generated, explicit, steps, one_step = (
+        [t.to(device) if isinstance(t, torch.Tensor) else t for t in call] for call in arguments
     )
-    one_step = (make(2, 5), make(2, 3), make(20, 3), make(20), make(6, 5, 3), rows, True)
     with mode():
         o = chunk.chunk_gated_delta_rule(*delta)
         y = conv.dynamic_conv(*generated)
@@ -104,20 +85,17 @@ def test_every_tensor_is_made_on_the_device_of_the_inputs(packed):
 @pytest.mark.parametrize("indices", [[3, -1, 0, -5], [-1, -1, -1, -1], [-1, 5, -1, 0], [5, 2, 1, 4]])
 def test_rows_that_no_sequence_addresses_keep_every_bit(indices, pool_dtype):
     """Sequences without a row must not write row 0, where their clamped index points, against the one that owns it."""
-    torch.manual_seed(0)
-    pool = torch.randn(6, 4, 8, 6).to(pool_dtype)
+    call = recurrent_call(DeltaShape("", 4, 3, 2, 4, 8, 6), pool_dtype, pool_dtype, indices, P=6)
+    pool, tokens, rest = call.state, call[:5], call[-2:]
     pool.view(-1).view(torch.int16)[::7] = -1  # NaNs with a payload, which a detour through fp32 would change
     alone = pool.clone()
-    q, k, v = torch.randn(4, 3, 2, 8), torch.randn(4, 3, 2, 8), torch.randn(4, 3, 4, 6)
-    g, beta = -torch.rand(4, 3, 4), torch.rand(4, 3, 4)
-    args = [x.to(pool_dtype) for x in (q, k, v)] + [g, beta]
-    o = recurrent.recurrent_gated_delta_rule(*args, pool, torch.tensor(indices), 0.3, True)
+    o = recurrent.recurrent_gated_delta_rule(*call)
     for n, row in enumerate(indices):
         if row < 0:
             assert not o[n].any()
         else:
             one = recurrent.recurrent_gated_delta_rule(
-                *(x[n : n + 1] for x in args), alone[row : row + 1], None, 0.3, True
+                *(x[n : n + 1] for x in tokens), alone[row : row + 1], None, *rest
             )
             torch.testing.assert_close(o[n : n + 1], one, equal_nan=True)
     for row in range(6):

@@ -9,45 +9,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import draft_properties
-from support.cases import (
-    BACKENDS,
-    DELTA_SHAPES,
-    DeltaShape,
-    assert_bitwise,
-    assert_error,
-    backend_id,
-    delta_inputs,
-    delta_shapes,
-    ids,
-    laid_out,
-    layouts,
-    seeds,
-)
+from support.arguments import RecurrentCall, recurrent_call, some_prefixes, with_rows
+from support.backends import OPS, PAIRS, PLAIN, each_backend, each_pair
+from support.comparison import assert_bitwise, assert_error
 from support.draft_properties import Draft, commit, verify
-from support.pool_properties import RecurrentCall, with_rows
+from support.layouts import with_layouts
+from support.shapes import DELTA_SHAPES, DeltaShape, ids
+from support.strategies import delta_shapes, layouts, seeds
 
 import jetkernels
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-PAIRS = ((F64, F64), *((dtype, pool) for dtype in (F32, BF16, torch.float16) for pool in (F32, BF16)))
 SHAPES = [
     shape for shape in DELTA_SHAPES if shape.cu_seqlens is None and (shape.T < 20 or not shape.reason.startswith("T ="))
 ]
 DRAFT = DeltaShape("", B=3, T=5, Hk=2, H=4, K=13, V=70)
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=backend_id)
-each_pair = pytest.mark.parametrize("dtype, pool_dtype", PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 
 
-def random(dtype=F32, pool_dtype=None, shape=DRAFT, P: int = 5, seed: int = 0) -> RecurrentCall:
-    *tokens, _, _, scale, l2norm = delta_inputs(shape, dtype, seed)
-    pool_dtype = pool_dtype or (F64 if dtype == F64 else F32)
-    return RecurrentCall(
-        *tokens, torch.randn(P, shape.H, shape.K, shape.V, dtype=F64).to(pool_dtype), None, scale, l2norm
-    )
-
-
-def some_prefixes(shape: DeltaShape) -> list[int]:
-    return [(shape.T, 0, shape.T // 2)[n % 3] for n in range(shape.B)]
+def random(dtype=F32, state_dtype=None, shape=DRAFT, **more) -> RecurrentCall:
+    return recurrent_call(shape, dtype, state_dtype, **more)
 
 
 # ---- numbers
@@ -56,8 +36,8 @@ def some_prefixes(shape: DeltaShape) -> list[int]:
 @each_backend
 @each_pair
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_equals_the_reference(backend, dtype, pool_dtype, shape):
-    draft_properties.check(backend, random(dtype, pool_dtype, shape), some_prefixes(shape))
+def test_equals_the_reference(backend, dtype, state_dtype, shape):
+    draft_properties.check(backend, random(dtype, state_dtype, shape), some_prefixes(shape))
 
 
 @each_backend
@@ -65,17 +45,17 @@ def test_equals_the_reference(backend, dtype, pool_dtype, shape):
 @pytest.mark.parametrize("T", (1, 4))
 @pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64), ids=("int32", "int64"))
 @pytest.mark.parametrize("rows", (None, (4, 0, 3), (2, -1, 0), (-7, 4, -1)), ids=str)
-def test_any_rows_of_the_pool(backend, dtype, pool_dtype, T, index_dtype, rows):
-    call = random(dtype, pool_dtype, DRAFT._replace(T=T))
+def test_any_rows_of_the_pool(backend, dtype, state_dtype, T, index_dtype, rows):
+    call = random(dtype, state_dtype, DRAFT._replace(T=T))
     draft_properties.check(backend, with_rows(call, rows, index_dtype), [T, T, T // 2], index_dtype)
 
 
 @each_backend
 @each_pair
 @pytest.mark.parametrize("count", range(6))
-def test_any_number_of_accepted_tokens_equals_one_call(backend, dtype, pool_dtype, count):
+def test_any_number_of_accepted_tokens_equals_one_call(backend, dtype, state_dtype, count):
     for shape in (DRAFT, DRAFT._replace(K=96, V=64)):
-        call = with_rows(random(dtype, pool_dtype, shape), (4, -1, 0))
+        call = with_rows(random(dtype, state_dtype, shape), (4, -1, 0))
         draft_properties.accepted_prefix_equals_one_call(backend, call, [count, 3, 5 - count])
 
 
@@ -83,13 +63,11 @@ def test_any_number_of_accepted_tokens_equals_one_call(backend, dtype, pool_dtyp
 @given(shape=delta_shapes(packed=False), pair=st.sampled_from(PAIRS), layouts=layouts, data=st.data(), seed=seeds)
 def test_any_shape_dtype_and_layout(backend, shape, pair, layouts, data, seed):
     """The pool too may be strided. keys and updates may not."""
-    call = random(*pair, shape, P=shape.B + 2, seed=seed)
+    call = random(*pair, shape, seed=seed)
     rows = data.draw(st.permutations(range(shape.B + 2)))[: shape.B]
     call = with_rows(call, [row if data.draw(st.booleans()) else -row - 1 for row in rows])
     accepted = [data.draw(st.integers(0, shape.T)) for _ in rows]
-    other = call._replace(
-        **{name: laid_out(getattr(call, name), layout) for name, layout in zip(call._fields[:7], layouts)}
-    )
+    other = with_layouts(call, layouts)
     draft_properties.check(backend, other, accepted)
     # torch sums a strided row for the l2norm in an order that depends on the number of tokens
     draft_properties.accepted_prefix_equals_one_call(backend, other, accepted, bitwise=backend.name != "plain")
@@ -112,7 +90,7 @@ def test_drafts_one_after_the_other_equal_one_call(backend, lengths, data, pair,
         tokens = [torch.stack([t[n, begin : begin + length] for n, begin in enumerate(begins)]) for t in call[:5]]
         part = RecurrentCall(*tokens, *call[5:])
         accepted = [data.draw(st.integers(0, length)) for _ in begins]
-        call = call._replace(pool=commit(backend, part, verify(backend, part), accepted))
+        call = call._replace(state=commit(backend, part, verify(backend, part), accepted))
         begins = [begin + count for begin, count in zip(begins, accepted)]
     whole = random(*pair, DeltaShape("", B=2, T=sum(lengths)), P=2, seed=seed)
     for n, begin in enumerate(begins):
@@ -120,7 +98,7 @@ def test_drafts_one_after_the_other_equal_one_call(backend, lengths, data, pair,
             whole._replace(**{name: getattr(whole, name)[n : n + 1, :begin] for name in whole._fields[:5]}), [n]
         )
         _, pool = draft_properties.run(backend, alone)
-        assert_error("pool", call.pool[n], pool[n], 1e-6 if pair[0] == F32 else 1e-12)
+        assert_error("pool", call.state[n], pool[n], 1e-6 if pair[0] == F32 else 1e-12)
 
 
 @each_backend
@@ -144,53 +122,33 @@ def test_many_tokens(backend):
 
 @each_backend
 @each_pair
-def test_any_bits_are_kept_without_an_accepted_token(backend, dtype, pool_dtype):
-    draft_properties.any_bits_are_kept_without_an_accepted_token(backend, random(dtype, pool_dtype))
-
-
-@each_backend
-@pytest.mark.parametrize("pool_dtype", (F32, BF16), ids=ids)
-def test_index_minus_one_is_not_row_zero(backend, pool_dtype):
-    draft_properties.negative_index_is_not_a_row(backend, random(F32, pool_dtype))
-
-
-@each_backend
-@pytest.mark.parametrize("rows", ((3, 0, 1), (-1, 2, -1)), ids=str)
-@pytest.mark.parametrize("pool_dtype", (F32, BF16), ids=ids)
-def test_other_rows_do_not_matter(backend, pool_dtype, rows):
-    draft_properties.other_rows_do_not_matter(backend, random(F32, pool_dtype), rows)
-
-
-@each_backend
-@pytest.mark.parametrize("value", (math.nan, math.inf), ids=str)
-@pytest.mark.parametrize("n", range(3))
-def test_nan_stays_in_its_sequence(backend, n, value):
-    draft_properties.nan_stays_in_its_sequence(backend, with_rows(random(), (4, 0, 2)), n, value)
+def test_any_bits_are_kept_without_an_accepted_token(backend, dtype, state_dtype):
+    draft_properties.any_bits_are_kept_without_an_accepted_token(backend, random(dtype, state_dtype))
 
 
 @each_backend
 @each_pair
-def test_rejected_tokens_do_not_matter(backend, dtype, pool_dtype):
-    draft_properties.rejected_tokens_do_not_matter(backend, with_rows(random(dtype, pool_dtype), (4, 0, 2)), (2, 0, 5))
+def test_rejected_tokens_do_not_matter(backend, dtype, state_dtype):
+    draft_properties.rejected_tokens_do_not_matter(backend, with_rows(random(dtype, state_dtype), (4, 0, 2)), (2, 0, 5))
 
 
 @each_backend
 @each_pair
-def test_rows_do_not_depend_on_others(backend, dtype, pool_dtype):
-    draft_properties.rows_do_not_depend_on_others(backend, with_rows(random(dtype, pool_dtype), (4, 0, 2)), (2, 0, 5))
+def test_rows_do_not_depend_on_others(backend, dtype, state_dtype):
+    draft_properties.rows_do_not_depend_on_others(backend, with_rows(random(dtype, state_dtype), (4, 0, 2)), (2, 0, 5))
 
 
 @each_backend
 @each_pair
 @pytest.mark.parametrize("rows", (None, (4, -1, 2)), ids=str)
-def test_every_element_is_written_and_repeats_bitwise(backend, dtype, pool_dtype, rows):
-    draft_properties.repeated_runs_are_equal(backend, with_rows(random(dtype, pool_dtype), rows), (2, 0, 5))
+def test_every_element_is_written_and_repeats_bitwise(backend, dtype, state_dtype, rows):
+    draft_properties.repeated_runs_are_equal(backend, with_rows(random(dtype, state_dtype), rows), (2, 0, 5))
 
 
 @each_backend
 @each_pair
-def test_arguments_stay_as_they_are(backend, dtype, pool_dtype):
-    draft_properties.arguments_stay_as_they_are(backend, with_rows(random(dtype, pool_dtype), (4, -1, 2)), (2, 0, 5))
+def test_arguments_stay_as_they_are(backend, dtype, state_dtype):
+    draft_properties.arguments_stay_as_they_are(backend, with_rows(random(dtype, state_dtype), (4, -1, 2)), (2, 0, 5))
 
 
 @each_backend
@@ -201,15 +159,14 @@ def test_nothing_to_do(backend, shape, indexed):
     call = with_rows(call, range(shape.B)) if indexed else call
     draft = verify(backend, call)
     assert [t.shape for t in draft] == [call.v.shape, call.k.shape, call.v.shape]
-    assert_bitwise(commit(backend, call, draft, [0] * shape.B), call.pool, "pool")
+    assert_bitwise(commit(backend, call, draft, [0] * shape.B), call.state, "pool")
 
 
 def test_plain_commit_clamps_what_nobody_checked():
     """On CUDA the numbers are not read on the host."""
-    plain = BACKENDS[1]
     call = random()
-    draft = verify(plain, call)
-    assert_bitwise(commit(plain, call, draft, [-3, 9, 2**40]), commit(plain, call, draft, [0, 5, 5]), "pool")
+    draft = verify(PLAIN, call)
+    assert_bitwise(commit(PLAIN, call, draft, [-3, 9, 2**40]), commit(PLAIN, call, draft, [0, 5, 5]), "pool")
 
 
 def test_python_functions():
@@ -217,10 +174,10 @@ def test_python_functions():
     keys, updates = torch.empty(3, 5, 2, 13), torch.empty(3, 5, 4, 70)
     rows = torch.tensor([4, 0, 2])
     call = call._replace(state_indices=rows, scale=13**-0.5)
-    draft, pool = verify(BACKENDS[0], call), call.pool.clone()
+    draft, pool = verify(OPS, call), call.state.clone()
     o = jetkernels.recurrent_gated_delta_rule_verify(*call[:5], pool, keys, updates, rows, use_qk_l2norm_in_kernel=True)
     for name, out, expected in zip(Draft._fields, (o, keys, updates), draft):
         assert_bitwise(out, expected, name)
     accepted = torch.tensor([1, 5, 0], dtype=torch.int32)
     assert jetkernels.recurrent_gated_delta_rule_commit_(keys, updates, call.g, accepted, pool, rows) is None
-    assert_bitwise(pool, commit(BACKENDS[0], call, draft, [1, 5, 0]), "pool")
+    assert_bitwise(pool, commit(OPS, call, draft, [1, 5, 0]), "pool")

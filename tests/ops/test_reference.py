@@ -5,22 +5,11 @@ itself.
 import pytest
 import torch
 from hypothesis import given
-from support.cases import (
-    DELTA_SHAPES,
-    LENGTHS,
-    DeltaInputs,
-    DeltaShape,
-    assert_error,
-    assert_gradients,
-    assert_outputs,
-    cotangents,
-    delta_inputs,
-    delta_shapes,
-    dg_floor,
-    ids,
-    reference_gradients,
-    seeds,
-)
+from support.arguments import DeltaInputs, cotangents, delta_inputs
+from support.backends import dg_floor, reference_gradients
+from support.comparison import assert_error, assert_gradients, assert_outputs
+from support.shapes import DELTA_SHAPES, LENGTHS, DeltaShape, ids
+from support.strategies import delta_shapes, seeds
 
 from reference import chunk_gated_delta_rule as chunk
 from reference.dynamic_conv import dynamic_conv

@@ -14,11 +14,8 @@ from jetkernels.cli import demo
 from jetkernels.cli.info import OPS
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 
-UNUSED = (
-    "apply_dynamic_conv",
-    "recurrent_gated_delta_rule_verify",
-    "recurrent_gated_delta_rule_commit",
-)  # by the model
+# Ops that the model does not call.
+UNUSED = ("apply_dynamic_conv", "recurrent_gated_delta_rule_verify", "recurrent_gated_delta_rule_commit")
 
 
 class Clock:

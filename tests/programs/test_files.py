@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from jetkernels import files
 from jetkernels.files import replacing, write_atomic
@@ -311,6 +312,23 @@ def test_what_is_mounted_in_a_folder_is_not_touched(tmp_path, monkeypatch):
 # ---- several at once
 
 
+def test_a_writer_that_follows_on_one_that_cleans_up_is_waited_for(tmp_path, monkeypatch):
+    """Between the look at a workplace that is all but removed and its removal another writer's may take its name."""
+    place = tmp_path / files.INSTALLING
+    place.mkdir()
+    rmdir, tries = os.rmdir, []
+
+    def overtaken(path):
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmdir(path)
+
+    monkeypatch.setattr(os, "rmdir", overtaken)
+    files.finish(tmp_path)
+    assert len(tries) == 2 and not place.exists()
+
+
 def test_readers_and_writers_at_once(tmp_path, way):
     """Writers of a set of files, of one more file of the folder, and of a report in it; readers of the set. Nothing is
     mixed or lost.
@@ -488,7 +506,7 @@ def test_json_that_is_no_object_is_refused(content, message):
 def test_saves_survive_kills(tmp_path):
     """A few dozen; the command kills a thousand and more."""
     command = [sys.executable, "-m", "tests.campaigns.kill_saves", "--kills", "24", "--folder", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["wrong"] == 0, found
     assert all(

@@ -105,7 +105,7 @@ def spin_at_torch(tmp_path):
         ("-m", "jetkernels", "info"),
         ("SCRIPT", "info"),
         ("-m", "benchmarks.run"),
-        ("-m", "pytest", "tests/repository/test_machine.py", "-q"),
+        ("-m", "pytest", "tests/programs/test_machine.py", "-q"),
     ],
     ids=["python -m jetkernels", "jetkernels", "python -m benchmarks.run", "pytest"],
 )

@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.paths import ROOT
 
+import jetkernels  # noqa: F401  (registers torch.ops.jet)
 from benchmarks import counters, cpu, floors, ops, report, rows, run
 from benchmarks import provenance as facts
 from benchmarks.floors import H200, Ceilings, Work
 from benchmarks.shapes import SHAPES, Draw, Shape, conv_inputs, delta_rule_inputs, few_heads
-from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
 
 SHAPE_2B, SHAPE_4B = SHAPES[:2]
 F32 = torch.float32
@@ -46,7 +46,7 @@ def test_convolution_floor():
     for shape, flop, per_token, stored in ((SHAPE_2B, 9.44e6, 11.95, 11.4), (SHAPE_4B, 16.8e6, 21.2, 15.2)):
         work = floors.conv_token(shape)
         assert work.flop == pytest.approx(flop, rel=2e-3) and ns(work) == pytest.approx(per_token, abs=0.05)
-        assert floors.stored_kernels(shape) / H200.bandwidth * 1e9 == pytest.approx(stored, abs=0.05)
+        assert floors.stored_taps(shape) / H200.bandwidth * 1e9 == pytest.approx(stored, abs=0.05)
     assert floors.conv_step(SHAPE_2B, 1).seconds(H200) == pytest.approx(2.2e-6, rel=0.02)
     assert floors.conv_step(SHAPE_4B, 1).seconds(H200) == pytest.approx(3.9e-6, rel=0.02)
 

@@ -180,7 +180,8 @@ def test_a_waiting_warp_goes_on_when_the_event_has_happened():
 
 def test_members_of_arguments_are_found(tmp_path):
     (tmp_path / "op").mkdir()
-    text = "struct Inner { int64_t a, b; };\nstruct Outer {\n  int n;  // text\n  Inner inner;\n  bool on = false;\n  const float* p;\n"
+    text = "struct Inner { int64_t a, b; };\nstruct Outer {\n  int n;  // text\n  Inner inner;\n"
+    text += "  bool on = false;\n  const float* p;\n"
     (tmp_path / "op" / "x.h").write_text(text + "  int get() const { return n; }\n};\n")
     first = layout.FIRST
     found = layout.constants(tmp_path, "Outer", {"n": 7, "inner.b": 5, "on": 1, "p": 0})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.paths import ROOT
 
+import jetkernels  # noqa: F401  (registers torch.ops.jet)
 from benchmarks.gpu_run import __main__ as gpu_run
 from benchmarks.gpu_run import (
     child,
@@ -33,7 +34,6 @@ from benchmarks.gpu_run import (
 )
 from benchmarks.gpu_run.supervisor import Job, Part, Pool
 from benchmarks.shapes import SHAPES, Draw, few_heads
-from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet)
 
 # A worker whose cases do what kernels may do. It imports nothing that takes long.
 WORKER = """
@@ -139,9 +139,8 @@ def test_what_breaks_costs_one_row_each(tmp_path, workers):
 
     keyed = {case: row for (part, case), row in rows.items() if part == "key"}
     assert keyed["right 2b 2"]["us"] == keyed["last 2b 2"]["us"] == keyed["ceilings"]["us"] == 1.5
-    assert (
-        keyed["faults 4b 2"]["skipped"] == "faults is broken: illegal address at faults 2b 1"
-    )  # another shape, but none was right
+    # another shape, but none was right
+    assert keyed["faults 4b 2"]["skipped"] == "faults is broken: illegal address at faults 2b 1"
     assert "wrong is broken" in keyed["wrong 2b 2"]["skipped"]
     assert "broken" not in str(keyed["wrong 2b 2 / cuBLAS"].get("skipped")), (
         "what stands beside a broken op still has its time"
@@ -267,7 +266,8 @@ def test_tests_have_a_row_each(tmp_path, workers):
     tests.mkdir()
     (tests / "test_planted.py").write_text(TESTS)
     (workers / "fake_tests.py").write_text(
-        "from pathlib import Path\nfrom benchmarks.gpu_run import op_tests\nfrom benchmarks.gpu_run.op_tests import run\n"
+        "from pathlib import Path\n"
+        "from benchmarks.gpu_run import op_tests\nfrom benchmarks.gpu_run.op_tests import run\n"
         f"op_tests.TESTS = Path({str(tests)!r})\nNEEDS_LIBRARY = False\n"
     )
     output = tmp_path / "out"
@@ -390,7 +390,8 @@ def test_watchdog_records():
     first, second = (watchdog.RECORD.pack(b, 0, 2, 37, 384, 0x420, 1, 1) for b in (5, 6))
     memory = first + bytes(watchdog.RECORD.size) + second
     assert watchdog.lines(memory) == [
-        "jetkernels watchdog: block (5, 0, 2), thread 37 of 384, waits for parity 1 of the barrier at shared address 0x420, and 1 other blocks"
+        "jetkernels watchdog: block (5, 0, 2), thread 37 of 384, waits for parity 1 of the barrier at shared address "
+        "0x420, and 1 other blocks"
     ]
     header = (ROOT / "csrc" / "hopper" / "barrier.h").read_text().lower()
     assert f"krecords = {watchdog.ADDRESS:#x};" in header and f"kslots = {watchdog.SLOTS};" in header

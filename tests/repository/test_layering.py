@@ -1,5 +1,5 @@
-"""The arrows between folders: csrc/hopper <- csrc/<op> <- bindings <- jetkernels/ops <- modules <- model <- postnas <-
-cli.
+"""The arrows between folders: csrc/hopper <- csrc/<family> <- bindings <- jetkernels/ops <- modules <- model <- postnas
+<- cli; and the rooms of the kernels, csrc/<family>/<kernel>.
 """
 
 import ast
@@ -28,6 +28,9 @@ C_ARROWS = {
     "csrc/dynamic_conv": {"csrc/common", "csrc/cpu", "csrc/hopper"},
     "bindings": {"csrc/common", "csrc/cpu", "csrc/hopper", "csrc/gated_delta_rule", "csrc/dynamic_conv"},
 }
+
+FAMILIES = ("csrc/gated_delta_rule", "csrc/dynamic_conv")
+OPS = {path.stem for path in (ROOT / "jetkernels" / "ops").glob("[a-z]*.py")}
 
 
 def folder_of(path: str, folders: dict[str, set[str]]) -> str | None:
@@ -74,11 +77,15 @@ def includes(source: Path) -> list[str]:
     return re.findall(r'^#include\s+[<"]([^>"]+)[>"]', source.read_text(), re.MULTILINE)
 
 
+def sources_of(folder: str) -> list[Path]:
+    found = [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert found, f"{folder} has no C++ files"
+    return found
+
+
 @pytest.mark.parametrize("folder", C_ARROWS)
 def test_c_arrows(folder):
-    sources = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
-    assert sources, f"{folder} has no C++ files"
-    for source in sources:
+    for source in sources_of(folder):
         for name in includes(source):
             home = folder_of(str(Path(name).parent), C_ARROWS)
             assert home is None or home in C_ARROWS[folder] | {folder}, f"{source.relative_to(ROOT)} includes {name}"
@@ -86,9 +93,34 @@ def test_c_arrows(folder):
 
 @pytest.mark.parametrize("folder", [f for f in C_ARROWS if f.startswith("csrc")])
 def test_kernels_do_not_know_torch(folder):
-    for source in (ROOT / folder).rglob("*"):
-        if source.suffix in (".h", ".cpp", ".cu", ".cuh"):
-            assert not [name for name in includes(source) if name.startswith(("torch/", "ATen/", "c10/"))], source
+    for source in sources_of(folder):
+        assert not [name for name in includes(source) if name.startswith(("torch/", "ATen/", "c10/"))], source
+
+
+def room_of(path: str) -> str | None:
+    """csrc/<family>/<kernel>, of a file in it."""
+    folder = str(Path(path).parent)
+    return folder if str(Path(folder).parent) in FAMILIES else None
+
+
+@pytest.mark.parametrize("folder", C_ARROWS)
+def test_what_is_in_a_room_is_private(folder):
+    """But for the headers of its ops, and the one that says which calls its kernels take."""
+    for source in sources_of(folder):
+        home = room_of(str(source.relative_to(ROOT)))
+        for name in includes(source):
+            if room_of(name) not in (None, home):
+                assert Path(name).stem in OPS | {"kernel_takes"}, f"{source.relative_to(ROOT)} includes {name}"
+
+
+def test_a_file_name_says_which_file():
+    """Two files have one name only in the folders of different kernels, which say whose they are."""
+    places: dict[str, list[str]] = {}
+    for folder in C_ARROWS:
+        for source in sources_of(folder):
+            places.setdefault(source.name, []).append(folder_of(str(source.relative_to(ROOT)), C_ARROWS))
+    twice = {name: folders for name, folders in places.items() if len(folders) > 1}
+    assert not {name: folders for name, folders in twice.items() if not set(folders) <= set(FAMILIES)}
 
 
 def test_bindings_do_not_know_python():

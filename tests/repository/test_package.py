@@ -172,8 +172,8 @@ o, _ = jetkernels.chunk_gated_delta_rule(q, k, v, g, beta)
 o.sum().backward()
 assert all(x.grad.isfinite().all() and x.grad.any() for x in (q, k, v))
 jet = dict(num_heads=2, head_dim=8, expand_v=1.0, conv_size=4, dconv_generator_reduction=4, norm_eps="1e-5")
-config = JetNemotronConfig(vocab_size=32, hidden_size=16, intermediate_size=32, layer_types=["jet", "attn"], num_attention_heads=2,
-    num_key_value_heads=1, efficient_attention_config={"jet": jet})
+config = JetNemotronConfig(vocab_size=32, hidden_size=16, intermediate_size=32, layer_types=["jet", "attn"],
+    num_attention_heads=2, num_key_value_heads=1, efficient_attention_config={"jet": jet})
 model = JetNemotronForCausalLM.random(config, seed=0)
 print(model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=2).shape)
 """
@@ -262,7 +262,7 @@ def test_missing_compiler_says_what_to_install():
         [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=build_environment(CXX="no-such-compiler")
     )
     assert result.returncode != 0
-    assert "needs a C++17 compiler: install g++" in result.stderr
+    assert "needs a C++20 compiler: install g++" in result.stderr
 
 
 def test_missing_nvcc_is_an_error_only_where_cuda_is_asked_for(tmp_path):

@@ -173,6 +173,17 @@ def test_a_single_file_is_split_by_position(tmp_path):
     assert torch.cat([corpus.training, corpus.held_out]).tolist() == list(b"abc" * 100)
 
 
+@pytest.mark.parametrize("tokenizer", [None, Tokenizer.byte_level()])
+def test_text_can_stand_between_files(tmp_path, tokenizer):
+    """An empty file counts, and nothing stands before the first file or behind the last one."""
+    for name, text in (("a", "xy"), ("b", ""), ("c", "z")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = sorted(tmp_path.iterdir())
+    corpus = TextCorpus.from_files(tmp_path, files, tokenizer, between="\n")
+    assert torch.cat([corpus.training, corpus.held_out]).tolist() == list(b"xy\n\nz")
+    assert corpus.training.dtype == corpus.held_out.dtype == torch.int64
+
+
 def test_files_that_would_leave_one_side_almost_empty_are_split_by_position(tmp_path):
     """However the names fall, a 40th of the tokens is on each side."""
     splits = set()

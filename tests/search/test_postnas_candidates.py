@@ -4,15 +4,23 @@ import json
 
 import pytest
 import torch
-from support.postnas_cases import PlantedRows, killed_at_write, planted_base, text_folder, tiny_base_folder
+from support.postnas_cases import (
+    PlantedRows,
+    killed_at_write,
+    planted_base,
+    search_command,
+    text_folder,
+    tiny_base_folder,
+)
 
 from jetkernels.__main__ import main
 from jetkernels.modules import JetBlock
 from jetkernels.postnas import Loader, Recipe, SuperNetwork, checkpoints
 from jetkernels.postnas.blocks import BLOCKS, equal_parameters
-from jetkernels.postnas.candidates import BlockModel, Measured, Meter, over_seeds, spread, spread_sentence
+from jetkernels.postnas.candidates import Measured, Meter, over_seeds, spread
 from jetkernels.postnas.design import DESIGNS, Design, DesignedBlock
-from jetkernels.postnas.selection import write_candidate_report
+from jetkernels.postnas.report.candidates import spread_sentence, write_candidate_report
+from jetkernels.postnas.selection import best_candidate
 from jetkernels.postnas.shapes import Shape
 
 SHAPE = Shape(6, 16, 2)
@@ -74,7 +82,7 @@ def test_unknown_designs_are_refused(changes, sentence):
 @torch.no_grad()
 def test_the_measured_model_is_the_trained_one_and_decodes_as_it_prefills(name):
     network = SuperNetwork(planted_base(), lambda size: BLOCKS[name](size, SHAPE), window_size=5)
-    model = BlockModel(network, PLACEMENT).eval()
+    model = network.assemble(PLACEMENT).eval()
     ids = PlantedRows().rows(2, 14, torch.Generator().manual_seed(0))
     logits = network(ids, PLACEMENT)
     torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
@@ -109,38 +117,18 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
         Meter(lambda name, seed: None, ("jet",), None, None, [PlantedRows().task(1)], {}, "reading")
 
 
+def comparison(stage, folder, **options) -> list[str]:
+    """The command line of a comparison on little text and an untrained base, both made in `folder`."""
+    text, base = text_folder(folder / "text"), tiny_base_folder(folder / "base")
+    rows = {"batch": 2, "length": 80, "distances": 4, "examples": 2, "speed_tokens": 2, "speed_prompt": 4}
+    return search_command(stage, text=text, base=base, device="cpu", **rows, **options)
+
+
 @pytest.mark.parametrize("moment", [1, 2, 4, 6, 9])
 def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path, moment):
     """Speeds are measured and may differ; what was trained may not."""
-    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = [
-        "search",
-        "blocks",
-        "--text",
-        str(text),
-        "--base",
-        str(base),
-        "--device",
-        "cpu",
-        "--placement",
-        "jet swa attn",
-    ]
-    arguments += [
-        "--window-size",
-        "9",
-        "--shape",
-        "4x8x2",
-        "--steps",
-        "4",
-        "--save-every",
-        "2",
-        "--batch",
-        "2",
-        "--length",
-        "80",
-    ]
-    arguments += ["--distances", "4", "--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2"]
-    arguments += ["--only", "GLA", "--only", "JetBlock", "--output"]
+    candidates = {"placement": "jet swa attn", "window_size": 9, "shape": "4x8x2", "only": ["GLA", "JetBlock"]}
+    arguments = [*comparison("blocks", tmp_path, **candidates, steps=4, save_every=2, seeds=2), "--output"]
 
     def rows(folder):
         path = folder / "candidates.ckpt"
@@ -174,20 +162,8 @@ def test_single_tokens_take_the_recurrent_op(monkeypatch):
 
 
 def test_candidates_that_cannot_be_built_are_refused_before_any_is_trained(tmp_path, capsys):
-    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = [
-        "search",
-        "design",
-        "--text",
-        str(text),
-        "--base",
-        str(base),
-        "--device",
-        "cpu",
-        "--placement",
-        "jet attn jet",
-    ]
-    assert main([*arguments, "--shape", "4x8x2", "--output", str(tmp_path / "out")]) == 1
+    arguments = comparison("design", tmp_path, placement="jet attn jet", shape="4x8x2", output=tmp_path / "out")
+    assert main(arguments) == 1
     assert "generator_reduction must be between 1 and channels = 16, got 32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -196,23 +172,8 @@ def test_candidates_that_cannot_be_built_are_refused_before_any_is_trained(tmp_p
     ("stage", "names"), [("blocks", list(BLOCKS)), ("design", ["JetBlock", "static, qkv", "dynamic, qkv"])]
 )
 def test_the_commands_compare_and_resume(tmp_path, capsys, stage, names):
-    text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = [
-        "search",
-        stage,
-        "--text",
-        str(text),
-        "--base",
-        str(base),
-        "--output",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    ]
-    arguments += ["--placement", "jet attn jet", "--shape", "4x8x2", "--steps", "2", "--batch", "2", "--length", "80"]
-    arguments += ["--distances", "4", "--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2"]
-    if stage == "design":
-        arguments += [word for name in names for word in ("--only", name)]
+    candidates = {"placement": "jet attn jet", "shape": "4x8x2", "only": names if stage == "design" else []}
+    arguments = comparison(stage, tmp_path, **candidates, steps=2, seeds=2, output=tmp_path / "out")
     assert main(arguments) == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(f"| {name} |" in report for name in names) and "generation (tokens/s)" in report
@@ -281,9 +242,9 @@ def test_rows_are_averaged_over_seeds_and_their_spread_is_pooled():
 
 
 def test_a_report_without_both_of_a_pair_has_no_chart_of_it(tmp_path):
-    best = write_candidate_report(
-        tmp_path, "Title", [row("JetBlock", 0, 1.0), row("GLA", 0, 2.0)], ("JetBlock", "Mamba2"), "x", []
-    )
+    rows = [row("JetBlock", 0, 1.0), row("GLA", 0, 2.0)]
+    best = best_candidate(rows)
+    write_candidate_report(tmp_path, "Title", rows, best, ("JetBlock", "Mamba2"), "x", [])
     assert (
         best.name == "GLA"
         and not (tmp_path / "pair.png").exists()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.postnas_cases import TINY_JET, VOCAB, PlantedRows, killed_at_write, text_folder
+from support.postnas_cases import TINY_JET, VOCAB, PlantedRows, killed_at_write, search_command, text_folder
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
@@ -76,42 +76,10 @@ def test_another_vocabulary_is_refused():
 
 
 def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_path, capsys):
-    arguments = [
-        "search",
-        "all",
-        "--text",
-        str(text_folder(tmp_path / "text")),
-        "--output",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    ]
-    arguments += [
-        "--layers",
-        "3",
-        "--hidden-size",
-        "32",
-        "--intermediate-size",
-        "48",
-        "--base-steps",
-        "2",
-        "--recompute",
-    ]
-    arguments += [
-        "--full",
-        "1",
-        "--shape",
-        "8x16x2",
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--length",
-        "80",
-        "--distances",
-        "4",
-    ]
-    assert main([*arguments, "--examples", "2"]) == 0
+    folders = {"text": text_folder(tmp_path / "text"), "output": tmp_path / "out"}
+    sizes = {"layers": 3, "hidden_size": 32, "intermediate_size": 48, "base_steps": 2, "recompute": True, "full": 1}
+    rows = {"shape": "8x16x2", "steps": 2, "batch": 2, "length": 80, "distances": 4, "examples": 2}
+    assert main(search_command("all", **folders, device="cpu", **sizes, **rows)) == 0
     overview = (tmp_path / "out" / "report.md").read_text()
     for stage in ("base", "placement", "blocks", "design", "shapes", "final"):
         assert "## Provenance" in (tmp_path / "out" / stage / "report.md").read_text(), stage

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from support.postnas_cases import killed_at_write, text_folder, tiny_base_folder
+from support.postnas_cases import killed_at_write, search_command, text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
@@ -34,24 +34,10 @@ def inputs(tmp_path_factory):
 
 def placement(inputs, output, **changes) -> list[str]:
     text, base = inputs
-    options = {
-        "text": text,
-        "base": base,
-        "output": output,
-        "full": 1,
-        "window": 1,
-        "window-size": 8,
-        "steps": 6,
-        "batch": 2,
-        "length": 80,
-        "distances": "4,16",
-        "examples": 4,
-        "save-every": 2,
-        "shape": "8x16x2",
-        "device": "cpu",
-    }
-    pairs = (options | {name.replace("_", "-"): value for name, value in changes.items()}).items()
-    return ["search", "placement", *(word for name, value in pairs for word in (f"--{name}", str(value)))]
+    folders = {"text": text, "base": base, "output": output}
+    searched = {"full": 1, "window": 1, "window_size": 8, "examples": 4, "shape": "8x16x2", "device": "cpu"}
+    rows = {"steps": 6, "batch": 2, "length": 80, "distances": "4,16", "save_every": 2}
+    return search_command("placement", **folders | searched | rows | changes)
 
 
 def results(folder) -> dict[str, bytes]:
@@ -208,35 +194,13 @@ def test_several_ranks_need_a_device_each(monkeypatch):
 
 
 def test_search_base_trains_resumes_and_is_a_base(inputs, tmp_path, capsys):
-    arguments = [
-        "--text",
-        str(inputs[0]),
-        "--layers",
-        "2",
-        "--hidden-size",
-        "32",
-        "--intermediate-size",
-        "32",
-        "--device",
-        "cpu",
-    ]
-    arguments += [
-        "--batch",
-        "2",
-        "--length",
-        "80",
-        "--steps",
-        "4",
-        "--save-every",
-        "2",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    arguments += ["--distances", "4,16"]
-    assert main(["search", "base", *arguments]) == 0
+    sizes = {"layers": 2, "hidden_size": 32, "intermediate_size": 32, "device": "cpu"}
+    rows = {"batch": 2, "length": 80, "steps": 4, "save_every": 2, "distances": "4,16"}
+    command = search_command("base", text=inputs[0], output=tmp_path / "out", **sizes, **rows)
+    assert main(command) == 0
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert "held-out text" in (tmp_path / "out" / "report.md").read_text()
-    assert main(["search", "base", *arguments]) == 0
+    assert main(command) == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == first
     assert main(placement(inputs, tmp_path / "placed", base=tmp_path / "out", steps=0, full=1, window=0)) == 0
 

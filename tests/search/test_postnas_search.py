@@ -166,7 +166,15 @@ def test_distillation_teaches_the_paths_and_leaves_the_base_alone():
     network, placement = SuperNetwork(base, TINY_JET), ("jet", "jet")
     ids = PlantedRows().rows(8, 20, torch.Generator().manual_seed(0))
     loss = network.distillation_loss(ids, placement).item()
-    losses = train_super_network(network, Loader([(PlantedRows(), 1.0)], 8, 21), Recipe(60, 1e-2, warmup=2), {})
+    seen = []
+    losses = train_super_network(
+        network,
+        Loader([(PlantedRows(), 1.0)], 8, 21),
+        Recipe(60, 1e-2, warmup=2),
+        {},
+        on_step=lambda step, loss: seen.append((step, loss)),
+    )
+    assert seen == list(enumerate(losses))
     assert len(losses) == 60 and network.distillation_loss(ids, placement).item() < 0.8 * loss
     assert not any(p.requires_grad for p in base.parameters())
     for name, value in before.items():
@@ -211,6 +219,8 @@ def test_exported_model_equals_the_searched_one_and_decodes_as_it_prefills(tmp_p
     ids = PlantedRows().rows(3, 18, torch.Generator().manual_seed(1))
     logits = model(ids).logits
     torch.testing.assert_close(logits, network(ids, placement), rtol=0, atol=1e-5)
-    cache = model.new_cache(3, 18)
-    steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(18)]
-    torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=0, atol=1e-5)
+    for decoding in (model, network.assemble(placement)):
+        cache = decoding.new_cache(3, 18)
+        assert cache.nbytes == model.new_cache(3, 18).nbytes
+        steps = [decoding(ids[:, t : t + 1], cache=cache).logits for t in range(18)]
+        torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=0, atol=1e-5)

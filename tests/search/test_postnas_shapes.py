@@ -7,14 +7,16 @@ import subprocess
 import sys
 
 import pytest
-from support.postnas_cases import text_folder, tiny_base_folder
+from support.postnas_cases import search_command, text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.modules import JetBlockConfig
 from jetkernels.postnas.candidates import Measured, measure_all
 from jetkernels.postnas.checkpoints import load_state
-from jetkernels.postnas.shapes import Shape, best_shape, equal_cache_grid, write_shape_report
+from jetkernels.postnas.report.candidates import write_shape_report
+from jetkernels.postnas.selection import best_shape
+from jetkernels.postnas.shapes import Shape, equal_cache_grid
 
 # The grid of the paper's Table 2.
 PAPER = [
@@ -60,7 +62,8 @@ def test_planted_best_is_found_under_the_constraint(tmp_path, best):
     decoy = PAPER[(PAPER.index(best) + 1) % len(PAPER)]
     measure = planted(lambda s: 99.0 if s == decoy else 100.0, lambda s: {decoy: 3.0, best: 2.0}.get(s, 1.0))
     rows = measure_all(NAMES, measure, {})
-    chosen = write_shape_report(tmp_path, rows, 100.0, "planted", [])
+    chosen = best_shape(rows, 100.0)
+    write_shape_report(tmp_path, rows, chosen, 100.0, "planted", [])
     assert chosen.name == best.name and best_shape(rows, 90.0).name == decoy.name
     line = f"| {best.K} | {best.V} | {best.H} |"
     assert any(row.startswith(line) and "**yes**" in row for row in (tmp_path / "report.md").read_text().splitlines())
@@ -91,33 +94,10 @@ def test_a_killed_search_keeps_the_rows_it_has(tmp_path):
 
 def test_the_command_measures_a_grid_and_exports_the_best(tmp_path, capsys):
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = [
-        "search",
-        "shapes",
-        "--text",
-        str(text),
-        "--base",
-        str(base),
-        "--output",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    ]
-    arguments += [
-        "--placement",
-        "jet attn swa",
-        "--state",
-        "128",
-        "--heads",
-        "1,2",
-        "--keys",
-        "8,16",
-        "--steps",
-        "3",
-        "--batch",
-        "2",
-    ]
-    arguments += ["--length", "80", "--distances", "4", "--examples", "4", "--speed-tokens", "4", "--speed-prompt", "8"]
+    sizes = {"placement": "jet attn swa", "state": 128, "heads": "1,2", "keys": "8,16", "steps": 3}
+    rows = {"batch": 2, "length": 80, "distances": 4, "examples": 4, "speed_tokens": 4, "speed_prompt": 8}
+    folders = {"text": text, "base": base, "output": tmp_path / "out"}
+    arguments = search_command("shapes", **folders, device="cpu", **sizes, **rows)
     assert main(arguments) == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(f"| {K} | {V} | {H} |" in report for K, V, H in [(16, 8, 1), (8, 16, 1), (16, 4, 2), (8, 8, 2)])
@@ -140,35 +120,9 @@ def test_the_command_measures_a_grid_and_exports_the_best(tmp_path, capsys):
 def test_two_gloo_ranks_measure_the_grid_of_one(tmp_path):
     """Losses within 1e-5; the ranks choose and export once. The best shape is left open: speeds are measured."""
     text, base = text_folder(tmp_path / "text"), tiny_base_folder(tmp_path / "base")
-    arguments = [
-        "search",
-        "shapes",
-        "--text",
-        str(text),
-        "--base",
-        str(base),
-        "--device",
-        "cpu",
-        "--placement",
-        "jet attn jet",
-    ]
-    arguments += [
-        "--state",
-        "128",
-        "--heads",
-        "1,2",
-        "--keys",
-        "8",
-        "--steps",
-        "3",
-        "--batch",
-        "2",
-        "--length",
-        "80",
-        "--distances",
-        "4",
-    ]
-    arguments += ["--examples", "2", "--speed-tokens", "2", "--speed-prompt", "4", "--seeds", "2", "--output"]
+    sizes = {"placement": "jet attn jet", "state": 128, "heads": "1,2", "keys": "8", "steps": 3, "seeds": 2}
+    rows = {"batch": 2, "length": 80, "distances": 4, "examples": 2, "speed_tokens": 2, "speed_prompt": 4}
+    arguments = [*search_command("shapes", text=text, base=base, device="cpu", **sizes, **rows), "--output"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "jetkernels", *arguments, str(tmp_path / "two")], capture_output=True, text=True, timeout=240

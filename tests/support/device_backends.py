@@ -9,11 +9,12 @@ from functools import cache
 
 import pytest
 import torch
-from support.cases import OpsBackend, assert_bitwise
+from support.backends import OpsBackend
+from support.comparison import assert_bitwise
 from support.paths import TESTS
 from torch import Tensor
 
-from jetkernels import _library
+import jetkernels
 
 sys.path.insert(0, str(TESTS / "hoppersim"))
 import hoppersim
@@ -49,8 +50,9 @@ class CudaBackend(OpsBackend):
     name = "cuda"
 
     def __call__(self, op: str, *args):
-        assert _library.plain_reason(op, 0) is None, f"{op} is served by the plain path"
         on_device = [_like_on(t, "cuda") if isinstance(t, Tensor) else t for t in args]
+        backend = jetkernels.backend_of(op, *on_device)
+        assert backend.name == "hopper", f"{op} is served by {backend}"
         out = super().__call__(op, *on_device)
         schema = getattr(torch.ops.jet, op).default._schema
         for argument, mine, theirs in zip(schema.arguments, args, on_device):
@@ -86,9 +88,8 @@ def _parameters(*backends: OpsBackend):
 
 EARLY, LATE, CUDA = SimulatorBackend("early", 0), SimulatorBackend("late", SEEDS[0]), CudaBackend()
 each_device = pytest.mark.parametrize("backend", _parameters(EARLY, LATE, CUDA))
-each_machine = pytest.mark.parametrize(
-    "backend", _parameters(EARLY, CUDA)
-)  # where it is addresses, not timing, that matter
+# where it is addresses, not timing, that matter
+each_machine = pytest.mark.parametrize("backend", _parameters(EARLY, CUDA))
 
 
 def simulated(test):

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from support.cases import TOLERANCE, OpsBackend, accumulator, assert_bitwise, assert_error
-from support.pool_properties import TOKENS, RecurrentCall, rows_of, run, with_rows
-from support.properties import poisoned_allocations
+from support.arguments import CommitCall, RecurrentCall, verify_call, with_rows
+from support.backends import OpsBackend
+from support.comparison import TOLERANCE, assert_bitwise, assert_error
+from support.memory import poisoned_allocations
+from support.pool_properties import rows_of, run
 from torch import Tensor
 
 from reference.recurrent_gated_delta_rule_commit import recurrent_gated_delta_rule_commit
@@ -25,21 +27,21 @@ class Draft(NamedTuple):
 
 def verify(backend: OpsBackend, call: RecurrentCall) -> Draft:
     """The three outputs, of which the buffers held NaN; the pool keeps its bits."""
-    pool = call.pool.clone(memory_format=torch.preserve_format)
-    keys, updates = (torch.full(t.shape, math.nan, dtype=accumulator(t.dtype)) for t in (call.k, call.v))
-    o = backend("recurrent_gated_delta_rule_verify", *call[:5], call.pool, call.state_indices, keys, updates, *call[7:])
-    assert_bitwise(call.pool, pool, "pool after verify")
-    return Draft(o, keys, updates)
+    state = call.state.clone(memory_format=torch.preserve_format)
+    arguments = verify_call(call, fill=math.nan)
+    o = backend("recurrent_gated_delta_rule_verify", *arguments)
+    assert_bitwise(call.state, state, "pool after verify")
+    return Draft(o, arguments.keys, arguments.updates)
 
 
 def commit(
     backend: OpsBackend, call: RecurrentCall, draft: Draft, accepted: Sequence[int], dtype: torch.dtype = torch.int64
 ) -> Tensor:
     """The pool after the call; ``call`` keeps its own."""
-    pool = call.pool.clone(memory_format=torch.preserve_format)
-    number = torch.tensor(accepted, dtype=dtype)
-    assert backend("recurrent_gated_delta_rule_commit", *draft[1:], call.g, number, pool, call.state_indices) is None
-    return pool
+    state = call.state.clone(memory_format=torch.preserve_format)
+    arguments = CommitCall(*draft[1:], call.g, torch.tensor(accepted, dtype=dtype), state, call.state_indices)
+    assert backend("recurrent_gated_delta_rule_commit", *arguments) is None
+    return state
 
 
 def check(backend: OpsBackend, call: RecurrentCall, accepted: Sequence[int], dtype: torch.dtype = torch.int64) -> None:
@@ -55,12 +57,12 @@ def check(backend: OpsBackend, call: RecurrentCall, accepted: Sequence[int], dty
         assert_bitwise(out[nowhere], torch.zeros_like(out[nowhere]), f"{name} of a negative index")
     pool = commit(backend, call, draft, accepted, dtype)
     ref_pool = recurrent_gated_delta_rule_commit(
-        *reference[1:], call.g, torch.tensor(accepted), call.pool, call.state_indices
+        *reference[1:], call.g, torch.tensor(accepted), call.state, call.state_indices
     )
     moved = [row for n, row in enumerate(rows_of(call)) if row >= 0 and accepted[n]]
-    kept = [row for row in range(call.pool.shape[0]) if row not in moved]
+    kept = [row for row in range(call.state.shape[0]) if row not in moved]
     assert_error("pool", pool[moved], ref_pool[moved], TOLERANCE[pool.dtype].state)
-    assert_bitwise(pool[kept], call.pool[kept], "rows that commit must not touch")
+    assert_bitwise(pool[kept], call.state[kept], "rows that commit must not touch")
 
 
 def accepted_prefix_equals_one_call(
@@ -71,7 +73,7 @@ def accepted_prefix_equals_one_call(
     """
     draft = verify(backend, call)
     pool = commit(backend, call, draft, accepted)
-    expected = call.pool.clone()
+    expected = call.state.clone()
     for length in set(accepted):
         _, after = run(backend, call._replace(**{name: getattr(call, name)[:, :length] for name in call._fields[:5]}))
         for n, row in enumerate(rows_of(call)):
@@ -86,31 +88,31 @@ def accepted_prefix_equals_one_call(
 
 def any_bits_are_kept_without_an_accepted_token(backend: OpsBackend, call: RecurrentCall) -> None:
     """NaN of any kind, -0, subnormal numbers: nothing goes through arithmetic."""
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[call.pool.element_size()]
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[call.state.element_size()]
     limits = torch.iinfo(integers)
-    bits = torch.randint(limits.min, limits.max, call.pool.shape, dtype=integers)
-    any_bits = call._replace(pool=bits.view(call.pool.dtype))
+    bits = torch.randint(limits.min, limits.max, call.state.shape, dtype=integers)
+    any_bits = call._replace(state=bits.view(call.state.dtype))
     draft = verify(backend, any_bits)
-    assert_bitwise(commit(backend, any_bits, draft, [0] * call.v.shape[0]), any_bits.pool, "pool")
+    assert_bitwise(commit(backend, any_bits, draft, [0] * call.v.shape[0]), any_bits.state, "pool")
 
 
 def negative_index_is_not_a_row(backend: OpsBackend, call: RecurrentCall) -> None:
     """-1 means neither row 0 nor the last row: all pool rows are kept, NaN in them stays there."""
     N, T = call.v.shape[:2]
-    for row in (-1, -2, -call.pool.shape[0], -(2**31)):
-        nowhere = with_rows(call._replace(pool=torch.full_like(call.pool, math.nan)), [row] * N)
+    for row in (-1, -2, -call.state.shape[0], -(2**31)):
+        nowhere = with_rows(call._replace(state=torch.full_like(call.state, math.nan)), [row] * N)
         draft = verify(backend, nowhere)
         for name, out in zip(Draft._fields, draft):
             assert_bitwise(out, torch.zeros_like(out), f"{name} of index {row}")
-        assert_bitwise(commit(backend, nowhere, draft, [T] * N), nowhere.pool, f"pool after index {row}")
+        assert_bitwise(commit(backend, nowhere, draft, [T] * N), nowhere.state, f"pool after index {row}")
 
 
 def other_rows_do_not_matter(backend: OpsBackend, call: RecurrentCall, rows: Sequence[int]) -> None:
     """NaN in a row that no index names reaches nothing."""
     call = with_rows(call, rows)
     used, accepted = [row for row in rows if row >= 0], [call.v.shape[1]] * len(rows)
-    dirty = call._replace(pool=call.pool.clone())
-    dirty.pool[[row for row in range(call.pool.shape[0]) if row not in rows]] = math.nan
+    dirty = call._replace(state=call.state.clone())
+    dirty.state[[row for row in range(call.state.shape[0]) if row not in rows]] = math.nan
     draft, bad_draft = verify(backend, call), verify(backend, dirty)
     for name, out, bad in zip(Draft._fields, draft, bad_draft):
         assert_bitwise(bad, out, name)
@@ -121,10 +123,10 @@ def other_rows_do_not_matter(backend: OpsBackend, call: RecurrentCall, rows: Seq
 def nan_stays_in_its_sequence(backend: OpsBackend, call: RecurrentCall, n: int, value: float) -> None:
     """``value`` in the tokens and the state of sequence n changes no bit of the others."""
     accepted, row = [call.v.shape[1]] * call.v.shape[0], rows_of(call)[n]
-    bad = call._replace(**{name: getattr(call, name).clone() for name in call._fields if name in (*TOKENS, "pool")})
+    bad = call._replace(**{name: getattr(call, name).clone() for name in (*call._fields[:5], "state")})
     for name in call._fields[:5]:
         getattr(bad, name)[n] = -abs(value) if name == "g" else value  # a g above 0 is refused
-    bad.pool[row] = value
+    bad.state[row] = value
     draft, bad_draft = verify(backend, call), verify(backend, bad)
     pools = commit(backend, call, draft, accepted), commit(backend, bad, bad_draft, accepted)
     for t in (*draft, *bad_draft):

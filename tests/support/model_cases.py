@@ -41,7 +41,7 @@ def small_config(layer_types=("jet", "swa", "jet", "attn"), **changes) -> JetNem
 def stir_(module: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
     """Adds noise to the parameters that start at zero or one: biases, norms, the kernel generator's output."""
     for name, parameter in module.named_parameters():
-        if "norm" in name or name.endswith("bias") or name.endswith("w2.weight"):
+        if "norm" in name or name.endswith(("bias", "w2.weight")):
             parameter.add_(torch.randn(parameter.shape).to(parameter) * std)
     return module
 

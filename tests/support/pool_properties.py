@@ -1,65 +1,25 @@
 """The properties of the two ops that update a pool of states in place, written once for both.
 
-A call is a named tuple of arguments with fields `pool` and `state_indices`, in the order of the schema.
+A call is a `RecurrentCall` or a `StepCall`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from support.cases import TOLERANCE, OpsBackend, assert_bitwise, assert_error
-from support.properties import far_apart, poisoned_allocations
+from support.arguments import TOKENS, op_of, tensor_names, with_pool, with_rows
+from support.backends import REFERENCE, OpsBackend
+from support.comparison import TOLERANCE, assert_bitwise, assert_error
+from support.layouts import far_apart
+from support.memory import poisoned_allocations
 from torch import Tensor
-
-from reference.dynamic_conv_step import dynamic_conv_step
-from reference.recurrent_gated_delta_rule import recurrent_gated_delta_rule
-
-
-class RecurrentCall(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-    pool: Tensor
-    state_indices: Tensor | None
-    scale: float
-    l2norm_qk: bool
-
-
-class StepCall(NamedTuple):
-    x: Tensor
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    pool: Tensor
-    state_indices: Tensor | None
-    silu: bool
-
-
-class CommitCall(NamedTuple):
-    keys: Tensor
-    updates: Tensor
-    g: Tensor
-    num_accepted: Tensor
-    pool: Tensor
-    state_indices: Tensor | None
-
-
-TOKENS = ("q", "k", "v", "g", "beta", "x", "hidden")  # arguments [N, ...]
-OP: dict[type, str] = {RecurrentCall: "recurrent_gated_delta_rule", StepCall: "dynamic_conv_step"}
-REFERENCE: dict[type, Callable] = {RecurrentCall: recurrent_gated_delta_rule, StepCall: dynamic_conv_step}
 
 
 def run(backend: OpsBackend, call: NamedTuple) -> tuple[Tensor, Tensor]:
     """The output, and the pool after the call; ``call`` keeps its own."""
     pool = call.pool.clone(memory_format=torch.preserve_format)
-    return backend(OP[type(call)], *call._replace(pool=pool)), pool
-
-
-def with_rows(call: NamedTuple, rows: Sequence[int] | None, dtype: torch.dtype = torch.int64) -> NamedTuple:
-    return call._replace(state_indices=None if rows is None else torch.tensor(rows, dtype=dtype))
+    return backend(op_of(call), *with_pool(call, pool)), pool
 
 
 def rows_of(call: NamedTuple) -> list[int]:
@@ -69,7 +29,7 @@ def rows_of(call: NamedTuple) -> list[int]:
 def check(backend: OpsBackend, call: NamedTuple) -> None:
     """Output and pool equal the definition; rows that no index names keep their bits; a negative index gives zeros."""
     out, pool = run(backend, call)
-    ref, ref_pool = REFERENCE[type(call)](*call)
+    ref, ref_pool = REFERENCE[op_of(call)](*call)
     rows = rows_of(call)
     used = [row for row in rows if row >= 0]
     unused = [row for row in range(call.pool.shape[0]) if row not in used]
@@ -86,7 +46,7 @@ def negative_index_is_not_a_row(backend: OpsBackend, call: NamedTuple) -> None:
     N, P = call[0].shape[0], call.pool.shape[0]
     for value in (0.5, math.nan):
         for row in (-1, -2, -P, -(2**31)):
-            nowhere = with_rows(call._replace(pool=torch.full_like(call.pool, value)), [row] * N)
+            nowhere = with_rows(with_pool(call, torch.full_like(call.pool, value)), [row] * N)
             out, pool = run(backend, nowhere)
             assert_bitwise(out, torch.zeros_like(out), f"output of index {row}")
             assert_bitwise(pool, nowhere.pool, f"pool after index {row}")
@@ -99,7 +59,7 @@ def other_rows_do_not_matter(backend: OpsBackend, call: NamedTuple, rows: Sequen
     call = with_rows(call, rows)
     dirty = call.pool.clone()
     dirty[[row for row in range(dirty.shape[0]) if row not in rows]] = torch.nan
-    (out, pool), (dirty_out, dirty_pool) = run(backend, call), run(backend, call._replace(pool=dirty))
+    (out, pool), (dirty_out, dirty_pool) = run(backend, call), run(backend, with_pool(call, dirty))
     used = [row for row in rows if row >= 0]
     assert_bitwise(dirty_out, out, "output")
     assert_bitwise(dirty_pool[used], pool[used], "pool")
@@ -108,9 +68,8 @@ def other_rows_do_not_matter(backend: OpsBackend, call: NamedTuple, rows: Sequen
 
 def nan_stays_in_its_sequence(backend: OpsBackend, call: NamedTuple, n: int, value: float) -> None:
     """``value`` in the tokens and the state of sequence n changes no bit of the others."""
-    bad = call._replace(
-        **{name: getattr(call, name).clone() for name in (*call._fields, "pool") if name in (*TOKENS, "pool")}
-    )
+    bad = with_pool(call, call.pool.clone())
+    bad = bad._replace(**{name: getattr(call, name).clone() for name in call._fields if name in TOKENS})
     row = rows_of(call)[n]
     for name in bad._fields:
         if name in TOKENS:
@@ -149,27 +108,27 @@ def every_element_is_written(backend: OpsBackend, call: NamedTuple) -> None:
 
 def updates_in_place(backend: OpsBackend, call: NamedTuple) -> None:
     """The pool keeps its memory, no other argument changes, and the output shares memory with none."""
-    before = call._replace(**{name: t.clone() for name, t in call._asdict().items() if isinstance(t, Tensor)})
+    before = call._replace(**{name: getattr(call, name).clone() for name in tensor_names(call)})
     address = call.pool.data_ptr()
-    out = backend(OP[type(call)], *call)
+    out = backend(op_of(call), *call)
     assert call.pool.data_ptr() == address and not torch.equal(call.pool, before.pool)
-    for name, t in call._asdict().items():
-        if isinstance(t, Tensor):
-            assert out.untyped_storage().data_ptr() != t.untyped_storage().data_ptr(), name
-            if name != "pool":
-                assert_bitwise(t, getattr(before, name), name)
+    for name in tensor_names(call):
+        t = getattr(call, name)
+        assert out.untyped_storage().data_ptr() != t.untyped_storage().data_ptr(), name
+        if t is not call.pool:
+            assert_bitwise(t, getattr(before, name), name)
 
 
 def row_beyond_32_bits(backend: OpsBackend, call: NamedTuple) -> None:
     """A pool of more than 2^31 elements, of which the first and the last row are used."""
-    small = with_rows(call, [1, 0])._replace(pool=call.pool[:2])
+    small = with_pool(with_rows(call, [1, 0]), call.pool[:2])
     size = small.pool[0].numel()
     far = far_apart(small.pool, 0)
     P = far.stride(0) // size + 1
     far = far.as_strided((P, *small.pool.shape[1:]), (size, *small.pool.stride()[1:]))
     last = far[P - 1].copy_(small.pool[1])
     out, pool = run(backend, small)
-    big = with_rows(small, [P - 1, 0])._replace(pool=far)
-    assert_bitwise(backend(OP[type(call)], *big), out, "output")
+    big = with_pool(with_rows(small, [P - 1, 0]), far)
+    assert_bitwise(backend(op_of(call), *big), out, "output")
     assert_bitwise(far[0], pool[0], "first row")
     assert_bitwise(last, pool[1], "last row")

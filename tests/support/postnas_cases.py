@@ -61,6 +61,18 @@ def text_folder(folder: Path, files: int = 30) -> Path:
     return folder
 
 
+def search_command(stage: str, **options) -> list[str]:
+    """The words of `jetkernels search STAGE` behind `jetkernels`.
+
+    True: an option without a value; a list: one that is given several times.
+    """
+    words = ["search", stage]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name.replace('_', '-')}", *([] if one is True else [str(one)])]
+    return words
+
+
 def tiny_base_folder(folder: Path, layers: int = 3, seed: int = 3) -> Path:
     """An untrained byte-level base with its tokenizer, saved."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}

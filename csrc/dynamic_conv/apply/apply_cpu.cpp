@@ -1,4 +1,4 @@
-// Explicit kernels: bound by reading them, so each is read once per pass, in memory order.
+// The convolution with explicit taps: bound by reading them, so each is read once per pass, in memory order.
 #include "csrc/dynamic_conv/apply/apply_dynamic_conv.h"
 
 #include "csrc/cpu/isa.h"
@@ -14,22 +14,23 @@ class Apply {
   static constexpr int L = kLanes<T>, K = W - 1;
 
  public:
-  explicit Apply(const ApplyDynamicConvParams& p) : p_(p), in_(p.in), tokens_(in_.B * in_.T), rows_(tokens_) {
+  Apply(const ConvInputs& in, const void* taps)
+      : in_(in), taps_(static_cast<const T*>(taps)), tokens_(in.B * in.T), rows_(tokens_) {
     fill_rows(in_, rows_.get());
   }
 
-  void forward(const Parallel& parallel) const {
-    T* y = static_cast<T*>(p_.y);
+  void forward(const ApplyDynamicConvParams& p, const Parallel& parallel) const {
+    T* y = static_cast<T*>(p.y);
     parallel(0, tokens_ + in_.N, larger(1, 16384 / in_.D), [&](int64_t begin, int64_t end) {  // tokens, then states
       for (int64_t n = larger(begin, tokens_); n < end; ++n)
-        write_conv_state(in_, n - tokens_, static_cast<T*>(p_.conv_state_out));
+        write_conv_state(in_, n - tokens_, static_cast<T*>(p.conv_state_out));
       end = smaller(end, tokens_);
       for (int64_t token = begin; token < end; ++token)
         for (long d0 = 0; d0 < in_.D; d0 += L) {
           const long n = smaller(L, in_.D - d0);
-          Vec kernel[W], input[W];
-          const Vec z = convolve(token, d0, n, kernel, input);
-          store_some(y + token * in_.D + d0, 1, n, p_.silu ? silu(z) : z);
+          Vec taps[W], input[W];
+          const Vec z = convolve(token, d0, n, taps, input);
+          store_some(y + token * in_.D + d0, 1, n, in_.silu ? silu(z) : z);
         }
     });
   }
@@ -48,39 +49,38 @@ class Apply {
   }
 
  private:
-  // The taps of n channels, tap by tap.
-  JET_INLINE void load_kernel(int64_t token, long d0, long n, Vec (&kernel)[W]) const {
-    const T* from = static_cast<const T*>(p_.kernels) + (token * in_.D + d0) * W;
-    T taps[W][L] = {};
+  // taps[w] of n channels.
+  JET_INLINE void load_taps(int64_t token, long d0, long n, Vec (&taps)[W]) const {
+    const T* from = taps_ + (token * in_.D + d0) * W;
+    T transposed[W][L] = {};
     if (n == L)
       for (int c = 0; c < L; ++c)
-        for (int w = 0; w < W; ++w) taps[w][c] = from[c * W + w];
+        for (int w = 0; w < W; ++w) transposed[w][c] = from[c * W + w];
     else
       for (long c = 0; c < n; ++c)
-        for (int w = 0; w < W; ++w) taps[w][c] = from[c * W + w];
-    for (int w = 0; w < W; ++w) kernel[w] = load(taps[w]);
+        for (int w = 0; w < W; ++w) transposed[w][c] = from[c * W + w];
+    for (int w = 0; w < W; ++w) taps[w] = load(transposed[w]);
   }
 
-  // z of n channels; also returns what it was made of.
-  JET_INLINE Vec convolve(int64_t token, long d0, long n, Vec (&kernel)[W], Vec (&input)[W]) const {
-    load_kernel(token, d0, n, kernel);
+  // z of n channels, and the taps and inputs it is made of.
+  JET_INLINE Vec convolve(int64_t token, long d0, long n, Vec (&taps)[W], Vec (&input)[W]) const {
+    load_taps(token, d0, n, taps);
     Vec z{};
     for (int w = W - 1; w >= 0; --w) {
       input[w] = tap_input<T, W>(in_, rows_.get()[token], token, w, d0, n);
-      z += kernel[w] * input[w];
+      z += taps[w] * input[w];
     }
     return z;
   }
 
   JET_INLINE Vec output_gradient(const ApplyDynamicConvBackwardParams& p, int64_t token, long d0, long n, Vec z) const {
-    const int64_t stride = p.grad_y_stride[2];
-    const Vec dy =
-        load_some(token_at<T>(p.grad_y, p.grad_y_stride, in_, rows_.get()[token], token) + d0 * stride, stride, n);
-    return p_.silu ? dy * silu_slope(z) : dy;
+    const int64_t stride = p.grad_y.strides.d;
+    const Vec dy = load_some(token_at<T>(p.grad_y, in_, rows_.get()[token], token) + d0 * stride, stride, n);
+    return in_.silu ? dy * silu_slope(z) : dy;
   }
 
-  // dkernels and dx of tokens [begin, end). dx of a token is complete W-1 tokens later: until then it is summed in a
-  // ring of W rows. The W-1 tokens after the chunk are differentiated once more, for what they send back into it.
+  // dtaps and dx of tokens [begin, end). dx of a token is complete W-1 tokens later: until then it is summed in a ring
+  // of W rows. The halo of W-1 tokens after the chunk is differentiated once more, for its terms of the chunk's dx.
   void backward_chunk(const ApplyDynamicConvBackwardParams& p, int64_t begin, int64_t end, Acc* ring,
                       long width) const {
     for (int64_t token = begin; token < end + K; ++token) {
@@ -103,81 +103,76 @@ class Apply {
   void differentiate(const ApplyDynamicConvBackwardParams& p, int64_t token, int64_t begin, int64_t end, long d0,
                      Acc* ring, long width) const {
     const long n = smaller(L, in_.D - d0);
-    Vec kernel[W], input[W];
-    const Vec dz = output_gradient(p, token, d0, n, convolve(token, d0, n, kernel, input));
+    Vec taps[W], input[W];
+    const Vec dz = output_gradient(p, token, d0, n, convolve(token, d0, n, taps, input));
     for (int w = 0; w < W; ++w) {
       const int64_t target = token - K + w;
       if (target < begin || target >= end || rows_.get()[token].position < K - w) continue;
       Acc* sum = ring + target % W * width;
-      Simd<Acc>::store(sum, Simd<Acc>::load(sum) + dz * kernel[w]);
+      Simd<Acc>::store(sum, Simd<Acc>::load(sum) + dz * taps[w]);
     }
     if (token >= end) return;
-    T taps[W][L];
-    for (int w = 0; w < W; ++w) store(taps[w], dz * input[w]);
-    T* to = static_cast<T*>(p.dkernels) + (token * in_.D + d0) * W;
+    T dtaps[W][L];
+    for (int w = 0; w < W; ++w) store(dtaps[w], dz * input[w]);
+    T* to = static_cast<T*>(p.dtaps) + (token * in_.D + d0) * W;
     if (n == L)
       for (int c = 0; c < L; ++c)
-        for (int w = 0; w < W; ++w) to[c * W + w] = taps[w][c];
+        for (int w = 0; w < W; ++w) to[c * W + w] = dtaps[w][c];
     else
       for (long c = 0; c < n; ++c)
-        for (int w = 0; w < W; ++w) to[c * W + w] = taps[w][c];
+        for (int w = 0; w < W; ++w) to[c * W + w] = dtaps[w][c];
   }
 
-  // dconv_state[n, :, i] += sum over the tokens p <= i of dz kernel[i - p], summed up in dstate [D, W-1]
+  // dconv_state[n, :, i] += sum over the tokens p <= i of dz taps[i - p], summed up in dstate [D, W-1]
   void backward_state(const ApplyDynamicConvBackwardParams& p, int64_t n, Acc* dstate) const {
     const int64_t first = sequence_begin(in_, n), length = sequence_length(in_, n);
     start_state_gradient<T>(in_, static_cast<const T*>(p.grad_conv_state_out), n, 0, in_.D, dstate);
     for (int64_t position = 0; position < smaller(K, length); ++position)
       for (long d0 = 0; d0 < in_.D; d0 += L) {
         const long channels = smaller(L, in_.D - d0);
-        Vec kernel[W], input[W];
-        const Vec z = convolve(first + position, d0, channels, kernel, input);
+        Vec taps[W], input[W];
+        const Vec z = convolve(first + position, d0, channels, taps, input);
         const Vec dz = output_gradient(p, first + position, d0, channels, z);
         for (int w = 0; position + w < K; ++w)
-          add_state_gradient<Acc>(dstate + d0 * K + position + w, K, channels, dz * kernel[w]);
+          add_state_gradient<Acc>(dstate + d0 * K + position + w, K, channels, dz * taps[w]);
       }
     store_row(dstate, in_.D * K, static_cast<T*>(p.dconv_state) + n * in_.D * K);
   }
 
-  const ApplyDynamicConvParams& p_;
   const ConvInputs& in_;
+  const T* taps_;  // [tokens, D, W]
   long tokens_;
   Buffer<Row> rows_;
 };
 
-// Each of an element and a tap is loaded and stored for one multiply-add: memory's pace, a quarter of the arithmetic's.
+// Multiply-adds that take the time of a forward: each tap is loaded for one of its own, at the pace of memory, which is
+// a quarter of the arithmetic's.
 double work(const ConvInputs& in) { return 4. * (in.B * in.T + in.N) * in.D * in.W; }
 
-// f(Apply<T, W>) for the dtype and taps of p.
+// f(Apply<T, W>) for the dtype and the number of taps of a call.
 template <class F>
-void with_types(const ApplyDynamicConvParams& p, const F& f) {
-  const auto with_taps = [&](auto element) {
-    using T = decltype(element);
-    switch (p.in.W) {
-      case 2: return f(Apply<T, 2>(p));
-      case 3: return f(Apply<T, 3>(p));
-      case 4: return f(Apply<T, 4>(p));
+void with_apply(const ConvInputs& in, const void* taps, const F& f) {
+  with_taps(in.W, [&](auto W) {
+    switch (in.x.dtype) {
+      case Dtype::f32: return f(Apply<float, W>(in, taps));
+      case Dtype::f64: JET_CPU_FP64(f(Apply<double, W>(in, taps)));
+      case Dtype::f16: return f(Apply<f16, W>(in, taps));
+      case Dtype::bf16: return f(Apply<bf16, W>(in, taps));
     }
-  };
-  switch (p.in.dtype) {
-    case Dtype::f32: return with_taps(float{});
-    case Dtype::f64: JET_CPU_FP64(with_taps(double{}));
-    case Dtype::f16: return with_taps(f16{});
-    case Dtype::bf16: return with_taps(bf16{});
-  }
+  });
 }
 
 }  // namespace
 
 void apply_dynamic_conv_cpu(const ApplyDynamicConvParams& p, const Parallel& parallel) {
-  with_types(p, [&](const auto& apply) { apply.forward(for_work(parallel, work(p.in))); });
+  with_apply(p.in, p.taps, [&](const auto& apply) { apply.forward(p, for_work(parallel, work(p.in))); });
 }
 
 void apply_dynamic_conv_backward_cpu(const ApplyDynamicConvBackwardParams& p, const Parallel& parallel) {
-  with_types(p.forward, [&](const auto& apply) { apply.backward(p, for_work(parallel, 2 * work(p.forward.in))); });
+  with_apply(p.in, p.taps, [&](const auto& apply) { apply.backward(p, for_work(parallel, 2 * work(p.in))); });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(apply_dynamic_conv_cpu, ApplyDynamicConvParams, params.in.dtype)
-JET_CPU_LAUNCHER(apply_dynamic_conv_backward_cpu, ApplyDynamicConvBackwardParams, params.forward.in.dtype)
+JET_CPU_LAUNCHER(apply_dynamic_conv_cpu, ApplyDynamicConvParams, params.in.x.dtype)
+JET_CPU_LAUNCHER(apply_dynamic_conv_backward_cpu, ApplyDynamicConvBackwardParams, params.in.x.dtype)

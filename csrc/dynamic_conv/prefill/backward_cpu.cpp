@@ -1,11 +1,10 @@
 // Backward, a block of tokens at a time, in two parallel loops:
 //
-//   over panels of channels: regenerate the kernels, form dkernel, dx, dbias, and dweight += dkernel^T hidden
-//   over columns of hidden:  dhidden = dkernel weight; and hidden of the next block is packed
+//   over panels of channels: generate the taps again, form dtaps, dx, dbias, and dweight += dtaps^T hidden
+//   over columns of hidden:  dhidden = dtaps weight; and hidden of the next block is packed
 //
-// The dkernel of a block is all that passes between them. Each sum is taken by one task in the order of the tokens, so
+// The dtaps of a block is all that passes between them. Each sum is taken by one task in the order of the tokens, so
 // results do not depend on the number of threads.
-#include "csrc/cpu/isa.h"
 #include "csrc/dynamic_conv/prefill/dynamic_conv.h"
 #include "csrc/dynamic_conv/product_cpu.h"
 #include "csrc/dynamic_conv/state_gradient_cpu.h"
@@ -14,7 +13,7 @@ namespace jet::cpu::JET_CPU_ISA {
 namespace {
 
 // Multiples of every tile height (24 = lcm(6, 8, 12)). Longer blocks load and store dweight less often, shorter ones
-// keep dkernel (26 MB at D*W = 12288, fp32) in L3.
+// keep dtaps (26 MB at D*W = 12288, fp32) in L3.
 constexpr long kBlockTokens = 528;
 constexpr long kChunkTokens = kBlockTokens / 2;  // of one dhidden task
 
@@ -25,7 +24,7 @@ class Backward {
   using Number = typename P::Number;
   using Vec = Vector<Acc>;
   static constexpr int L = kLanes<T>, K = W - 1, terms = P::terms;
-  static constexpr int M = kAccumulators / W;                                         // tokens of a tile of kernels
+  static constexpr int M = kAccumulators / W;                                         // tokens of a tile of taps
   static constexpr int G = L * int(sizeof(T)) >= 64 ? 1 : 64 / (L * int(sizeof(T)));  // panels to a cache line of dx
   static constexpr int MW =
       L < kAccumulators / 3 ? L : kAccumulators / 3;          // rows of a dweight tile: channels of one tap
@@ -37,22 +36,22 @@ class Backward {
  public:
   explicit Backward(const DynamicConvBackwardParams& p, const Parallel& parallel)
       : p_(p),
-        f_(p.forward),
-        in_(f_.in),
+        in_(p.in),
+        generator_(p.generator),
         parallel_(parallel),
         slots_(larger(1, parallel.threads)),
         tokens_(in_.B * in_.T),
         block_(round_up(smaller(larger(tokens_, 1), kBlockTokens), 24)),
-        steps_(units_for(f_.R, terms)),
+        steps_(units_for(generator_.R, terms)),
         panels_((in_.D + L - 1) / L),
-        weight_columns_((f_.R + VW * L - 1) / (VW * L)),
-        hidden_columns_((f_.R + VH * L - 1) / (VH * L)),
+        weight_columns_((generator_.R + VW * L - 1) / (VW * L)),
+        hidden_columns_((generator_.R + VH * L - 1) / (VH * L)),
         rows_(tokens_),
         tiles_(block_ * steps_),
         columns_(weight_columns_ * block_ / terms * VW * L),
-        dkernel_(panels_ * block_ * W * L),
+        dtaps_(panels_ * block_ * W * L),
         dhidden_(block_ * hidden_columns_ * VH * L),
-        dweight_(kDirect ? 0 : in_.D * W * f_.R),
+        dweight_(kDirect ? 0 : in_.D * W * generator_.R),
         dbias_(panels_ * W * L),
         halo_(panels_ * K * L),
         dstate_(in_.N * in_.D * K),
@@ -90,12 +89,10 @@ class Backward {
  private:
   long panel_units() const { return round_up(steps_ * W * L, 64); }
   Acc* dweight() const { return kDirect ? static_cast<Acc*>(p_.dweight) : dweight_.get(); }
-  Number* dkernel_row(long panel, long i) const { return dkernel_.get() + (panel * block_ + i) * W * L; }
-  const T* hidden_row(long token) const {
-    return token_at<T>(f_.hidden, f_.hidden_stride, in_, rows_.get()[token], token);
-  }
+  Number* dtaps_row(long panel, long i) const { return dtaps_.get() + (panel * block_ + i) * W * L; }
+  const T* hidden_row(long token) const { return token_at<T>(generator_.hidden, in_, rows_.get()[token], token); }
 
-  // hidden of tokens [begin, end), twice: tile by tile for the kernels (as in the forward), and by columns [t][r] for
+  // hidden of tokens [begin, end), twice: tile by tile for the taps (as in the forward), and by columns [t][r] for
   // dweight.
   long hidden_tiles(long begin, long end) const { return (end - begin + M - 1) / M; }
   long hidden_tasks(long begin, long end) const { return end > begin ? hidden_tiles(begin, end) + weight_columns_ : 0; }
@@ -111,21 +108,21 @@ class Backward {
   void pack_hidden_tile(long token, long end, Unit* tile) const {
     for (long i = 0; i < M; ++i)
       if (token + i < end)
-        pack_tile_row<P>(hidden_row(token + i), f_.hidden_stride[2], f_.R, i, M, tile);
+        pack_tile_row<P>(hidden_row(token + i), generator_.hidden.strides.d, generator_.R, i, M, tile);
       else
         for (long s = 0; s < steps_; ++s) tile[s * M + i] = Unit{};
   }
 
   void pack_hidden_columns(long begin, long end, long j) const {
-    const int64_t stride = f_.hidden_stride[2];
+    const int64_t stride = generator_.hidden.strides.d;
     Unit* out = columns_.get() + j * (block_ / terms) * VW * L;
     for (long token = begin; token < end; token += terms)
       for (int v = 0; v < VW; ++v, out += L) {
         const long r = (j * VW + v) * L;
         const T* rows[terms];
         for (int i = 0; i < terms; ++i)
-          rows[i] = token + i < end && r < f_.R ? hidden_row(token + i) + r * stride : nullptr;
-        Simd<Unit>::store(out, P::combine(rows, stride, f_.R - r));
+          rows[i] = token + i < end && r < generator_.R ? hidden_row(token + i) + r * stride : nullptr;
+        Simd<Unit>::store(out, P::combine(rows, stride, generator_.R - r));
       }
   }
 
@@ -133,18 +130,18 @@ class Backward {
     const long d0 = panel * L, n = smaller(L, in_.D - d0);
     Unit* packed = panel_scratch_.get() + slot * panel_units();
     Acc* dx = dx_scratch_.get() + slot * (block_ + K) * L;  // row j belongs to token begin - (W-1) + j
-    alignas(64) Acc bias[W * L], kernel[M * W * L];
-    pack_weight_panel<P, T, W>(static_cast<const T*>(f_.weight), f_.R, d0, n, packed);
-    pack_bias_panel<T, W>(static_cast<const T*>(f_.bias), d0, n, bias);
+    alignas(64) Acc bias[W * L], taps[M * W * L];
+    pack_weight_panel<P, T, W>(static_cast<const T*>(generator_.weight), generator_.R, d0, n, packed);
+    pack_bias_panel<T, W>(static_cast<const T*>(generator_.bias), d0, n, bias);
     Acc* halo = halo_.get() + panel * K * L;
     if (begin == 0) start_panel(panel, d0, n);
     for (long j = 0; j < (end - begin + K) * L; ++j) dx[j] = j < K * L ? halo[j] : Acc(0);
     for (long token = begin; token < end; token += M) {
       prefetch_rows(token, end, d0);
-      generate(tiles_.get() + (token - begin) * steps_, packed, bias, kernel);
+      generate(tiles_.get() + (token - begin) * steps_, packed, bias, taps);
       Vec dbias[W] = {};
       for (long i = 0; i < M && token + i < end; ++i)
-        differentiate_row(token + i, d0, n, kernel + i * W * L, dbias, dkernel_row(panel, token + i - begin),
+        differentiate_row(token + i, d0, n, taps + i * W * L, dbias, dtaps_row(panel, token + i - begin),
                           dx + (token + i - begin) * L);
       for (int w = 0; w < W; ++w) {
         Acc* sum = dbias_.get() + (panel * W + w) * L;
@@ -152,7 +149,7 @@ class Backward {
       }
     }
     for (long i = end - begin; i % terms; ++i)
-      for (int j = 0; j < W * L; ++j) dkernel_row(panel, i)[j] = Number{};
+      for (int j = 0; j < W * L; ++j) dtaps_row(panel, i)[j] = Number{};
     const long complete = end == tokens_ ? end : end - K;
     for (long token = larger(0, begin - K); token < complete; ++token)
       write_dx(token, d0, n, dx + (token - begin + K) * L);
@@ -173,7 +170,7 @@ class Backward {
 
   // What was summed up over all tokens, in the dtype that is returned.
   void finish_panel(long panel, long d0, long n) const {
-    const long row = W * f_.R;
+    const long row = W * generator_.R;
     if (!kDirect) store_row(dweight() + d0 * row, n * row, static_cast<T*>(p_.dweight) + d0 * row);
     for (int64_t sequence = 0; sequence < in_.N; ++sequence)
       store_row(dstate(sequence, d0), n * K, static_cast<T*>(p_.dconv_state) + (sequence * in_.D + d0) * K);
@@ -184,35 +181,34 @@ class Backward {
   void prefetch_rows(long token, long end, long d0) const {
     for (long i = 0; i < M && token + i < end; ++i) {
       const Row& row = rows_.get()[token + i];
-      __builtin_prefetch(token_at<T>(in_.x, in_.x_stride, in_, row, token + i) + d0 * in_.x_stride[2]);
-      __builtin_prefetch(token_at<T>(p_.grad_y, p_.grad_y_stride, in_, row, token + i) + d0 * p_.grad_y_stride[2]);
+      __builtin_prefetch(token_at<T>(in_.x, in_, row, token + i) + d0 * in_.x.strides.d);
+      __builtin_prefetch(token_at<T>(p_.grad_y, in_, row, token + i) + d0 * p_.grad_y.strides.d);
     }
   }
 
-  // kernel [M, W] vectors = bias + hidden weight^T
-  void generate(const Unit* tile, const Unit* packed, const Acc* bias, Acc* kernel) const {
+  // taps [M, W] vectors = bias + hidden weight^T
+  void generate(const Unit* tile, const Unit* packed, const Acc* bias, Acc* taps) const {
     Tile<Acc, M, W> acc;
     acc.load(bias, 0);
     acc.add_product(tile, 1, M, packed, W * L, steps_);
-    acc.store(kernel, W * L);
+    acc.store(taps, W * L);
   }
 
-  void differentiate_row(long token, long d0, long n, const Acc* kernel, Vec (&dbias)[W], Number* dkernel,
-                         Acc* dx) const {
+  void differentiate_row(long token, long d0, long n, const Acc* taps, Vec (&dbias)[W], Number* dtaps, Acc* dx) const {
     const Row& row = rows_.get()[token];
     Vec input[W], z{};
     for (int w = W - 1; w >= 0; --w) {
       input[w] = tap_input<T, W>(in_, row, token, w, d0, n);
-      z += Simd<Acc>::load(kernel + w * L) * input[w];
+      z += Simd<Acc>::load(taps + w * L) * input[w];
     }
-    const int64_t stride = p_.grad_y_stride[2];
-    const Vec dy = load_some(token_at<T>(p_.grad_y, p_.grad_y_stride, in_, row, token) + d0 * stride, stride, n);
-    const Vec dz = f_.silu ? dy * silu_slope(z) : dy;
+    const int64_t stride = p_.grad_y.strides.d;
+    const Vec dy = load_some(token_at<T>(p_.grad_y, in_, row, token) + d0 * stride, stride, n);
+    const Vec dz = in_.silu ? dy * silu_slope(z) : dy;
     for (int w = 0; w < W; ++w) {
-      const Vec dk = dz * input[w];  // dkernel = dz input
+      const Vec dk = dz * input[w];  // dtaps = dz input
       dbias[w] += dk;
-      store(dkernel + w * L, dk);
-      const Vec dinput = dz * Simd<Acc>::load(kernel + w * L);
+      store(dtaps + w * L, dk);
+      const Vec dinput = dz * Simd<Acc>::load(taps + w * L);
       const int64_t p = row.position - K + w;
       if (p >= 0)
         Simd<Acc>::store(dx + w * L, Simd<Acc>::load(dx + w * L) + dinput);
@@ -226,33 +222,33 @@ class Backward {
     store_some(static_cast<T*>(p_.dx) + token * in_.D + d0, 1, n, Simd<Acc>::load(sum) + tail);
   }
 
-  // The panel's dkernel [t][w, channel] as units along t.
-  const Unit* dkernel_by_token(long slot, long panel, long steps) const {
+  // The panel's dtaps [t][w, channel] as units along t.
+  const Unit* dtaps_by_token(long slot, long panel, long steps) const {
     if constexpr (terms == 1) {
-      return reinterpret_cast<const Unit*>(dkernel_row(panel, 0));
+      return reinterpret_cast<const Unit*>(dtaps_row(panel, 0));
     } else {
       Unit* pairs = pair_scratch_.get() + slot * (block_ / terms) * W * L;
       for (long s = 0; s < steps; ++s)
         for (int w = 0; w < W; ++w) {
-          const Number* const rows[terms] = {dkernel_row(panel, 2 * s) + w * L, dkernel_row(panel, 2 * s + 1) + w * L};
+          const Number* const rows[terms] = {dtaps_row(panel, 2 * s) + w * L, dtaps_row(panel, 2 * s + 1) + w * L};
           Simd<Unit>::store(pairs + (s * W + w) * L, P::combine(rows, 1, L));
         }
       return pairs;
     }
   }
 
-  // dweight [L*W, R] += dkernel^T hidden over the block's tokens
+  // dweight [L*W, R] += dtaps^T hidden over the block's tokens
   void add_dweight(long slot, long panel, long d0, long n, long begin, long end) const {
     const long steps = units_for(end - begin, terms);
-    const Unit* a = dkernel_by_token(slot, panel, steps);
+    const Unit* a = dtaps_by_token(slot, panel, steps);
     alignas(64) Acc edge[MW * VW * L];
     for (long j = 0; j < weight_columns_; ++j) {
       const Unit* b = columns_.get() + j * (block_ / terms) * VW * L;
-      const long r = j * VW * L, columns = smaller(VW * L, f_.R - r);
+      const long r = j * VW * L, columns = smaller(VW * L, generator_.R - r);
       for (int m = 0; m < W * L; m += MW) {
-        const long c = m % L, w = m / L, row_stride = W * f_.R, channels = smaller(MW, n - c);
+        const long c = m % L, w = m / L, row_stride = W * generator_.R, channels = smaller(MW, n - c);
         if (channels <= 0) continue;
-        Acc* out = dweight() + ((d0 + c) * W + w) * f_.R + r;
+        Acc* out = dweight() + ((d0 + c) * W + w) * generator_.R + r;
         const bool whole = channels == MW && columns == VW * L;
         Tile<Acc, MW, VW> acc;
         if (begin == 0) {
@@ -278,20 +274,20 @@ class Backward {
 
   // Rows [w, channel] of weight as units along that order, columns of one dhidden tile.
   void pack_weight_columns(long j, long panel, Unit* out) const {
-    const T* weight = static_cast<const T*>(f_.weight);
+    const T* weight = static_cast<const T*>(generator_.weight);
     for (int m = 0; m < W * L; m += terms)
       for (int v = 0; v < VH; ++v, out += L) {
         const long r = (j * VH + v) * L;
         const T* rows[terms];
         for (int i = 0; i < terms; ++i) {
           const long d = panel * L + (m + i) % L;
-          rows[i] = d < in_.D && r < f_.R ? weight + (d * W + m / L) * f_.R + r : nullptr;
+          rows[i] = d < in_.D && r < generator_.R ? weight + (d * W + m / L) * generator_.R + r : nullptr;
         }
-        Simd<Unit>::store(out, P::combine(rows, 1, f_.R - r));
+        Simd<Unit>::store(out, P::combine(rows, 1, generator_.R - r));
       }
   }
 
-  // dhidden [first, last) of the block, column tile j: dkernel weight
+  // dhidden [first, last) of the block, column tile j: dtaps weight
   void run_columns(long j, long begin, long first, long last) const {
     constexpr long steps = W * L / terms;
     const long row_stride = hidden_columns_ * VH * L;
@@ -305,7 +301,7 @@ class Backward {
         else
           acc.load(out, row_stride);
         for (long panel = panel0; panel < panel1; ++panel) {
-          const Number* a = dkernel_row(panel, i);
+          const Number* a = dtaps_row(panel, i);
           for (long ahead = 0; ahead < MH * W * L; ahead += 64 / long(sizeof(Number)))
             __builtin_prefetch(a + MH * W * L + ahead);  // the next rows of this panel
           acc.add_product(reinterpret_cast<const Unit*>(a), steps, 1,
@@ -317,58 +313,42 @@ class Backward {
     for (long i = first; i < last; ++i)
       for (int v = 0; v < VH; ++v) {
         const long r = (j * VH + v) * L;
-        if (r < f_.R)
-          store_some(static_cast<T*>(p_.dhidden) + (begin + i) * f_.R + r, 1, f_.R - r,
+        if (r < generator_.R)
+          store_some(static_cast<T*>(p_.dhidden) + (begin + i) * generator_.R + r, 1, generator_.R - r,
                      Simd<Acc>::load(dhidden_.get() + i * row_stride + r));
       }
   }
 
   const DynamicConvBackwardParams& p_;
-  const DynamicConvParams& f_;
   const ConvInputs& in_;
+  const TapGenerator& generator_;
   const Parallel& parallel_;
   long slots_, tokens_, block_, steps_, panels_, weight_columns_, hidden_columns_;
   Buffer<Row> rows_;
   Buffer<Unit> tiles_, columns_;
-  Buffer<Number> dkernel_;  // [panel][t][w, channel]
+  Buffer<Number> dtaps_;  // [panel][t][w, channel]
   Buffer<Acc> dhidden_, dweight_, dbias_, halo_, dstate_;
   Buffer<Unit> panel_scratch_;
   Buffer<Acc> dx_scratch_;
   Buffer<Unit> pair_scratch_, weight_;
 };
 
-template <class P, class T>
-void backward(const DynamicConvBackwardParams& p, const Parallel& caller) {
-  const Parallel parallel = for_work(caller, 3 * conv_work(p.forward.in, p.forward.R));
-  switch (p.forward.in.W) {
-    case 2: return Backward<P, T, 2>(p, parallel).run();
-    case 3: return Backward<P, T, 3>(p, parallel).run();
-    case 4: return Backward<P, T, 4>(p, parallel).run();
-  }
-}
-
-#if defined(__AVX512F__)
-// Bf16Product needs dkernel rounded to bf16, as any bf16 GEMM of the gradients does. Over many elements these errors
+// Bf16Product needs dtaps rounded to bf16, as any bf16 GEMM of the gradients does. Over many elements these errors
 // stay relative to the RMS of the result; a handful of terms can cancel to less than their rounding.
-bool bf16_dkernel_is_exact_enough(const DynamicConvParams& p) { return p.in.B * p.in.T * p.in.D * p.R >= 1 << 20; }
-#endif
+bool bf16_dtaps_is_exact_enough(const DynamicConvBackwardParams& p) {
+  return p.in.B * p.in.T * p.in.D * p.generator.R >= 1 << 20;
+}
 
 }  // namespace
 
 void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& p, const Parallel& parallel) {
-  switch (p.forward.in.dtype) {
-    case Dtype::f32: return backward<PlainProduct<float>, float>(p, parallel);
-    case Dtype::f64: JET_CPU_FP64(backward<PlainProduct<double>, double>(p, parallel));
-    case Dtype::f16: return backward<PlainProduct<float>, f16>(p, parallel);
-    case Dtype::bf16:
-#if defined(__AVX512F__)
-      if (has_bf16_instructions() && bf16_dkernel_is_exact_enough(p.forward))
-        return backward<Bf16Product, bf16>(p, parallel);
-#endif
-      return backward<PlainProduct<float>, bf16>(p, parallel);
-  }
+  with_product(p.in, bf16_dtaps_is_exact_enough(p), [&](auto types, auto taps) {
+    using Types = decltype(types);
+    const Parallel workers = for_work(parallel, 3 * conv_work(p.in, p.generator));
+    Backward<typename Types::Product, typename Types::Element, taps>(p, workers).run();
+  });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(dynamic_conv_backward_cpu, DynamicConvBackwardParams, params.forward.in.dtype)
+JET_CPU_LAUNCHER(dynamic_conv_backward_cpu, DynamicConvBackwardParams, params.in.x.dtype)

@@ -1,10 +1,9 @@
-// Forward: a GEMM of hidden with the generator, tile by tile, whose epilogue convolves in registers.
+// Forward: the generator's GEMM, tile by tile, with the convolution as its epilogue in registers.
 //
 // A task owns the channels of one cache line of y: it packs their rows of weight once (about 100 KB at R = 384, L2) and
 // streams all packed hidden rows past them.
 #include "csrc/dynamic_conv/prefill/dynamic_conv.h"
 
-#include "csrc/cpu/isa.h"
 #include "csrc/dynamic_conv/product_cpu.h"
 #include "csrc/dynamic_conv/rows_cpu.h"
 
@@ -24,7 +23,7 @@ class Forward {
 
  public:
   explicit Forward(const DynamicConvParams& p)
-      : p_(p), in_(p.in), steps_(units_for(p.R, P::terms)), rows_(in_.B * in_.T) {
+      : p_(p), in_(p.in), generator_(p.generator), steps_(units_for(generator_.R, P::terms)), rows_(in_.B * in_.T) {
     fill_rows(in_, rows_.get());
   }
 
@@ -43,7 +42,7 @@ class Forward {
     for (long begin = 0; begin < tokens; begin += block) {
       const long end = smaller(tokens, begin + block), block_tiles = (end - begin + M - 1) / M;
       const long states = begin == 0 ? in_.N : 0;
-      const Parallel packing = for_work(parallel, kCopy * ((end - begin) * p_.R + states * in_.D * (W - 1)));
+      const Parallel packing = for_work(parallel, kCopy * ((end - begin) * generator_.R + states * in_.D * (W - 1)));
       run_tasks(packing, slots, states + (block_tiles + 15) / 16, [&](long, long task) {
         if (task < states) return write_state(task);
         const long first = (task - states) * 16;
@@ -64,8 +63,8 @@ class Forward {
   void pack_tile(long token, long end, Unit* tile) const {
     for (long i = 0; i < M; ++i) {
       if (token + i < end)
-        pack_tile_row<P>(token_at<T>(p_.hidden, p_.hidden_stride, in_, rows_.get()[token + i], token + i),
-                         p_.hidden_stride[2], p_.R, i, M, tile);
+        pack_tile_row<P>(token_at<T>(generator_.hidden, in_, rows_.get()[token + i], token + i),
+                         generator_.hidden.strides.d, generator_.R, i, M, tile);
       else
         for (long s = 0; s < steps_; ++s) tile[s * M + i] = Unit{};
     }
@@ -77,12 +76,13 @@ class Forward {
     for (int g = 0; g < G; ++g) {
       const long d0 = (panel0 + g) * L, n = smaller(L, in_.D - d0);
       if (n <= 0) continue;
-      pack_weight_panel<P, T, W>(static_cast<const T*>(p_.weight), p_.R, d0, n, packed + g * panel_units());
-      pack_bias_panel<T, W>(static_cast<const T*>(p_.bias), d0, n, bias[g]);
+      pack_weight_panel<P, T, W>(static_cast<const T*>(generator_.weight), generator_.R, d0, n,
+                                 packed + g * panel_units());
+      pack_bias_panel<T, W>(static_cast<const T*>(generator_.bias), d0, n, bias[g]);
     }
     for (long i = first_tile; i < last_tile; ++i) {
       const long token = begin + i * M;
-      const bool interior = is_interior<W>(rows_.get(), token, M, end) && in_.x_stride[2] == 1;
+      const bool interior = is_interior<W>(rows_.get(), token, M, end) && in_.x.strides.d == 1;
       for (int g = 0; g < G; ++g) {
         const long d0 = (panel0 + g) * L, n = smaller(L, in_.D - d0);
         if (n <= 0) continue;
@@ -96,76 +96,62 @@ class Forward {
     }
   }
 
-  // kernel [M, W] vectors = bias + hidden weight^T
-  JET_INLINE void generate(Tile<Acc, M, W>& kernel, const Unit* a, const Unit* b, const Acc* bias) const {
-    kernel.load(bias, 0);
-    kernel.add_product(a, 1, M, b, W * L, steps_);
+  // taps [M, W] vectors = bias + hidden weight^T
+  JET_INLINE void generate(Tile<Acc, M, W>& taps, const Unit* a, const Unit* b, const Acc* bias) const {
+    taps.load(bias, 0);
+    taps.add_product(a, 1, M, b, W * L, steps_);
   }
 
   void interior_tile(long token, long d0, const Unit* a, const Unit* b, const Acc* bias) const {
-    const int64_t stride = in_.x_stride[1];
-    const T* x = token_at<T>(in_.x, in_.x_stride, in_, rows_.get()[token], token) + d0;
+    const int64_t stride = in_.x.strides.t;
+    const T* x = token_at<T>(in_.x, in_, rows_.get()[token], token) + d0;
     T* y = static_cast<T*>(p_.y) + token * in_.D + d0;
     for (int i = 0; i < M; ++i) {  // a new page per row: fetched while the product runs
       __builtin_prefetch(x + i * stride);
       __builtin_prefetch(y + i * in_.D, 1);
     }
-    Tile<Acc, M, W> kernel;
-    generate(kernel, a, b, bias);
+    Tile<Acc, M, W> taps;
+    generate(taps, a, b, bias);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      Vec z = kernel.acc[i][W - 1] * load(x + i * stride);
+      Vec z = taps.acc[i][W - 1] * load(x + i * stride);
 #pragma GCC unroll 4
-      for (int w = 0; w < W - 1; ++w) z += kernel.acc[i][w] * load(x + (i - (W - 1) + w) * stride);
-      store(y + i * in_.D, p_.silu ? silu(z) : z);
+      for (int w = 0; w < W - 1; ++w) z += taps.acc[i][w] * load(x + (i - (W - 1) + w) * stride);
+      store(y + i * in_.D, in_.silu ? silu(z) : z);
     }
   }
 
   void edge_tile(long token, long end, long d0, long n, const Unit* a, const Unit* b, const Acc* bias) const {
     Tile<Acc, M, W> tile;
     generate(tile, a, b, bias);
-    alignas(64) Acc kernel[M * W * L];
-    tile.store(kernel, W * L);
+    alignas(64) Acc taps[M * W * L];
+    tile.store(taps, W * L);
     for (long i = 0; i < M && token + i < end; ++i) {
       Vec z{};
       for (int w = W - 1; w >= 0; --w)
-        z += Simd<Acc>::load(kernel + (i * W + w) * L) *
-             tap_input<T, W>(in_, rows_.get()[token + i], token + i, w, d0, n);
-      store_some(static_cast<T*>(p_.y) + (token + i) * in_.D + d0, 1, n, p_.silu ? silu(z) : z);
+        z +=
+            Simd<Acc>::load(taps + (i * W + w) * L) * tap_input<T, W>(in_, rows_.get()[token + i], token + i, w, d0, n);
+      store_some(static_cast<T*>(p_.y) + (token + i) * in_.D + d0, 1, n, in_.silu ? silu(z) : z);
     }
   }
 
   const DynamicConvParams& p_;
   const ConvInputs& in_;
+  const TapGenerator& generator_;
   long steps_;
   Buffer<Row> rows_;
 };
 
-template <class P, class T>
-void forward(const DynamicConvParams& p, const Parallel& caller) {
-  const Parallel parallel = for_work(caller, conv_work(p.in, p.R));
-  switch (p.in.W) {
-    case 2: Forward<P, T, 2>(p).run(parallel); break;
-    case 3: Forward<P, T, 3>(p).run(parallel); break;
-    case 4: Forward<P, T, 4>(p).run(parallel); break;
-  }
-}
-
 }  // namespace
 
 void dynamic_conv_cpu(const DynamicConvParams& p, const Parallel& parallel) {
-  switch (p.in.dtype) {
-    case Dtype::f32: return forward<PlainProduct<float>, float>(p, parallel);
-    case Dtype::f64: JET_CPU_FP64(forward<PlainProduct<double>, double>(p, parallel));
-    case Dtype::f16: return forward<PlainProduct<float>, f16>(p, parallel);
-    case Dtype::bf16:
-#if defined(__AVX512F__)
-      if (has_bf16_instructions()) return forward<Bf16Product, bf16>(p, parallel);
-#endif
-      return forward<PlainProduct<float>, bf16>(p, parallel);
-  }
+  with_product(p.in, true, [&](auto types, auto taps) {
+    using Types = decltype(types);
+    Forward<typename Types::Product, typename Types::Element, taps>(p).run(
+        for_work(parallel, conv_work(p.in, p.generator)));
+  });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(dynamic_conv_cpu, DynamicConvParams, params.in.dtype)
+JET_CPU_LAUNCHER(dynamic_conv_cpu, DynamicConvParams, params.in.x.dtype)

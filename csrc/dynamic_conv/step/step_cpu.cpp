@@ -1,7 +1,7 @@
-// One token per sequence: the generator is streamed from memory once, and its kernels meet the state in registers.
+// One token per sequence: the weight of the generator is streamed from memory once, and the taps are convolved in
+// registers.
 #include "csrc/dynamic_conv/step/dynamic_conv_step.h"
 
-#include "csrc/cpu/isa.h"
 #include "csrc/dynamic_conv/product_cpu.h"
 #include "csrc/dynamic_conv/rows_cpu.h"
 
@@ -21,12 +21,17 @@ class Step {
 
  public:
   explicit Step(const DynamicConvStepParams& p)
-      : p_(p), steps_(units_for(p.R, P::terms)), padded_steps_(round_up(steps_, L)), direct_(p.N <= kDirectRows) {}
+      : p_(p),
+        in_(p.in),
+        generator_(p.generator),
+        steps_(units_for(generator_.R, P::terms)),
+        padded_steps_(round_up(steps_, L)),
+        direct_(in_.N <= kDirectRows) {}
 
   void run(const Parallel& parallel) {
-    const long tiles = (p_.N + M - 1) / M, panels = (p_.D + L - 1) / L, slots = larger(1, parallel.threads);
+    const long tiles = (in_.N + M - 1) / M, panels = (in_.D + L - 1) / L, slots = larger(1, parallel.threads);
     Buffer<Unit> hidden(tiles * M * padded_steps_), panel(direct_ ? 0 : slots * W * L * padded_steps_);
-    run_tasks(for_work(parallel, kCopy * p_.N * p_.R), direct_ ? 1 : slots, tiles,
+    run_tasks(for_work(parallel, kCopy * in_.N * generator_.R), direct_ ? 1 : slots, tiles,
               [&](long, long i) { pack_hidden(i * M, hidden.get() + i * M * padded_steps_); });
     run_tasks(parallel, slots, panels, [&](long slot, long task) {
       run_panel(task * L, hidden.get(), panel.get() + slot * W * L * padded_steps_);
@@ -36,56 +41,56 @@ class Step {
  private:
   // direct: row i of the tile in consecutive units; else tile[step][i] as the register tile reads it
   void pack_hidden(long row, Unit* tile) const {
-    for (long i = 0; i < M && row + i < p_.N; ++i) {
-      const T* hidden = static_cast<const T*>(p_.hidden) + (row + i) * p_.hidden_stride[0];
-      const int64_t stride = p_.hidden_stride[1];
+    for (long i = 0; i < M && row + i < in_.N; ++i) {
+      const T* hidden = at<T>(generator_.hidden, row + i, 0);
+      const int64_t stride = generator_.hidden.strides.d;
       if (direct_)
         for (long s = 0; s < padded_steps_; s += L) {
           const long r = s * P::terms;
-          Simd<Unit>::store(tile + i * padded_steps_ + s, P::load_units(hidden + r * stride, stride, p_.R - r));
+          Simd<Unit>::store(tile + i * padded_steps_ + s, P::load_units(hidden + r * stride, stride, generator_.R - r));
         }
       else
-        pack_tile_row<P>(hidden, stride, p_.R, i, M, tile);
+        pack_tile_row<P>(hidden, stride, generator_.R, i, M, tile);
     }
     if (!direct_)
-      for (long i = larger(0, p_.N - row); i < M; ++i)
+      for (long i = larger(0, in_.N - row); i < M; ++i)
         for (long s = 0; s < steps_; ++s) tile[s * M + i] = Unit{};
   }
 
   void run_panel(long d0, const Unit* hidden, Unit* packed) const {
-    const long n = smaller(L, p_.D - d0);
-    alignas(64) Acc bias[W * L], kernel[M * W * L];
-    pack_bias_panel<T, W>(static_cast<const T*>(p_.bias), d0, n, bias);
-    if (!direct_) pack_weight_panel<P, T, W>(static_cast<const T*>(p_.weight), p_.R, d0, n, packed);
-    for (long row = 0; row < p_.N; row += M) {
+    const long n = smaller(L, in_.D - d0);
+    alignas(64) Acc bias[W * L], taps[M * W * L];
+    pack_bias_panel<T, W>(static_cast<const T*>(generator_.bias), d0, n, bias);
+    if (!direct_) pack_weight_panel<P, T, W>(static_cast<const T*>(generator_.weight), generator_.R, d0, n, packed);
+    for (long row = 0; row < in_.N; row += M) {
       const Unit* tile = hidden + row * padded_steps_;
       if (direct_)
-        generate_direct(d0, n, tile, smaller(M, p_.N - row), bias, kernel);
+        generate_direct(d0, n, tile, smaller(M, in_.N - row), bias, taps);
       else
-        generate(tile, packed, bias, kernel);
-      for (long i = 0; i < M && row + i < p_.N; ++i) finish_row(row + i, d0, n, kernel + i * W * L);
+        generate(tile, packed, bias, taps);
+      for (long i = 0; i < M && row + i < in_.N; ++i) finish_row(row + i, d0, n, taps + i * W * L);
     }
   }
 
-  void generate(const Unit* tile, const Unit* packed, const Acc* bias, Acc* kernel) const {
+  void generate(const Unit* tile, const Unit* packed, const Acc* bias, Acc* taps) const {
     Tile<Acc, M, W> acc;
     acc.load(bias, 0);
     acc.add_product(tile, 1, M, packed, W * L, steps_);
-    acc.store(kernel, W * L);
+    acc.store(taps, W * L);
   }
 
-  void generate_direct(long d0, long n, const Unit* tile, long rows, const Acc* bias, Acc* kernel) const {
+  void generate_direct(long d0, long n, const Unit* tile, long rows, const Acc* bias, Acc* taps) const {
     for (long c = 0; c < n; ++c) {
-      const T* weight = static_cast<const T*>(p_.weight) + (d0 + c) * W * p_.R;
+      const T* weight = static_cast<const T*>(generator_.weight) + (d0 + c) * W * generator_.R;
       for_row_blocks(0, rows, [&](auto count, long i) {
-        dot_products<decltype(count)::value>(weight, tile + i * padded_steps_, bias + c, kernel + i * W * L + c);
+        dot_products<decltype(count)::value>(weight, tile + i * padded_steps_, bias + c, taps + i * W * L + c);
       });
     }
   }
 
-  // kernel[i][w] of one channel for C rows of hidden
+  // taps[i][w] of one channel for C rows of hidden
   template <int C>
-  void dot_products(const T* weight, const Unit* hidden, const Acc* bias, Acc* kernel) const {
+  void dot_products(const T* weight, const Unit* hidden, const Acc* bias, Acc* taps) const {
     Vec acc[W][C];
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w)
@@ -96,8 +101,8 @@ class Step {
       Vector<Unit> row[W];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) {
-        __builtin_prefetch(weight + (W + w) * p_.R + r);  // the next channel
-        row[w] = P::load_units(weight + w * p_.R + r, 1, p_.R - r);
+        __builtin_prefetch(weight + (W + w) * generator_.R + r);  // the next channel
+        row[w] = P::load_units(weight + w * generator_.R + r, 1, generator_.R - r);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < C; ++i) {
@@ -109,25 +114,26 @@ class Step {
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w)
 #pragma GCC unroll 8
-      for (int i = 0; i < C; ++i) kernel[(i * W + w) * L] = bias[w * L] + horizontal_sum<Acc>(acc[w][i]);
+      for (int i = 0; i < C; ++i) taps[(i * W + w) * L] = bias[w * L] + horizontal_sum<Acc>(acc[w][i]);
   }
 
-  void finish_row(long row, long d0, long n, const Acc* kernel) const {
-    T* y = static_cast<T*>(p_.y) + row * p_.D + d0;
-    const int64_t s = p_.state_rows ? static_cast<const int64_t*>(p_.state_rows)[row] : row;
+  void finish_row(long row, long d0, long n, const Acc* taps) const {
+    T* y = static_cast<T*>(p_.y) + row * in_.D + d0;
+    const int64_t s = row_of(p_.pool, row);
     if (s < 0) return store_some(y, 1, n, Vec{});
-    const T* x = static_cast<const T*>(p_.x) + row * p_.x_stride[0] + d0 * p_.x_stride[1];
-    T* state = static_cast<T*>(p_.conv_state) + s * p_.state_stride[0] + d0 * p_.state_stride[1];
+    const int64_t x_stride = in_.x.strides.d;
+    const ConvStateStrides& strides = p_.pool.strides;
+    const T* x = at<T>(in_.x, row, 0) + d0 * x_stride;
+    T* state = static_cast<T*>(p_.pool.data) + s * strides.n + d0 * strides.d;
     T inputs[W][L] = {};  // tap by tap
-    const bool packed = n == L && p_.state_stride[1] == W - 1 && p_.state_stride[2] == 1 && p_.x_stride[1] == 1;
+    const bool packed = n == L && strides.d == W - 1 && strides.w == 1 && x_stride == 1;
     if (packed)
       read_inputs(x, 1, state, W - 1, 1, L, inputs), shift(state, W - 1, 1, L, inputs);
     else
-      read_inputs(x, p_.x_stride[1], state, p_.state_stride[1], p_.state_stride[2], n, inputs),
-          shift(state, p_.state_stride[1], p_.state_stride[2], n, inputs);
+      read_inputs(x, x_stride, state, strides.d, strides.w, n, inputs), shift(state, strides.d, strides.w, n, inputs);
     Vec z{};
-    for (int w = W - 1; w >= 0; --w) z += Simd<Acc>::load(kernel + w * L) * load(inputs[w]);
-    store_some(y, 1, n, p_.silu ? silu(z) : z);
+    for (int w = W - 1; w >= 0; --w) z += Simd<Acc>::load(taps + w * L) * load(inputs[w]);
+    store_some(y, 1, n, in_.silu ? silu(z) : z);
   }
 
   static JET_INLINE void read_inputs(const T* x, long x_stride, const T* state, long channel, long tap, long n,
@@ -143,35 +149,22 @@ class Step {
   }
 
   const DynamicConvStepParams& p_;
+  const ConvInputs& in_;
+  const TapGenerator& generator_;
   long steps_, padded_steps_;
   bool direct_;
 };
 
-template <class P, class T>
-void step(const DynamicConvStepParams& p, const Parallel& caller) {
-  const Parallel parallel = for_work(caller, double(p.N) * p.D * p.W * (p.R + kCopy));
-  switch (p.W) {
-    case 2: return Step<P, T, 2>(p).run(parallel);
-    case 3: return Step<P, T, 3>(p).run(parallel);
-    case 4: return Step<P, T, 4>(p).run(parallel);
-  }
-}
-
 }  // namespace
 
 void dynamic_conv_step_cpu(const DynamicConvStepParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case Dtype::f32: return step<PlainProduct<float>, float>(p, parallel);
-    case Dtype::f64: JET_CPU_FP64(step<PlainProduct<double>, double>(p, parallel));
-    case Dtype::f16: return step<PlainProduct<float>, f16>(p, parallel);
-    case Dtype::bf16:
-#if defined(__AVX512F__)
-      if (has_bf16_instructions()) return step<Bf16Product, bf16>(p, parallel);
-#endif
-      return step<PlainProduct<float>, bf16>(p, parallel);
-  }
+  with_product(p.in, true, [&](auto types, auto taps) {
+    using Types = decltype(types);
+    const double work = double(p.in.N) * p.in.D * p.in.W * (p.generator.R + kCopy);
+    Step<typename Types::Product, typename Types::Element, taps>(p).run(for_work(parallel, work));
+  });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(dynamic_conv_step_cpu, DynamicConvStepParams, params.dtype)
+JET_CPU_LAUNCHER(dynamic_conv_step_cpu, DynamicConvStepParams, params.in.x.dtype)

@@ -16,9 +16,10 @@
 // formed transposed, [K, C], so that the tokens lie along the vectors: the factors per token, the dots and the l2norm
 // are then vertical operations, and the right operands are dO^T, dV^T and U^T.
 //
-// One work item is a sequence and a query/key head with the value heads that share it, so that dq and dk are summed in
-// a fixed order. S0 and U' of every chunk are recomputed by segments: kSegmentBytes (or sqrt(chunks) chunks, if that is
-// more) for one segment, and one state per segment, for each thread.
+// In the names of flash-linear-attention: chunk_bwd_dhu (dS), chunk_bwd_dv_local, prepare_wy_repr_bwd (X, dV, dbeta),
+// chunk_bwd_dqkwg. One work item is a sequence and a query/key head with the value heads that share it, so that dq and
+// dk are summed in a fixed order. S0 and U' of every chunk are recomputed by segments: kSegmentBytes (or sqrt(chunks)
+// chunks, if that is more) for one segment, and one state per segment, for each thread.
 #include "csrc/cpu/isa.h"
 #include "csrc/gated_delta_rule/chunk/stages_cpu.h"
 
@@ -36,8 +37,17 @@ struct Plan {
 
 template <class T>
 Plan make_plan(const ChunkGatedDeltaRuleParams& p) {
-  Plan plan{p.H / p.Hk, p.K, p.V, round_up(p.V, Simd<T>::stripe) / Simd<T>::stripe, 0, 0, 0, 1, 1};
-  plan.state = plan.stripes * p.K * Simd<T>::stripe, plan.values = plan.stripes * C * Simd<T>::stripe;
+  const GatedDeltaRuleInputs& in = p.in;
+  const long stripes = round_up(in.V, Simd<T>::stripe) / Simd<T>::stripe;
+  Plan plan{.heads = in.H / in.Hk,
+            .K = in.K,
+            .V = in.V,
+            .stripes = stripes,
+            .state = stripes * in.K * Simd<T>::stripe,
+            .values = stripes * C * Simd<T>::stripe,
+            .chunks = 0,
+            .segment = 1,
+            .segments = 1};
   for (long n = 0; n < p.N; ++n) {
     const long chunks = (sequence(p, n).length + C - 1) / C;
     if (chunks > plan.chunks) plan.chunks = chunks;
@@ -124,12 +134,12 @@ void advance_stripe(const Item<T>& item, const T* state, T* u, T* next) {
 }
 
 template <class In, class T>
-void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, long h, Item<T>& item, const T* state,
-             T* u, T* next) {
+void advance(const GatedDeltaRuleInputs& in, long b, long begin, long L, long h, Item<T>& item, const T* state, T* u,
+             T* next) {
   using S = Simd<T>;
   constexpr long W = S::stripe;
   Chunk<T>& c = item.chunk;
-  prepare_keys<In>(p, b, begin, L, h, c);
+  prepare_keys<In>(in, b, begin, L, h, c);
   scale_rows(c, c.k, T(-1), c.e_c, item.k_in);
   alignas(64) T write[C];
   for (long i = 0; i < C; ++i) write[i] = c.beta[i] * c.e_rest[i];
@@ -137,9 +147,9 @@ void advance(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, lon
   for (long i = 0; i < L; ++i)
     for (long j = 0; j < C; j += S::lanes)
       S::store(item.m + i * C + j, -S::load(c.kk + i * C + j) * S::load(c.beta + j));
-  const In* v = at<In>(p.v, p.v_strides, b, begin, h);
+  const In* v = at<In>(in.v, b, begin, h);
   for (long s = 0; s < item.plan.stripes; ++s) {
-    load_stripe(v + s * W * p.v_strides.d, p.v_strides, L, columns<T>(item.plan, s), u + s * C * W);
+    load_stripe(v + s * W * in.v.strides.d, in.v.strides, L, columns<T>(item.plan, s), u + s * C * W);
     with_vectors<T>(columns<T>(item.plan, s), [&](auto vectors) {
       advance_stripe<T, decltype(vectors)::value>(item, state + s * c.K * W, u + s * C * W,
                                                   next == nullptr ? nullptr : next + s * c.K * W);
@@ -316,14 +326,14 @@ void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin
                  const T* s0, const T* u, T* ds) {
   using S = Simd<T>;
   constexpr long W = S::stripe;
-  const ChunkGatedDeltaRuleParams& p = bp.forward;
+  const GatedDeltaRuleInputs& in = bp.forward.in;
   Chunk<T>& c = item.chunk;
-  prepare<In>(p, b, begin, L, h, c);
-  fold_factors(T(p.scale), item);
-  const In* grad_o = at<In>(bp.grad_o, bp.grad_o_strides, b, begin, h);
+  prepare<In>(in, b, begin, L, h, c);
+  fold_factors(T(in.scale), item);
+  const In* grad_o = at<In>(bp.grad_o, b, begin, h);
   for (long s = 0; s < item.plan.stripes; ++s) {
     T *go = item.grad_o + s * C * W, *x = item.x + s * C * W;
-    load_stripe(grad_o + s * W * bp.grad_o_strides.d, bp.grad_o_strides, L, columns<T>(item.plan, s), go);
+    load_stripe(grad_o + s * W * bp.grad_o.strides.d, bp.grad_o.strides, L, columns<T>(item.plan, s), go);
     zero_row(x, C * W);
     with_vectors<T>(columns<T>(item.plan, s),
                     [&](auto vectors) { solve_stripe<T, decltype(vectors)::value>(item, go, ds + s * c.K * W, x); });
@@ -337,21 +347,21 @@ void sweep_chunk(const ChunkGatedDeltaRuleBackwardParams& bp, long b, long begin
   for (long j = 0; j < item.plan.values; j += S::lanes)  // U = diag(beta) U'
     S::store(item.u_t + j, S::load(item.u_t + j) * S::load(c.beta + j % C));
   zero_row(item.y, C * C);
-  score_gradient(item, item.grad_o, T(1), T(p.scale), c.qk, false, item.dp, item.dpt);
+  score_gradient(item, item.grad_o, T(1), T(in.scale), c.qk, false, item.dp, item.dpt);
   score_gradient(item, item.x, T(-1), T(1), c.kk, true, item.dm, item.dmt);
   zero_row(item.read, C);
   zero_row(item.stored, C);
   key_gradients(item, s0, ds);
-  const T* g = at<T>(p.g, p.g_strides, b, begin, h);
-  T* dg = static_cast<T*>(bp.dg) + (b * p.T + begin) * p.H + h;
-  gate_gradient(item, c.e_last * state_dot(item.plan, s0, ds), g, p.g_strides.t, dg, p.H);
-  T* dbeta = static_cast<T*>(bp.dbeta) + (b * p.T + begin) * p.H + h;
-  for (long i = 0; i < L; ++i) dbeta[i * p.H] = item.dbeta[i];
+  const T* g = at<T>(in.g, b, begin, h);
+  T* dg = static_cast<T*>(bp.dg) + (b * in.T + begin) * in.H + h;
+  gate_gradient(item, c.e_last * state_dot(item.plan, s0, ds), g, in.g.strides.t, dg, in.H);
+  T* dbeta = static_cast<T*>(bp.dbeta) + (b * in.T + begin) * in.H + h;
+  for (long i = 0; i < L; ++i) dbeta[i * in.H] = item.dbeta[i];
 
-  In* dv = static_cast<In*>(bp.dv) + ((b * p.T + begin) * p.H + h) * p.V;
+  In* dv = static_cast<In*>(bp.dv) + ((b * in.T + begin) * in.H + h) * in.V;
   for (long s = 0; s < item.plan.stripes; ++s) {
     for (long i = 0; i < L; ++i)
-      store_row(item.x + (s * C + i) * W, columns<T>(item.plan, s), dv + i * p.H * p.V + s * W);
+      store_row(item.x + (s * C + i) * W, columns<T>(item.plan, s), dv + i * in.H * in.V + s * W);
     with_vectors<T>(columns<T>(item.plan, s), [&](auto vectors) {
       update_stripe<T, decltype(vectors)::value>(item, item.grad_o + s * C * W, item.x + s * C * W, ds + s * c.K * W);
     });
@@ -382,17 +392,18 @@ template <class In, class T>
 void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk, Item<T>& item) {
   constexpr long W = Simd<T>::stripe;
   const ChunkGatedDeltaRuleParams& p = bp.forward;
+  const GatedDeltaRuleInputs& in = p.in;
   const Plan& plan = item.plan;
   const Sequence seq = sequence(p, n);
   const long chunks = (seq.length + C - 1) / C, h0 = hk * plan.heads;
   const auto tokens = [&](long m) { return seq.length - m * C < C ? seq.length - m * C : C; };
   for (long i = 0; i < plan.heads; ++i) {
-    const T* initial = at(static_cast<const T*>(p.initial_state), p.initial_state_strides, n, h0 + i);
-    const T* final = at(static_cast<const T*>(bp.grad_final_state), bp.grad_final_state_strides, n, h0 + i);
+    const T* initial = at<T>(p.initial_state, n, h0 + i);
+    const T* final = at<T>(bp.grad_final_state, n, h0 + i);
     for (long s = 0; s < plan.stripes; ++s) {
-      const long offset = s * p.K * W, v = s * W, width = columns<T>(plan, s);
-      load_state(initial, p.initial_state_strides, p.K, v, width, item.checkpoint(i, 0) + offset);
-      load_state(final, bp.grad_final_state_strides, p.K, v, width, item.ds + i * plan.state + offset);
+      const long offset = s * in.K * W, v = s * W, width = columns<T>(plan, s);
+      load_state(initial, p.initial_state.strides, in.K, v, width, item.checkpoint(i, 0) + offset);
+      load_state(final, bp.grad_final_state.strides, in.K, v, width, item.ds + i * plan.state + offset);
     }
   }
   // The states at the start of the segments.
@@ -402,42 +413,43 @@ void backward_item(const ChunkGatedDeltaRuleBackwardParams& bp, long n, long hk,
       const long segment = m / plan.segment;
       T* next = item.checkpoint(i, segment + 1);
       const T* state = m % plan.segment == 0 ? item.checkpoint(i, segment) : next;
-      advance<In>(p, seq.b, seq.begin + m * C, tokens(m), h0 + i, item, state, item.values(i, 0), next);
+      advance<In>(in, seq.b, seq.begin + m * C, tokens(m), h0 + i, item, state, item.values(i, 0), next);
     }
   for (long end = chunks; end > 0;) {
     const long segment = (end - 1) / plan.segment, first = segment * plan.segment;
     for (long i = 0; i < plan.heads; ++i)
       for (long m = first; m < end; ++m)
-        advance<In>(p, seq.b, seq.begin + m * C, tokens(m), h0 + i, item, item.state(i, segment, m - first),
+        advance<In>(in, seq.b, seq.begin + m * C, tokens(m), h0 + i, item, item.state(i, segment, m - first),
                     item.values(i, m - first), m + 1 < end ? item.state(i, segment, m - first + 1) : nullptr);
     for (long m = end - 1; m >= first; --m) {
-      const long begin = seq.begin + m * C, at_k = ((seq.b * p.T + begin) * p.Hk + hk) * p.K;
+      const long begin = seq.begin + m * C, at_k = ((seq.b * in.T + begin) * in.Hk + hk) * in.K;
       zero_row(item.dqt, C * item.chunk.ld);
       zero_row(item.dkt, C * item.chunk.ld);
       for (long i = 0; i < plan.heads; ++i)
         sweep_chunk<In>(bp, seq.b, begin, tokens(m), h0 + i, item, item.state(i, segment, m - first),
                         item.values(i, m - first), item.ds + i * plan.state);
       const Chunk<T>& c = item.chunk;
-      store_gradient(item, p.l2norm_qk, item.qt, c.q_factor, item.dqt, static_cast<In*>(bp.dq) + at_k, p.Hk * p.K);
-      store_gradient(item, p.l2norm_qk, c.kt, c.k_factor, item.dkt, static_cast<In*>(bp.dk) + at_k, p.Hk * p.K);
+      store_gradient(item, in.l2norm_qk, item.qt, c.q_factor, item.dqt, static_cast<In*>(bp.dq) + at_k, in.Hk * in.K);
+      store_gradient(item, in.l2norm_qk, c.kt, c.k_factor, item.dkt, static_cast<In*>(bp.dk) + at_k, in.Hk * in.K);
     }
     end = first;
   }
-  const StateStrides dense = contiguous_state(p);
+  const StateStrides dense = contiguous_state(in);
   for (long i = 0; i < plan.heads; ++i)
     for (long s = 0; s < plan.stripes; ++s)
-      store_state(item.ds + i * plan.state + s * p.K * W, dense, p.K, s * W, columns<T>(plan, s),
+      store_state(item.ds + i * plan.state + s * in.K * W, dense, in.K, s * W, columns<T>(plan, s),
                   at(static_cast<T*>(bp.dinitial_state), dense, n, h0 + i));
 }
 
 template <class In, class T>
 void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& caller) {
   const ChunkGatedDeltaRuleParams& p = bp.forward;
+  const GatedDeltaRuleInputs& in = p.in;
   const Parallel parallel = for_work(caller, 4 * chunk_work(p));
-  const long items = p.N * p.Hk, workers = parallel.threads < items ? parallel.threads : items;
-  if (p.H == 0) {
-    __builtin_memset(bp.dq, 0, p.B * p.T * p.Hk * p.K * sizeof(In));
-    __builtin_memset(bp.dk, 0, p.B * p.T * p.Hk * p.K * sizeof(In));
+  const long items = p.N * in.Hk, workers = parallel.threads < items ? parallel.threads : items;
+  if (in.H == 0) {
+    __builtin_memset(bp.dq, 0, in.B * in.T * in.Hk * in.K * sizeof(In));
+    __builtin_memset(bp.dk, 0, in.B * in.T * in.Hk * in.K * sizeof(In));
     return;
   }
   if (items == 0) return;
@@ -456,7 +468,7 @@ void backward(const ChunkGatedDeltaRuleBackwardParams& bp, const Parallel& calle
 }  // namespace
 
 void chunk_gated_delta_rule_backward_cpu(const ChunkGatedDeltaRuleBackwardParams& p, const Parallel& parallel) {
-  switch (p.forward.dtype) {
+  switch (p.forward.in.q.dtype) {
     case Dtype::f32: return backward<float, float>(p, parallel);
     case Dtype::f64: JET_CPU_FP64(backward<double, double>(p, parallel));
     case Dtype::bf16: return backward<bf16, float>(p, parallel);
@@ -466,4 +478,4 @@ void chunk_gated_delta_rule_backward_cpu(const ChunkGatedDeltaRuleBackwardParams
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(chunk_gated_delta_rule_backward_cpu, ChunkGatedDeltaRuleBackwardParams, params.forward.dtype)
+JET_CPU_LAUNCHER(chunk_gated_delta_rule_backward_cpu, ChunkGatedDeltaRuleBackwardParams, params.forward.in.q.dtype)

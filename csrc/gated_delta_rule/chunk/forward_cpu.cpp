@@ -74,46 +74,48 @@ struct Item {
 // Columns [v0, v1) of one sequence and head.
 template <class In, class T>
 void forward_item(const ChunkGatedDeltaRuleParams& p, long n, long h, long v0, long v1, Item<T>& item) {
+  const GatedDeltaRuleInputs& in = p.in;
   constexpr long W = Simd<T>::stripe;
   const Sequence seq = sequence(p, n);
   Chunk<T>& c = item.chunk;
-  const auto columns = [&](long v) { return p.V - v < W ? p.V - v : W; };
-  const T* initial = at(static_cast<const T*>(p.initial_state), p.initial_state_strides, n, h);
+  const auto columns = [&](long v) { return in.V - v < W ? in.V - v : W; };
+  const T* initial = at<T>(p.initial_state, n, h);
   for (long v = v0; v < v1; v += W)
-    load_state(initial, p.initial_state_strides, p.K, v, columns(v), item.state + (v - v0) * p.K);
+    load_state(initial, p.initial_state.strides, in.K, v, columns(v), item.state + (v - v0) * in.K);
   for (long t = 0; t < seq.length; t += C) {
     const long begin = seq.begin + t;
-    prepare<In>(p, seq.b, begin, seq.length - t < C ? seq.length - t : C, h, c);
-    fold_factors(T(p.scale), c);
+    prepare<In>(in, seq.b, begin, seq.length - t < C ? seq.length - t : C, h, c);
+    fold_factors(T(in.scale), c);
     const long next = seq.length - t - C < C ? seq.length - t - C : C;
-    const long hk = h / (p.H / p.Hk);
-    prefetch_rows(at<In>(p.q, p.q_strides, seq.b, begin + C, hk), p.q_strides, next, p.K);
-    prefetch_rows(at<In>(p.k, p.k_strides, seq.b, begin + C, hk), p.k_strides, next, p.K);
+    const long hk = h / (in.H / in.Hk);
+    prefetch_rows(at<In>(in.q, seq.b, begin + C, hk), in.q.strides, next, in.K);
+    prefetch_rows(at<In>(in.k, seq.b, begin + C, hk), in.k.strides, next, in.K);
     for (long v = v0; v < v1; v += W) {
-      prefetch_rows(at<In>(p.v, p.v_strides, seq.b, begin + C, h) + v * p.v_strides.d, p.v_strides, next, columns(v));
-      const In* values = at<In>(p.v, p.v_strides, seq.b, begin, h) + v * p.v_strides.d;
-      In* o = static_cast<In*>(p.o) + ((seq.b * p.T + begin) * p.H + h) * p.V + v;
+      prefetch_rows(at<In>(in.v, seq.b, begin + C, h) + v * in.v.strides.d, in.v.strides, next, columns(v));
+      const In* values = at<In>(in.v, seq.b, begin, h) + v * in.v.strides.d;
+      In* o = static_cast<In*>(p.o) + ((seq.b * in.T + begin) * in.H + h) * in.V + v;
       for (long i = 0; i < c.L; ++i) {
         T* row = item.u + i * W;
-        load_row(values + i * p.v_strides.t, p.v_strides.d, columns(v), W, row);
+        load_row(values + i * in.v.strides.t, in.v.strides.d, columns(v), W, row);
         for (long j = 0; j < W; ++j) row[j] *= c.beta[i];
       }
       with_vectors<T>(columns(v), [&](auto vectors) {
-        chunk_stripe<T, decltype(vectors)::value>(c, item.state + (v - v0) * p.K, item.u, item.o);
+        chunk_stripe<T, decltype(vectors)::value>(c, item.state + (v - v0) * in.K, item.u, item.o);
       });
-      for (long i = 0; i < c.L; ++i) store_row(item.o + i * W, columns(v), o + i * p.H * p.V);
+      for (long i = 0; i < c.L; ++i) store_row(item.o + i * W, columns(v), o + i * in.H * in.V);
     }
   }
-  const StateStrides dense = contiguous_state(p);
+  const StateStrides dense = contiguous_state(in);
   T* final_state = at(static_cast<T*>(p.final_state), dense, n, h);
-  for (long v = v0; v < v1; v += W) store_state(item.state + (v - v0) * p.K, dense, p.K, v, columns(v), final_state);
+  for (long v = v0; v < v1; v += W) store_state(item.state + (v - v0) * in.K, dense, in.K, v, columns(v), final_state);
 }
 
 template <class In, class T>
 void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
+  const GatedDeltaRuleInputs& in = p.in;
   const Parallel parallel = for_work(caller, chunk_work(p));
   constexpr long W = Simd<T>::stripe;
-  const long heads = p.N * p.H, stripes = round_up(p.V, W) / W;
+  const long heads = p.N * in.H, stripes = round_up(in.V, W) / W;
   if (heads == 0) return;
   // Fewer heads than threads: slices of V, each repeating the part of a chunk that does not depend on V.
   long slices = heads < parallel.threads ? (parallel.threads + heads - 1) / heads : 1;
@@ -121,13 +123,13 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
   const long slice = round_up(stripes, slices) / slices * W, items = heads * slices;
   const long workers = parallel.threads < items ? parallel.threads : items;
   Carver count(nullptr);
-  Item<T>().carve(count, p.K, slice / W);
+  Item<T>().carve(count, in.K, slice / W);
   const Scratch scratch(workers, count.used());
   run_tasks(parallel, workers, items, [&](long worker, long i) {
-    const long v0 = i % slices * slice, v1 = v0 + slice < p.V ? v0 + slice : p.V;
+    const long v0 = i % slices * slice, v1 = v0 + slice < in.V ? v0 + slice : in.V;
     Carver from(scratch.of(worker));
     Item<T> item;
-    item.carve(from, p.K, slice / W);
+    item.carve(from, in.K, slice / W);
     forward_item<In, T>(p, i / slices % p.N, i / slices / p.N, v0, v1, item);
   });
 }
@@ -135,7 +137,7 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
 }  // namespace
 
 void chunk_gated_delta_rule_cpu(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
+  switch (p.in.q.dtype) {
     case Dtype::f32: return forward<float, float>(p, parallel);
     case Dtype::f64: JET_CPU_FP64(forward<double, double>(p, parallel));
     case Dtype::bf16: return forward<bf16, float>(p, parallel);
@@ -145,4 +147,4 @@ void chunk_gated_delta_rule_cpu(const ChunkGatedDeltaRuleParams& p, const Parall
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(chunk_gated_delta_rule_cpu, ChunkGatedDeltaRuleParams, params.dtype)
+JET_CPU_LAUNCHER(chunk_gated_delta_rule_cpu, ChunkGatedDeltaRuleParams, params.in.q.dtype)

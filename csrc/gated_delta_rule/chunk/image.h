@@ -1,4 +1,5 @@
-// What `prepare` leaves for `sweep` of each chunk and value head: an image of shared memory, loaded by bulk copies.
+// What `prepare` leaves for `sweep` of each chunk and value head: an image of shared memory, loaded by bulk copies
+// (cp.async.bulk).
 //   T'      (I + kk diag(beta))^-1                    [C, C] fp16, lower triangle
 //   P'      tril(Qn Kn^T ∘ Γ) diag(|k_j| beta_j)      [C, C] fp16, lower triangle: P U = scale |q_i| P' U'
 //   vectors Vector::count times [C] fp32
@@ -12,29 +13,32 @@
 namespace jet::hopper {
 
 constexpr int C = static_cast<int>(kChunk);
-constexpr int kBlock =
-    16;  // the triangles are cut into blocks of 16 x 16: those above the diagonal are neither stored nor loaded
+// The triangles are cut into blocks of 16 x 16: those above the diagonal are neither stored nor loaded.
+constexpr int kBlock = 16;
 constexpr int kBlocks = C / kBlock;  // per side
 
 // A [C, C] operand, row i and column j with j contiguous. A panel is one block wide.
 using SquareTile = OperandTile<f16, Swizzle::b32, Major::k, C, C>;
 static_assert(SquareTile::panel_width == kBlock && SquareTile::panels == kBlocks);
 
-// Where panel p's stored rows, kBlock p .. C - 1, begin: in the tile, and in the image, where nothing lies between
-// them.
-JET_INDEX_MAP int panel_in_tile(int p) { return p * SquareTile::panel_bytes + p * kBlock * SquareTile::row_bytes; }
-JET_INDEX_MAP int panel_in_image(int p) { return (p * C - kBlock * (p * (p - 1) / 2)) * SquareTile::row_bytes; }
-JET_INDEX_MAP int stored_bytes(int p) { return (C - kBlock * p) * SquareTile::row_bytes; }
+// Where panel p's stored rows, kBlock p .. C - 1, begin: in the tile, and in the image, which has nothing between them.
+JET_HOST_DEVICE constexpr int panel_in_tile(int p) {
+  return p * SquareTile::panel_bytes + p * kBlock * SquareTile::row_bytes;
+}
+JET_HOST_DEVICE constexpr int panel_in_image(int p) {
+  return (p * C - kBlock * (p * (p - 1) / 2)) * SquareTile::row_bytes;
+}
+JET_HOST_DEVICE constexpr int stored_bytes(int p) { return (C - kBlock * p) * SquareTile::row_bytes; }
 constexpr int kTriangleBytes = panel_in_image(kBlocks);
 
 // Byte offset of element (i, j), i / kBlock >= j / kBlock, in the image.
-JET_INDEX_MAP int image_offset(int i, int j) {
+JET_HOST_DEVICE constexpr int image_offset(int i, int j) {
   const int p = j / kBlock;
   return SquareTile::offset(i, j) - panel_in_tile(p) + panel_in_image(p);
 }
 
 // Byte offset, in tile and image alike, of element (i, j) of a block behind the block's first element.
-JET_INDEX_MAP int in_block(int i, int j) { return SquareTile::offset(i, j); }
+JET_HOST_DEVICE constexpr int in_block(int i, int j) { return SquareTile::offset(i, j); }
 
 enum Vector : int {
   kReadK,     // e^{c_j} |k_j|: of S^T k_j

@@ -1,5 +1,5 @@
-// T' = (I + A)^-1 of a strictly lower triangular A [C, C], by one warpgroup. kernels' notes on the precision:
-// docs/chunk_gated_delta_rule.md.
+// T' = (I + A)^-1 of a strictly lower triangular A [C, C], by one warpgroup: the UT transform (flash-linear-attention:
+// solve_tril). Its precision: docs/chunk_gated_delta_rule.md.
 //
 // In blocks of 16: the diagonal ones by substitution in fp32, a half-warp has one. Then warp j has block column j of
 // T':
@@ -9,7 +9,7 @@
 
 #include "csrc/gated_delta_rule/chunk/image.h"
 #include "csrc/hopper/barrier.h"
-#include "csrc/hopper/matrix.h"
+#include "csrc/hopper/mma.h"
 #include "csrc/hopper/wgmma.h"
 
 namespace jet::hopper {
@@ -52,18 +52,18 @@ __device__ inline void invert_diagonal(InverseShared& shared, char* image, int t
 
 // Block (i, m) of A, i > m, as the B operand of X A^T; T'_ii likewise.
 __device__ inline void load_block(uint32_t (&b)[4], const InverseShared& shared, int lane, int i, int m) {
-  ldmatrix_x4(b,
-              shared.blocks + SquareTile::offset(i * kBlock, m * kBlock) + in_block(operand_n(lane), operand_k(lane)));
+  ldmatrix_x4(
+      b, shared.blocks + SquareTile::offset(i * kBlock, m * kBlock) + in_block(ldmatrix_b_n(lane), ldmatrix_b_k(lane)));
 }
 __device__ inline void load_inverse(uint32_t (&b)[4], const char* image, int lane, int i) {
-  ldmatrix_x4(b, image + image_offset(i * kBlock, i * kBlock) + in_block(operand_n(lane), operand_k(lane)));
+  ldmatrix_x4(b, image + image_offset(i * kBlock, i * kBlock) + in_block(ldmatrix_b_n(lane), ldmatrix_b_k(lane)));
 }
 
 // Block column j = warp of T' below the diagonal, to the image.
 __device__ inline void invert_column(const InverseShared& shared, char* image, int thread) {
   const int j = thread / 32, lane = thread % 32;
   uint32_t x[kBlocks][4];  // x[d] = T'_{j + d, j}^T
-  const int transposed = in_block(transposed_k(lane), transposed_m(lane));
+  const int transposed = in_block(ldmatrix_trans_k(lane), ldmatrix_trans_m(lane));
   ldmatrix_x4_trans(x[0], image + image_offset(j * kBlock, j * kBlock) + transposed);
 #pragma unroll
   for (int d = 1; d < kBlocks; ++d) {
@@ -78,10 +78,10 @@ __device__ inline void invert_column(const InverseShared& shared, char* image, i
     }
 #pragma unroll
     for (int r = 0; r < 8; ++r) y[r] = -y[r];
-    fragment_of<f16>(y16, y, 0);
+    accumulator_to_a_fragment<f16>(y16, y, 0);
     load_inverse(b, image, lane, i);
     mma_m16n16k16(t, y16, b);  // T'_ijᵀ = -Yᵀ T'_iiᵀ   [16, 16]
-    fragment_of<f16>(x[d], t, 0);
+    accumulator_to_a_fragment<f16>(x[d], t, 0);
     stmatrix_x4_trans(image + image_offset(i * kBlock, j * kBlock) + transposed, x[d]);
   }
 }

@@ -10,9 +10,11 @@
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk/plan.cuh"
+#include "csrc/hopper/device.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/pipeline.h"
 #include "csrc/hopper/tensor_map.h"
+#include "csrc/hopper/tma.h"
 
 namespace jet::hopper {
 
@@ -30,7 +32,8 @@ struct JoinConfig {
   static constexpr int warp_columns = 8, shares = warps / (columns / warp_columns);  // shares of the products of a sum
   static constexpr int rows = K / 32;                                                // of a lane
   static constexpr int threads = 32 * warps;
-  static constexpr int stages = 3;  // slabs: two CTAs fit at K = 128
+  static constexpr int stages = 3;               // slabs
+  static constexpr int ctas = K <= 128 ? 2 : 1;  // per multiprocessor: what fits
   using Slab = OperandTile<float, Swizzle::b128, Major::k, K, 32>;
   static constexpr int state_stride = K + 4, sum_stride = columns + 4;  // in different banks, 16-byte aligned
 };
@@ -42,8 +45,6 @@ struct JoinShared {
   float sums[Config::shares][Config::K][Config::sum_stride];
   Ring<Config::stages> ring;
 };
-static_assert(sizeof(JoinShared<JoinConfig<256>>) <= 227 * 1024 &&
-              sizeof(JoinShared<JoinConfig<128>>) <= 227 * 1024 / 2);
 
 // The slabs of a head's matrices M, one after the other; one thread.
 template <class Config>
@@ -101,8 +102,8 @@ __device__ void multiply_transfer(JoinShared<Config>& shared, SlabLoader<Config>
   for (int r = 0; r < Config::rows; ++r)
 #pragma unroll
     for (int c = 0; c < Config::warp_columns; c += 4)
-      store_shared_16(&shared.sums[share][lane + 32 * r][column + c], sums[r][c], sums[r][c + 1], sums[r][c + 2],
-                      sums[r][c + 3]);
+      st_shared_v4(&shared.sums[share][lane + 32 * r][column + c], sums[r][c], sums[r][c + 1], sums[r][c + 2],
+                   sums[r][c + 3]);
 }
 
 // A thread of the eight warps has 4 columns of rows threadIdx.x / 4, + 64, .. of the state.
@@ -154,7 +155,7 @@ __device__ void join_states(JoinShared<Config>& shared, SlabLoader<Config>& load
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::threads, Config::K <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(Config::threads, Config::ctas)
     chunk_join_kernel(const __grid_constant__ JoinArguments p, const __grid_constant__ CUtensorMap transfers) {
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<JoinShared<Config>*>(memory);
@@ -168,15 +169,18 @@ __global__ void __launch_bounds__(Config::threads, Config::K <= 128 ? 2 : 1)
   griddepcontrol_wait();
   const uint32_t tiles = static_cast<uint32_t>(p.V) / Config::columns, H = static_cast<uint32_t>(p.H);
   const uint32_t column = blockIdx.x % tiles * Config::columns, head = blockIdx.x / tiles, h = head % H;
-  const bool packed = p.plan.cu_seqlens != nullptr;
+  const bool packed = p.plan.cu_seqlens.data != nullptr;
   const int64_t n = packed ? sequence_of_cut(p.plan, head / H) : head / H;
   if (n < 0) return;
   const Sequence sequence = sequence_of(p.plan, n);
   if (packed && head / H != sequence.first_cut) return;
   const int steps = sequence.segments - 2;
   const int64_t first = int64_t{sequence.first_cut} * p.H + h;
-  SlabLoader<Config> loader{shared, transfers, static_cast<int>((first + p.H) * Config::K),
-                            static_cast<int>(p.H) * Config::K, steps * Config::K / Config::Slab::panel_width};
+  SlabLoader<Config> loader{.shared = shared,
+                            .transfers = transfers,
+                            .row = static_cast<int>((first + p.H) * Config::K),
+                            .row_step = static_cast<int>(p.H) * Config::K,
+                            .left = steps * Config::K / Config::Slab::panel_width};
   if (threadIdx.x == 0)
     for (int s = 0; s < Config::stages - 1; ++s) loader.next();
   join_states<Config>(shared, loader, p.V, steps,
@@ -186,12 +190,16 @@ __global__ void __launch_bounds__(Config::threads, Config::K <= 128 ? 2 : 1)
 template <int K>
 void launch_join(const JoinArguments& p, cudaStream_t stream) {
   using Config = JoinConfig<K>;
-  const bool packed = p.plan.cu_seqlens != nullptr;
+  static_assert(ctas_fit(sizeof(JoinShared<Config>), Config::ctas));
+  const bool packed = p.plan.cu_seqlens.data != nullptr;
   const int64_t ctas = (packed ? p.plan.most_cuts : p.plan.N) * p.H * (p.V / Config::columns);
   const CUtensorMap transfers =
       make_operand_map<typename Config::Slab>("transfers", p.transfers, Dtype::f32, p.plan.most_cuts * p.H * K, K, K);
-  launch("chunk_gated_delta_rule",
-         {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(JoinShared<Config>)), 1, true},
+  launch(kChunkOp,
+         {.grid = dim3(static_cast<unsigned>(ctas)),
+          .threads = Config::threads,
+          .shared_bytes = static_cast<int>(sizeof(JoinShared<Config>)),
+          .programmatic = true},
          stream, chunk_join_kernel<Config>, p, transfers);
 }
 

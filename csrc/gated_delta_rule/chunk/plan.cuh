@@ -1,5 +1,5 @@
-// Which sequence has which tokens and chunks. With cu_seqlens only the device knows: the host launches for as many
-// chunks as there can be.
+// Which sequence has which tokens and chunks. With cu_seqlens (varlen) only the device knows: the host launches for as
+// many chunks as there can be.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk/image.h"
@@ -7,18 +7,19 @@
 
 namespace jet::hopper {
 
+constexpr const char* kChunkOp = "chunk_gated_delta_rule";  // in the text of errors
+
 struct ChunkPlan {
   int64_t T, N;
-  const void* cu_seqlens;  // [N + 1]; null: N rows of T tokens
-  IndexType cu_seqlens_type;
-  int* first_chunk;     // [N + 1] in the workspace, written by chunk_plan_kernel; null without cu_seqlens
-  int* first_cut;       // likewise
-  int64_t most_chunks;  // of all sequences together
-  int most_cuts;        // likewise
-  int segment_chunks;   // with cu_seqlens: sequences of at least twice as many are cut into segments of about as many;
-                        // 0: none is
-  int row_chunks;       // of each row of T tokens
-  int row_segments;     // likewise
+  IndexVector cu_seqlens;  // [N + 1]; null: N rows of T tokens
+  int* first_chunk;        // [N + 1] in the workspace, written by chunk_plan_kernel; null without cu_seqlens
+  int* first_cut;          // likewise
+  int64_t most_chunks;     // of all sequences together
+  int most_cuts;           // likewise
+  int segment_chunks;  // with cu_seqlens: sequences of at least twice as many are cut into segments of about as many;
+                       // 0: none is
+  int row_chunks;      // of each row of T tokens
+  int row_segments;    // likewise
 };
 
 // A sequence: tokens begin .. begin + length - 1 of batch row `row`, chunks first_chunk .. first_chunk + chunks - 1 of
@@ -28,12 +29,12 @@ struct Sequence {
   int chunks, segments, first_cut;
 };
 
-JET_INDEX_MAP int64_t chunks_of(int64_t tokens) { return (tokens + C - 1) / C; }
-JET_INDEX_MAP int segments_of(int64_t chunks, int segment_chunks) {
+JET_HOST_DEVICE constexpr int64_t chunks_of(int64_t tokens) { return (tokens + C - 1) / C; }
+JET_HOST_DEVICE constexpr int segments_of(int64_t chunks, int segment_chunks) {
   return segment_chunks > 0 && chunks >= 2 * segment_chunks ? static_cast<int>(chunks / segment_chunks) : 1;
 }
 // The chunk of a sequence at which segment s of `segments` begins.
-JET_INDEX_MAP int segment_begin(int64_t chunks, int segments, int64_t s) {
+JET_HOST_DEVICE constexpr int segment_begin(int64_t chunks, int segments, int64_t s) {
   return static_cast<int>(chunks * s / segments);
 }
 
@@ -44,24 +45,28 @@ __device__ inline uint32_t quotient(int64_t a, int64_t b) {
 
 // Offsets outside 0..T, which the contract forbids and a device cannot report, must not become addresses.
 __device__ inline int64_t offset_of(const ChunkPlan& plan, int64_t n) {
-  return min(max(load_index(plan.cu_seqlens, plan.cu_seqlens_type, n), int64_t{0}), plan.T);
+  return min(max(load_index(plan.cu_seqlens, n), int64_t{0}), plan.T);
 }
 
 __device__ inline Sequence sequence_of(const ChunkPlan& plan, int64_t n) {
-  if (plan.cu_seqlens == nullptr) {
-    return {n,
-            0,
-            plan.T,
-            n * plan.row_chunks,
-            plan.row_chunks,
-            plan.row_segments,
-            static_cast<int>(n) * (plan.row_segments - 1)};
+  if (plan.cu_seqlens.data == nullptr) {
+    return {.row = n,
+            .begin = 0,
+            .length = plan.T,
+            .first_chunk = n * plan.row_chunks,
+            .chunks = plan.row_chunks,
+            .segments = plan.row_segments,
+            .first_cut = static_cast<int>(n) * (plan.row_segments - 1)};
   }
   const int64_t begin = offset_of(plan, n), end = offset_of(plan, n + 1);
   const int first = plan.first_chunk[n], cut = plan.first_cut[n];
-  return {
-      0,  begin, max(end - begin, int64_t{0}), first, plan.first_chunk[n + 1] - first, plan.first_cut[n + 1] - cut + 1,
-      cut};
+  return {.row = 0,
+          .begin = begin,
+          .length = max(end - begin, int64_t{0}),
+          .first_chunk = first,
+          .chunks = plan.first_chunk[n + 1] - first,
+          .segments = plan.first_cut[n + 1] - cut + 1,
+          .first_cut = cut};
 }
 
 // The last n < N with first(n) <= i; first(0) = 0.
@@ -77,14 +82,14 @@ __device__ int64_t last_at_most(int64_t N, int64_t i, const First& first) {
 
 // The sequence of a chunk; -1 if there are fewer chunks.
 __device__ inline int64_t sequence_of_chunk(const ChunkPlan& plan, int64_t chunk) {
-  if (plan.cu_seqlens == nullptr) return quotient(chunk, plan.row_chunks);
+  if (plan.cu_seqlens.data == nullptr) return quotient(chunk, plan.row_chunks);
   if (chunk >= plan.first_chunk[plan.N]) return -1;
   return last_at_most(plan.N, chunk, [&](int64_t n) { return plan.first_chunk[n]; });
 }
 
 // The sequence whose segments a cut separates; -1 if there are fewer cuts.
 __device__ inline int64_t sequence_of_cut(const ChunkPlan& plan, int64_t cut) {
-  if (plan.cu_seqlens == nullptr) return quotient(cut, plan.row_segments - 1);
+  if (plan.cu_seqlens.data == nullptr) return quotient(cut, plan.row_segments - 1);
   if (cut >= plan.first_cut[plan.N]) return -1;
   return last_at_most(plan.N, cut, [&](int64_t n) { return plan.first_cut[n]; });
 }
@@ -92,7 +97,7 @@ __device__ inline int64_t sequence_of_cut(const ChunkPlan& plan, int64_t cut) {
 // The sequence of a segment, counted over all sequences, each of which has its cuts and one more; -1 if there are
 // fewer.
 __device__ inline int64_t sequence_of_segment(const ChunkPlan& plan, int64_t segment) {
-  if (plan.cu_seqlens == nullptr) return quotient(segment, plan.row_segments);
+  if (plan.cu_seqlens.data == nullptr) return quotient(segment, plan.row_segments);
   if (segment >= plan.N + plan.first_cut[plan.N]) return -1;
   return last_at_most(plan.N, segment, [&](int64_t n) { return n + plan.first_cut[n]; });
 }

@@ -1,4 +1,5 @@
-// `prepare`: all that sweep needs of a chunk and does not depend on the state. docs/chunk_gated_delta_rule.md has the
+// `prepare`: all that sweep needs of a chunk and does not depend on the state, the intra-chunk part. In the names of
+// flash-linear-attention: chunk_local_cumsum, chunk_scaled_dot_kkt, solve_tril. docs/chunk_gated_delta_rule.md has the
 // data sheet.
 //
 // A CTA of one warpgroup has one chunk of one key head, and walks over the value heads that read it:
@@ -12,11 +13,15 @@
 // cleared.
 #pragma once
 
+#include <type_traits>
+
 #include "csrc/gated_delta_rule/chunk/inverse.cuh"
 #include "csrc/gated_delta_rule/chunk/plan.cuh"
-#include "csrc/hopper/cluster.h"
+#include "csrc/hopper/device.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/tensor_map.h"
+#include "csrc/hopper/tma.h"
+#include "csrc/hopper/warp_specialization.h"
 #include "csrc/hopper/wgmma.h"
 
 namespace jet::hopper {
@@ -44,7 +49,7 @@ struct PrepareConfig {
   static constexpr int ctas = K <= 192 ? 4 : 3;  // per multiprocessor, to hide each other's latencies: what fits
   static constexpr Swizzle swizzle = K % 64 == 0 ? Swizzle::b128 : Swizzle::b64;  // 96 is three panels of 32 elements
   using Rows = OperandTile<Element, swizzle, Major::k, C, K>;
-  using RowsOperand = Operand<Element, swizzle, Major::k, C, K>;
+  using RowsOperand = MatrixDescriptor<Rows>;
   using Mma = Wgmma<Element, C>;
   using Accumulator = typename Mma::Accumulator;
 };
@@ -92,9 +97,9 @@ struct PrepareShared {
   };
   SplitSum c[C];
   float beta[C];
-  float norm[2][C],
-      inverse_norm[2][C];  // of q, k as factors: norm is 1 with l2norm; inverse_norm is of the row in memory
-  float key_factor[C];     // of a row of k in memory: 1 or with l2norm its inverse norm
+  float norm[2][C];          // of a row of q, k, as a factor: 1 with l2norm
+  float inverse_norm[2][C];  // of the row in memory
+  float key_factor[C];       // of a row of k in memory: 1 or with l2norm its inverse norm
   float key_squares[C];
   Mbarrier loaded;  // rows
   __device__ float* vector(int v) { return reinterpret_cast<float*>(image + kVectorsAt + v * kVectorBytes); }
@@ -135,7 +140,7 @@ __device__ inline void sum_gates(const Gates& gates, SplitSum* c, float* beta) {
   SplitSum before = shuffled_up(sum, 1);
   if (lane == 0) before = {0, 0};
   const SplitSum at = before + first;
-  store_shared_16(&c[2 * lane].coarse, at.coarse, at.fine, sum.coarse, sum.fine);
+  st_shared_v4(&c[2 * lane].coarse, at.coarse, at.fine, sum.coarse, sum.fine);
   *reinterpret_cast<float2*>(beta + 2 * lane) = make_float2(gates.beta[0], gates.beta[1]);
 }
 
@@ -348,35 +353,39 @@ __global__ void __launch_bounds__(kWarpgroup, Config::ctas)
   if (n < 0) return;
   const Sequence sequence = sequence_of(p.plan, n);
   const int64_t first = (chunk - sequence.first_chunk) * C;
-  const PreparePlace at{chunk, sequence.row, sequence.begin + first,
-                        static_cast<int>(min(sequence.length - first, int64_t{C})),
-                        static_cast<int>(blockIdx.x % key_heads)};
+  const PreparePlace at{.chunk = chunk,
+                        .row = sequence.row,
+                        .token = sequence.begin + first,
+                        .count = static_cast<int>(min(sequence.length - first, int64_t{C})),
+                        .hk = static_cast<int>(blockIdx.x % key_heads)};
   if (threadIdx.x == 0) load_chunk_rows<Config>(maps, at, shared);
   const int heads = static_cast<int>(p.H) / static_cast<int>(p.Hk);
   const int64_t h = int64_t{at.hk} * heads;
   if (warp_index() == kGateWarp) sum_gates(load_gates(p, at, h, threadIdx.x), shared.c, shared.beta);
   typename Config::Accumulator kk, qk;
-  shared.loaded.wait(Parity::first());
+  shared.loaded.wait(PhaseParity::first());
   multiply_rows<Config>(p, at, shared, kk, qk);
   __syncthreads();  // norms and gates are there, the rows have been read
 #pragma unroll 1
   for (int i = 0; i < heads; ++i) prepare_head<Config>(p, at, shared, h + i, i == heads - 1, kk, qk);
 }
 
-template <class Config>
-void launch_prepare_as(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream) {
-  static_assert((sizeof(PrepareShared<Config>) + 1024) * Config::ctas <= 228 * 1024);
-  const int64_t ctas = p.plan.most_chunks * p.Hk;
-  require(ctas < (int64_t{1} << 31), "chunk_gated_delta_rule", "chunks * Hk", "below 2^31", ctas);
-  launch("chunk_gated_delta_rule",
-         {dim3(static_cast<unsigned>(ctas)), kWarpgroup, static_cast<int>(sizeof(PrepareShared<Config>)), 1, true},
-         stream, chunk_prepare_kernel<Config>, p, maps);
-}
-
 template <int K>
 void launch_prepare(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream) {
-  if (p.dtype == Dtype::bf16) return launch_prepare_as<PrepareConfig<K, bf16>>(p, maps, stream);
-  launch_prepare_as<PrepareConfig<K, f16>>(p, maps, stream);
+  const int64_t ctas = p.plan.most_chunks * p.Hk;
+  require(ctas < (int64_t{1} << 31), kChunkOp, "chunks * Hk", "below 2^31", ctas);
+  const auto launch_kernel = [&](auto element) {
+    using Config = PrepareConfig<K, typename decltype(element)::type>;
+    static_assert(ctas_fit(sizeof(PrepareShared<Config>), Config::ctas));
+    launch(kChunkOp,
+           {.grid = dim3(static_cast<unsigned>(ctas)),
+            .threads = kWarpgroup,
+            .shared_bytes = static_cast<int>(sizeof(PrepareShared<Config>)),
+            .programmatic = true},
+           stream, chunk_prepare_kernel<Config>, p, maps);
+  };
+  if (p.dtype == Dtype::bf16) return launch_kernel(std::type_identity<bf16>());
+  launch_kernel(std::type_identity<f16>());
 }
 
 }  // namespace jet::hopper

@@ -15,18 +15,20 @@ struct Sequence {
 };
 
 JET_INLINE Sequence sequence(const ChunkGatedDeltaRuleParams& p, long n) {
-  if (p.cu_seqlens == nullptr) return {n, 0, p.T};
-  return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
+  if (p.cu_seqlens.data == nullptr) return {n, 0, p.in.T};
+  const long begin = index_at(p.cu_seqlens, n);
+  return {0, begin, index_at(p.cu_seqlens, n + 1) - begin};
 }
 
 // Multiply-adds of a forward: three products with the state, three within a chunk; and states copied in and out.
 inline double chunk_work(const ChunkGatedDeltaRuleParams& p) {
-  const double states = double(p.H) * p.K * p.V, scores = double(p.H) * C * (p.K + p.V);
-  return p.B * p.T * (3 * states + scores) + 2 * p.N * states;
+  const GatedDeltaRuleInputs& in = p.in;
+  const double states = double(in.H) * in.K * in.V, scores = double(in.H) * C * (in.K + in.V);
+  return in.B * in.T * (3 * states + scores) + 2 * p.N * states;
 }
 
-JET_INLINE StateStrides contiguous_state(const ChunkGatedDeltaRuleParams& p) {
-  return {p.H * p.K * p.V, p.K * p.V, p.V, 1};
+JET_INLINE StateStrides contiguous_state(const GatedDeltaRuleInputs& in) {
+  return {in.H * in.K * in.V, in.K * in.V, in.V, 1};
 }
 
 // The part of a chunk that does not depend on V. Rows at and beyond L of q, k (columns of kt) are zero.
@@ -124,12 +126,11 @@ inline void apply_decay(const Chunk<T>& c, bool strict, T* out) {
 
 // Everything in Chunk but q, qk, q_factor, for L tokens from `begin` of batch row b and value head h.
 template <class In, class T>
-inline void prepare_keys(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, long h, Chunk<T>& c) {
-  const long hk = h / (p.H / p.Hk);
+inline void prepare_keys(const GatedDeltaRuleInputs& in, long b, long begin, long L, long h, Chunk<T>& c) {
+  const long hk = h / (in.H / in.Hk);
   c.L = L;
-  load_rows(at<In>(p.k, p.k_strides, b, begin, hk), p.k_strides, c, p.l2norm_qk, c.k, c.k_factor);
-  load_decays(at<T>(p.g, p.g_strides, b, begin, h), p.g_strides.t, at<T>(p.beta, p.beta_strides, b, begin, h),
-              p.beta_strides.t, c);
+  load_rows(at<In>(in.k, b, begin, hk), in.k.strides, c, in.l2norm_qk, c.k, c.k_factor);
+  load_decays(at<T>(in.g, b, begin, h), in.g.strides.t, at<T>(in.beta, b, begin, h), in.beta.strides.t, c);
   transpose(c.k, c.ld, C, c.ld, c.kt, C);
   // kk = tril(K K^T ∘ Γ, -1)   [C, C]
   gemm<T>(L, C, c.K, T(1), {c.k, c.ld, 1}, {c.kt, C, 1}, false, c.kk, C, Skip::upper_c);
@@ -138,10 +139,10 @@ inline void prepare_keys(const ChunkGatedDeltaRuleParams& p, long b, long begin,
 
 // Everything in Chunk.
 template <class In, class T>
-inline void prepare(const ChunkGatedDeltaRuleParams& p, long b, long begin, long L, long h, Chunk<T>& c) {
-  prepare_keys<In>(p, b, begin, L, h, c);
-  const In* q = at<In>(p.q, p.q_strides, b, begin, h / (p.H / p.Hk));
-  load_rows(q, p.q_strides, c, p.l2norm_qk, c.q, c.q_factor);
+inline void prepare(const GatedDeltaRuleInputs& in, long b, long begin, long L, long h, Chunk<T>& c) {
+  prepare_keys<In>(in, b, begin, L, h, c);
+  const In* q = at<In>(in.q, b, begin, h / (in.H / in.Hk));
+  load_rows(q, in.q.strides, c, in.l2norm_qk, c.q, c.q_factor);
   // qk = tril(Q K^T ∘ Γ)   [C, C]
   gemm<T>(L, C, c.K, T(1), {c.q, c.ld, 1}, {c.kt, C, 1}, false, c.qk, C, Skip::upper_c);
   apply_decay(c, false, c.qk);

@@ -1,4 +1,6 @@
-// `sweep`: the state through the chunks of a sequence, and the outputs. docs/chunk_gated_delta_rule.md has the data
+// `sweep`: the state through the chunks of a sequence (the inter-chunk recurrence), and the outputs. In the names of
+// flash-linear-attention: chunk_fwd_h and chunk_fwd_o in one, with the states of chunks in registers. W and U of the
+// WY representation (recompute_w_u) are not formed: R takes their place. docs/chunk_gated_delta_rule.md has the data
 // sheet.
 //
 // A CTA has one sequence, one value head and a slice of 128 value columns. One thread loads; three warps turn the rows
@@ -11,123 +13,12 @@
 //   S  = e^{c_C} S + (beta_j e^{c_C - c_j} |k_j| U') Kn
 #pragma once
 
-#include "csrc/gated_delta_rule/chunk/sweep_shared.cuh"
+#include "csrc/gated_delta_rule/chunk/sweep_producer.cuh"
 #include "csrc/hopper/launch.h"
-#include "csrc/hopper/matrix.h"
+#include "csrc/hopper/mma.h"
+#include "csrc/hopper/warp_specialization.h"
 
 namespace jet::hopper {
-
-// ---- Producer
-
-// One thread's loop, which nothing else hides: what does not change from chunk to chunk is in registers, not in shared
-// memory.
-template <class Config>
-__device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, const SweepWork& work,
-                            SweepShared<Config>& shared) {
-  using Rows = typename Config::Rows;
-  const int chunks = work.chunks, row = static_cast<int>(work.row), h = work.h, hk = work.hk, column = work.column;
-  const int groups = work.is_transfer() ? 0 : work.groups;
-  const int common = Config::outputs ? 2 * Rows::bytes + kImageBytes : Rows::bytes + kImageBytes - kTriangleBytes;
-  const char* image = p.images + (work.first_chunk * p.H + h) * kImageBytes;
-  Producer<Config::stages> ring(shared.ring);
-  int token = static_cast<int>(work.token);
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk, token += C, image += p.H * kImageBytes, ring.advance()) {
-    auto& stage = shared.stage[ring.acquire(common + groups * ValueTile::bytes)];
-    Mbarrier& loaded = ring.full();
-#pragma unroll
-    for (int panel = 0; panel < Rows::panels; ++panel) {
-      const int at = panel * Rows::panel_bytes, k = panel * Rows::panel_width;
-      tma_load(stage.k + at, maps.k, loaded, CacheHint::evict_normal, k, hk, token, row);
-      if constexpr (Config::outputs) tma_load(stage.q + at, maps.q, loaded, CacheHint::evict_normal, k, hk, token, row);
-    }
-    cp_async_bulk_load(stage.vectors, image + kVectorsAt, kVectors * kVectorBytes, loaded);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group)
-      if (group < groups)
-        tma_load(stage.v[group], maps.v, loaded, CacheHint::evict_first, column + group * kRows, h, token, row);
-#pragma unroll
-    for (int panel = 0; panel < kBlocks; ++panel) {
-      cp_async_bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
-      if constexpr (Config::outputs)
-        cp_async_bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel),
-                           stored_bytes(panel), loaded);
-    }
-  }
-}
-
-// Zero for the tokens behind the sequence's end, which are the next sequence's.
-template <class Config>
-__device__ void clear_values(SweepStage<Config>& stage, int count, int thread) {
-  constexpr int row_units = ValueTile::row_bytes / 16;
-  for (char* tile : stage.v)
-    for (int u = count * row_units + thread; u < C * row_units; u += kNormalisers)
-      reinterpret_cast<uint4*>(tile)[u] = make_uint4(0, 0, 0, 0);
-}
-
-// 8 elements times `factor`, in fp16.
-template <class Element>
-__device__ uint4 scaled(const uint4& raw, float factor) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  uint32_t out[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const float2 x = unpack<Element>(words[w]);
-    out[w] = pack<f16>(x.x * factor, x.y * factor);
-  }
-  return make_uint4(out[0], out[1], out[2], out[3]);
-}
-
-// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; rows behind the sequence's end become zero
-// without being read. A thread has one unit of 16 bytes in each panel of a row, a few of them at a time, so that their
-// loads wait together.
-template <class Config, class Element>
-__device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread) {
-  constexpr int row_units = Config::Rows::row_bytes / 16, rows = kNormalisers / row_units;
-  constexpr int panels = (Config::outputs ? 2 : 1) * Config::Rows::panels, batch = Config::normaliser_batch;
-  static_assert(kNormalisers % row_units == 0 && kInverseQ == kInverseK + 1);
-  int row = thread / row_units;
-  char* at = stage.k + thread * 16;  // q follows k
-  for (; row < count; row += rows, at += kNormalisers * 16) {
-    const float of_k = stage.vectors[kInverseK][row], of_q = Config::outputs ? stage.vectors[kInverseQ][row] : 0;
-#pragma unroll
-    for (int first = 0; first < panels; first += batch) {
-      uint4 raw[batch];
-#pragma unroll
-      for (int b = 0; b < batch && first + b < panels; ++b)
-        raw[b] = *reinterpret_cast<const uint4*>(at + (first + b) * Config::Rows::panel_bytes);
-#pragma unroll
-      for (int b = 0; b < batch && first + b < panels; ++b)
-        *reinterpret_cast<uint4*>(at + (first + b) * Config::Rows::panel_bytes) =
-            scaled<Element>(raw[b], first + b < Config::Rows::panels ? of_k : of_q);
-    }
-  }
-#pragma unroll 1
-  for (; row < C; row += rows, at += kNormalisers * 16)
-#pragma unroll
-    for (int panel = 0; panel < panels; ++panel)
-      *reinterpret_cast<uint4*>(at + panel * Config::Rows::panel_bytes) = make_uint4(0, 0, 0, 0);
-}
-
-template <class Config>
-__device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work, SweepShared<Config>& shared) {
-  const int thread = threadIdx.x - 32;
-  Cursor<Config::stages> at(Parity::first());
-  for (int chunk = 0; chunk < work.chunks; ++chunk, at.advance()) {
-    auto& stage = shared.stage[at.stage];
-    shared.ring.full[at.stage].wait(at.parity);
-    const int count = work.count(chunk);
-    if (count < C) clear_values<Config>(stage, count, thread);
-    if (p.dtype == Dtype::bf16)
-      normalise_rows<Config, bf16>(stage, count, thread);
-    else
-      normalise_rows<Config, f16>(stage, count, thread);
-    fence_proxy_async();
-    shared.normalised[at.stage].arrive();
-  }
-}
-
-// ---- Consumers
 
 struct SweepThread {
   int group, thread;  // consumer warpgroup, thread of it
@@ -205,10 +96,10 @@ __device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const type
     if (step > 0) {
       wgmma_wait_group<0>();
       (wgmma_fence_operand(products.d), ...);
-      hold(a);
+      wgmma_hold_operand(a);
     }
 #pragma unroll
-    for (int i = 0; i < Config::state_steps; ++i) fragment_of<f16>(a[i], s, step + i);
+    for (int i = 0; i < Config::state_steps; ++i) accumulator_to_a_fragment<f16>(a[i], s, step + i);
     wgmma_fence(a);
     (multiply_fragments(products, a, step), ...);
   }
@@ -222,8 +113,8 @@ __device__ void residual(uint32_t (&r)[kSteps][4], const typename Config::Tokens
   for (int step = 0; step < kSteps; ++step) {
     if constexpr (Config::few_registers) __syncwarp();  // loads of later steps must not come before this
     uint32_t v[4];
-    const int token = step * kStep + transposed_k(me.thread);
-    ldmatrix_x4_trans(v, stage.v[me.group] + ValueTile::offset(transposed_m(me.thread), token));
+    const int token = step * kStep + ldmatrix_trans_k(me.thread);
+    ldmatrix_x4_trans(v, stage.v[me.group] + ValueTile::offset(ldmatrix_trans_m(me.thread), token));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 2 * kStep / 4 * step + 2 * i;
@@ -241,7 +132,7 @@ __device__ void updates(uint32_t (&u)[kSteps][4], uint32_t (&write)[kSteps][4], 
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     if constexpr (Config::few_registers) __syncwarp();
-    fragment_of<f16>(u[step], x, step);
+    accumulator_to_a_fragment<f16>(u[step], x, step);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 2 * kStep / 4 * step + 2 * i;
@@ -280,7 +171,7 @@ __device__ char* stage_output(const uint32_t (&y)[kSteps][4], SweepShared<Config
   named_barrier_sync(1 + me.group, kWarpgroup);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    stmatrix_x4_trans(tile + ValueTile::offset(transposed_m(me.thread), step * kStep + transposed_k(me.thread)),
+    stmatrix_x4_trans(tile + ValueTile::offset(ldmatrix_trans_m(me.thread), step * kStep + ldmatrix_trans_k(me.thread)),
                       y[step]);
   fence_proxy_async();
   named_barrier_sync(1 + me.group, kWarpgroup);
@@ -346,7 +237,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   }
   wgmma_wait_group<Config::outputs && Config::o_behind_residual ? 1 : 0>();
   wgmma_fence_operand(x);
-  if constexpr (!Config::o_behind_residual) wgmma_fence_operand(o), hold(a);
+  if constexpr (!Config::o_behind_residual) wgmma_fence_operand(o), wgmma_hold_operand(a);
   if (p.dtype == Dtype::bf16)
     residual<Config, bf16>(r, x, stage, me);
   else
@@ -360,7 +251,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
     if constexpr (Config::o_behind_residual) {
       wgmma_wait_group<1>();
       wgmma_fence_operand(o);
-      hold(a);
+      wgmma_hold_operand(a);
     }
 #pragma unroll
     for (int at = 0; at < Mma::registers; at += 2) {
@@ -373,8 +264,8 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   }
   wgmma_wait_group<0>();
   wgmma_fence_operand(x);
-  hold(r);
-  if constexpr (!Config::outputs && Config::o_behind_residual) hold(a);
+  wgmma_hold_operand(r);
+  if constexpr (!Config::outputs && Config::o_behind_residual) wgmma_hold_operand(a);
   uint32_t u[kSteps][4], write[kSteps][4];
   updates<Config>(u, write, x, stage, me.thread);
   if constexpr (Config::outputs) {
@@ -393,7 +284,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   if constexpr (Config::outputs) {
     wgmma_wait_group<1>();
     wgmma_fence_operand(o);
-    hold(u);
+    wgmma_hold_operand(u);
     if (p.dtype == Dtype::bf16)
       pack_output<Config, bf16>(y, o, p, stage, me.thread);
     else
@@ -401,7 +292,7 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   }
   wgmma_wait_group<0>();
   wgmma_fence_operand(s);
-  hold(write);
+  wgmma_hold_operand(write);
 }
 
 template <class Config>
@@ -416,9 +307,8 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
 #pragma unroll 1
   for (int chunk = 0; chunk < work.chunks; ++chunk) {
     const int stage = chunk % Config::stages;
-    const Parity parity = parity_of<Config>(chunk);
-    shared.ring.full[stage].wait(
-        parity);  // has happened; this thread must have seen it before it reads what was copied
+    const PhaseParity parity = parity_of<Config>(chunk);
+    shared.ring.full[stage].wait(parity);  // is complete; a thread must have seen that before it reads what was copied
     shared.normalised[stage].wait(parity);
     sweep_chunk<Config>(s, y, p, maps, work, shared, shared.stage[stage], me, chunk);
     __syncwarp();
@@ -434,10 +324,10 @@ template <class Config>
 __device__ void set_up(const SweepArguments& p, const SweepMaps& maps, SweepShared<Config>& shared) {
   if (p.plan.T > 0)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_tensormap(*map);
-  if (p.plan.cu_seqlens != nullptr) griddepcontrol_wait();
+  if (p.plan.cu_seqlens.data != nullptr) griddepcontrol_wait();
   const SweepWork work = Config::outputs ? output_work(p) : cut_work(p);
   if (work.groups > 0) shared.ring.init(work.groups * kWarpgroup / 32);
-  for (Mbarrier& event : shared.normalised) event.init(kNormalisers);
+  for (Mbarrier& barrier : shared.normalised) barrier.init(kNormalisers);
   fence_mbarrier_init();
   shared.work = work;
 }
@@ -475,13 +365,29 @@ __global__ void __launch_bounds__(Config::threads, 1)
 }
 
 template <class Config>
-void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream) {
+void launch_sweep_kernel(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream) {
+  static_assert(sizeof(SweepShared<Config>) <= kMaxSharedMemoryPerBlock);
   const int64_t segments = Config::outputs ? p.plan.N + p.plan.most_cuts : p.plan.most_cuts;
   const int64_t ctas = segments * p.H * (p.slices + (Config::outputs ? 0 : transfer_slices(p.K)));
-  require(ctas < (int64_t{1} << 31), "chunk_gated_delta_rule", "N * H * V / 128", "below 2^31", ctas);
-  launch("chunk_gated_delta_rule",
-         {dim3(static_cast<unsigned>(ctas)), Config::threads, static_cast<int>(sizeof(SweepShared<Config>)), 1, true},
+  require(ctas < (int64_t{1} << 31), kChunkOp, "N * H * V / 128", "below 2^31", ctas);
+  launch(kChunkOp,
+         {.grid = dim3(static_cast<unsigned>(ctas)),
+          .threads = Config::threads,
+          .shared_bytes = static_cast<int>(sizeof(SweepShared<Config>)),
+          .programmatic = true},
          stream, chunk_sweep_kernel<Config>, p, maps);
+}
+
+template <bool narrow>
+void launch_sweep_part(const SweepArguments& p, const SweepMaps& maps, bool outputs, cudaStream_t stream) {
+  HopperHeadDims::dispatch(p.K, [&](auto K) {
+    if constexpr ((K <= kMostNarrowK) == narrow) {
+      if (outputs)
+        launch_sweep_kernel<SweepConfig<K, true>>(p, maps, stream);
+      else
+        launch_sweep_kernel<SweepConfig<K, false>>(p, maps, stream);
+    }
+  });
 }
 
 }  // namespace jet::hopper

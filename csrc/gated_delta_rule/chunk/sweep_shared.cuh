@@ -1,10 +1,12 @@
-// The configuration, arguments and shared memory of `sweep` (sweep.cuh).
+// The configuration, arguments and shared memory of `sweep` (sweep.cuh), and which CTA does what.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk/plan.cuh"
-#include "csrc/hopper/cluster.h"
+#include "csrc/gated_delta_rule/head_dims.h"
+#include "csrc/hopper/device.h"
 #include "csrc/hopper/pipeline.h"
 #include "csrc/hopper/tensor_map.h"
+#include "csrc/hopper/tma.h"
 #include "csrc/hopper/wgmma.h"
 
 namespace jet::hopper {
@@ -15,21 +17,20 @@ constexpr int kSlice = kGroups * kRows;  // value columns of a CTA
 constexpr int kNormalisers = 96;         // threads: the producer warpgroup but the warp that loads
 constexpr int kStep = 16, kSteps = C / kStep;  // k16 steps over the tokens of a chunk
 
-using ValueTile =
-    OperandTile<uint16_t, Swizzle::b128, Major::mn, kRows, C>;  // v or o: [C tokens][64 columns], (column, token)
-using SquareOperand = Operand<f16, SquareTile::swizzle, Major::k, C, C>;
+// v or o: [C tokens][64 columns], (column, token)
+using ValueTile = OperandTile<uint16_t, Swizzle::b128, Major::mn, kRows, C>;
+using SquareOperand = MatrixDescriptor<SquareTile>;
 
 template <int K_, bool outputs_>
 struct SweepConfig {
   static constexpr int K = K_;
-  static constexpr bool outputs =
-      outputs_;  // false: the pass over the segments before a cut, for their effect on the state alone
+  // false: the pass over the segments before a cut, for their effect on the state alone
+  static constexpr bool outputs = outputs_;
   static constexpr int stages = K <= 128 ? 3 : 2;  // what fits
-  static constexpr int state_steps = K <= 128   ? K / 16
-                                     : K == 192 ? 4
-                                                : 2;  // k16 steps of S^T held as A operands: all, or what fits
-  static constexpr bool o_behind_residual =
-      K <= 192;  // S^T Qn^T runs while R is made; beyond, its operands have no registers then
+  // k16 steps of S^T held as A operands: all, or what fits
+  static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;
+  // S^T Qn^T runs while R is made. For a larger K its operands have no registers then.
+  static constexpr bool o_behind_residual = K <= 192;
   static constexpr int threads = kWarpgroup * (1 + kGroups);
   static constexpr bool few_registers = K > 128;  // S^T alone has K / 2 of a consumer's
   static constexpr int producer_registers = few_registers ? 24 : 40, consumer_registers = few_registers ? 240 : 232;
@@ -37,8 +38,9 @@ struct SweepConfig {
   static_assert(producer_registers + kGroups * consumer_registers <= 504, "what 384 threads get at launch: 168 each");
   static constexpr Swizzle swizzle = K % 64 == 0 ? Swizzle::b128 : Swizzle::b64;  // 96 is three panels of 32 elements
   using Rows = OperandTile<f16, swizzle, Major::k, C, K>;                         // k or q: [C tokens][K] in panels
-  using RowsOperand = Operand<f16, swizzle, Major::k, C, K>;
-  using ColumnsOperand = Operand<f16, swizzle, Major::mn, K, C>;  // the same bytes as the B operand [K, C]
+  using RowsOperand = MatrixDescriptor<Rows>;
+  // the same bytes as the B operand [K, C]
+  using ColumnsOperand = MatrixDescriptor<OperandTile<f16, swizzle, Major::mn, K, C>>;
   static_assert(RowsOperand::Tile::bytes == ColumnsOperand::Tile::bytes &&
                 RowsOperand::Tile::offset(5, 40) == ColumnsOperand::Tile::offset(40, 5));
   using Mma = Wgmma<f16, C>;
@@ -112,7 +114,8 @@ __device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence
   return work;
 }
 
-// Which part of the work a CTA is: CTAs (part, head, slice). launch_sweep has checked that there are fewer than 2^31.
+// Which part of the work a CTA is: CTAs (part, head, slice). launch_sweep_kernel has checked that there are fewer than
+// 2^31.
 struct SweepPart {
   int part, h, slice;
 };
@@ -137,7 +140,7 @@ __device__ inline SweepWork output_work(const SweepArguments& p) {
   return work;
 }
 
-JET_INDEX_MAP int transfer_slices(int64_t K) { return static_cast<int>((K + kSlice - 1) / kSlice); }
+JET_HOST_DEVICE constexpr int transfer_slices(int64_t K) { return static_cast<int>((K + kSlice - 1) / kSlice); }
 
 // No outputs: CTAs (segment before a cut, head, slice of V, then of the K columns of its transfer matrix).
 __device__ inline SweepWork cut_work(const SweepArguments& p) {
@@ -185,27 +188,17 @@ struct SweepShared {
       }
   }
 };
-static_assert(sizeof(SweepShared<SweepConfig<64, true>>) <= 227 * 1024 &&
-              sizeof(SweepShared<SweepConfig<96, true>>) <= 227 * 1024);
-static_assert(sizeof(SweepShared<SweepConfig<128, true>>) <= 227 * 1024 &&
-              sizeof(SweepShared<SweepConfig<192, true>>) <= 227 * 1024);
-static_assert(sizeof(SweepShared<SweepConfig<256, true>>) <= 227 * 1024);
 
 // Of a chunk's turn in the ring; computed, because the consumers have no register to keep it in.
 template <class Config>
-__device__ Parity parity_of(int chunk) {
+__device__ PhaseParity parity_of(int chunk) {
   return {static_cast<uint32_t>(chunk / Config::stages % 2)};
 }
 
-// Instantiated in chunk_sweep_narrow.cu (K <= 128) and chunk_sweep_wide.cu: two files compile at the same time.
-template <class Config>
-void launch_sweep(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
-
-// Registers of an A operand that wgmma may read until the wait before this line.
-template <int n>
-__device__ void hold(const uint32_t (&a)[n][4]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) asm volatile("" ::"r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]) : "memory");
-}
+// In two files, which compile at the same time: sweep_narrow.cu has the kernels for K up to this, sweep_wide.cu those
+// for the others.
+constexpr int kMostNarrowK = 128;
+template <bool narrow>
+void launch_sweep_part(const SweepArguments& p, const SweepMaps& maps, bool outputs, cudaStream_t stream);
 
 }  // namespace jet::hopper

@@ -2,11 +2,7 @@
 
 namespace jet::hopper {
 
-template void launch_sweep<SweepConfig<192, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<192, false>>(const SweepArguments& p, const SweepMaps& maps,
-                                                    cudaStream_t stream);
-template void launch_sweep<SweepConfig<256, true>>(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream);
-template void launch_sweep<SweepConfig<256, false>>(const SweepArguments& p, const SweepMaps& maps,
-                                                    cudaStream_t stream);
+template void launch_sweep_part<false>(const SweepArguments& p, const SweepMaps& maps, bool outputs,
+                                       cudaStream_t stream);
 
 }  // namespace jet::hopper

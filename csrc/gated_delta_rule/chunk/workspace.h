@@ -40,24 +40,28 @@ struct SegmentCosts {
 };
 
 constexpr int64_t kShortestSegment = 16, kMostSegments = 64;  // chunks; of a row
-constexpr double kWorthCutting =
-    0.8;  // of the time without cuts: a forecast has errors, and cuts cost work that a busy device could do
+// Of the time without cuts: a forecast has errors, and cuts cost work that a busy device could do.
+constexpr double kWorthCutting = 0.8;
 
 // With cu_seqlens, whose lengths the host does not know, as if all tokens were one sequence: sequences are cut if they
 // turn out to be twice as long as its segments.
 inline ChunkSegments choose_segments(const ChunkGatedDeltaRuleParams& p, int64_t slices, int64_t transfer_slices,
-                                     bool packed, int multiprocessors) {
-  const int64_t rows = packed ? 1 : p.B, chunks = (p.T + C - 1) / C;
-  const SegmentCosts costs{multiprocessors, rows * p.H, slices, transfer_slices};
+                                     int multiprocessors) {
+  const GatedDeltaRuleInputs& in = p.in;
+  const bool packed = p.cu_seqlens.data != nullptr;
+  const int64_t rows = packed ? 1 : in.B, chunks = (in.T + C - 1) / C;
+  const SegmentCosts costs{
+      .multiprocessors = multiprocessors, .heads = rows * in.H, .slices = slices, .transfer_slices = transfer_slices};
   int64_t best = 1;
   for (int64_t parts = 2; parts <= std::min(kMostSegments, chunks / kShortestSegment); ++parts) {
     const int64_t segments = chunks / (chunks / parts);  // as many as the device makes of one sequence and this length
     if (costs.of(chunks, segments) < costs.of(chunks, best)) best = segments;
   }
-  if (costs.of(chunks, best) > kWorthCutting * costs.of(chunks, 1)) return {1, 0, 0};
-  const int64_t length = chunks / best, most_chunks = p.T / C + p.N;
-  return {static_cast<int>(best), static_cast<int>(length),
-          static_cast<int>(packed ? most_chunks / length - 1 : p.B * (best - 1))};
+  if (costs.of(chunks, best) > kWorthCutting * costs.of(chunks, 1)) return {.of_row = 1, .chunks = 0, .most_cuts = 0};
+  const int64_t length = chunks / best, most_chunks = in.T / C + p.N;
+  return {.of_row = static_cast<int>(best),
+          .chunks = static_cast<int>(length),
+          .most_cuts = static_cast<int>(packed ? most_chunks / length - 1 : in.B * (best - 1))};
 }
 
 struct ChunkWorkspace {
@@ -65,20 +69,21 @@ struct ChunkWorkspace {
   // Offsets.
   int64_t images;       // [most_chunks, H] of kImageBytes
   int64_t states;       // [most_cuts, H, K, V] fp32: S at a cut
-  int64_t transfers;    // [most_cuts, H, K, K] fp32: of the segment before a cut, but for the first: S at its end =
-                        // transfer S at its begin + ..
+  int64_t transfers;    // [most_cuts, H, K, K] fp32: of the segment before a cut, but for the first segment
   int64_t first_chunk;  // [N + 1] int32, with cu_seqlens
   int64_t first_cut;    // likewise
   int64_t bytes;
 };
 
-inline ChunkWorkspace chunk_workspace(const ChunkGatedDeltaRuleParams& p, bool packed, const ChunkSegments& segments) {
+inline ChunkWorkspace chunk_workspace(const ChunkGatedDeltaRuleParams& p, const ChunkSegments& segments) {
+  const GatedDeltaRuleInputs& in = p.in;
+  const bool packed = p.cu_seqlens.data != nullptr;
   ChunkWorkspace w{};
-  const int64_t per_row = (p.T + C - 1) / C, offsets = packed ? (p.N + 1) * 4 : 0;
-  w.most_chunks = packed ? p.T / C + p.N : p.B * per_row;  // every sequence but for its last chunk is whole chunks
-  w.states = w.most_chunks * p.H * kImageBytes;
-  w.transfers = w.states + segments.most_cuts * p.H * p.K * p.V * 4;
-  w.first_chunk = w.transfers + segments.most_cuts * p.H * p.K * p.K * 4;
+  const int64_t per_row = (in.T + C - 1) / C, offsets = packed ? (p.N + 1) * 4 : 0;
+  w.most_chunks = packed ? in.T / C + p.N : in.B * per_row;  // every sequence but for its last chunk is whole chunks
+  w.states = w.most_chunks * in.H * kImageBytes;
+  w.transfers = w.states + segments.most_cuts * in.H * in.K * in.V * 4;
+  w.first_chunk = w.transfers + segments.most_cuts * in.H * in.K * in.K * 4;
   w.first_cut = w.first_chunk + offsets;
   w.bytes = w.first_cut + offsets;
   return w;

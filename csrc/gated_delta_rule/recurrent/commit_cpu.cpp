@@ -22,13 +22,13 @@ struct CommitItem {
 template <class T, class St>
 void commit_item(const RecurrentGatedDeltaRuleCommitParams& p, const Slice& slice, CommitItem<T>& item) {
   constexpr long W = Simd<T>::stripe;
-  const long row = pool_row(p.pool, slice.n), count = static_cast<const int64_t*>(p.num_accepted)[slice.n];
+  const long row = row_of(p.pool, slice.n), count = index_at(p.num_accepted, slice.n);
   if (row < 0 || count == 0) return;
   St* pool = at(static_cast<St*>(p.pool.data), p.pool.strides, row, slice.h);
   const T* keys = static_cast<const T*>(p.keys) + (slice.n * p.T * p.Hk + slice.h / (p.H / p.Hk)) * p.K;
   const T* updates = static_cast<const T*>(p.updates) + (slice.n * p.T * p.H + slice.h) * p.V;
   for (long t = 0; t < count; ++t)
-    item.tokens[t] = {nullptr, keys + t * p.Hk * p.K, 0, decay_of<T>(p.g, p.g_strides, slice.n, t, slice.h), 0};
+    item.tokens[t] = {nullptr, keys + t * p.Hk * p.K, 0, decay_of<T>(p.g, slice.n, t, slice.h), 0};
   for (long v = slice.v0; v < slice.v1; v += W) {
     const long columns = slice.v1 - v < W ? slice.v1 - v : W;
     for (long t = 0; t < count; ++t) load_row(updates + t * p.H * p.V + v, 1, columns, W, item.u + t * W);

@@ -19,8 +19,8 @@ struct Token {
 
 // e^g of a token
 template <class T>
-JET_INLINE T decay_of(const void* g, const TokenStrides& s, long n, long t, long h) {
-  return T(__builtin_exp(*at<T>(g, s, n, t, h)));
+JET_INLINE T decay_of(const TokenTensor& g, long n, long t, long h) {
+  return T(__builtin_exp(*at<T>(g, n, t, h)));
 }
 
 // S^T k and S^T q of a token with the state before it, summed up row by row. NV vectors of columns.
@@ -130,10 +130,6 @@ inline void with_fp32_pool(Dtype pool, const F& f) {
   f(StateType<bf16>());
 }
 
-JET_INLINE long pool_row(const StatePool& pool, long n) {
-  return pool.rows == nullptr ? n : static_cast<const int64_t*>(pool.rows)[n];
-}
-
 // Whether columns of a pool can be worked on in place, in whole vectors.
 template <class T>
 JET_INLINE bool whole_vectors(const StatePool& pool, long columns) {
@@ -158,19 +154,17 @@ struct RecurrentItem {
 
 // item.tokens [count] for the tokens from t
 template <class In, class T>
-inline void load_tokens(const RecurrentGatedDeltaRuleParams& p, long n, long h, long t, long count,
-                        RecurrentItem<T>& item) {
+inline void load_tokens(const GatedDeltaRuleInputs& in, long n, long h, long t, long count, RecurrentItem<T>& item) {
   using S = Simd<T>;
-  const long hk = h / (p.H / p.Hk);
+  const long hk = h / (in.H / in.Hk);
   for (long i = 0; i < count; ++i) {
     T *q = item.q + i * item.ld, *k = item.k + i * item.ld;
-    load_row(at<In>(p.q, p.q_strides, n, t + i, hk), p.q_strides.d, p.K, item.ld, q);
-    load_row(at<In>(p.k, p.k_strides, n, t + i, hk), p.k_strides.d, p.K, item.ld, k);
-    if (p.l2norm_qk) normalise(q, item.ld), normalise(k, item.ld);
+    load_row(at<In>(in.q, n, t + i, hk), in.q.strides.d, in.K, item.ld, q);
+    load_row(at<In>(in.k, n, t + i, hk), in.k.strides.d, in.K, item.ld, k);
+    if (in.l2norm_qk) normalise(q, item.ld), normalise(k, item.ld);
     typename S::Vec qk{};
     for (long j = 0; j < item.ld; j += S::lanes) qk += S::load(q + j) * S::load(k + j);
-    item.tokens[i] = {q, k, horizontal_sum<T>(qk), decay_of<T>(p.g, p.g_strides, n, t + i, h),
-                      *at<T>(p.beta, p.beta_strides, n, t + i, h)};
+    item.tokens[i] = {q, k, horizontal_sum<T>(qk), decay_of<T>(in.g, n, t + i, h), *at<T>(in.beta, n, t + i, h)};
   }
 }
 
@@ -179,29 +173,29 @@ inline void load_tokens(const RecurrentGatedDeltaRuleParams& p, long n, long h, 
 JET_INLINE bool is_verify(const RecurrentGatedDeltaRuleVerifyParams& vp) { return vp.updates != nullptr; }
 
 // Where o and updates of token t are.
-JET_INLINE long output_offset(const RecurrentGatedDeltaRuleParams& p, const Slice& slice, long t) {
-  return ((slice.n * p.T + t) * p.H + slice.h) * p.V;
+JET_INLINE long output_offset(const GatedDeltaRuleInputs& in, const Slice& slice, long t) {
+  return ((slice.n * in.T + t) * in.H + slice.h) * in.V;
 }
 
 // What verify writes to keys for token t; null in all slices of a key head but one.
 template <class T>
 JET_INLINE T* keys_of(const RecurrentGatedDeltaRuleVerifyParams& vp, const Slice& slice, long t) {
-  const RecurrentGatedDeltaRuleParams& p = vp.forward;
-  const long group = p.H / p.Hk;
+  const GatedDeltaRuleInputs& in = vp.forward.in;
+  const long group = in.H / in.Hk;
   if (slice.v0 != 0 || slice.h % group != 0) return nullptr;
-  return static_cast<T*>(vp.keys) + ((slice.n * p.T + t) * p.Hk + slice.h / group) * p.K;
+  return static_cast<T*>(vp.keys) + ((slice.n * in.T + t) * in.Hk + slice.h / group) * in.K;
 }
 
 // A slice of a sequence without a row.
 template <class In, class T>
 inline void write_zeros(const RecurrentGatedDeltaRuleVerifyParams& vp, const Slice& slice) {
   const long columns = slice.v1 - slice.v0;
-  for (long t = 0; t < vp.forward.T; ++t) {
-    const long out = output_offset(vp.forward, slice, t) + slice.v0;
+  for (long t = 0; t < vp.forward.in.T; ++t) {
+    const long out = output_offset(vp.forward.in, slice, t) + slice.v0;
     __builtin_memset(static_cast<In*>(vp.forward.o) + out, 0, columns * sizeof(In));
     if (is_verify(vp)) {
       zero_row(static_cast<T*>(vp.updates) + out, columns);
-      if (T* keys = keys_of<T>(vp, slice, t)) zero_row(keys, vp.forward.K);
+      if (T* keys = keys_of<T>(vp, slice, t)) zero_row(keys, vp.forward.in.K);
     }
   }
 }
@@ -290,25 +284,26 @@ template <class In, class T, class St>
 inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const Slice& slice, RecurrentItem<T>& item) {
   constexpr long W = Simd<T>::stripe;
   const RecurrentGatedDeltaRuleParams& p = vp.forward;
+  const GatedDeltaRuleInputs& in = p.in;
   const bool verify = is_verify(vp);
-  const long n = slice.n, h = slice.h, row = pool_row(p.pool, n);
+  const long n = slice.n, h = slice.h, row = row_of(p.pool, n);
   if (row < 0) return write_zeros<In, T>(vp, slice);
   St* pool = at(static_cast<St*>(p.pool.data), p.pool.strides, row, h);
-  for (long t0 = 0; t0 < p.T; t0 += kTokens) {
-    const long count = p.T - t0 < kTokens ? p.T - t0 : kTokens;
-    const bool begins = t0 == 0, ends = t0 + count == p.T;
-    load_tokens<In>(p, n, h, t0, count, item);
+  for (long t0 = 0; t0 < in.T; t0 += kTokens) {
+    const long count = in.T - t0 < kTokens ? in.T - t0 : kTokens;
+    const bool begins = t0 == 0, ends = t0 + count == in.T;
+    load_tokens<In>(in, n, h, t0, count, item);
     if (verify)
       for (long i = 0; i < count; ++i)
-        if (T* keys = keys_of<T>(vp, slice, t0 + i)) store_row(item.tokens[i].k, p.K, keys);
+        if (T* keys = keys_of<T>(vp, slice, t0 + i)) store_row(item.tokens[i].k, in.K, keys);
     for (long v = slice.v0; v < slice.v1; v += W) {
       const long columns = slice.v1 - v < W ? slice.v1 - v : W;
-      const Rows<T> stripe{item.stripes + (v - slice.v0) * p.K, W};
+      const Rows<T> stripe{item.stripes + (v - slice.v0) * in.K, W};
       const auto load_v = [&](long i) {
-        load_row(at<In>(p.v, p.v_strides, n, t0 + i, h) + v * p.v_strides.d, p.v_strides.d, columns, W, item.vo);
+        load_row(at<In>(in.v, n, t0 + i, h) + v * in.v.strides.d, in.v.strides.d, columns, W, item.vo);
       };
       const auto store_outputs = [&](long i) {
-        const long out = output_offset(p, slice, t0 + i) + v;
+        const long out = output_offset(in, slice, t0 + i) + v;
         store_row(item.vo, columns, static_cast<In*>(p.o) + out);
         if (verify) store_row(item.u, columns, static_cast<T*>(vp.updates) + out);
       };
@@ -317,10 +312,10 @@ inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const 
         const Rows<St> here{pool + v, p.pool.strides.k};
         const Call load(load_v), store(store_outputs);
         if (whole_vectors<T>(p.pool, columns))
-          return recurrent_block<NV>(item, verify, count, begins, ends, p.K, T(p.scale), here, stripe, load, store);
-        if (begins) load_state(pool, p.pool.strides, p.K, v, columns, stripe.data);
-        recurrent_block<NV>(item, verify, count, begins, ends, p.K, T(p.scale), stripe, stripe, load, store);
-        if (ends && !verify) store_state(stripe.data, p.pool.strides, p.K, v, columns, pool);
+          return recurrent_block<NV>(item, verify, count, begins, ends, in.K, T(in.scale), here, stripe, load, store);
+        if (begins) load_state(pool, p.pool.strides, in.K, v, columns, stripe.data);
+        recurrent_block<NV>(item, verify, count, begins, ends, in.K, T(in.scale), stripe, stripe, load, store);
+        if (ends && !verify) store_state(stripe.data, p.pool.strides, in.K, v, columns, pool);
       });
     }
   }
@@ -328,14 +323,14 @@ inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const 
 
 template <class In, class T, class St>
 inline void recurrent_slices(const RecurrentGatedDeltaRuleVerifyParams& vp, const Parallel& caller) {
-  const RecurrentGatedDeltaRuleParams& p = vp.forward;
-  const Parallel parallel = for_work(caller, 3. * p.N * p.T * p.H * p.K * p.V);
+  const GatedDeltaRuleInputs& in = vp.forward.in;
+  const Parallel parallel = for_work(caller, 3. * in.B * in.T * in.H * in.K * in.V);
   const auto carve = [&](Carver& from, long columns) {
     RecurrentItem<T> item;
-    item.carve(from, p.K, columns);
+    item.carve(from, in.K, columns);
     return item;
   };
-  for_slices<T>(parallel, p.N, p.H, p.V, carve,
+  for_slices<T>(parallel, in.B, in.H, in.V, carve,
                 [&](const Slice& slice, RecurrentItem<T>& item) { recurrent_item<In, T, St>(vp, slice, item); });
 }
 
@@ -345,7 +340,7 @@ inline void recurrent_cpu(const RecurrentGatedDeltaRuleVerifyParams& vp, const P
       recurrent_slices<decltype(in), float, typename decltype(state)::Type>(vp, parallel);
     });
   };
-  switch (vp.forward.dtype) {
+  switch (vp.forward.in.q.dtype) {
     case Dtype::f32: return with_inputs(float());
     case Dtype::f64: JET_CPU_FP64(recurrent_slices<double, double, double>(vp, parallel));
     case Dtype::bf16: return with_inputs(bf16());

@@ -132,7 +132,7 @@ __device__ void reduce_over_rows(const RecurrentShared& shared, const RecurrentT
   float* partial = shared.partial + ((half * warps + warp) * 2 + me.lane_group) * Config::tile;
 #pragma unroll
   for (int c = 0; c < Config::columns; c += 4)
-    store_shared_16(partial + slot<Config>(me.c + c), sums[c], sums[c + 1], sums[c + 2], sums[c + 3]);
+    st_shared_v4(partial + slot<Config>(me.c + c), sums[c], sums[c + 1], sums[c + 2], sums[c + 3]);
 }
 
 // x[columns] = four or eight of an array in the order of `slot`
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(Config::threads_at_a_time)
   griddepcontrol_wait();
   int T = p.T;
   if constexpr (Config::mode == RecurrentMode::commit) {
-    T = static_cast<int>(min(max(load_index(p.num_accepted, p.num_accepted_dtype, at.n), int64_t{0}), int64_t{p.T}));
+    T = static_cast<int>(min(max(load_index({p.num_accepted, p.num_accepted_type}, at.n), int64_t{0}), int64_t{p.T}));
     if (T == 0) return;
   }
   // On their way at the same time: the first tokens, the row, then the first slice.
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(Config::threads_at_a_time)
   RecurrentState<Config> s;
   RecurrentRaw<Config> ahead;
   RecurrentRaw<Config>& next = place_of_next<Config>(s, ahead);
-  const bool has_columns =
-      !Config::partial || me.c < at.columns<Config>(p);  // in every slice of a CTA with more than one
+  // In every slice of a CTA with more than one.
+  const bool has_columns = !Config::partial || me.c < at.columns<Config>(p);
   load_state<Config>(next, state, strides.k, row >= 0 && has_columns);
   first.store(p, shared, at, 0, T, 0);
   if (row < 0) return write_zeros<Config>(p, at);

@@ -1,6 +1,7 @@
 // Which calls the Hopper kernel of the recurrent ops takes; the others are served by the plain path.
 #pragma once
 
+#include "csrc/gated_delta_rule/head_dims.h"
 #include "csrc/gated_delta_rule/recurrent/recurrent_gated_delta_rule_commit.h"
 #include "csrc/gated_delta_rule/recurrent/recurrent_gated_delta_rule_verify.h"
 
@@ -9,7 +10,7 @@ namespace jet {
 constexpr int64_t kRecurrentMaxV = 1024;  // columns whose v, for a few tokens, is kept in shared memory
 
 inline bool recurrent_kernel_takes(int64_t K, int64_t V, const StatePool& pool) {
-  const bool shape = (K == 64 || K == 96 || K == 128 || K == 192 || K == 256) && V % 16 == 0 && V <= kRecurrentMaxV;
+  const bool shape = HopperHeadDims::has(K) && V % 16 == 0 && V <= kRecurrentMaxV;
   // 16-byte accesses to the states
   const int64_t unit = pool.dtype == Dtype::f32 ? 4 : 8;
   const StateStrides& s = pool.strides;
@@ -19,14 +20,15 @@ inline bool recurrent_kernel_takes(int64_t K, int64_t V, const StatePool& pool) 
 }
 
 inline bool recurrent_kernel_takes(const RecurrentGatedDeltaRuleParams& p) {
-  return recurrent_kernel_takes(p.K, p.V, p.pool) && p.dtype != Dtype::f64 && p.g_dtype != Dtype::f64 &&
-         p.beta_dtype != Dtype::f64;
+  const GatedDeltaRuleInputs& in = p.in;
+  return recurrent_kernel_takes(in.K, in.V, p.pool) && in.q.dtype != Dtype::f64 && in.g.dtype != Dtype::f64 &&
+         in.beta.dtype != Dtype::f64;
 }
 inline bool recurrent_kernel_takes(const RecurrentGatedDeltaRuleVerifyParams& p) {
   return recurrent_kernel_takes(p.forward);
 }
 inline bool recurrent_kernel_takes(const RecurrentGatedDeltaRuleCommitParams& p) {
-  return recurrent_kernel_takes(p.K, p.V, p.pool) && p.g_dtype != Dtype::f64;
+  return recurrent_kernel_takes(p.K, p.V, p.pool) && p.g.dtype != Dtype::f64;
 }
 
 }  // namespace jet

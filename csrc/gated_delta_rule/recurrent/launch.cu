@@ -1,5 +1,7 @@
 // Launches of the recurrent kernel: recurrent_gated_delta_rule, its verify and its commit. In one file, as most of the
 // time to compile one of them would go to what they share.
+#include <type_traits>
+
 #include "csrc/gated_delta_rule/recurrent/kernel.cuh"
 #include "csrc/hopper/device.h"
 
@@ -7,48 +9,56 @@ namespace jet {
 namespace hopper {
 namespace {
 
-template <class State, int tile, RecurrentMode mode>
-void launch_recurrent(const char* op, RecurrentArguments& p, int slices, cudaStream_t stream) {
-  using Config = RecurrentConfig<State, tile, mode>;
-  p.tokens = p.T < kMaxTokens ? p.T : kMaxTokens;
-  p.columns = slices * tile;
-  p.heads = p.columns > p.V && p.V % tile == 0 ? p.columns / p.V : 1;
-  p.parts = Divisor((p.V + p.columns - 1) / p.columns), p.head_groups = Divisor(p.H / p.heads);
-  p.group = Divisor(p.H / p.Hk), p.width = Divisor(p.V);
-  const int64_t ctas = p.N * p.head_groups.d * p.parts.d;
-  require(ctas < (int64_t{1} << 31), op, "N * H * V / 32", "below 2^31", ctas);
-  LaunchShape shape{dim3(static_cast<unsigned>(ctas)), 2 * p.K, 4 * static_cast<int>(RecurrentShared::floats(p, tile))};
-  shape.programmatic = true;
-  launch(op, shape, stream, recurrent_kernel<Config>, p);
-}
-
 // All of `p` but the tiles is filled in.
 template <RecurrentMode mode>
 void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
   if (p.N * p.H == 0 || p.T == 0) return;
+  require(HopperHeadDims::has(p.K), op, "K", "a head dim of head_dims.h", p.K);
   const RecurrentTiles tiles =
-      choose_recurrent_tiles(p.pool.dtype, p.N, p.T, p.H, p.Hk, p.V, current_device_facts().multiprocessors);
-  const auto on = [&](auto tile) {
-    if (p.pool.dtype == Dtype::f32)
-      launch_recurrent<float, tile.value, mode>(op, p, tiles.slices, static_cast<cudaStream_t>(stream));
-    else
-      launch_recurrent<bf16, tile.value, mode>(op, p, tiles.slices, static_cast<cudaStream_t>(stream));
+      choose_recurrent_tiles(p.pool.dtype, p.N, p.T, p.H, p.Hk, p.V, current_device_properties().multiprocessors);
+  p.tokens = p.T < kMaxTokens ? p.T : kMaxTokens;
+  p.slices = tiles.slices, p.columns = tiles.slices * tiles.tile;
+  p.heads = p.columns > p.V && p.V % tiles.tile == 0 ? p.columns / p.V : 1;
+  p.parts = Divisor((p.V + p.columns - 1) / p.columns), p.head_groups = Divisor(p.H / p.heads);
+  p.group = Divisor(p.H / p.Hk), p.width = Divisor(p.V);
+  const int64_t ctas = p.N * p.head_groups.d * p.parts.d;
+  require(ctas < (int64_t{1} << 31), op, "N * H * V / 32", "below 2^31", ctas);
+  const auto launch_kernel = [&](auto state, auto tile) {
+    using Config = RecurrentConfig<typename decltype(state)::type, tile, mode>;
+    launch(op,
+           {.grid = dim3(static_cast<unsigned>(ctas)),
+            .threads = 2 * p.K,
+            .shared_bytes = 4 * static_cast<int>(RecurrentShared::floats(p, tile)),
+            .programmatic = true},
+           static_cast<cudaStream_t>(stream), recurrent_kernel<Config>, p);
   };
-  if (tiles.tile == 64) return on(std::integral_constant<int, 64>());
-  on(std::integral_constant<int, 32>());
+  const auto with_state = [&](auto tile) {
+    if (p.pool.dtype == Dtype::f32) return launch_kernel(std::type_identity<float>(), tile);
+    launch_kernel(std::type_identity<bf16>(), tile);
+  };
+  if (tiles.tile == 64) return with_state(std::integral_constant<int, 64>());
+  with_state(std::integral_constant<int, 32>());
 }
 
 // The arguments that step and verify share.
 RecurrentArguments recurrent_arguments(const RecurrentGatedDeltaRuleParams& p) {
-  RecurrentArguments a{};
-  a.N = p.N, a.T = static_cast<int>(p.T), a.H = p.H, a.Hk = p.Hk, a.K = static_cast<int>(p.K),
-  a.V = static_cast<int>(p.V);
-  a.scale = static_cast<float>(p.scale), a.l2norm_qk = p.l2norm_qk;
-  a.q = token_tensor(p.q, p.dtype, p.q_strides), a.k = token_tensor(p.k, p.dtype, p.k_strides),
-  a.v = token_tensor(p.v, p.dtype, p.v_strides);
-  a.g = token_tensor(p.g, p.g_dtype, p.g_strides), a.beta = token_tensor(p.beta, p.beta_dtype, p.beta_strides);
-  a.pool = p.pool, a.o = p.o, a.o_dtype = p.dtype;
-  return a;
+  const GatedDeltaRuleInputs& in = p.in;
+  return {.N = in.B,
+          .H = in.H,
+          .Hk = in.Hk,
+          .T = static_cast<int>(in.T),
+          .K = static_cast<int>(in.K),
+          .V = static_cast<int>(in.V),
+          .scale = static_cast<float>(in.scale),
+          .l2norm_qk = in.l2norm_qk,
+          .q = in_bytes(in.q),
+          .k = in_bytes(in.k),
+          .v = in_bytes(in.v),
+          .g = in_bytes(in.g),
+          .beta = in_bytes(in.beta),
+          .pool = p.pool,
+          .o = p.o,
+          .o_dtype = in.v.dtype};
 }
 
 }  // namespace
@@ -66,14 +76,23 @@ void recurrent_gated_delta_rule_verify_hopper(const RecurrentGatedDeltaRuleVerif
 }
 
 void recurrent_gated_delta_rule_commit_hopper(const RecurrentGatedDeltaRuleCommitParams& p, void* stream) {
-  hopper::RecurrentArguments a{};
-  a.N = p.N, a.T = static_cast<int>(p.T), a.H = p.H, a.Hk = p.Hk, a.K = static_cast<int>(p.K),
-  a.V = static_cast<int>(p.V);
-  a.k = hopper::token_tensor(p.keys, Dtype::f32, {p.T * p.Hk * p.K, p.Hk * p.K, p.K, 1});
-  a.v = hopper::token_tensor(p.updates, Dtype::f32, {p.T * p.H * p.V, p.H * p.V, p.V, 1});
-  a.g = hopper::token_tensor(p.g, p.g_dtype, p.g_strides);
-  a.num_accepted = p.num_accepted, a.num_accepted_dtype = p.num_accepted_dtype;
-  a.pool = p.pool;
+  using hopper::in_bytes;
+  const auto drafts = [&](const void* data, int64_t heads, int64_t D) {  // contiguous
+    return in_bytes(
+        {.data = data, .dtype = Dtype::f32, .strides = {.b = p.T * heads * D, .t = heads * D, .h = D, .d = 1}});
+  };
+  hopper::RecurrentArguments a{.N = p.N,
+                               .H = p.H,
+                               .Hk = p.Hk,
+                               .T = static_cast<int>(p.T),
+                               .K = static_cast<int>(p.K),
+                               .V = static_cast<int>(p.V),
+                               .k = drafts(p.keys, p.Hk, p.K),
+                               .v = drafts(p.updates, p.H, p.V),
+                               .g = in_bytes(p.g),
+                               .pool = p.pool,
+                               .num_accepted = p.num_accepted.data,
+                               .num_accepted_type = p.num_accepted.type};
   hopper::launch_recurrent<hopper::RecurrentMode::commit>("recurrent_gated_delta_rule_commit", a, stream);
 }
 

@@ -9,26 +9,15 @@
 // pool once, after the last token. A negative row touches no state and gives zero outputs.
 #pragma once
 
-#include "csrc/common/dtype.h"
 #include "csrc/common/parallel.h"
 #include "csrc/gated_delta_rule/inputs.h"
 
 namespace jet {
 
 struct RecurrentGatedDeltaRuleParams {
-  Dtype dtype;                // of q, k, v, o. "real" below is fp64 iff it is f64, else fp32
-  Dtype g_dtype, beta_dtype;  // real on a CPU
-  int64_t N, T, H, Hk, K, V;
-  double scale;
-  bool l2norm_qk;
-  const void* q;     // [N, T, Hk, K] dtype
-  const void* k;     // [N, T, Hk, K] dtype
-  const void* v;     // [N, T, H, V] dtype
-  const void* g;     // [N, T, H] g_dtype, log decay
-  const void* beta;  // [N, T, H] beta_dtype
-  TokenStrides q_strides, k_strides, v_strides, g_strides, beta_strides;
-  StatePool pool;  // dtype f64 iff the inputs' is, else f32 or bf16
-  void* o;         // [N, T, H, V] dtype, contiguous
+  GatedDeltaRuleInputs in;  // B: the sequences n
+  StatePool pool;           // f64 iff q is, else f32 or bf16
+  void* o;                  // [B, T, H, V] dtype of q, contiguous
 };
 
 // May throw std::bad_alloc, before anything is written.

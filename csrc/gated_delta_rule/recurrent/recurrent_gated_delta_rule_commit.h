@@ -6,22 +6,18 @@
 // token. A negative row, or no accepted token, touches no state.
 #pragma once
 
-#include "csrc/common/dtype.h"
 #include "csrc/common/parallel.h"
 #include "csrc/gated_delta_rule/inputs.h"
 
 namespace jet {
 
 struct RecurrentGatedDeltaRuleCommitParams {
-  Dtype g_dtype;  // real on a CPU
   int64_t N, T, H, Hk, K, V;
-  const void* keys;     // [N, T, Hk, K] real, contiguous
-  const void* updates;  // [N, T, H, V] real, contiguous
-  const void* g;        // [N, T, H] g_dtype, log decay
-  TokenStrides g_strides;
-  const void* num_accepted;      // [N] num_accepted_dtype, 0..T; on a device other values count as the nearer bound
-  IndexType num_accepted_dtype;  // i64 on a CPU, where the values have been checked
-  StatePool pool;                // f64 iff real is, else f32 or bf16
+  const void* keys;          // [N, T, Hk, K] real, contiguous
+  const void* updates;       // [N, T, H, V] real, contiguous
+  TokenTensor g;             // [N, T, H], log decay; real on a CPU
+  IndexVector num_accepted;  // [N], 0..T; on a device other values count as the nearer bound
+  StatePool pool;            // f64 iff real is, else f32 or bf16
 };
 
 // As recurrent_gated_delta_rule_cpu and recurrent_gated_delta_rule_hopper.

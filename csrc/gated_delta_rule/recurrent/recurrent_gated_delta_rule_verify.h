@@ -11,8 +11,8 @@ namespace jet {
 
 struct RecurrentGatedDeltaRuleVerifyParams {
   RecurrentGatedDeltaRuleParams forward;  // forward.pool is not written
-  void* keys;                             // [N, T, Hk, K] real, contiguous; zeros where the row is negative
-  void* updates;                          // [N, T, H, V] real, contiguous; zeros where the row is negative
+  void* keys;                             // [B, T, Hk, K] real, contiguous; zeros where the row is negative
+  void* updates;                          // [B, T, H, V] real, contiguous; zeros where the row is negative
 };
 
 // As recurrent_gated_delta_rule_cpu and recurrent_gated_delta_rule_hopper.

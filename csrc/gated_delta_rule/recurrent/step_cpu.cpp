@@ -12,4 +12,4 @@ void recurrent_gated_delta_rule_cpu(const RecurrentGatedDeltaRuleParams& p, cons
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(recurrent_gated_delta_rule_cpu, RecurrentGatedDeltaRuleParams, params.dtype)
+JET_CPU_LAUNCHER(recurrent_gated_delta_rule_cpu, RecurrentGatedDeltaRuleParams, params.in.q.dtype)

@@ -1,7 +1,7 @@
 // The tokens of a CTA of the recurrent kernel: from global memory, through registers, into shared memory; their l2norm.
 #pragma once
 
-#include "csrc/gated_delta_rule/recurrent/arguments.h"
+#include "csrc/gated_delta_rule/recurrent/kernel_arguments.h"
 #include "csrc/hopper/convert.h"
 
 namespace jet::hopper {
@@ -13,8 +13,8 @@ struct RecurrentConfig {
   using State = State_;  // float or bf16
   static constexpr RecurrentMode mode = mode_;
   static constexpr int tile = tile_;  // columns of a slice
-  static constexpr bool partial =
-      tile < 64;  // a slice may be wider than what is left of a head, where 64 does not divide V
+  // A slice may be wider than what is left of a head, where 64 does not divide V.
+  static constexpr bool partial = tile < 64;
   static constexpr int columns = 16 / sizeof(State);  // of a thread: one 16-byte access
   static constexpr int lanes = tile / columns;        // threads side by side in a row
   static constexpr int rows = lanes / 2;  // of a thread, so that K / rows * lanes = 2 K threads cover a slice
@@ -24,8 +24,8 @@ struct RecurrentConfig {
   // That share the registers of a multiprocessor. 768: 80 registers each, four CTAs at K = 96, three at K = 128; 640:
   // 96, three and two.
   static constexpr int threads_at_a_time = ahead ? 640 : 768;
-  static constexpr int first_tokens =
-      mode == RecurrentMode::step ? 1 : 2;  // whose loads a thread has under way at the beginning
+  // Whose loads a thread has under way at the beginning.
+  static constexpr int first_tokens = mode == RecurrentMode::step ? 1 : 2;
   static_assert(rows >= 1 && lanes <= 16, "neighbouring row groups of a warp add up the two sums of a column");
 };
 
@@ -85,8 +85,9 @@ struct AnyElement {
 };
 
 __device__ inline AnyElement load_element(bool asked, Dtype dtype, const void* from) {
-  AnyElement x{};  // else the registers would have to be kept from the beginning, for what a load that is not done
-                   // leaves in them
+  // Initialised: else the registers would have to be kept from the beginning, for what a load that is not done leaves
+  // in them.
+  AnyElement x{};
   asm volatile(
       "{\n"
       ".reg .pred wide, narrow;\n"
@@ -103,7 +104,7 @@ __device__ inline AnyElement load_element(bool asked, Dtype dtype, const void* f
 
 // The row of sequence n, negative if it has none.
 __device__ inline int64_t load_row(const StatePool& pool, uint32_t n) {
-  const bool wide = pool.rows_dtype == IndexType::i64;
+  const bool wide = pool.rows.type == IndexType::i64;
   int64_t row = n, wide_row;
   int32_t narrow_row;
   asm volatile(
@@ -115,18 +116,18 @@ __device__ inline int64_t load_row(const StatePool& pool, uint32_t n) {
       "@narrow ld.global.b32 %1, [%2];\n"
       "}\n"
       : "=&l"(wide_row), "=&r"(narrow_row)
-      : "l"(static_cast<const char*>(pool.rows) + n * uint64_t{wide ? 8u : 4u}), "r"(int{pool.rows != nullptr && wide}),
-        "r"(int{pool.rows != nullptr && !wide})
+      : "l"(static_cast<const char*>(pool.rows.data) + n * uint64_t{wide ? 8u : 4u}),
+        "r"(int{pool.rows.data != nullptr && wide}), "r"(int{pool.rows.data != nullptr && !wide})
       : "memory");
-  if (pool.rows != nullptr) row = wide ? wide_row : narrow_row;
+  if (pool.rows.data != nullptr) row = wide ? wide_row : narrow_row;
   return row < pool.P ? row : -1;
 }
 
 __device__ inline AnyElement load_element(bool asked, const TokenTensor& x, uint32_t n, uint32_t t, uint32_t h,
                                           uint32_t d) {
   const auto times = [](uint32_t i, int64_t stride) { return i * static_cast<uint64_t>(stride); };
-  const char* const from = static_cast<const char*>(x.data) + times(n, x.bytes.b) + times(t, x.bytes.t) +
-                           times(h, x.bytes.h) + times(d, x.bytes.d);
+  const char* const from = static_cast<const char*>(x.data) + times(n, x.strides.b) + times(t, x.strides.t) +
+                           times(h, x.strides.h) + times(d, x.strides.d);
   return load_element(asked, x.dtype, from);
 }
 
@@ -145,7 +146,7 @@ struct TokensInFlight {
   // Tokens t .. t + count - 1, at most `tokens` of them. Waits for none.
   __device__ TokensInFlight(const RecurrentArguments& p, const RecurrentPlace& at, int t, int count) {
     const bool is_q = threadIdx.x < p.K, has_gates = threadIdx.x < p.heads;
-    const TokenStrides &q = p.q.bytes, &k = p.k.bytes;
+    const TokenStrides &q = p.q.strides, &k = p.k.strides;
     const TokenTensor x{is_q ? p.q.data : p.k.data,
                         p.k.dtype,
                         {is_q ? q.b : k.b, is_q ? q.t : k.t, is_q ? q.h : k.h, is_q ? q.d : k.d}};

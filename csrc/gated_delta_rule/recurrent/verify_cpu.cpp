@@ -12,4 +12,4 @@ void recurrent_gated_delta_rule_verify_cpu(const RecurrentGatedDeltaRuleVerifyPa
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
-JET_CPU_LAUNCHER(recurrent_gated_delta_rule_verify_cpu, RecurrentGatedDeltaRuleVerifyParams, params.forward.dtype)
+JET_CPU_LAUNCHER(recurrent_gated_delta_rule_verify_cpu, RecurrentGatedDeltaRuleVerifyParams, params.forward.in.q.dtype)

@@ -289,7 +289,7 @@ def compile_cuda(source, *, include_dirs=(), flags=()) -> Library:
     else:
         path = Path(source).resolve()
     compiler = nvcc()
-    options = ["-std=c++17", "-O3", *(f"-I{directory}" for directory in (_ROOT, *include_dirs)), *flags]
+    options = ["-std=c++20", "-O3", *(f"-I{directory}" for directory in (_ROOT, *include_dirs)), *flags]
     name = f"{path.stem}-{_digest(path.read_bytes(), repr((str(path), compiler, options)))}"
     listed = folder / f"{name}.d"
     with _lock(name):

@@ -1,8 +1,8 @@
 // One box of a tensor of 1 to 5 dimensions: loaded by TMA, dumped as it lies in shared memory, stored (or added) by TMA
 // elsewhere. And contiguous bytes there and back by bulk copies.
-#include "csrc/hopper/cluster.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/tensor_map.h"
+#include "csrc/hopper/tma.h"
 #include "tests/hoppersim/kernels/guarded.h"
 
 namespace jet::hopper::test {
@@ -20,6 +20,12 @@ struct CopyShared {
 template <int... d>
 __device__ void load_box(CopyShared& shared, const CUtensorMap& map, const Box& box, std::integer_sequence<int, d...>) {
   tma_load(shared.data, map, shared.loaded, CacheHint::evict_first, box.at[d]...);
+}
+
+// cp.reduce.async.bulk.tensor.Nd.global.shared::cta.add.bulk_group
+template <class... Coordinates>
+__device__ void tma_reduce_add(const CUtensorMap& map, const void* shared, Coordinates... coordinates) {
+  cute::SM90_TMA_REDUCE_ADD::copy(&map, shared, coordinates...);
 }
 
 template <int... d>
@@ -44,7 +50,7 @@ __global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_
     load_box(shared, from, box, std::make_integer_sequence<int, rank>());
   }
   __syncthreads();
-  shared.loaded.wait(Parity::first());
+  shared.loaded.wait(PhaseParity::first());
   for (int at = threadIdx.x; at < box.bytes / 4; at += blockDim.x)
     dump[at] = reinterpret_cast<const float*>(shared.data)[at];
   if (threadIdx.x != 0) return;
@@ -53,8 +59,8 @@ __global__ void copy_box(const __grid_constant__ CUtensorMap from, const __grid_
   cp_async_bulk_wait_group<0>();
 }
 
-// out[i] = in[i] + 1 for `count` floats, a multiple of 4; the additions are ordinary, so they must be published before
-// the store.
+// out[i] = in[i] + 1 for `count` floats, a multiple of 4. The additions are ordinary writes, so fence.proxy.async
+// stands between them and the store.
 __global__ void copy_bytes(const float* in, float* out, int count) {
   extern __shared__ __align__(kTileAlign) char memory[];
   auto& shared = *reinterpret_cast<CopyShared*>(memory);
@@ -65,7 +71,7 @@ __global__ void copy_bytes(const float* in, float* out, int count) {
     cp_async_bulk_load(shared.data, in, count * 4, shared.loaded);
   }
   __syncthreads();
-  shared.loaded.wait(Parity::first());
+  shared.loaded.wait(PhaseParity::first());
   for (int at = threadIdx.x; at < count; at += blockDim.x) reinterpret_cast<float*>(shared.data)[at] += 1;
   fence_proxy_async();
   __syncthreads();

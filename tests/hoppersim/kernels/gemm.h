@@ -8,7 +8,10 @@
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/pipeline.h"
 #include "csrc/hopper/tensor_map.h"
+#include "csrc/hopper/tma.h"
+#include "csrc/hopper/warp_specialization.h"
 #include "csrc/hopper/wgmma.h"
+#include "tests/hoppersim/kernels/operand_tile.h"
 
 namespace jet::hopper::test {
 
@@ -49,11 +52,11 @@ struct GemmArguments {
 
 // Coordinates (contiguous, row) of an operand's tile.
 template <class Tile>
-__device__ void load_operand(char* shared, const CUtensorMap& map, Mbarrier& filled, int mn, int k) {
+__device__ void load_operand(char* shared, const CUtensorMap& map, Mbarrier& full, int mn, int k) {
   if constexpr (Tile::major == Major::k)
-    tma_load_tile<Tile>(shared, map, filled, CacheHint::evict_normal, k, mn);
+    tma_load_tile<Tile>(shared, map, full, CacheHint::evict_normal, k, mn);
   else
-    tma_load_tile<Tile>(shared, map, filled, CacheHint::evict_normal, mn, k);
+    tma_load_tile<Tile>(shared, map, full, CacheHint::evict_normal, mn, k);
 }
 
 template <class Config>
@@ -79,19 +82,18 @@ template <class Config>
 __device__ void multiply(float (&c)[Config::Mma::registers], const typename GemmShared<Config>::Stage& stage, int m,
                          int thread, bool accumulate) {
   using Mma = typename Config::Mma;
-  using Element = typename Config::Element;
-  const Operand<Element, Config::swizzle, Config::major_b, Config::N, Config::K> b(stage.b);
+  const MatrixDescriptor<typename Config::TileB> b(stage.b);
   if constexpr (Config::registers_a) {
     uint32_t a[Config::K / Mma::K][4];
 #pragma unroll
     for (int s = 0; s < Config::K / Mma::K; ++s)
-      load_fragment<typename Config::TileA>(a[s], stage.a, thread, m, s * Mma::K);
+      ldmatrix_a<typename Config::TileA>(a[s], stage.a, thread, m, s * Mma::K);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < Config::K / Mma::K; ++s)
       Mma::rs(c, a[s], b.at(0, s * Mma::K), accumulate || s > 0);  // C += A Bᵀ   [64, N], k16
   } else {
-    const Operand<Element, Config::swizzle, Config::major_a, Config::M, Config::K> a(stage.a);
+    const MatrixDescriptor<typename Config::TileA> a(stage.a);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < Config::K / Mma::K; ++s)

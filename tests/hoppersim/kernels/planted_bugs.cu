@@ -1,11 +1,12 @@
 // C[64, 64] = A B^T + bias, with one mistake per variant that hardware forgives on a lucky day. test_planted_bugs.py
 // names the Fault that each must raise; `none` must pass. A is written to shared memory by threads, B by TMA, the bias
 // by a bulk copy.
-#include "csrc/hopper/cluster.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/tensor_map.h"
+#include "csrc/hopper/tma.h"
 #include "csrc/hopper/wgmma.h"
 #include "tests/hoppersim/kernels/guarded.h"
+#include "tests/hoppersim/kernels/operand_tile.h"
 
 namespace jet::hopper::test {
 
@@ -38,7 +39,7 @@ struct Shared {
   };
   Stage stage[kStages];
   alignas(16) float bias[kN + 4];
-  Mbarrier filled[kStages], bias_loaded;
+  Mbarrier full[kStages], bias_loaded;
 };
 
 struct Arguments {
@@ -59,8 +60,8 @@ template <Bug bug>
 __device__ void load_b(Shared& shared, const CUtensorMap& map, int step) {
   const int stage = step % kStages;
   constexpr int wrong = bug == Bug::expect_too_small ? -16 : bug == Bug::expect_too_large ? 16 : 0;
-  shared.filled[stage].arrive_expect_tx(TileB::bytes + wrong);
-  tma_load_tile<TileB>(shared.stage[stage].b, map, shared.filled[stage], CacheHint::evict_normal, step * kK, 0);
+  shared.full[stage].arrive_expect_tx(TileB::bytes + wrong);
+  tma_load_tile<TileB>(shared.stage[stage].b, map, shared.full[stage], CacheHint::evict_normal, step * kK, 0);
 }
 
 template <Bug bug>
@@ -74,10 +75,10 @@ __device__ void multiply(Mma::Accumulator& c, Shared& shared, const CUtensorMap&
     write_a(stage.a, p.a, step, thread);
     if (bug != Bug::missing_proxy_fence) fence_proxy_async();
     __syncthreads();
-    const Parity parity{bug == Bug::wrong_parity ? 0u : step / kStages % 2u};
-    if (bug != Bug::read_before_barrier) shared.filled[step % kStages].wait(parity);
-    const Operand<bf16, Swizzle::b128, Major::k, kM, kK> a(stage.a);
-    const Operand<bf16, Swizzle::b128, Major::k, kN, kK> b(stage.b);
+    const PhaseParity parity{bug == Bug::wrong_parity ? 0u : step / kStages % 2u};
+    if (bug != Bug::read_before_barrier) shared.full[step % kStages].wait(parity);
+    const MatrixDescriptor<TileA> a(stage.a);
+    const MatrixDescriptor<TileB> b(stage.b);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kK; k += Mma::K)
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kWarpgroup) planted(const __grid_constant__ CU
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const int thread = threadIdx.x;
   if (thread == 0) {
-    for (auto& event : shared.filled) event.init(1);
+    for (Mbarrier& full : shared.full) full.init(1);
     shared.bias_loaded.init(1);
     fence_mbarrier_init();
   }
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kWarpgroup) planted(const __grid_constant__ CU
   Mma::Accumulator c;
   multiply<bug>(c, shared, map_b, p);
   if (bug == Bug::exit_in_flight && thread == 0) load_b<bug>(shared, map_b, 0);
-  shared.bias_loaded.wait(Parity::first());
+  shared.bias_loaded.wait(PhaseParity::first());
   const int past = bug == Bug::uninitialised_shared ? 4 : 0;  // the last 4 of the array were never written
   if (bug == Bug::out_of_bounds_shared) shared.bias[thread + 4096] = 0;
   float* out = p.c + (bug == Bug::out_of_bounds_global ? kM * kN - 64 : 0);

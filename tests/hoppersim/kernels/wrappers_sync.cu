@@ -176,7 +176,7 @@ __global__ void cluster_barriers(const uint32_t* in, uint32_t* results) {
   if (threadIdx.x == 0) ClusterBarrier::invalidate(&s.bars[0]);
 }
 
-// ---- Where in the grid; who is elect_one; registers; dependent launches
+// ---- Where in the grid; which thread is elected; registers; dependent launches
 __global__ void __launch_bounds__(128) places(uint32_t* results) {
   wait_on_dependent_grids();
   warpgroup_reg_dealloc<40>();

@@ -8,13 +8,19 @@ from typing import NamedTuple
 
 from jetkernels.model import JetNemotronForCausalLM
 
-from .report import markdown_table, provenance, write_text
+from .tables import markdown_table, provenance, write_text
 
 PAPER_TOKENS = 50e9  # of the paper's training with frozen MLPs and a distillation loss (docs/postnas.md)
 
 
 class StageDone(NamedTuple):
-    """A stage of the pipeline: its folder's name, what it found in a sentence, seconds of the run that finished it."""
+    """A stage that is done.
+
+    Attributes:
+        name: its folder's name.
+        found: in a sentence.
+        seconds: of the run that finished it.
+    """
 
     name: str
     found: str
@@ -29,7 +35,16 @@ def write_overview(
     seeds: int,
     facts: Sequence[tuple[str, object]],
 ) -> None:
-    """report.md over all stages.  tokens: that each candidate is trained on.  seeds: of each candidate."""
+    """Writes report.md over all stages.
+
+    Args:
+        folder: that holds the folders of the stages.
+        base: that was searched.
+        stages: in their order.
+        tokens: that each candidate is trained on.
+        seeds: of each candidate.
+        facts: (name, value) of what the results depend on.
+    """
     parameters, layers = sum(p.numel() for p in base.parameters()), base.config.num_hidden_layers
     minutes = [stage.seconds / 60 for stage in stages]
     rows = [
@@ -39,20 +54,24 @@ def write_overview(
     text = [
         "# From a full-attention model to a Jet hybrid\n",
         markdown_table(["stage", "found", "minutes"], [*rows, ["all", "", f"{sum(minutes):.1f}"]]),
-        "Minutes are those of the command that wrote this report; of a stage that was resumed, only what was left to do.\n",
+        "Minutes are those of the command that wrote this report; of a stage that was resumed, only what was left to "
+        "do.\n",
         "## What a search of this size shows\n",
-        f"The base has {parameters:,} parameters in {layers} layers. Every candidate was trained on {tokens:,} tokens, "
-        f"{tokens / PAPER_TOKENS:.0e} of those of the paper's distillation, with {seeds} seed{'s' if seeds > 1 else ''} each.\n",
+        f"The base has {parameters:,} parameters in {layers} layers. Every candidate was trained on {tokens:,} "
+        f"tokens, {tokens / PAPER_TOKENS:.0e} of those of the paper's distillation, with "
+        f"{seeds} seed{'s' if seeds > 1 else ''} each.\n",
         "It can show:\n",
         "- which layers of *this* base carry recall, copying and text, and whether the search finds them;",
         "- differences between candidates that exceed twice the standard error given above each table;",
         "- what each block costs in parameters, state and cache, and how fast it runs in this library on this machine;",
         "- that the steps fit together: the exported model is the one that was searched.\n",
         "It cannot show:\n",
-        "- which placement, block, design or shape is best in a model of billions of parameters. Blocks that learn fast are favoured "
-        "over blocks that end better, since every training stops after minutes;",
-        f"- anything about long contexts: rows are short beside the state, and the full attention of {layers} layers costs little;",
-        "- the speed of the blocks elsewhere: DeltaNet, Gated DeltaNet and JetBlock run on this library's ops, the others on plain PyTorch;",
+        "- which placement, block, design or shape is best in a model of billions of parameters. Blocks that learn "
+        "fast are favoured over blocks that end better, since every training stops after minutes;",
+        "- anything about long contexts: rows are short beside the state, and the full attention of "
+        f"{layers} layers costs little;",
+        "- the speed of the blocks elsewhere: DeltaNet, Gated DeltaNet and JetBlock run on this library's ops, the "
+        "others on plain PyTorch;",
         "- how results move with the base: it is one model with one seed.\n",
         "## Provenance\n",
         provenance(facts),

@@ -1,67 +1,34 @@
-"""Reports of a search: Markdown tables, plots, and where the numbers come from."""
+"""The plots of reports, as PNG files."""
 
 from __future__ import annotations
 
 import io
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from jetkernels._optional import optional
-from jetkernels._version import __version__
 from jetkernels.files import write_atomic
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; numbers that are floats get four digits behind the point."""
-
-    def cell(value: object) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-    lines = ["| " + " | ".join(map(str, header)) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+def _pyplot() -> Any:
+    """matplotlib.pyplot, drawing to memory; ModuleNotFoundError where matplotlib is not installed."""
+    optional("matplotlib", "all", "a plot").use("Agg")
+    return optional("matplotlib.pyplot", "all", "a plot")
 
 
-def provenance(facts: Sequence[tuple[str, object]]) -> str:
-    """A table of `facts` and of what ran: software, processor, threads. Holds no time of day, so that runs can be
-    compared.
-    """
-    machine = [
-        ("jetkernels", __version__),
-        ("torch", torch.__version__),
-        ("python", platform.python_version()),
-        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
-    ]
-    return markdown_table(["what", "value"], [*facts, *machine])
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a report in one step."""
-    write_atomic(path, text.encode("utf-8"))
-
-
-def _save(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
+def _save(figure: Any, path: str | Path) -> None:
     buffer = io.BytesIO()
+    figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    _pyplot().close(figure)
     write_atomic(path, buffer.getvalue())
 
 
-def _pyplot():
-    optional("matplotlib", "all", "a plot of the search").use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def heat_map(path: str | Path, rows: Sequence[str], values: Sequence[Sequence[float]], title: str) -> None:
-    """A PNG of values [rows, layers]; each row's colours are scaled by its own largest magnitude, its numbers are
-    written in.
+    """A PNG of values [rows, layers], with the numbers written in.
+
+    The colours of a row are scaled by its own largest magnitude.
     """
     pyplot = _pyplot()
     columns = len(values[0])
@@ -75,8 +42,7 @@ def heat_map(path: str | Path, rows: Sequence[str], values: Sequence[Sequence[fl
         for x, value in enumerate(row):
             colour = "white" if abs(scaled[y][x]) > 0.6 else "black"
             axes.text(x, y, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
-    figure.tight_layout()
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -86,30 +52,53 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def curve(path: str | Path, losses: Sequence[float], title: str, label: str) -> None:
-    """A PNG of a loss by step, and its running mean."""
+def curve(
+    path: str | Path,
+    losses: Sequence[float],
+    title: str,
+    label: str,
+    *,
+    seconds: Sequence[float] | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """A PNG of a training's loss, and its running mean.
+
+    Args:
+        path: of the file.
+        losses: of every step.
+        title: of the picture.
+        label: what the loss is, with its unit.
+        seconds: when each step ended, to draw the loss over time; None draws it over the steps.
+        levels: losses to compare with, by what they are; drawn as level lines.
+    """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(losses, color="0.75", linewidth=0.7, label="step")
-    axes.plot(_smooth(losses), label="running mean")
-    axes.set(xlabel="step", ylabel=label, title=title)
+    along = range(len(losses)) if seconds is None else seconds
+    axes.plot(along, losses, color="0.75", linewidth=0.7, label="step")
+    axes.plot(along, _smooth(losses), label="running mean")
+    for i, (name, value) in enumerate((levels or {}).items()):
+        axes.axhline(value, linestyle=":", color=f"C{2 + i}", label=f"{name} {value:.2f}")
+    axes.set(xlabel="step" if seconds is None else "seconds", ylabel=label, title=title)
     axes.set_ylim(bottom=0)
     axes.legend()
-    figure.tight_layout()
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def quality_against_speed(
     path: str | Path,
     points: Sequence[tuple[str, float, float]],
     quality: str,
-    curves: Mapping[str, Sequence[float]] = {},
+    curves: Mapping[str, Sequence[float]] | None = None,
     minimum: float | None = None,
 ) -> None:
-    """A PNG of (name, tokens/s, quality) points; left of them training losses by step (running means), if there are
-    any.
+    """A PNG of quality against generation speed, beside the training losses, if there are any.
 
-    minimum: tokens/s that were required; drawn as a line.
+    Args:
+        path: of the file.
+        points: (name, tokens/s, quality) of every candidate.
+        quality: what it is, in words.
+        curves: {name: losses by step}, drawn as running means.
+        minimum: tokens/s that were required; drawn as a line.
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2 if curves else 1, figsize=(13 if curves else 7, 4.8), squeeze=False)
@@ -130,8 +119,7 @@ def quality_against_speed(
         right.legend()
     right.set(xlabel="generation (tokens/s)", ylabel=quality, title="quality against speed")
     right.margins(x=0.15)
-    figure.tight_layout()
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def pair_chart(
@@ -141,11 +129,19 @@ def pair_chart(
     accuracies: Mapping[str, tuple[float, float]],
     speeds: Mapping[str, tuple[float, float]],
 ) -> None:
-    """A PNG of two candidates: training losses, accuracy per task, and tokens/s, those of the second as 1."""
+    """A PNG of two candidates: training losses, accuracy per task, and tokens/s, those of the second as 1.
+
+    Args:
+        path: of the file.
+        names: of the two.
+        losses: of their trainings, by step.
+        accuracies: {task: those of the two}.
+        speeds: {what was timed: tokens/s of the two}.
+    """
     pyplot = _pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.5))
-    for name, values in zip(names, losses):
-        left.plot(_smooth(values), label=name)
+    for name, of_name in zip(names, losses):
+        left.plot(_smooth(of_name), label=name)
     left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
     relative = {what: (first / second, 1.0) for what, (first, second) in speeds.items()}
     for axes, values, title in ((middle, accuracies, "accuracy"), (right, relative, f"tokens/s, {names[1]} = 1")):
@@ -159,5 +155,4 @@ def pair_chart(
         axes.margins(y=0.15)
     for axes in (left, middle, right):
         axes.legend(fontsize=8)
-    figure.tight_layout()
-    _save(figure, Path(path))
+    _save(figure, path)

@@ -1,41 +1,18 @@
 """The properties that every op over whole sequences must have, written once for the delta rule and both convolutions.
 
-A property takes a backend, the name of an op and its inputs (a named tuple of `cases`).
+A property takes a backend, the name of an op and its inputs (a named tuple of `arguments`).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import pytest
 import torch
-from support.cases import (
-    ZERO,
-    DeltaInputs,
-    OpsBackend,
-    assert_bitwise,
-    assert_error,
-    assert_gradients,
-    assert_outputs,
-    check_gradients,
-    check_outputs,
-    cotangents,
-    dg_floor,
-    floating,
-)
+from support.arguments import TOKENS, DeltaInputs, cotangents, floating
+from support.backends import OpsBackend, check_gradients, check_outputs, dg_floor
+from support.comparison import ZERO, assert_bitwise, assert_gradients, assert_outputs
+from support.layouts import far_apart
+from support.memory import poisoned_allocations
 from torch import Tensor
-
-TOKENS = (
-    "q",
-    "k",
-    "v",
-    "g",
-    "beta",
-    "x",
-    "hidden",
-    "kernels",
-)  # arguments [B, T, ...]; the others are states and weights
-FAR = 2**31 + 64  # elements: beyond what a 32-bit index reaches
 
 
 def state_name(inputs: NamedTuple) -> str:
@@ -141,22 +118,6 @@ def nan_stays_in_its_sequence(backend: OpsBackend, op: str, inputs: NamedTuple, 
             assert_bitwise(others(dirty, name in TOKENS), others(clean[name], name in TOKENS), f"d{name}")
 
 
-@contextmanager
-def poisoned_allocations() -> Iterator[None]:
-    """torch.empty gives NaN, and freed memory that the allocator may hand out again holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(
-        True
-    )  # torch.use_deterministic_algorithms imports inductor first, which takes seconds
-    try:
-        assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
-        for bytes_ in [1 << i for i in range(6, 22)]:
-            del [torch.full((bytes_ // 4,), torch.nan) for _ in range(4)][:]
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 def every_element_is_written(backend: OpsBackend, op: str, inputs: NamedTuple) -> None:
     grads = cotangents(inputs)
     expected, expected_grads = backend(op, *inputs), backend.gradients(op, inputs, grads)
@@ -171,21 +132,6 @@ def nothing_to_do(backend: OpsBackend, op: str, inputs: NamedTuple) -> None:
     """No tokens or no sequences: empty outputs, states handed through, zero gradients of what is shared."""
     check_outputs(backend, op, inputs)
     check_gradients(backend, op, inputs)
-
-
-def far_apart(t: Tensor, dim: int) -> Tensor:
-    """The values of ``t`` with a stride along ``dim`` that takes its last index past 2^31 elements.
-
-    The storage is reserved but only the pages of these values exist.
-    """
-    strides = list(t.contiguous().stride())
-    strides[dim] = -(-FAR // (t.shape[dim] - 1))
-    needed = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, strides))
-    try:
-        storage = torch.empty(needed, dtype=t.dtype)
-    except RuntimeError:
-        pytest.skip(f"this machine does not reserve {needed * t.element_size() >> 30} GiB of address space")
-    return storage.as_strided(t.shape, strides).copy_(t)
 
 
 def strides_beyond_32_bits(backend: OpsBackend, op: str, inputs: NamedTuple, dim: int) -> None:
@@ -214,10 +160,3 @@ def arguments_stay_as_they_are(backend: OpsBackend, op: str, inputs: NamedTuple)
     backend.gradients(op, inputs, cotangents(inputs))
     for name, t in floating(before).items():
         assert_bitwise(getattr(inputs, name), t, name)
-
-
-def layouts_do_not_matter(backend: OpsBackend, op: str, inputs: NamedTuple, other: NamedTuple) -> None:
-    """``other`` holds the values of ``inputs`` behind other strides."""
-    for name, out, ref in zip(("output", "state"), backend(op, *other), backend(op, *inputs)):
-        assert_error(name, out, ref, 1e-6 if inputs[0].dtype != torch.float64 else 1e-12)
-    check_gradients(backend, op, other)

@@ -14,8 +14,8 @@ struct Divisor {
   Divisor() = default;
   constexpr explicit Divisor(int64_t divisor) : d(static_cast<uint32_t>(divisor)) {
     while ((uint64_t{1} << (shift - 31)) < d) ++shift;  // 2^shift = 2^31 times the next power of two
-    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) /
-                                   d);  // rounded up: too large by less than d / 2^shift <= 2^-31
+    // Rounded up: too large by less than d / 2^shift <= 2^-31.
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d);
   }
 #ifdef __CUDACC__
   __host__ __device__
@@ -38,16 +38,11 @@ static_assert(divides(1) && divides(2) && divides(3) && divides(7) && divides(12
 
 constexpr int kMaxTokens = 8;  // prepared at a time in shared memory
 
-// q, k, v, g or beta [N, T, heads, D].
-struct TokenTensor {
-  const void* data;
-  Dtype dtype;
-  TokenStrides bytes;  // strides in bytes
-};
-
-inline TokenTensor token_tensor(const void* data, Dtype dtype, const TokenStrides& s) {
-  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
-  return {data, dtype, {size * s.b, size * s.t, size * s.h, size * s.d}};
+// The same tensor with its strides in bytes, as the kernel has them.
+inline TokenTensor in_bytes(const TokenTensor& x) {
+  const int64_t size = x.dtype == Dtype::f32 ? 4 : 2;
+  const TokenStrides& s = x.strides;
+  return {x.data, x.dtype, {size * s.b, size * s.t, size * s.h, size * s.d}};
 }
 
 struct RecurrentArguments {
@@ -55,13 +50,15 @@ struct RecurrentArguments {
   int T, K, V;  // T: of 2^31 tokens the keys alone would fill 256 GiB
   float scale;
   bool l2norm_qk;
-  TokenTensor q, k, v, g, beta;  // commit: k and v are the keys and updates of verify; no q, no beta
+  TokenTensor q, k, v, g, beta;  // in_bytes. Commit: k and v are the keys and updates of verify; no q, no beta
   StatePool pool;
   void* o;
   Dtype o_dtype;
-  float *keys, *updates;     // verify
-  const void* num_accepted;  // commit
-  IndexType num_accepted_dtype;
+  float *keys, *updates;  // verify
+  // Commit. An IndexVector, which ends in padding, would move what follows, and ptxas then finds another schedule than
+  // the one that has been measured.
+  const void* num_accepted;
+  IndexType num_accepted_type;
 
   // From the tiles: CTA ((n * H / heads + i) * parts + j) has columns from j * columns on of value heads i * heads .. +
   // heads - 1.

@@ -9,7 +9,10 @@ import pytest
 from support.paths import ROOT
 
 SCRIPT = ROOT / "cmake" / "compile_with_report.cmake"
-SERIALISED = "ptxas info    : (%s) Potential Performance Loss: wgmma.mma_async instructions are serialized due to %s for the function '%s'"
+SERIALISED = (
+    "ptxas info    : (%s) Potential Performance Loss: wgmma.mma_async instructions are serialized due to %s "
+    "for the function '%s'"
+)
 REPORT = "ptxas info    : Used 168 registers, used 1 barriers"
 
 

@@ -1,0 +1,60 @@
+// dynamic_conv and dynamic_conv_step: two kernels serve both, by the number of tokens. All instances are compiled here,
+// because reading CUTLASS's headers takes as long as compiling them.
+#include "csrc/dynamic_conv/gemm/pingpong.cuh"
+#include "csrc/dynamic_conv/gemm/single_tile.cuh"
+#include "csrc/dynamic_conv/prefill/dynamic_conv.h"
+#include "csrc/dynamic_conv/step/dynamic_conv_step.h"
+
+namespace jet {
+namespace hopper {
+namespace {
+
+// Chooses the kernel and its tile.
+void launch_dynamic_conv(const DynamicConvCall& call, cudaStream_t stream) {
+  const int64_t tokens = call.sequences.tokens;
+  with_element_and_taps(call.in, [&](auto element, auto taps) {
+    using Element = decltype(element);
+    constexpr int W = taps;
+    // Ping-pong lets two tiles of 128 tokens share the weights, and walks over channels: with one tile of tokens there
+    // is nothing to share.
+    if (tokens > 128 && call.generator.R <= kResidentR)
+      return launch_pingpong<PingpongConfig<Element, W>>(call, stream);
+    // 64 tokens, 16 channels: one m64n64 instruction a k16 step, and D = 3072 gives 192 CTAs, 4096 gives 256; two fit
+    // each of 132 multiprocessors, so all stream at once. For W = 4 alone: no model has 2 or 3.
+    if constexpr (W == 4)
+      if (tokens <= 64) return launch_single_tile<SingleTileConfig<Element, W, 4, 1>>(call, stream);
+    // 128 tokens, 32 channels: 96 and 128 CTAs. Every tile of channels reads all of hidden again, which at 128 tokens
+    // and 16 channels would be twice the weights.
+    launch_single_tile<SingleTileConfig<Element, W, 8, 2>>(call, stream);
+  });
+}
+
+}  // namespace
+}  // namespace hopper
+
+void dynamic_conv_hopper(const DynamicConvParams& p, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (p.in.B * p.in.T == 0) return hopper::copy_all_states("dynamic_conv", p.in, p.conv_state_out, on);
+  hopper::launch_dynamic_conv({.op = "dynamic_conv",
+                               .in = p.in,
+                               .generator = p.generator,
+                               .sequences = hopper::sequences_of(p.in),
+                               .states = hopper::states_of(p.in, p.conv_state_out),
+                               .y = p.y},
+                              on);
+}
+
+void dynamic_conv_step_hopper(const DynamicConvStepParams& p, void* stream) {
+  if (p.in.N == 0) return;
+  hopper::ConvSequences sequences = hopper::sequences_of(p.in);
+  sequences.rows = p.pool.rows, sequences.P = p.pool.P;
+  hopper::launch_dynamic_conv({.op = "dynamic_conv_step",
+                               .in = p.in,
+                               .generator = p.generator,
+                               .sequences = sequences,
+                               .states = {.in = p.pool.data, .out = p.pool.data, .stride = p.pool.strides.n},
+                               .y = p.y},
+                              static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace jet

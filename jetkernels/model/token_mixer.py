@@ -1,0 +1,90 @@
+"""What the model asks of a token mixer, the part of a decoder layer in which the tokens of a sequence meet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.types import Device
+
+from .layout import TokenLayout
+
+if TYPE_CHECKING:
+    from .config import JetNemotronConfig
+
+# cos and sin of the tokens' rotary angles, as `attention.rotary_table` gives them.
+Rotary = tuple[Tensor, Tensor]
+# What a mixer remembers of the tokens it has seen: anything that gives its tensors when it is iterated over.
+State = Iterable[Tensor]
+
+
+class TokenMixer(nn.Module, ABC):
+    """A kind of layer: a subclass of this, and its line in `jetkernels.model.mixers.MIXERS`.
+
+    The model calls `sizes` and `initial_state` on the class, before and without any layer; it builds a layer as
+    `cls(config, device=..., dtype=...)`, also on the meta device. The parameters are stored as
+    `model.layers.<i>.self_attn.<name>`.
+
+    Attributes:
+        uses_rotary: whether the layer is given the rotary angles of its tokens.
+    """
+
+    uses_rotary: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def sizes(cls, config: JetNemotronConfig) -> dict[str, object]:
+        """The sizes that decide the shape of a state, by their names in the config.
+
+        A cache serves every model with the same ones. They are read when a config is made that has such a layer, so
+        this is where the kind's own section, `config.section(kind)`, is checked.
+
+        Raises:
+            ValueError: the config does not have them, or not such as the layer needs.
+        """
+
+    @classmethod
+    @abstractmethod
+    def initial_state(
+        cls,
+        config: JetNemotronConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """The state of `batch_size` sequences that have seen nothing.
+
+        Args:
+            config: of the model.
+            batch_size: N, the first dimension of each tensor.
+            max_length: tokens that each sequence will have at most.
+            device: of the tensors.
+            dtype: of the layer's activations.
+
+        Returns: a state whose tensors are all zero; `JetNemotronCache.reset` writes zeros into them again.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew; does nothing on the meta device."""
+
+    @abstractmethod
+    def forward(
+        self, hidden_states: Tensor, *, layout: TokenLayout, rotary: Rotary | None = None, state: Any = None
+    ) -> Tensor:
+        """Mixes the tokens of each sequence with those before them.
+
+        Args:
+            hidden_states: [N, T, C], or packed [1, total, C], as `layout` says. There may be no tokens.
+            layout: which sequence each token belongs to, and how many came before it.
+            rotary: of the tokens' positions; given if some layer of the model has `uses_rotary`.
+            state: what `initial_state` made, for the N sequences; read, and updated in place. Then no gradient is
+                computed. None: the sequences begin with this call.
+
+        Returns: as hidden_states.
+        """

@@ -1,0 +1,225 @@
+"""What the stages are told: a class for what all of them share, and one for each thing that several do.
+
+The fields are the options of `jetkernels search`, by their names, which messages use too; their defaults are here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+
+from .base import SMALL, text_and_tasks, weights_digest
+from .data import Loader, RowSource, TextCorpus
+from .shapes import Shape
+from .tasks import Copy, MultipleChoice, Recall, Task, language_modelling
+from .training import Recipe, ranks
+
+Facts = list[tuple[str, object]]
+
+
+class Integers(tuple[int, ...]):
+    """Several integers; as text, with commas between them."""
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
+
+
+def plain(value: object) -> object:
+    """An option's value as JSON and the tables of reports have it: a shape and several integers are text."""
+    if isinstance(value, Shape):
+        return value.name
+    return str(Integers(value)) if isinstance(value, (list, tuple)) else value
+
+
+def mark_of(tokenizer: Tokenizer) -> int:
+    """The end of a text, which marks the recall task's keys; ValueError where a tokenizer has none."""
+    if tokenizer.end_of_text_id is None:
+        raise ValueError("the tokenizer must have <|endoftext|>, which marks the recall task's keys")
+    return tokenizer.end_of_text_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions(ABC):
+    """What every stage is told: the text, the rows made of it, and the training.
+
+    Attributes:
+        output: folder for model, report and checkpoints.
+        text: folder of text files; None: the source of Python's standard library.
+        suffix: only the files of `text` whose names end so are read.
+        steps: of the training.
+        learning_rate: its peak.
+        batch: rows of a step, over all ranks.
+        length: positions of a row.
+        task_share: of the rows: recall and copying.
+        distances: of the recall task, tokens.
+        save_every: steps between two checkpoints.
+        recompute: keep only the layers' inputs for the backward pass.
+        device: cpu, cuda or cuda:N.
+        seed: of initial values and rows.
+        TRAINING: names of the options that the training depends on: a run goes on only where they are the same.
+    """
+
+    TRAINING: ClassVar[tuple[str, ...]] = (
+        *("batch", "device", "distances", "learning_rate", "length"),
+        *("recompute", "seed", "steps", "suffix", "task_share"),
+    )
+
+    output: Path
+    text: Path | None = None
+    suffix: str = ""
+    steps: int = 500
+    learning_rate: float = 3e-3
+    batch: int = 8
+    length: int = 128
+    task_share: float = 0.5
+    distances: Integers = Integers((8, 24, 48))
+    save_every: int = 50
+    recompute: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    @abstractmethod
+    def run(self) -> str | None:
+        """Runs the stage, or what is left of it. Returns, on rank 0, what it found, in a sentence."""
+
+    def named(self, names: Sequence[str]) -> Facts:
+        """(name, value) of the options `names`, as checkpoints and reports hold them."""
+        return [(name, plain(getattr(self, name))) for name in names]
+
+    def facts(self, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> Facts:
+        """What the training depends on, for the report and to recognise checkpoints."""
+        facts = [*self.named(sorted(self.TRAINING)), ("text", corpus.digest)]
+        return [*facts, ("base", weights_digest(base))] if base is not None else facts
+
+    def corpus(self, tokenizer: Tokenizer) -> TextCorpus:
+        """The text, encoded; rank 0 says what was read. ValueError where it is too short for a row."""
+        # The byte-level tokenizer gives each byte its value: taking the bytes themselves is faster.
+        byte_level = tokenizer.backend.to_str() == Tokenizer.byte_level().backend.to_str()
+        encoder = None if byte_level else tokenizer
+        if self.text is None:
+            corpus = TextCorpus.from_standard_library(encoder)
+        else:
+            corpus = TextCorpus.from_folder(self.text, encoder, self.suffix)
+        if ranks()[0] == 0:
+            print(
+                f"text: {corpus.files} files ({corpus.skipped} skipped as no UTF-8 text), "
+                f"{len(corpus.training):,} tokens to train on, {len(corpus.held_out):,} held out {corpus.split}"
+            )
+        if min(len(corpus.training), len(corpus.held_out)) <= self.length:
+            raise ValueError(
+                f"--length {self.length} needs more tokens on either side than the text has; "
+                "give more --text, or a shorter length"
+            )
+        return corpus
+
+    def recipe(self, weight_decay: float = 0.0) -> Recipe:
+        """How the parameters are trained."""
+        return Recipe(self.steps, self.learning_rate, weight_decay=weight_decay, save_every=self.save_every)
+
+    def sources(self, corpus: TextCorpus, tokenizer: Tokenizer) -> list[tuple[RowSource, float]]:
+        """What training rows are drawn from, with the share of each."""
+        mark = mark_of(tokenizer)
+        return text_and_tasks(corpus, mark, self.task_share, Recall(corpus.training, mark, self.distances))
+
+    def loader(self, corpus: TextCorpus, tokenizer: Tokenizer) -> Loader:
+        """The training rows."""
+        return Loader(self.sources(corpus, tokenizer), self.batch, self.length + 1, self.seed)
+
+    def held_out_tasks(self, corpus: TextCorpus, tokenizer: Tokenizer, count: int, seed: int = 0) -> list[Task]:
+        """Recall, copying and language modelling on the held-out text.
+
+        Args:
+            corpus: the text.
+            tokenizer: that encoded it.
+            count: examples of each task, of recall at each distance.
+            seed: another one gives other examples.
+        """
+        return [
+            Recall(corpus.held_out, mark_of(tokenizer), self.distances).task(count, self.length, seed),
+            Copy(corpus.held_out).task(count, self.length, seed),
+            language_modelling(corpus.held_out, count, self.length, seed),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(StageOptions):
+    """Sizes of the small base that is trained where there is none.
+
+    Attributes:
+        layers: how many there are.
+        hidden_size: C.
+        intermediate_size: of the MLPs.
+    """
+
+    TRAINING = (*StageOptions.TRAINING, "hidden_size", "intermediate_size", "layers")
+
+    layers: int = 6
+    hidden_size: int = SMALL["hidden_size"]
+    intermediate_size: int = SMALL["intermediate_size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(StageOptions):
+    """What models are scored by.
+
+    Attributes:
+        examples: of each task, of recall at each distance.
+        questions: files of multiple-choice questions, each a task.
+        harness: NAME or NAME:METRIC of tasks of lm-evaluation-harness.
+        harness_limit: questions of each of these; None: all.
+    """
+
+    examples: int = 64
+    questions: Sequence[Path] = field(default_factory=list)
+    harness: Sequence[str] = field(default_factory=list)
+    harness_limit: int | None = None
+
+    def tasks(self, corpus: TextCorpus, tokenizer: Tokenizer, seed: int = 0) -> list[Task]:
+        """All tasks; another seed gives other examples of the generated ones."""
+        tasks = self.held_out_tasks(corpus, tokenizer, self.examples, seed)
+        tasks += [MultipleChoice.from_jsonl(path, tokenizer) for path in self.questions]
+        if self.harness:
+            from .harness import HarnessTask
+
+            for word in self.harness:
+                name, _, metric = word.partition(":")
+                tasks.append(HarnessTask(name, tokenizer, self.harness_limit, metric=metric or "acc"))
+        return tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(TaskOptions):
+    """How placements and candidates are scored.
+
+    Attributes:
+        window_size: tokens of a sliding window, the current one included.
+        objective: "loss" (minus the loss of the right answer) or "accuracy".
+    """
+
+    window_size: int = 32
+    objective: str = "loss"
+
+    def score_facts(self) -> Facts:
+        """What the scores depend on beside the training."""
+        questions = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in self.questions]
+        harness = [(name, f"harness, limit {self.harness_limit}") for name in self.harness]
+        return [*self.named(("window_size", "examples")), *questions, *harness]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions(StageOptions):
+    """Sizes of the linear blocks.
+
+    Attributes:
+        shape: K, V and H.
+    """
+
+    TRAINING = (*StageOptions.TRAINING, "shape")
+
+    shape: Shape = Shape(16, 32, 4)

@@ -1,0 +1,90 @@
+"""The whole pipeline: every stage in order, each in a folder of its own, and a report over all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .options import Integers, ScoreOptions, ShapeOptions, SizeOptions, StageOptions
+from .report.overview import StageDone, write_overview
+from .stages import BaseStage, BlocksStage, DesignStage, FinalStage, PlacementStage, ShapesStage, load_base
+from .training import ranks, wait_for_ranks
+
+Stage = TypeVar("Stage", bound=StageOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
+    """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
+
+    `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;
+    the grid of stage 4 keeps the state of `shape`.
+
+    Attributes:
+        output: folder for the folders of the stages, and for the report over all.
+        base: folder of a base; None: a small one is trained.
+        full: layers that keep full attention.
+        window: layers that get sliding-window attention.
+        base_steps: of the training of the small base.
+        seeds: of every candidate of stages 2 to 4.
+        REPORTED: names of the options that the report names.
+    """
+
+    REPORTED = (
+        *SizeOptions.TRAINING,
+        *("base_steps", "examples", "full", "objective", "seeds", "shape", "window", "window_size"),
+    )
+
+    base: Path | None = None
+    steps: int = 300
+    full: int = 1
+    window: int = 1
+    base_steps: int = 4000
+    seeds: int = 2
+
+    def stages(self) -> dict[str, StageOptions]:
+        """The stages by the names of their folders, in their order."""
+        base = self.base or self.output / "base"
+        shape, placement = self.shape, str(self.output / "placement")
+        keys = Integers(sorted({max(1, shape.K // 2), shape.K, 2 * shape.K}))
+        grid = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
+        model = self.output / "shapes" / "model"
+        stages: dict[str, StageOptions] = {
+            "base": self._stage("base", BaseStage, steps=self.base_steps, batch=BaseStage.batch),
+            "placement": self._stage("placement", PlacementStage, base=base, steps=2 * self.steps),
+            "blocks": self._stage("blocks", BlocksStage, base=base, placement=placement),
+            "design": self._stage("design", DesignStage, base=base, placement=placement),
+            "shapes": self._stage("shapes", ShapesStage, base=base, placement=placement, **grid),
+            "final": self._stage("final", FinalStage, base=base, model=model, whole_steps=self.steps),
+        }
+        if self.base is not None:
+            del stages["base"]
+        return stages
+
+    def _stage(self, name: str, kind: type[Stage], **others: Any) -> Stage:
+        """The stage in the folder `name`: `others`, and what the pipeline is told, too."""
+        told = {field.name for field in fields(self)} & {field.name for field in fields(kind)}
+        return kind(**{each: getattr(self, each) for each in told} | {"output": self.output / name} | others)
+
+    def run(self, run_stage: Callable[[StageOptions], str | None] = lambda stage: stage.run()) -> None:
+        """Runs what is left to do of every stage, and writes report.md to `output`.
+
+        Args:
+            run_stage: runs a stage and returns what it found; for callers that check a stage first.
+        """
+        done = []
+        for name, stage in self.stages().items():
+            if ranks()[0] == 0:
+                print(f"== {name}", flush=True)
+            start = time.perf_counter()
+            found = run_stage(stage)
+            wait_for_ranks()
+            done.append(StageDone(name, found or "", time.perf_counter() - start))
+        if ranks()[0] == 0:
+            model, _ = load_base(self.base or self.output / "base", "cpu")
+            tokens = self.steps * self.batch * self.length
+            write_overview(self.output, model, done, tokens, self.seeds, self.named(sorted(self.REPORTED)))
+            print(f"report: {self.output}/report.md")

@@ -1,0 +1,153 @@
+"""The reports of stages 2 to 4: blocks, designs and sizes of the JetBlock, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..candidates import SPEEDS, Measured, over_seeds, spread
+from ..shapes import Shape
+from .plots import pair_chart, quality_against_speed
+from .tables import markdown_table, provenance, write_text
+
+
+def spread_sentence(rows: Sequence[Measured]) -> str:
+    """How far the quality of one candidate is from seed to seed, in words; rows: every seed of every candidate."""
+    deviation = spread(rows)
+    if deviation is None:
+        return (
+            "One seed per candidate: how far the quality of one candidate moves from seed to seed was not measured.\n"
+        )
+    seeds = len({row.seed for row in rows})
+    return (
+        f"Means over {seeds} seeds (initial values and training rows). The quality of one candidate moves from seed to "
+        f"seed by {deviation:.4f} (standard deviation, pooled over the candidates), so the standard error of a "
+        f"difference between two rows is {deviation * math.sqrt(2 / seeds):.4f}; differences of less than twice that "
+        "show nothing.\n"
+    )
+
+
+def _task_columns(row: Measured) -> list[str]:
+    return [f"{task}, {what}" for task in row.scores for what in ("loss", "accuracy")]
+
+
+def _task_values(row: Measured) -> list[float]:
+    return [value for pair in row.scores.values() for value in pair]
+
+
+def candidate_table(rows: Sequence[Measured]) -> str:
+    """Quality and speed as Markdown; rows: one per candidate."""
+    header = [
+        *("candidate", "parameters of a block", "state of a layer", "cache (KiB)"),
+        *("training (tokens/s)", "prefill (tokens/s)", "generation (tokens/s)", *_task_columns(rows[0])),
+    ]
+    lines = [
+        [
+            *(row.name, f"{row.parameters:,}", f"{row.state:,}", f"{row.cache_bytes / 1024:.1f}"),
+            *(f"{getattr(row, speed):,.1f}" for speed in SPEEDS),
+            *_task_values(row),
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, lines)
+
+
+def _pair_section(folder: Path, first: Measured, second: Measured) -> str:
+    """Two candidates against each other; the picture goes to `folder`."""
+    accuracies = {task: (first.scores[task][1], second.scores[task][1]) for task in first.scores}
+    speeds = {speed.removesuffix("_per_second"): (getattr(first, speed), getattr(second, speed)) for speed in SPEEDS}
+    pair_chart(folder / "pair.png", (first.name, second.name), (first.losses, second.losses), accuracies, speeds)
+    return f"## {first.name} against {second.name}\n\n![{first.name} against {second.name}](pair.png)\n"
+
+
+def write_candidate_report(
+    folder: str | Path,
+    title: str,
+    rows: Sequence[Measured],
+    best: Measured,
+    pair: tuple[str, str] | None,
+    quality: str,
+    facts: Sequence[tuple[str, object]],
+) -> None:
+    """Writes report.md and its plots.
+
+    candidates.png has the training losses, and quality against generation speed; pair.png, if both were measured, two
+    candidates against each other.
+
+    Args:
+        folder: where they go.
+        title: of the report.
+        rows: every seed of every candidate.
+        best: the candidate that was chosen.
+        pair: names of two candidates that are compared on their own.
+        quality: what it is, in words.
+        facts: (name, value) of what the rows depend on.
+    """
+    folder = Path(folder)
+    means = over_seeds(rows)
+    curves = {row.name: row.losses for row in means if row.losses}
+    points = [(row.name, row.generation_per_second, row.quality) for row in means]
+    quality_against_speed(folder / "candidates.png", points, quality, curves)
+    text = [
+        f"# {title}\n",
+        f"Best: {best.name} ({quality} {best.quality:.4f}). Same placement, text and recipe for all; speeds on this "
+        "machine.\n",
+        spread_sentence(rows),
+        candidate_table(means),
+        "![candidates](candidates.png)\n",
+    ]
+    both = [row for name in pair or () for row in means if row.name == name]
+    if len(both) == 2:
+        text.append(_pair_section(folder, *both))
+    text += ["## Provenance\n", provenance(facts)]
+    write_text(folder / "report.md", "\n".join(text))
+
+
+def write_shape_report(
+    folder: str | Path,
+    rows: Sequence[Measured],
+    best: Measured,
+    minimum: float,
+    quality: str,
+    facts: Sequence[tuple[str, object]],
+) -> None:
+    """Writes report.md with the grid as a table of the form of the paper's Table 2, and shapes.png.
+
+    Args:
+        folder: where they go.
+        rows: every seed of every shape; a row's name is that of its shape.
+        best: the shape that was chosen.
+        minimum: tokens per second that a shape must generate.
+        quality: what it is, in words.
+        facts: (name, value) of what the rows depend on.
+    """
+    means = over_seeds(rows)
+    header = ["K", "V", "H", "parameters of a block", "cache (KiB)", "generation (tokens/s)", "fast enough", "chosen"]
+    table = [
+        [
+            *Shape.from_name(row.name),
+            f"{row.parameters:,}",
+            f"{row.cache_bytes / 1024:.1f}",
+            f"{row.generation_per_second:,.1f}",
+            "yes" if row.generation_per_second >= minimum else "no",
+            "**yes**" if row.name == best.name else "",
+            *_task_values(row),
+        ]
+        for row in means
+    ]
+    chosen = Shape.from_name(best.name)
+    text = [
+        "# Sizes of the JetBlock\n",
+        f"Chosen: K = {chosen.K}, V = {chosen.V}, H = {chosen.H}: the best quality among the shapes that generate at "
+        f"least {minimum:,.1f} tokens/s on this machine. Every shape has {chosen.state:,} elements of state per "
+        "JetBlock layer.\n",
+        spread_sentence(rows),
+        markdown_table([*header, *_task_columns(rows[0])], table),
+        "![shapes](shapes.png)\n",
+        "## Provenance\n",
+        provenance(facts),
+    ]
+    points = [(row.name, row.generation_per_second, row.quality) for row in means]
+    quality_against_speed(Path(folder) / "shapes.png", points, quality, minimum=minimum)
+    write_text(Path(folder) / "report.md", "\n".join(text))

@@ -1,0 +1,143 @@
+"""The report of stage 1: the placement that was found, held against others, and the importance of each layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..placement import PlacementOptions, PlacementResult, ScoreBook
+from ..search import uniform, with_kind
+from ..super_network import Placement
+from ..tasks import Score
+from .plots import curve, heat_map
+from .tables import markdown_table, provenance, write_text
+
+
+def comparison(book: ScoreBook, result: PlacementResult) -> list[tuple[str, Placement]]:
+    """Placements that the found one is held against."""
+    layers = book.network.num_layers
+    rows = [("base, attention everywhere", ("attn",) * layers), ("JetBlock everywhere", ("jet",) * layers)]
+    budget = len(result.full.chosen)
+    if budget:
+        rows.append((f"uniform, {budget} full", with_kind(("jet",) * layers, uniform(layers, budget), "attn")))
+        rows.append((f"found, {budget} full", result.full.placement))
+    if result.window is not None:
+        rows.append((f"found, {budget} full and {len(result.window.chosen)} windowed", result.placement))
+    return rows
+
+
+def _searches_section(result: PlacementResult, options: PlacementOptions) -> str:
+    searches = [("full attention", options.full_task, result.full)]
+    if result.window is not None:
+        searches.append(("sliding window", options.window_task, result.window))
+    header = ["layers of", "chosen by task", "layers (0-based)", "objective", "placements evaluated", "search"]
+    rows = []
+    for what, task, found in searches:
+        how = "all there are" if found.exhaustive else f"beam of {options.width}"
+        rows.append([what, task, ", ".join(map(str, found.chosen)), found.value, found.evaluated, how])
+    return markdown_table(header, rows)
+
+
+def _comparison_section(scored: Sequence[tuple[str, Placement, Mapping[str, Score]]], unseen: bool) -> list[str]:
+    """The found placement beside others, and the recall of each by distance; scored: (name, placement, scores)."""
+    on = "generated examples that the search has not seen" if unseen else "the examples of the search"
+    tasks = list(scored[0][2])
+    header = ["placement", "layers", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))]
+    rows = [
+        [name, " ".join(placement), *(value for s in scores.values() for value in (s.loss, s.accuracy))]
+        for name, placement, scores in scored
+    ]
+    text = [
+        "## Held against\n\nLoss in nats per token of the right answer; all within the super network, "
+        f"JetBlock paths as trained there; on {on}.\n",
+        markdown_table(header, rows),
+    ]
+    recalled = [
+        [name, group, *pair]
+        for name, _, scores in scored
+        for score in scores.values()
+        for group, pair in score.groups.items()
+    ]
+    if recalled:
+        text.append("## Recall by distance\n")
+        text.append(markdown_table(["placement", "group", "loss", "accuracy"], recalled))
+    return text
+
+
+def _importance_section(folder: Path, result: PlacementResult, layers: int, objective: str) -> str:
+    """Tables and heat maps of each layer's gain; the pictures go to `folder`."""
+    names = {"attn": "full attention", "swa": "sliding-window attention"}
+    what = "minus the loss, nats per token" if objective == "loss" else "accuracy"
+    parts = []
+    for kind, maps in result.importance.items():
+        drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
+        heat_map(folder / f"importance-{kind}.png", list(maps), drawn, f"gain from {names[kind]} in one layer")
+        shown = [[task, *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
+        parts.append(
+            f"## Importance of {names[kind]} per layer\n\nGain of the objective ({what}) when that layer alone changes "
+            f"from JetBlock to {names[kind]}.\n\n{markdown_table(['task', *map(str, range(layers))], shown)}\n"
+            f"![importance](importance-{kind}.png)\n"
+        )
+    return "\n".join(parts)
+
+
+def write_report(
+    folder: str | Path,
+    book: ScoreBook,
+    result: PlacementResult,
+    options: PlacementOptions,
+    facts: Sequence[tuple[str, object]],
+    fresh: ScoreBook | None = None,
+) -> None:
+    """Writes report.md, its plots and result.json.
+
+    The same search gives the same files, whether it was interrupted or not.
+
+    Args:
+        folder: where they go.
+        book: scores of the search.
+        result: what the search found.
+        options: what it was asked for.
+        facts: (name, value) of what it depends on.
+        fresh: scores on examples that the search has not seen; the found placement is held against others on these,
+            since on the examples by which it was chosen it has an advantage. None: on the examples of the search, and
+            the report says so.
+    """
+    folder = Path(folder)
+    judge = book if fresh is None else fresh
+    scored = [
+        (name, placement, {task: judge.score(placement, task) for task in judge.tasks})
+        for name, placement in comparison(book, result)
+    ]
+    text = [
+        "# Placement of attention layers\n",
+        f"Placement: `{' '.join(result.placement)}`\n",
+        _searches_section(result, options),
+        *_comparison_section(scored, unseen=fresh is not None),
+        _importance_section(folder, result, book.network.num_layers, options.objective),
+    ]
+    if result.losses:
+        picture = "distillation.png"
+        curve(folder / picture, result.losses, "super network: feature distillation", "mean squared difference")
+        text.append(
+            f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}.\n\n![distillation]({picture})\n"
+        )
+    text += ["## Provenance\n", provenance([*facts, *asdict(options).items()])]
+    write_text(folder / "report.md", "\n".join(text))
+    values = {
+        "placement": result.placement,
+        "full": asdict(result.full),
+        "window": asdict(result.window) if result.window else None,
+        "importance": result.importance,
+        "compared": [
+            {
+                "name": name,
+                "placement": placement,
+                "scores": {task: [score.loss, score.accuracy] for task, score in scores.items()},
+            }
+            for name, placement, scores in scored
+        ],
+    }
+    write_text(folder / "result.json", json.dumps(values, indent=1) + "\n")

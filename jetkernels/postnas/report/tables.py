@@ -1,0 +1,42 @@
+"""Markdown tables, where the numbers come from, and how a report reaches its file."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from jetkernels._version import __version__
+from jetkernels.files import write_atomic
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; numbers that are floats get four digits behind the point."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(map(str, header)) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def provenance(facts: Sequence[tuple[str, object]]) -> str:
+    """A table of `facts` and of what ran: software, processor, threads.
+
+    Holds no time of day, so that runs can be compared.
+    """
+    machine = [
+        ("jetkernels", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+    ]
+    return markdown_table(["what", "value"], [*facts, *machine])
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a report in one step."""
+    write_atomic(path, text.encode("utf-8"))

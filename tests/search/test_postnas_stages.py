@@ -1,0 +1,57 @@
+"""The options of the stages: what checkpoints depend on, what the pipeline hands on, what the command line fills in."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from jetkernels.cli import search
+from jetkernels.cli.search_checks import told
+from jetkernels.postnas.options import Integers
+from jetkernels.postnas.pipeline import Pipeline
+from jetkernels.postnas.shapes import Shape
+
+KINDS = {name: kind for name, (_, _, kind) in search.stages().items()}
+REQUIRED = {"output": "out", "base": "base", "placement": "jet attn", "model": "model"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_training_depends_on_are_options(name):
+    kind, known = KINDS[name], {field.name for field in fields(KINDS[name])}
+    assert set(kind.TRAINING) <= known and len(set(kind.TRAINING)) == len(kind.TRAINING)
+    assert set(getattr(kind, "REPORTED", ())) <= known
+    assert {"output", "text", "save_every"}.isdisjoint(kind.TRAINING)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_command_line_has_the_options_of_a_stage_and_no_others(name):
+    parser = argparse.ArgumentParser()
+    search.add_arguments(parser)
+    kind = KINDS[name]
+    required = {key: value for key, value in REQUIRED.items() if key in {f.name for f in fields(kind)}}
+    words = [word for key, value in required.items() for word in (f"--{key}", value)]
+    arguments = parser.parse_args([name, *words, "--device", "cpu"])
+    paths = {key: value if key == "placement" else Path(value) for key, value in required.items()}
+    assert told(kind, arguments) == kind(**paths)
+    assert {f.name for f in fields(kind)} == vars(arguments).keys() - {"stage", "usage", "kind"}
+
+
+def test_the_pipeline_hands_its_options_on():
+    told = {"steps": 7, "base_steps": 3, "batch": 4, "seeds": 5, "full": 2, "window_size": 9, "layers": 3, "seed": 6}
+    whole = Pipeline(output=Path("run"), shape=Shape(1, 6, 2), examples=8, **told)
+    stages = whole.stages()
+    assert list(stages) == ["base", "placement", "blocks", "design", "shapes", "final"]
+    assert all(stage.output == Path("run", name) and stage.seed == 6 for name, stage in stages.items())
+    base, placement, blocks, _, shapes, final = stages.values()
+    assert (base.steps, base.batch, base.layers) == (3, 16, 3)
+    assert (placement.steps, placement.full, placement.window_size, placement.base) == (14, 2, 9, Path("run/base"))
+    assert (blocks.steps, blocks.seeds, blocks.placement, blocks.shape) == (7, 5, "run/placement", Shape(1, 6, 2))
+    assert (shapes.state, shapes.heads, shapes.keys, shapes.batch) == (12, (2, 4), (1, 2), 4)
+    assert (final.steps, final.whole_steps, final.model, final.examples) == (7, 7, Path("run/shapes/model"), 8)
+    assert "base" not in Pipeline(output=Path("run"), base=Path("mine")).stages()
+
+
+def test_options_are_named_as_checkpoints_have_them():
+    stage = Pipeline(output=Path("run"), distances=Integers((4, 16)))
+    assert stage.named(["distances", "shape", "seed"]) == [("distances", "4,16"), ("shape", "16x32x4"), ("seed", 0)]

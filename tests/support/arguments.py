@@ -1,0 +1,304 @@
+"""The arguments of each op: a named tuple with the names of its schema, and one builder.
+
+``Inputs`` are those of an op over whole sequences, a ``Call`` is one of an op on a pool of states; its ``pool`` is the
+argument that the op calls state or conv_state.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from support.shapes import ConvShape, DeltaShape
+from torch import Tensor
+
+F32, F64 = torch.float32, torch.float64
+# Arguments [B, T, ...] or [N, ...]; the others are states and weights.
+TOKENS = ("q", "k", "v", "g", "beta", "x", "hidden", "kernels")
+
+
+class DeltaInputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float
+    l2norm_qk: bool
+
+
+class ConvInputs(NamedTuple):
+    x: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    conv_state: Tensor | None
+    cu_seqlens: Tensor | None
+    silu: bool
+
+
+class ApplyInputs(NamedTuple):
+    x: Tensor
+    kernels: Tensor
+    conv_state: Tensor | None
+    cu_seqlens: Tensor | None
+    silu: bool
+
+
+class RecurrentCall(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor
+    state_indices: Tensor | None
+    scale: float
+    l2norm_qk: bool
+
+    @property
+    def pool(self) -> Tensor:
+        return self.state
+
+
+class VerifyCall(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor
+    state_indices: Tensor | None
+    keys: Tensor
+    updates: Tensor
+    scale: float
+    l2norm_qk: bool
+
+    @property
+    def pool(self) -> Tensor:
+        return self.state
+
+
+class CommitCall(NamedTuple):
+    keys: Tensor
+    updates: Tensor
+    g: Tensor
+    num_accepted: Tensor
+    state: Tensor
+    state_indices: Tensor | None
+
+    @property
+    def pool(self) -> Tensor:
+        return self.state
+
+
+class StepCall(NamedTuple):
+    x: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    conv_state: Tensor
+    state_indices: Tensor | None
+    silu: bool
+
+    @property
+    def pool(self) -> Tensor:
+        return self.conv_state
+
+
+SEQUENCE_OPS: dict[str, type] = {
+    "chunk_gated_delta_rule": DeltaInputs,
+    "dynamic_conv": ConvInputs,
+    "apply_dynamic_conv": ApplyInputs,
+}
+POOL_OPS: dict[str, type] = {
+    "recurrent_gated_delta_rule": RecurrentCall,
+    "dynamic_conv_step": StepCall,
+    "recurrent_gated_delta_rule_verify": VerifyCall,
+    "recurrent_gated_delta_rule_commit": CommitCall,
+}
+
+
+def op_of(arguments: NamedTuple) -> str:
+    return next(op for op, kind in (SEQUENCE_OPS | POOL_OPS).items() if isinstance(arguments, kind))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return F64 if dtype == F64 else F32
+
+
+def floating(arguments: NamedTuple) -> dict[str, Tensor]:
+    return {name: t for name, t in arguments._asdict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+
+
+def tensor_names(arguments: NamedTuple) -> list[str]:
+    return [name for name, t in arguments._asdict().items() if isinstance(t, Tensor)]
+
+
+# ---- ops over whole sequences
+
+
+def _offsets(cu_seqlens: tuple[int, ...] | None) -> Tensor | None:
+    return None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+
+
+def delta_inputs(shape: DeltaShape, dtype: torch.dtype = F32, seed: int = 0) -> DeltaInputs:
+    """Ordinary values: decays of a few percent to a half per token, beta in (0, 1)."""
+    torch.manual_seed(seed)
+    B, T, H, acc = shape.B, shape.T, shape.H, accumulator(dtype)
+    q, k = (torch.randn(B, T, shape.Hk, shape.K, dtype=F64) for _ in "qk")
+    if not shape.l2norm:
+        k = k * shape.K**-0.5  # |k| near 1, or the recurrence grows without bound
+    v = torch.randn(B, T, H, shape.V, dtype=F64)
+    g = -torch.rand(B, T, H, dtype=F64) * 0.5
+    beta = torch.rand(B, T, H, dtype=F64)
+    S = torch.randn(shape.N, H, shape.K, shape.V, dtype=F64) if shape.state else None
+    return DeltaInputs(
+        q.to(dtype),
+        k.to(dtype),
+        v.to(dtype),
+        g.to(acc),
+        beta.to(acc),
+        None if S is None else S.to(acc),
+        _offsets(shape.cu_seqlens),
+        shape.K**-0.5,
+        shape.l2norm,
+    )
+
+
+def conv_inputs(shape: ConvShape, dtype: torch.dtype = F32, seed: int = 0) -> ConvInputs:
+    torch.manual_seed(seed)
+    x = torch.randn(shape.B, shape.T, shape.D, dtype=F64)
+    hidden = torch.randn(shape.B, shape.T, shape.R, dtype=F64)
+    weight = torch.randn(shape.D * shape.W, shape.R, dtype=F64) * shape.R**-0.5
+    bias = torch.randn(shape.D * shape.W, dtype=F64).to(dtype) if shape.bias else None
+    state = torch.randn(shape.N, shape.D, shape.W - 1, dtype=F64).to(dtype) if shape.state else None
+    return ConvInputs(
+        x.to(dtype), hidden.to(dtype), weight.to(dtype), bias, state, _offsets(shape.cu_seqlens), shape.silu
+    )
+
+
+def apply_inputs(shape: ConvShape, dtype: torch.dtype = F32, seed: int = 0) -> ApplyInputs:
+    x, _, _, _, state, cu_seqlens, silu = conv_inputs(shape, dtype, seed)
+    kernels = torch.randn(shape.B, shape.T, shape.D, shape.W, dtype=F64).to(dtype)
+    return ApplyInputs(x, kernels, state, cu_seqlens, silu)
+
+
+def results_of(inputs: NamedTuple) -> tuple[tuple[Sequence[int], torch.dtype], tuple[Sequence[int], torch.dtype]]:
+    """Shape and dtype of the two results: of o or y (those of v or x), and of the state."""
+    like = inputs.v if isinstance(inputs, DeltaInputs) else inputs.x
+    N = inputs[0].shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    if isinstance(inputs, DeltaInputs):
+        state, dtype = (N, like.shape[2], inputs.q.shape[3], like.shape[3]), accumulator(like.dtype)
+    else:
+        W = inputs.weight.shape[0] // like.shape[2] if isinstance(inputs, ConvInputs) else inputs.kernels.shape[3]
+        state, dtype = (N, like.shape[2], W - 1), like.dtype
+    return (like.shape, like.dtype), (state, dtype)
+
+
+def cotangents(inputs: NamedTuple, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Gradients of the two results."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator, dtype=F64).to(dtype) for shape, dtype in results_of(inputs))
+
+
+# ---- ops on a pool of states
+
+
+def with_rows(call: NamedTuple, rows: Sequence[int] | None, dtype: torch.dtype = torch.int64) -> NamedTuple:
+    return call._replace(state_indices=None if rows is None else torch.tensor(rows, dtype=dtype))
+
+
+def with_pool(call: NamedTuple, pool: Tensor) -> NamedTuple:
+    return call._replace(**{"conv_state" if isinstance(call, StepCall) else "state": pool})
+
+
+def recurrent_call(
+    shape: DeltaShape,
+    dtype: torch.dtype = F32,
+    state_dtype: torch.dtype | None = None,
+    rows: Sequence[int] | None = None,
+    P: int | None = None,
+    seed: int = 0,
+) -> RecurrentCall:
+    """With a pool of ``P`` rows, two more than there are sequences where P is not given."""
+    *tokens, _, _, scale, l2norm = delta_inputs(shape, dtype, seed)
+    P = shape.B + 2 if P is None else P
+    state = torch.randn(P, shape.H, shape.K, shape.V, dtype=F64).to(state_dtype or accumulator(dtype))
+    return with_rows(RecurrentCall(*tokens, state, None, scale, l2norm), rows)
+
+
+def verify_call(call: RecurrentCall, fill: float = 0.0) -> VerifyCall:
+    """The same with the buffers that verify writes, which hold ``fill``."""
+    keys, updates = (torch.full(t.shape, fill, dtype=accumulator(t.dtype)) for t in (call.k, call.v))
+    return VerifyCall(*call[:7], keys, updates, *call[7:])
+
+
+def commit_call(call: RecurrentCall, accepted: Sequence[int], dtype: torch.dtype = torch.int64) -> CommitCall:
+    """Keys of norm 1 and updates as large as the values of ``call``."""
+    high = accumulator(call.q.dtype)
+    keys = torch.nn.functional.normalize(call.k.to(high), dim=-1)
+    number = torch.tensor(accepted, dtype=dtype)
+    return CommitCall(keys, call.v.to(high), call.g, number, call.state, call.state_indices)
+
+
+def some_prefixes(shape: DeltaShape) -> list[int]:
+    """How many tokens of a draft each sequence accepts: all, none, half, all, ..."""
+    return [(shape.T, 0, shape.T // 2)[n % 3] for n in range(shape.B)]
+
+
+def step_call(
+    shape: ConvShape,
+    dtype: torch.dtype = F32,
+    rows: Sequence[int] | None = None,
+    P: int | None = None,
+    seed: int = 0,
+) -> StepCall:
+    """One token for each of shape.B sequences."""
+    x, hidden, weight, bias, _, _, silu = conv_inputs(shape._replace(T=1, cu_seqlens=None), dtype, seed)
+    P = shape.B + 2 if P is None else P
+    pool = torch.randn(P, shape.D, shape.W - 1, dtype=F64).to(dtype)
+    return with_rows(StepCall(x[:, 0], hidden[:, 0], weight, bias, pool, None, silu), rows)
+
+
+# ---- all of them
+
+BUILDERS: dict[str, Callable[..., NamedTuple]] = {
+    "chunk_gated_delta_rule": delta_inputs,
+    "dynamic_conv": conv_inputs,
+    "apply_dynamic_conv": apply_inputs,
+}
+
+
+def inputs_of(op: str, shape: DeltaShape | ConvShape, dtype: torch.dtype = F32, seed: int = 0) -> NamedTuple:
+    """Of an op over whole sequences."""
+    return BUILDERS[op](shape, dtype, seed)
+
+
+def call_of(
+    op: str,
+    shape: DeltaShape | ConvShape,
+    dtype: torch.dtype = F32,
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
+) -> NamedTuple:
+    """Of an op on a pool; commit accepts `some_prefixes`."""
+    if op == "dynamic_conv_step":
+        return step_call(shape, dtype, rows, seed=seed)
+    call = recurrent_call(shape, dtype, None, rows, seed=seed)
+    if op == "recurrent_gated_delta_rule":
+        return call
+    if op == "recurrent_gated_delta_rule_verify":
+        return verify_call(call)
+    return commit_call(call, some_prefixes(shape))
+
+
+def example(op: str, dtype: torch.dtype = F32, indexed: bool = True) -> NamedTuple:
+    """A small valid call of any op. ``indexed``: with cu_seqlens, or with state_indices of which one is negative."""
+    delta, conv = DeltaShape("", B=2, T=3, K=4, V=3), ConvShape("", B=2, T=3, D=4)
+    if op in SEQUENCE_OPS:
+        shape = delta if SEQUENCE_OPS[op] is DeltaInputs else conv
+        return inputs_of(op, shape._replace(B=1, T=5, cu_seqlens=(0, 0, 2, 5)) if indexed else shape, dtype)
+    shape = conv._replace(bias=indexed) if op == "dynamic_conv_step" else delta
+    return call_of(op, shape._replace(B=3), dtype, (2, -1, 0) if indexed else None)
