@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -135,11 +135,6 @@ class JetNemotronModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the embedding anew; the layers draw theirs."""
         init_weight_(self.embed_tokens.weight, self.config.initializer_range)
-
-    @property
-    def mixers(self) -> list[TokenMixer]:
-        """The token mixer of each layer."""
-        return [cast(TokenMixer, layer.self_attn) for layer in self.layers]
 
     def forward(
         self,

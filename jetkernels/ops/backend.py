@@ -38,7 +38,8 @@ def backend_of(op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket, *a
 
     Raises:
         ValueError: there is no such op.
-        RuntimeError: an argument is wrong (the op's own sentence), or holds no data (a meta or fake tensor).
+        RuntimeError: an argument is wrong (the op's own sentence), or holds no data (a meta or fake tensor);
+            or ``torch.jit`` is tracing.
 
     Example:
         >>> x, kernels = torch.randn(1, 5, 8), torch.randn(1, 5, 8, 4)

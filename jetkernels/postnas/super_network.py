@@ -145,7 +145,7 @@ class SuperNetwork(nn.Module):
         if kind == "jet":
             block = self.jet[i]
             return block if isinstance(block, TokenMixer) else BlockMixer(block)
-        attention = cast(Attention, self.base.model.mixers[i])
+        attention = cast(Attention, self.base.model.layers[i].self_attn)
         if kind == "swa":
             # Shares every tensor, and differs in the window only.
             windowed = SlidingWindowAttention.__new__(SlidingWindowAttention)

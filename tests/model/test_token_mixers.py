@@ -114,7 +114,9 @@ def test_a_model_with_other_mixers_shares_the_rest(model):
     ids, mixers = tokens(1, 5), [DecayedSum(model.config) for _ in model.config.layer_types]
     before = model(ids).logits
     other = model.with_mixers(model.config, mixers)
-    assert other.model.mixers == mixers and other.model.layers[0].mlp is model.model.layers[0].mlp
+    assert [layer.self_attn for layer in other.model.layers] == mixers and other.model.layers[
+        0
+    ].mlp is model.model.layers[0].mlp
     assert not torch.equal(other(ids).logits, before) and torch.equal(model(ids).logits, before)
     with pytest.raises(ValueError, match="zip"):
         model.with_mixers(model.config, [])
