@@ -16,6 +16,9 @@ class Ceilings(NamedTuple):
 H200 = Ceilings(bandwidth=4.3e12, tensor=790e12)  # measured once on one H200; a run on a GPU measures its own
 
 
+NORM_TENSORS = {"rms_norm": 2, "add_rms_norm": 4, "gated_rms_norm": 3}  # that are read or written, beside the weight
+
+
 class Work(NamedTuple):
     bytes: float  # every input read once, every output written once
     flop: float  # on tensor cores
@@ -99,3 +102,33 @@ def apply_conv(shape: Shape, B: int, T: int) -> Work:
 def conv_step(shape: Shape, B: int) -> Work:
     state = 2 * HALF * shape.D * (shape.W - 1)
     return conv_token(shape).times(B) + Work(_weight_bytes(shape) + B * state, 0)
+
+
+def norm(op: str, rows: int, columns: int) -> Work:
+    return Work(HALF * columns * (NORM_TENSORS[op] * rows + 1), 0)
+
+
+def swiglu(shape: Shape, rows: int) -> Work:
+    """gate, up, y in 16 bits."""
+    return Work(3 * HALF * rows * shape.F, 0)
+
+
+def delta_gates(shape: Shape, tokens: int) -> Work:
+    """a, b in 16 bits, g, beta in fp32; A_log and dt_bias."""
+    return Work((2 * HALF + 2 * SINGLE) * tokens * shape.H + 2 * SINGLE * shape.H, 0)
+
+
+def jet_block_step(shape: Shape, N: int, itemsize: int) -> Work:
+    """What the projections give and y in 16 bits; the generator's weight, both states and the small parameters."""
+    token = HALF * (2 * shape.H * shape.K + 3 * shape.D + shape.R + 2 * shape.H)
+    states = 2 * (HALF * shape.D * (shape.W - 1) + state_bytes(shape, itemsize))
+    parameters = _weight_bytes(shape) + 2 * SINGLE * shape.H + HALF * shape.V
+    return Work(N * (token + states) + parameters, 2 * N * shape.R * shape.D * shape.W)
+
+
+def attention_step(heads: tuple[int, int, int], N: int, L: int) -> Work:
+    """(H, Hkv, d); L - 1 old keys and values read, one of each written, in 16 bits; q, k, v, o and the fp32 angles."""
+    H, Hkv, d = heads
+    cache = 2 * HALF * Hkv * d * L
+    token = 2 * HALF * (H + Hkv) * d + 2 * SINGLE * d
+    return Work(N * (cache + token), 4.0 * N * H * L * d)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import floors, ops
+from benchmarks import ops
 from benchmarks.floors import Ceilings, Work
 from benchmarks.ops import Case
 from benchmarks.provenance import provenance
@@ -116,33 +116,18 @@ def measure_case(case: Case, device: torch.device, ceilings: Ceilings, empty: fl
     return row | ({"above_empty_us": (timing.median - empty) * 1e6} if timing.median < LAUNCH_MATTERS else {})
 
 
-def model_work(model, batch: int, past: int) -> Work:
-    """One decode step: weights and keys and values read once, states read and written once."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    cache = 0
-    for kind in model.config.layer_types:
-        if kind == "jet":
-            jet = model.config.jet
-            cache += 2 * floors.SINGLE * jet.num_heads * jet.head_dim * int(jet.head_dim * jet.expand_v)
-        elif kind in ("attn", "swa"):
-            seen = min(past, model.config.window_size) if kind == "swa" else past
-            cache += 2 * floors.HALF * model.config.num_key_value_heads * model.config.head_dim * seen
-        else:
-            raise ValueError(f"no floor is known for a layer of kind {kind!r}")
-    return Work(weights + batch * cache, 2 * batch * sum(p.numel() for p in model.parameters()))
-
-
 def measure_model(model, batch: int, ceilings: Ceilings, bar) -> list[dict[str, object]]:
     """Rows of prefill and decode, by the host's clock around the whole model, as `jetkernels throughput` measures."""
+    from benchmarks.model import step_work
     from jetkernels.model.speed import measure_speed
 
     speed = measure_speed(model, batch, PROMPT, NEW_TOKENS, repeats=3, on_call=bar.update)
     prefill, decode = speed.prefill_seconds, speed.decode_seconds
     step = decode / NEW_TOKENS
-    step_work = model_work(model, batch, PROMPT)
-    prefill_work = Work(step_work.bytes, 2 * batch * PROMPT * sum(p.numel() for p in model.parameters()))
+    work = step_work(model, batch, PROMPT)
+    prefill_work = Work(work.bytes, 2 * batch * PROMPT * sum(p.numel() for p in model.parameters()))
     common = {"method": "clock", "n": speed.runs, "served_by": "the model"}
-    timed = (("model prefill", prefill, batch * PROMPT, prefill_work), ("model decode step", step, batch, step_work))
+    timed = (("model prefill", prefill, batch * PROMPT, prefill_work), ("model decode step", step, batch, work))
     return [
         {
             "op": op,

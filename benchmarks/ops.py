@@ -24,6 +24,10 @@ VERIFY_BATCHES = (1, 16, 128, 512)
 DRAFT_TOKENS = 4
 CONV_LENGTHS = (2048, 8192, 32768)
 STEP_ROWS = (1, 8, 32, 64, 128, 256)
+NORM_TOKENS = (1, 128, 8192)
+POINTWISE_ROWS = (1, 64, 8192)
+ATTENTION_CACHES = ((1, 4096), (1, 65536), (16, 4096), (16, 65536), (128, 4096))
+BLOCK_STEP_ROWS = (1, 16, 128)
 CHUNK_SIZES = ((1, 2048), (1, 8192), (1, 32768), (4, 8192), (8, 4096))
 
 
@@ -123,6 +127,68 @@ def conv_step(shape: Shape, B: int) -> Case:
     return Case("dynamic_conv_step", shape, f"{B}", "bf16", floors.conv_step(shape, B), make)
 
 
+def norm(op: str, shape: Shape, N: int) -> Case:
+    """Of N tokens: of their hidden states [N, 4 R], or of the delta rule's outputs [N, H, V]."""
+    sizes = (N, shape.H, shape.V) if op == "gated_rms_norm" else (N, 4 * shape.R)
+
+    def make(draw: Draw) -> tuple:
+        x, other = (draw.normal(*sizes, dtype=BF16) for _ in range(2))
+        tensors = (x,) if op == "rms_norm" else (x, other)
+        return (*tensors, draw.normal(sizes[-1], dtype=BF16), 1e-6)
+
+    rows = N * shape.H if op == "gated_rms_norm" else N
+    return Case(op, shape, f"{N}", "bf16", floors.norm(op, rows, sizes[-1]), make)
+
+
+def swiglu(shape: Shape, rows: int) -> Case:
+    def make(draw: Draw) -> tuple:
+        return draw.normal(rows, 2 * shape.F, dtype=BF16).chunk(2, -1)  # halves of one projection
+
+    return Case("swiglu", shape, f"{rows}", "bf16", floors.swiglu(shape, rows), make)
+
+
+def delta_gates(shape: Shape, tokens: int) -> Case:
+    def make(draw: Draw) -> tuple:
+        a, b = draw.normal(tokens, 2 * shape.H, dtype=BF16).chunk(2, -1)
+        return (a, b, draw.normal(shape.H), draw.normal(shape.H))
+
+    return Case("delta_gates", shape, f"{tokens}", "bf16", floors.delta_gates(shape, tokens), make)
+
+
+def attention_step(shape: Shape, N: int, L: int) -> Case:
+    """Of N sequences whose caches of L slots are full but for the new token's."""
+    assert shape.A is not None
+    H, Hkv, d = shape.A
+
+    def make(draw: Draw) -> tuple:
+        q, k, v = (draw.normal(N, n, d, dtype=BF16) for n in (H, Hkv, Hkv))
+        angles = draw.normal(N, d // 2).repeat(1, 2)
+        key, value = (draw.normal(N, Hkv, L, d, dtype=BF16) for _ in range(2))
+        lengths = torch.full((N,), L - 1, device=draw.device)
+        return q, k, v, angles.cos(), angles.sin(), key, value, lengths, d**-0.5
+
+    return Case("attention_step", shape, f"{N} x {L}", "bf16", floors.attention_step(shape.A, N, L), make)
+
+
+def jet_block_step(shape: Shape, N: int, pool: torch.dtype = FP32) -> Case:
+    """Of views of one fused projection, as the layer calls it; states in random order."""
+    H, K, V, D, R = shape.H, shape.K, shape.V, shape.D, shape.R
+
+    def make(draw: Draw) -> tuple:
+        sizes = (H * K, H * K, D, D, R, H, H)  # as JetBlock.projections orders them
+        q, k, v, gate, hidden, a, b = draw.normal(N, sum(sizes), dtype=BF16).split(sizes, -1)
+        q, k, gate = (t.unflatten(-1, (H, -1)) for t in (q, k, gate))
+        _, _, weight, bias = conv_inputs(shape, 1, 1, BF16, draw)
+        per_head, norm_weight = (draw.normal(H), draw.normal(H)), draw.normal(V, dtype=BF16)
+        conv_state = draw.normal(N, D, shape.W - 1, dtype=BF16)
+        state, rows = _pool(shape, N, pool, draw)
+        tokens = (q, k, v, hidden, a, b, gate)
+        return (*tokens, weight, bias, *per_head, norm_weight, conv_state, state, rows, K**-0.5, 1e-5)
+
+    work = floors.jet_block_step(shape, N, pool.itemsize)
+    return Case("jet_block_step", shape, f"{N}", f"bf16, {NAMES[pool]} pool", work, make)
+
+
 # Lists of cases
 
 
@@ -134,7 +200,12 @@ def measured(shapes: list[Shape]) -> list[Case]:
     cases += [conv_step(s, B) for s in shapes for B in STEP_ROWS]
     for op in (verify, commit):
         cases += [op(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in VERIFY_BATCHES]
-    return cases + [apply_conv(s, 1, T) for s in shapes for T in CONV_LENGTHS]
+    cases += [apply_conv(s, 1, T) for s in shapes for T in CONV_LENGTHS]
+    cases += [norm(op, s, N) for op in floors.NORM_TENSORS for s in shapes for N in NORM_TOKENS]
+    cases += [swiglu(s, rows) for s in shapes if s.F for rows in POINTWISE_ROWS]
+    cases += [delta_gates(s, tokens) for s in shapes for tokens in POINTWISE_ROWS]
+    cases += [jet_block_step(s, N) for s in shapes if s.H == s.Hk for N in BLOCK_STEP_ROWS]
+    return cases + [attention_step(s, N, L) for s in shapes if s.A for N, L in ATTENTION_CACHES]
 
 
 def small(shape: Shape) -> list[Case]:
@@ -145,7 +216,12 @@ def small(shape: Shape) -> list[Case]:
         chunk(shape, 1, 130),
         conv(shape, 1, 130),
         conv_step(shape, 5),
+        *([attention_step(shape, 3, 70)] if shape.A else []),
+        *([jet_block_step(shape, 3)] if shape.H == shape.Hk else []),
         apply_conv(shape, 2, 67),
+        *(norm(op, shape, 67) for op in floors.NORM_TENSORS),
+        *([swiglu(shape, 3)] if shape.F else []),
+        delta_gates(shape, 70),
     ]
 
 

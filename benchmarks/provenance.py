@@ -4,44 +4,18 @@ import datetime
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks import ROOT, machine
 
 
-def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def commit() -> str:
-    """The commit of this tree; where the tree came without git, what JETKERNELS_COMMIT says."""
-    if (named := _output("git", "rev-parse", "--short", "HEAD")) is None:
-        return os.environ.get("JETKERNELS_COMMIT", "unknown: no git here, and JETKERNELS_COMMIT is not set")
-    return named + ("+changes" if _output("git", "status", "--porcelain") else "")
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def _gpu(index: int) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(index)
-    driver = _output("nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": properties.name,
-        "driver": driver or "unknown: nvidia-smi did not answer",
+        "driver": machine.gpu_driver(index),
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
@@ -76,7 +50,7 @@ def provenance(command: str, device: torch.device | str = "cpu") -> dict[str, ob
     device = torch.device(device)
     library = ROOT / "jetkernels" / "libjetkernels.so"
     return {
-        **({"device": _cpu()} if device.type == "cpu" else _gpu(device.index or 0)),
+        **({"device": machine.processor_name()} if device.type == "cpu" else _gpu(device.index or 0)),
         "threads": torch.get_num_threads(),
         "waiting": _waiting(),
         "processors": processors(),
@@ -84,7 +58,7 @@ def provenance(command: str, device: torch.device | str = "cpu") -> dict[str, ob
         "python": platform.python_version(),
         "build": _build(),
         "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.exists() else None,
-        "commit": commit(),
+        "commit": machine.commit(),
         "command": " ".join([command, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -5,6 +5,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+SAMPLES = "samples"  # of a row: the timings behind its numbers, for the JSON and not for the screen
+
 
 class Clock:
     """The seconds that are left."""
@@ -48,7 +50,8 @@ def reason(error: BaseException) -> str:
 
 
 def line(row: dict) -> str:
-    return "  ".join(f"{key}={_short(value)}" for key, value in row.items() if value not in (None, ""))
+    shown = {key: value for key, value in row.items() if value not in (None, "") and key != SAMPLES}
+    return "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
 
 
 def _short(value) -> str:

@@ -1,6 +1,7 @@
 """The shapes that are measured, and random inputs of them.
 
-JetBlock of the published 2B and 4B models (arXiv 2508.15884, table 9), and 128/128, the heads of Qwen3-Next.
+JetBlock, MLP and attention of the published 2B and 4B models (arXiv 2508.15884, table 9), and 128/128, the heads of
+Qwen3-Next's linear layers.
 """
 
 from typing import NamedTuple
@@ -18,11 +19,13 @@ class Shape(NamedTuple):
     D: int  # convolution channels, H * V
     R: int  # generator width
     W: int  # taps
+    F: int = 0  # width of the MLP; 0: no model with these heads has one
+    A: tuple[int, int, int] | None = None  # attention: query heads, key heads, head dimension; None as F
 
 
 SHAPES = (
-    Shape("2b", H=12, Hk=12, K=96, V=256, D=3072, R=384, W=4),
-    Shape("4b", H=16, Hk=16, K=128, V=256, D=4096, R=512, W=4),
+    Shape("2b", H=12, Hk=12, K=96, V=256, D=3072, R=384, W=4, F=8960, A=(12, 2, 128)),
+    Shape("4b", H=16, Hk=16, K=128, V=256, D=4096, R=512, W=4, F=11008, A=(16, 2, 128)),
     Shape("128/128", H=32, Hk=16, K=128, V=128, D=4096, R=512, W=4),
 )
 
@@ -34,7 +37,8 @@ def chosen_shapes(name: str) -> list[Shape]:
 
 def few_heads(shape: Shape) -> Shape:
     """Two value heads of a shape and a narrow generator: the same head sizes, little enough work for a simulator."""
-    return shape._replace(H=2, Hk=2 * shape.Hk // shape.H, D=2 * shape.V, R=shape.R // 4)
+    attention = shape.A and (4, 2, shape.A[2])
+    return shape._replace(H=2, Hk=2 * shape.Hk // shape.H, D=2 * shape.V, R=shape.R // 4, A=attention)
 
 
 class Draw:

@@ -6,12 +6,13 @@ On a CPU: callables side by side, interleaved in one run, so that all see the sa
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
 Function = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -26,12 +27,12 @@ def summary(seconds: Sequence[float], method: str = "clock") -> Timing:
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), method)
 
 
-def side_by_side(functions: dict[str, Function], repeats: int, warmup: int = 2, inner: int = 1) -> dict[str, Timing]:
+def side_by_side(functions: dict[Name, Function], repeats: int, warmup: int = 2, inner: int = 1) -> dict[Name, Timing]:
     """Each function's time over ``repeats`` interleaved rounds of ``inner`` calls, by the host's clock."""
     for _ in range(warmup):
         for function in functions.values():
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             start = time.perf_counter()

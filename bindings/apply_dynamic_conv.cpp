@@ -31,7 +31,7 @@ std::vector<int64_t> check(Checks& checks, const ApplyTensors& t) {
   checks.floating("x", t.x);
   checks.shape("kernels", t.taps, {"B", "T", "D", "W"});
   check_like(checks, "kernels", t.taps, "x", t.x);
-  check_channels(checks, t.x);
+  check_channels(checks, "x", t.x);
   const int64_t W = t.taps.size(3);
   if (!is_number_of_taps(W)) checks.fail("kernels dimension 3 (W) must be in ", kMinTaps, "..", kMaxTaps, ", got ", W);
   checks.bind("W-1", W - 1, "from ", "kernels");

@@ -2,6 +2,7 @@
 // one line that names the op, the argument, the dimension, what it got and what it needs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -91,6 +92,27 @@ class Checks {
     }
   }
 
+  // Checks that `t` is [.., C], of a rank that `allocate` makes.
+  void rows(const char* name, const Tensor& t) const {
+    if (!t.defined()) fail(name, " must be a Tensor, got None");
+    if (t.dim() < 1 || t.dim() > 8)
+      fail(name, " must have 1 to 8 dimensions, got ", t.dim(), " with shape ", shape_text(t));
+  }
+
+  void shape_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
+    if (!t.defined()) fail(name, " must be a Tensor, got None");
+    const auto got = t.sizes(), need = like.sizes();
+    if (got.size() != need.size() || !std::equal(got.begin(), got.end(), need.begin()))
+      fail(name, " must have the shape ", list_text(need), " of ", like_name, ", got ", list_text(got));
+  }
+
+  // Shape, dtype and device.
+  void same(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
+    shape_like(name, t, like_name, like);
+    dtype_like(name, t, like_name, like);
+    device(name, t, like_name, like);
+  }
+
   // Binds a symbol whose size follows from other arguments; `how` and `name` complete "K = 96 (…)".
   void bind(const char* symbol, int64_t size, const char* how, const char* name) {
     bounds_.push_back({symbol, size, how, name});
@@ -120,6 +142,11 @@ class Checks {
     if (scalar_type(t) != like.scalar_type())
       fail(name, " must be ", dtype_name(like.scalar_type()), " like ", like_name, ", got ",
            dtype_name(scalar_type(t)));
+  }
+
+  // For parameters, which may be kept in fp32.
+  void dtype_like_or_fp32(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
+    if (scalar_type(t) != ScalarType::Float) dtype_like(name, t, like_name, like);
   }
 
   void contiguous(const char* name, const Tensor& t) const {

@@ -31,7 +31,7 @@ std::vector<int64_t> check(Checks& checks, const DynamicConvTensors& t) {
   checks.shape("x", t.x, {"B", "T", "D"});
   checks.floating("x", t.x);
   checks.shape("hidden", t.generator.hidden, {"B", "T", "R"});
-  check_generator(checks, t.x, t.generator);
+  check_generator(checks, "x", t.x, t.generator);
   return check_sequences(checks, t.x, t.conv_state, t.cu_seqlens);
 }
 

@@ -33,27 +33,28 @@ inline void check_like(const Checks& checks, const char* name, const Tensor& t, 
   checks.device(name, t, like_name, like);
 }
 
-inline void check_channels(const Checks& checks, const Tensor& x) {
-  if (checks.size("D") < 1) checks.fail("x dimension ", x.dim() - 1, " (D) must be at least 1, got 0");
+inline void check_channels(const Checks& checks, const char* name, const Tensor& x) {
+  if (checks.size("D") < 1) checks.fail(name, " dimension ", x.dim() - 1, " (D) must be at least 1, got 0");
 }
 
 inline bool is_number_of_taps(int64_t W) { return W >= kMinTaps && W <= kMaxTaps; }
 
-// weight [D*W, R], bias [D*W]; hidden's shape has been checked. Binds W.
-inline void check_generator(Checks& checks, const Tensor& x, const GeneratorTensors& g) {
-  check_like(checks, "hidden", g.hidden, "x", x);
+// weight [D*W, R], bias [D*W]; hidden's shape has been checked. x: what is convolved, under the name that the op gives
+// it. Binds W.
+inline void check_generator(Checks& checks, const char* name, const Tensor& x, const GeneratorTensors& g) {
+  check_like(checks, "hidden", g.hidden, name, x);
   checks.shape("weight", g.weight, {"D*W", "R"});
-  check_like(checks, "weight", g.weight, "x", x);
-  check_channels(checks, x);
+  check_like(checks, "weight", g.weight, name, x);
+  check_channels(checks, name, x);
   const int64_t D = checks.size("D"), rows = checks.size("D*W");
   if (rows % D != 0 || !is_number_of_taps(rows / D))
-    checks.fail("weight dimension 0 must be D*W with D = ", D, " (as in x) and W in ", kMinTaps, "..", kMaxTaps,
-                ", got ", rows);
+    checks.fail("weight dimension 0 must be D*W with D = ", D, " (as in ", name, ") and W in ", kMinTaps, "..",
+                kMaxTaps, ", got ", rows);
   checks.bind("W", rows / D, "from ", "weight");
   checks.bind("W-1", rows / D - 1, "from ", "weight");
   if (!g.bias) return;
   checks.shape("bias", *g.bias, {"D*W"});
-  check_like(checks, "bias", *g.bias, "x", x);
+  check_like(checks, "bias", *g.bias, name, x);
 }
 
 // cu_seqlens [N+1] and conv_state, or any tensor of its shape; returns the offsets where the host may read them.
@@ -101,13 +102,6 @@ inline TapGenerator tap_generator(const GeneratorTensors& g) {
           .weight = g.weight.const_data_ptr(),
           .bias = data(g.bias)};
 }
-
-// What a Hopper kernel reads 16 bytes at a time: `t` if it is contiguous and aligned, else a copy.
-inline Tensor aligned(const Tensor& t) {
-  const bool is = t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  return is ? t : torch::stable::clone(dense(t));
-}
-inline OptionalTensor aligned(const OptionalTensor& t) { return t ? OptionalTensor(aligned(*t)) : t; }
 
 // [.., columns] in rows (kernel_takes.h): `t` if it is, else a copy.
 inline Tensor as_rows(const Tensor& t) {

@@ -24,7 +24,7 @@ std::vector<int64_t> check(Checks& checks, const StepTensors& t) {
   checks.shape("x", t.x, {"N", "D"});
   checks.floating("x", t.x);
   checks.shape("hidden", t.generator.hidden, {"N", "R"});
-  check_generator(checks, t.x, t.generator);
+  check_generator(checks, "x", t.x, t.generator);
   checks.shape("conv_state", t.conv_state, {"P", "D", "W-1"});
   check_like(checks, "conv_state", t.conv_state, "x", t.x);
   std::vector<int64_t> rows = checks.state_rows(t.state_indices, "x", t.x);

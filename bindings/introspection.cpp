@@ -7,14 +7,15 @@
 #include "csrc/common/plain_reason.h"
 #include "csrc/cpu/isa.h"
 
-// One JSON object: torch, compiler, cpu_isas, cuda_architectures, and cpu_isa, the one in use.
+// One JSON object: torch, compiler, cpu_isas, cuda_architectures, cpu_isa, the one in use, and whether that uses AMX.
 JET_C_FUNCTION const char* jetkernels_build_info() {
   static const std::string info = [] {
     std::string text = "{";
     text += JET_BUILD_FACTS;
     text += ", \"cpu_isa\": \"";
     text += jet::cpu::isa_name(jet::cpu::active_isa());
-    return text += "\"}";
+    text += "\", \"cpu_amx\": ";
+    return text += jet::cpu::amx_bf16_is_active() ? "true}" : "false}";
   }();
   return info.c_str();
 }

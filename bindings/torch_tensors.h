@@ -18,6 +18,13 @@ using OptionalTensor = std::optional<Tensor>;
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
 
+// What a Hopper kernel reads 16 bytes at a time: `t` if it is contiguous and aligned, else a copy.
+inline Tensor aligned(const Tensor& t) {
+  const bool is = t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return is ? t : torch::stable::clone(dense(t));
+}
+inline OptionalTensor aligned(const OptionalTensor& t) { return t ? OptionalTensor(aligned(*t)) : t; }
+
 inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }

@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 
 from jetkernels._startup import TRACEBACK
 from jetkernels._version import __version__
-from jetkernels.cli.options import UsageError
+from jetkernels.cli.options import UsageError, out_of_memory
 
 COMMANDS = {
     "info": "what was built, and which backend serves which op on this machine",
     "demo": "train a small byte-level hybrid on Python's own source text and complete held-out code",
     "generate": "complete prompts with a checkpoint, or with random weights of a shipped config",
     "search": "turn a trained full-attention model into a Jet hybrid (PostNAS), stage by stage",
-    "throughput": "measure prefill and decode tokens per second and the size of the cache",
+    "throughput": "measure prefill and decode tokens per second and the size of the cache; compare with full attention",
 }
 EPILOG = f"""exit codes: 0 done, 1 failed (a sentence on standard error says why), 2 wrong usage, 130 interrupted;
 {TRACEBACK}=1 in the environment shows where a failure came from"""
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
 def sentence(error: Exception) -> str:
     """What an error says to people, in one line."""
     text = _one_line(str(error))
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+    if out_of_memory(error):
         size = re.search(r"tried to allocate (\d+) bytes", text, re.IGNORECASE) or re.search(
             r"tried to allocate ([\d.]+ \wiB)", text, re.IGNORECASE
         )

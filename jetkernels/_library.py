@@ -41,7 +41,7 @@ _functions.jetkernels_plain_reason_text.argtypes = [ctypes.c_int64]
 
 
 def build_info() -> dict[str, Any]:
-    """The build's ``torch``, ``compiler``, ``cpu_isas`` and ``cuda_architectures``, and ``cpu_isa``, the one in use."""
+    """The build's ``torch``, ``compiler``, ``cpu_isas`` and ``cuda_architectures``; ``cpu_isa``, ``cpu_amx`` in use."""
     return json.loads(_functions.jetkernels_build_info())
 
 

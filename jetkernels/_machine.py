@@ -1,10 +1,13 @@
-"""The machine a program runs on: how its idle threads wait, and how much of the processors it gets.
+"""The machine a program runs on: what it is, how its idle threads wait, and how much of the processors it gets.
 
 Only the standard library, as the first question must be settled before torch is imported.
 """
 
 import hashlib
 import os
+import platform
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +21,7 @@ SPIN = "GOMP_SPINCOUNT"
 # thousand regions. Without any turn even the shortest pause between two regions puts a thread to sleep, which costs a
 # quiet machine more.
 SPINS = "1000"
+ROOT = Path(__file__).parent.parent  # of the repository, where there is one
 PROGRAMS = ("jetkernels", "benchmarks", "tests")  # what `python -m` of ours starts with
 
 
@@ -91,3 +95,36 @@ def processors(seconds: float = 0.25) -> Processors:
 def busy_notice(found: Processors, consequence: str) -> str | None:
     """The sentence for people where other processes take the processors: what was found, and what follows from it."""
     return f"this machine is busy: a program gets {found} ({consequence})" if found.busy else None
+
+
+def answer(*command: str) -> str | None:
+    """What a program prints; None if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str:
+    """The commit of this tree; where the tree came without git, what JETKERNELS_COMMIT says."""
+    # An installed package may lie in the repository of something else.
+    named = answer("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else None
+    if named is None:
+        return os.environ.get("JETKERNELS_COMMIT", "unknown: no git here, and JETKERNELS_COMMIT is not set")
+    return named + ("+changes" if answer("git", "status", "--porcelain") else "")
+
+
+def processor_name() -> str:
+    """The model of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def gpu_driver(index: int) -> str:
+    """The version of the driver of an NVIDIA GPU."""
+    asked = answer("nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader")
+    return asked or "unknown: nvidia-smi did not answer"

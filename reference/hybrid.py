@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.jet_block import jet_block, rms_norm
+from reference.jet_block import jet_block
+from reference.rms_norm import rms_norm
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -64,7 +65,7 @@ def hybrid(
     h = w["model.embed_tokens.weight"][input_ids]
     for i, kind in enumerate(config["layer_types"]):
         layer = under(w, f"model.layers.{i}.")
-        x = rms_norm(h, layer["input_layernorm.weight"], eps)
+        x = rms_norm(h, layer["input_layernorm.weight"], eps, dtype)
         if kind == "jet":
             norm_eps = float(efficient["jet"].get("norm_eps", 1e-5))
             mixed = jet_block(x, under(layer, "self_attn."), norm_eps=norm_eps, dtype=dtype)[0]
@@ -72,6 +73,6 @@ def hybrid(
             window = efficient["swa"]["window_size"] if kind == "swa" else None
             mixed = attention(x, under(layer, "self_attn."), heads, kv_heads, theta, window)
         h = h + mixed
-        h = h + mlp(rms_norm(h, layer["post_attention_layernorm.weight"], eps), under(layer, "mlp."))
-    h = rms_norm(h, w["model.norm.weight"], eps)
+        h = h + mlp(rms_norm(h, layer["post_attention_layernorm.weight"], eps, dtype), under(layer, "mlp."))
+    h = rms_norm(h, w["model.norm.weight"], eps, dtype)
     return h @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).mT

@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reference.delta_gates import delta_gates
 from reference.dynamic_conv import dynamic_conv
+from reference.gated_rms_norm import gated_rms_norm
 from reference.recurrent_gated_delta_rule import gated_delta_rule
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: x / sqrt(mean x^2 + eps) * weight."""
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 def jet_block(
@@ -57,11 +54,11 @@ def jet_block(
     v, conv_state = dynamic_conv(  # v = dynamic_conv(v_proj(x), ..)
         project("v"), hidden, w[generator + "w2.weight"], w[generator + "w2.bias"], conv_state, cu_seqlens, True, dtype
     )
-    beta = torch.sigmoid(project("b"))  # beta = sigmoid(b_proj(x))
-    g = -w["A_log"].exp() * F.softplus(project("a") + w["dt_bias"])  # g = -exp(A_log) softplus(..)
+    # g = -exp(A_log) softplus(a_proj(x) + dt_bias), beta = sigmoid(b_proj(x))
+    g, beta = delta_gates(project("a"), project("b"), w["A_log"], w["dt_bias"], dtype)
     o, recurrent_state = gated_delta_rule(
         q, k, v.unflatten(-1, (H, -1)), g, beta, recurrent_state, cu_seqlens, q.shape[-1] ** -0.5, True, dtype
     )
-    gate = F.silu(project("g")).unflatten(-1, (H, -1))
-    o = rms_norm(o, w["o_norm.weight"], norm_eps) * gate  # o = rmsnorm(o) silu(g_proj(x))
+    gate = project("g").unflatten(-1, (H, -1))
+    o = gated_rms_norm(o, gate, w["o_norm.weight"], norm_eps, dtype)  # o = rmsnorm(o) silu(g_proj(x))
     return o.flatten(-2) @ w["o_proj.weight"].mT, conv_state, recurrent_state  # y = o_proj(o)

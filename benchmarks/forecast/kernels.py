@@ -246,8 +246,9 @@ def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
 def conv_step(build: Build, shape: Shape, rows: int) -> Timed:
     """Of one multiprocessor's CTAs, each a tile of 64 tokens and 16 channels, or 128 and 32 beyond 64 rows."""
     tokens, channels = (64, 16) if rows <= 64 else (128, 32)
+    # The last argument of the template: without silu of hidden, which is jet_block_step's.
     graph, _ = build.find(
-        rf"single_tile_dynamic_conv_kernel.*SingleTileConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}E"
+        rf"single_tile_dynamic_conv_kernel.*SingleTileConfigINS\w+bf16ELi4ELi{channels // 4}ELi{tokens // 64}ELb0E"
     )
     panels, consumers, stages = -(-shape.R // 64), tokens // 64, 6
     ctas = -(-rows // tokens) * shape.D // channels

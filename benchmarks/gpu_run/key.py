@@ -3,11 +3,12 @@
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import measure, ops, peers
 from benchmarks.floors import H200, Ceilings
 from benchmarks.gpu_run.supervisor import Job
-from benchmarks.ops import BF16, FP32, RECURRENT, Case
+from benchmarks.ops import BF16, FP32, Case
 from benchmarks.rows import Rows
 from benchmarks.shapes import SHAPES, Draw
 from benchmarks.timing import device_time, l2_bytes, rotations
@@ -18,13 +19,18 @@ PEER = " / peer"
 CHUNKS = ((1, 8192), (8, 4096), (1, 32768))
 ROWS = (1, 64, 256, 8)
 STEPS = (1, 128)
+ATTENTION = ((1, 65536), (16, 4096), (128, 4096))
 PROFILED_CALLS = 10
-PEERS = {
-    "chunk_gated_delta_rule": "plain PyTorch",
-    RECURRENT: "plain PyTorch",
+PLAIN = "plain PyTorch"
+PEERS = {  # of the others PLAIN
+    "attention_step": "attention of PyTorch, without rotation and writing",
     "dynamic_conv": "cuBLAS product of the generator",
     "dynamic_conv_step": "cuBLAS product of the generator",
 }
+
+
+def peer_of(op: str) -> str:
+    return PEERS.get(op, PLAIN)
 
 
 @cache
@@ -36,6 +42,10 @@ def groups() -> dict[str, list[Case]]:
         found[f"chunk {shape.name}"] = [ops.chunk(shape, B, T) for B, T in CHUNKS]
     for pool in (FP32, BF16):
         found[f"recurrent {ops.NAMES[pool]}"] = [ops.recurrent(shape, n, pool) for shape in (b2, b4) for n in ROWS]
+    found["JetBlock step"] = [ops.jet_block_step(shape, n) for shape in (b2, b4) for n in ops.BLOCK_STEP_ROWS]
+    found["attention step"] = [ops.attention_step(b2, N, L) for N, L in ATTENTION]
+    found["norm of a step"] = [ops.norm("add_rms_norm", b2, n) for n in STEPS]
+    found["swiglu of a step"] = [ops.swiglu(b2, n) for n in ops.POINTWISE_ROWS[:2]]
     found["convolution"] = [ops.conv(shape, 1, 8192) for shape in (b2, b4)]
     found["convolution step"] = [ops.conv_step(shape, n) for shape in (b2, b4) for n in STEPS]
     return found
@@ -57,7 +67,7 @@ def describe() -> list[str]:
     return [
         measure.CEILINGS,
         *(
-            f"{name}: {', '.join(case.name for case in group)}; beside {PEERS[group[0].op]}"
+            f"{name}: {', '.join(case.name for case in group)}; beside {peer_of(group[0].op)}"
             for name, group in groups().items()
         ),
     ]
@@ -138,18 +148,21 @@ def peer_call(case: Case, args: tuple):
     """A call of what stands beside an op, on the same arguments."""
     if case.op in ("dynamic_conv", "dynamic_conv_step"):
         return lambda: peers.generator_gemm(*args[:4])
+    if case.op == "attention_step":
+        q, key, value = args[0][:, :, None], *args[5:7]
+        return lambda: F.scaled_dot_product_attention(q, key, value, enable_gqa=True)
     return lambda: ops.function(case.op, "jet_plain")(*args, ops.PLAIN_ASKED)
 
 
 def peer(case: Case, context) -> dict[str, object]:
-    if case.op in ("chunk_gated_delta_rule", RECURRENT):
+    if peer_of(case.op) == PLAIN:
         from jetkernels import ops as _  # noqa: F401  (registers torch.ops.jet_plain)
     sets = [
         case.make(Draw(context.device, seed=2 + i)) for i in range(rotations(case.work.bytes, l2_bytes(context.device)))
     ]
     timing = device_time([peer_call(case, args) for args in sets], seconds=0.1)
     ours = context.known(case.name).get("us")
-    row = {"peer": PEERS[case.op], **measure.timing_row(timing), "ours_us": ours}
+    row = {"peer": peer_of(case.op), **measure.timing_row(timing), "ours_us": ours}
     return row | ({"times_ours": row["us"] / ours} if ours else {})
 
 

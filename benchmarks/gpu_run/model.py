@@ -1,4 +1,7 @@
-"""The 2B model with random weights, in a process of its own: prefill, decode, decode at key lengths not seen before."""
+"""The 2B model with random weights, in a process of its own: decode, from a CUDA graph and without one, and prefill.
+
+Decode behind preset contexts, the launches of a step, prompts, and decode at key lengths not seen before.
+"""
 
 import statistics
 import time
@@ -12,7 +15,26 @@ from benchmarks.gpu_run.supervisor import Job
 SHAPE = "2b"
 UNSEEN = f"model {SHAPE} key lengths not seen before"
 PAST, STEPS = 1000, 24
-OPS = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "dynamic_conv", "dynamic_conv_step")
+K = 1024
+DECODE = tuple((batch, context) for context in (K, 64 * K) for batch in measure.MODEL_BATCHES)
+REPLAYS, EAGER_STEPS, SAME_STEPS = 32, 8, 4
+ROUNDS = 3
+MOST_KERNELS = 12
+OPS = (
+    "add_rms_norm",
+    "attention_step",
+    "chunk_gated_delta_rule",
+    "delta_gates",
+    "dynamic_conv",
+    "gated_rms_norm",
+    "jet_block_step",
+    "rms_norm",
+    "swiglu",
+)
+
+
+def decodes() -> dict[str, tuple[int, int]]:
+    return {f"model {SHAPE} decode {batch} behind {context}": (batch, context) for batch, context in DECODE}
 
 
 def sizes() -> dict[str, int]:
@@ -21,8 +43,14 @@ def sizes() -> dict[str, int]:
     }
 
 
+def profiled() -> dict[str, tuple[int, int]]:
+    return {name + key.KERNELS: size for name, size in decodes().items() if size[1] == K}
+
+
 def describe() -> list[str]:
     return [
+        f"decode steps of {', '.join(f'{batch} behind {context}' for batch, context in DECODE)} tokens, from a CUDA "
+        "graph and without one, against the floor; the launches of those behind the short context",
         measure.MODEL_RATES,
         f"{STEPS} decode steps from {PAST} tokens on, twice: attention may plan anew for each length of keys, "
         "which repeated runs hide",
@@ -30,7 +58,7 @@ def describe() -> list[str]:
 
 
 def jobs(settings: dict) -> list[Job]:
-    return [Job("model", (*sizes(), UNSEEN))]
+    return [Job("model", (*decodes(), *profiled(), *sizes(), UNSEEN))]
 
 
 def load(context):
@@ -41,6 +69,90 @@ def load(context):
             JetNemotronConfig.from_name(SHAPE), dtype=torch.bfloat16, device=context.device
         ).eval()
     return context.model
+
+
+class Decoding:
+    """Greedy steps of sequences behind a preset context, as `generate` does them: nothing is read on the host."""
+
+    def __init__(self, model, batch: int, past: int, steps: int):
+        self.model, self.past = model, past
+        self.cache = model.new_cache(batch, past + steps)
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=model.device)
+
+    def start(self) -> None:
+        self.cache.preset([self.past] * self.cache.batch_size)
+        self.tokens.zero_()
+
+    def step(self) -> None:
+        self.tokens.copy_(self.model.compute_step(self.tokens, self.cache).argmax(-1))
+
+    def chosen(self, step, count: int) -> torch.Tensor:
+        """The tokens of the first steps [steps, N]."""
+        self.start()
+        found = []
+        for _ in range(count):
+            step()
+            found.append(self.tokens.clone())
+        return torch.stack(found)
+
+    def seconds(self, step, count: int) -> float:
+        """Of a step, one of so many without a wait between them."""
+        from jetkernels.model.speed import synchronize
+
+        synchronize(self.model.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        synchronize(self.model.device)
+        return (time.perf_counter() - start) / count
+
+
+@torch.no_grad()
+def decode(model, batch: int, past: int, ceilings) -> dict[str, object]:
+    """A step from a graph and one without, against what it has to move and multiply."""
+    from benchmarks.model import step_work
+    from jetkernels.model.capture import WARM_UP_CALLS, Repeated
+
+    decoding = Decoding(model, batch, past, WARM_UP_CALLS + SAME_STEPS + ROUNDS * (REPLAYS + EAGER_STEPS))
+    decoding.start()
+    replay = Repeated(decoding.step, model.device, undo=decoding.start)
+    eager = decoding.chosen(decoding.step, SAME_STEPS)
+    same = torch.equal(eager, decoding.chosen(replay, SAME_STEPS))
+    rounds = [(decoding.seconds(replay, REPLAYS), decoding.seconds(decoding.step, EAGER_STEPS)) for _ in range(ROUNDS)]
+    seconds, without = (statistics.median(times) for times in zip(*rounds))
+    return {
+        "us": seconds * 1e6,
+        "eager_us": without * 1e6,
+        "tokens_per_s": batch / seconds,
+        "same_tokens": same,
+        "n": ROUNDS,
+        "method": f"clock, {REPLAYS} steps",
+        **measure.floor_row(seconds, step_work(model, batch, past), ceilings),
+    }
+
+
+@torch.no_grad()
+def launches(model, batch: int, past: int) -> dict[str, object]:
+    """How many kernels a step launches, and the time of those that take the most."""
+    from torch.profiler import ProfilerActivity, profile
+
+    decoding = Decoding(model, batch, past, 1 + key.PROFILED_CALLS)
+    decoding.start()
+    decoding.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(key.PROFILED_CALLS):
+            decoding.step()
+        torch.cuda.synchronize()
+    events = profiler.key_averages()
+    found = sorted(key.per_kernel(events).items(), key=lambda pair: -pair[1])
+    if not found:
+        raise RuntimeError("the profiler saw no kernel on the device")
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {
+        "launches": sum(event.count for event in on_device) / key.PROFILED_CALLS,
+        "kernels": {name: round(us, 1) for name, us in found[:MOST_KERNELS]},
+    }
 
 
 def steps(model, past: int, count: int) -> list[float]:
@@ -79,9 +191,13 @@ def work(name: str, context) -> dict[str, object]:
     model = load(context)
     if name == UNSEEN:
         return unseen(model, PAST, STEPS)
+    if name in profiled():
+        return launches(model, *profiled()[name])
+    ceilings, _, _ = key.ceilings(context)
+    if name in decodes():
+        return decode(model, *decodes()[name], ceilings)
     from tqdm import tqdm
 
-    ceilings, _, _ = key.ceilings(context)
-    prefill, decode = measure.measure_model(model, sizes()[name], ceilings, tqdm(disable=True))
+    prefill, decoded = measure.measure_model(model, sizes()[name], ceilings, tqdm(disable=True))
     told = {f"prefill_{name}": prefill[name] for name in ("us", "tokens_per_s", "floor_us", "reached_percent")}
-    return {**told, **{name: value for name, value in decode.items() if name != "op"}}
+    return {**told, **{name: value for name, value in decoded.items() if name != "op"}}

@@ -19,6 +19,16 @@ MARKER = "gpu"  # of pyproject.toml
 TESTS = ROOT / "tests"
 SHARES = 3  # of a file of tests of kernels
 OP_OF_TEST = {  # the first that is in a test's name
+    "jet_block_step": "jet_block_step",
+    "attention_step": "attention_step",
+    "gated_rms_norm": "gated_rms_norm",
+    "add_rms_norm": "add_rms_norm",
+    "norm_kernels": "rms_norm",
+    "rms_norm": "rms_norm",
+    "delta_gates": "delta_gates",
+    "swiglu": "swiglu",
+    "gated_delta_rule_verify": "recurrent_gated_delta_rule_verify",
+    "gated_delta_rule_commit": "recurrent_gated_delta_rule_commit",
     "draft": "recurrent_gated_delta_rule_verify",
     "accepted": "recurrent_gated_delta_rule_commit",
     "test_recurrent_kernels": "recurrent_gated_delta_rule",
@@ -34,13 +44,14 @@ OP_OF_TEST = {  # the first that is in a test's name
 
 def files() -> list[Path]:
     """Those with tests of kernels first, which are the longest."""
-    found = [path for path in sorted(TESTS.glob("*/test_*.py")) if "support.device_backends" in path.read_text()]
+    marks = ("support.device_backends", f"pytest.mark.{MARKER}\n")
+    found = [path for path in sorted(TESTS.glob("*/test_*.py")) if any(mark in path.read_text() for mark in marks)]
     return sorted(found, key=lambda path: "kernel" not in path.name)
 
 
 def describe() -> list[str]:
     names = ", ".join(path.name for path in files())
-    what = "every test of a kernel that also runs on the simulator, on the GPU"
+    what = "every test of a kernel that also runs on the simulator, and of the model, on the GPU"
     return [f"pytest of the tests marked {MARKER} in {names}: {what}"]
 
 

@@ -37,7 +37,7 @@ PARTS = (
     ),
     Part("sizes", f"{HERE}.sizes", "rest", share=60, ahead=1, start=30, quiet=True),
     Part("peers", f"{HERE}.versus", "rest", share=80, ahead=1, start=30, silence=40, quiet=True),
-    Part("model", f"{HERE}.model", "rest", share=40, most=60, silence=40, culprits=1, quiet=True),
+    Part("model", f"{HERE}.model", "rest", share=60, most=75, silence=40, culprits=1, quiet=True),
     Part("simulator", f"{HERE}.simulator", "rest", share=20, most=30, culprits=2),
     Part("sanitizer", f"{HERE}.sanitizer", "rest", share=45, most=90, workers=3, silence=90, culprits=1),
 )

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, ops
+from benchmarks import ROOT, machine, ops
 from benchmarks.counters import hoppersim
 from benchmarks.gpu_run.supervisor import Job
-from benchmarks.provenance import commit
 from benchmarks.shapes import SHAPES, Draw, chosen_shapes, few_heads
 
 # Approximate instructions and the order of sums inside a tensor core differ; a 16-bit output may be rounded the other
@@ -102,7 +101,9 @@ def prepare(file: Path, shapes, gemms: bool = True) -> None:
             found = list(simulated_gemms())
         except Exception as error:  # CUTLASS's headers may be missing
             print(f"no GEMMs: {type(error).__name__}: {error}", flush=True)
-    torch.save({"commit": commit(), "entries": entries, "without_kernel": sorted(without), "gemms": found}, file)
+    torch.save(
+        {"commit": machine.commit(), "entries": entries, "without_kernel": sorted(without), "gemms": found}, file
+    )
     print(f"{len(entries)} calls and {len(found)} GEMMs, {file.stat().st_size / 1e6:.1f} MB, written to {file}")
 
 

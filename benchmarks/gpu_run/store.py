@@ -13,6 +13,7 @@ from benchmarks.report import write_text
 BROKEN = "broken.json"
 ALWAYS = ("library", "ceilings")  # cases that each run does again: it may be on another device
 FAULTS = ("hang", "illegal address", "wrong", "broken process")  # what a kernel may do that makes it not worth a time
+BESIDE = " / "  # in the name of what stands beside a case; a slash alone is in the name of a shape
 LOSING = ("hang", "illegal address", "broken process")  # of these, what ends a process
 
 
@@ -103,7 +104,7 @@ def broken_ops(rows: dict[tuple[str, str], dict]) -> list[dict]:
     return [
         {"op": op_of(case), "shape": shape_of(case), "case": case, "status": row["status"], "part": part}
         for (part, case), row in rows.items()
-        if row.get("status") in FAULTS and part != "tests" and "/" not in case
+        if row.get("status") in FAULTS and part != "tests" and BESIDE not in case
     ]
 
 
@@ -130,7 +131,7 @@ def write_broken(output: Path) -> list[dict]:
 def blocked(case: str, output: Path) -> str | None:
     """Why a case is not worth its time: the kernel it needs is broken. None for what is beside it."""
     path = output / BROKEN
-    if "/" in case or not path.exists():
+    if BESIDE in case or not path.exists():
         return None
     facts = json.loads(path.read_text())
     for entry in facts["broken"]:

@@ -65,6 +65,8 @@ TABLES: dict[str, dict[str, str]] = {
     "model": {
         "case": "case",
         "us": "us a step",
+        "eager_us": "us without a graph",
+        "same_tokens": "same tokens",
         "tokens_per_s": "tokens/s",
         "floor_us": "floor us",
         "reached_percent": "% of floor",
@@ -73,6 +75,8 @@ TABLES: dict[str, dict[str, str]] = {
         "slowest_us": "slowest us",
         "again_us": "us again",
         "times_again": "first / again",
+        "launches": "launches",
+        "kernels": "us of each kernel",
         "n": "n",
         "method": "method",
         "earlier": "earlier run",

@@ -20,6 +20,19 @@ struct TokenTensor {
   TokenStrides strides;
 };
 
+// A tensor [.., C] as rows of C elements. It is often a slice of one projection's output, so rows may lie at any
+// stride.
+struct StridedRows {
+  const void* data;
+  int64_t row, column;  // strides in elements
+};
+
+// Parameters that a few heads or columns share: contiguous numbers in the dtype of the tokens, or wider.
+struct NumberVector {
+  const void* data;
+  Dtype dtype;
+};
+
 // Integers that the caller passes: cu_seqlens, state_indices, num_accepted. On a CPU they are int64 and have been
 // checked. On a device nobody has looked at them.
 struct IndexVector {

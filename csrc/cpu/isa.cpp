@@ -4,6 +4,11 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace jet::cpu {
 
 namespace {
@@ -29,7 +34,31 @@ Isa choose_isa() {
   return best;
 }
 
+bool may_use_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  if (best_isa() != Isa::avx512 || std::getenv("JETKERNELS_CPU_ISA") != nullptr) return false;
+  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool amx_bf16_is_active() {
+  static const bool active = may_use_amx_bf16();
+  return active;
+}
+
+bool amx_int8_is_active() {
+#if defined(__x86_64__)
+  return amx_bf16_is_active() && __builtin_cpu_supports("amx-int8");
+#else
+  return false;
+#endif
+}
 
 Isa active_isa() {
   static const Isa isa = choose_isa();

@@ -21,6 +21,11 @@ enum class Isa { generic, avx2, avx512 };
 Isa active_isa();
 const char* isa_name(Isa isa);
 
+// Whether the avx512 variants may use AMX (csrc/cpu/amx.h): the CPU has its bf16 products, the kernel lets this process
+// use the tile registers, and JETKERNELS_CPU_ISA is not set.
+bool amx_bf16_is_active();
+bool amx_int8_is_active();  // and its int8 products
+
 inline Isa active_isa(Dtype dtype) {
   return dtype == Dtype::f64 && active_isa() == Isa::avx512 ? Isa::avx2 : active_isa();
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #define JET_INLINE inline __attribute__((always_inline))
+#define JET_INLINE_LAMBDA __attribute__((always_inline))  // behind its parameters
 
 namespace jet::cpu::JET_CPU_ISA {
 

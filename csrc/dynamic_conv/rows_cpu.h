@@ -1,24 +1,13 @@
-// Where the inputs of each token are, and SiLU: what the forward and backward loops share.
+// Where the inputs of each token are: what the forward and backward loops share.
 #pragma once
 
+#include "csrc/cpu/activations.h"
 #include "csrc/cpu/elements.h"
 #include "csrc/cpu/tasks.h"
 #include "csrc/cpu/tensor_access.h"
 #include "csrc/dynamic_conv/inputs.h"
 
 namespace jet::cpu::JET_CPU_ISA {
-
-template <class V>
-JET_INLINE V silu(V z) {
-  return z / (exponential(-z) + 1);
-}
-
-// d silu(z) / dz
-template <class V>
-JET_INLINE V silu_slope(V z) {
-  const V s = 1 / (exponential(-z) + 1);
-  return s * (1 + z * (1 - s));
-}
 
 struct Row {  // of token b * T + t
   int64_t sequence;

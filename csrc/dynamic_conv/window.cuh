@@ -3,8 +3,9 @@
 #pragma once
 
 #include "csrc/dynamic_conv/inputs.h"
-#include "csrc/hopper/convert.h"
 #include "csrc/hopper/error.h"
+#include "csrc/hopper/packed_elements.h"
+#include "csrc/hopper/sigmoid.h"
 
 namespace jet::hopper {
 
@@ -57,47 +58,6 @@ __device__ TokenPlace place_of_token(const ConvSequences& s, int64_t m) {
           .position = static_cast<int8_t>(position < W - 1 ? position : W - 1),
           .last = m + 1 == sequence_bound(s, n + 1),
           .outside = none};
-}
-
-// n elements in registers, loaded and stored 16 bytes at a time where n is a multiple of 8, else 8 bytes. Indices are
-// constants after unrolling.
-template <int n>
-struct Elements {
-  uint32_t words[n / 2];
-  __device__ uint32_t operator[](int i) const { return i % 2 == 0 ? words[i / 2] & 0xffff : words[i / 2] >> 16; }
-};
-
-template <int n>
-__device__ Elements<n> load_elements(const void* from) {
-  Elements<n> x;
-  if constexpr (n % 8 == 0) {
-#pragma unroll
-    for (int i = 0; i < n / 8; ++i) {
-      const uint4 eight = static_cast<const uint4*>(from)[i];
-      x.words[4 * i] = eight.x, x.words[4 * i + 1] = eight.y, x.words[4 * i + 2] = eight.z,
-                  x.words[4 * i + 3] = eight.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < n / 4; ++i) {
-      const uint2 four = static_cast<const uint2*>(from)[i];
-      x.words[2 * i] = four.x, x.words[2 * i + 1] = four.y;
-    }
-  }
-  return x;
-}
-
-template <int n>
-__device__ void store_elements(void* to, const Elements<n>& x) {
-  if constexpr (n % 8 == 0) {
-#pragma unroll
-    for (int i = 0; i < n / 8; ++i)
-      __stcg(static_cast<uint4*>(to) + i,
-             make_uint4(x.words[4 * i], x.words[4 * i + 1], x.words[4 * i + 2], x.words[4 * i + 3]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < n / 4; ++i) __stcg(static_cast<uint2*>(to) + i, make_uint2(x.words[2 * i], x.words[2 * i + 1]));
-  }
 }
 
 // n elements; element(i) gives number i as the low 16 bits.
@@ -168,16 +128,6 @@ __device__ void copy_states_of_empty_sequences(const ConvSequences& sequences, c
     if (sequence_bound(sequences, n) == sequence_bound(sequences, n + 1)) copy_state<W>(states, n, D);
 }
 
-// 1 / (1 + e^-z) with the hardware's 2^x and 1 / x: relative error about 1e-6 down to z = -87. Below, e^-z or its
-// inverse leaves the range of fp32 and this is 0: so silu(z) is -0, where its true value is above -2e-36, and NaN at
-// z = -inf, as -inf * 0 is.
-__device__ inline float fast_sigmoid(float z) {
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.442695041f));  // log2(e)
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
-  return inverse;
-}
-
 // silu(z) or z of P channels, rounded to Element. Without a branch, so that the approximations overlap with what stands
 // before and behind.
 template <class Element, int P>
@@ -192,16 +142,6 @@ __device__ Elements<P> activate(const float (&z)[P], bool silu) {
 #pragma unroll
   for (int j = 0; j < P / 2; ++j) packed.words[j] = pack<Element>(y[2 * j], y[2 * j + 1]);
   return packed;
-}
-
-// n elements as fp32.
-template <class Element, int n>
-__device__ void unpack_elements(float (&x)[n], const Elements<n>& from) {
-#pragma unroll
-  for (int j = 0; j < n / 2; ++j) {
-    const float2 pair = unpack<Element>(from.words[j]);
-    x[2 * j] = pair.x, x[2 * j + 1] = pair.y;
-  }
 }
 
 // ---- Host

@@ -5,6 +5,7 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
 
 #include "csrc/hopper/convert.h"
 #include "csrc/hopper/layout.h"
@@ -35,10 +36,12 @@ __device__ inline void stmatrix_x4_trans(char* row, const uint32_t (&x)[4]) {
   cute::SM90_U16x8_STSM_T::copy(x[0], x[1], x[2], x[3], *reinterpret_cast<cute::uint128_t*>(row));
 }
 
-// Two mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32: D [16, 16] += A [16, 16] B [16, 16]^T. d is laid out as 16
-// columns of a wgmma accumulator.
-__device__ inline void mma_m16n16k16(float (&d)[8], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-  using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;
+// Two mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32, or .bf16.bf16: D [16, 16] += A [16, 16] B [16, 16]^T. d is
+// laid out as 16 columns of a wgmma accumulator.
+template <class Element = f16>
+__device__ void mma_m16n16k16(float (&d)[8], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  using Mma = std::conditional_t<std::is_same_v<Element, f16>, cute::SM80_16x8x16_F32F16F16F32_TN,
+                                 cute::SM80_16x8x16_F32BF16BF16F32_TN>;
 #pragma unroll
   for (int n = 0; n < 2; ++n)
     Mma::fma(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3], a[0], a[1], a[2], a[3], b[2 * n], b[2 * n + 1],

@@ -229,7 +229,7 @@ def run(arguments: argparse.Namespace) -> None:
     longest = max(len(prompt.ids) for prompt in prompts)
     check_memory(arguments, config, min(arguments.batch, len(prompts)), longest + arguments.max_new_tokens)
     start = time.perf_counter()
-    model = load_model(arguments, config)
+    model = load_model(arguments, config, max((prompt.ids for prompt in prompts), key=len))
     print(f"model ready in {time.perf_counter() - start:.1f} s on {model.device}, {model.dtype}", file=sys.stderr)
     stream = len(prompts) == 1 and not arguments.json
     output = Output(tokenizer, set(config.stop_token_ids), stream, arguments.json)

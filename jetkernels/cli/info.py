@@ -41,11 +41,58 @@ def _example(op: str, device: torch.device) -> list[Any]:
         "weight": bf16(_D * _W, _R),
         "kernels": bf16(_B, _T, _D, _W),
         "conv_state": bf16(_B, _D, _W - 1),
+        "cos": fp32(_B, _K),
+        "sin": fp32(_B, _K),
+        "key": bf16(_B, _H, _T, _K),
+        "value": bf16(_B, _H, _T, _K),
+        "lengths": torch.zeros(_B, dtype=torch.int64, device=device),
+        "gate": bf16(*tokens, _D),
+        "up": bf16(*tokens, _D),
+        "a": bf16(*tokens, _H),
+        "b": bf16(*tokens, _H),
+        "A_log": fp32(_H),
+        "dt_bias": fp32(_H),
         "scale": 1.0,
         "l2norm_qk": True,
         "silu": True,
+        "residual": bf16(_B, _T, _D),
+        "eps": 1e-6,
     }
+    if op == "attention_step":
+        made |= dict.fromkeys("qkv", bf16(_B, _H, _K))
+    if op.endswith("rms_norm"):
+        made["weight"] = bf16(_D)
+    if op == "linear":
+        made["weight"] = bf16(_D, _D)
+    if op in ("linear_int8", "linear_int4"):
+        weight = bf16(_D, _D).to(torch.int8) if op == "linear_int8" else bf16(_D, _D // 2).to(torch.uint8)
+        made |= {"weight": weight, "scale": fp32(_D, 1)}
+    if op == "jet_block_step":
+        made |= {
+            "q": bf16(_B, _H, _K),
+            "k": bf16(_B, _H, _K),
+            "v": bf16(_B, _D),
+            "hidden": bf16(_B, _R),
+            "a": bf16(_B, _H),
+            "b": bf16(_B, _H),
+            "gate": bf16(_B, _H, _V),
+            "A_log": fp32(_H),
+            "dt_bias": fp32(_H),
+            "norm_weight": bf16(_V),
+            "eps": 1e-5,
+        }
+    made |= _linear_example(op, device)
     return [made.get(a.name) for a in getattr(torch.ops.jet, op).default._schema.arguments]
+
+
+def _linear_example(op: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """The weight and scale of ``op`` if it is one of the linears, for x [.., _D]."""
+    weights = {
+        "linear": torch.zeros(_D, _D, dtype=torch.bfloat16, device=device),
+        "linear_int8": torch.zeros(_D, _D, dtype=torch.int8, device=device),
+        "linear_int4": torch.zeros(_D, _D // 2, dtype=torch.uint8, device=device),
+    }
+    return {"weight": weights[op], "scale": torch.ones(_D, 1, device=device)} if op in weights else {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,12 @@ import torch
 LARGEST = 2**31 - 1
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text
+
+
 class UsageError(ValueError):
     """Options that are right one by one and wrong together."""
 
@@ -88,6 +94,20 @@ def integers(least: int = 0, most: int = LARGEST) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """Numbers of tokens, separated by commas, 4K for 4096; in rising order, each once."""
+    counts = set()
+    try:
+        for part in text.upper().split(","):
+            number = part.strip().removesuffix("K")
+            counts.add(int(number) * (1024 if part.strip() != number else 1))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers of tokens, such as 512,4K, got {_short(text)}") from None
+    if min(counts) < 1 or max(counts) > 2**28:
+        raise argparse.ArgumentTypeError(f"must be numbers of tokens from 1 to {2**28}, got {_short(text)}")
+    return tuple(sorted(counts))
 
 
 def default_device() -> str:

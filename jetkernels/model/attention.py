@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.types import Device
 
 from jetkernels.modules.initialization import init_weight_
+from jetkernels.modules.projections import FusedProjections, apply, project
 from jetkernels.modules.repeatable import in_backward
+from jetkernels.ops import attention_step_
 
 from .attention_cache import AttentionCache
 from .layout import TokenLayout
@@ -19,8 +22,13 @@ from .token_mixer import Rotary, TokenMixer
 if TYPE_CHECKING:
     from .config import JetNemotronConfig
 
-# Queries per block where a mask is needed: bounds the mask to [QUERY_BLOCK, keys].
-QUERY_BLOCK = 512
+# Queries of a block that looks at a window: [BLOCK, BLOCK + window] scores. torch's CPU kernel takes 256 queries at
+# once, and shorter blocks read the window's keys more often.
+BLOCK = 256
+# Tokens that are rotated at once: on a CPU their fp32 values stay in its cache.
+ROTATED_TOKENS = 256
+# None of them plans anew for each length, as cuDNN's does.
+CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -32,19 +40,36 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [..., T, heads, head_dim]: pairs (i, i + head_dim/2), computed in fp32."""
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    """Rotary embedding of x [..., T, heads, head_dim]: pairs (i, i + head_dim/2), computed in fp32, rounded once."""
+    if torch.compiler.is_compiling() or _needs_gradient(x):
+        first, second = x.chunk(2, -1)
+        return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    rotated, half = torch.empty_like(x), x.shape[-1] // 2
+    size = ROTATED_TOKENS if x.device.type == "cpu" else max(1, x.shape[-3])
+    for part, c, s, out in zip(*(t.split(size, -3) for t in (x, cos, sin, rotated)), strict=True):
+        wide = part.to(torch.promote_types(x.dtype, cos.dtype))
+        turned = wide * c
+        turned[..., :half].addcmul_(wide[..., half:], s[..., :half], value=-1)
+        turned[..., half:].addcmul_(wide[..., :half], s[..., half:])
+        out.copy_(turned)
+    return rotated
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with q [N, H, T, d], k and v [N, Hkv, L, d]; head h reads head h // (H / Hkv)."""
     groups = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1 and groups > 1 and (mask is None or mask.shape[1] == 1):
-        # One query: the heads of a group stand in for queries, and no key is read twice.
-        grouped = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast a cache is wider
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1)
+    if groups > 1 and q.dtype not in (torch.float16, torch.bfloat16):
+        # The flash kernel alone shares a key head, and it has no fp32.
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    with sdpa_kernel(CUDA_BACKENDS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1)
 
 
 def not_finite(k: Tensor, v: Tensor) -> Tensor:
@@ -67,60 +92,80 @@ def marked(o: Tensor, bad: Tensor, window: int | None = None) -> Tensor:
     return o + torch.where(seen, torch.nan, 0.0).to(o.dtype)[:, None, :, None]
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None = None, first: Tensor | None = None
-) -> Tensor:
-    """`finite_attention` of keys that end with the queries, L = start + T, and may hold anything, like the values.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """`finite_attention` of keys and values that may hold anything.
 
     A token that is not finite makes NaN of the queries that see it and changes no other.
     """
-    if q.shape[2] == 1:
-        return finite_attention(q, k, v, start, window, first)
     bad = not_finite(k, v)
-    return marked(finite_attention(q, cleared(k, bad), cleared(v, bad), start, window, first), bad, window)
+    return marked(finite_attention(q, cleared(k, bad), cleared(v, bad), window), bad, window)
 
 
-def finite_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, window: int | None = None, first: Tensor | None = None
-) -> Tensor:
-    """Attention in which each query sees some of the keys before it.
+def finite_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Attention of the last T tokens of L to those before them, and to themselves.
 
-    Query t of sequence n, at index i = start + t of the key axis, sees keys j with j <= i, i - j < window and
-    j >= first[n]. A key or value that some query does not see must be finite: that query's weight is zero, but 0 * NaN
-    is NaN.
+    Query t, at index i = L - T + t of the key axis, sees keys j with j <= i and i - j < window. A key or value that
+    some query does not see must be finite: that query's weight is zero, but 0 * NaN is NaN.
 
     Args:
         q: [N, H, T, d].
         k: [N, Hkv, L, d].
         v: [N, Hkv, L, d].
-        start: one for all sequences, or [N], then without a window.
         window: tokens; None for no limit.
-        first: [N]; None for 0.
     """
     T, L = q.shape[2], k.shape[2]
-    whole = isinstance(start, int) and first is None
-    if whole and start == 0 and T == L and (window is None or T <= window):
+    if window is None or L <= window:
+        return _attend_to_all(q, k, v)
+    # Queries that see all before them, then blocks of equal size, then what is left.
+    sizes = [min(T, max(0, window - (L - T)))]
+    sizes += [(T - sizes[0]) // BLOCK * BLOCK, (T - sizes[0]) % BLOCK]
+    parts, end = [], L - T
+    for size, attention in zip(sizes, (_attend_to_all, _attend_in_blocks, _attend_in_blocks)):
+        if size:
+            start, end = max(0, end - window), end + size
+            queries = q[:, :, end - size - (L - T) : end - (L - T)]
+            parts.append(attention(queries, k[:, :, start:end], v[:, :, start:end]))
+    return parts[0] if len(parts) == 1 else torch.cat([o.transpose(1, 2) for o in parts], 1).transpose(1, 2)
+
+
+def _attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`finite_attention` without a window and, but for gradients through a past, without a mask."""
+    T, L = q.shape[2], k.shape[2]
+    past = L - T
+    if past == 0:
         return attend(q, k, v, is_causal=True)
-    blocks = []
-    for a in range(0, T, QUERY_BLOCK):
-        b = min(a + QUERY_BLOCK, T)
-        lo, hi = 0, L
-        if isinstance(start, int):
-            hi = start + b
-            lo = 0 if window is None else max(0, start + a - window + 1)
-        i = torch.arange(a, b, device=q.device)[:, None] + (start if isinstance(start, int) else start[:, None, None])
-        j = torch.arange(lo, hi, device=q.device)
-        mask = j <= i
-        if window is not None:
-            mask = mask & (i - j < window)
-        if first is not None:
-            mask = mask & (j >= first[:, None, None])
-        mask = mask[:, None] if mask.dim() == 3 else mask
-        blocks.append(attend(q[:, :, a:b], k[:, :, lo:hi], v[:, :, lo:hi], mask))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+    if T == 1:
+        return attend(q, k, v)
+    if q.device.type != "cpu" or _needs_gradient(q, k, v):
+        from torch.nn.attention.bias import causal_lower_right  # imports torch.compile: seconds
+
+        return attend(q, k, v, causal_lower_right(T, L))
+    # Attention to both is the mean of those to the past and to the rest, weighted by their sums of exponentials.
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    before, log_sum_before = flash(q, k[:, :, :past], v[:, :, :past])
+    among, log_sum_among = flash(q, k[:, :, past:], v[:, :, past:], is_causal=True)
+    weight = (log_sum_among - log_sum_before).sigmoid()[..., None]
+    return torch.lerp(before.to(weight.dtype), among.to(weight.dtype), weight).to(q.dtype)
 
 
-class Attention(TokenMixer):
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`finite_attention` of L = window + T keys, T in blocks of BLOCK or one of less: one call, one mask for all."""
+    N, H, T, d = q.shape
+    Hkv, window = k.shape[1], k.shape[2] - T
+    size = min(T, BLOCK)
+    # The heads of a group stand in for queries: [N, Hkv, group, blocks, size, d] -> [N * blocks, Hkv, group * size, d]
+    grouped = q.reshape(N, Hkv, H // Hkv, T // size, size, d).permute(0, 3, 1, 2, 4, 5)
+    # [N, Hkv, blocks, d, size + window] -> [N * blocks, Hkv, size + window, d], no copy if N = 1
+    k, v = (t.unfold(2, size + window, size).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
+    ahead = torch.arange(size + window, device=q.device) - torch.arange(size, device=q.device)[:, None]
+    mask = ((ahead > 0) & (ahead <= window)).repeat(H // Hkv, 1)
+    o = attend(grouped.flatten(0, 1).flatten(2, 3), k, v, mask)
+    o = o.unflatten(0, (N, -1)).unflatten(3, (H // Hkv, size))
+    return o.permute(0, 1, 4, 2, 3, 5).reshape(N, T, H, d).transpose(1, 2)
+
+
+class Attention(FusedProjections, TokenMixer):
     """Grouped-query attention: q, k and v with bias, o without, rotary positions, scale head_dim^-0.5.
 
     A NaN changes no output that does not see its token.
@@ -143,6 +188,7 @@ class Attention(TokenMixer):
         self.v_proj = nn.Linear(C, Hkv * d, bias=True, device=device, dtype=dtype)
         self.o_proj = nn.Linear(H * d, C, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
+        self.fuse()
 
     @classmethod
     def sizes(cls, config: JetNemotronConfig) -> dict[str, object]:
@@ -181,67 +227,87 @@ class Attention(TokenMixer):
         """See `TokenMixer.forward`; the rotary angles must be given."""
         if rotary is None:
             raise ValueError("Attention: rotary must be the cos and sin of the tokens' angles, got None")
-        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if state is not None and torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or in_backward()):
+        if state is not None and layout.is_dense and layout.max_new == 1:
+            cos, sin = (t.flatten(1).expand(layout.batch_size, -1) for t in rotary)
+            o = self.step(hidden_states[:, 0], state, lengths=layout.past_on_device, rotary=(cos, sin))
+            return o[:, None]
+        q, k, v = self._project(hidden_states)
+        if state is not None:
+            self._refuse_gradients(q, k, v)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if layout.max_new == 0:
+            o = q
+        elif state is None or layout.uniform_past:
+            q, k, v = (layout.pad(t) for t in (q, k, v))
+            o = layout.unpad(self._attend(q, k, v, layout.past, layout.new, state))
+        else:
+            # After unequal pasts each sequence attends by itself, without masks or padding.
+            dim, sizes = (0, [1] * layout.batch_size) if layout.is_dense else (1, layout.new)
+            outputs = []
+            for n, (q_n, k_n, v_n) in enumerate(zip(*(t.split(sizes, dim) for t in (q, k, v)))):
+                past, new = layout.past[n], layout.new[n]
+                outputs.append(self._attend(q_n, k_n, v_n, [past], [new], state.sequence(n)) if new else q_n)
+            o = torch.cat(outputs, dim)
+        return apply(self.o_proj, "o_proj", o.flatten(-2))
+
+    def step(self, x: Tensor, state: AttentionCache, *, lengths: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """See `TokenMixer.step`; of a sequence of negative length nothing is written."""
+        if rotary is None:
+            raise ValueError("Attention: rotary must be the cos and sin of the tokens' angles, got None")
+        q, k, v = self._project(x)
+        self._refuse_gradients(q, k, v)
+        o = attention_step_(q, k, v, *rotary, state.key, state.value, lengths)
+        return apply(self.o_proj, "o_proj", o.flatten(-2))
+
+    def projections(self) -> dict[str, nn.Module]:
+        """q_proj, k_proj and v_proj."""
+        return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x [..., C]: q [..., H, head_dim], k and v [..., Hkv, head_dim]."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(self.projections(), x))
+        return q, k, v
+
+    @staticmethod
+    def _refuse_gradients(*projected: Tensor) -> None:
+        if torch.is_grad_enabled() and (any(t.requires_grad for t in projected) or in_backward()):
             raise RuntimeError(
                 "Attention: a call with a cache computes no gradient; call it under torch.no_grad(), or without a cache"
             )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if layout.max_new == 0:
-            return self.o_proj(q.flatten(-2))
-        if state is None:
-            q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))
-            o = causal_attention(q, k, v, 0, self.window)
-        elif layout.is_dense and layout.max_new == 1:
-            o = self._step(q, k, v, layout, state)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, past: list[int], new: list[int], cache: AttentionCache | None
+    ) -> Tensor:
+        """Rotated q, k, v [N, T, heads, head_dim], padded on the right, after equally many tokens each -> as q."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if cache is None:
+            o = causal_attention(q, k, v, self.window)
         elif self.window is None:
-            o = self._extend(q, k, v, layout, state)
+            o = self._extend(q, k, v, past[0], cache)
         else:
-            o = self._extend_window(q, k, v, layout, self.window, state)
-        return self.o_proj(layout.unpad(o.transpose(1, 2)).flatten(-2))
+            o = self._extend_window(q, k, v, past[0], new, self.window, cache)
+        return o.transpose(1, 2)
 
     @staticmethod
-    def _step(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
-        """One new token per sequence. In a ring its key replaces the one that has just left the window."""
-        cache.write(k, v, layout)
-        used = min(layout.max_total, cache.slots)
-        return attend(q.transpose(1, 2), cache.key[:, :, :used], cache.value[:, :, :used], layout.filled(used))
-
-    @staticmethod
-    def _extend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, cache: AttentionCache) -> Tensor:
-        """New tokens after those in the cache, any number, also unequal."""
+    def _extend(q: Tensor, k: Tensor, v: Tensor, past: int, cache: AttentionCache) -> Tensor:
+        """New tokens after those in the cache."""
         # Every query sees all that was there before: only the new tokens have to be finite, and only for now.
-        bad = not_finite(k.transpose(1, 2), v.transpose(1, 2)) if layout.max_new > 1 else None
-        if bad is None:
-            cache.write(k, v, layout)
-        else:
-            finite_k, finite_v = (cleared(t.transpose(1, 2), bad).transpose(1, 2) for t in (k, v))
-            cache.write(finite_k, finite_v, layout)
-        q = layout.pad(q).transpose(1, 2)
-        # Padded queries stand at positions past the end of their sequence.
-        used = min(layout.max_past + layout.max_new, cache.slots)
-        start = layout.max_past if layout.uniform_past else layout.past_on_device
-        o = finite_attention(q, cache.key[:, :, :used], cache.value[:, :, :used], start)
-        if bad is None:
-            return o
-        cache.write(k, v, layout)
-        return marked(o, layout.pad(bad))
+        bad = not_finite(k, v)
+        key, value = (t[:, :, : past + k.shape[2]] for t in cache)
+        key[:, :, past:], value[:, :, past:] = cleared(k, bad), cleared(v, bad)
+        o = marked(finite_attention(q, key, value), bad)
+        key[:, :, past:], value[:, :, past:] = k, v
+        return o
 
     @staticmethod
     def _extend_window(
-        q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, window: int, cache: AttentionCache
+        q: Tensor, k: Tensor, v: Tensor, past: int, new: list[int], window: int, cache: AttentionCache
     ) -> Tensor:
         """The same over a window: what the ring holds, then the new keys, side by side; then the ring is refilled."""
-        q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))
-        past = min(layout.max_past, cache.slots)
-        first = None
-        if past:
-            old_k, old_v = cache.recent(past, layout)
-            k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-            if not layout.uniform_past:
-                first = (past - layout.past_on_device).clamp(min=0)
-        o = causal_attention(q, k, v, past, window, first)
-        cache.rewrite(k, v, past, layout)
+        old_k, old_v = cache.recent(past)
+        k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+        o = causal_attention(q, k, v, window)
+        cache.rewrite(k, v, past, new)
         return o
 
 

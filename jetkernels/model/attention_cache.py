@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.types import Device
-
-from .layout import TokenLayout
 
 
 class AttentionCache:
@@ -36,51 +35,29 @@ class AttentionCache:
         """Tokens that each sequence has room for."""
         return self.key.shape[2]
 
-    def write(self, key: Tensor, value: Tensor, layout: TokenLayout) -> None:
-        """Stores new keys and values, [N, T, Hkv, d] or packed [1, total, Hkv, d], each in its slot.
+    def sequence(self, n: int) -> AttentionCache:
+        """The memory of sequence n, as a cache of one."""
+        one = copy.copy(self)
+        one.key, one.value = self.key[n : n + 1], self.value[n : n + 1]
+        return one
 
-        No two tokens of one sequence may fall into one slot.
+    def recent(self, past: int) -> tuple[Tensor, Tensor]:
+        """What rings hold after `past` tokens each, oldest first, [N, Hkv, min(past, slots), d]."""
+        if past <= self.slots:
+            return self.key[:, :, :past], self.value[:, :, :past]
+        key, value = (x.roll(-(past % self.slots), 2) for x in self)
+        return key, value
+
+    def rewrite(self, key: Tensor, value: Tensor, past: int, new: list[int]) -> None:
+        """Refills every slot of rings that have seen `past` tokens each from keys and values [N, Hkv, L, d].
+
+        They are what `recent` gave, then the new ones, new[n] of sequence n, padding on the right.
         """
-        for buffer, new in ((self.key, key), (self.value, value)):
-            if layout.is_dense and layout.uniform_past and self._contiguous(layout):
-                start = layout.max_past % self.slots
-                buffer[:, :, start : start + layout.max_new].copy_(new.transpose(1, 2))
-            elif layout.is_dense:
-                rows = torch.arange(layout.batch_size, device=new.device)[:, None]
-                buffer[rows, :, layout.positions % self.slots] = new.to(buffer.dtype)
-            else:
-                buffer[layout.rows, :, layout.positions[0] % self.slots] = new[0].to(buffer.dtype)
-
-    def _contiguous(self, layout: TokenLayout) -> bool:
-        return layout.max_past % self.slots + layout.max_new <= self.slots
-
-    def recent(self, count: int, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """The last `count` keys and values of each ring, oldest first, [N, Hkv, count, d].
-
-        A sequence of fewer than `count` tokens has something meaningless, but finite, in front.
-        """
-        device = self.key.device
-        if layout.uniform_past:
-            positions = torch.arange(layout.max_past - count, layout.max_past, device=device) % self.slots
-            return self.key[:, :, positions], self.value[:, :, positions]
-        positions = (layout.past_on_device[:, None] + torch.arange(-count, 0, device=device)) % self.slots
-        return self._gather(self.key, positions), self._gather(self.value, positions)
-
-    @staticmethod
-    def _gather(x: Tensor, index: Tensor) -> Tensor:
-        """Gathers x [N, Hkv, L, d] at index [N, M] -> [N, Hkv, M, d]."""
-        return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-    def rewrite(self, key: Tensor, value: Tensor, past: int, layout: TokenLayout) -> None:
-        """Refills every slot of the ring from keys and values [N, Hkv, past + T, d].
-
-        Their first `past` are what `recent` gave, the others new, padding on the right. Any number of new tokens.
-        """
+        held = min(past, self.slots)
         slot = torch.arange(self.slots, device=key.device)
-        before = torch.tensor(layout.past, device=key.device)[:, None]
-        total = before + torch.tensor(layout.new, device=key.device)[:, None]
+        total = past + torch.tensor(new, device=key.device)[:, None]
         # The newest position that falls into each slot, then where it is among the given keys.
         newest = total - 1 - (total - 1 - slot) % self.slots
-        index = (newest - before + past).clamp(min=0)
-        self.key.copy_(self._gather(key, index))
-        self.value.copy_(self._gather(value, index))
+        index = (newest - past + held).clamp(min=0)[:, None, :, None].expand_as(self.key)
+        self.key.copy_(key.gather(2, index))
+        self.value.copy_(value.gather(2, index))

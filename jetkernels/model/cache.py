@@ -27,6 +27,17 @@ def _sizes(config: JetNemotronConfig) -> dict[str, object]:
     return sizes
 
 
+PATTERN = 1 << 20  # values drawn by `fill_normal_`: drawing every one of 64 K tokens takes a CPU minutes
+
+
+def fill_normal_(tensor: Tensor, generator: torch.Generator) -> None:
+    """Fills a contiguous tensor with values of the standard normal distribution; every 2^20 values they repeat."""
+    flat = tensor.view(-1)
+    pattern = torch.randn(min(flat.numel(), PATTERN), generator=generator, device=tensor.device).to(tensor.dtype)
+    for part in flat.split(PATTERN):
+        part.copy_(pattern[: part.numel()])
+
+
 class JetNemotronCache:
     """Memory of a batch of sequences: keys and values of the attention layers, states of the JetBlock layers.
 
@@ -138,6 +149,41 @@ class JetNemotronCache:
             self.lengths_device += layout.new[0]
         else:
             self.lengths_device += torch.tensor(layout.new, device=self.lengths_device.device)
+        self._unfinished = False
+
+    def count_step(self) -> None:
+        """Counts one token of each sequence, which the device has counted already."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self._unfinished = False
+
+    @torch.no_grad()
+    def preset(self, lengths: Sequence[int], seed: int = 0) -> None:
+        """Stands as if `lengths[n]` tokens of sequence n had been read, with values that no model computed.
+
+        For measuring a step behind long contexts, whose prefill would take minutes: keys, values and states are drawn
+        from the standard normal distribution, the free slots too. Every page of the memory is written.
+
+        Args:
+            lengths: tokens of each sequence.
+            seed: of the values.
+
+        Raises:
+            ValueError: the lengths are not those of the cache's sequences, or do not fit.
+        """
+        if len(lengths) != self.batch_size:
+            raise ValueError(f"cache: holds {self.batch_size} sequences, got {len(lengths)} lengths")
+        for n, length in enumerate(lengths):
+            if type(length) is not int or not 0 <= length <= self.max_length:
+                raise ValueError(
+                    f"cache: lengths[{n}] must be an integer from 0 to max_length = {self.max_length}, "
+                    f"got {checks.shown(length)}"
+                )
+        generator = torch.Generator(self.lengths_device.device).manual_seed(seed)
+        for tensor in self.tensors():
+            if tensor.is_floating_point():
+                fill_normal_(tensor, generator)
+        self.lengths = list(lengths)
+        self.lengths_device.copy_(torch.tensor(self.lengths))
         self._unfinished = False
 
     def reset(self) -> None:

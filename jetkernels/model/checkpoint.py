@@ -18,6 +18,7 @@ from torch.types import Device
 from jetkernels._optional import optional
 from jetkernels.files import replacing
 from jetkernels.modules import checks
+from jetkernels.modules.quantized import QuantizedLinear
 from jetkernels.reading import OpenFolder, parse_json, reading
 
 from .config import CONFIG_FILE, DTYPES, JetNemotronConfig
@@ -262,6 +263,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: Device = None,
+    quantize: int | None = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> M:
     """A model of class `kind` with the saved weights, each converted to its parameter's dtype (see `chosen_dtype`).
@@ -269,7 +271,8 @@ def load(
     Names and shapes must match exactly, and a head stored beside a tied embedding must equal it; the error lists what
     is missing, unexpected or misshapen. Only then memory is allocated. Weights that are inf or NaN are loaded as they
     are; integers, complex numbers and 8-bit floats are refused, and so are numbers that would become inf. Tensors are
-    read one at a time; `progress` wraps the list of their names, as tqdm does.
+    read one at a time; `progress` wraps the list of their names, as tqdm does. `quantize`, 8 or 4, loads what the
+    model's `quantize_` would make of them; then weights that it quantises must be finite.
     """
     if config.num_hidden_layers > max(len(saved), MANY_LAYERS):
         raise ValueError(
@@ -279,15 +282,32 @@ def load(
     model = kind(config, device="meta", dtype=chosen_dtype(dtype, config))
     tied = config.tie_word_embeddings
     saved.check(model.state_dict(), tied)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if quantize is not None:
+        model.quantize_(quantize)  # type: ignore[operator]  # of JetNemotronForCausalLM
     model = allocate(model, device)
     wanted = model.state_dict()
-    for name in progress([name for name in saved.names() if name in wanted]):
-        wanted[name].copy_(saved.tensor(name, wanted[name].dtype))
+    quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name in progress([name for name in saved.names() if name in dtypes]):
+        stored = saved.tensor(name, dtypes[name])
+        if name in quantized:
+            _quantize_weight(quantized[name], stored, f"checkpoint: {name} in {saved.path}")
+        else:
+            wanted[name].copy_(stored)
     if tied and saved.holds(TIED_HEAD):
         embedding = wanted[EMBEDDING]
         check_tied_head(saved.tensor(TIED_HEAD, embedding.dtype), embedding, f"checkpoint: {saved.path}")
+    if tied and TIED_HEAD in quantized:
+        _quantize_weight(quantized[TIED_HEAD], wanted[EMBEDDING], f"checkpoint: {EMBEDDING} in {saved.path}")
     model.companions = saved.companions  # type: ignore[assignment]  # no parameter and no module, for once
     return model
+
+
+def _quantize_weight(module: QuantizedLinear, weight: Tensor, where: str) -> None:
+    try:
+        module.quantize_weight_(weight)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def load_folder(
@@ -297,6 +317,7 @@ def load_folder(
     *,
     dtype: torch.dtype | str | None = None,
     device: Device = None,
+    quantize: int | None = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> M:
     """The model of class `kind` that a local folder holds; `read` makes a config of the values in its config.json.
@@ -304,7 +325,8 @@ def load_folder(
     See `opened` and `load` for the arguments and for what is raised.
     """
     with opened(folder) as saved:
-        return load(kind, saved.parse(read), saved, dtype=dtype, device=device, progress=progress)
+        config = saved.parse(read)
+        return load(kind, config, saved, dtype=dtype, device=device, quantize=quantize, progress=progress)
 
 
 def read_folder_config(folder: str | Path, read: Callable[[Mapping], JetNemotronConfig]) -> JetNemotronConfig:
@@ -373,6 +395,12 @@ def save(model: torch.nn.Module, folder: str | Path, max_shard_bytes: int = MAX_
 
 def _state(model: torch.nn.Module, config: JetNemotronConfig) -> dict[str, Tensor]:
     """The tensors of a model. Raises ValueError unless they are those that a model of this config would load."""
+    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if quantized:
+        raise ValueError(
+            f"save: {_some(quantized)} are quantised, and a checkpoint holds floating weights: save the model before "
+            "quantize_, and load it with quantize=8 or 4; or torch.save(model, file)"
+        )
     state = model.state_dict()
     tied = config.tie_word_embeddings
     wanted = type(model)(config, device="meta").state_dict()
@@ -404,13 +432,16 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as a file wants them: on the CPU, contiguous, each in memory of its own."""
-    places, apart = set(), {}
+    """The tensors as a file wants them: on the CPU, contiguous, no byte of memory in two of them."""
+    taken: dict[int, list[tuple[int, int]]] = {}  # storage -> the bytes of it that are in some tensor
+    apart = {}
     for name, tensor in tensors.items():
         tensor = tensor.cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if place in places else tensor
-        places.add(place)
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        others = taken.setdefault(tensor.untyped_storage().data_ptr(), [])
+        overlaps = any(begin < other_end and other_begin < end for other_begin, other_end in others)
+        apart[name] = tensor.clone() if overlaps else tensor
+        others.append((begin, end))
     return apart
 
 

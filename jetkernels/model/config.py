@@ -285,7 +285,11 @@ class JetNemotronConfig:
 
     @classmethod
     def from_name(cls, name: str) -> JetNemotronConfig:
-        """One of the configurations that ship with the package: "2b" or "4b"."""
+        """One of the configurations that ship with the package.
+
+        "2b" and "4b" are the published models; "full-attention" has Qwen3-1.7B's shape, attn layers only, and is what
+        they are compared with: q, k and v have biases and q and k no norms, as in every attention layer here.
+        """
         folder = resources.files(__package__) / "configs"
         file = folder / f"{name}.json"
         if not file.is_file():

@@ -5,24 +5,44 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cache import JetNemotronCache
+from .capture import Repeated
 
 if TYPE_CHECKING:
     from .hybrid import JetNemotronForCausalLM
 
 # Steps between two looks at whether every row has ended, on devices where looking stalls the queue of work.
 STOP_CHECK_INTERVAL = 16
+# New tokens from which on it pays to capture a step: that takes as long as a few of them.
+CAPTURE_FROM = 8
 
 
 def align_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Moves the real tokens of each row [B, T] to its right end, in order; returns ids and mask so arranged."""
     order = (attention_mask != 0).to(torch.int8).argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The argmax [B] of logits [B, vocab]; the first of equals, and NaN above all.
+
+    On a CPU torch finds the place of a maximum at a sixth of the speed at which it finds the maximum: so first the part
+    of the vocabulary, then the place in it.
+    """
+    B, vocab = logits.shape
+    parts = math.gcd(vocab, 128)
+    if logits.device.type != "cpu" or parts < 8:
+        return logits.argmax(-1)
+    split = logits.reshape(B, parts, vocab // parts)
+    part = split.amax(-1).argmax(-1)
+    inside = split.gather(1, part[:, None, None].expand(B, 1, vocab // parts)).argmax(-1)[:, 0]
+    return part * (vocab // parts) + inside
 
 
 def choose(
@@ -36,7 +56,7 @@ def choose(
     # Below it fp32 has zero, and a draw would be the most likely token anyway; above it infinity, and all tokens are
     # alike.
     if temperature < limits.tiny:
-        return logits.argmax(-1)
+        return most_likely(logits)
     temperature = min(temperature, limits.max)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The largest becomes zero, which no temperature turns into infinity.
@@ -72,6 +92,7 @@ def generate(
     on_tokens: Callable[[Tensor, Tensor], None] | None = None,
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
+    capture: bool = True,
 ) -> Tensor:
     """Continues each prompt of a batch with a JetNemotronForCausalLM.
 
@@ -88,6 +109,7 @@ def generate(
         on_tokens: called after each step with the new tokens [B] and which rows were still running [B] (bool).
         generator: for draws, on the model's device; the global one by default.
         prefill_chunk: prompt tokens per forward; bounds the memory of a long prompt. The whole prompt by default.
+        capture: replay the steps from a CUDA graph, on a GPU, where a step `has_device_steps`. The tokens are the same.
 
     Returns: [B, T + new] int64, the prompt as given and the new tokens; new <= max_new_tokens, fewer when all rows end.
 
@@ -110,28 +132,78 @@ def generate(
     out[:, :T] = input_ids
     # The last of the new tokens is never fed back.
     cache = model.new_cache(B, T + max_new_tokens - 1)
+    loop = _Loop(out, T, torch.tensor(stop, dtype=torch.int64, device=device), pad)
+    pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    device_steps = model.has_device_steps
+
+    def step() -> None:
+        if device_steps:
+            logits = model.compute_step(loop.chosen, cache)
+        else:
+            logits = model(loop.chosen[:, None], cache=cache).logits[:, -1]
+        # Rows that have ended go on with tokens that nobody sees: the padding need not be in the vocabulary.
+        loop.take(pick(logits))
+
+    def undo() -> None:
+        cache.reset()
+        loop.reset()
+
+    repeated = Repeated(
+        step, device, undo=undo, generator=generator, capture=capture and device_steps and max_new_tokens > CAPTURE_FROM
+    )
     logits = prefill(model, input_ids, attention_mask, cache, prefill_chunk)
     _check_finite(logits)
-    stops = torch.tensor(stop, dtype=torch.int64, device=device)
-    running = torch.ones(B, dtype=torch.bool, device=device)
-    # How many tokens each row has got, its stop token included.
-    counts = torch.zeros(B, dtype=torch.int64, device=device)
+    loop.take(pick(logits[:, -1]))
     interval = STOP_CHECK_INTERVAL if device.type != "cpu" and on_tokens is None else 1
-    for step in range(max_new_tokens):
-        chosen = choose(logits[:, -1], temperature, top_k, top_p, generator)
-        tokens = torch.where(running, chosen, pad)
-        out[:, T + step] = tokens
-        counts += running
+    for count in range(1, max_new_tokens + 1):
         if on_tokens is not None:
-            on_tokens(tokens, running.clone())
-        if stop:
-            running &= ~torch.isin(tokens, stops)
-            if step % interval == interval - 1 and not running.any():
-                break
-        if step + 1 < max_new_tokens:
-            # Rows that have ended go on with tokens that nobody sees: the padding need not be in the vocabulary.
-            logits = model(chosen[:, None], cache=cache).logits
-    return out[:, : T + int(counts.max())]
+            on_tokens(loop.tokens.clone(), loop.were_running.clone())
+        if count == max_new_tokens or (stop and count % interval == 0 and not loop.running.any()):
+            break
+        if device_steps:
+            cache.begin()
+        repeated()
+        if device_steps:
+            cache.count_step()
+    return out[:, : T + int(loop.counts.max())]
+
+
+class _Loop:
+    """What the steps of a generation write: tensors on the device, the same ones in every step.
+
+    Attributes:
+        out: [B, T + new], prompts and tokens.
+        chosen: [B], the latest tokens, as they are fed back.
+        tokens: [B], the same with the padding in rows that had ended.
+        running: [B], which rows go on.
+        were_running: [B], which rows the latest tokens belong to.
+        counts: [B], how many tokens each row has got, its stop token included.
+    """
+
+    def __init__(self, out: Tensor, start: int, stops: Tensor, pad: int):
+        self.out, self.start, self.stops, self.pad = out, start, stops, pad
+        B, device = out.shape[0], out.device
+        self.chosen, self.tokens, self.counts = torch.zeros(3, B, dtype=torch.int64, device=device)
+        self.running, self.were_running = torch.ones(2, B, dtype=torch.bool, device=device)
+        self.column = torch.full((1,), start, dtype=torch.int64, device=device)
+
+    def take(self, chosen: Tensor) -> None:
+        """Appends a token to each row that is running."""
+        self.chosen.copy_(chosen)
+        self.were_running.copy_(self.running)
+        self.tokens.copy_(torch.where(self.running, chosen, self.pad))
+        self.out.index_copy_(1, self.column, self.tokens[:, None])
+        self.column += 1
+        self.counts += self.running
+        self.running &= (chosen[:, None] != self.stops).all(1)
+
+    def reset(self) -> None:
+        """As it was at first."""
+        self.out[:, self.start :] = self.pad
+        for tensor in (self.chosen, self.tokens, self.counts):
+            tensor.zero_()
+        self.running.fill_(True)
+        self.column.fill_(self.start)
 
 
 def prefill(

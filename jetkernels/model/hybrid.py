@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,15 +17,21 @@ from torch.utils.checkpoint import checkpoint as recompute
 from jetkernels.modules import RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.linear import computing_device, floating_weight, has_hooks
+from jetkernels.modules.norm import add_norm
 from jetkernels.modules.padding import Unpadding, find_padding
+from jetkernels.modules.projections import linear
+from jetkernels.modules.quantized import Quantized, QuantizedLinear, quantize_
 
 from . import checkpoint, generation
 from .attention import rotary_table
 from .cache import JetNemotronCache
 from .config import JetNemotronConfig
+from .decoder_layer import MLP as MLP  # where pickled models look for it
+from .decoder_layer import DecoderLayer as DecoderLayer
+from .inputs import check_ids, check_labels
 from .layout import TokenLayout
 from .mixers import MIXERS
-from .token_mixer import Rotary, State, TokenMixer
+from .token_mixer import Rotary, State, TokenMixer, rotary_of_tokens
 
 Progress = Callable[[list], Iterable]
 M = TypeVar("M", bound=nn.Module)
@@ -61,54 +68,6 @@ class CausalLMOutput(dict):
     def cache(self) -> JetNemotronCache | None:
         """The one that was given."""
         return self.get("cache")
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
-
-    def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        C, width = config.hidden_size, config.intermediate_size
-        self.initializer_range = config.initializer_range
-        self.gate_proj = nn.Linear(C, width, bias=False, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(C, width, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(width, C, bias=False, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws every parameter anew."""
-        for projection in (self.gate_proj, self.up_proj, self.down_proj):
-            init_weight_(projection.weight, self.initializer_range)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [..., C] -> [..., C]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nn.Module):
-    """h += mixer(RMSNorm(h)); h += MLP(RMSNorm(h)). The mixer is called self_attn whatever it is, as in checkpoints."""
-
-    def __init__(
-        self, config: JetNemotronConfig, kind: str, *, device: Device = None, dtype: torch.dtype | None = None
-    ):
-        super().__init__()
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.self_attn = MIXERS[kind](config, **options)
-        self.mlp = MLP(config, **options)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Reads also a layer that was pickled when it knew its kind and its mixer did not."""
-        super().__setstate__(state)
-        kind = self.__dict__.pop("kind", None)
-        if kind is not None:
-            self.self_attn.__class__ = MIXERS[kind]
-
-    def forward(self, h: Tensor, layout: TokenLayout, rotary: Rotary | None, state: State | None) -> Tensor:
-        """The residual stream before the layer, arranged as `layout` says -> the one behind it."""
-        h = h + self.self_attn(self.input_layernorm(h), layout=layout, rotary=rotary, state=state)
-        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class JetNemotronModel(nn.Module):
@@ -154,10 +113,7 @@ class JetNemotronModel(nn.Module):
         Returns: the final hidden states, arranged alike.
         """
         h = self.embed_tokens(input_ids)
-        rotary = None
-        # What stands in a mixer's place, such as a wrapper, may not say what the mixer wants.
-        if any(getattr(layer.self_attn, "uses_rotary", True) for layer in self.layers):
-            rotary = rotary_table(layout.positions, self.config.head_size, self.config.rope_theta)
+        rotary = self._rotary(layout.positions)
         if cache is not None:
             cache.begin()
         for i, layer in enumerate(self.layers):
@@ -168,6 +124,41 @@ class JetNemotronModel(nn.Module):
             if features is not None:
                 features.append(h)
         return self.norm(h)
+
+    def step(self, tokens: Tensor, lengths: Tensor, states: Sequence[State]) -> Tensor:
+        """`forward` of one new token of each sequence, without a gradient: a function of tensors on the device.
+
+        Args:
+            tokens: [N].
+            lengths: [N] int64, tokens that came before in each sequence, on the device.
+            states: of the layers, updated in place.
+
+        Returns: the final hidden states [N, C].
+        """
+        h, more = self.embed_tokens(tokens), None
+        rotary = self._rotary(lengths)
+        if rotary is not None:
+            rotary = rotary[0].squeeze(-2), rotary[1].squeeze(-2)
+        for layer, state in zip(self.layers, states, strict=True):
+            if type(layer) is DecoderLayer and not has_hooks(layer):
+                h, more = layer.step(h, more, state, lengths=lengths, rotary=rotary)
+            else:
+                h = (h if more is None else h + more)[:, None]
+                h, more = layer(h, TokenLayout.of_step(lengths), rotary_of_tokens(rotary), state)[:, 0], None
+        return add_norm(self.norm, more, h)[0]
+
+    @property
+    def has_device_steps(self) -> bool:
+        """Whether `step` reads nothing on the host."""
+        return all(
+            type(layer) is DecoderLayer and not has_hooks(layer) and layer.has_device_step for layer in self.layers
+        )
+
+    def _rotary(self, positions: Tensor) -> Rotary | None:
+        # What stands in a mixer's place, such as a wrapper, may not say what the mixer wants.
+        if any(getattr(layer.self_attn, "uses_rotary", True) for layer in self.layers):
+            return rotary_table(positions, self.config.head_size, self.config.rope_theta)
+        return None
 
     def with_mixers(self, config: JetNemotronConfig, mixers: Sequence[TokenMixer]) -> JetNemotronModel:
         """A model of `config` that shares every module with this one but the token mixers: those are `mixers`."""
@@ -185,6 +176,8 @@ class JetNemotronForCausalLM(nn.Module):
     The head shares the embedding's weight unless config.tie_word_embeddings is false. A_log and dt_bias of the
     JetBlock layers are fp32 whatever `dtype` is.
     """
+
+    lm_head: nn.Linear | QuantizedLinear
 
     def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -217,7 +210,7 @@ class JetNemotronForCausalLM(nn.Module):
                 "embed_tokens out of offloading and quantisation, or give the head a weight of its own "
                 "(tie_word_embeddings=False)"
             )
-        return F.linear(h, weight)
+        return F.linear(h, weight) if h.requires_grad or torch.is_grad_enabled() else linear(h, weight)
 
     @property
     def device(self) -> torch.device:
@@ -229,6 +222,33 @@ class JetNemotronForCausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """That of its weights; A_log and dt_bias of JetBlock layers are fp32 at least."""
         return floating_weight(self.model.embed_tokens, self.model.norm).dtype
+
+    def quantize_(self, bits: int, group_size: int | None = None, skip: Collection[str] = ()) -> Quantized:
+        """Replaces the Linear layers, the head too, by ones whose weights have 8 or 4 bits, in place and one by one.
+
+        A head that shares the embedding's weight becomes `lm_head`, a quantised copy of it, and the config says
+        `tie_word_embeddings = False` from then on; the embedding stays as it is. Gradients go through the layers to
+        what is still a parameter. `save_pretrained` refuses a quantised model.
+
+        Args:
+            bits: 8 or 4.
+            group_size: columns that share a scale; see `QuantizedLinear`.
+            skip: names of layers that stay, "lm_head" included; see `jetkernels.modules.quantize_`.
+
+        Raises:
+            ValueError: as `jetkernels.modules.quantize_`.
+        """
+        tied = self.config.tie_word_embeddings
+        report = quantize_(self, bits, group_size, [name for name in skip if not (tied and name == "lm_head")])
+        if tied and "lm_head" not in skip:
+            weight = self.model.embed_tokens.weight
+            head = QuantizedLinear(weight.shape[1], weight.shape[0], bits, group_size, device=weight.device)
+            head.quantize_weight_(weight.detach())
+            self.lm_head = head.train(self.training)
+            # A copy: the config may be that of other models too.
+            self.config = self.model.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+            report.replaced.append("lm_head")
+        return report
 
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
@@ -279,11 +299,15 @@ class JetNemotronForCausalLM(nn.Module):
             ValueError: an argument is wrong; nothing has been computed.
             RuntimeError: the cache or the head cannot be used for this call.
         """
-        _check_ids(input_ids, self.config.vocab_size)
+        check_ids(input_ids, self.config.vocab_size)
         self._check_place(input_ids, cache)
         if labels is not None:
-            _check_labels(labels, input_ids, self.config.vocab_size)
+            check_labels(labels, input_ids, self.config.vocab_size)
         layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
+        is_step = cache is not None and layout.is_dense and input_ids.shape[1] == 1 and labels is None
+        if cache is not None and is_step and not has_hooks(self.model):
+            with torch.no_grad():
+                return CausalLMOutput(logits=self._step(input_ids[:, 0], cache)[:, None], cache=cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             h = self.model(input_ids if padding is None else padding.pack(input_ids), layout, cache)
             loss = None
@@ -300,6 +324,50 @@ class JetNemotronForCausalLM(nn.Module):
                 # Last: who gets no logits should not go on as if the tokens had been read.
                 cache.advance(layout)
             return CausalLMOutput(loss=loss, logits=logits, cache=cache)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: JetNemotronCache) -> Tensor:
+        """One more token of each sequence of a cache. Everything that depends on values happens on the device.
+
+        Args:
+            tokens: [N] int64.
+            cache: memory of the earlier tokens; read, and extended in place.
+
+        Returns: logits [N, vocab] of the tokens after these.
+
+        Raises:
+            ValueError: an argument is wrong; nothing has been computed.
+            RuntimeError: the cache or the head cannot be used for this call.
+        """
+        if not isinstance(cache, JetNemotronCache):
+            raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 1:
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"tokens must be a tensor [N], got {got}")
+        check_ids(tokens[:, None], self.config.vocab_size)
+        self._check_place(tokens, cache)
+        cache.check([1] * len(tokens))
+        return self._step(tokens, cache)
+
+    def _step(self, tokens: Tensor, cache: JetNemotronCache) -> Tensor:
+        cache.begin()
+        logits = self.compute_step(tokens, cache)
+        cache.count_step()
+        return logits
+
+    def compute_step(self, tokens: Tensor, cache: JetNemotronCache) -> Tensor:
+        """The part of `step` that is done by the device, without a check: what a CUDA graph can hold."""
+        logits = self.head(self.model.step(tokens, cache.lengths_device, cache.layers))
+        cache.lengths_device += 1
+        return logits
+
+    @property
+    def has_device_steps(self) -> bool:
+        """Whether `compute_step` is all there is to a step, and reads nothing on the host.
+
+        It is so where every layer is this library's own and no hook waits for a call.
+        """
+        return not has_hooks(self) and not has_hooks(self.model) and self.model.has_device_steps
 
     def _check_place(self, input_ids: Tensor, cache: JetNemotronCache | None) -> None:
         embedding = self.model.embed_tokens
@@ -374,6 +442,7 @@ class JetNemotronForCausalLM(nn.Module):
         *,
         dtype: torch.dtype | str | None = None,
         device: Device = None,
+        quantize: int | None = None,
         progress: Progress = iter,
     ) -> JetNemotronForCausalLM:
         """Loads config.json and safetensors weights from a local folder; see `checkpoint.load` for what is refused.
@@ -385,6 +454,8 @@ class JetNemotronForCausalLM(nn.Module):
             folder: with config.json and model.safetensors, or shards of it and their index.
             dtype: of the loaded model, a floating one or its name; None and "auto": the config's torch_dtype.
             device: of the loaded model; the CPU by default.
+            quantize: bits, 8 or 4: the model is as after `quantize_`, but its weights are never there unquantised, all
+                at once.
             progress: wraps the list of tensors, as tqdm does.
 
         Raises:
@@ -392,7 +463,9 @@ class JetNemotronForCausalLM(nn.Module):
             ValueError: a file is damaged, or does not fit the others; or dtype is no floating one.
         """
         read = JetNemotronConfig.from_dict
-        return checkpoint.load_folder(cls, folder, read, dtype=dtype, device=device, progress=progress)
+        return checkpoint.load_folder(
+            cls, folder, read, dtype=dtype, device=device, quantize=quantize, progress=progress
+        )
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
         """Writes config.json and safetensors weights into a local folder; see `checkpoint.save`."""
@@ -413,6 +486,7 @@ class JetNemotronForCausalLM(nn.Module):
         device: Device = None,
         dtype: torch.dtype | str | None = None,
         seed: int = 0,
+        quantize: int | None = None,
         progress: Progress = iter,
     ) -> JetNemotronForCausalLM:
         """A freshly initialised model; a seed gives the same one each time and leaves the global generators alone.
@@ -424,23 +498,40 @@ class JetNemotronForCausalLM(nn.Module):
             device: of the model; the CPU by default.
             dtype: of the model, a floating one or its name; the config's by default.
             seed: of the values.
-            progress: wraps the list of modules, as tqdm does.
+            quantize: bits, 8 or 4: the model is as after `quantize_`, but its weights are never there unquantised, all
+                at once.
+            progress: wraps the list of the model's parts, as tqdm does.
         """
-        model = cls.empty(config, device=device, dtype=dtype)
-        devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        device = torch.device("cpu" if device is None else device)
+        model = cls(config, device="meta", dtype=checkpoint.chosen_dtype(dtype, config))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            model.reset_parameters(progress)
+            for part in progress(model._parts()):
+                checkpoint.allocate(part, device)
+                model._reset_part(part)
+                if quantize is not None:
+                    quantize_(part, quantize)
+        if quantize is not None:
+            model.quantize_(quantize)  # the head
         return model
 
     def reset_parameters(self, progress: Progress = iter) -> None:
         """Draws every parameter anew."""
-        # The linear layers are filled by the module that owns them.
-        owners = (JetNemotronModel, TokenMixer, MLP, RMSNorm)
-        for module in progress([module for module in self.modules() if isinstance(module, owners)]):
-            module.reset_parameters()
-        if not self.config.tie_word_embeddings:
-            init_weight_(self.lm_head.weight, self.config.initializer_range)
+        for part in progress(self._parts()):
+            self._reset_part(part)
+
+    def _parts(self) -> list[nn.Module]:
+        """What the model is made of, in the order in which it is drawn."""
+        parts = [self.model.embed_tokens, *self.model.layers, self.model.norm]
+        return parts if self.config.tie_word_embeddings else [*parts, self.lm_head]
+
+    def _reset_part(self, part: nn.Module) -> None:
+        if isinstance(part, (nn.Embedding, nn.Linear)):
+            init_weight_(part.weight, self.config.initializer_range)
+        for module in part.modules():
+            # The linear layers are filled by the module that owns them.
+            if isinstance(module, (TokenMixer, MLP, RMSNorm)):
+                module.reset_parameters()
 
 
 def _shallow_copy(module: M) -> M:
@@ -448,47 +539,6 @@ def _shallow_copy(module: M) -> M:
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     return copied
-
-
-def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    if not isinstance(input_ids, Tensor):
-        raise ValueError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-    if _values_at_hand(input_ids):
-        for value in map(int, input_ids.aminmax()):
-            if not 0 <= value < vocab_size:
-                raise ValueError(f"input_ids must be in 0..{vocab_size - 1}, got {value}")
-
-
-def _values_at_hand(x: Tensor) -> bool:
-    """Whether there are values to look at, without waiting for a device.
-
-    There are none in a compiled program, under vmap or torch.func.grad.
-    """
-    return (
-        x.device.type == "cpu"
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
-
-
-def _check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
-    if labels.device != input_ids.device:
-        raise ValueError(f"labels must be on {input_ids.device}, like input_ids, got {labels.device}")
-    if labels.shape != input_ids.shape:
-        raise ValueError(f"labels must be {list(input_ids.shape)}, got {list(labels.shape)}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
-    if _values_at_hand(labels):
-        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
-        if wrong.numel():
-            raise ValueError(f"labels must be in 0..{vocab_size - 1}, or -100 for none, got {wrong[0].item()}")
 
 
 def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,6 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None
     rows: Tensor | None = None
     offsets: Tensor | None = None
-    _masks: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def dense(
@@ -56,6 +55,12 @@ class TokenLayout:
         else:
             positions = (steps + (past[0] if past else 0))[None]
         return cls([width] * batch_size, past, positions, past_device)
+
+    @classmethod
+    def of_step(cls, lengths: Tensor) -> TokenLayout:
+        """Of one more token of each sequence after `lengths` [N] int64; reads them on the host."""
+        past = lengths.tolist()
+        return cls.dense(len(past), 1, past, lengths, lengths.device)
 
     @classmethod
     def packed(cls, new: list[int], cu_seqlens: Tensor, past: list[int], past_device: Tensor | None) -> TokenLayout:
@@ -140,12 +145,3 @@ class TokenLayout:
             # An empty sequence names the end of the one before it, or, if it is the first, the end of the last one.
             shifted = shifted.index_fill(1, (self.cu_seqlens[1:].to(torch.int64) - 1) % labels.shape[1], -100)
         return shifted
-
-    def filled(self, size: int) -> Tensor | None:
-        """After one new token each: which of the first `size` slots hold a token [N, 1, 1, size]; None if all do."""
-        if self.uniform_past:
-            return None
-        if size not in self._masks:
-            slots = torch.arange(size, device=self.past_on_device.device)
-            self._masks[size] = (slots <= self.past_on_device[:, None])[:, None, None]
-        return self._masks[size]

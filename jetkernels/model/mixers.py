@@ -58,6 +58,12 @@ class JetMixer(JetBlock, TokenMixer):
             cu_seqlens = layout.cu_seqlens
         return super().forward(hidden_states, attention_mask, cu_seqlens, state)
 
+    def step(
+        self, x: Tensor, state: JetBlockState, *, lengths: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
+        """See `TokenMixer.step`; neither lengths nor rotary are used."""
+        return super().step(x, state)
+
 
 # Kind of layer, as in `layer_types` of a config -> the class of its token mixer.
 MIXERS: dict[str, type[TokenMixer]] = {

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from .cache import JetNemotronCache
-from .generation import prefill
+from .generation import most_likely, prefill
 from .hybrid import JetNemotronForCausalLM
 
 WARM_UP_STEPS = 4
+FEWEST_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,73 @@ def time_once(
     middle = time.perf_counter()
     on_call()
     for _ in range(new_tokens):
-        logits = model(logits[:, -1].argmax(-1, keepdim=True), cache=cache).logits
+        logits = model(most_likely(logits[:, -1])[:, None], cache=cache).logits
         on_call()
     synchronize(model.device)
     return middle - start, time.perf_counter() - middle
+
+
+class Decoder:
+    """The decode steps of a model behind contexts that nobody had to read: the cache is preset.
+
+    Args:
+        model: on the device that is measured.
+        batch: sequences.
+        context: tokens before the first step, of each.
+        steps: that there is room for.
+        seed: of keys, values, states and the first tokens.
+
+    Attributes:
+        cache: of the sequences.
+    """
+
+    def __init__(self, model: JetNemotronForCausalLM, batch: int, context: int, steps: int, seed: int = 0):
+        self.model = model
+        self.cache = model.new_cache(batch, context + steps)
+        self.cache.preset([context] * batch, seed)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Reads one token of each sequence and chooses the most likely next one."""
+        self.tokens = most_likely(self.model(self.tokens, cache=self.cache).logits[:, -1])[:, None]
+
+
+def time_steps(
+    step: Callable[[], object],
+    device: torch.device,
+    steps: int,
+    seconds: float,
+    on_call: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Seconds of each of a number of calls, each waited for.
+
+    Up to WARM_UP_STEPS calls come before and do not count: fewer where they take a quarter of `seconds`.
+
+    Args:
+        step: what is timed.
+        device: that it runs on.
+        steps: that are timed, at most.
+        seconds: behind FEWEST_STEPS none begins when they have taken this long.
+        on_call: called after each.
+    """
+
+    def timed() -> float:
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        end = time.perf_counter()
+        on_call()
+        return end - start
+
+    synchronize(device)
+    warm_up: list[float] = []
+    while len(warm_up) < WARM_UP_STEPS and sum(warm_up) < seconds / 4:
+        warm_up.append(timed())
+    times: list[float] = []
+    while len(times) < steps and (len(times) < FEWEST_STEPS or sum(times) < seconds):
+        times.append(timed())
+    return times
 
 
 def measure_speed(

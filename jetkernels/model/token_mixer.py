@@ -88,3 +88,25 @@ class TokenMixer(nn.Module, ABC):
 
         Returns: as hidden_states.
         """
+
+    def step(self, x: Tensor, state: Any, *, lengths: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """`forward` of one new token of each sequence, without a gradient.
+
+        A kind of its own may do without this one, which reads `lengths` on the host: a model with such a layer is not
+        captured in a CUDA graph.
+
+        Args:
+            x: [N, C].
+            state: of the N sequences, updated in place.
+            lengths: [N] int64, tokens that came before in each sequence, on the device.
+            rotary: cos and sin [N, head_dim].
+
+        Returns: [N, C].
+        """
+        layout = TokenLayout.of_step(lengths)
+        return self(x[:, None], layout=layout, rotary=rotary_of_tokens(rotary), state=state)[:, 0]
+
+
+def rotary_of_tokens(rotary: Rotary | None) -> Rotary | None:
+    """Those of one token of each sequence, [N, head_dim], as a `forward` takes them."""
+    return None if rotary is None else (rotary[0][:, None, None], rotary[1][:, None, None])

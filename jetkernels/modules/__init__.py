@@ -3,6 +3,7 @@
 from .dynamic_conv import DynamicShortConvolution, KernelGenerator
 from .jet_block import JetBlock, JetBlockConfig, JetBlockState
 from .norm import GatedRMSNorm, RMSNorm
+from .quantized import Quantized, QuantizedLinear, quantize_
 from .weight_decay import parameter_groups
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "JetBlockConfig",
     "JetBlockState",
     "KernelGenerator",
+    "Quantized",
+    "QuantizedLinear",
     "RMSNorm",
     "parameter_groups",
+    "quantize_",
 ]

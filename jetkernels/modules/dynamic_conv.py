@@ -111,8 +111,18 @@ class DynamicShortConvolution(nn.Module):
 
         Returns: y [B, T, D], and the state behind the last token of each sequence or None.
         """
-        hidden = self.kernel_generator(generator_input)
-        weights = self._plain_weights()
+        return self.convolve(x, self.kernel_generator(generator_input), conv_state, cu_seqlens, output_final_state)
+
+    def convolve(
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        conv_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` of the generator's hidden activations [B, T, R] in place of its input."""
+        weights = self.plain_weights()
         if weights is None:
             kernels = self._kernels(hidden)
             return apply_dynamic_conv(x, kernels, conv_state, cu_seqlens, self.activation, output_final_state)
@@ -140,13 +150,19 @@ class DynamicShortConvolution(nn.Module):
 
         Returns: y [N, D].
         """
-        hidden = self.kernel_generator(generator_input)
-        weights = self._plain_weights()
+        return self.convolve_step_(x, self.kernel_generator(generator_input), conv_state, state_indices)
+
+    def convolve_step_(
+        self, x: Tensor, hidden: Tensor, conv_state: Tensor, state_indices: Tensor | None = None
+    ) -> Tensor:
+        """`step_` of the generator's hidden activations [N, R] in place of its input."""
+        weights = self.plain_weights()
         if weights is None:
             return self._step_with_kernels_(x, hidden, conv_state, state_indices)
         return dynamic_conv_step_(x, hidden, *weights, conv_state, state_indices, self.activation)
 
-    def _plain_weights(self) -> tuple[Tensor, Tensor | None] | None:
+    def plain_weights(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of w2, if it is a plain Linear."""
         return plain_weights(self.kernel_generator.w2, "kernel_generator.w2")
 
     def _kernels(self, hidden: Tensor) -> Tensor:

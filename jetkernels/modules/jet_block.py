@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
-from jetkernels.ops import chunk_gated_delta_rule, recurrent_gated_delta_rule_
+from jetkernels.ops import chunk_gated_delta_rule, delta_gates, jet_block_step_, recurrent_gated_delta_rule_
 
 from . import checks
-from .dynamic_conv import DynamicShortConvolution
+from .dynamic_conv import DynamicShortConvolution, KernelGenerator
+from .fused import fusible, is_plain
 from .initialization import init_weight_
 from .linear import computing_device, floating_weight, has_hooks
 from .norm import GatedRMSNorm
 from .padding import find_padding
+from .projections import FusedProjections, apply, project
 from .repeatable import RepeatableCall, may_be_repeated
 from .weight_decay import exempt_from_weight_decay
 
@@ -146,7 +148,29 @@ class JetBlockState(NamedTuple):
         )
 
 
-class JetBlock(nn.Module):
+class _Projections(NamedTuple):
+    """What a layer's input [..., C] is projected to, before any activation.
+
+    Attributes:
+        q: [..., H, K].
+        k: [..., H, K].
+        v: [..., D], of the convolution's input.
+        hidden: [..., R], of the taps' generator; None where the convolution is called as a module.
+        a: [..., H], of the decay.
+        b: [..., H], of the write strength.
+        gate: [..., H, V], of the output.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden: Tensor | None
+    a: Tensor
+    b: Tensor
+    gate: Tensor
+
+
+class JetBlock(FusedProjections):
     """The linear-attention layer of Jet-Nemotron (arXiv 2508.15884, section on JetBlock).
 
         q = silu(q_proj(x));  k = silu(k_proj(x));  v = dynamic_conv1d(v_proj(x), x)
@@ -210,6 +234,7 @@ class JetBlock(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(H, device=device, dtype=gate_dtype))
         self._exempt_from_weight_decay()
         self.reset_parameters()
+        self.fuse()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -282,16 +307,98 @@ class JetBlock(nn.Module):
     def _run(
         self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None
     ) -> Tensor:
-        gate = self.g_proj(x).unflatten(-1, (self.config.num_heads, -1))
-        o = self._mix(x, cu_seqlens, state, call)
-        return self.o_proj(self.o_norm(o, gate).flatten(-2))
+        if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None:
+            # The step ops write into the state they read, so they have no gradient.
+            return self.step(x[:, 0], state)[:, None]
+        p = self._project(x)
+        o = self._mix(x, p, cu_seqlens, state, call)
+        return apply(self.o_proj, "o_proj", self.o_norm(o, p.gate).flatten(-2))
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay g <= 0 and write strength beta, both [B, T, H] in fp32 (fp64 in an fp64 layer)."""
-        a, b = self.a_proj(x), self.b_proj(x)
+    def step(self, x: Tensor, state: JetBlockState) -> Tensor:
+        """One more token of each sequence; nothing is read from the device. Carries no gradient.
+
+        Args:
+            x: [N, C].
+            state: of the N sequences, updated in place.
+
+        Returns: [N, C].
+        """
+        self._check_step(state, x)
+        p = self._project(x)
+        hidden, norm = p.hidden, self.o_norm
+        weights = None if hidden is None else self.dynamic_conv1d.plain_weights()
+        if (
+            hidden is None
+            or weights is None
+            or type(norm) is not GatedRMSNorm
+            or has_hooks(norm)
+            or not is_plain(norm.weight)
+        ):
+            return self._step_unfused(x, p, state)
+        y = jet_block_step_(
+            p.q,
+            p.k,
+            p.v,
+            hidden,
+            p.a,
+            p.b,
+            p.gate,
+            *weights,
+            self.A_log,
+            self.dt_bias,
+            norm.weight,
+            state.conv_state,
+            state.recurrent_state,
+            eps=norm.eps,
+        )
+        return apply(self.o_proj, "o_proj", y)
+
+    def _step_unfused(self, x: Tensor, p: _Projections, state: JetBlockState) -> Tensor:
+        """The same where a part of it is a module of its own."""
+        conv = self.dynamic_conv1d
+        if p.hidden is None and has_hooks(conv):
+            # Its `step_` is no call that a hook would see.
+            v, after = conv(p.v[:, None], x[:, None], state.conv_state, output_final_state=True)
+            state.conv_state.copy_(after)
+            v = v[:, 0]
+        elif p.hidden is None:
+            v = conv.step_(p.v, x, state.conv_state)
+        else:
+            v = conv.convolve_step_(p.v, F.silu(p.hidden), state.conv_state)
+        q, k, v = (t[:, None] for t in (F.silu(p.q), F.silu(p.k), v.unflatten(-1, p.gate.shape[1:])))
+        g, beta = (t[:, None] for t in self._gates(p.a, p.b))
+        o = recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
+        return apply(self.o_proj, "o_proj", self.o_norm(o[:, 0], p.gate).flatten(-2))
+
+    def projections(self) -> dict[str, nn.Module]:
+        """The projections of the layer's input, by name, in the order in which their weights lie."""
+        # Quicker than attributes of a module.
+        modules: dict[str, Any] = self._modules
+        names = [f"{name}_proj" for name in "qkvgab"]
+        layers = {name: modules[name] for name in names[:4]}
+        conv = self.dynamic_conv1d
+        if type(conv) is DynamicShortConvolution and not has_hooks(conv):
+            generator = conv.kernel_generator
+            if type(generator) is KernelGenerator and not has_hooks(generator):
+                layers["w1"] = generator.w1
+        # Last: their rows may be no multiple of 16 bytes.
+        return layers | {name: modules[name] for name in names[4:]}
+
+    def _project(self, x: Tensor) -> _Projections:
+        layers = self.projections()
+        y = dict(zip(layers, project(layers, x)))
+        c = self.config
+        keys, values = ((*x.shape[:-1], c.num_heads, size) for size in (c.head_dim, c.head_v_dim))
+        q, k, gate = y["q_proj"].view(keys), y["k_proj"].view(keys), y["g_proj"].view(values)
+        return _Projections(q, k, y["v_proj"], y.get("w1"), y["a_proj"], y["b_proj"], gate)
+
+    def _gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay g <= 0 and write strength beta, both [..., H] in fp32 (fp64 in an fp64 layer)."""
         wide = torch.promote_types(a.dtype, torch.float32)
-        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
-        return g, torch.sigmoid(b.to(wide))
+        A_log, dt_bias = self.A_log.to(wide), self.dt_bias.to(wide)
+        if fusible(a, b) and fusible(A_log, dt_bias) and A_log.device == a.device:
+            return delta_gates(a, b, A_log, dt_bias)
+        return -A_log.exp() * F.softplus(a.to(wide) + dt_bias), torch.sigmoid(b.to(wide))
 
     def _check_step(self, state: JetBlockState, q: Tensor) -> None:
         """What the recurrent op would refuse when the convolution's state has moved already."""
@@ -309,36 +416,26 @@ class JetBlock(nn.Module):
             raise ValueError(f"JetBlock: recurrent_state must be {need}, got {S.dtype}")
 
     def _mix(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None
+        self,
+        x: Tensor,
+        p: _Projections,
+        cu_seqlens: Tensor | None,
+        state: JetBlockState | None,
+        call: RepeatableCall | None,
     ) -> Tensor:
-        """Convolution and delta rule: layer input [B, T, C] -> o [B, T, H, V].
+        """Convolution and delta rule of whole sequences: layer input [B, T, C], projected to p -> o [B, T, H, V].
 
         call: of the state, if it may be repeated.
         """
-        H, K, V = self.config.num_heads, self.config.head_dim, self.config.head_v_dim
-        q = F.silu(self.q_proj(x)).unflatten(-1, (H, K))
-        k = F.silu(self.k_proj(x)).unflatten(-1, (H, K))
-        x_v = self.v_proj(x)
-        g, beta = self._gates(x)
-        # The step ops write into the state they read, so they have no gradient; and `step_` is no call that a hook
-        # would see.
-        if (
-            state is not None
-            and call is None
-            and x.shape[1] == 1
-            and cu_seqlens is None
-            and not has_hooks(self.dynamic_conv1d)
-        ):
-            self._check_step(state, q)
-            v = self.dynamic_conv1d.step_(x_v[:, 0], x[:, 0], state.conv_state)
-            v = v.view(-1, 1, H, V)
-            return recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
+        g, beta = self._gates(p.a, p.b)
         conv_before, recurrent_before = (None, None) if state is None else state if call is None else call.before
-        v, conv_after = self.dynamic_conv1d(x_v, x, conv_before, cu_seqlens, output_final_state=state is not None)
+        conv = self.dynamic_conv1d
+        convolve, u = (conv, x) if p.hidden is None else (conv.convolve, F.silu(p.hidden))
+        v, conv_after = convolve(p.v, u, conv_before, cu_seqlens, output_final_state=state is not None)
         o, recurrent_after = chunk_gated_delta_rule(
-            q,
-            k,
-            v.unflatten(-1, (H, V)),
+            F.silu(p.q),
+            F.silu(p.k),
+            v.unflatten(-1, p.gate.shape[-2:]),
             g,
             beta,
             initial_state=recurrent_before,

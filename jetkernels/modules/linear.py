@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-# Not DTensor, quantised tensors and other subclasses: what they compute is decided where they are used. FakeTensor
-# stands for a plain tensor while a program is being exported.
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+from .fused import PLAIN_TENSORS
+
 _FORWARD = nn.Linear.forward
 _announced: set[tuple[str, str]] = set()
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs anything beside the forward of its class."""
-    attributes = module.__dict__
+    return has_own_hooks(module.__dict__) or _has_any_global_hook()
+
+
+def has_own_hooks(attributes: dict[str, Any]) -> bool:
+    """`has_hooks` of a module with these attributes, but for the hooks on all modules."""
     return bool(
         attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
         or "forward" in attributes
-        or _has_any_global_hook()
     )
+
+
+def linears_are_called_by_torch() -> bool:
+    """Whether a Linear without hooks of its own does what PyTorch wrote."""
+    return nn.Linear.forward is _FORWARD and not _has_any_global_hook()
 
 
 def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] | None:
@@ -46,7 +53,7 @@ def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] 
             weight, bias = module.weight, module.bias
         else:
             bias = parameters["bias"]
-        if type(weight) in _PLAIN_TENSORS and (bias is None or type(bias) in _PLAIN_TENSORS):
+        if type(weight) in PLAIN_TENSORS and (bias is None or type(bias) in PLAIN_TENSORS):
             return weight, bias
     if not torch.compiler.is_compiling():
         _announce(module, name)
@@ -79,9 +86,7 @@ def _announce(module: nn.Module, name: str) -> None:
     reason = _reason(module)
     if (name, reason) not in _announced:
         _announced.add((name, reason))
-        warnings.warn(
-            f"jetkernels: {name} is called as a module, not fused with what follows it: {reason}", stacklevel=3
-        )
+        warnings.warn(f"jetkernels: {name} is called as a module, not fused with others: {reason}", stacklevel=3)
 
 
 def _reason(module: nn.Module) -> str:

@@ -5,10 +5,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
+from jetkernels.ops import add_rms_norm, gated_rms_norm, rms_norm
+
+from .fused import ops_take
+from .linear import has_hooks
+
+
+def _weight_for(x: Tensor, weight: Tensor) -> Tensor:
+    """`weight` in a dtype that the ops take beside x."""
+    return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(_real(x.dtype))
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gives x / rms(x) * weight over the last dimension, left in the precision of the computation."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    """Gives x / rms(x) * weight over the last dimension in PyTorch, left in the precision of the computation."""
+    x = x.to(_real(x.dtype))
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
@@ -26,7 +40,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x [..., size]; the result has its dtype."""
-        return _normalise(x, self.weight, self.eps).to(x.dtype)
+        weight = self.weight
+        if not ops_take(x, weight):
+            return _normalise(x, weight, self.eps).to(x.dtype)
+        return rms_norm(x, _weight_for(x, weight), self.eps)
 
     def extra_repr(self) -> str:
         """What `print` says of it."""
@@ -38,5 +55,30 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]  # the gate is a second input
         """Normalises and gates x [..., V]; the result has its dtype."""
-        y = _normalise(x, self.weight, self.eps)
-        return (y * F.silu(gate.to(y.dtype))).to(x.dtype)
+        weight, dtype = self.weight, x.dtype
+        if not ops_take(x, gate, weight):
+            y = _normalise(x, weight, self.eps)
+            return (y * F.silu(gate.to(y.dtype))).to(dtype)
+        if gate.dtype != dtype:  # rounding either to the other's dtype would be a second rounding
+            x, gate = x.to(_real(dtype)), gate.to(_real(dtype))
+        return gated_rms_norm(x, gate, _weight_for(x, weight), self.eps).to(dtype)
+
+
+def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds x to the residual stream and norms it.
+
+    Args:
+        norm: an RMSNorm, or what stands in its place.
+        x: None for nothing.
+        residual: as x.
+
+    Returns: the normed sum, and the sum.
+    """
+    if x is None:
+        return norm(residual), residual
+    if type(norm) is RMSNorm and not has_hooks(norm) and x.dtype == residual.dtype:
+        weight = norm.weight
+        if ops_take(x, residual, weight):
+            return add_rms_norm(x, residual, _weight_for(x, weight), norm.eps)
+    h = residual + x
+    return norm(h), h

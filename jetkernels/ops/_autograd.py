@@ -133,6 +133,24 @@ def not_twice(name: str) -> Implementation:
     return _implementation(name + "_backward", backward, lambda ctx, inputs, output: None, instead)
 
 
+def not_differentiable(name: str, instead: str) -> Implementation:
+    """The implementation for Autograd of an op that writes nothing."""
+    redispatch = overload(name)._handle.redispatch_boxed
+
+    def implementation(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args, f"use {instead}")
+        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            argument = next(argument for argument, t in _tensors(name, args) if t.requires_grad)
+            raise RuntimeError(
+                f"{name}: {argument} requires a gradient, and this op is not differentiable; "
+                f"call it under torch.no_grad(), or use {instead}"
+            )
+        return redispatch(keyset & _BELOW_AUTOGRAD, *args)
+
+    return implementation
+
+
 def in_place(name: str, instead: str) -> tuple[Implementation, Implementation]:
     """The implementations for Autograd, and for ADInplaceOrView alone.
 

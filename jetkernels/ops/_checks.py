@@ -80,6 +80,22 @@ class Checks:
             else:
                 self.bind(symbol, got, f"as in {name}")
 
+    def rows(self, name: str, t: Tensor) -> None:
+        """A tensor [.., C]."""
+        if t is None:
+            self.fail(f"{name} must be a Tensor, got None")
+        if not 1 <= t.dim() <= 8:
+            self.fail(f"{name} must have 1 to 8 dimensions, got {t.dim()} with shape {_numbers(t.shape)}")
+
+    def shape_like(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+        if t is None:
+            self.fail(f"{name} must be a Tensor, got None")
+        text = f"{name} must have the shape {_numbers(like.shape)} of {like_name}, got {_numbers(t.shape)}"
+        if t.dim() != like.dim():
+            self.fail(text)
+        for got, need in zip(t.shape, like.shape):
+            self.require(got == need, text)
+
     def dtype(self, name: str, t: Tensor, *allowed: torch.dtype) -> None:
         if t.dtype not in allowed:
             self.fail(f"{name} must be {' or '.join(map(_dtype_name, allowed))}, got {_dtype_name(t.dtype)}")
@@ -90,6 +106,17 @@ class Checks:
     def dtype_like(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
         if t.dtype != like.dtype:
             self.fail(f"{name} must be {_dtype_name(like.dtype)} like {like_name}, got {_dtype_name(t.dtype)}")
+
+    def same(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+        """Shape, dtype and device."""
+        self.shape_like(name, t, like_name, like)
+        self.dtype_like(name, t, like_name, like)
+        self.device(name, t, like_name, like)
+
+    def dtype_like_or_fp32(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+        """For parameters, which may be kept in fp32."""
+        if t.dtype != torch.float32:
+            self.dtype_like(name, t, like_name, like)
 
     def device(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
         if t.device != like.device:
@@ -196,14 +223,18 @@ class Checks:
         self.require(W >= 2, text)
         self.require(W <= MAX_TAPS, text)
 
-    def generator(self, a: Any) -> None:
-        """Of the arguments ``a``: hidden, whose rank is checked, weight [D*W, R] and bias [D*W]; binds W."""
-        self.like("hidden", a.hidden, "x", a.x)
+    def generator(self, a: Any, name: str = "x") -> None:
+        """Of the arguments ``a``: hidden, whose rank is checked, weight [D*W, R] and bias [D*W]; binds W.
+
+        ``name``: of what is convolved.
+        """
+        x = getattr(a, name)
+        self.like("hidden", a.hidden, name, x)
         self.shape("weight", a.weight, "D*W", "R")
-        self.like("weight", a.weight, "x", a.x)
-        self.channels("x", a.x)
+        self.like("weight", a.weight, name, x)
+        self.channels(name, x)
         D, rows = self.size["D"], a.weight.shape[0]
-        text = f"weight dimension 0 must be D*W with D = {D} (as in x) and W in 2..{MAX_TAPS}, got {rows}"
+        text = f"weight dimension 0 must be D*W with D = {D} (as in {name}) and W in 2..{MAX_TAPS}, got {rows}"
         self.require(rows % D == 0, text)
         W = rows // D
         self.taps(W, text)
@@ -211,7 +242,7 @@ class Checks:
         self.bind("W-1", W - 1, "from weight")
         if a.bias is not None:
             self.shape("bias", a.bias, "D*W")
-            self.like("bias", a.bias, "x", a.x)
+            self.like("bias", a.bias, name, x)
 
     def conv_sequences(self, a: Any) -> None:
         """Of the arguments ``a``: cu_seqlens and conv_state."""
@@ -229,3 +260,25 @@ class Checks:
         self.shape("grad_y", a.grad_y, "B", "T", "D")
         self.like("grad_y", a.grad_y, "x", a.x)
         self.conv_state("grad_conv_state_out", a.grad_conv_state_out, a.x)
+
+    # ---- bindings/norm_inputs.h
+
+    def rows_to_norm(self, x: Tensor) -> None:
+        """Of x [..., C]; binds C."""
+        self.rows("x", x)
+        self.floating("x", x)
+        self.bind("C", x.shape[-1], "as in x")
+
+    def norm_weight(self, weight: Tensor, x: Tensor) -> None:
+        """[C] in the dtype of x or fp32."""
+        self.shape("weight", weight, "C")
+        self.dtype_like_or_fp32("weight", weight, "x", x)
+        self.device("weight", weight, "x", x)
+
+    # ---- bindings/jet_block_step.cpp
+
+    def parameter(self, name: str, t: Tensor, dim: str, q: Tensor) -> None:
+        """[dim] in the dtype of q, or in fp32 where that is narrower."""
+        self.shape(name, t, dim)
+        self.dtype(name, t, *((q.dtype,) if q.dtype in (torch.float64, torch.float32) else (torch.float32, q.dtype)))
+        self.device(name, t, "q", q)

@@ -8,6 +8,7 @@ The schema is the one place that lists an op's arguments: the backward op's sche
 arguments of a fake implementation follow from it.
 """
 
+import functools
 import re
 import warnings
 from collections import namedtuple
@@ -82,6 +83,11 @@ def define_backward(name: str, *, constant: Sequence[str], fake: Callable, plain
     _jet.impl(name + "_backward", _autograd.not_twice(name), "Autograd", with_keyset=True)
 
 
+def not_differentiable(name: str, *, instead: str) -> None:
+    """``jet::<name>`` refuses inputs that require gradients. ``instead`` names what has gradients."""
+    _jet.impl(name, _autograd.not_differentiable(name, instead), "Autograd", with_keyset=True)
+
+
 def in_place(name: str, *, instead: str) -> None:
     """``jet::<name>`` bumps the versions of what it writes and refuses inputs that require gradients.
 
@@ -92,7 +98,14 @@ def in_place(name: str, *, instead: str) -> None:
     _jet.impl(name, versions, "ADInplaceOrView", with_keyset=True)
 
 
-def autocast(name: str, *, low_precision: Sequence[str], fp32: Sequence[str] = (), dtype_of: str | None = None) -> None:
+def autocast(
+    name: str,
+    *,
+    low_precision: Sequence[str] = (),
+    fp32: Sequence[str] = (),
+    widest: Sequence[str] = (),
+    dtype_of: str | None = None,
+) -> None:
     """What autocast does to the arguments of ``jet::<name>``.
 
     float64 arguments stay as they are, as everywhere in PyTorch's autocast.
@@ -101,11 +114,14 @@ def autocast(name: str, *, low_precision: Sequence[str], fp32: Sequence[str] = (
         name: of the op.
         low_precision: the arguments that are cast to autocast's dtype.
         fp32: those that are cast to float32.
+        widest: those that are cast to the dtype that all of theirs promote to.
         dtype_of: an argument that is written in place and therefore decides the dtype instead of autocast.
     """
     op = _autograd.overload(name)
     names = [a.name for a in op._schema.arguments]
-    low_places, fp32_places = [names.index(a) for a in low_precision], [names.index(a) for a in fp32]
+    low_places, fp32_places, widest_places = (
+        [names.index(a) for a in arguments] for arguments in (low_precision, fp32, widest)
+    )
     written = None if dtype_of is None else names.index(dtype_of)
 
     def make(device_type: str, key: torch._C.DispatchKey) -> Callable:
@@ -116,6 +132,11 @@ def autocast(name: str, *, low_precision: Sequence[str], fp32: Sequence[str] = (
                 for i in places:
                     if isinstance(cast[i], Tensor) and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
                         cast[i] = cast[i].to(dtype)
+            tensors = [cast[i] for i in widest_places if isinstance(cast[i], Tensor) and cast[i].is_floating_point()]
+            if len({t.dtype for t in tensors}) > 1 and len(tensors) == len(widest_places):
+                dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+                for i in widest_places:
+                    cast[i] = cast[i].to(dtype)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
                 return op(*cast)
 

@@ -169,6 +169,19 @@ class World:
             "--batch": "2",
         }
         speed = {"--batch": "2", "--prompt-length": "8", "--new-tokens": "2", "--repeats": "1", "--prefill-chunk": "4"}
+        JetNemotronConfig(**demo.CONFIG | {"hidden_size": 48, "layer_types": ["attn"] * 2}).save(root / "attn.json")
+        beside = {
+            "--against": root / "attn.json",
+            "--contexts": "4,1K",
+            "--batches": "1,2",
+            "--memory": "0.01",
+            "--new-tokens": "2",
+            "--prefill": None,
+            "--prefill-chunk": "4",
+            "--seconds": "1",
+            "--minutes": "1",
+            "--output": "out",
+        }
         training = {
             "--output": "out",
             "--text": text,
@@ -207,6 +220,7 @@ class World:
             (["generate"], drawn | drawing | {"--prompt-ids": "1,2,3"}),
             (["throughput"], model | speed),
             (["throughput"], drawn | speed | {"--json": None}),
+            (["throughput"], drawn | beside),
             (["search", "base"], training | sizes),
             (
                 ["search", "placement"],
@@ -283,6 +297,7 @@ def light():
             (JetNemotronForCausalLM, "generate", short),
             (JetNemotronForCausalLM, "random", classmethod(small)),
             (throughput, "measure_speed", quick),
+            (throughput.against, "measure", _ran),
             (demo.TextCorpus, "from_standard_library", _ran),
             *((stage, "run", _ran) for stage in stages),
         ]:

@@ -2,17 +2,49 @@
 CPU.
 """
 
+import contextlib
 import copy
 import importlib
+from collections import Counter
 
 import pytest
 import torch
 from support.comparison import rms_error
 from support.device_backends import has_hopper, hoppersim, simulated
+from support.model_cases import padded, small_model, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from jetkernels.model import generation
+from jetkernels.model.attention import rotary_table
 from jetkernels.modules import JetBlock, JetBlockConfig
 
 BF16 = torch.bfloat16
+# The ops that the model calls; its products are PyTorch's.
+OPS = (
+    "add_rms_norm",
+    "attention_step",
+    "chunk_gated_delta_rule",
+    "delta_gates",
+    "dynamic_conv",
+    "dynamic_conv_step",
+    "gated_rms_norm",
+    "jet_block_step",
+    "recurrent_gated_delta_rule",
+    "rms_norm",
+    "swiglu",
+)
+# What the record of launches calls them.
+KERNELS = {
+    "dynamic_conv_kernel": "convolution",
+    "recurrent_kernel": "recurrent",
+    "chunk_sweep_kernel": "sweep",
+    "gated_norm_kernel": "gated norm of a step",
+    "norm_kernel": "norm",
+    "swiglu_kernel": "swiglu",
+    "delta_gates_kernel": "gates",
+    "attention_step_kernel": "attention",
+    "attention_combine_kernel": "combine",
+}
 
 
 def small_layer() -> JetBlock:
@@ -33,22 +65,146 @@ def prefill_and_decode(layer: JetBlock, x: torch.Tensor, prompt: int) -> torch.T
     return torch.cat(parts, 1)
 
 
+class Others(TorchDispatchMode):
+    """Refuses the ops that shall be the simulator's, and counts what is dispatched beside them, views aside: each is a
+    launch on a GPU.
+    """
+
+    VIEWS = ("view", "split_with_sizes", "as_strided", "detach")
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert func.namespace != "jet" or name == "linear", f"{func} ran on the CPU"
+        if func.namespace != "jet_sim" and name not in self.VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def on_the_simulator(**options):
+    """The ops are the simulator's; gives the launches, by kernel, and what was dispatched beside the ops."""
+    simulated_ops = hoppersim.jet_sim()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OPS:
+            module = importlib.import_module(f"jetkernels.ops.{name}")
+            patch.setattr(module, "_op", getattr(simulated_ops, name).default)
+        launched: Counter[str] = Counter()
+        with Others() as others, hoppersim.simulate(**options):
+            yield launched, others.counts
+            for launch in hoppersim.launches():
+                launched[next((KERNELS[name] for name in KERNELS if name in launch["kernel"]), launch["kernel"])] += 1
+
+
 @simulated
-def test_a_layer_on_the_simulator(monkeypatch):
+def test_a_layer_on_the_simulator():
     layer, x = small_layer(), torch.randn(2, 40, 64).to(BF16)
     expected = prefill_and_decode(layer, x, 36)
-    simulated_ops = hoppersim.jet_sim()
-    for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "dynamic_conv", "dynamic_conv_step"):
-        module = importlib.import_module(f"jetkernels.ops.{name}")
-        monkeypatch.setattr(module, "_op", getattr(simulated_ops, name).default)
-    with hoppersim.simulate():
+    with on_the_simulator() as (launched, _):
         y = prefill_and_decode(layer, x, 36)
-        kernels = [launch["kernel"] for launch in hoppersim.launches()]
     assert rms_error(y, expected) < 1e-2
     # a prefill and four steps
-    assert any("chunk_sweep_kernel" in name for name in kernels)
-    assert sum("dynamic_conv_kernel" in name for name in kernels) == 5
-    assert sum("recurrent_kernel" in name for name in kernels) == 4
+    assert launched["sweep"] == 1 and launched["convolution"] == 5 and launched["recurrent"] == 4
+
+
+def kernel_model():
+    """A model of all kinds of layers, of sizes that the kernels take; bf16."""
+    jet = {"num_heads": 2, "head_dim": 64, "expand_v": 1.0, "conv_size": 4, "dconv_generator_reduction": 4}
+    return small_model(
+        "jet",
+        "attn",
+        "swa",
+        "jet",
+        seed=2,
+        dtype=BF16,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        efficient_attention_config={"jet": jet | {"norm_eps": 1e-5}, "swa": {"window_size": 16}},
+    ).eval()
+
+
+JET_STEP = {"convolution": 1, "recurrent": 1, "gated norm of a step": 1}
+ATTENTION_STEP = {"attention": 1, "combine": 1}
+MOST_LAUNCHES = 10  # of a layer's step, products included
+ROUNDING = 2**-8  # of bf16, at most
+PROMPTS, STEPS = (21, 9), 3  # tokens: the window of 16 is full in one sequence and not in the other
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    rows = [tokens(length + STEPS, seed=n) for n, length in enumerate(PROMPTS)]
+    return rows, padded([row[:length] for row, length in zip(rows, PROMPTS)], left=True)
+
+
+@torch.no_grad()
+def decode(model, cache, rows) -> torch.Tensor:
+    """Logits [steps, N, vocab] of the tokens behind the prompts."""
+    news = torch.stack([row[-STEPS:] for row in rows], 1)
+    return torch.stack([model.step(new, cache) for new in news])
+
+
+@torch.no_grad()
+def exact_logits(model, rows) -> torch.Tensor:
+    """Those of the whole sequences in fp64."""
+    wide = copy.deepcopy(model).double()
+    return torch.stack([wide(row[None]).logits[0, -STEPS:] for row in rows], 1)
+
+
+@simulated
+@pytest.mark.parametrize("options", ({}, {"timing": "late", "seed": 1}), ids=("early", "late"))
+@torch.no_grad()
+def test_decode_steps_of_a_model_on_the_simulator(sequences, options):
+    rows, (ids, mask) = sequences
+    model = kernel_model()
+    cache, again = (model.new_cache(2, max(PROMPTS) + STEPS) for _ in range(2))
+    for each in (cache, again):
+        generation.prefill(model, ids, mask, each)
+    expected, exact = decode(model, again, rows), exact_logits(model, rows)
+    with on_the_simulator(**options) as (launched, _):
+        logits = decode(model, cache, rows)
+    a_layer = {"norm": 2, "swiglu": 1}
+    a_step = sum((Counter(a_layer | mixer) for mixer in 2 * (JET_STEP, ATTENTION_STEP)), Counter(norm=1))
+    assert launched == {kernel: STEPS * count for kernel, count in a_step.items()}
+    assert rms_error(logits, expected) < ROUNDING
+    assert rms_error(logits, exact) < 1.1 * rms_error(expected, exact)
+    for x, need in zip(cache.tensors(), again.tensors(), strict=True):
+        assert rms_error(x, need) < ROUNDING and not torch.equal(x, torch.zeros_like(x))
+    assert cache.lengths_device.tolist() == cache.lengths == [length + STEPS for length in PROMPTS]
+
+
+@simulated
+@torch.no_grad()
+def test_launches_of_a_step_of_each_layer():
+    model = kernel_model()
+    cache = model.new_cache(2, 8)
+    h, more = (torch.randn(2, 64).to(BF16) for _ in range(2))
+    cos, sin = (x[:, 0] for x in rotary_table(cache.lengths_device, 64, 1e4))
+    for kind, layer, state in zip(model.config.layer_types, model.model.layers, cache.layers):
+        with on_the_simulator() as (launched, others):
+            layer.step(h, more, state, lengths=cache.lengths_device, rotary=(cos, sin))
+        assert others == {"linear": 4}, "the fused projection of the input, that of the output, two of the MLP"
+        mixer = JET_STEP if kind == "jet" else ATTENTION_STEP
+        assert launched == mixer | {"norm": 2, "swiglu": 1}
+        assert launched.total() + others.total() <= MOST_LAUNCHES
+
+
+@simulated
+@torch.no_grad()
+def test_a_prefill_of_a_model_on_the_simulator(sequences):
+    _, (ids, mask) = sequences
+    model = kernel_model()
+    expected, exact = model(ids, mask).logits, copy.deepcopy(model).double()(ids, mask).logits
+    with on_the_simulator() as (launched, _):
+        logits = model(ids, mask).logits
+    # Two norms of each layer and the last one; of a JetBlock also the gated one.
+    assert launched.items() >= {"norm": 11, "swiglu": 4, "gates": 2, "convolution": 2, "sweep": 2}.items()
+    assert rms_error(logits, exact) < 1.1 * rms_error(expected, exact)
 
 
 @pytest.mark.gpu
@@ -58,6 +214,36 @@ def test_a_layer_on_a_gpu():
     expected = prefill_and_decode(layer, x, 36)
     on_device = copy.deepcopy(layer).cuda()
     assert rms_error(prefill_and_decode(on_device, x.cuda(), 36).cpu(), expected) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_hopper(), reason="needs a GPU of compute capability 9.0")
+@torch.no_grad()
+def test_decode_steps_of_a_model_on_a_gpu(sequences):
+    rows, (ids, mask) = sequences
+    model, logits = kernel_model(), []
+    for device in ("cpu", "cuda"):
+        there = copy.deepcopy(model).to(device)
+        cache = there.new_cache(2, max(PROMPTS) + STEPS)
+        generation.prefill(there, ids.to(device), mask.to(device), cache)
+        logits.append(decode(there, cache, [row.to(device) for row in rows]).cpu())
+    (expected, found), exact = logits, exact_logits(model, rows)
+    assert rms_error(found, exact) < 1.5 * rms_error(expected, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_hopper(), reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("options", ({}, {"temperature": 0.8}, {"temperature": 1.3, "top_k": 7, "top_p": 0.9}), ids=str)
+def test_a_model_generates_the_same_tokens_from_a_cuda_graph(sequences, options):
+    _, (ids, mask) = sequences
+    model, runs = kernel_model().cuda(), []
+    assert model.has_device_steps
+    for capture in (False, True, True):  # the second graph in the stream of the first
+        generator = torch.Generator("cuda").manual_seed(3)
+        runs.append(model.generate(ids.cuda(), mask.cuda(), 20, capture=capture, generator=generator, **options))
+        runs.append(torch.rand(3, device="cuda", generator=generator))  # so many draws were made
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[0], runs[4])
+    assert torch.equal(runs[1], runs[3]) and torch.equal(runs[1], runs[5])
 
 
 @pytest.mark.gpu

@@ -2,10 +2,22 @@
 
 import pytest
 import torch
-from support.arguments import apply_inputs, conv_inputs, delta_inputs, recurrent_call, step_call
+from support.arguments import (
+    NORM_OPS,
+    apply_inputs,
+    attention_call,
+    block_step_call,
+    conv_inputs,
+    delta_inputs,
+    gates_inputs,
+    norm_inputs,
+    recurrent_call,
+    step_call,
+    swiglu_inputs,
+)
 from support.comparison import assert_bitwise, rms_error
 from support.device_backends import has_hopper
-from support.shapes import ConvShape, DeltaShape
+from support.shapes import AttentionShape, ConvShape, DeltaShape
 
 import jetkernels
 
@@ -24,6 +36,11 @@ CALLS = {
     "dynamic_conv": lambda: conv_inputs(CHANNELS, BF16),
     "apply_dynamic_conv": lambda: apply_inputs(CHANNELS, BF16),
     "chunk_gated_delta_rule": lambda: delta_inputs(TOKENS, BF16),
+    "jet_block_step": lambda: block_step_call(3, 4, 96, 256, 64, dtype=BF16, state_dtype=torch.float32, rows=(2, 0, 3)),
+    "attention_step": lambda: attention_call(AttentionShape("", (700, 0, 5), 12, 2, 128, 1024), BF16, dirty=False),
+    **{op: lambda op=op: norm_inputs(op, 5, 4, 256, dtype=BF16) for op in NORM_OPS},
+    "swiglu": lambda: swiglu_inputs(5, 8960, dtype=BF16),
+    "delta_gates": lambda: gates_inputs(70, 12, dtype=BF16),
 }
 each_op = pytest.mark.parametrize("name", CALLS)
 

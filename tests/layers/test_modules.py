@@ -334,3 +334,99 @@ def test_compiled_block_equals_eager(backend, packed):
         results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *block.parameters()])))
     for got, need in zip(results[1], results[0]):
         torch.testing.assert_close(got, need, atol=1e-8, rtol=1e-6)
+
+
+def norm_cases():
+    """Each norm with the arguments of a call."""
+    x, gate = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    for norm, arguments in ((RMSNorm(8, 1e-5), (x,)), (GatedRMSNorm(8, 1e-5), (x, gate))):
+        torch.nn.init.normal_(norm.weight)
+        yield norm, arguments
+
+
+def norm_in_torch(norm, x, gate=None):
+    """In fp64, rounded to the dtype of x."""
+    y = F.rms_norm(x.double(), x.shape[-1:], norm.weight.double(), norm.eps)
+    return (y if gate is None else y * F.silu(gate.double())).to(x.dtype)
+
+
+DTYPES_OF_NORMS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES_OF_NORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_OF_NORMS, ids=str)
+def test_norms_take_every_pair_of_dtypes(dtype, weight_dtype):
+    for norm, (x, *gate) in norm_cases():
+        norm.to(weight_dtype)
+        for gate_dtype in DTYPES_OF_NORMS if gate else (None,):
+            arguments = (x.to(dtype), *(g.to(gate_dtype) for g in gate))
+            y = norm(*arguments)
+            assert y.dtype == dtype
+            torch.testing.assert_close(y, norm_in_torch(norm, *arguments))
+            y.float().sum().backward()
+            assert norm.weight.grad.dtype == weight_dtype and norm.weight.grad.any()
+            norm.zero_grad()
+
+
+def test_norms_use_the_ops_and_other_tensors_decide_themselves():
+    class Watched(torch.Tensor):
+        called: list = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.called.append(getattr(function, "__name__", str(function)))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    for norm, arguments in norm_cases():
+        need = norm(*arguments)
+        with torch.profiler.profile() as profile:
+            norm(*arguments)
+        assert any(event.name.startswith("jet::") for event in profile.events())
+        Watched.called.clear()
+        torch.testing.assert_close(
+            norm(arguments[0].as_subclass(Watched), *arguments[1:]).as_subclass(torch.Tensor), need
+        )
+        assert "rms_norm" in Watched.called
+        norm.weight = torch.nn.Parameter(norm.weight.detach().as_subclass(Watched))
+        torch.testing.assert_close(norm(*arguments).as_subclass(torch.Tensor), need)
+
+
+def test_norms_under_transforms_forward_mode_autocast_meta_and_compile():
+    for norm, (x, *gate) in norm_cases():
+        need = norm(x, *gate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(torch.vmap(norm)(x, *gate), need)
+        value, tangent = torch.func.jvp(lambda x: norm(x, *gate), (x,), (x,))
+        torch.testing.assert_close(value, need)
+        assert tangent.isfinite().all()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm(x, *gate).dtype == torch.float32
+            low = [t.bfloat16() for t in (x, *gate)]
+            assert norm(*low).dtype == torch.bfloat16
+            if gate:
+                torch.testing.assert_close(norm(x, *low[1:]), norm(x, *(t.float() for t in low[1:])))
+        meta = norm.to("meta")(*(t.to("meta") for t in (x, *gate)))
+        assert meta.is_meta and meta.shape == x.shape
+    for norm, arguments in norm_cases():
+        compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), norm(*arguments), rtol=0, atol=0)
+        exported = torch.export.export(norm, arguments).module()
+        torch.testing.assert_close(exported(*arguments), norm(*arguments), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed tensors")
+def test_norms_with_distributed_weights(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for norm, arguments in norm_cases():
+            need = norm(*arguments)
+            norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.detach(), mesh, [Replicate()]))
+            spread = [distribute_tensor(t, mesh, [Shard(0)]) for t in arguments]
+            torch.testing.assert_close(norm(*spread).full_tensor(), need)
+    finally:
+        torch.distributed.destroy_process_group()

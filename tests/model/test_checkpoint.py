@@ -119,7 +119,7 @@ def test_missing_config_keys_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         JetNemotronConfig.from_file(tmp_path)
-    with pytest.raises(ValueError, match="must be one of 2b, 4b, got '3b'"):
+    with pytest.raises(ValueError, match="must be one of 2b, 4b, full-attention, got '3b'"):
         JetNemotronConfig.from_name("3b")
 
 

@@ -46,6 +46,15 @@ def test_padded_batch_with_chunked_prefill(model, lengths, left, chunk):
         assert torch.equal(out[n, ids.shape[1] :], greedy(model, row, 7))
 
 
+@given(st.integers(1, 3), st.sampled_from([1, 7, 61, 64, 1024, 1187 * 8]), st.integers(0, 99))
+def test_the_most_likely_token_is_the_first_of_the_largest(batch, vocab, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-3, 4, (batch, vocab), generator=generator).to(torch.bfloat16)
+    logits[torch.rand(batch, vocab, generator=generator) < 0.1 * (seed % 2)] = float("nan" if seed % 4 == 1 else "-inf")
+    need = [max(range(vocab), key=lambda i: (row[i] != row[i], row[i], -i)) for row in logits.tolist()]
+    assert generation.most_likely(logits).tolist() == need
+
+
 def test_rows_stop_on_their_own(model):
     ids = tokens(3, 5)
     free = model.generate(ids, max_new_tokens=9, stop_token_ids=())[:, 5:]

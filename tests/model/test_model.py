@@ -218,12 +218,12 @@ def test_nan_stays_in_its_row():
     assert got[1, 2:].isnan().all()
 
 
-@pytest.mark.parametrize("block", [512, 4])
+@pytest.mark.parametrize("block", [256, 4])
 @pytest.mark.parametrize("sizes", [[23], [8], [9, 1, 4], [1]])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_nan_reaches_no_earlier_token(kinds, sizes, block, monkeypatch):
     """Packed, padded, in one call or in several."""
-    monkeypatch.setattr(attention_module, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention_module, "BLOCK", block)
     model = small_model(*kinds, tie_word_embeddings=False)
     rows = [tokens(23, seed=1), tokens(12, seed=2), tokens(17, seed=3)]
     at = [11, 3, 16]
@@ -322,7 +322,7 @@ def test_long_prompts_are_attended_in_blocks(kinds, monkeypatch):
     model, ids = small_model(*kinds), tokens(2, 41)
     with torch.no_grad():
         need = model(ids).logits
-        monkeypatch.setattr(attention_module, "QUERY_BLOCK", 4)
+        monkeypatch.setattr(attention_module, "BLOCK", 4)
         close(model(ids).logits, need)
         close(run_split(model, ids, [11, 17])[0], need)
         rows = [tokens(t, seed=t) for t in (20, 13)]

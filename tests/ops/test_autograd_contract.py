@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.arguments import POOL_OPS, SEQUENCE_OPS, cotangents, example, floating
+from support.arguments import DIFFERENTIABLE_OPS, IN_PLACE_OPS, LINEAR_OPS, cotangents, example, floating
+from support.backends import listed
 from support.comparison import assert_bitwise
 from support.strategies import seeds
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import jetkernels
+from jetkernels import ops
 
 F64 = torch.float64
 WRITTEN = {
@@ -19,9 +21,11 @@ WRITTEN = {
     "recurrent_gated_delta_rule_verify": ("keys", "updates"),
     "recurrent_gated_delta_rule_commit": ("state",),
     "dynamic_conv_step": ("conv_state",),
+    "jet_block_step": ("conv_state", "state"),
+    "attention_step": ("key", "value"),
 }
-each_pool_op = pytest.mark.parametrize("op", POOL_OPS)
-each_sequence_op = pytest.mark.parametrize("op", SEQUENCE_OPS)
+each_pool_op = pytest.mark.parametrize("op", IN_PLACE_OPS)
+each_differentiable_op = pytest.mark.parametrize("op", DIFFERENTIABLE_OPS)
 
 
 def op_named(op: str):
@@ -82,7 +86,7 @@ def test_inference_tensors_are_taken_inside_and_outside_of_inference_mode(op):
     op_named(op)(*args)
 
 
-@each_pool_op
+@pytest.mark.parametrize("op", (*IN_PLACE_OPS, *LINEAR_OPS))
 def test_an_input_that_requires_a_gradient_is_refused_before_anything_is_written(op):
     args = example(op)
     for name in differentiable_names(op, args):
@@ -112,7 +116,7 @@ def test_the_python_functions_name_themselves():
 # ---- second derivatives, forward mode, function transforms
 
 
-@each_sequence_op
+@each_differentiable_op
 @settings(max_examples=5)
 @given(seed=seeds, data=st.data())
 def test_second_derivatives_raise_when_they_are_asked_for(op, seed, data):
@@ -121,27 +125,27 @@ def test_second_derivatives_raise_when_they_are_asked_for(op, seed, data):
     names = list(floating(inputs))
     of, then = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(names))
     inputs = inputs._replace(**{n: getattr(inputs, n).requires_grad_() for n in names})
-    out, state = op_named(op)(*inputs)
-    once = torch.autograd.grad(out.square().sum() + state.square().sum(), getattr(inputs, of), create_graph=True)[0]
+    loss = sum(out.square().sum() for out in listed(op_named(op)(*inputs)))
+    once = torch.autograd.grad(loss, getattr(inputs, of), create_graph=True)[0]
     assert once.requires_grad
     with pytest.raises(RuntimeError, match=f"{op}: not differentiable twice"):
         torch.autograd.grad(once.square().sum(), getattr(inputs, then))
 
 
-@each_sequence_op
+@each_differentiable_op
 def test_create_graph_gives_the_first_derivative(op):
     inputs = example(op, F64, indexed=False)
     leaves = [t.requires_grad_() for t in floating(inputs).values()]
     grads = cotangents(inputs)
-    outs = op_named(op)(*inputs)
+    outs = listed(op_named(op)(*inputs))
     expected = torch.autograd.grad(outs, leaves, grads, retain_graph=True)
     for found, ref in zip(torch.autograd.grad(outs, leaves, grads, create_graph=True), expected):
         assert_bitwise(found.detach(), ref, op)
 
 
-@pytest.mark.parametrize("op", (*SEQUENCE_OPS, *(op + "_backward" for op in SEQUENCE_OPS), *POOL_OPS))
+@pytest.mark.parametrize("op", tuple(ops._register.defined))
 def test_forward_mode_raises(op):
-    if op in POOL_OPS:
+    if op.removesuffix("_backward") not in DIFFERENTIABLE_OPS:
         args = example(op)
     else:
         inputs = example(op.removesuffix("_backward"), F64, indexed=False)
@@ -157,14 +161,14 @@ def test_forward_mode_raises(op):
             op_named(op)(*args)
 
 
-@each_sequence_op
+@each_differentiable_op
 def test_function_transforms(op):
     """torch.func.grad and vmap are right; jvp, jacfwd and hessian raise."""
     inputs = example(op, F64, indexed=False)
 
     def loss(x: Tensor) -> Tensor:
-        out, state = op_named(op)(x, *inputs[1:])
-        return out.square().sum() + state.sum()
+        out, *others = listed(op_named(op)(x, *inputs[1:]))
+        return out.square().sum() + sum(other.sum() for other in others)
 
     x = inputs[0]
     leaf = x.clone().requires_grad_()
@@ -183,7 +187,7 @@ def test_function_transforms(op):
         torch.func.grad(lambda t: torch.func.grad(loss)(t).square().sum())(x)
 
 
-@each_sequence_op
+@each_differentiable_op
 def test_gradcheck(op):
     inputs = example(op, F64, indexed=False)
     names = list(floating(inputs))
@@ -193,7 +197,7 @@ def test_gradcheck(op):
     )
 
 
-@each_sequence_op
+@each_differentiable_op
 @pytest.mark.parametrize("use_reentrant", (False, True))
 def test_gradients_under_checkpoint_are_those_without(op, use_reentrant):
     inputs = example(op)
@@ -202,7 +206,7 @@ def test_gradients_under_checkpoint_are_those_without(op, use_reentrant):
     def gradients(call):
         leaves = [getattr(inputs, n).clone().requires_grad_() for n in names]
         out = call(lambda *t: op_named(op)(*inputs._replace(**dict(zip(names, t)))), *leaves)
-        sum(o.square().sum() for o in out).backward()
+        sum(o.square().sum() for o in listed(out)).backward()
         return [leaf.grad for leaf in leaves]
 
     wanted = gradients(lambda f, *t: f(*t))

@@ -6,12 +6,29 @@ import subprocess
 import sys
 import threading
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
-from support.arguments import SEQUENCE_OPS, call_of, cotangents, example, inputs_of
+from support.arguments import (
+    DIFFERENTIABLE_OPS,
+    LINEAR_OPS,
+    NORM_OPS,
+    POINTWISE_OPS,
+    SEQUENCE_OPS,
+    attention_call,
+    block_step_call,
+    call_of,
+    cotangents,
+    example,
+    gates_inputs,
+    inputs_of,
+    linear_inputs,
+    norm_inputs,
+    swiglu_inputs,
+)
 from support.device_backends import EARLY, has_hopper, hoppersim, simulated
-from support.shapes import ConvShape, DeltaShape
+from support.shapes import AttentionShape, ConvShape, DeltaShape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -22,8 +39,8 @@ from jetkernels.ops._register import defined
 
 FORWARD = [op for op in defined if not op.endswith("_backward")]
 BACKWARD = [op for op in defined if op.endswith("_backward")]
-WRITING = ["dynamic_conv_step", *(op for op in FORWARD if op.startswith("recurrent"))]
-DIFFERENTIABLE = [op for op in defined if op not in WRITING]
+REFUSING = [op for op in FORWARD if op not in DIFFERENTIABLE_OPS]
+DIFFERENTIABLE = [op for op in defined if op not in REFUSING]
 NOT_TAKEN = "no kernel takes this shape or dtype"
 each_op = pytest.mark.parametrize("op", defined)
 
@@ -32,12 +49,26 @@ def schema(op: str):
     return getattr(torch.ops.jet, op).default._schema
 
 
+def call(op: str, dtype: torch.dtype, H: int, K: int, V: int, D: int, R: int) -> NamedTuple:
+    if op == "jet_block_step":
+        return block_step_call(2, H, K, V, R, dtype=dtype)
+    if op == "attention_step":
+        return attention_call(AttentionShape("", (5, 0), 2 * H, H, 2 * V, 12), dtype, dirty=False)
+    if op in NORM_OPS:
+        return norm_inputs(op, 3, D, dtype=dtype)
+    if op in LINEAR_OPS:
+        return linear_inputs(op, 3, 2 * D, P=R, dtype=dtype)
+    if op in POINTWISE_OPS:
+        return swiglu_inputs(3, D, dtype=dtype) if op == "swiglu" else gates_inputs(3, H, dtype=dtype)
+    shape = DeltaShape("", 2, 3, 1, H, K, V) if "delta" in op else ConvShape("", 2, 3, D, R)
+    return (inputs_of if op in SEQUENCE_OPS else call_of)(op, shape, dtype)
+
+
 def arguments(op: str, dtype=torch.bfloat16, device="cpu", H=2, K=64, V=32, D=16, R=8) -> list:
     """Arguments of ``op``, or of its backward."""
     forward = op.removesuffix("_backward")
-    shape = DeltaShape("", 2, 3, 1, H, K, V) if "delta" in op else ConvShape("", 2, 3, D, R)
-    call = (inputs_of if forward in SEQUENCE_OPS else call_of)(forward, shape, dtype)
-    args = (*cotangents(call), *call) if op != forward else tuple(call)
+    args = call(forward, dtype, H, K, V, D, R)
+    args = (*cotangents(args), *args) if op != forward else args
     return [a.to(device) if isinstance(a, Tensor) else a for a in args]
 
 
@@ -105,7 +136,7 @@ def test_wrong_arguments_are_refused_with_the_sentence_of_the_op(op):
     for place, argument in enumerate(schema(op).arguments):
         if not isinstance(args[place], Tensor):
             continue
-        wrong = [*args[:place], args[place].unsqueeze(0), *args[place + 1 :]]
+        wrong = [*args[:place], args[place][(None,) * 9], *args[place + 1 :]]
         with pytest.raises(RuntimeError, match=f"^{op}: {argument.name} ") as asked:
             jetkernels.backend_of(op, *wrong)
         with pytest.raises(RuntimeError) as called:
@@ -115,7 +146,7 @@ def test_wrong_arguments_are_refused_with_the_sentence_of_the_op(op):
         jetkernels.backend_of(op, 1, *args[1:])
 
 
-@pytest.mark.parametrize("op", WRITING)
+@pytest.mark.parametrize("op", REFUSING)
 def test_a_gradient_that_the_op_refuses_is_refused(op):
     args = arguments(op)
     args[0] = args[0].requires_grad_()
@@ -152,24 +183,30 @@ def test_only_the_thread_that_asks_is_asked():
 
 # ---- Hopper kernels
 
-TAKEN = {op: ({}, {"H": 4, "V": 64, "D": 32}) for op in FORWARD}
+KERNELS = [op for op in FORWARD if op not in LINEAR_OPS]
+TAKEN = {op: ({}, {"H": 4, "V": 64, "D": 32}) for op in KERNELS}
 LEFT = {
     "chunk_gated_delta_rule": ({"K": 80}, {"V": 24}, {"dtype": torch.float32}, {"dtype": torch.float64}),
     "dynamic_conv": ({"D": 12}, {"R": 4}, {"dtype": torch.float32}),
     "dynamic_conv_step": ({"D": 12}, {"R": 4}, {"dtype": torch.float32}),
     "apply_dynamic_conv": ({"D": 12}, {"dtype": torch.float32}),
+    **{op: ({"dtype": torch.float64}, {"D": 8200}, {"D": 8193}) for op in NORM_OPS},
+    **{op: ({"dtype": torch.float64},) for op in POINTWISE_OPS},
+    "attention_step": ({"V": 48}, {"dtype": torch.float32}),
+    "jet_block_step": ({"K": 80}, {"V": 24}, {"R": 4}, {"dtype": torch.float32}),
     **{op: ({"K": 80}, {"V": 24}, {"dtype": torch.float64}) for op in FORWARD if op.startswith("recurrent")},
 }
 
 
 def check_hopper(backend_of, device="cpu") -> None:
-    for op in FORWARD:
+    for op in KERNELS:
         for sizes in TAKEN[op]:
             assert backend_of(op, *arguments(op, device=device, **sizes)) == ("hopper", "sm_90a"), (op, sizes)
         for sizes in LEFT[op]:
             assert backend_of(op, *arguments(op, device=device, **sizes)) == ("plain", NOT_TAKEN), (op, sizes)
-    for op in BACKWARD:
-        expected = ("plain", "this version has no Hopper kernel for it")
+    for op in (*LINEAR_OPS, *BACKWARD):
+        no_kernel = ("plain", "this version has no Hopper kernel for it")
+        expected = ("hopper", "sm_90a") if op == "swiglu_backward" else no_kernel
         assert backend_of(op, *arguments(op, device=device)) == expected, op
 
 

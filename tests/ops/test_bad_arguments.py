@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 from hypothesis import given, settings
-from support.arguments import POOL_OPS, SEQUENCE_OPS, example
+from support.arguments import ALL_OPS, example
 from support.comparison import assert_bitwise
 from support.strategies import seeds
 from torch import Tensor
@@ -22,17 +22,8 @@ import jetkernels
 
 EXAMPLES = int(os.environ.get("JETKERNELS_EXAMPLES", 40))
 many = settings(max_examples=EXAMPLES, deadline=None)
-OPS = (*SEQUENCE_OPS, *POOL_OPS)
-FUNCTIONS = {
-    "chunk_gated_delta_rule": "chunk_gated_delta_rule",
-    "fused_recurrent_gated_delta_rule": "chunk_gated_delta_rule",
-    "dynamic_conv": "dynamic_conv",
-    "apply_dynamic_conv": "apply_dynamic_conv",
-    "recurrent_gated_delta_rule_": "recurrent_gated_delta_rule",
-    "recurrent_gated_delta_rule_verify": "recurrent_gated_delta_rule_verify",
-    "recurrent_gated_delta_rule_commit_": "recurrent_gated_delta_rule_commit",
-    "dynamic_conv_step_": "dynamic_conv_step",
-}
+FUNCTIONS = {name: name.removesuffix("_") for name in jetkernels.ops.__all__ if name.removesuffix("_") in ALL_OPS}
+FUNCTIONS["fused_recurrent_gated_delta_rule"] = "chunk_gated_delta_rule"
 RENAMED = {"l2norm_qk": "use_qk_l2norm_in_kernel", "silu": "activation"}
 OF_VALUES = (
     "state_indices[",
@@ -84,9 +75,9 @@ def spoiled(t: Tensor, rng: random.Random) -> Tensor:
     """Other numbers: out of range, decreasing, above 0, NaN."""
     if t.is_floating_point():
         return torch.full_like(t, rng.choice((0.5, float("inf"), -float("inf"), float("nan"))))
-    return torch.tensor(
-        [rng.choice((-(2**31), -1, 0, 1, 2, 3, 5, 6, 2**31 - 1)) for _ in range(t.numel())], dtype=t.dtype
-    ).view(t.shape)
+    limits = torch.iinfo(t.dtype)
+    numbers = [n for n in (-(2**31), -1, 0, 1, 2, 3, 5, 6, 2**31 - 1) if limits.min <= n <= limits.max]
+    return torch.tensor([rng.choice(numbers) for _ in range(t.numel())], dtype=t.dtype).view(t.shape)
 
 
 def overlapped(t: Tensor, rng: random.Random) -> Tensor:
@@ -183,7 +174,7 @@ def test_functions_name_themselves_and_an_argument(function, seed):
         assert sparse_or_quantized or names_an_argument(message, parameters), message
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 @many
 @given(seed=seeds)
 def test_ops_and_their_fake_kernels_agree(op, seed):
@@ -224,7 +215,7 @@ def fresh(op: str) -> dict:
     return valid_arguments(op, random.Random(0))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if any(a.alias_info is not None for a in schema_of(op).arguments)])
+@pytest.mark.parametrize("op", [op for op in ALL_OPS if any(a.alias_info is not None for a in schema_of(op).arguments)])
 def test_what_is_written_shares_memory_with_nothing(op):
     names = [a.name for a in schema_of(op).arguments if a.alias_info is not None]
     for name in names:
@@ -283,7 +274,7 @@ def test_pools_of_any_order_of_dimensions_are_taken_and_overlapping_ones_are_not
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("op", [op for op in OPS if "gated_delta_rule" in op])
+@pytest.mark.parametrize("op", [op for op in ALL_OPS if "gated_delta_rule" in op])
 def test_a_decay_above_zero_is_refused_where_it_is(op, dtype):
     for value, refused in (
         (0.5, True),

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from support.arguments import (
-    POOL_OPS,
-    SEQUENCE_OPS,
+    ALL_OPS,
+    IN_PLACE_OPS,
     ApplyInputs,
     ConvInputs,
     DeltaInputs,
@@ -26,6 +26,7 @@ from support.shapes import ConvShape, DeltaShape, ids
 from torch import Tensor
 
 import jetkernels
+from jetkernels.ops._register import defined
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 DELTA = DeltaShape("rows, GVA, initial state", B=2, T=67, K=4, V=3)
@@ -44,7 +45,7 @@ each_sequence_op = pytest.mark.parametrize(
     [(op, shape) for op, shapes in SHAPES.items() for shape in shapes],
     ids=lambda x: x if isinstance(x, str) else x.reason,
 )
-each_pool_op = pytest.mark.parametrize("op", POOL_OPS)
+each_pool_op = pytest.mark.parametrize("op", IN_PLACE_OPS)
 
 
 # ---- opcheck: schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes
@@ -239,6 +240,17 @@ SIGNATURES = {
     "dynamic_conv": "x, hidden, weight, bias=None, conv_state=None, cu_seqlens=None, activation='silu', "
     "output_final_state=False",
     "dynamic_conv_step_": "x, hidden, weight, bias, conv_state, state_indices=None, activation='silu'",
+    "jet_block_step_": "q, k, v, hidden, a, b, gate, weight, bias, A_log, dt_bias, norm_weight, conv_state, state, "
+    "state_indices=None, scale=None, eps=1e-05",
+    "attention_step_": "q, k, v, cos, sin, key, value, lengths, scale=None",
+    "rms_norm": "x, weight, eps=1e-06",
+    "add_rms_norm": "x, residual, weight, eps=1e-06",
+    "gated_rms_norm": "x, gate, weight, eps=1e-05",
+    "swiglu": "gate, up",
+    "delta_gates": "a, b, A_log, dt_bias",
+    "linear": "x, weight, bias=None",
+    "linear_int8": "x, weight, scale, bias=None",
+    "linear_int4": "x, weight, scale, bias=None",
 }
 
 
@@ -275,15 +287,15 @@ def test_python_functions_translate_their_arguments():
         jetkernels.dynamic_conv(x, hidden, weight, activation="relu")
 
 
-@pytest.mark.parametrize("op", (*SEQUENCE_OPS, *POOL_OPS))
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_named_tuples_of_the_tests_have_the_names_of_the_schema(op):
     schema = getattr(torch.ops.jet, op).default._schema
-    assert list((SEQUENCE_OPS | POOL_OPS)[op]._fields) == [argument.name for argument in schema.arguments]
+    assert list(ALL_OPS[op]._fields) == [argument.name for argument in schema.arguments]
 
 
 def test_schemas_have_no_string_and_only_positional_tensors():
     """A str argument leaks memory on every call."""
-    for op in [*SEQUENCE_OPS, *(op + "_backward" for op in SEQUENCE_OPS), *POOL_OPS]:
+    for op in defined:
         for argument in getattr(torch.ops.jet, op).default._schema.arguments:
             assert "str" not in str(argument.type) and not argument.kwarg_only, f"{op}: {argument}"
 

@@ -78,6 +78,29 @@ def test_large_pre_activations(backend):
     check_gradients(backend, OP, inputs)
 
 
+# Tiles of 32 tokens, 16 channels and 32 columns of hidden: whole ones, with tails in every dimension, and boundaries of
+# sequences within one; more tokens than the hidden rows that are packed at a time.
+TILES = (
+    {"T": 64, "D": 256, "R": 64},
+    {"T": 33, "D": 17, "R": 33},
+    {"T": 100, "D": 152, "R": 95, "bias": False, "state": False},
+    {"B": 1, "T": 200, "D": 48, "R": 31, "cu_seqlens": (0, 0, 1, 4, 4, 68, 132, 133, 200, 200)},
+    {"B": 3, "T": 1700, "D": 16, "R": 32, "silu": False},
+)
+
+
+@each_backend
+@pytest.mark.parametrize("strided", (False, True), ids=("dense", "strided"))
+@pytest.mark.parametrize("W", (2, 3, 4))
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_tiles_in_bf16(backend, shape, W, strided):
+    inputs = conv_inputs(ConvShape("", W=W, **shape), torch.bfloat16)
+    if strided:  # x as rows of a fused projection, hidden transposed
+        x = torch.cat([inputs.hidden, inputs.x], -1)[..., inputs.hidden.shape[-1] :]
+        inputs = inputs._replace(x=x, hidden=inputs.hidden.mT.contiguous().mT)
+    check_outputs(backend, OP, inputs)
+
+
 # ---- memory
 
 

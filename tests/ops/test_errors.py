@@ -10,6 +10,7 @@ import torch
 from support.arguments import (
     POOL_OPS,
     ApplyInputs,
+    BlockStepCall,
     CommitCall,
     ConvInputs,
     DeltaInputs,
@@ -17,6 +18,7 @@ from support.arguments import (
     StepCall,
     VerifyCall,
     apply_inputs,
+    block_step_call,
     commit_call,
     conv_inputs,
     cotangents,
@@ -96,6 +98,10 @@ def commit() -> CommitCall:
 
 def step() -> StepCall:
     return step_call(CONV._replace(B=3), rows=(3, -1, 0))
+
+
+def block_step() -> BlockStepCall:
+    return block_step_call(V=6, rows=(3, -1, 0))
 
 
 DELTA_TOKENS = (
@@ -266,6 +272,45 @@ TABLE: dict[str, tuple[Callable[[], tuple], tuple[Wrong, ...]]] = {
             Wrong("conv_state", drop_dim, ("conv_state must have 3 dimensions",)),
             Wrong("conv_state", cast(BF16), ("conv_state must be float32", "got bfloat16")),
             Wrong("conv_state", lambda t: t[:1].expand(5, -1, -1), ("conv_state",)),
+        ),
+    ),
+    "jet_block_step": (
+        block_step,
+        (
+            *INDICES,
+            *(wrong for wrong in GENERATOR if wrong.argument == "bias"),
+            Wrong("q", cast(torch.int64), ("q must be", "got int64")),
+            Wrong("q", resized(2, 0), ("k", "K = 0 (as in q)", "got 8")),
+            Wrong("q", drop_dim, ("q must have 3 dimensions [N,H,K]",)),
+            Wrong("k", resized(2, 7), ("k", "K = 8", "got 7")),
+            Wrong("k", cast(F16), ("k must be float32 like q", "got float16")),
+            Wrong("v", resized(1, 11), ("weight dimension 0 must be D*W with D = 11 (as in v)",)),
+            Wrong("v", resized(1, 0), ("v dimension 1 (D) must be at least 1",)),
+            Wrong("v", add_dim, ("v must have 2 dimensions",)),
+            Wrong("hidden", resized(0, 1), ("hidden", "N = 3", "got 1")),
+            Wrong("hidden", cast(BF16), ("hidden must be float32 like v", "got bfloat16")),
+            Wrong("a", resized(1, 3), ("a", "H = 2", "got 3")),
+            Wrong("a", cast(F64), ("a must be float32 like q", "got float64")),
+            Wrong("b", drop_dim, ("b must have 2 dimensions",)),
+            Wrong("gate", resized(2, 5), ("v dimension 1 (D) must be H*V = 2*5 (as in gate)", "got 12")),
+            Wrong("gate", resized(0, 2), ("gate", "N = 3", "got 2")),
+            Wrong("weight", resized(0, 12), ("weight", "W in 2..4", "got 12")),
+            Wrong("weight", cast(BF16), ("weight must be float32 like v", "got bfloat16")),
+            Wrong("A_log", resized(0, 3), ("A_log", "H = 2", "got 3")),
+            Wrong("A_log", cast(BF16), ("A_log must be float32", "got bfloat16")),
+            Wrong("dt_bias", add_dim, ("dt_bias must have 1 dimension",)),
+            Wrong("norm_weight", resized(0, 5), ("norm_weight", "V = 6", "got 5")),
+            Wrong("norm_weight", cast(F64), ("norm_weight must be float32", "got float64")),
+            Wrong("conv_state", resized(1, 11), ("conv_state", "D = 12", "got 11")),
+            Wrong("conv_state", resized(2, 2), ("conv_state", "= 3", "got 2")),
+            Wrong("conv_state", resized(0, 4), ("state", "P = 4", "got 5")),
+            Wrong("conv_state", cast(BF16), ("conv_state must be float32", "got bfloat16")),
+            Wrong("conv_state", lambda t: t[:1].expand(5, -1, -1), ("conv_state",)),
+            Wrong("state", resized(1, 3), ("state", "H = 2", "got 3")),
+            Wrong("state", resized(2, 7), ("state", "K = 8", "got 7")),
+            Wrong("state", resized(3, 8), ("state", "V = 6", "got 8")),
+            Wrong("state", cast(F16), ("state must be float32 or bfloat16", "got float16")),
+            EXPANDED_POOL,
         ),
     ),
 }

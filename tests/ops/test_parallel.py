@@ -17,8 +17,13 @@ from jetkernels.ops._register import defined
 
 BLOCKS = -(-3 * (TOKENS // 2) // 528)  # of dynamic_conv_backward
 
-# One region each, but for the convolution: its operands are packed before they are multiplied.
-REGIONS = dict.fromkeys(defined, 1) | {"dynamic_conv": 2, "dynamic_conv_backward": 1 + 2 * BLOCKS}
+# One region each, but for the convolution: its operands are packed before they are multiplied; and for a JetBlock's
+# step, whose delta rule follows the convolution.
+REGIONS = dict.fromkeys(defined, 1) | {
+    "dynamic_conv": 2,
+    "dynamic_conv_backward": 1 + 2 * BLOCKS,
+    "jet_block_step": 2,
+}
 
 
 @pytest.fixture

@@ -4,16 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.model_cases import small_config
 from support.paths import ROOT
 
 import jetkernels  # noqa: F401  (registers torch.ops.jet)
-from benchmarks import counters, cpu, floors, ops, report, rows, run
+from benchmarks import counters, cpu, floors, machine, model, ops, report, rows, run
 from benchmarks import provenance as facts
 from benchmarks.floors import H200, Ceilings, Work
 from benchmarks.shapes import SHAPES, Draw, Shape, conv_inputs, delta_rule_inputs, few_heads
+from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
 
 SHAPE_2B, SHAPE_4B = SHAPES[:2]
 F32 = torch.float32
@@ -51,6 +55,11 @@ def test_convolution_floor():
     assert floors.conv_step(SHAPE_4B, 1).seconds(H200) == pytest.approx(3.9e-6, rel=0.02)
 
 
+def test_pointwise_floors():
+    assert floors.swiglu(SHAPE_2B, 1).bytes == 53_760 and floors.swiglu(SHAPE_4B, 1).bytes == 66_048
+    assert floors.delta_gates(SHAPE_2B, 10).bytes == 10 * 144 + 96
+
+
 def test_verify_reads_the_state_once_and_commit_twice():
     shape = SHAPE_2B
     state = floors.state_bytes(shape)
@@ -72,7 +81,9 @@ def test_published_shapes():
 # Cases: the same list is measured, compared, sanitised and counted
 
 
-@pytest.mark.parametrize("case", ops.small(Shape("tiny", H=2, Hk=1, K=8, V=16, D=32, R=6, W=4)), ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", ops.small(Shape("tiny", H=2, Hk=1, K=8, V=16, D=32, R=6, W=4, F=20)), ids=lambda c: c.name
+)
 def test_small_cases_run_and_equal_plain_pytorch(case):
     args = case.make(Draw())
     expected = ops.plain_results(case.op, args)
@@ -194,9 +205,9 @@ def test_provenance(monkeypatch):
     found = facts.provenance("python -m benchmarks.run")
     assert {"device", "torch", "commit", "command", "date", "build", "waiting"} <= found.keys()
     assert 0 < found["processors"]["got"] <= found["processors"]["count"] + 0.1
-    monkeypatch.setattr(facts, "_output", lambda *command: None)
+    monkeypatch.setattr(machine, "answer", lambda *command: None)
     monkeypatch.setenv("JETKERNELS_COMMIT", "abc1234")
-    assert facts.commit() == "abc1234"
+    assert machine.commit() == "abc1234"
 
 
 def test_cpu_run_writes_json(tmp_path, monkeypatch, capsys):
@@ -208,3 +219,70 @@ def test_cpu_run_writes_json(tmp_path, monkeypatch, capsys):
     assert {row["dtype"] for row in rows} == set(cpu.DTYPES) and all(
         row["seconds"]["jetkernels"]["n"] == 1 for row in rows
     )
+
+
+# The whole model
+
+
+def test_bytes_of_a_step_of_the_2b_model():
+    """Those of the design at 64 K: weights 3.93 GB; of a sequence 57 MB of states read and written, 134 MB of keys."""
+    published = JetNemotronForCausalLM(JetNemotronConfig.from_name("2b"), device="meta", dtype=torch.bfloat16)
+    weights = sum(p.nbytes for p in published.parameters())
+    works = {batch: model.step_work(published, batch, 64 * 1024) for batch in (0, 1, 128)}
+    assert works[0].bytes == weights == pytest.approx(3.93e9, rel=1e-3)
+    jet = 24 * 2 * (4 * 12 * 96 * 256 + 2 * 3072 * 3)
+    keys = 2 * 2 * 2 * 2 * 128 * (2 * 64 * 1024 + 2 * 1152) // 2
+    assert works[1].bytes - weights == jet + keys
+    assert works[1].bytes == pytest.approx(4.12e9, rel=2e-3) and works[128].bytes == pytest.approx(28.8e9, rel=2e-3)
+
+
+def test_products_of_a_model():
+    small = JetNemotronForCausalLM.random(small_config(tie_word_embeddings=False))
+    weights = model.product_weights(small)
+    assert weights[-1] is small.lm_head.weight and all(w is not small.model.embed_tokens.weight for w in weights)
+    linears = [module.weight for module in small.modules() if isinstance(module, torch.nn.Linear)]
+    assert {id(w) for w in weights} == {id(w) for w in linears}
+    products = model.Products(small, 7, 1)
+    assert products.flop == sum(2 * 7 * w.numel() for w in weights[:-1]) + 2 * weights[-1].numel()
+    products()
+
+
+def test_every_part_of_the_model_run(monkeypatch, tmp_path, capsys):
+    quantized = []
+    module = SimpleNamespace(quantize_=lambda model, bits: quantized.append(bits))
+    monkeypatch.setitem(sys.modules, "jetkernels.modules.quantized", module)
+    monkeypatch.setattr(model, "COPIED", 1 << 16)
+    tiny = partial(model.measure, config=small_config(), prompt_tokens=9, lengths=(16, 64))
+    monkeypatch.setattr(model, "measure", tiny)
+    words = ["model", "--cases", "2x6", "1x1K", "--rounds", "3", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    model.main()
+    (file,) = tmp_path.glob("*-model.json")
+    found = json.loads(file.read_text())["rows"]
+    decode, step, int8, prompt, short, long = found
+    assert (decode["batch"], decode["context"], step["batch"], step["context"]) == (2, 6, 1, 1024)
+    assert decode["floor_ms"] == max(decode["bytes_ms"], decode["products_ms"]) and decode["ratio"] > 0
+    assert quantized == [8] and int8["speed_up"] > 0 and prompt["tokens"] == 9 and prompt["ratio"] > 0
+    assert (short["tokens"], short["against_first"], long["tokens"]) == (16, 1, 64)
+    out = capsys.readouterr().out
+    assert "time / floor" in out and rows.SAMPLES not in out
+
+
+def test_an_interrupted_model_run_keeps_what_it_has(monkeypatch, tmp_path):
+    def decode(small, batch, context, rounds):
+        if batch == 2:
+            raise KeyboardInterrupt
+        return {"ms": 1.0, "n": rounds}
+
+    monkeypatch.setattr(model, "decode", decode)
+    monkeypatch.setattr(model, "measure", partial(model.measure, config=small_config()))
+    monkeypatch.setattr(sys, "argv", ["model", "--cases", "1x6", "2x6", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        model.main()
+    (file,) = tmp_path.glob("*-model.json")
+    assert [row["batch"] for row in json.loads(file.read_text())["rows"]] == [1]
+
+
+@pytest.mark.parametrize(("text", "case"), [("64x64K", (64, 65536)), ("1X4k", (1, 4096)), ("8x100", (8, 100))])
+def test_a_case_of_the_model_run(text, case):
+    assert model.case(text) == case

@@ -20,6 +20,7 @@ from benchmarks.gpu_run import (
     forecasts,
     key,
     library,
+    model,
     op_tests,
     plan,
     sanitizer,
@@ -331,10 +332,36 @@ def test_every_part_names_its_cases(tmp_path):
         jobs = module.jobs({"output": str(tmp_path), "device": "cuda"})
         names = [case for job in jobs for case in job.cases]
         assert len(set(names)) == len(names) and len({job.name for job in jobs}) == len(jobs) and module.describe()
-    assert len(smoke.cases()) == 16 and not set(sizes.cases()) & set(key.cases())
+    assert len(smoke.cases()) == 23 and not set(sizes.cases()) & set(key.cases())
     recurrent = {f"recurrent_gated_delta_rule{more}" for more in ("", "_verify", "_commit")}
     convolution = {"dynamic_conv", "dynamic_conv_step", "apply_dynamic_conv"}
-    assert {case.op for case in smoke.cases().values()} == {"chunk_gated_delta_rule"} | recurrent | convolution
+    norms, pointwise = {"rms_norm", "add_rms_norm", "gated_rms_norm"}, {"swiglu", "delta_gates"}
+    steps = {"jet_block_step", "attention_step"}
+    every = {"chunk_gated_delta_rule"} | recurrent | convolution | norms | pointwise | steps
+    assert {case.op for case in smoke.cases().values()} == every
+    assert set(model.OPS) <= every
+    # Of every op that has a kernel some test is known by its name.
+    assert {op_tests.op_of(f"test_x.py::test_y[{op}]") for op in every} == every
+
+
+def test_tests_name_their_ops():
+    for file, op in (
+        ("test_jet_block_step_kernels.py::test_gates_of_any_size[cuda-1]", "jet_block_step"),
+        ("test_attention_step_kernel.py::test_steps_are_causal_attention[cuda]", "attention_step"),
+        ("test_norm_kernels.py::test_equals_the_definition[cuda-add_rms_norm]", "add_rms_norm"),
+        ("test_norm_kernels.py::test_equals_the_definition[cuda-x]", "rms_norm"),
+        ("test_pointwise_kernels.py::test_delta_gates_equal_the_definition[cuda]", "delta_gates"),
+        ("test_recurrent_kernels.py::test_accepted[cuda]", "recurrent_gated_delta_rule_commit"),
+    ):
+        assert op_tests.op_of(file) == op
+
+
+def test_a_shape_with_a_slash_can_be_broken(tmp_path):
+    case = "dynamic_conv 128/128 1 x 130 bf16"
+    store.append(tmp_path / "rows-x.jsonl", {"part": "smoke", "case": case, "status": "hang", "failed": "hang"})
+    assert [entry["shape"] for entry in store.write_broken(tmp_path)] == ["128/128"]
+    assert store.blocked("dynamic_conv 128/128 1 x 8192 bf16", tmp_path)
+    assert not store.blocked("dynamic_conv 128/128 1 x 8192 bf16 / peer", tmp_path)
 
 
 # Single parts

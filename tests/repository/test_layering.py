@@ -20,16 +20,25 @@ PYTHON_ARROWS = {
     "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/postnas"},
     "jetkernels": {"jetkernels/ops", "jetkernels/cli"},
 }
+MACHINE = {"csrc/common", "csrc/cpu", "csrc/hopper"}
+FAMILY_ARROWS = {
+    "csrc/attention": MACHINE,
+    "csrc/dynamic_conv": MACHINE,
+    "csrc/gated_delta_rule": MACHINE,
+    "csrc/linear": MACHINE,
+    "csrc/norm": MACHINE,
+    "csrc/pointwise": MACHINE,
+    "csrc/jet_block_step": MACHINE | {"csrc/dynamic_conv", "csrc/gated_delta_rule", "csrc/norm", "csrc/pointwise"},
+}
+FAMILIES = tuple(FAMILY_ARROWS)
 C_ARROWS = {
     "csrc/common": set(),
     "csrc/cpu": {"csrc/common"},
     "csrc/hopper": {"csrc/common"},
-    "csrc/gated_delta_rule": {"csrc/common", "csrc/cpu", "csrc/hopper"},
-    "csrc/dynamic_conv": {"csrc/common", "csrc/cpu", "csrc/hopper"},
-    "bindings": {"csrc/common", "csrc/cpu", "csrc/hopper", "csrc/gated_delta_rule", "csrc/dynamic_conv"},
+    **FAMILY_ARROWS,
+    "bindings": MACHINE | set(FAMILIES),
 }
 
-FAMILIES = ("csrc/gated_delta_rule", "csrc/dynamic_conv")
 OPS = {path.stem for path in (ROOT / "jetkernels" / "ops").glob("[a-z]*.py")}
 
 

@@ -14,17 +14,32 @@ from support.shapes import ids
 from torch import Tensor
 
 from jetkernels import ops  # noqa: F401  (registers torch.ops.jet)
+from jetkernels.plain import add_rms_norm as plain_add_rms_norm
 from jetkernels.plain import apply_dynamic_conv as plain_apply_dynamic_conv
+from jetkernels.plain import attention_step as plain_attention_step
 from jetkernels.plain import chunk_gated_delta_rule as plain_chunk_gated_delta_rule
+from jetkernels.plain import delta_gates as plain_delta_gates
 from jetkernels.plain import dynamic_conv as plain_dynamic_conv
 from jetkernels.plain import dynamic_conv_step as plain_dynamic_conv_step
+from jetkernels.plain import gated_rms_norm as plain_gated_rms_norm
+from jetkernels.plain import jet_block_step as plain_jet_block_step
 from jetkernels.plain import recurrent_gated_delta_rule as plain_recurrent_gated_delta_rule
 from jetkernels.plain import recurrent_gated_delta_rule_commit as plain_recurrent_gated_delta_rule_commit
 from jetkernels.plain import recurrent_gated_delta_rule_verify as plain_recurrent_gated_delta_rule_verify
+from jetkernels.plain import rms_norm as plain_rms_norm
+from jetkernels.plain import swiglu as plain_swiglu
+from reference.add_rms_norm import add_rms_norm
 from reference.apply_dynamic_conv import apply_dynamic_conv
+from reference.attention_step import attention_step
+from reference.delta_gates import delta_gates
 from reference.dynamic_conv import dynamic_conv
 from reference.dynamic_conv_step import dynamic_conv_step
+from reference.gated_rms_norm import gated_rms_norm
+from reference.jet_block_step import jet_block_step
+from reference.linear import linear, linear_int4, linear_int8
 from reference.recurrent_gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
+from reference.rms_norm import rms_norm
+from reference.swiglu import swiglu
 
 # The definitions, with the arguments of the ops. Those of the ops in place return what the op writes.
 REFERENCE: dict[str, Callable] = {
@@ -33,14 +48,29 @@ REFERENCE: dict[str, Callable] = {
     "apply_dynamic_conv": apply_dynamic_conv,
     "recurrent_gated_delta_rule": recurrent_gated_delta_rule,
     "dynamic_conv_step": dynamic_conv_step,
+    "attention_step": attention_step,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "gated_rms_norm": gated_rms_norm,
+    "swiglu": swiglu,
+    "delta_gates": delta_gates,
+    "linear": linear,
+    "linear_int8": linear_int8,
+    "linear_int4": linear_int4,
+    "jet_block_step": jet_block_step,
 }
+
+
+def listed(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results of an op that returns one or several."""
+    return outs if isinstance(outs, tuple) else (outs,)
 
 
 def _differentiate(
     function: Callable, inputs: NamedTuple, grads: Sequence[Tensor | None], convert: Callable
 ) -> dict[str, Tensor]:
     leaves = {name: convert(t.detach()).requires_grad_() for name, t in floating(inputs).items()}
-    outs = function(*inputs._replace(**leaves))
+    outs = listed(function(*inputs._replace(**leaves)))
     used = [(out, grad.to(out.dtype)) for out, grad in zip(outs, grads) if grad is not None and out.requires_grad]
     if not used:  # no tokens and no state: nothing depends on anything
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -119,8 +149,15 @@ class PlainBackend(OpsBackend):
                 plain_dynamic_conv,
                 plain_dynamic_conv_step,
                 plain_apply_dynamic_conv,
+                plain_attention_step,
+                plain_jet_block_step,
                 plain_recurrent_gated_delta_rule_verify,
                 plain_recurrent_gated_delta_rule_commit,
+                plain_rms_norm,
+                plain_add_rms_norm,
+                plain_gated_rms_norm,
+                plain_swiglu,
+                plain_delta_gates,
             )
             for name in dir(module)
             if name == module.__name__.rpartition(".")[2] or name.endswith("_backward")

@@ -5,8 +5,22 @@ import ctypes
 import json
 
 import torch
-from support.arguments import SEQUENCE_OPS, call_of, cotangents, inputs_of
-from support.shapes import ConvShape, DeltaShape
+from support.arguments import (
+    LINEAR_OPS,
+    NORM_OPS,
+    POOL_OPS,
+    SEQUENCE_OPS,
+    attention_call,
+    block_step_call,
+    call_of,
+    cotangents,
+    gates_inputs,
+    inputs_of,
+    linear_inputs,
+    norm_inputs,
+    swiglu_inputs,
+)
+from support.shapes import AttentionShape, ConvShape, DeltaShape
 
 from jetkernels import ops  # noqa: F401  (registers torch.ops.jet)
 from jetkernels.ops._register import defined
@@ -16,11 +30,14 @@ TOKENS = 1000  # of "ordinary": 1500 in three blocks of dynamic_conv_backward (5
 
 def calls(size: str, dtype: torch.dtype) -> dict[str, tuple]:
     """Each op's arguments; "tiny": one token of a small model."""
-    if size == "tiny":
+    tiny = size == "tiny"
+    if tiny:
         tokens, conv, rows = DeltaShape("", 1, 1, 2, 2, 16, 32), ConvShape("", 1, 1, 64, 24), 1
+        attention = AttentionShape("", (1,), H=2, Hkv=1, d=64, L=1400)
     else:
         tokens = DeltaShape("", 3, TOKENS // 2, 4, 4, 48, 96)
         conv, rows = ConvShape("", 1, 3 * (TOKENS // 2), 264, 40), 40
+        attention = AttentionShape("", (700, 1400), H=2, Hkv=1, d=64, L=1400)
     shapes = {
         "recurrent_gated_delta_rule": tokens._replace(T=1),
         "recurrent_gated_delta_rule_verify": tokens._replace(T=2),
@@ -28,8 +45,15 @@ def calls(size: str, dtype: torch.dtype) -> dict[str, tuple]:
         "dynamic_conv_step": conv._replace(B=rows),
     }
     found = {op: inputs_of(op, tokens if "delta" in op else conv, dtype) for op in SEQUENCE_OPS}
+    found |= {op: norm_inputs(op, conv.T, conv.D, dtype=dtype) for op in NORM_OPS}
+    found["swiglu"] = swiglu_inputs(conv.T, conv.D, dtype=dtype)
+    found["delta_gates"] = gates_inputs(conv.T, tokens.H, dtype=dtype)
     backward = {f"{op}_backward": (*cotangents(inputs), *inputs) for op, inputs in found.items()}
-    return found | backward | {op: call_of(op, shape, dtype) for op, shape in shapes.items()}
+    found |= {op: linear_inputs(op, rows, conv.D, P=4 * conv.D, G=2, dtype=dtype) for op in LINEAR_OPS}
+    found |= {op: call_of(op, shapes[op], dtype) for op in POOL_OPS}
+    found["jet_block_step"] = block_step_call(*((1, 2, 16, 32, 24) if tiny else (rows, 4, 48, 66, 40)), dtype=dtype)
+    found["attention_step"] = attention_call(attention, dtype)
+    return found | backward
 
 
 def run(op: str, arguments: tuple) -> list[torch.Tensor]:

@@ -43,6 +43,17 @@ class ConvShape(NamedTuple):
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
 
+class AttentionShape(NamedTuple):
+    """Of attention_step: a sequence per length."""
+
+    reason: str
+    lengths: tuple[int, ...] = (5, 0, 9)
+    H: int = 6
+    Hkv: int = 2
+    d: int = 16
+    L: int = 12
+
+
 PACKED = (0, 0, 1, 4, 4, 68, 132, 133, 200, 200)  # empty first, middle and last; 1, 3, 64, 65 and 67 tokens
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129)

@@ -10,9 +10,11 @@
 
 namespace jet::hopper {
 
-template <class Element, int W, int P, int consumers_>
+// silu_hidden: the generator reads silu(hidden).
+template <class Element, int W, int P, int consumers_, bool silu_hidden_ = false>
 struct SingleTileConfig : ConvTile<Element, W, P, 64 * consumers_> {
   using Tile = ConvTile<Element, W, P, 64 * consumers_>;
+  static constexpr bool silu_hidden = silu_hidden_;
   static constexpr int consumers = consumers_;  // warpgroups, an m64 instruction each; the producer is one more warp
   static constexpr int threads = kWarpgroup * consumers + 32;
   static constexpr int stages = 6;                       // all of R = 384
@@ -52,16 +54,34 @@ __device__ void produce(SingleTileShared<Config>& shared, const DynamicConvMaps&
   }
 }
 
-// The mainloop: taps [64, N] = hidden weight^T, the tokens of this consumer
+// hidden <- silu(hidden), rounded, in shared memory: the first `rows` tokens of this consumer, which are 128 bytes
+// each, one after the other. Where an element of a row lies does not matter, so the swizzle does not.
+template <class Config>
+__device__ void silu_in_place(char* own_rows, int rows, int consumer, int thread) {
+#pragma unroll 1
+  for (int i = thread; i < rows * (Config::K * 2 / 16); i += kWarpgroup) {
+    char* const eight = own_rows + i * 16;
+    float x[8];
+    unpack_elements<typename Config::Element>(x, load_elements<8>(eight));
+    const Elements<8> y = activate<typename Config::Element>(x, true);
+    *reinterpret_cast<uint4*>(eight) = make_uint4(y.words[0], y.words[1], y.words[2], y.words[3]);
+  }
+  fence_proxy_async();
+  named_barrier_sync(2 + consumer, kWarpgroup);
+}
+
+// The mainloop: taps [64, N] = hidden weight^T, the tokens of this consumer, of which `rows` are there
 template <class Config>
 __device__ void generate(typename Config::Mma::Accumulator& taps, SingleTileShared<Config>& shared, int panels,
-                         int consumer, int thread) {
+                         int consumer, int thread, [[maybe_unused]] int rows) {
   using Mma = typename Config::Mma;
   Consumer<Config::stages> ring(shared.ring);
   int previous = 0;
 #pragma unroll 1
   for (int panel = 0; panel < panels; ++panel, ring.advance()) {
     const int stage = ring.wait();
+    if constexpr (Config::silu_hidden)
+      silu_in_place<Config>(shared.stage[stage].a + 64 * consumer * Config::K * 2, rows, consumer, thread);
     const typename Config::A a(shared.stage[stage].a);
     const typename Config::B b(shared.stage[stage].b);
     wgmma_fence();
@@ -105,7 +125,8 @@ __device__ void consume(SingleTileShared<Config>& shared, const DynamicConvArgum
   named_barrier_sync(all, Config::consumers * kWarpgroup);
 
   typename Config::Mma::Accumulator taps;
-  generate<Config>(taps, shared, p.panels, consumer, thread);
+  const int rows = static_cast<int>(min(max(p.sequences.tokens - m0 - 64 * consumer, int64_t{0}), int64_t{64}));
+  generate<Config>(taps, shared, p.panels, consumer, thread, rows);
   shared.x_loaded.wait(PhaseParity::first());
   float bias[P][W];
   read_bias<Tile>(bias, shared.bias);

@@ -4,6 +4,8 @@
 // streams all packed hidden rows past them.
 #include "csrc/dynamic_conv/prefill/dynamic_conv.h"
 
+#include "csrc/cpu/pages.h"
+#include "csrc/dynamic_conv/prefill/forward_tiles_cpu.h"
 #include "csrc/dynamic_conv/product_cpu.h"
 #include "csrc/dynamic_conv/rows_cpu.h"
 
@@ -34,6 +36,7 @@ class Forward {
       for (long n = 0; n < in_.N; ++n) write_state(n);
       return;
     }
+    advise_huge_pages(p_.y, tokens * in_.D * long(sizeof(T)));
     const long block = smaller(tokens, kBlockTokens), slots = larger(1, parallel.threads);
     // Few channels: tasks get fewer tokens instead, at the price of packing the panels several times.
     const long parts = groups >= 4 * slots ? 1 : larger(1, smaller(4 * slots / groups, block / 256));
@@ -144,11 +147,14 @@ class Forward {
 
 }  // namespace
 
-void dynamic_conv_cpu(const DynamicConvParams& p, const Parallel& parallel) {
+void dynamic_conv_cpu(const DynamicConvParams& p, const Parallel& caller) {
+  const Parallel parallel = for_work(caller, conv_work(p.in, p.generator));
+#if defined(__AVX512F__)
+  if (tile_forward_takes(p)) return with_taps(p.in.W, [&](auto taps) { TileForward<taps>(p).run(parallel); });
+#endif
   with_product(p.in, true, [&](auto types, auto taps) {
     using Types = decltype(types);
-    Forward<typename Types::Product, typename Types::Element, taps>(p).run(
-        for_work(parallel, conv_work(p.in, p.generator)));
+    Forward<typename Types::Product, typename Types::Element, taps>(p).run(parallel);
   });
 }
 

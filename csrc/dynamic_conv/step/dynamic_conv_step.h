@@ -27,4 +27,9 @@ void dynamic_conv_step_cpu(const DynamicConvStepParams& params, const Parallel& 
 // dynamic_conv_step_kernel_takes.
 void dynamic_conv_step_hopper(const DynamicConvStepParams& params, void* stream);
 
+// The same with taps from silu(hidden), rounded to the dtype of hidden. On a CPU the sums may be added up in another
+// order than those of dynamic_conv_step_cpu.
+void dynamic_conv_step_of_silu_cpu(const DynamicConvStepParams& params, const Parallel& parallel);
+void dynamic_conv_step_of_silu_hopper(const DynamicConvStepParams& params, void* stream);
+
 }  // namespace jet

@@ -3,7 +3,7 @@
 #include "csrc/dynamic_conv/step/dynamic_conv_step.h"
 
 #include "csrc/dynamic_conv/product_cpu.h"
-#include "csrc/dynamic_conv/rows_cpu.h"
+#include "csrc/dynamic_conv/step/window_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 namespace {
@@ -68,7 +68,7 @@ class Step {
         generate_direct(d0, n, tile, smaller(M, in_.N - row), bias, taps);
       else
         generate(tile, packed, bias, taps);
-      for (long i = 0; i < M && row + i < in_.N; ++i) finish_row(row + i, d0, n, taps + i * W * L);
+      for (long i = 0; i < M && row + i < in_.N; ++i) convolve_step<T, W>(p_, row + i, d0, n, taps + i * W * L);
     }
   }
 
@@ -115,37 +115,6 @@ class Step {
     for (int w = 0; w < W; ++w)
 #pragma GCC unroll 8
       for (int i = 0; i < C; ++i) taps[(i * W + w) * L] = bias[w * L] + horizontal_sum<Acc>(acc[w][i]);
-  }
-
-  void finish_row(long row, long d0, long n, const Acc* taps) const {
-    T* y = static_cast<T*>(p_.y) + row * in_.D + d0;
-    const int64_t s = row_of(p_.pool, row);
-    if (s < 0) return store_some(y, 1, n, Vec{});
-    const int64_t x_stride = in_.x.strides.d;
-    const ConvStateStrides& strides = p_.pool.strides;
-    const T* x = at<T>(in_.x, row, 0) + d0 * x_stride;
-    T* state = static_cast<T*>(p_.pool.data) + s * strides.n + d0 * strides.d;
-    T inputs[W][L] = {};  // tap by tap
-    const bool packed = n == L && strides.d == W - 1 && strides.w == 1 && x_stride == 1;
-    if (packed)
-      read_inputs(x, 1, state, W - 1, 1, L, inputs), shift(state, W - 1, 1, L, inputs);
-    else
-      read_inputs(x, x_stride, state, strides.d, strides.w, n, inputs), shift(state, strides.d, strides.w, n, inputs);
-    Vec z{};
-    for (int w = W - 1; w >= 0; --w) z += Simd<Acc>::load(taps + w * L) * load(inputs[w]);
-    store_some(y, 1, n, in_.silu ? silu(z) : z);
-  }
-
-  static JET_INLINE void read_inputs(const T* x, long x_stride, const T* state, long channel, long tap, long n,
-                                     T (&inputs)[W][L]) {
-    for (int w = 0; w < W - 1; ++w)
-      for (long c = 0; c < n; ++c) inputs[w][c] = state[c * channel + w * tap];
-    for (long c = 0; c < n; ++c) inputs[W - 1][c] = x[c * x_stride];
-  }
-
-  static JET_INLINE void shift(T* state, long channel, long tap, long n, const T (&inputs)[W][L]) {
-    for (long c = 0; c < n; ++c)
-      for (int w = 0; w < W - 1; ++w) state[c * channel + w * tap] = inputs[w + 1][c];
   }
 
   const DynamicConvStepParams& p_;

@@ -1,7 +1,9 @@
-// Forward of the chunked gated delta rule on a CPU. One work item is a sequence and a value head; it walks over the
-// chunks with its state in L2. Per chunk the V columns are processed in stripes one register tile wide, whose part of
-// the state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never formed.
+// Forward of the chunked gated delta rule on a CPU. One work item is a sequence and a few value heads; it walks over
+// the chunks with their states in L2. Per chunk the V columns are processed in stripes one register tile wide, whose
+// part of the state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never
+// formed.
 #include "csrc/cpu/isa.h"
+#include "csrc/cpu/pages.h"
 #include "csrc/gated_delta_rule/chunk/stages_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
@@ -60,77 +62,126 @@ void chunk_stripe(const Chunk<T>& c, T* state, T* u, T* o) {
 }
 
 template <class T>
-struct Item {
+struct Scratchpad {
   Chunk<T> chunk;
-  T *state, *u, *o;  // stripes [V / W][K, W], one stripe [C, W] each
+  T *states, *u, *o;  // stripes [heads][V / W][K, W], one stripe [C, W] each
 
   void carve(Carver& from, long K, long stripes) {
     constexpr long W = Simd<T>::stripe;
     chunk.carve(from, K);
-    state = from.take<T>(stripes * K * W), u = from.take<T>(C * W), o = from.take<T>(C * W);
+    states = from.take<T>(stripes * K * W), u = from.take<T>(C * W), o = from.take<T>(C * W);
   }
 };
 
-// Columns [v0, v1) of one sequence and head.
+// What a worker does at a time: columns [v0, v1) of heads [h0, h1) of one sequence.
+struct Item {
+  long n, h0, h1, v0, v1;
+};
+
 template <class In, class T>
-void forward_item(const ChunkGatedDeltaRuleParams& p, long n, long h, long v0, long v1, Item<T>& item) {
-  const GatedDeltaRuleInputs& in = p.in;
-  constexpr long W = Simd<T>::stripe;
-  const Sequence seq = sequence(p, n);
-  Chunk<T>& c = item.chunk;
-  const auto columns = [&](long v) { return in.V - v < W ? in.V - v : W; };
-  const T* initial = at<T>(p.initial_state, n, h);
-  for (long v = v0; v < v1; v += W)
-    load_state(initial, p.initial_state.strides, in.K, v, columns(v), item.state + (v - v0) * in.K);
-  for (long t = 0; t < seq.length; t += C) {
-    const long begin = seq.begin + t;
-    prepare<In>(in, seq.b, begin, seq.length - t < C ? seq.length - t : C, h, c);
-    fold_factors(T(in.scale), c);
-    const long next = seq.length - t - C < C ? seq.length - t - C : C;
-    const long hk = h / (in.H / in.Hk);
-    prefetch_rows(at<In>(in.q, seq.b, begin + C, hk), in.q.strides, next, in.K);
-    prefetch_rows(at<In>(in.k, seq.b, begin + C, hk), in.k.strides, next, in.K);
-    for (long v = v0; v < v1; v += W) {
-      prefetch_rows(at<In>(in.v, seq.b, begin + C, h) + v * in.v.strides.d, in.v.strides, next, columns(v));
-      const In* values = at<In>(in.v, seq.b, begin, h) + v * in.v.strides.d;
-      In* o = static_cast<In*>(p.o) + ((seq.b * in.T + begin) * in.H + h) * in.V + v;
+class Forward {
+  static constexpr long W = Simd<T>::stripe;
+
+ public:
+  Forward(const ChunkGatedDeltaRuleParams& p, const Item& item, const Scratchpad<T>& scratchpad)
+      : p_(p), in_(p.in), item_(item), seq_(sequence(p, item.n)), pad_(scratchpad) {}
+
+  void run() {
+    const StateStrides dense = contiguous_state(in_);
+    for_stripes([&](long h, long v, T* state) {
+      load_state(at<T>(p_.initial_state, item_.n, h), p_.initial_state.strides, in_.K, v, columns(v), state);
+    });
+    for (long t = 0; t < seq_.length; t += C)
+      for (long h = item_.h0; h < item_.h1; ++h) chunk(t, h);
+    for_stripes([&](long h, long v, T* state) {
+      store_state(state, dense, in_.K, v, columns(v), at(static_cast<T*>(p_.final_state), dense, item_.n, h));
+    });
+  }
+
+ private:
+  long columns(long v) const { return smaller(W, in_.V - v); }
+  long tokens(long t) const { return smaller(C, seq_.length - t); }
+
+  template <class F>
+  void for_stripes(const F& f) const {
+    T* state = pad_.states;
+    for (long h = item_.h0; h < item_.h1; ++h)
+      for (long v = item_.v0; v < item_.v1; v += W, state += in_.K * W) f(h, v, state);
+  }
+
+  void chunk(long t, long h) {
+    Chunk<T>& c = pad_.chunk;
+    const long begin = seq_.begin + t;
+    prepare<In>(in_, seq_.b, begin, tokens(t), h, c);
+    fold_factors(T(in_.scale), c);
+    const bool last = h + 1 == item_.h1;
+    const long next_h = last ? item_.h0 : h + 1, next_t = last ? t + C : t, next = tokens(next_t);
+    const long next_hk = next_h / (in_.H / in_.Hk), next_begin = seq_.begin + next_t;
+    prefetch_rows(at<In>(in_.q, seq_.b, next_begin, next_hk), in_.q.strides, next, in_.K);
+    prefetch_rows(at<In>(in_.k, seq_.b, next_begin, next_hk), in_.k.strides, next, in_.K);
+    T* state = pad_.states + (h - item_.h0) * round_up(item_.v1 - item_.v0, W) * in_.K;
+    for (long v = item_.v0; v < item_.v1; v += W, state += in_.K * W) {
+      prefetch_rows(at<In>(in_.v, seq_.b, next_begin, next_h) + v * in_.v.strides.d, in_.v.strides, next, columns(v));
+      const In* values = at<In>(in_.v, seq_.b, begin, h) + v * in_.v.strides.d;
+      In* o = static_cast<In*>(p_.o) + ((seq_.b * in_.T + begin) * in_.H + h) * in_.V + v;
       for (long i = 0; i < c.L; ++i) {
-        T* row = item.u + i * W;
-        load_row(values + i * in.v.strides.t, in.v.strides.d, columns(v), W, row);
+        T* row = pad_.u + i * W;
+        load_row(values + i * in_.v.strides.t, in_.v.strides.d, columns(v), W, row);
         for (long j = 0; j < W; ++j) row[j] *= c.beta[i];
       }
-      with_vectors<T>(columns(v), [&](auto vectors) {
-        chunk_stripe<T, decltype(vectors)::value>(c, item.state + (v - v0) * in.K, item.u, item.o);
-      });
-      for (long i = 0; i < c.L; ++i) store_row(item.o + i * W, columns(v), o + i * in.H * in.V);
+      with_vectors<T>(columns(v),
+                      [&](auto vectors) { chunk_stripe<T, decltype(vectors)::value>(c, state, pad_.u, pad_.o); });
+      for (long i = 0; i < c.L; ++i) store_row(pad_.o + i * W, columns(v), o + i * in_.H * in_.V);
     }
   }
-  const StateStrides dense = contiguous_state(in);
-  T* final_state = at(static_cast<T*>(p.final_state), dense, n, h);
-  for (long v = v0; v < v1; v += W) store_state(item.state + (v - v0) * in.K, dense, in.K, v, columns(v), final_state);
+
+  const ChunkGatedDeltaRuleParams& p_;
+  const GatedDeltaRuleInputs& in_;
+  const Item item_;
+  const Sequence seq_;
+  Scratchpad<T> pad_;
+};
+
+// How a call is cut into items.
+struct Cut {
+  long groups, heads;    // groups of so many heads
+  long slices, columns;  // slices of so many columns
+};
+
+// Neighbouring heads in a group read and write memory that lies together, so that a page of q, k, v and o is looked up
+// for all of them. As many as have states of 256 KB, which leaves room in any L2, and only as long as every worker gets
+// two items, one of which another worker takes over from one that is slow.
+template <class T>
+Cut cut(const ChunkGatedDeltaRuleParams& p, long threads) {
+  constexpr long W = Simd<T>::stripe, kStates = 256 << 10, kItems = 2;
+  const long H = p.in.H, stripes = round_up(p.in.V, W) / W, items = p.N * H;
+  // Fewer heads than threads: slices of V, each repeating the part of a chunk that does not depend on V.
+  const long slices = smaller(stripes, items < threads ? (threads + items - 1) / items : 1);
+  const long columns = (stripes + slices - 1) / slices * W;
+  const long most = larger(1, smaller(kStates / (p.in.K * columns * long(sizeof(T))), items / (kItems * threads)));
+  const long groups = (H + most - 1) / most;
+  return {groups, (H + groups - 1) / groups, slices, columns};
 }
 
 template <class In, class T>
 void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
   const GatedDeltaRuleInputs& in = p.in;
   const Parallel parallel = for_work(caller, chunk_work(p));
-  constexpr long W = Simd<T>::stripe;
-  const long heads = p.N * in.H, stripes = round_up(in.V, W) / W;
-  if (heads == 0) return;
-  // Fewer heads than threads: slices of V, each repeating the part of a chunk that does not depend on V.
-  long slices = heads < parallel.threads ? (parallel.threads + heads - 1) / heads : 1;
-  if (slices > stripes) slices = stripes;
-  const long slice = round_up(stripes, slices) / slices * W, items = heads * slices;
-  const long workers = parallel.threads < items ? parallel.threads : items;
+  if (p.N * in.H == 0) return;
+  advise_huge_pages(p.o, in.B * in.T * in.H * in.V * long(sizeof(In)));
+  const Cut by = cut<T>(p, parallel.threads);
+  const long items = p.N * by.groups * by.slices, workers = smaller(parallel.threads, items);
+  const long stripes = by.heads * by.columns / Simd<T>::stripe;
   Carver count(nullptr);
-  Item<T>().carve(count, in.K, slice / W);
+  Scratchpad<T>().carve(count, in.K, stripes);
   const Scratch scratch(workers, count.used());
   run_tasks(parallel, workers, items, [&](long worker, long i) {
-    const long v0 = i % slices * slice, v1 = v0 + slice < in.V ? v0 + slice : in.V;
+    const long h0 = i / by.slices / p.N * by.heads, v0 = i % by.slices * by.columns;
+    const Item item{i / by.slices % p.N, h0, smaller(in.H, h0 + by.heads), v0, smaller(in.V, v0 + by.columns)};
     Carver from(scratch.of(worker));
-    Item<T> item;
-    item.carve(from, in.K, slice / W);
-    forward_item<In, T>(p, i / slices % p.N, i / slices / p.N, v0, v1, item);
+    Scratchpad<T> pad;
+    pad.carve(from, in.K, stripes);
+    Forward<In, T>(p, item, pad).run();
   });
 }
 

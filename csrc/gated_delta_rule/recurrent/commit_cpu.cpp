@@ -2,7 +2,7 @@
 #include "csrc/gated_delta_rule/recurrent/recurrent_gated_delta_rule_commit.h"
 
 #include "csrc/cpu/isa.h"
-#include "csrc/gated_delta_rule/recurrent/item_cpu.h"
+#include "csrc/gated_delta_rule/recurrent_item_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 

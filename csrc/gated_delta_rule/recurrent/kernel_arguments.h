@@ -66,6 +66,8 @@ struct RecurrentArguments {
   int slices;                                // of a CTA
   int columns, heads;                        // of a CTA; whole heads if more than one. Its last columns may be beyond V
   Divisor parts, head_groups, group, width;  // CTAs of a head, H / heads, H / Hk, V
+  // A JetBlock's step, whose g and beta are a and b. Last, as what stood here would move the others.
+  NumberVector A_log, dt_bias;
 };
 
 struct RecurrentTiles {

@@ -69,6 +69,13 @@ void recurrent_gated_delta_rule_hopper(const RecurrentGatedDeltaRuleParams& p, v
   hopper::launch_recurrent<hopper::RecurrentMode::step>("recurrent_gated_delta_rule", a, stream);
 }
 
+void recurrent_jet_block_step_hopper(const RecurrentGatedDeltaRuleParams& p, const GateParameters& gates,
+                                     void* stream) {
+  hopper::RecurrentArguments a = hopper::recurrent_arguments(p);
+  a.o_dtype = Dtype::f32, a.A_log = gates.A_log, a.dt_bias = gates.dt_bias;
+  hopper::launch_recurrent<hopper::RecurrentMode::jet_block>("jet_block_step", a, stream);
+}
+
 void recurrent_gated_delta_rule_verify_hopper(const RecurrentGatedDeltaRuleVerifyParams& p, void* stream) {
   hopper::RecurrentArguments a = hopper::recurrent_arguments(p.forward);
   a.keys = static_cast<float*>(p.keys), a.updates = static_cast<float*>(p.updates);

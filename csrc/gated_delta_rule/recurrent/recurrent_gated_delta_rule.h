@@ -27,4 +27,13 @@ void recurrent_gated_delta_rule_cpu(const RecurrentGatedDeltaRuleParams& p, cons
 // recurrent_kernel_takes(p).
 void recurrent_gated_delta_rule_hopper(const RecurrentGatedDeltaRuleParams& p, void* stream);
 
+// What a JetBlock makes its gates of: g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b).
+struct GateParameters {
+  NumberVector A_log, dt_bias;  // [H]
+};
+
+// The same for one token (T = 1) as a JetBlock's projections give it (csrc/jet_block_step): q and k are those before
+// SiLU, g and beta are a and b. o is fp32.
+void recurrent_jet_block_step_hopper(const RecurrentGatedDeltaRuleParams& p, const GateParameters& gates, void* stream);
+
 }  // namespace jet

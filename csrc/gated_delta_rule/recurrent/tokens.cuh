@@ -3,10 +3,12 @@
 
 #include "csrc/gated_delta_rule/recurrent/kernel_arguments.h"
 #include "csrc/hopper/convert.h"
+#include "csrc/hopper/sigmoid.h"
 
 namespace jet::hopper {
 
-enum class RecurrentMode { step, verify, commit };  // recurrent_gated_delta_rule.h, .._verify.h, .._commit.h
+// recurrent_gated_delta_rule.h, .._verify.h, .._commit.h; a JetBlock's step, whose activations are done here
+enum class RecurrentMode { step, verify, commit, jet_block };
 
 template <class State_, int tile_, RecurrentMode mode_>
 struct RecurrentConfig {
@@ -25,7 +27,7 @@ struct RecurrentConfig {
   // 96, three and two.
   static constexpr int threads_at_a_time = ahead ? 640 : 768;
   // Whose loads a thread has under way at the beginning.
-  static constexpr int first_tokens = mode == RecurrentMode::step ? 1 : 2;
+  static constexpr int first_tokens = mode == RecurrentMode::step || mode == RecurrentMode::jet_block ? 1 : 2;
   static_assert(rows >= 1 && lanes <= 16, "neighbouring row groups of a warp add up the two sums of a column");
 };
 
@@ -131,17 +133,31 @@ __device__ inline AnyElement load_element(bool asked, const TokenTensor& x, uint
   return load_element(asked, x.dtype, from);
 }
 
+__device__ inline AnyElement load_number(bool asked, const NumberVector& x, uint32_t i) {
+  return load_element(asked, x.dtype, static_cast<const char*>(x.data) + i * (x.dtype == Dtype::f32 ? 4u : 2u));
+}
+
 __device__ inline float value_of(const AnyElement& x, Dtype dtype) {
   const float as_f16 = __half2float(__ushort_as_half(static_cast<uint16_t>(x.narrow)));
   const float small = dtype == Dtype::bf16 ? __uint_as_float(x.narrow << 16) : as_f16;
   return dtype == Dtype::f32 ? __uint_as_float(x.wide) : small;
 }
 
+// log(1 + e^x) as max(x, 0) + log(1 + e^-|x|), without a branch: relative error about 1e-6.
+__device__ inline float fast_softplus(float x) {
+  const float e = __expf(-fabsf(x)), sum = 1.0f + e;
+  // log(sum) e / (sum - 1) takes back what was rounded off in the sum.
+  const float log = sum == 1.0f ? e : logf(sum) * __fdividef(e, sum - 1.0f);
+  return fmaxf(x, 0.0f) + log;
+}
+
 // What a thread brings of `tokens` tokens: an element of q or of k, two columns of v, the gates of a head.
 template <class Config, int tokens>
 struct TokensInFlight {
   static constexpr bool commit = Config::mode == RecurrentMode::commit;
+  static constexpr bool jet_block = Config::mode == RecurrentMode::jet_block;
   AnyElement qk[tokens], v[tokens][2], g[tokens], beta[tokens];
+  AnyElement A_log, dt_bias;  // jet_block
 
   // Tokens t .. t + count - 1, at most `tokens` of them. Waits for none.
   __device__ TokensInFlight(const RecurrentArguments& p, const RecurrentPlace& at, int t, int count) {
@@ -159,6 +175,10 @@ struct TokensInFlight {
       g[i] = load_element(asked && has_gates, p.g, at.n, t + i, at.h + threadIdx.x, 0);
       if constexpr (!commit) beta[i] = load_element(asked && has_gates, p.beta, at.n, t + i, at.h + threadIdx.x, 0);
     }
+    if constexpr (jet_block) {
+      A_log = load_number(has_gates, p.A_log, at.h + threadIdx.x);
+      dt_bias = load_number(has_gates, p.dt_bias, at.h + threadIdx.x);
+    }
   }
 
   // The same tokens to shared memory, from place `first` on.
@@ -168,13 +188,13 @@ struct TokensInFlight {
     for (int i = 0; i < tokens; ++i) {
       const bool asked = i == 0 || i < count;
       if (asked && !(commit && threadIdx.x < p.K))
-        shared.qk[(first + i) * 2 * p.K + threadIdx.x] = value_of(qk[i], p.k.dtype);
+        shared.qk[(first + i) * 2 * p.K + threadIdx.x] = activated(value_of(qk[i], p.k.dtype));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int c = threadIdx.x + j * blockDim.x;
         if (asked && c < p.columns) shared.v[(first + i) * p.columns + place(c)] = value_of(v[i][j], p.v.dtype);
       }
-      const TokenGates both{expf(value_of(g[i], p.g.dtype)), commit ? 0 : value_of(beta[i], p.beta.dtype)};
+      const TokenGates both = gates_of(p, i);
       if (asked && threadIdx.x < p.heads) shared.gates[(first + i) * p.heads + threadIdx.x] = both;
     }
 #pragma unroll 1
@@ -185,6 +205,23 @@ struct TokensInFlight {
   }
 
  private:
+  static __device__ float activated(float x) {
+    if constexpr (jet_block)
+      return x * fast_sigmoid(x);
+    else
+      return x;
+  }
+
+  __device__ TokenGates gates_of(const RecurrentArguments& p, int i) const {
+    if constexpr (jet_block) {
+      const float x = value_of(g[i], p.g.dtype) + value_of(dt_bias, p.dt_bias.dtype);
+      const float decay = expf(-expf(value_of(A_log, p.A_log.dtype)) * fast_softplus(x));
+      return {decay, fast_sigmoid(value_of(beta[i], p.beta.dtype))};
+    } else {
+      return {expf(value_of(g[i], p.g.dtype)), commit ? 0 : value_of(beta[i], p.beta.dtype)};
+    }
+  }
+
   static __device__ int place(int c) { return c - c % Config::tile + slot<Config>(c % Config::tile); }
   // Column c of the CTA's, counted through its heads: one of more than one head begins at column 0.
   static __device__ AnyElement load_column(bool asked, const RecurrentArguments& p, const RecurrentPlace& at, int t,

@@ -17,6 +17,11 @@ def _pyplot() -> Any:
     return optional("matplotlib.pyplot", "all", "a plot")
 
 
+def need() -> None:
+    """Raises ModuleNotFoundError where matplotlib is not installed: what takes long asks first."""
+    _pyplot()
+
+
 def _save(figure: Any, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.tight_layout()
@@ -155,4 +160,46 @@ def pair_chart(
         axes.margins(y=0.15)
     for axes in (left, middle, right):
         axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def speed_against_context(
+    path: str | Path,
+    speeds: Mapping[str, Mapping[int, float]],
+    speed_ups: Mapping[str, Mapping[int, float]],
+    title: str,
+) -> None:
+    """A PNG of generation speed against context, beside the speed-up of the first model over the others.
+
+    Args:
+        path: of the file.
+        speeds: {model: {tokens of context: tokens/s}}.
+        speed_ups: {other model: {tokens of context: times its tokens/s}}.
+        title: of the picture.
+    """
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8))
+    contexts = sorted({context for of_model in speeds.values() for context in of_model})
+    for axes, curves in ((left, speeds), (right, speed_ups)):
+        for i, (name, of_model) in enumerate(curves.items(), len(speeds) - len(curves)):
+            along = sorted(of_model)
+            axes.plot(along, [of_model[context] for context in along], marker="o", color=f"C{i}", label=name)
+            for context in along:
+                axes.annotate(
+                    f"{of_model[context]:,.3g}",
+                    (context, of_model[context]),
+                    textcoords="offset points",
+                    xytext=(0, 6),
+                    fontsize=8,
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(contexts, [f"{c // 1024}K" if c % 1024 == 0 else str(c) for c in contexts])
+        axes.set(xlabel="context (tokens)")
+        axes.margins(0.1, 0.15)
+        axes.grid(alpha=0.3)
+        if curves:
+            axes.legend(fontsize=8)
+    left.set(ylabel="generation (tokens/s)", title=title)
+    right.set(ylabel=f"tokens/s of {next(iter(speeds))} over those of", title="speed-up")
     _save(figure, path)

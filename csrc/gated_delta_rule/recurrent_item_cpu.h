@@ -5,6 +5,8 @@
 // u.
 #pragma once
 
+#include <optional>
+
 #include "csrc/gated_delta_rule/recurrent/recurrent_gated_delta_rule_verify.h"
 #include "csrc/gated_delta_rule/rows_cpu.h"
 
@@ -93,26 +95,46 @@ struct Slice {
   long n, h, v0, v1;
 };
 
-// f(slice, item) for slices that cover everything; carve(from, columns) makes the item: scratch memory for so many
-// columns.
+// Slices that cover everything; carve(from, columns) makes an item: a worker's scratch memory for so many columns. It
+// is allocated by the constructor.
+template <class T, class Carve>
+class Slices {
+ public:
+  Slices(const Parallel& parallel, long N, long H, long V, const Carve& carve)
+      : parallel_(parallel), H_(H), V_(V), carve_(carve) {
+    constexpr long W = Simd<T>::stripe;
+    const long heads = N * H, stripes = round_up(V, W) / W;
+    if (heads > 0 && heads < parallel.threads) of_head_ = smaller((parallel.threads + heads - 1) / heads, stripes);
+    columns_ = round_up(stripes, of_head_) / of_head_ * W, items_ = heads * of_head_;
+    workers_ = smaller(parallel.threads, items_);
+    Carver count(nullptr);
+    carve(count, columns_);
+    scratch_.emplace(workers_, count.used());
+  }
+
+  // f(slice, item) for each
+  template <class F>
+  void operator()(const F& f) const {
+    if (items_ == 0) return;
+    run_even_tasks(parallel_, workers_, items_, [&](long worker, long i) {
+      const long v0 = i % of_head_ * columns_;
+      Carver from(scratch_->of(worker));
+      auto item = carve_(from, columns_);
+      f(Slice{i / of_head_ / H_, i / of_head_ % H_, v0, smaller(v0 + columns_, V_)}, item);
+    });
+  }
+
+ private:
+  const Parallel parallel_;
+  const long H_, V_;
+  const Carve carve_;
+  long of_head_ = 1, columns_, items_, workers_;
+  std::optional<Scratch> scratch_;
+};
+
 template <class T, class Carve, class F>
 inline void for_slices(const Parallel& parallel, long N, long H, long V, const Carve& carve, const F& f) {
-  constexpr long W = Simd<T>::stripe;
-  const long heads = N * H, stripes = round_up(V, W) / W;
-  if (heads == 0) return;
-  long slices = heads < parallel.threads ? (parallel.threads + heads - 1) / heads : 1;
-  if (slices > stripes) slices = stripes;
-  const long slice = round_up(stripes, slices) / slices * W, items = heads * slices;
-  const long workers = parallel.threads < items ? parallel.threads : items;
-  Carver count(nullptr);
-  carve(count, slice);
-  const Scratch scratch(workers, count.used());
-  run_even_tasks(parallel, workers, items, [&](long worker, long i) {
-    const long v0 = i % slices * slice, v1 = v0 + slice < V ? v0 + slice : V;
-    Carver from(scratch.of(worker));
-    auto item = carve(from, slice);
-    f(Slice{i / slices / H, i / slices % H, v0, v1}, item);
-  });
+  Slices<T, Carve>(parallel, N, H, V, carve)(f);
 }
 
 template <class St>
@@ -279,6 +301,22 @@ __attribute__((noinline)) void recurrent_block(const RecurrentItem<T>& item, boo
   store_outputs(count - 1);  // late: cold lines here would hold up the stores to the state
 }
 
+// The same on columns [v, v + columns) of a state of `pool`, whatever its strides.
+template <class T, class St>
+inline void recurrent_stripe(const RecurrentItem<T>& item, bool verify, long count, bool begins, bool ends, long K,
+                             T scale, const StatePool& pool, St* state, long v, long columns, Rows<T> stripe,
+                             Call load_v, Call store_outputs) {
+  with_vectors<T>(columns, [&](auto vectors) {
+    constexpr int NV = decltype(vectors)::value;
+    const Rows<St> here{state + v, pool.strides.k};
+    if (whole_vectors<T>(pool, columns))
+      return recurrent_block<NV>(item, verify, count, begins, ends, K, scale, here, stripe, load_v, store_outputs);
+    if (begins) load_state(state, pool.strides, K, v, columns, stripe.data);
+    recurrent_block<NV>(item, verify, count, begins, ends, K, scale, stripe, stripe, load_v, store_outputs);
+    if (ends && !verify) store_state(stripe.data, pool.strides, K, v, columns, state);
+  });
+}
+
 // A slice of recurrent_gated_delta_rule, or of its verify.
 template <class In, class T, class St>
 inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const Slice& slice, RecurrentItem<T>& item) {
@@ -307,16 +345,8 @@ inline void recurrent_item(const RecurrentGatedDeltaRuleVerifyParams& vp, const 
         store_row(item.vo, columns, static_cast<In*>(p.o) + out);
         if (verify) store_row(item.u, columns, static_cast<T*>(vp.updates) + out);
       };
-      with_vectors<T>(columns, [&](auto vectors) {
-        constexpr int NV = decltype(vectors)::value;
-        const Rows<St> here{pool + v, p.pool.strides.k};
-        const Call load(load_v), store(store_outputs);
-        if (whole_vectors<T>(p.pool, columns))
-          return recurrent_block<NV>(item, verify, count, begins, ends, in.K, T(in.scale), here, stripe, load, store);
-        if (begins) load_state(pool, p.pool.strides, in.K, v, columns, stripe.data);
-        recurrent_block<NV>(item, verify, count, begins, ends, in.K, T(in.scale), stripe, stripe, load, store);
-        if (ends && !verify) store_state(stripe.data, p.pool.strides, in.K, v, columns, pool);
-      });
+      recurrent_stripe(item, verify, count, begins, ends, in.K, T(in.scale), p.pool, pool, v, columns, stripe,
+                       Call(load_v), Call(store_outputs));
     }
   }
 }
