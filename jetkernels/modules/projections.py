@@ -8,6 +8,7 @@ once. Where a gradient is computed, and where a layer is more than a Linear (`pl
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -79,12 +80,12 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), row)
 
 
-class FusedProjections(nn.Module):
+class FusedProjections(nn.Module, ABC):
     """A module whose projections of its input lie so, also after it was moved, cast, copied or unpickled."""
 
+    @abstractmethod
     def projections(self) -> dict[str, nn.Module]:
         """The layers that read the module's input, by name, in the order in which their weights lie."""
-        raise NotImplementedError
 
     def fuse(self) -> None:
         """See `fuse_`; called at the end of a constructor."""
