@@ -19,7 +19,7 @@ from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.linear import computing_device, floating_weight, has_hooks
 from jetkernels.modules.norm import add_norm
 from jetkernels.modules.padding import Unpadding, find_padding
-from jetkernels.modules.projections import linear
+from jetkernels.modules.projections import apply, linear
 from jetkernels.modules.quantized import Quantized, QuantizedLinear, quantize_
 
 from . import checkpoint, generation
@@ -197,7 +197,7 @@ class JetNemotronForCausalLM(nn.Module):
     def head(self, h: Tensor) -> Tensor:
         """Final hidden states [..., C] -> logits [..., vocab]."""
         if not self.config.tie_word_embeddings:
-            return self.lm_head(h)
+            return apply(self.lm_head, "lm_head", h)
         weight = self.model.embed_tokens.weight
         if not isinstance(weight, Tensor) or weight.device != h.device:
             got = (
@@ -210,7 +210,7 @@ class JetNemotronForCausalLM(nn.Module):
                 "embed_tokens out of offloading and quantisation, or give the head a weight of its own "
                 "(tie_word_embeddings=False)"
             )
-        return F.linear(h, weight) if h.requires_grad or torch.is_grad_enabled() else linear(h, weight)
+        return F.linear(h, weight) if torch.is_grad_enabled() else linear(h, weight)
 
     @property
     def device(self) -> torch.device:
@@ -365,9 +365,11 @@ class JetNemotronForCausalLM(nn.Module):
     def has_device_steps(self) -> bool:
         """Whether `compute_step` is all there is to a step, and reads nothing on the host.
 
-        It is so where every layer is this library's own and no hook waits for a call.
+        It is so where every module is this library's own or PyTorch's and no hook waits for a call: a CUDA graph does
+        not call it again.
         """
-        return not has_hooks(self) and not has_hooks(self.model) and self.model.has_device_steps
+        own = all(type(m).__module__.startswith(("jetkernels.", "torch.nn.")) for m in self.modules())
+        return own and not any(map(has_hooks, self.modules())) and self.model.has_device_steps
 
     def _check_place(self, input_ids: Tensor, cache: JetNemotronCache | None) -> None:
         embedding = self.model.embed_tokens

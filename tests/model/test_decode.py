@@ -205,6 +205,34 @@ def test_layers_that_are_called_take_part_in_a_step(monkeypatch):
     assert torch.equal(model.generate(ids, max_new_tokens=6), need_model.generate(ids, max_new_tokens=6))
 
 
+class Foreign(torch.nn.Module):
+    """A Linear of somebody else, who may read on the host."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm", "model.layers.0.self_attn.o_norm"])
+def test_a_hook_anywhere_is_called_at_every_step(name):
+    """So a graph, which would call it once, does not stand for the steps."""
+    model, seen = small_model(seed=4), []
+    need = model.generate(tokens(1, 3), max_new_tokens=12, stop_token_ids=())
+    model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    assert not model.has_device_steps
+    assert torch.equal(model.generate(tokens(1, 3), max_new_tokens=12, stop_token_ids=()), need)
+    assert len(seen) == 12
+
+
+def test_modules_of_others_are_not_captured():
+    model = small_model(seed=4)
+    model.model.layers[0].mlp.down_proj = Foreign(model.model.layers[0].mlp.down_proj)
+    assert not model.has_device_steps
+
+
 @torch.no_grad()
 def test_wrong_steps_are_refused(model):
     cache, _ = prefilled(model, [3, 3], room=1)
