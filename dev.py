@@ -26,6 +26,7 @@ BIN = VENV / "bin"
 PYTHON = BIN / "python"
 # CUTLASS's headers, which the Hopper kernels include; what its Python side depends on is not needed.
 WITHOUT_DEPENDENCIES = "nvidia-cutlass==4.2.0.0"
+MOST_WORKERS = 4  # of pytest: each computes with all processors at times
 CXX_FOLDERS, CXX_SUFFIXES = ("csrc", "bindings", "tests"), (".h", ".cuh", ".c", ".cpp", ".cu")
 
 
@@ -71,6 +72,17 @@ def run(*command: str) -> int:
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
+def in_parallel(arguments: list[str]) -> list[str]:
+    """What makes pytest work side by side; nothing if it was asked for a file or to stop for its user."""
+    alone = ("-s", "-n", "--pdb", "--trace", "--co")
+    if any(argument.startswith(alone) or Path(argument.split("::")[0]).exists() for argument in arguments):
+        return []
+    workers = min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS
+    )
+    return ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
+
+
 def lint(fix: bool) -> int:
     """All four, whatever the first says."""
     sources = [str(p) for folder in CXX_FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in CXX_SUFFIXES]
@@ -101,7 +113,7 @@ def main() -> int:
     if what == "demo":
         arguments = ["python", "-m", "jetkernels", "demo", *arguments]
     elif what == "test":
-        arguments = ["python", "-m", "pytest", *arguments]
+        arguments = ["python", "-m", "pytest", *in_parallel(arguments), *arguments]
     say(f"running {' '.join(arguments)}")
     return run(*arguments)
 

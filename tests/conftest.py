@@ -90,6 +90,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish(session):
     """What runs on the simulator comes last, so it is compiled while other tests run."""
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+        return  # another worker does
     on_simulator = [item.get_closest_marker("simulator") is not None for item in session.items]
     if any(on_simulator) and not all(on_simulator) and not session.config.option.collectonly and os.name == "posix":
         from support.device_backends import hoppersim

@@ -2,7 +2,8 @@
 
 from .cache import JetNemotronCache
 from .config import JetNemotronConfig
-from .hybrid import CausalLMOutput, JetNemotronForCausalLM
+from .hybrid import JetNemotronForCausalLM
+from .output import CausalLMOutput
 from .tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
