@@ -17,9 +17,9 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias) {
   check_bias(checks, x, bias);
   if (const auto reason = plain_reason_without_kernel(launch_device(x)))
     return call_plain<Tensor>("jet_plain::linear", *reason, x, weight, bias);
-  weight = with_dense_rows(weight), bias = dense(bias);
+  x = in_rows(x), weight = with_dense_rows(weight), bias = dense(bias);
   Tensor y = allocate_outputs(checks, x);
-  linear_cpu(linear_params(as_rows_of(x), weight, std::nullopt, bias, y), torch_parallel());
+  linear_cpu(linear_params(x, weight, std::nullopt, bias, y), torch_parallel());
   return y;
 }
 

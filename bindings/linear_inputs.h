@@ -6,6 +6,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/checks.h"
+#include "bindings/row_tensors.h"
 #include "csrc/linear/linear.h"
 
 namespace jet::bindings {
@@ -37,24 +38,6 @@ inline void check_scale(Checks& checks, const Tensor& x, const Tensor& scale, in
     checks.fail("scale dimension 1 (G) must give groups of a multiple of ", unit, " columns, got ", C / G, " = C / G");
 }
 
-// x as rows that are one stride apart.
-struct Rows {
-  Tensor x;
-  int64_t count, stride;
-};
-
-// Copies x if its rows are not.
-inline Rows as_rows_of(const Tensor& x) {
-  int64_t count = 1, stride = 0;
-  for (int64_t d = x.dim() - 2; d >= 0; --d) {
-    if (x.size(d) == 1) continue;
-    if (count > 1 && x.stride(d) != count * stride) return as_rows_of(torch::stable::contiguous(x));
-    if (count == 1) stride = x.stride(d);
-    count *= x.size(d);
-  }
-  return {x, count, stride};
-}
-
 inline Tensor with_dense_rows(const Tensor& weight) {
   return weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
 }
@@ -66,18 +49,18 @@ inline Tensor allocate_outputs(const Checks& checks, const Tensor& x) {
   return allocate(x, {sizes.data(), sizes.size()});
 }
 
-// All tensors have passed the checks; scale and bias are contiguous, rows of weight have unit stride.
-inline LinearParams linear_params(const Rows& rows, const Tensor& weight, const OptionalTensor& scale,
+// All tensors have passed the checks; x is in rows, scale and bias are contiguous, rows of weight have unit stride.
+inline LinearParams linear_params(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
                                   const OptionalTensor& bias, Tensor& y) {
-  const int64_t last = rows.x.dim() - 1;
-  return {.dtype = kernel_dtype(rows.x),
-          .N = rows.count,
-          .C = rows.x.size(last),
+  const StridedRows rows = strided_rows(x);
+  return {.dtype = kernel_dtype(x),
+          .N = row_count(x),
+          .C = x.size(x.dim() - 1),
           .P = weight.size(0),
           .G = scale ? scale->size(1) : 1,
-          .x = rows.x.const_data_ptr(),
-          .x_row = rows.stride,
-          .x_column = rows.x.stride(last),
+          .x = rows.data,
+          .x_row = rows.row,
+          .x_column = rows.column,
           .weight = weight.const_data_ptr(),
           .weight_row = weight.stride(0),
           .scale = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr,

@@ -21,9 +21,9 @@ Tensor linear_int4(Tensor x, Tensor weight, Tensor scale, OptionalTensor bias) {
   check_bias(checks, x, bias);
   if (const auto reason = plain_reason_without_kernel(launch_device(x)))
     return call_plain<Tensor>("jet_plain::linear_int4", *reason, x, weight, scale, bias);
-  weight = with_dense_rows(weight), scale = dense(scale), bias = dense(bias);
+  x = in_rows(x), weight = with_dense_rows(weight), scale = dense(scale), bias = dense(bias);
   Tensor y = allocate_outputs(checks, x);
-  linear_int4_cpu(linear_params(as_rows_of(x), weight, scale, bias, y), torch_parallel());
+  linear_int4_cpu(linear_params(x, weight, scale, bias, y), torch_parallel());
   return y;
 }
 

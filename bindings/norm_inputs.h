@@ -1,13 +1,13 @@
 // The arguments of the norms, and what their bindings check and fill in alike.
 #pragma once
 
-#include <optional>
 #include <tuple>
 
 #include "bindings/arguments.h"
 #include "bindings/backend.h"
 #include "bindings/checks.h"
 #include "bindings/launch_scope.h"
+#include "bindings/row_tensors.h"
 #include "bindings/torch_parallel.h"
 #include "csrc/norm/kernel_takes.h"
 #include "csrc/norm/rms_norm.h"
@@ -26,21 +26,6 @@ inline void check_norm_weight(Checks& checks, const Tensor& weight, const Tensor
   checks.shape("weight", weight, {"C"});
   checks.dtype_like_or_fp32("weight", weight, "x", x);
   checks.device("weight", weight, "x", x);
-}
-
-// The stride of dimensions [first, end) as one, if they have one.
-inline std::optional<int64_t> common_stride(const Tensor& t, int64_t first, int64_t end) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t stride = 0, next = 0, count = 1;
-  for (int64_t i = end; i-- > first;) {
-    if (sizes[i] == 1) continue;
-    if (count == 1)
-      stride = strides[i];
-    else if (strides[i] != next)
-      return std::nullopt;
-    count *= sizes[i], next = strides[i] * sizes[i];
-  }
-  return stride;
 }
 
 // The leading dimensions of tensors of one shape [..., C], parted into outer and inner ones so that each part has one

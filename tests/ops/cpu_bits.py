@@ -144,7 +144,99 @@ def apply_dynamic_conv(draw: Draw) -> list[Tensor]:
     ]
 
 
-FAMILIES = (chunk_gated_delta_rule, recurrent_gated_delta_rule, dynamic_conv, dynamic_conv_step, apply_dynamic_conv)
+def norms(draw: Draw) -> list[Tensor]:
+    rows, C = draw.size(0, 1, 5, 37), draw.size(1, 24, 70, 256)
+    x, residual, gate, grad = (draw.tensor(rows, C) for _ in range(4))
+    weight, ops = draw.tensor(C), torch.ops.jet
+    return [
+        ops.rms_norm(x, weight, 1e-5),
+        *ops.rms_norm_backward(grad, x, weight, 1e-5),
+        *ops.add_rms_norm(x, residual, weight, 1e-5),
+        *ops.add_rms_norm_backward(grad, gate, x, residual, weight, 1e-5),
+        ops.gated_rms_norm(x, gate, weight, 1e-5),
+        *ops.gated_rms_norm_backward(grad, x, gate, weight, 1e-5),
+    ]
+
+
+def pointwise(draw: Draw) -> list[Tensor]:
+    rows, C = draw.size(0, 1, 5, 37), draw.size(1, 24, 70, 256)
+    gate, up, grad = (draw.tensor(rows, C) for _ in range(3))
+    a, b, A_log, dt_bias = draw.tensor(rows, C), draw.tensor(rows, C), *(draw.tensor(C, dtype=draw.real) for _ in "AB")
+    grads = [draw.tensor(rows, C, dtype=draw.real) for _ in "gb"]
+    ops = torch.ops.jet
+    return [
+        ops.swiglu(gate, up),
+        *ops.swiglu_backward(grad, gate, up),
+        *ops.delta_gates(a, b, A_log, dt_bias),
+        *ops.delta_gates_backward(*grads, a, b, A_log, dt_bias),
+    ]
+
+
+def linear(draw: Draw) -> list[Tensor]:
+    """With weights in the dtype, of 8 bits and of 4."""
+    rows, groups, P = draw.size(1, 2, 5, 17, 40), draw.size(1, 3), draw.size(1, 16, 37)
+    C = groups * draw.size(2, 32, 70, 128)
+    x, bias = draw.tensor(rows, C), draw.maybe(draw.tensor(P))
+    scale = draw.numbers((P, groups), 0.01, 0.1, torch.float32)
+    bytes_ = torch.from_numpy(draw.rng.integers(0, 256, size=(P, C), dtype="uint8"))
+    ops = torch.ops.jet
+    return [
+        ops.linear(x, draw.tensor(P, C), bias),
+        ops.linear_int8(x, bytes_.view(torch.int8), scale, bias),
+        ops.linear_int4(x, bytes_[:, : C // 2], scale, bias),
+    ]
+
+
+def attention_step(draw: Draw) -> list[Tensor]:
+    N, Hkv, d, L = draw.size(1, 3), draw.size(1, 2), draw.size(2, 34, 64, 128), draw.size(1, 70, 600)
+    H = Hkv * draw.size(1, 3, 6, 9)
+    q, k, v = draw.tensor(N, H, d), draw.tensor(N, Hkv, d), draw.tensor(N, Hkv, d)
+    cos, sin = (draw.tensor(N, d, dtype=torch.float32) for _ in "cs")
+    key, value = draw.tensor(N, Hkv, L, d), draw.tensor(N, Hkv, L, d)
+    lengths = torch.from_numpy(draw.rng.integers(-1, 2 * L, size=N))
+    return [torch.ops.jet.attention_step(q, k, v, cos, sin, key, value, lengths, d**-0.5), key, value]
+
+
+def jet_block_step(draw: Draw) -> list[Tensor]:
+    N, H, K, V, R = draw.size(1, 3, 17), draw.size(1, 3), draw.size(8, 33, 96), draw.size(7, 32, 80), draw.size(9, 32)
+    W = draw.size(2, 4)
+    taps, _ = draw.pool(N, H * V, W - 1, dtype=draw.dtype)
+    state = draw.tensor(taps.shape[0], H, K, V, dtype=draw.real)
+    rows = torch.from_numpy(draw.rng.permutation(taps.shape[0])[:N].copy())
+    o = torch.ops.jet.jet_block_step(
+        draw.tensor(N, H, K),
+        draw.tensor(N, H, K),
+        draw.tensor(N, H * V),
+        draw.tensor(N, R),
+        draw.tensor(N, H),
+        draw.tensor(N, H),
+        draw.tensor(N, H, V),
+        draw.tensor(H * V * W, R),
+        draw.maybe(draw.tensor(H * V * W)),
+        draw.tensor(H, dtype=draw.real),
+        draw.tensor(H, dtype=draw.real),
+        draw.tensor(V),
+        taps,
+        state,
+        draw.maybe(rows) if taps.shape[0] == N else rows,
+        K**-0.5,
+        1e-5,
+    )
+    return [o, taps, state]
+
+
+FAMILIES = (
+    chunk_gated_delta_rule,
+    recurrent_gated_delta_rule,
+    dynamic_conv,
+    dynamic_conv_step,
+    apply_dynamic_conv,
+    norms,
+    pointwise,
+    linear,
+    attention_step,
+    jet_block_step,
+)
 
 
 def digests() -> dict[str, str]:

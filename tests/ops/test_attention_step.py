@@ -247,7 +247,9 @@ ODD = dict.fromkeys(("q", "k", "v", "cos", "sin", "key", "value"), lambda t: t[.
 
 
 @pytest.mark.parametrize(
-    "changes, says", (*WRONG, (ODD, "q dimension 2 (d) must be even and at least 2, got 15")), ids=lambda x: str(x)[:40]
+    "changes, says",
+    (*WRONG, (ODD, "q dimension 2 (d) must be even and at least 2, got 15")),
+    ids=lambda x: " ".join(x) if isinstance(x, dict) else x[:40],
 )
 def test_a_wrong_argument_is_named(changes, says):
     """By the binding and by the fake implementation in the same words; nothing is written."""

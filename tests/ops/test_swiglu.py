@@ -59,6 +59,15 @@ def test_any_shape_and_layout(backend, sizes, dtype, layouts, seed):
 
 
 @each_backend
+@pytest.mark.parametrize("sizes", ((5, 1), (1, 5), (1, 1, 3)), ids=str)
+def test_strides_of_dimensions_of_size_1_mean_nothing(backend, sizes):
+    inputs = swiglu_inputs(*sizes)
+    other = with_layouts(inputs, ("strides of ones",) * 2)
+    assert_bitwise(backend("swiglu", *other), backend("swiglu", *inputs), "y")
+    check_gradients(backend, other)
+
+
+@each_backend
 def test_halves_of_one_projection_give_the_bits_of_tensors_of_their_own(backend):
     both = torch.randn(5, 2 * 1100, dtype=BF16)
     gate, up = both.chunk(2, -1)

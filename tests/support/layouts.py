@@ -9,7 +9,7 @@ from support.arguments import tensor_names
 from torch import Tensor
 
 FAR = 2**31 + 64  # elements: beyond what a 32-bit index reaches
-LAYOUTS = ("contiguous", "padded", "stepped", "reversed dims", "shifted")
+LAYOUTS = ("contiguous", "padded", "stepped", "reversed dims", "shifted", "strides of ones")
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -19,6 +19,9 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "reversed dims":
         dims = tuple(reversed(range(t.dim())))
         return t.permute(dims).contiguous().permute(dims)
+    if layout == "strides of ones":  # those of dimensions of size 1 mean nothing
+        strides = (7 if size == 1 else stride for size, stride in zip(t.shape, t.contiguous().stride()))
+        return t.contiguous().as_strided(t.shape, tuple(strides))
     filler = float("nan") if t.is_floating_point() else 1 << 30
     if layout == "shifted":
         out = t.new_full((t.numel() + 1,), filler)[1:].view(t.shape)
