@@ -23,7 +23,7 @@ void check(Checks& checks, const StepTensors& t) {
   checks.shape("k", t.k, {"N", "Hkv", "d"});
   checks.shape("v", t.v, {"N", "Hkv", "d"});
   const int64_t H = checks.size("H"), Hkv = checks.size("Hkv"), d = checks.size("d");
-  if (Hkv == 0 ? H != 0 : H % Hkv != 0)
+  if (Hkv == 0 ? H != 0 : H == 0 || H % Hkv != 0)
     checks.fail("q dimension 1 (H) must be a multiple of Hkv = ", Hkv, " (as in k), got ", H);
   if (d < 2 || d % 2 != 0) checks.fail("q dimension 2 (d) must be even and at least 2, got ", d);
   checks.shape("cos", t.cos, {"N", "d"});

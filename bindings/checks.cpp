@@ -77,18 +77,37 @@ struct Footprint {
   }
 };
 
-bool overlaps_itself(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  const auto sizes = t.sizes(), strides = t.strides();
-  for (std::size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] > 1) dims.emplace_back(strides[i], sizes[i]);
+using Dims = std::vector<std::pair<int64_t, int64_t>>;  // stride, size
+
+bool overlap(Dims dims) {
   std::sort(dims.begin(), dims.end());
   int64_t inner = 0;  // offset of the last element of the dimensions so far
   for (const auto& [stride, size] : dims) {
+    if (size <= 1) continue;
     if (stride <= inner) return true;
     inner += stride * (size - 1);
   }
   return false;
+}
+
+bool overlaps_itself(const Tensor& t) {
+  Dims dims;
+  for (int64_t i = 0; i < t.dim(); ++i) dims.emplace_back(t.stride(i), t.size(i));
+  return overlap(std::move(dims));
+}
+
+// Whether tensors of the same strides lie in each other's gaps, as keys and values of one tensor do: the distance
+// between them is one more dimension, of size 2.
+bool are_interleaved(const Tensor& a, const Tensor& b) {
+  const int64_t item = item_size(a);
+  const int64_t bytes = static_cast<const char*>(b.const_data_ptr()) - static_cast<const char*>(a.const_data_ptr());
+  if (a.dim() != b.dim() || item_size(b) != item || bytes % item != 0) return false;
+  Dims dims{{std::abs(bytes / item), 2}};
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) > 1 && b.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+    dims.emplace_back(a.size(i) > 1 ? a.stride(i) : b.stride(i), std::max(a.size(i), b.size(i)));
+  }
+  return !overlap(std::move(dims));
 }
 
 // The place of an element of g [B,T,H] above 0, or nothing. `Bits` is the signed integer of the element's size,
@@ -128,7 +147,8 @@ void Checks::written(std::initializer_list<Named> tensors, std::span<const Named
            " for shape ", shape_text(t));
     const Footprint footprint(t);
     const auto apart = [&](const Named& other) {
-      if (other.tensor != nullptr && other.tensor->numel() != 0 && footprint.meets(Footprint(*other.tensor)))
+      if (other.tensor != nullptr && other.tensor->numel() != 0 && footprint.meets(Footprint(*other.tensor)) &&
+          !are_interleaved(t, *other.tensor))
         fail(here->name, " is written in place and must not share memory with ", other.name);
     };
     for (const Named* next = here + 1; next != tensors.end(); ++next) apart(*next);

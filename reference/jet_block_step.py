@@ -32,6 +32,9 @@ def jet_block_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``jet::jet_block_step`` out of place: the definitions of its parts, one after the other.
 
+    silu(hidden) and the output of the convolution have the precision of ``hidden`` and ``v``: that is part of the
+    definition. All else is computed in ``dtype``.
+
     Args:
         q: [N, H, K], as the projection gives it, before SiLU.
         k: [N, H, K], likewise.
@@ -51,13 +54,15 @@ def jet_block_step(
             output.
         scale: factor on the output of the delta rule.
         eps: of the norm.
-        dtype: what everything is computed in, and what is returned.
+        dtype: of the arithmetic, and of what is returned.
 
     Returns:
         y [N, H * V], and the pools after the call, in ``dtype``.
     """
-    q, k, hidden = (F.silu(t.to(dtype)) for t in (q, k, hidden))
-    v, conv_state = dynamic_conv_step(v, hidden, weight, bias, conv_state, state_indices, True, dtype)
+    q, k = (F.silu(t.to(dtype)) for t in (q, k))
+    hidden = F.silu(hidden.to(dtype)).to(hidden.dtype)
+    convolved, conv_state = dynamic_conv_step(v, hidden, weight, bias, conv_state, state_indices, True, dtype)
+    v = convolved.to(v.dtype).to(dtype)
     g, beta = delta_gates(a, b, A_log, dt_bias, dtype)
     tokens = (q, k, v.unflatten(-1, (q.shape[1], -1)), g, beta)
     o, state = recurrent_gated_delta_rule(

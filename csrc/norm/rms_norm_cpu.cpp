@@ -111,7 +111,7 @@ class Backward {
       zz += x * x, uz += u * x;
     });
     const Acc inverse = inverse_rms(sum_by_halves<Acc>(zz), in_.C, in_.eps);
-    const Acc projection = inverse * inverse * inverse * sum_by_halves<Acc>(uz) / Acc(in_.C);  // r^3 mean(u z)
+    const Acc projection = inverse * sum_by_halves<Acc>(uz) / Acc(in_.C);  // mean(u y), where y = r z
     for_vectors<L>(in_.C, [&](long c, long n) JET_INLINE_LAMBDA {
       const Vec x = load_some(z + c, 1, n), g = load_some(dy + c, 1, n), w = load_some(weight + c, 1, n);
       const Vec normed = x * inverse;
@@ -122,7 +122,7 @@ class Backward {
         store_row_part(p_.dgate, r, c, n, g * normed * w * (s * (1 + h * (1 - s))));
       }
       store(dweight + c, load(dweight + c) + g * normed * activated);
-      Vec dz = inverse * (g * w * activated) - projection * x;
+      Vec dz = inverse * (g * w * activated - projection * normed);
       if (p_.grad_sum != nullptr) dz += load_some(static_cast<const T*>(p_.grad_sum) + r * in_.C + c, 1, n);
       store_row_part(p_.dx, r, c, n, dz);
       if (p_.dresidual != nullptr) store_row_part(p_.dresidual, r, c, n, dz);

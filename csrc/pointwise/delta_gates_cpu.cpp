@@ -72,8 +72,8 @@ class Gates {
     gather<T>(in_.b, token, tokens, b_);
     gather<Real>(p.grad_beta, token, tokens, grad_);
     for (long i = 0; i < n; i += L) {
-      const Vec beta = sigmoid(load(b_ + i));
-      store(b_ + i, load(grad_ + i) * beta * (1 - beta));
+      const Vec b = load(b_ + i);
+      store(b_ + i, load(grad_ + i) * sigmoid(b) * sigmoid(-b));  // 1 - sigmoid(b) would cancel
     }
     store_row(b_, n, db);
   }

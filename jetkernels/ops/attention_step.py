@@ -16,7 +16,7 @@ def _fake(checks: Checks, a: Any) -> Tensor:
     checks.shape("k", a.k, "N", "Hkv", "d")
     checks.shape("v", a.v, "N", "Hkv", "d")
     H, Hkv, d = (checks.size[symbol] for symbol in ("H", "Hkv", "d"))
-    multiple = H == 0 if Hkv == 0 else H % Hkv == 0
+    multiple = H == 0 if Hkv == 0 else H > 0 and H % Hkv == 0
     checks.require(multiple, f"q dimension 1 (H) must be a multiple of Hkv = {Hkv} (as in k), got {H}")
     even = f"q dimension 2 (d) must be even and at least 2, got {d}"
     checks.require(d >= 2, even)

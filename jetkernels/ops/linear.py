@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from jetkernels import _library
 from jetkernels.ops import _register
@@ -38,7 +39,7 @@ def _is_served(x: Any, weight: Any, bias: Any) -> bool:
     """Whether the op takes this call: it would be faster, and no gradient is wanted."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return True  # the op has a sentence about it
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dim() > 8 or forward_ad._current_level >= 0 or torch.compiler.is_exporting():
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if isinstance(t, Tensor)):
         return False
@@ -62,8 +63,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + bias``, as fast as memory gives the weight where there are few rows on a CPU.
 
     The call goes to ``torch.ops.jet.linear`` for up to ``MOST_ROWS`` rows on a CPU, and to
-    ``torch.nn.functional.linear`` for more rows, on other devices, and where an input requires a gradient. A row of the
-    op's y depends on that row of x alone, and not on the number of threads.
+    ``torch.nn.functional.linear`` for more rows, on other devices, where an input requires a gradient, in forward mode
+    and in ``torch.export``. A row of the op's y depends on that row of x alone, and not on the number of threads.
 
     Args:
         x: [..., C], float32, bfloat16, float16 or float64.
@@ -79,8 +80,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _is_served(x, weight, bias):
         try:
+            if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # torch takes some of these
+                _refuse(x, weight, bias)
             return torch.nn.functional.linear(x, weight, bias)
-        except (RuntimeError, TypeError, IndexError):
+        except (RuntimeError, TypeError, IndexError, AttributeError):
             # Of what the op refuses too, it names the argument.
             _refuse(x, weight, bias)
             raise

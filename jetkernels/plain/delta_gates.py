@@ -40,11 +40,11 @@ def delta_gates_backward(grad_g, grad_beta, a, b, A_log, dt_bias):
     if grad_beta is None:
         db = torch.zeros_like(x)
     else:
-        beta = torch.sigmoid(b.to(x.dtype))
-        db = grad_beta * beta * (1 - beta)
+        b = b.to(x.dtype)
+        db = grad_beta * torch.sigmoid(b) * torch.sigmoid(-b)  # 1 - sigmoid(b) would cancel
     return (
         contiguous_as(dx, a.dtype),
-        contiguous_as(db, b.dtype),
+        contiguous_as(db, a.dtype),
         contiguous_as(dA_log, A_log.dtype),
         contiguous_as(ddt_bias, dt_bias.dtype),
     )

@@ -232,6 +232,7 @@ WRONG = (
     (wrong(q=lambda t: t.to(torch.int32)), "q must be float32 or bfloat16 or float16 or float64, got int32"),
     (wrong(k=lambda t: t[:, :, :8]), "k [N,Hkv,d] dimension 2 must be d = 16 (as in q), got 8"),
     (wrong(q=lambda t: t[:, :5]), "q dimension 1 (H) must be a multiple of Hkv = 2 (as in k), got 5"),
+    (wrong(q=lambda t: t[:, :0]), "q dimension 1 (H) must be a multiple of Hkv = 2 (as in k), got 0"),
     (wrong(v=lambda t: t[:, :1]), "v [N,Hkv,d] dimension 1 must be Hkv = 2 (as in k), got 1"),
     (wrong(cos=lambda t: t[:, :8]), "cos [N,d] dimension 1 must be d = 16 (as in q), got 8"),
     (wrong(sin=lambda t: t.double()), "sin must be float32, got float64"),
@@ -264,6 +265,18 @@ def test_a_wrong_argument_is_named(changes, says):
     with pytest.raises(RuntimeError) as fake_error, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         jetkernels.attention_step_(*(mode.from_tensor(t) for t in bad[:8]))
     assert str(fake_error.value) == str(error.value)
+
+
+@pytest.mark.parametrize("order", ("NLcHd", "NHLcd", "NHcLd", "LNcHd", "NcHLd", "cNHLd", "NHLdc"))
+def test_caches_may_lie_between_each_other(order):
+    """Keys and values of one tensor, whatever the place of the dimension c that parts them."""
+    call = attention_call(CALL)
+    sizes = {"c": 2, "N": 3, "H": 2, "L": 12, "d": 16}
+    both = torch.zeros([sizes[c] for c in order]).permute([order.index(c) for c in "cNHLd"])
+    both.copy_(torch.stack((call.key, call.value)))
+    o = jetkernels.attention_step_(*call._replace(key=both[0], value=both[1]))
+    for out, expected in zip((o, *both), run(OPS, call)):
+        assert_bitwise(out, expected, order)
 
 
 def test_caches_share_no_memory():

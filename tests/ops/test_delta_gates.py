@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.arguments import GatesInputs, accumulator, cotangents, gates_inputs
 from support.backends import OPS, each_backend, each_dtype
@@ -54,7 +54,6 @@ def test_equals_the_definition(backend, dtype, sizes):
 
 
 @each_backend
-@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES),
@@ -79,6 +78,16 @@ def test_slices_of_one_projection_give_the_bits_of_tensors_of_their_own(backend)
     own = inputs._replace(a=inputs.a.contiguous(), b=inputs.b.contiguous())
     for out, ref in zip(backend("delta_gates", *inputs), backend("delta_gates", *own)):
         assert_bitwise(out, ref)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", (F32, F64), ids=str)
+def test_db_is_accurate_where_beta_is_nearly_1(backend, dtype):
+    inputs = gates_inputs(4, 16, dtype=dtype)._replace(b=torch.linspace(-60, 60, 64, dtype=dtype).view(4, 16))
+    ones = torch.ones_like(inputs.b)
+    db, b = backend("delta_gates_backward", ones, ones, *inputs)[1], inputs.b.double()
+    exact = torch.exp(-b.abs()) / (1 + torch.exp(-b.abs())) ** 2
+    assert ((db - exact).abs() <= 1e-6 * exact).all()
 
 
 def test_a_row_does_not_depend_on_the_others_to_the_bit():

@@ -290,6 +290,41 @@ def test_the_function_gives_many_rows_to_torch(dtype):
     assert_bitwise(ops.linear(*few), torch.ops.jet.linear(*few))
 
 
+def test_the_function_differentiates_forwards():
+    x, weight, _ = arguments("linear", 3, 32, 9, 1, F64)
+    y, tangent = torch.func.jvp(lambda x: ops.linear(x, weight), (x,), (x,))
+    assert torch.equal(y, tangent)
+
+
+def test_the_function_is_exported_for_any_number_of_rows():
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(5, 8), requires_grad=False)
+
+        def forward(self, x):
+            return ops.linear(x, self.weight)
+
+    module, rows = Module(), torch.export.Dim("rows", min=2, max=100)
+    program = torch.export.export(module, (torch.randn(4, 8),), dynamic_shapes=({0: rows},)).module()
+    for N in (3, 90):
+        x = torch.randn(N, 8)
+        torch.testing.assert_close(program(x), module(x))
+
+
+@pytest.mark.parametrize("rows", (3, 100))
+def test_the_function_refuses_the_same_for_any_number_of_rows(rows):
+    x = torch.randn(rows, 8)
+    for weight, bias, says in (
+        (torch.randn(8), None, "weight must have 2 dimensions"),
+        (torch.randn(5, 8), torch.randn(1), "bias .* must be P = 5"),
+        (torch.randn(5, 8), torch.tensor(1.0), "bias must have 1 dimension"),
+        (torch.randn(5, 7), None, "weight .* must be C = 8"),
+    ):
+        with pytest.raises(RuntimeError, match=f"linear: {says}"):
+            ops.linear(x, weight, bias)
+
+
 def test_the_function_refuses_what_the_op_refuses():
     with pytest.raises(TypeError, match="linear: weight must be a Tensor, got int"):
         ops.linear(X, 3, None)

@@ -66,8 +66,9 @@ def test_any_shape_dtype_and_layout(backend, op, shape, dtype, wide, layouts, se
     with poisoned_allocations():
         check_norm(backend, op, other)
         check_norm_gradients(backend, op, other, cotangents(inputs))
-    for out, same in zip(listed(OPS(op, *other)), listed(OPS(op, *inputs))):
-        assert_bitwise(out, same, op)
+    if os.environ.get("JETKERNELS_BACKEND") != "plain":  # PyTorch's sums have an order that depends on strides
+        for out, same in zip(listed(OPS(op, *other)), listed(OPS(op, *inputs))):
+            assert_bitwise(out, same, op)
 
 
 @each_backend
@@ -162,6 +163,8 @@ def test_zeros_and_extremes(backend, op):
     assert not listed(backend(op, *zeros))[0].any()
     for size in (1e-12, 1e15):
         check_norm(backend, op, inputs._replace(x=inputs.x * size))
+        of_size = inputs._replace(x=inputs.x * size, eps=0.0)
+        check_norm_gradients(backend, op, of_size, cotangents(of_size))
     without = inputs._replace(eps=0.0)
     check_norm(backend, op, without)
 

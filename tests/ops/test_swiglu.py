@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.arguments import SwigluInputs, cotangents, swiglu_inputs
 from support.backends import OPS, each_backend, each_dtype
-from support.comparison import DTYPES, TOLERANCE, assert_bitwise, assert_error
+from support.comparison import DTYPES, TOLERANCE, assert_bitwise, assert_error, rms
 from support.layouts import laid_out, with_layouts
 from support.memory import poisoned_allocations
 from support.strategies import layouts, seeds
@@ -25,9 +25,11 @@ def check_gradients(backend, inputs: SwigluInputs) -> None:
     leaves = [t.double().requires_grad_() for t in inputs]
     expected = torch.autograd.grad(definition(*leaves), leaves, grad_y.double())
     found = backend("swiglu_backward", grad_y, *inputs)
-    for name, out, ref, like in zip(("dgate", "dup"), found, expected, inputs):
+    # dgate near the zero of silu' is held against a tenth of what silu' is a factor of
+    floors = (0.1 * rms(grad_y.double() * inputs.up.double()), 0.0)
+    for name, out, ref, like, floor in zip(("dgate", "dup"), found, expected, inputs, floors):
         assert out.dtype == like.dtype and out.is_contiguous()
-        assert_error(name, out, ref, TOLERANCE[out.dtype].gradient)
+        assert_error(name, out, ref, TOLERANCE[out.dtype].gradient, floor)
 
 
 @each_backend
@@ -43,7 +45,6 @@ def test_equals_the_definition(backend, dtype, sizes):
 
 
 @each_backend
-@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES),

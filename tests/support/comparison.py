@@ -30,8 +30,9 @@ def rms(x: Tensor) -> float:
 
 
 def rms_error(out: Tensor, ref: Tensor, floor: float = ZERO) -> float:
-    """RMS(out - ref) / max(RMS(ref), floor)."""
+    """RMS(out - ref) / max(RMS(ref), floor), and no less than the dtype's smallest normal number below the line."""
     assert out.shape == ref.shape, f"shape {list(out.shape)}, expected {list(ref.shape)}"
+    floor = max(floor, torch.finfo(out.dtype).tiny)
     return rms(out.double() - ref.double()) / max(rms(ref), floor) if out.numel() else 0.0
 
 
