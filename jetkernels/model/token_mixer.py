@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.types import Device
+
+from jetkernels.modules.stand_in import HasStandIn
 
 from .layout import TokenLayout
 
@@ -21,7 +23,7 @@ Rotary = tuple[Tensor, Tensor]
 State = Iterable[Tensor]
 
 
-class TokenMixer(nn.Module, ABC):
+class TokenMixer(HasStandIn, ABC):
     """A kind of layer: a subclass of this, and its line in `jetkernels.model.mixers.MIXERS`.
 
     The model calls `sizes` and `initial_state` on the class, before and without any layer; it builds a layer as
