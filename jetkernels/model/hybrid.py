@@ -353,7 +353,8 @@ class JetNemotronForCausalLM(HasStandIn):
         if cache is not None and not isinstance(cache, JetNemotronCache):
             raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
         if cache is not None:
-            cache.check_model(self.config)
+            weight = floating_weight(embedding, self.model.norm)
+            cache.check_model(self.config, computing_device(embedding, weight), weight.dtype)
         if self.config.tie_word_embeddings and "lm_head" in self._modules:
             raise RuntimeError(
                 "the head is tied to embed_tokens, so the model's lm_head would not be used: set "

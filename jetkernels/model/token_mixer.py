@@ -94,8 +94,8 @@ class TokenMixer(HasStandIn, ABC):
     def step(self, x: Tensor, state: Any, *, lengths: Tensor, rotary: Rotary | None = None) -> Tensor:
         """`forward` of one new token of each sequence, without a gradient.
 
-        A kind of its own may do without this one, which reads `lengths` on the host: a model with such a layer is not
-        captured in a CUDA graph.
+        This one calls `forward`, and reads `lengths` on the host: a model with such a layer is not captured in a CUDA
+        graph. That of a kind is used where no class newer than its own overrides `forward`.
 
         Args:
             x: [N, C].

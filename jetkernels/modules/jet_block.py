@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -171,6 +171,18 @@ class _Projections(NamedTuple):
     gate: Tensor
 
 
+def _are_of_one_op(projected: _Projections, parameters: Sequence[Tensor]) -> bool:
+    """Whether `jet_block_step_` takes their dtypes. An adapter may give another one than it gets."""
+    dtype = projected.q.dtype
+    for t in projected:
+        if t is not None and t.dtype != dtype:
+            return False
+    for t in parameters:
+        if t.dtype != dtype and (t.dtype != torch.float32 or dtype == torch.float64):
+            return False
+    return True
+
+
 class JetBlock(FusedProjections):
     """The linear-attention layer of Jet-Nemotron (arXiv 2508.15884, section on JetBlock).
 
@@ -334,8 +346,8 @@ class JetBlock(FusedProjections):
             or conv.activation != "silu"
             or type(norm) is not GatedRMSNorm
             or not is_as_written(norm)
-            or not is_plain(norm.weight)
-            or not self._dtypes_are_of_one_op(p, norm.weight)
+            or not is_plain(norm_weight := norm.weight)
+            or not _are_of_one_op(p, parameters := (self.A_log, self.dt_bias, norm_weight))
         ):
             return self._step_unfused(x, p, state)
         y = jet_block_step_(
@@ -347,9 +359,7 @@ class JetBlock(FusedProjections):
             p.b,
             p.gate,
             *weights,
-            self.A_log,
-            self.dt_bias,
-            norm.weight,
+            *parameters,
             state.conv_state,
             state.recurrent_state,
             eps=norm.eps,
@@ -369,15 +379,6 @@ class JetBlock(FusedProjections):
         g, beta = (t[:, None] for t in self._gates(p.a, p.b))
         o = recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
         return apply(self.o_proj, "o_proj", self.o_norm(o[:, 0], p.gate).flatten(-2))
-
-    def _dtypes_are_of_one_op(self, p: _Projections, norm_weight: Tensor) -> bool:
-        """Whether `jet_block_step_` takes them; adapters may give another dtype than they get."""
-        dtype = p.q.dtype
-        for t in p:
-            if t is not None and t.dtype != dtype:
-                return False
-        of_parameters = (dtype,) if dtype == torch.float64 else (dtype, torch.float32)
-        return all(t.dtype in of_parameters for t in (self.A_log, self.dt_bias, norm_weight))
 
     def projections(self) -> dict[str, nn.Module]:
         """The projections of the layer's input, by name, in the order in which their weights lie."""

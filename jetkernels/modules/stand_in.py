@@ -24,12 +24,17 @@ class HasStandIn(nn.Module):
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        classes: list[Any] = [c for c in cls.__mro__ if hasattr(c, "forward") and c not in (HasStandIn, nn.Module)]
+        classes: list[Any] = list(cls.__mro__)
         # Those of older classes as they were then: somebody may have replaced one since.
         known = dict(pair for c in classes for pair in c.__dict__.get("_forwards", ()))
-        cls._forwards = tuple((c, known.get(c, c.forward)) for c in classes)
+        forwards: list[tuple[type, Any]] = [(c, known.get(c, getattr(c, "forward", None))) for c in classes]
+        cls._forwards = tuple((c, f) for c, f in forwards if not _is_abstract(f))
         newest = next(c for c in classes if "forward" in c.__dict__ or "step" in c.__dict__)
         cls._step_is_of_forward = "step" in newest.__dict__
+
+
+def _is_abstract(forward: object) -> bool:
+    return forward in (None, nn.Module.forward) or getattr(forward, "__isabstractmethod__", False)
 
 
 def is_as_written(module: HasStandIn) -> bool:
