@@ -134,7 +134,9 @@ class JetNemotronModel(HasStandIn):
         model = _shallow_copy(self)
         model.config = config
         model.layers = nn.ModuleList(map(_shallow_copy, self.layers))
-        for layer, mixer in zip(model.layers, mixers, strict=True):
+        for i, (layer, mixer) in enumerate(zip(model.layers, mixers, strict=True)):
+            if _mixer(layer) is None:
+                raise ValueError(f"layers[{i}] must have a self_attn to be replaced, got {type(layer).__name__}")
             layer.self_attn = mixer
         return model
 

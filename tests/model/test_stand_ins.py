@@ -180,6 +180,9 @@ def test_what_a_wrapper_hides_is_named():
     with pytest.raises(RuntimeError, match=r"embed_tokens, whose weight must be a tensor on cpu, got NoneType"):
         model(tokens(1, 2))
     model.model.embed_tokens = model.model.norm = nn.Identity()
+    model.model.layers[1] = Wrapper(model.model.layers[1])
+    with pytest.raises(ValueError, match=r"^layers\[1\] must have a self_attn to be replaced, got Wrapper$"):
+        model.with_mixers(model.config, [nn.Identity()] * 4)
     with pytest.raises(RuntimeError, match="^one of Identity, Identity must have a floating weight"):
         model.new_cache(1, 2)
 
