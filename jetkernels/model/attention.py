@@ -55,6 +55,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
+def _joined(old: Tensor, new: Tensor) -> Tensor:
+    """Tokens one behind the other, [N, Hkv, L, d]; torch.cat under autocast does not join bf16 and fp16."""
+    dtype = torch.promote_types(old.dtype, new.dtype)
+    return torch.cat((old.to(dtype), new.to(dtype)), 2)
+
+
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -256,7 +262,8 @@ class Attention(FusedProjections, TokenMixer):
             raise ValueError("Attention: rotary must be the cos and sin of the tokens' angles, got None")
         q, k, v = self._project(x)
         self._refuse_gradients(q, k, v)
-        o = attention_step_(q, k, v, *rotary, state.key, state.value, lengths)
+        # An adapter may give another dtype than it gets.
+        o = attention_step_(q, k.to(q.dtype), v.to(q.dtype), *rotary, state.key, state.value, lengths)
         return apply(self.o_proj, "o_proj", o.flatten(-2))
 
     def projections(self) -> dict[str, nn.Module]:
@@ -304,8 +311,7 @@ class Attention(FusedProjections, TokenMixer):
         q: Tensor, k: Tensor, v: Tensor, past: int, new: list[int], window: int, cache: AttentionCache
     ) -> Tensor:
         """The same over a window: what the ring holds, then the new keys, side by side; then the ring is refilled."""
-        old_k, old_v = cache.recent(past)
-        k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+        k, v = (_joined(old, new) for old, new in zip(cache.recent(past), (k, v), strict=True))
         o = causal_attention(q, k, v, window)
         cache.rewrite(k, v, past, new)
         return o

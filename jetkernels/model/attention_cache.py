@@ -45,8 +45,9 @@ class AttentionCache:
         """What rings hold after `past` tokens each, oldest first, [N, Hkv, min(past, slots), d]."""
         if past <= self.slots:
             return self.key[:, :, :past], self.value[:, :, :past]
-        key, value = (x.roll(-(past % self.slots), 2) for x in self)
-        return key, value
+        # Not roll, which is a torch.cat: under fp16 autocast that refuses bf16.
+        order = (torch.arange(self.slots, device=self.key.device) + past) % self.slots
+        return self.key.index_select(2, order), self.value.index_select(2, order)
 
     def rewrite(self, key: Tensor, value: Tensor, past: int, new: list[int]) -> None:
         """Refills every slot of rings that have seen `past` tokens each from keys and values [N, Hkv, L, d].

@@ -27,6 +27,10 @@ def _sizes(config: JetNemotronConfig) -> dict[str, object]:
     return sizes
 
 
+def _autocast_is_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 PATTERN = 1 << 20  # values drawn by `fill_normal_`: drawing every one of 64 K tokens takes a CPU minutes
 
 
@@ -55,11 +59,13 @@ class JetNemotronCache:
         mixers: token mixers of the layers, if they are not those that the config names.
 
     Attributes:
+        dtype: of the layers' activations; None in a cache that was pickled when it did not say so.
         layers: the state of each layer.
         lengths: tokens seen, per sequence.
     """
 
     _unfinished = False
+    dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -81,7 +87,7 @@ class JetNemotronCache:
         # One that belongs to a function which is being run again starts anew, as it did the first time.
         self.made_in_backward = in_backward()
         self.lengths = [0] * batch_size
-        dtype = dtype or torch.get_default_dtype()
+        self.dtype = dtype = dtype or torch.get_default_dtype()
         if mixers is None:
             mixers = [MIXERS[kind] for kind in config.layer_types]
         self.layers: list[State] = [
@@ -104,8 +110,16 @@ class JetNemotronCache:
         """Bytes of keys, values and states."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
-    def check_model(self, config: JetNemotronConfig) -> None:
-        """Raises ValueError unless it was made for a model of these sizes."""
+    @property
+    def device(self) -> torch.device:
+        """Of the memory."""
+        return self.lengths_device.device
+
+    def check_model(self, config: JetNemotronConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ValueError unless it was made for a model of these sizes, that computes there and in this dtype.
+
+        Autocast chooses the dtype of each operation, so it fits any memory.
+        """
         mine, others = self._made_for, _sizes(config)
         if mine != others:
             name = next(name for name in others if mine.get(name) != others[name])
@@ -113,6 +127,10 @@ class JetNemotronCache:
                 f"cache must be of this model: it was made for {name} = {checks.shown(mine.get(name))}, "
                 f"the model has {checks.shown(others[name])}"
             )
+        if self.device != device:
+            raise ValueError(f"cache must be on {device}, like the model, got {self.device}")
+        if self.dtype not in (dtype, None) and not _autocast_is_on(device):
+            raise ValueError(f"cache must be of {dtype}, like the model, got {self.dtype}")
 
     def check(self, new: list[int]) -> None:
         """Raises unless a call may bring `new[n]` more tokens of sequence n.

@@ -13,9 +13,9 @@ from torch.types import Device
 from jetkernels.modules import RMSNorm
 from jetkernels.modules.fused import fusible
 from jetkernels.modules.initialization import init_weight_
-from jetkernels.modules.linear import has_hooks
 from jetkernels.modules.norm import add_norm
 from jetkernels.modules.projections import FusedProjections, apply, project
+from jetkernels.modules.stand_in import HasStandIn, may_step
 from jetkernels.ops import swiglu
 
 from .config import JetNemotronConfig
@@ -52,7 +52,7 @@ class MLP(FusedProjections):
         return {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(HasStandIn):
     """h += mixer(RMSNorm(h)); h += MLP(RMSNorm(h)). The mixer is called self_attn whatever it is, as in checkpoints."""
 
     def __init__(
@@ -94,15 +94,12 @@ class DecoderLayer(nn.Module):
         """
         x, h = add_norm(self.input_layernorm, more, h)
         mixer = self.self_attn
-        step = mixer.step if self._steps_mixer() else partial(TokenMixer.step, mixer)
+        # Who wraps a mixer, hooks onto it or overrides its forward waits for a call.
+        step = mixer.step if isinstance(mixer, TokenMixer) and may_step(mixer) else partial(TokenMixer.step, mixer)
         x, h = add_norm(self.post_attention_layernorm, step(x, state, lengths=lengths, rotary=rotary), h)
         return h, self.mlp(x)
-
-    def _steps_mixer(self) -> bool:
-        # Who wraps a mixer, or hooks onto it, waits for a call.
-        return isinstance(self.self_attn, TokenMixer) and not has_hooks(self.self_attn)
 
     @property
     def has_device_step(self) -> bool:
         """Whether `step` reads nothing on the host."""
-        return self._steps_mixer() and type(self.self_attn).step is not TokenMixer.step
+        return isinstance(self.self_attn, TokenMixer) and may_step(self.self_attn)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jetkernels.modules.checks import shown
+
 from .cache import JetNemotronCache
 from .capture import Repeated
 
@@ -120,7 +122,11 @@ def generate(
         BaseException: whatever on_tokens raises; it ends the generation.
     """
     _check_prompt(model, input_ids, attention_mask)
-    _check_options(max_new_tokens, temperature, top_k, top_p, prefill_chunk, generator, input_ids.device)
+    max_new_tokens = _count("max_new_tokens", max_new_tokens, 0)
+    top_k = None if top_k is None else _count("top_k", top_k, 1)
+    prefill_chunk = None if prefill_chunk is None else _count("prefill_chunk", prefill_chunk, 1)
+    temperature, top_p = _temperature(temperature), None if top_p is None else _top_p(top_p)
+    _check_helpers(on_tokens, generator, input_ids.device)
     config = model.config
     stop = config.stop_token_ids if stop_token_ids is None else _token_ids("stop_token_ids", stop_token_ids)
     pad = config.padding_token_id if pad_token_id is None else _integer("pad_token_id", pad_token_id)
@@ -253,44 +259,59 @@ def _check_prompt(model: JetNemotronForCausalLM, input_ids: Tensor, attention_ma
         raise ValueError(f"attention_mask must keep at least one token of each row, got a row of zeros: row {row}")
 
 
-def _check_options(
-    max_new_tokens: object,
-    temperature: object,
-    top_k: object,
-    top_p: object,
-    prefill_chunk: object,
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> None:
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 0),
-        ("top_k", top_k, 1),
-        ("prefill_chunk", prefill_chunk, 1),
-    ):
-        if (value is not None or name == "max_new_tokens") and _integer(name, value) < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not _number("temperature", temperature) >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if math.isinf(_number("temperature", temperature)):
-        raise ValueError(f"temperature must be finite, got {temperature}")
-    if top_p is not None and not 0 < _number("top_p", top_p) <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+def _check_helpers(on_tokens: object, generator: object, device: torch.device) -> None:
+    if on_tokens is not None and not callable(on_tokens):
+        raise TypeError(f"on_tokens must be callable, got {shown(on_tokens)}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {shown(generator)}")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator must be on the model's device {device}, got one on {generator.device}")
 
 
+def _count(name: str, value: object, least: int) -> int:
+    count = _integer(name, value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+    return count
+
+
+def _temperature(value: object) -> float:
+    temperature = _number("temperature", value)
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if math.isinf(temperature):
+        raise ValueError(f"temperature must be finite, got {shown(value)}")
+    return temperature
+
+
+def _top_p(value: object) -> float:
+    top_p = _number("top_p", value)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    return top_p
+
+
 def _integer(name: str, value: Any) -> int:
+    """Any integer that a tensor can hold, also one of NumPy or in a tensor."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {shown(number)}")
+    return number
 
 
 def _number(name: str, value: Any) -> float:
+    """Any number, also one of NumPy or in a tensor; infinity for an integer that is too large."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        if not isinstance(value, str):
+            return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be a number, got {shown(value)}")
 
 
 def _token_ids(name: str, values: object) -> list[int]:

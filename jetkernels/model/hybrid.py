@@ -21,6 +21,7 @@ from jetkernels.modules.norm import add_norm
 from jetkernels.modules.padding import Unpadding, find_padding
 from jetkernels.modules.projections import apply, linear
 from jetkernels.modules.quantized import Quantized, QuantizedLinear, quantize_
+from jetkernels.modules.stand_in import HasStandIn, may_step, runs_own_code
 
 from . import checkpoint, generation
 from .attention import rotary_table
@@ -38,7 +39,7 @@ Progress = Callable[[list], Iterable]
 M = TypeVar("M", bound=nn.Module)
 
 
-class JetNemotronModel(nn.Module):
+class JetNemotronModel(HasStandIn):
     """Embedding, decoder layers and final norm.
 
     Attributes:
@@ -108,7 +109,7 @@ class JetNemotronModel(nn.Module):
         if rotary is not None:
             rotary = rotary[0].squeeze(-2), rotary[1].squeeze(-2)
         for layer, state in zip(self.layers, states, strict=True):
-            if type(layer) is DecoderLayer and not has_hooks(layer):
+            if isinstance(layer, DecoderLayer) and may_step(layer):
                 h, more = layer.step(h, more, state, lengths=lengths, rotary=rotary)
             else:
                 h = (h if more is None else h + more)[:, None]
@@ -119,12 +120,12 @@ class JetNemotronModel(nn.Module):
     def has_device_steps(self) -> bool:
         """Whether `step` reads nothing on the host."""
         return all(
-            type(layer) is DecoderLayer and not has_hooks(layer) and layer.has_device_step for layer in self.layers
+            isinstance(layer, DecoderLayer) and may_step(layer) and layer.has_device_step for layer in self.layers
         )
 
     def _rotary(self, positions: Tensor) -> Rotary | None:
-        # What stands in a mixer's place, such as a wrapper, may not say what the mixer wants.
-        if any(getattr(layer.self_attn, "uses_rotary", True) for layer in self.layers):
+        # What stands in the place of a layer or a mixer, such as a wrapper, may not say what the mixer wants.
+        if any(getattr(_mixer(layer), "uses_rotary", True) for layer in self.layers):
             return rotary_table(positions, self.config.head_size, self.config.rope_theta)
         return None
 
@@ -133,12 +134,14 @@ class JetNemotronModel(nn.Module):
         model = _shallow_copy(self)
         model.config = config
         model.layers = nn.ModuleList(map(_shallow_copy, self.layers))
-        for layer, mixer in zip(model.layers, mixers, strict=True):
+        for i, (layer, mixer) in enumerate(zip(model.layers, mixers, strict=True)):
+            if _mixer(layer) is None:
+                raise ValueError(f"layers[{i}] must have a self_attn to be replaced, got {type(layer).__name__}")
             layer.self_attn = mixer
         return model
 
 
-class JetNemotronForCausalLM(nn.Module):
+class JetNemotronForCausalLM(HasStandIn):
     """The Jet-Nemotron language model (arXiv 2508.15884); parameters named as in the published checkpoints.
 
     The head shares the embedding's weight unless config.tie_word_embeddings is false. A_log and dt_bias of the
@@ -166,16 +169,16 @@ class JetNemotronForCausalLM(nn.Module):
         """Final hidden states [..., C] -> logits [..., vocab]."""
         if not self.config.tie_word_embeddings:
             return apply(self.lm_head, "lm_head", h)
-        weight = self.model.embed_tokens.weight
+        weight = getattr(self.model.embed_tokens, "weight", None)
         if not isinstance(weight, Tensor) or weight.device != h.device:
             got = (
                 f"on {weight.device}"
                 if isinstance(weight, Tensor)
-                else f"{type(weight).__name__} (a quantised module?)"
+                else f"{type(weight).__name__} (a quantised or wrapped module?)"
             )
             raise RuntimeError(
                 f"the head is tied to embed_tokens, whose weight must be a tensor on {h.device}, got {got}: leave "
-                "embed_tokens out of offloading and quantisation, or give the head a weight of its own "
+                "embed_tokens out of offloading, quantisation and wrappers, or give the head a weight of its own "
                 "(tie_word_embeddings=False)"
             )
         return F.linear(h, weight) if torch.is_grad_enabled() else linear(h, weight)
@@ -221,7 +224,7 @@ class JetNemotronForCausalLM(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
         mixers = [
-            layer.self_attn if isinstance(layer.self_attn, TokenMixer) else MIXERS[kind]
+            mixer if isinstance(mixer := _mixer(layer), TokenMixer) else MIXERS[kind]
             for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True)
         ]
         return JetNemotronCache(
@@ -273,7 +276,7 @@ class JetNemotronForCausalLM(nn.Module):
             check_labels(labels, input_ids, self.config.vocab_size)
         layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
         is_step = cache is not None and layout.is_dense and input_ids.shape[1] == 1 and labels is None
-        if cache is not None and is_step and not has_hooks(self.model):
+        if cache is not None and is_step and self._model_may_step():
             with torch.no_grad():
                 return CausalLMOutput(logits=self._step(input_ids[:, 0], cache)[:, None], cache=cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -314,8 +317,13 @@ class JetNemotronForCausalLM(nn.Module):
             raise ValueError(f"tokens must be a tensor [N], got {got}")
         check_ids(tokens[:, None], self.config.vocab_size)
         self._check_place(tokens, cache)
+        if not (may_step(self) and self._model_may_step()):
+            return self(tokens[:, None], cache=cache).logits[:, 0]
         cache.check([1] * len(tokens))
         return self._step(tokens, cache)
+
+    def _model_may_step(self) -> bool:
+        return isinstance(self.model, JetNemotronModel) and may_step(self.model)
 
     def _step(self, tokens: Tensor, cache: JetNemotronCache) -> Tensor:
         cache.begin()
@@ -333,11 +341,11 @@ class JetNemotronForCausalLM(nn.Module):
     def has_device_steps(self) -> bool:
         """Whether `compute_step` is all there is to a step, and reads nothing on the host.
 
-        It is so where every module is this library's own or PyTorch's and no hook waits for a call: a CUDA graph does
-        not call it again.
+        It is so where the code of every module is this library's own or PyTorch's and no hook waits for a call: a CUDA
+        graph does not call it again.
         """
-        own = all(type(m).__module__.startswith(("jetkernels.", "torch.nn.")) for m in self.modules())
-        return own and not any(map(has_hooks, self.modules())) and self.model.has_device_steps
+        steps = may_step(self) and self._model_may_step() and self.model.has_device_steps
+        return steps and all(map(runs_own_code, self.modules()))
 
     def _check_place(self, input_ids: Tensor, cache: JetNemotronCache | None) -> None:
         embedding = self.model.embed_tokens
@@ -347,7 +355,8 @@ class JetNemotronForCausalLM(nn.Module):
         if cache is not None and not isinstance(cache, JetNemotronCache):
             raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
         if cache is not None:
-            cache.check_model(self.config)
+            weight = floating_weight(embedding, self.model.norm)
+            cache.check_model(self.config, computing_device(embedding, weight), weight.dtype)
         if self.config.tie_word_embeddings and "lm_head" in self._modules:
             raise RuntimeError(
                 "the head is tied to embed_tokens, so the model's lm_head would not be used: set "
@@ -502,6 +511,11 @@ class JetNemotronForCausalLM(nn.Module):
             # The linear layers are filled by the module that owns them.
             if isinstance(module, (TokenMixer, MLP, RMSNorm)):
                 module.reset_parameters()
+
+
+def _mixer(layer: nn.Module) -> object:
+    """The token mixer of a layer, or what stands in its place; None for a wrapper round the layer."""
+    return getattr(layer, "self_attn", None)
 
 
 def _shallow_copy(module: M) -> M:

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.types import Device
+
+from jetkernels.modules.stand_in import HasStandIn
 
 from .layout import TokenLayout
 
@@ -21,7 +23,7 @@ Rotary = tuple[Tensor, Tensor]
 State = Iterable[Tensor]
 
 
-class TokenMixer(nn.Module, ABC):
+class TokenMixer(HasStandIn, ABC):
     """A kind of layer: a subclass of this, and its line in `jetkernels.model.mixers.MIXERS`.
 
     The model calls `sizes` and `initial_state` on the class, before and without any layer; it builds a layer as
@@ -92,8 +94,8 @@ class TokenMixer(nn.Module, ABC):
     def step(self, x: Tensor, state: Any, *, lengths: Tensor, rotary: Rotary | None = None) -> Tensor:
         """`forward` of one new token of each sequence, without a gradient.
 
-        A kind of its own may do without this one, which reads `lengths` on the host: a model with such a layer is not
-        captured in a CUDA graph.
+        This one calls `forward`, and reads `lengths` on the host: a model with such a layer is not captured in a CUDA
+        graph. That of a kind is used where no class newer than its own overrides `forward`.
 
         Args:
             x: [N, C].

@@ -11,9 +11,10 @@ from jetkernels.ops import apply_dynamic_conv, dynamic_conv, dynamic_conv_step_
 
 from .initialization import init_weight_
 from .linear import plain_weights
+from .stand_in import HasStandIn
 
 
-class KernelGenerator(nn.Module):
+class KernelGenerator(HasStandIn):
     """The two matrices that turn a layer input into convolution taps: kernel = w2 silu(w1 x) + bias.
 
     w1.weight [R, C]; w2.weight [D*W, R] and w2.bias [D*W], row d*W+w for tap w of channel d. Only `w1` runs here: the
@@ -33,7 +34,7 @@ class KernelGenerator(nn.Module):
         return F.silu(self.w1(x))
 
 
-class DynamicShortConvolution(nn.Module):
+class DynamicShortConvolution(HasStandIn):
     """Causal depthwise convolution with taps generated from the layer input (Jet-Nemotron, arXiv 2508.15884, JetBlock).
 
         y[b,t,d] = silu(sum_w kernel[b,t,d,w] * x[b,t-(W-1)+w,d])

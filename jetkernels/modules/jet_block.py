@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -18,11 +18,12 @@ from . import checks
 from .dynamic_conv import DynamicShortConvolution, KernelGenerator
 from .fused import fusible, is_plain
 from .initialization import init_weight_
-from .linear import computing_device, floating_weight, has_hooks
+from .linear import computing_device, floating_weight
 from .norm import GatedRMSNorm
 from .padding import find_padding
 from .projections import FusedProjections, apply, project
 from .repeatable import RepeatableCall, may_be_repeated
+from .stand_in import is_as_written
 from .weight_decay import exempt_from_weight_decay
 
 # Decay rates exp(A_log) and time steps softplus(dt_bias) of a new layer: log-uniform over these ranges, so that from
@@ -168,6 +169,18 @@ class _Projections(NamedTuple):
     a: Tensor
     b: Tensor
     gate: Tensor
+
+
+def _are_of_one_op(projected: _Projections, parameters: Sequence[Tensor]) -> bool:
+    """Whether `jet_block_step_` takes their dtypes. An adapter may give another one than it gets."""
+    dtype = projected.q.dtype
+    for t in projected:
+        if t is not None and t.dtype != dtype:
+            return False
+    for t in parameters:
+        if t.dtype != dtype and (t.dtype != torch.float32 or dtype == torch.float64):
+            return False
+    return True
 
 
 class JetBlock(FusedProjections):
@@ -325,14 +338,16 @@ class JetBlock(FusedProjections):
         """
         self._check_step(state, x)
         p = self._project(x)
-        hidden, norm = p.hidden, self.o_norm
-        weights = None if hidden is None else self.dynamic_conv1d.plain_weights()
+        hidden, norm, conv = p.hidden, self.o_norm, self.dynamic_conv1d
+        weights = None if hidden is None else conv.plain_weights()
         if (
             hidden is None
             or weights is None
+            or conv.activation != "silu"
             or type(norm) is not GatedRMSNorm
-            or has_hooks(norm)
-            or not is_plain(norm.weight)
+            or not is_as_written(norm)
+            or not is_plain(norm_weight := norm.weight)
+            or not _are_of_one_op(p, parameters := (self.A_log, self.dt_bias, norm_weight))
         ):
             return self._step_unfused(x, p, state)
         y = jet_block_step_(
@@ -344,9 +359,7 @@ class JetBlock(FusedProjections):
             p.b,
             p.gate,
             *weights,
-            self.A_log,
-            self.dt_bias,
-            norm.weight,
+            *parameters,
             state.conv_state,
             state.recurrent_state,
             eps=norm.eps,
@@ -356,13 +369,10 @@ class JetBlock(FusedProjections):
     def _step_unfused(self, x: Tensor, p: _Projections, state: JetBlockState) -> Tensor:
         """The same where a part of it is a module of its own."""
         conv = self.dynamic_conv1d
-        if p.hidden is None and has_hooks(conv):
-            # Its `step_` is no call that a hook would see.
+        if p.hidden is None:
             v, after = conv(p.v[:, None], x[:, None], state.conv_state, output_final_state=True)
             state.conv_state.copy_(after)
             v = v[:, 0]
-        elif p.hidden is None:
-            v = conv.step_(p.v, x, state.conv_state)
         else:
             v = conv.convolve_step_(p.v, F.silu(p.hidden), state.conv_state)
         q, k, v = (t[:, None] for t in (F.silu(p.q), F.silu(p.k), v.unflatten(-1, p.gate.shape[1:])))
@@ -377,9 +387,9 @@ class JetBlock(FusedProjections):
         names = [f"{name}_proj" for name in "qkvgab"]
         layers = {name: modules[name] for name in names[:4]}
         conv = self.dynamic_conv1d
-        if type(conv) is DynamicShortConvolution and not has_hooks(conv):
+        if type(conv) is DynamicShortConvolution and is_as_written(conv):
             generator = conv.kernel_generator
-            if type(generator) is KernelGenerator and not has_hooks(generator):
+            if type(generator) is KernelGenerator and is_as_written(generator):
                 layers["w1"] = generator.w1
         # Last: their rows may be no multiple of 16 bytes.
         return layers | {name: modules[name] for name in names[4:]}

@@ -63,22 +63,28 @@ def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] 
 def floating_weight(*modules: nn.Module) -> Tensor:
     """The weight of the first module that has one of a floating dtype: where and in what it computes.
 
-    Quantised modules have none.
+    Quantised modules have none. That of a wrapper is the first parameter of what it wraps.
     """
-    weights = [module.weight for module in modules]
-    return next(w for w in weights if isinstance(w, Tensor) and w.is_floating_point())
+    for module in modules:
+        weight = getattr(module, "weight", None)
+        for found in module.parameters() if weight is None else (weight,):
+            if isinstance(found, Tensor) and found.is_floating_point():
+                return found
+    names = ", ".join(type(module).__qualname__ for module in modules)
+    raise RuntimeError(f"one of {names} must have a floating weight, which says where and in what the model computes")
 
 
 def computing_device(module: nn.Module, weight: Tensor) -> torch.device:
     """Where a module with this weight computes.
 
-    accelerate's offloading leaves the weight on meta between calls and names the device.
+    accelerate's offloading leaves the weight on meta between calls and names the device, also inside a wrapper.
     """
     if weight.is_meta:
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", [hook]):
-            if (device := getattr(part, "execution_device", None)) is not None:
-                return torch.device(device)
+        for inner in module.modules():
+            hook = getattr(inner, "_hf_hook", None)
+            for part in getattr(hook, "hooks", [hook]):
+                if (device := getattr(part, "execution_device", None)) is not None:
+                    return torch.device(device)
     return weight.device
 
 

@@ -8,7 +8,7 @@ from torch.types import Device
 from jetkernels.ops import add_rms_norm, gated_rms_norm, rms_norm
 
 from .fused import ops_take
-from .linear import has_hooks
+from .stand_in import HasStandIn, is_as_written
 
 
 def _weight_for(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(HasStandIn):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, weight [size]."""
 
     def __init__(self, size: int, eps: float = 1e-6, *, device: Device = None, dtype: torch.dtype | None = None):
@@ -76,7 +76,7 @@ def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tenso
     """
     if x is None:
         return norm(residual), residual
-    if type(norm) is RMSNorm and not has_hooks(norm) and x.dtype == residual.dtype:
+    if type(norm) is RMSNorm and is_as_written(norm) and x.dtype == residual.dtype:
         weight = norm.weight
         if ops_take(x, residual, weight):
             return add_rms_norm(x, residual, _weight_for(x, weight), norm.eps)

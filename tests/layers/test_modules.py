@@ -258,6 +258,38 @@ def test_short_chunk_shifts_the_convolution_state(chunk):
         torch.testing.assert_close(state.conv_state, block.v_proj(x)[:, -3:].transpose(1, 2), atol=ATOL, rtol=0)
 
 
+def no_activation(block):
+    block.dynamic_conv1d.activation = None
+
+
+def narrow_norm(block):
+    block.o_norm.bfloat16()
+
+
+def wide_gates(block):
+    block.A_log.data, block.dt_bias.data = block.A_log.data.double(), block.dt_bias.data.double()
+
+
+def twice_the_convolution(block):
+    class Twice(DynamicShortConvolution):
+        def forward(self, *args, **options):
+            y, state = super().forward(*args, **options)
+            return 2 * y, state
+
+    block.dynamic_conv1d.__class__ = Twice
+
+
+@pytest.mark.parametrize("change", [no_activation, narrow_norm, wide_gates, twice_the_convolution])
+def test_steps_follow_what_is_changed_in_a_block(change):
+    plain, block, x = small_block(), small_block(), torch.randn(2, 7, 20)
+    change(block)
+    with torch.no_grad():
+        need, state = block(x), block.new_state(2)
+        got = torch.cat([block(x[:, :3], state=state), *(block(x[:, t : t + 1], state=state) for t in range(3, 7))], 1)
+        torch.testing.assert_close(got, need, atol=ATOL, rtol=ATOL)
+        assert change is wide_gates or (need - plain(x)).abs().max() > 1e-3
+
+
 def test_gradient_through_a_call_with_state():
     """The state's values before the call stay what backward needs, though the call overwrites them."""
     block, x = small_block(dtype=torch.float64), torch.randn(1, 8, 20, dtype=torch.float64, requires_grad=True)

@@ -1,5 +1,6 @@
 """Generation: the same tokens as repeated full forwards, whatever the batch, the padding and the prefill."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -241,8 +242,30 @@ def test_decode_steps_use_the_step_ops(model, monkeypatch):
         ({"stop_token_ids": [1.5]}, "stop_token_ids must be an integer, got 1.5"),
         ({"stop_token_ids": "end"}, "stop_token_ids must be an integer, got 'e'"),
         ({"pad_token_id": "0"}, "pad_token_id must be an integer, got '0'"),
+        ({"pad_token_id": 1 << 63}, "pad_token_id must be an integer of 64 bits, got 9223372036854775808"),
+        ({"stop_token_ids": [1, 1 << 63]}, "stop_token_ids must be an integer of 64 bits, got 9223372036854775808"),
+        ({"max_new_tokens": 10**5000}, "max_new_tokens must be an integer of 64 bits, got an integer of 16610 bits"),
+        ({"temperature": 10**5000}, "temperature must be finite, got an integer of 16610 bits"),
+        ({"temperature": "0.5"}, "temperature must be a number, got '0.5'"),
+        ({"temperature": torch.ones(2)}, r"temperature must be a number, got tensor\(\[1., 1.\]\)"),
+        ({"generator": 3}, "generator must be a torch.Generator, got 3"),
+        ({"on_tokens": 3}, "on_tokens must be callable, got 3"),
     ],
 )
-def test_bad_options_are_refused(model, options, message):
+def test_bad_options_are_refused(model, options, message, monkeypatch):
+    if "input_ids" not in options:
+        monkeypatch.setattr(model.model, "forward", None)  # nothing is computed
     with pytest.raises((ValueError, TypeError), match=message):
         model.generate(**{"input_ids": tokens(2, 3) % VOCAB, **options})
+
+
+@pytest.mark.parametrize("form", [np.int64, torch.tensor], ids=["numpy", "tensor"])
+def test_numbers_of_any_form_give_the_same(model, form):
+    ids, options = tokens(2, 3), {"max_new_tokens": 5, "top_k": 7, "prefill_chunk": 2, "pad_token_id": 3}
+    options |= {"temperature": 0.5, "top_p": 0.9}
+    of_a_form = {name: form(x) if isinstance(x, int) else torch.tensor(x) for name, x in options.items()}
+    need, got = (
+        model.generate(ids, stop_token_ids=11, generator=torch.Generator().manual_seed(2), **o)
+        for o in (options, of_a_form)
+    )
+    assert torch.equal(got, need)
