@@ -2,7 +2,7 @@
 
 Lanes: ``pytest --fast`` is the ops, layers and model on the CPU; ``-m kernels`` the product's Hopper kernels, on the
 simulator and on a GPU where there is one; ``-m simulator`` all that runs on the simulator, its own tests among it.
-HYPOTHESIS_PROFILE=thorough tries 300 examples, few ten, gpu little and always the same.
+HYPOTHESIS_PROFILE=thorough tries 300 examples, few five, gpu little and always the same.
 """
 
 import os
@@ -26,7 +26,7 @@ settings.register_profile(
     "default", max_examples=15, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=300)
-settings.register_profile("few", settings.get_profile("default"), max_examples=10)
+settings.register_profile("few", settings.get_profile("default"), max_examples=5)
 settings.register_profile("gpu", settings.get_profile("default"), max_examples=4, derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
