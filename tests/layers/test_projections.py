@@ -10,7 +10,8 @@ from support.model_cases import small_block, small_model, tokens
 from torch import nn
 
 from jetkernels.modules import projections
-from jetkernels.modules.projections import FusedProjections, fuse_, project
+from jetkernels.modules.joined import fuse_, joined
+from jetkernels.modules.projections import FusedProjections, project
 
 ATOL = 1e-6
 
@@ -20,7 +21,7 @@ def modules_of(model) -> list[FusedProjections]:
 
 
 def is_fused(module: FusedProjections) -> bool:
-    return projections._joined([layer.weight for layer in module.projections().values()]) is not None
+    return joined([*module.projections().values()]) is not None
 
 
 def products(monkeypatch) -> list[int]:

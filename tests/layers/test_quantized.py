@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jetkernels.modules import QuantizedLinear, quantize_
 from jetkernels.modules import quantized as q
+from jetkernels.modules.joined import fuse_, joined
+from jetkernels.modules.projections import project
 
 FORMS = [(8, None), (8, 16), (4, 32), (4, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -243,42 +245,48 @@ def test_state_dicts(bits, group):
         other.load_state_dict(nn.Linear(64, 24).state_dict())
 
 
+def together(modules, x):
+    """What `project` gives of layers, and whether it computed them as one."""
+    calls = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuantizedLinear, "forward", lambda self, x: (calls.append(self), forward(self, x))[1])
+        y = project({str(i): module for i, module in enumerate(modules)}, x)
+    return y, not calls
+
+
+forward = QuantizedLinear.forward
+
+
 @pytest.mark.parametrize(("bits", "group"), FORMS)
-@pytest.mark.parametrize("biases", [(True, True, True), (True, False, True), (False, False, False)])
-def test_fused_layers_equal_the_single_ones_and_share_their_memory(bits, group, biases):
-    modules = [layer(bits, group, P, bias=bias, seed=P) for P, bias in zip((24, 5, 40), biases)]
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_layers_equal_the_single_ones(bits, group, bias):
+    modules = [layer(bits, group, P, bias=bias, seed=P) for P in (24, 5, 40)]
     alone = copy.deepcopy(modules)
-    whole = QuantizedLinear.fused(modules)
-    assert whole is not None
+    fuse_(modules)
     for rows in (1, 7, 100):
         x = torch.randn(rows, 128)
-        with torch.no_grad():
-            need = torch.cat([module(x) for module in alone], -1)
-            torch.testing.assert_close(whole(x), need, rtol=0, atol=0 if rows < 64 else 1e-6)
-            torch.testing.assert_close(torch.cat([module(x) for module in modules], -1), need, rtol=0, atol=0)
-    for module in modules:
-        for name in ("weight", "scale"):
-            mine, all_of_them = getattr(module, name).untyped_storage(), getattr(whole, name).untyped_storage()
-            assert mine.data_ptr() == all_of_them.data_ptr()
-        if module.bias is not None:
-            assert module.bias.untyped_storage().data_ptr() == whole.bias.untyped_storage().data_ptr()
+        got, as_one = together(modules, x)
+        assert as_one and not together(alone, x)[1]
+        for y, module, other in zip(got, modules, alone):
+            with torch.no_grad():
+                torch.testing.assert_close(y, other(x), rtol=0, atol=0 if rows < 64 else 1e-6)
+                torch.testing.assert_close(module(x), other(x), rtol=0, atol=0)
     modules[1].quantize_weight_(torch.ones(5, 128))
-    with torch.no_grad():
-        torch.testing.assert_close(whole(x)[:, 24:29], modules[1](x))
-    copied_modules, copied = copy.deepcopy((modules, whole))
-    assert copied_modules[0].weight.untyped_storage().data_ptr() == copied.weight.untyped_storage().data_ptr()
+    got, as_one = together(modules, x)
+    assert as_one
+    torch.testing.assert_close(got[1], modules[1](x).detach())
 
 
-def test_what_differs_is_not_fused():
-    base = layer(8, None)
-    hooked = layer(8, None)
-    hooked.register_forward_hook(lambda *_: None)
+def test_what_differs_is_not_joined():
     subclass = layer(8, None)
     subclass.__class__ = type("Other", (QuantizedLinear,), {})
-    others = [layer(4, 32), layer(8, 16), layer(8, None, C=64), layer(8, None, dtype=torch.bfloat16), hooked, subclass]
-    for other in [*others, layer(8, None).to("meta"), nn.Linear(128, 24)]:
-        weight = base.weight
-        assert QuantizedLinear.fused([base, other]) is None and base.weight is weight
+    others = [layer(4, 32), layer(8, 16), layer(8, None, C=64), layer(8, None, dtype=torch.bfloat16), subclass]
+    others += [layer(8, None, bias=False), layer(8, None).to("meta"), nn.Linear(128, 24)]
+    for other in others:
+        base = layer(8, None)
+        place = base.weight.data_ptr()
+        fuse_([base, other])
+        assert base.weight.data_ptr() == place and joined([base, other]) is None
 
 
 @pytest.mark.parametrize(
@@ -430,7 +438,8 @@ def test_on_a_gpu(bits, group, rows, dtype):
     with torch.no_grad():
         need = torch.cat([exact(module, x) for module in modules], -1)
         alone = torch.cat([module(x) for module in modules], -1)
-        for y in (alone, QuantizedLinear.fused(modules)(x)):
+        fuse_(modules)
+        for y in (alone, torch.cat(together(modules, x)[0], -1)):
             assert (y.double() - need).norm() < 4 * torch.finfo(dtype).eps * need.norm()
 
 
