@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from .linear import has_own_hooks, linears_are_called_by_torch
 
@@ -82,7 +83,7 @@ def _found(layers: Sequence[nn.Module]) -> list[Whole | None] | None:
     found: list[Whole | None] = []
     for column in _columns(layers):
         whole = _whole_of(column)
-        if whole is None and (column[0] is not None or column.count(None) < len(layers)):
+        if whole is None and not _is_empty(column):
             return None
         found.append(whole)
     return found if found and found[0] is not None else None
@@ -95,6 +96,11 @@ def _columns(layers: Sequence[nn.Module]) -> list[list[Any]]:
     if len(attributes) < len(layers):
         return []
     return [[a[where].get(name, _ABSENT) for a in attributes] for where, name in ROWS.get(kind, ())]
+
+
+def _is_empty(column: Sequence[Any]) -> bool:
+    """Whether no layer has a tensor of this name."""
+    return column[0] is None and not [t for t in column if t is not None]
 
 
 def _whole_of(tensors: Sequence[Any]) -> Whole | None:
@@ -122,7 +128,7 @@ def fuse_(layers: Sequence[nn.Module]) -> None:
     of one kind in `ROWS` or have tensors of different dtypes, devices or widths, and where a tensor is in shared or
     pinned memory or is a part of a larger one: who put it there wants it there.
     """
-    apart = [c for c in _columns(layers) if _whole_of(c) is None and c.count(None) < len(layers)]
+    apart = [column for column in _columns(layers) if _whole_of(column) is None and not _is_empty(column)]
     if all(map(_may_join, apart)):
         for column in apart:
             _join_(column)
@@ -156,7 +162,8 @@ def _join_(tensors: Sequence[Tensor]) -> None:
         for t, part in zip(tensors, parts):
             # The new storage keeps the object `part`, and that keeps all of the memory and what is known of it.
             part.whole = whole
-            t.data = torch.from_dlpack(part)
+            # A capsule: of a tensor `from_dlpack` would take only one on the current CUDA device.
+            t.data = from_dlpack(to_dlpack(part))
     _wholes[rows.data_ptr()] = whole
 
 

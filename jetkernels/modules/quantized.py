@@ -428,8 +428,10 @@ class Quantized(NamedTuple):
 def quantize_(module: nn.Module, bits: int, group_size: int | None = None, skip: Collection[str] = ()) -> Quantized:
     """Replaces the Linear layers inside a module by quantised ones, in place and one by one.
 
-    The w2 of a JetBlock's convolution stays as it is: its weight enters an op. So do layers that are more than a
-    Linear (adapters, parametrizations, hooks), and those that int4 cannot divide into groups.
+    The w2 of a JetBlock's convolution stays as it is: its weight enters an op. So do layers whose weight is read by a
+    TransformerEncoderLayer, layers that are more than a Linear (adapters, parametrizations, hooks), and those that int4
+    cannot divide into groups. What stays of joined layers gets memory of its own, and what is replaced of them frees
+    its memory when all of a group has had its turn.
 
     Args:
         module: whose layers are replaced; not a Linear itself.
