@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.types import Device
 
+from jetkernels.modules.fused import ops_take
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.projections import FusedProjections, apply, project
 from jetkernels.modules.repeatable import in_backward
@@ -41,7 +42,7 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [..., T, heads, head_dim]: pairs (i, i + head_dim/2), computed in fp32, rounded once."""
-    if torch.compiler.is_compiling() or _needs_gradient(x):
+    if torch.compiler.is_compiling() or _needs_gradient(x) or not ops_take(x, cos, sin):
         first, second = x.chunk(2, -1)
         return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
     rotated, half = torch.empty_like(x), x.shape[-1] // 2

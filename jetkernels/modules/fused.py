@@ -28,9 +28,14 @@ def ops_take(*tensors: Tensor) -> bool:
     for t in tensors:
         if type(t) not in PLAIN_TENSORS or t.dtype not in _DTYPES or t.device.type not in _DEVICES:
             return False
-    return torch.compiler.is_compiling() or not (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    )
+    return not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether PyTorch batches what is computed now, or differentiates it forwards: its own operations can do that."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def fusible(*tensors: Tensor) -> bool:

@@ -10,6 +10,8 @@ LARGE = 1 << 20
 @torch.no_grad()
 def init_weight_(tensor: torch.Tensor, std: float) -> torch.Tensor:
     """Fills `tensor` in place, in its own dtype, with independent zero-mean values of standard deviation `std`."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"init_weight_: tensor must be floating, got {tensor.dtype} (a quantised layer is not drawn)")
     if tensor.is_meta:
         # There is nothing to fill, and the first random number there would import torch's Python references: seconds.
         return tensor

@@ -52,7 +52,7 @@ def plain_weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None] 
             # A replica of DataParallel has its tensors as attributes.
             weight, bias = module.weight, module.bias
         else:
-            bias = parameters["bias"]
+            bias = parameters["bias"] if "bias" in parameters else module.bias
         if type(weight) in PLAIN_TENSORS and (bias is None or type(bias) in PLAIN_TENSORS):
             return weight, bias
     if not torch.compiler.is_compiling():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch.types import Device
 from jetkernels.ops import linear_int4, linear_int8
 
 from .dynamic_conv import KernelGenerator
+from .fused import is_transformed
+from .joined import ROWS, FusedProjections, Whole, release_
 from .linear import has_hooks
 
 BITS = (8, 4)
@@ -32,6 +35,7 @@ MOST_ROWS_CPU = 512
 MOST_ROWS_CUDA = {8: 4, 4: 64}
 # What torch's int4 kernel wants on CUDA: tiles of 16 columns, in one piece of memory 8 of them and as many rows.
 INNER_TILES, TILE_COLUMNS, TILE_ROWS = 8, 16, 8
+TILES_ON = ("cuda",)
 
 
 # ---- numbers
@@ -163,7 +167,7 @@ def int4_tiles(weight: Tensor, scale: Tensor) -> TilesInt4 | None:
     """The weight for torch's int4 kernel; None where it does not take this one."""
     P, half = weight.shape
     if (
-        weight.device.type != "cuda"
+        weight.device.type not in TILES_ON
         or P == 0
         or P % TILE_ROWS
         or 2 * half % (INNER_TILES * TILE_COLUMNS)
@@ -230,6 +234,45 @@ class _Product(torch.autograd.Function):
         return dx, dbias, None, None, None
 
 
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, tiles: TilesInt4 | None = None
+) -> Tensor:
+    """What a QuantizedLinear of these tensors gives of x."""
+    P, C = len(weight), weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+    if x.dim() == 0 or x.shape[-1] != C or not x.is_floating_point():
+        raise RuntimeError(f"QuantizedLinear: x must be floating [..., {C}], got {x.dtype} {list(x.shape)}")
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    bias = None if bias is None else bias.to(x.dtype)
+    if is_transformed():
+        return F.linear(x, _widen(weight, scale, x.dtype), bias)
+    rows = x.reshape(-1, C)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _Product.apply(rows, bias, weight, scale, tiles)
+    else:
+        y = product(rows, weight, scale, bias, tiles)
+    return y.view(*x.shape[:-1], P)
+
+
+# The tiles of weights that are joined, and the versions of the tensors of which they were made.
+_tiles_of: WeakKeyDictionary[Whole, tuple[list[int], TilesInt4 | None]] = WeakKeyDictionary()
+
+
+def tiles_of_group(layers: Sequence[nn.Module], weight: Whole, scale: Whole) -> TilesInt4 | None:
+    """The tiles of joined layers; they are for many rows each from then on, and give up their own."""
+    if weight.rows.device.type not in TILES_ON or weight.rows.dtype != torch.uint8:
+        return None
+    tensors = [layer.__dict__["_buffers"][name] for layer in layers for name in ("weight", "scale")]
+    versions = [0 if t.is_inference() else t._version for t in tensors]
+    known = _tiles_of.get(weight)
+    if known is None or known[0] != versions:
+        known = _tiles_of[weight] = versions, int4_tiles(weight.rows, scale.rows)
+        for layer in layers:
+            layer._tiles = None  # type: ignore[assignment]  # of a QuantizedLinear
+    return known[1]
+
+
 # ---- layers
 
 
@@ -270,6 +313,7 @@ class QuantizedLinear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -293,7 +337,8 @@ class QuantizedLinear(nn.Module):
         meta = torch.empty(out_features, in_features, device="meta")
         for name, like in zip(("weight", "scale"), quantize(meta, bits, group_size)):
             self.register_buffer(name, torch.empty(like.shape, dtype=like.dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        values = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self._tiles: TilesInt4 | None = None
 
     @classmethod
@@ -320,62 +365,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C], floating -> [..., P] in the same dtype; in that of autocast where it is on, as a Linear's."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features or not x.is_floating_point():
-            need = f"floating [..., {self.in_features}]"
-            raise RuntimeError(f"QuantizedLinear: x must be {need}, got {x.dtype} {list(x.shape)}")
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        rows = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y = _Product.apply(rows, bias, self.weight, self.scale, self._tiles)
-        else:
-            y = product(rows, self.weight, self.scale, bias, self._tiles)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    @classmethod
-    def fused(cls, modules: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
-        """One layer whose results are those of `modules`, side by side.
-
-        Its weight, scale and bias are the memory of theirs from here on: each member's are rows of them. Where a
-        member has no bias, the fused one has zeros.
-
-        Args:
-            modules: at least one, of the same input.
-
-        Returns: None, and leaves them alone, if they differ in bits, group size, width, device or dtype of the bias, or
-            if calling one of them does more than the product.
-        """
-        first = modules[0]
-        if any(type(module) is not cls or has_hooks(module) for module in modules):
-            return None
-        biases = [module.bias for module in modules if module.bias is not None]
-        kinds = {(m.in_features, m.bits, m.group_size, m.weight.device, m.training) for m in modules}
-        if len(kinds) > 1 or len({bias.dtype for bias in biases}) > 1:
-            return None
-        P = sum(module.out_features for module in modules)
-        options: dict[str, Any] = {"device": first.weight.device, "dtype": biases[0].dtype if biases else None}
-        whole = cls(first.in_features, P, first.bits, first.group_size, bool(biases), **options)
-        whole.train(first.training)
-        start = 0
-        with torch.no_grad():
-            for module in modules:
-                rows = slice(start, start + module.out_features)
-                for name in ("weight", "scale"):
-                    getattr(whole, name)[rows] = getattr(module, name)
-                    setattr(module, name, getattr(whole, name)[rows])
-                if whole.bias is not None:
-                    whole.bias.requires_grad_(any(bias.requires_grad for bias in biases))
-                    whole.bias[rows] = 0.0 if module.bias is None else module.bias
-                    if module.bias is not None:
-                        module.bias.data = whole.bias.data[rows]
-                start = rows.stop
-        whole._make_tiles()
-        for module in modules:
-            # A second copy in tiles is not worth its memory: the members are for many rows.
-            module._tiles = None
-        return whole
+        return quantized_linear(x, self.weight, self.scale, self.bias, self._tiles)
 
     def _make_tiles(self) -> None:
         self._tiles = int4_tiles(self.weight, self.scale) if self.bits == 4 else None
@@ -393,11 +383,22 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, need = state_dict.get(prefix + "weight"), [self.out_features, self.in_features]
         if isinstance(weight, Tensor) and weight.is_floating_point():
+            errors = args[-1]
             if list(weight.shape) != need:
-                args[-1].append(f"{prefix}weight must be {need}, got {list(weight.shape)}")
+                errors.append(f"{prefix}weight must be {need}, got {list(weight.shape)}")
                 return
-            stored = quantize(weight.to(self.weight.device), self.bits, self.group_size)
+            if not self.weight.is_meta:
+                weight = weight.to(self.weight.device)
+            try:
+                stored = quantize(weight, self.bits, self.group_size)
+            except ValueError as error:
+                errors.append(f"{prefix}weight: {error}")
+                return
             state_dict[prefix + "weight"], state_dict[prefix + "scale"] = stored
+        scale = state_dict.get(prefix + "scale")
+        if isinstance(scale, Tensor):
+            # load_state_dict(assign=True) takes the tensor as it is.
+            state_dict[prefix + "scale"] = scale.to(torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._make_tiles()
 
@@ -407,6 +408,9 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}"
         )
+
+
+ROWS[QuantizedLinear] = (("_buffers", "weight"), ("_parameters", "bias"), ("_buffers", "scale"))
 
 
 class Quantized(NamedTuple):
@@ -424,8 +428,10 @@ class Quantized(NamedTuple):
 def quantize_(module: nn.Module, bits: int, group_size: int | None = None, skip: Collection[str] = ()) -> Quantized:
     """Replaces the Linear layers inside a module by quantised ones, in place and one by one.
 
-    The w2 of a JetBlock's convolution stays as it is: its weight enters an op. So do layers that are more than a
-    Linear (adapters, parametrizations, hooks), and those that int4 cannot divide into groups.
+    The w2 of a JetBlock's convolution stays as it is: its weight enters an op. So do layers whose weight is read by a
+    TransformerEncoderLayer, layers that are more than a Linear (adapters, parametrizations, hooks), and those that int4
+    cannot divide into groups. What stays of joined layers gets memory of its own, and what is replaced of them frees
+    its memory when all of a group has had its turn.
 
     Args:
         module: whose layers are replaced; not a Linear itself.
@@ -460,6 +466,10 @@ def quantize_(module: nn.Module, bits: int, group_size: int | None = None, skip:
         for place in found:
             setattr(place.parent, place.child, quantized)
             report.replaced.append(place.name)
+    for child in module.modules():
+        if isinstance(child, FusedProjections) and QuantizedLinear in map(type, child.projections().values()):
+            child.fuse()
+    release_(module)
     return report
 
 
@@ -486,8 +496,12 @@ def _reason_to_leave(linear: nn.Linear, place: Place, group_size: int | None) ->
         return "its weight enters the convolution's op"
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__qualname__}, not a torch.nn.Linear"
+    if isinstance(place.parent, nn.TransformerEncoderLayer):
+        return "a TransformerEncoderLayer reads its weight itself"
     if has_hooks(linear):
         return "it has hooks, or another forward"
+    if not {"weight", "bias"} <= linear._parameters.keys():
+        return "its weight and bias are not both parameters"
     if group_size is not None and linear.in_features % group_size:
         return f"its {linear.in_features} columns are no multiple of {group_size}"
     return None

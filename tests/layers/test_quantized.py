@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.model_cases import small_model, tokens
+from support.model_cases import small_block, small_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jetkernels.modules import QuantizedLinear, quantize_
 from jetkernels.modules import quantized as q
+from jetkernels.modules.joined import _wholes as joined_memory
+from jetkernels.modules.joined import fuse_, joined
+from jetkernels.modules.projections import project
 
 FORMS = [(8, None), (8, 16), (4, 32), (4, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -243,42 +246,93 @@ def test_state_dicts(bits, group):
         other.load_state_dict(nn.Linear(64, 24).state_dict())
 
 
+def together(modules, x):
+    """What `project` gives of layers, and whether it computed them as one."""
+    calls = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuantizedLinear, "forward", lambda self, x: (calls.append(self), forward(self, x))[1])
+        y = project({str(i): module for i, module in enumerate(modules)}, x)
+    return y, not calls
+
+
+forward = QuantizedLinear.forward
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_float_state_dict_is_quantised_wherever_the_layer_is(assign):
+    linear = nn.Linear(128, 24)
+    module = layer(8, None)
+    other = copy.deepcopy(module).to("meta") if assign else module
+    other.load_state_dict(linear.state_dict(), assign=assign)
+    need = QuantizedLinear.from_linear(linear, 8)
+    assert all(map(torch.equal, other.state_dict().values(), need.state_dict().values()))
+
+
+def test_a_state_dict_is_refused_by_name_and_its_scales_become_fp32():
+    module = nn.Sequential(layer(8, None), layer(8, None, C=24))
+    state = module.state_dict()
+    module.load_state_dict({name: t.bfloat16() if "scale" in name else t for name, t in state.items()}, assign=True)
+    assert module[1].scale.dtype == torch.float32
+    wrong = {"0.weight": torch.full((24, 128), torch.nan), "1.weight": torch.zeros(3, 24)}
+    with pytest.raises(RuntimeError) as error:
+        module.load_state_dict(state | wrong)
+    assert "0.weight: quantize: weight must be finite" in str(error.value)
+    assert "1.weight must be [24, 24], got [3, 24]" in str(error.value)
+
+
 @pytest.mark.parametrize(("bits", "group"), FORMS)
-@pytest.mark.parametrize("biases", [(True, True, True), (True, False, True), (False, False, False)])
-def test_fused_layers_equal_the_single_ones_and_share_their_memory(bits, group, biases):
-    modules = [layer(bits, group, P, bias=bias, seed=P) for P, bias in zip((24, 5, 40), biases)]
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_layers_equal_the_single_ones(bits, group, bias):
+    modules = [layer(bits, group, P, bias=bias, seed=P) for P in (24, 5, 40)]
     alone = copy.deepcopy(modules)
-    whole = QuantizedLinear.fused(modules)
-    assert whole is not None
+    fuse_(modules)
     for rows in (1, 7, 100):
         x = torch.randn(rows, 128)
-        with torch.no_grad():
-            need = torch.cat([module(x) for module in alone], -1)
-            torch.testing.assert_close(whole(x), need, rtol=0, atol=0 if rows < 64 else 1e-6)
-            torch.testing.assert_close(torch.cat([module(x) for module in modules], -1), need, rtol=0, atol=0)
-    for module in modules:
-        for name in ("weight", "scale"):
-            mine, all_of_them = getattr(module, name).untyped_storage(), getattr(whole, name).untyped_storage()
-            assert mine.data_ptr() == all_of_them.data_ptr()
-        if module.bias is not None:
-            assert module.bias.untyped_storage().data_ptr() == whole.bias.untyped_storage().data_ptr()
+        got, as_one = together(modules, x)
+        assert as_one and not together(alone, x)[1]
+        for y, module, other in zip(got, modules, alone):
+            with torch.no_grad():
+                torch.testing.assert_close(y, other(x), rtol=0, atol=0 if rows < 64 else 1e-6)
+                torch.testing.assert_close(module(x), other(x), rtol=0, atol=0)
     modules[1].quantize_weight_(torch.ones(5, 128))
-    with torch.no_grad():
-        torch.testing.assert_close(whole(x)[:, 24:29], modules[1](x))
-    copied_modules, copied = copy.deepcopy((modules, whole))
-    assert copied_modules[0].weight.untyped_storage().data_ptr() == copied.weight.untyped_storage().data_ptr()
+    got, as_one = together(modules, x)
+    assert as_one
+    torch.testing.assert_close(got[1], modules[1](x).detach())
 
 
-def test_what_differs_is_not_fused():
-    base = layer(8, None)
-    hooked = layer(8, None)
-    hooked.register_forward_hook(lambda *_: None)
+def test_what_differs_is_not_joined():
     subclass = layer(8, None)
     subclass.__class__ = type("Other", (QuantizedLinear,), {})
-    others = [layer(4, 32), layer(8, 16), layer(8, None, C=64), layer(8, None, dtype=torch.bfloat16), hooked, subclass]
-    for other in [*others, layer(8, None).to("meta"), nn.Linear(128, 24)]:
-        weight = base.weight
-        assert QuantizedLinear.fused([base, other]) is None and base.weight is weight
+    others = [layer(4, 32), layer(8, 16), layer(8, None, C=64), layer(8, None, dtype=torch.bfloat16), subclass]
+    others += [layer(8, None, bias=False), layer(8, None).to("meta"), nn.Linear(128, 24)]
+    for other in others:
+        base = layer(8, None)
+        place = base.weight.data_ptr()
+        fuse_([base, other])
+        assert base.weight.data_ptr() == place and joined([base, other]) is None
+
+
+def test_the_tiles_of_joined_layers_are_those_of_their_weights(monkeypatch):
+    """Tiles are a copy, on CUDA; here their maker is counted."""
+    made = []
+    monkeypatch.setattr(q, "TILES_ON", ("cpu",))
+    monkeypatch.setattr(q, "int4_tiles", lambda weight, scale: made.append(weight.clone()))
+    modules = [layer(4, 32, seed=seed) for seed in range(2)]
+    fuse_(modules)
+
+    def tiles():
+        made.clear()
+        assert together(modules, torch.randn(1, 128))[1]
+        assert all(module._tiles is None for module in modules)
+        return made
+
+    assert len(tiles()) == 1 and tiles() == []
+    modules[1].quantize_weight_(torch.randn(24, 128))
+    assert torch.equal(tiles()[0], torch.cat([module.weight for module in modules])) and tiles() == []
+    modules[0].load_state_dict(modules[1].state_dict())
+    assert len(tiles()) == 1 and tiles() == []
+    modules[1].scale.mul_(2)
+    assert len(tiles()) == 1
 
 
 @pytest.mark.parametrize(
@@ -337,6 +391,28 @@ def test_replaced_weights_are_freed_one_by_one():
         patch.setattr(QuantizedLinear, "from_linear", counting)
         quantize_(module, 8)
     assert alive == [4, 3, 2, 1]
+
+
+def test_layers_whose_weights_others_read_are_left():
+    encoder = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    report = quantize_(nn.ModuleList([encoder, nn.TransformerDecoderLayer(32, 2, 64)]), 8)
+    assert report.left["0.linear1"] == report.left["0.linear2"] == "a TransformerEncoderLayer reads its weight itself"
+    assert {"1.linear1", "1.linear2"} == set(report.replaced)
+    with torch.no_grad():
+        assert encoder(torch.randn(1, 3, 32)).isfinite().all()
+    linear = nn.Linear(32, 8)
+    del linear.bias
+    linear.register_buffer("bias", torch.ones(8))
+    assert quantize_(nn.Sequential(linear), 8).left == {"0": "its weight and bias are not both parameters"}
+
+
+def test_a_quantised_layer_is_not_drawn():
+    block = small_block()
+    quantize_(block, 8)
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match="init_weight_: tensor must be floating, got torch.int8"):
+        block.reset_parameters()
+    assert all(map(torch.equal, block.state_dict().values(), before.values()))
 
 
 # ---- torch's CUDA kernels, as far as a CPU shows them
@@ -430,7 +506,8 @@ def test_on_a_gpu(bits, group, rows, dtype):
     with torch.no_grad():
         need = torch.cat([exact(module, x) for module in modules], -1)
         alone = torch.cat([module(x) for module in modules], -1)
-        for y in (alone, QuantizedLinear.fused(modules)(x)):
+        fuse_(modules)
+        for y in (alone, torch.cat(together(modules, x)[0], -1)):
             assert (y.double() - need).norm() < 4 * torch.finfo(dtype).eps * need.norm()
 
 
@@ -476,6 +553,34 @@ def test_names_that_are_skipped():
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     assert type(model.model.layers[1].mlp.up_proj) is QuantizedLinear
     assert all(type(layer.self_attn.a_proj) is nn.Linear for layer in model.model.layers if hasattr(layer, "a_proj"))
+
+
+def test_layers_that_stay_give_back_the_memory_of_those_that_went():
+    before = sum(whole.rows.nbytes for whole in joined_memory.values())
+    block = small_block(hidden_size=64)
+    with torch.no_grad():
+        block(torch.randn(1, 1, 64), state=block.new_state(1))
+    block.k_proj.register_forward_hook(lambda *_: None)
+    report = quantize_(block, 8, skip=("a_proj", "w1"))
+    assert {"a_proj", "k_proj", "dynamic_conv1d.kernel_generator.w1"} < set(report.left)
+    assert sum(whole.rows.nbytes for whole in joined_memory.values()) == before
+    # A group that stays whole stays joined.
+    block = small_block()
+    quantize_(block, 8, skip=[f"{name}_proj" for name in "qkvgab"] + ["w1"])
+    assert joined([*block.projections().values()]) is not None
+
+
+def test_quantised_models_are_trained_and_loaded_after_inference_mode():
+    model, ids = wide_model(), tokens(1, 5)
+    model.quantize_(8)
+    state = copy.deepcopy(model.state_dict())
+    with torch.inference_mode():
+        need = model(ids).logits.clone()
+        model.generate(ids, max_new_tokens=2)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(ids).logits, need)
 
 
 @pytest.mark.parametrize("tied", [True, False])
