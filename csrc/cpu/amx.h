@@ -20,28 +20,23 @@ constexpr long kTileColumns = 32, kTileBytes = 64;       // of bf16 in a row of 
 constexpr long kTileNumbers = kTileSide * kTileColumns;  // bf16 in A, or in B
 constexpr long kTileSums = kTileSide * kTileSide;        // fp32 in C
 
-// The shapes of the eight tile registers of this thread, of 16 rows each, from construction to destruction. Between them
-// the thread may not leave the loop that multiplies: other libraries load shapes of their own.
-class TileShapes {
+// The shapes of the eight tile registers of this thread, all of them whole, from construction to destruction. Between
+// them the thread may not leave the loop that multiplies: other libraries load shapes of their own.
+class WholeTiles {
  public:
-  explicit TileShapes(const uint16_t (&row_bytes)[8]) {
+  WholeTiles() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
     static_assert(sizeof(config) == 64);
-    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = row_bytes[tile], config.rows[tile] = kTileSide;
+    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = kTileBytes, config.rows[tile] = kTileSide;
     asm volatile("ldtilecfg %0" : : "m"(config));
   }
-  ~TileShapes() { asm volatile("tilerelease"); }
-  TileShapes(const TileShapes&) = delete;
-  TileShapes& operator=(const TileShapes&) = delete;
-};
-
-class WholeTiles : public TileShapes {
- public:
-  WholeTiles() : TileShapes({64, 64, 64, 64, 64, 64, 64, 64}) {}
+  ~WholeTiles() { asm volatile("tilerelease"); }
+  WholeTiles(const WholeTiles&) = delete;
+  WholeTiles& operator=(const WholeTiles&) = delete;
 };
 
 template <int tile>
@@ -49,7 +44,7 @@ JET_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-// 16 rows at p, p + stride, ...
+// 16 rows of 64 bytes at p, p + stride, ...
 template <int tile>
 JET_INLINE void tile_load(const void* p, long stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(tile), "r"(p), "r"(stride) : "memory");

@@ -1,10 +1,9 @@
 // Weights of 8 and 4 bits times x as integers of 30 bits (csrc/linear/integers_cpu.h) in the tile registers of AMX: x
-// is four digits of 8 bits, so that a tile of x has up to four rows.
+// is four digits of 8 bits, so that a tile of x has four rows.
 //
 //   q = digit_0 + 2^8 digit_1 + 2^16 digit_2 + 2^24 digit_3     -128 <= digit < 128
-//   acc += W X     W [16, 64]   X [64, R rows x 4 digits]   acc [16 rows of W, R rows x 4 digits] int32
+//   acc += W X     W [16, 64]   X [64, 4 rows x 4 digits]   acc [16 rows of W, 4 rows x 4 digits] int32
 //
-// With fewer rows than four the tiles of x are narrower: whole ones would be as many bytes as W of one row.
 // int8 is read by the tile loads as it lies in memory; int4, and the last rows and columns of W, are first written as
 // tiles to a buffer that stays in L1.
 #pragma once
@@ -43,19 +42,16 @@ class IntegerTileLinear {
   using RowScale = typename IntegerRow<T>::Scale;
   static_assert(kBlock == kTileSide);
   static constexpr int V = Format::vectors;
-  static constexpr long kRowsOfX = 4;                    // in a tile, at most
+  static constexpr long kRowsOfX = 4;                    // in a tile
   static constexpr long kTile = kTileSide * kTileBytes;  // bytes
   static constexpr long kPart = 4 / V;  // steps of which sums are kept apart: they are exact in fp32 too
   static constexpr int kParts = 4;      // that are multiplied before their sums are read, which takes long to wait for
   static constexpr long kTotals = 8;    // tiles of x whose sums are kept: 8 KiB
-  static constexpr long kAhead = 512;   // bytes of a row of W that are asked for before they are read
+  static constexpr long kAhead = 1024;  // bytes of a row of W that are asked for before they are read
 
  public:
   explicit IntegerTileLinear(const LinearParams& p)
-      : p_(p),
-        columns_(p, V * kTileBytes),
-        x_tiles_((p.N + kRowsOfX - 1) / kRowsOfX),
-        x_row_(16 * smaller(p.N, kRowsOfX)) {}
+      : p_(p), columns_(p, V * kTileBytes), x_tiles_((p.N + kRowsOfX - 1) / kRowsOfX) {}
 
   void run(const Parallel& parallel) const {
     const Buffer<int8_t> x(x_tiles_ * x_tile());
@@ -65,8 +61,7 @@ class IntegerTileLinear {
     const Parallel workers = for_work(parallel, double(p_.N) * p_.C * p_.P);
     const long count = larger(1, workers.threads), blocks = (p_.P + kBlock - 1) / kBlock;
     workers(0, count, 1, [&](int64_t begin, int64_t end) {
-      const auto narrow = static_cast<uint16_t>(x_row_);
-      const TileShapes tiles({narrow, narrow, narrow, narrow, kTileBytes, kTileBytes, narrow, narrow});
+      const WholeTiles tiles;
       for (long block = blocks * begin / count; block < blocks * end / count; ++block)
         for (long t = 0; t < x_tiles_; t += kTotals)
           run_block(block * kBlock, t, smaller(kTotals, x_tiles_ - t), x.get(), scales.get());
@@ -75,17 +70,16 @@ class IntegerTileLinear {
   }
 
  private:
-  long x_step() const { return kTileSide * x_row_; }                // bytes of x [16, R rows, 4 digits, 4]
-  long x_tile() const { return columns_.steps() * V * x_step(); }  // of x [steps, V, ..]
+  long x_tile() const { return columns_.steps() * V * kTile; }  // bytes of x [steps, V, 16, 4 rows, 4 digits, 4]
 
   void pack_x(long t, int8_t* to, RowScale* scales) const {
     if ((t + 1) * kRowsOfX > p_.N) __builtin_memset(to, 0, x_tile());
     for (long n = t * kRowsOfX; n < smaller((t + 1) * kRowsOfX, p_.N); ++n) {
-      const IntegerRow<T> x(p_, n);
+      const IntegerRow<T> x(p_, n, 28);
       scales[n] = x.scale();
       for (long g = 0; g < columns_.groups; ++g)
         columns_.for_steps(g, [&](long c, long count, long step) {
-          int8_t* tiles = to + step * V * x_step() + n % kRowsOfX * 16;
+          int8_t* tiles = to + step * V * kTile + n % kRowsOfX * 16;
           for (long i = 0; i < kTileBytes / 16; ++i) {  // 16 columns of each of the V tiles
             Ints q[V];
             for (long v = 0; v < V; ++v) q[v] = x.at(c + (i * V + v) * 16, count - (i * V + v) * 16);
@@ -95,21 +89,21 @@ class IntegerTileLinear {
               q[0] = __builtin_shuffle(low, q[1], even);
               q[1] = __builtin_shuffle(low, q[1], even + 1);
             }
-            for (long v = 0; v < V; ++v) store_digits(q[v], tiles + v * x_step() + i * 4 * x_row_);
+            for (long v = 0; v < V; ++v) store_digits(q[v], tiles + v * kTile + i * 4 * kTileBytes);
           }
         });
     }
   }
 
   // Digit d of number 4 i + k to row i, byte 4 d + k.
-  JET_INLINE void store_digits(Ints q, int8_t* to) const {
+  static JET_INLINE void store_digits(Ints q, int8_t* to) {
     const __m512i digits = (__m512i)((q + 0x808080) ^ 0x808080);
     constexpr Words turn = {0x0c080400, 0x0d090501, 0x0e0a0602, 0x0f0b0703, 0x0c080400, 0x0d090501,
                             0x0e0a0602, 0x0f0b0703, 0x0c080400, 0x0d090501, 0x0e0a0602, 0x0f0b0703,
                             0x0c080400, 0x0d090501, 0x0e0a0602, 0x0f0b0703};
     alignas(64) int8_t rows[64];
     _mm512_store_si512(rows, _mm512_shuffle_epi8(digits, (__m512i)turn));
-    for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * x_row_, rows + 16 * i, 16);
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * kTileBytes, rows + 16 * i, 16);
   }
 
   // `count` tiles of 16 rows of W in columns of group g, and where their columns begin in a tile of x. Row r of tile i
@@ -125,11 +119,14 @@ class IntegerTileLinear {
     Floats total[kTotals][kTileSide];
     __builtin_memset(total, 0, tiles * sizeof(total[0]));
     const long group_parts = (columns_.group_steps + kPart - 1) / kPart, parts = columns_.groups * group_parts;
+    long g = 0, part = 0;
     for (long first = 0; first < parts; first += kParts) {
       Part some[kParts];
       const long count = smaller(kParts, parts - first);
-      for (long k = 0; k < count; ++k)
-        some[k] = weight_tiles(p0, (first + k) / group_parts, (first + k) % group_parts * kPart, buffers[k]);
+      for (long k = 0; k < count; ++k) {
+        some[k] = weight_tiles(p0, g, part * kPart, buffers[k]);
+        if (++part == group_parts) part = 0, ++g;
+      }
       for (long j = 0; j < tiles; ++j) add_products(some, count, x + (t + j) * x_tile(), p0, total[j]);
     }
     for (long j = 0; j < tiles; ++j) {
@@ -147,7 +144,7 @@ class IntegerTileLinear {
   // The part of group g from its step `first` on.
   JET_INLINE Part weight_tiles(long p0, long g, long first, int8_t* buffer) const {
     const long steps = smaller(kPart, columns_.group_steps - first);
-    const long at_x = (g * columns_.group_steps + first) * V * x_step();
+    const long at_x = (g * columns_.group_steps + first) * V * kTile;
     const Weight* w = static_cast<const Weight*>(p_.weight) + p0 * p_.weight_row;
     const long c = g * columns_.group / V + first * kTileBytes, row = p_.C / V;  // bytes
     for (long s = 0; s < steps; ++s) {
@@ -180,8 +177,8 @@ class IntegerTileLinear {
   }
 
   // sums[k] = W X of part k
-  JET_INLINE void multiply_parts(const Part (&parts)[kParts], long count, const int8_t* x,
-                                 int32_t (&sums)[kParts][kTileSums]) const {
+  static JET_INLINE void multiply_parts(const Part (&parts)[kParts], long count, const int8_t* x,
+                                        int32_t (&sums)[kParts][kTileSums]) {
     for_constants<kParts>([&](auto k) {
       if (k >= count) return;
       const Part& part = parts[k];
@@ -189,7 +186,7 @@ class IntegerTileLinear {
       tile_zero<k>();
       for (long i = 0; i < part.count; ++i) {
         tile_load<a>(part.data + i * part.tile, part.row);
-        tile_load<b>(x + part.x + i * x_step(), x_row_);
+        tile_load<b>(x + part.x + i * kTile, kTileBytes);
         tile_multiply_add_int8<k, a, b>();
       }
     });
@@ -202,7 +199,6 @@ class IntegerTileLinear {
   JET_INLINE void add_products(const Part (&parts)[kParts], long count, const int8_t* x, long p0,
                                Floats (&total)[kTileSide]) const {
     alignas(64) int32_t sums[kParts][kTileSums];
-    if (x_row_ < kTileBytes) __builtin_memset(sums, 0, sizeof(sums));
     multiply_parts(parts, count, x, sums);
     const float* scales = p_.scale;
     const long P = p_.P, G = p_.G;
@@ -218,7 +214,7 @@ class IntegerTileLinear {
 
   const LinearParams& p_;
   const Columns columns_;
-  const long x_tiles_, x_row_;  // x_row_: bytes of a row of a tile of x
+  const long x_tiles_;
 };
 
 }  // namespace jet::cpu::JET_CPU_ISA

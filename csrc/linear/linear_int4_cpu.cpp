@@ -17,11 +17,11 @@ void run_numbers(const LinearParams& p, const Parallel& parallel) {
 template <class T>
 void run_integers(const LinearParams& p, const Parallel& parallel) {
 #if defined(__AVX512F__)
-  if (amx_int8_is_active()) return IntegerTileLinear<Int4Bytes, Int4Numbers<T>, T>(p).run(parallel);
-  if (has_vnni_instructions()) return IntegerLinear<Int4Shorts, Int4Numbers<T>, T, true>(p).run(parallel);
+  if (amx_int8_is_active() && p.N > 2) return IntegerTileLinear<Int4Bytes, Int4Numbers<T>, T>(p).run(parallel);
+  if (has_vnni_instructions()) return IntegerLinear<ByteDigits, Int4Digits, Int4Numbers<T>, T>(p).run(parallel);
 #endif
 #if defined(__AVX2__)
-  return IntegerLinear<Int4Shorts, Int4Numbers<T>, T, false>(p).run(parallel);
+  return IntegerLinear<ShortDigits, Int4Digits, Int4Numbers<T>, T>(p).run(parallel);
 #else
   run_numbers<T>(p, parallel);
 #endif
