@@ -50,7 +50,7 @@ class Step {
     Acc *cos, *sin, *x, *rotated;  // [width] each
     T* rounded;                    // [width]
     Query* q;                      // [group, width]
-    T *keys, *values;              // [kBlock, width] of blocks that are not read in place
+    T *keys, *values;              // [kBlock, width], and twice that, of blocks that are not read in place
     typename Blocks::Room blocks;
   };
 
@@ -103,7 +103,7 @@ class Step {
     r.rounded = carver.take<T>(width_);
     r.q = carver.take<Query>(group_ * width_);
     r.keys = carver.take<T>(kBlock * width_);
-    r.values = carver.take<T>(kBlock * width_);
+    r.values = carver.take<T>(2 * kBlock * width_);
     blocks_.carve(carver, r.blocks);
     return carver;
   }
@@ -134,7 +134,8 @@ class Step {
       const bool copied = Blocks::kWholeBlocks && count < kBlock;
       if (copied || !in_place(p_.key)) keys = copy_rows(keys, p_.key.strides, count, room.keys), key_row = width_;
       if (copied || !in_place(p_.value))
-        values = copy_rows(values, p_.value.strides, count, room.values), value_row = width_;
+        values = copy_rows(values, p_.value.strides, count, room.values + slot / kBlock % 2 * kBlock * width_),
+        value_row = width_;
       blocks_.add(room.blocks, keys, key_row, values, value_row, count, result);
     }
     blocks_.end(room.blocks, result);

@@ -1,12 +1,15 @@
 // Blocks of keys in the tile registers of AMX, for up to 16 queries of bf16:
 //
-//   S^T += K q^T     K [16 keys, 32 columns] as it lies in its cache   q^T [32 columns, 16 queries]
-//   O   += P V       P [queries, 32 keys]    V [32 keys, 16 columns]   O [queries, 16 columns]
+//   S^T += K q^T     K [16 keys, 32 columns]   q^T [32 columns, 16 queries]
+//   O   += P V       P [16, 16 keys]           V [16 keys, 32 columns]      O [16, 16 columns]
 //
-// P is rounded to bf16. Up to 8 queries leave half of its rows free: these take what the rounding left, and their sums
-// are added in the end. More queries have no such rows; their sums of exponentials are those of the rounded ones, so
-// that the weights add up to one. V takes pairs of keys side by side: of two rows the even columns make one tile and
-// the odd ones the next.
+// Both caches are read by the tile loads as they lie. A product sums pairs of neighbouring numbers of V, which are
+// columns: P has the pair (p, 0) for the even columns and (0, p) for the odd ones. Up to 8 queries have these as two
+// halves of one tile, more have a tile of each. P is rounded to bf16, and the sums of exponentials are those of the
+// rounded ones, so that the weights add up to one.
+//
+// Tiles wait for what was stored just before. So the values of a block are added when the scores of the next one are
+// there.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +26,8 @@ namespace jet::cpu::JET_CPU_ISA {
 
 class TileAttention {
   static constexpr long kTileWords = kTileNumbers / 2;
+  static constexpr long kKeyTiles = kBlock / kTileSide;
+  static_assert(kKeyTiles == 4);
 
  public:
   using Element = bf16;
@@ -32,26 +37,24 @@ class TileAttention {
 
   // Memory of a worker.
   struct Room {
-    uint32_t* q;      // [width / 32] tiles: [pair of columns, query]
-    float* scores;    // [kBlock keys, 16 queries]
-    float* by_query;  // [16, kBlock]
-    bf16* weights;    // [kBlock / 32] tiles: [query, 32 keys]; zeros in rows of no query
-    float* o;         // [16, width] the sums of values
-    uint32_t* pairs;  // [2, 4] tiles: [pair of keys, column]
-    float* sums;      // [group, 16] of exponentials, lane by lane
-    float* most;      // [16]
+    uint32_t* q;         // [width / 32] tiles: [pair of columns, query]
+    float* scores;       // [kBlock keys, 16 queries]
+    uint32_t* weights;   // [kKeyTiles, parts] tiles of P: [query, pair (p, 0) or (0, p) of a key]
+    float* o;            // [width / 32, parts] tiles of O
+    float* sums;         // [group, 16] of exponentials, lane by lane
+    float* most;         // [16]
+    const bf16* values;  // of the block that is not yet added, or null
+    long value_row;
   };
 
   TileAttention(long group, long width, float scale)
-      : group_(group), width_(width), scale_(scale), rest_(group <= kTileSide / 2 ? kTileSide / 2 : 0) {}
+      : group_(group), width_(width), scale_(scale), parts_(group <= kTileSide / 2 ? 1 : 2) {}
 
   void carve(Carver& carver, Room& r) const {
     r.q = carver.take<uint32_t>(width_ / kTileColumns * kTileWords);
     r.scores = carver.take<float>(kBlock * kTileSide);
-    r.by_query = carver.take<float>(kTileSide * kBlock);
-    r.weights = carver.take<bf16>(kBlock * kTileSide);
-    r.o = carver.take<float>(kTileSide * width_);
-    r.pairs = carver.take<uint32_t>(2 * 4 * kTileWords);
+    r.weights = carver.take<uint32_t>(kKeyTiles * parts_ * kTileWords);
+    r.o = carver.take<float>(width_ / kTileColumns * parts_ * kTileSums);
     r.sums = carver.take<float>(group_ * kTileSide);
     r.most = carver.take<float>(kTileSide);
   }
@@ -59,7 +62,7 @@ class TileAttention {
   WholeTiles registers() const { return {}; }
 
   // q [group, width]
-  void begin(const Room& room, const bf16* q, const AttentionSums<float>&) const {
+  void begin(Room& room, const bf16* q, const AttentionSums<float>&) const {
     for (long c = 0; c < width_; c += kTileColumns) {
       Words pairs[kTileSide];
       for (long i = 0; i < kTileSide; ++i) pairs[i] = i < group_ ? load_words(q + i * width_ + c) : Words{};
@@ -67,46 +70,81 @@ class TileAttention {
       uint32_t* to = room.q + c / kTileColumns * kTileWords;
       for (long i = 0; i < kTileSide; ++i) Simd<uint32_t>::store(to + i * kTileSide, pairs[i]);
     }
-    std::fill_n(room.o, kTileSide * width_, 0.0f);
-    std::fill_n(room.weights, kBlock * kTileSide, bf16{});
+    std::fill_n(room.o, width_ / kTileColumns * parts_ * kTileSums, 0.0f);
+    std::fill_n(room.weights, kKeyTiles * parts_ * kTileWords, 0u);
     std::fill_n(room.sums, group_ * kTileSide, 0.0f);
     std::fill_n(room.most, kTileSide, kNothing);
+    room.values = nullptr;
   }
 
   // A block of kBlock keys, of which the first `count` are attended to; all are read, and values past them are finite.
-  void add(const Room& room, const bf16* keys, long key_row, const bf16* values, long value_row, long count,
+  // The values are read later: until the next block is added, or the end.
+  void add(Room& room, const bf16* keys, long key_row, const bf16* values, long value_row, long count,
            const AttentionSums<float>&) const {
-    find_scores(room, keys, key_row);
+    const Rows block{keys, values, key_row, value_row};
+    find_scores(room, block);
+    add_values(room, [&](long t) { prefetch(block, 4 + t); });
     soften(room, count);
-    add_values(room, keys, key_row, values, value_row);
+    room.values = values, room.value_row = value_row;
   }
 
+  // O in the order of load_two: of 32 columns first the even ones.
   void end(const Room& room, const AttentionSums<float>& to) const {
-    std::copy_n(room.o, group_ * width_, to.o);
-    if (rest_ > 0)
-      for (long i = 0; i < group_ * width_; ++i) to.o[i] += room.o[rest_ * width_ + i];
+    add_values(room, [](long) {});
+    for (long i = 0; i < group_; ++i)
+      for (long c = 0; c < width_; c += kTileColumns)
+        for (long odd = 0; odd < 2; ++odd)
+          std::copy_n(sums_of_columns(room, i, c, odd), kTileSide, to.o + i * width_ + c + odd * kTileSide);
     std::copy_n(room.most, group_, to.most);
     for (long i = 0; i < group_; ++i) to.sum[i] = horizontal_sum<float>(load(room.sums + i * kTileSide));
   }
 
  private:
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
-  static_assert(kBlock == 4 * kTileSide);
-  static constexpr long kKeyTiles = kBlock / kTileSide, kValueTiles = kBlock / kTileColumns;
+  static constexpr long kAheadBytes = 16384;  // of keys and of values, between a prefetch and its use
+  static constexpr int kLocality = 2;         // of prefetches: into L2
+
+  // Of query i, the even or the odd ones of 32 columns.
+  float* sums_of_columns(const Room& room, long i, long c, long odd) const {
+    float* tiles = room.o + c / kTileColumns * parts_ * kTileSums;
+    return tiles + (parts_ == 1 ? odd * kTileSide / 2 + i : odd * kTileSide + i) * kTileSide;
+  }
 
   static JET_INLINE Words load_words(const bf16* p) { return (Words)_mm512_loadu_si512(p); }
 
-  void find_scores(const Room& room, const bf16* keys, long key_row) const {
-    const long bytes = key_row * long(sizeof(bf16));
+  // The rows of a block in both caches.
+  struct Rows {
+    const bf16 *keys, *values;
+    long key_row, value_row;
+  };
+
+  // Asks for an eighth of the lines of a later block: two rows in 16 of all its keys and values. The CPU's prefetchers
+  // follow a stream in each page of 4 KB, and eight of them get more from memory than two.
+  void prefetch(const Rows& block, long eighth) const {
+    const long ahead = kAheadBytes / (width_ * long(sizeof(bf16)));
+    for (long j = ahead + 2 * eighth; j < ahead + 2 * eighth + 2; ++j)
+      for (long c = 0; c < width_; c += kTileColumns)
+#pragma GCC unroll 4
+        for (long t = 0; t < kKeyTiles; ++t) {
+          __builtin_prefetch(block.keys + (t * kTileSide + j) * block.key_row + c, 0, kLocality);
+          __builtin_prefetch(block.values + (t * kTileSide + j) * block.value_row + c, 0, kLocality);
+        }
+  }
+
+  void find_scores(const Room& room, const Rows& block) const {
+    const long row = block.key_row, bytes = row * long(sizeof(bf16));
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    long eighth = 0;
     for (long c = 0; c < width_; c += kTileColumns) {
-      const bf16* from = keys + c;
+      if (eighth < 4) prefetch(block, eighth++);
+      const bf16* from = block.keys + c;
       tile_load<7>(room.q + c / kTileColumns * kTileWords, kTileBytes);
       tile_load<4>(from, bytes), tile_multiply_add<0, 4, 7>();
-      tile_load<5>(from += kTileSide * key_row, bytes), tile_multiply_add<1, 5, 7>();
-      tile_load<6>(from += kTileSide * key_row, bytes), tile_multiply_add<2, 6, 7>();
-      tile_load<4>(from += kTileSide * key_row, bytes), tile_multiply_add<3, 4, 7>();
+      tile_load<5>(from += kTileSide * row, bytes), tile_multiply_add<1, 5, 7>();
+      tile_load<6>(from += kTileSide * row, bytes), tile_multiply_add<2, 6, 7>();
+      tile_load<4>(from += kTileSide * row, bytes), tile_multiply_add<3, 4, 7>();
     }
+    while (eighth < 4) prefetch(block, eighth++);
     tile_store<0>(room.scores, kTileBytes), tile_store<1>(room.scores + kTileSums, kTileBytes);
     tile_store<2>(room.scores + 2 * kTileSums, kTileBytes), tile_store<3>(room.scores + 3 * kTileSums, kTileBytes);
   }
@@ -135,22 +173,19 @@ class TileAttention {
 #pragma GCC unroll 16
       for (int j = 0; j < kTileSide; ++j) x[j] = load(room.scores + (t * kTileSide + j) * kTileSide) - reference;
       transpose_in_registers(x);
+      alignas(64) float by_query[kTileSide][kTileSide];
 #pragma GCC unroll 16
-      for (int i = 0; i < kTileSide; ++i) store(room.by_query + i * kBlock + t * kTileSide, x[i]);
-    }
-    for (long i = 0; i < group_; ++i) {
-      Floats sum = load(room.sums + i * kTileSide);
-#pragma GCC unroll 4
-      for (long t = 0; t < kKeyTiles; ++t) {
-        NativeBf16* e =
-            reinterpret_cast<NativeBf16*>(room.weights) + (t / 2 * kTileSide + i) * kTileColumns + t % 2 * kTileSide;
-        const Floats x = exponential(load(room.by_query + i * kBlock + t * kTileSide));
-        store(e, x);
-        const Floats rounded = load(e);
-        if (rest_ > 0) store(e + rest_ * kTileColumns, x - rounded);
-        sum += rest_ > 0 ? x : rounded;
+      for (int i = 0; i < kTileSide; ++i) store(by_query[i], x[i]);
+      uint32_t* even = room.weights + t * parts_ * kTileWords;
+      uint32_t* odd = even + (parts_ == 1 ? kTileWords / 2 : kTileWords);
+      for (long i = 0; i < group_; ++i) {
+        NativeBf16 rounded[kTileSide];
+        store(rounded, exponential(load(by_query[i])));
+        const Words upper = (Words)load(rounded);
+        store(room.sums + i * kTileSide, load(room.sums + i * kTileSide) + (Floats)upper);
+        Simd<uint32_t>::store(even + i * kTileSide, upper >> 16);
+        Simd<uint32_t>::store(odd + i * kTileSide, upper);
       }
-      store(room.sums + i * kTileSide, sum);
     }
   }
 
@@ -161,65 +196,58 @@ class TileAttention {
       if (factors[i] == 1) continue;
       float* sums = room.sums + i * kTileSide;
       store(sums, load(sums) * factors[i]);
-      for (float* o = room.o + i * width_; o < room.o + kTileSide * width_; o += rest_ * width_) {
-        for (long c = 0; c < width_; c += kTileSide) store(o + c, load(o + c) * factors[i]);
-        if (rest_ == 0) break;
+      for (long c = 0; c < width_; c += kTileColumns)
+        for (long odd = 0; odd < 2; ++odd) {
+          float* o = sums_of_columns(room, i, c, odd);
+          store(o, load(o) * factors[i]);
+        }
+    }
+  }
+
+  // Of the block before; beside(t) is called on the way, for t below kKeyTiles.
+  template <class F>
+  void add_values(const Room& room, const F& beside) const {
+    if (room.values == nullptr)
+      for (long t = 0; t < kKeyTiles; ++t) beside(t);
+    else if (parts_ == 1)
+      add_values<1>(room, beside);
+    else
+      add_values<2>(room, beside);
+  }
+
+  // Four tiles of O at a time.
+  template <int parts, class F>
+  void add_values(const Room& room, const F& beside) const {
+    constexpr int kGroups = 4 / parts;  // of 32 columns
+    const long bytes = room.value_row * long(sizeof(bf16));
+    for (long c = 0; c < width_; c += kGroups * kTileColumns) {
+      const long groups = smaller(kGroups, (width_ - c) / kTileColumns);
+      float* o = room.o + c / kTileColumns * parts * kTileSums;
+      for_constants<4>([&](auto i) {
+        if (i / parts < groups) tile_load<i>(o + i * kTileSums, kTileBytes);
+      });
+      for (long t = 0; t < kKeyTiles; ++t) {
+        const bf16* values = room.values + t * kTileSide * room.value_row + c;
+        const uint32_t* weights = room.weights + t * parts * kTileWords;
+        if (c == 0) beside(t);
+        tile_load<6>(weights, kTileBytes);
+        if constexpr (parts == 2) tile_load<7>(weights + kTileWords, kTileBytes);
+        for_constants<kGroups>([&](auto i) {
+          if (i >= groups) return;
+          tile_load<4 + i % 2>(values + i * kTileColumns, bytes);
+          tile_multiply_add<i * parts, 6, 4 + i % 2>();
+          if constexpr (parts == 2) tile_multiply_add<i * parts + 1, 7, 4 + i % 2>();
+        });
       }
+      for_constants<4>([&](auto i) {
+        if (i / parts < groups) tile_store<i>(o + i * kTileSums, kTileBytes);
+      });
     }
   }
-
-  void add_values(const Room& room, const bf16* keys, long key_row, const bf16* values, long value_row) const {
-    long c = 0;
-    for (; c + 64 <= width_; c += 64) add_values<2>(room, keys + c, key_row, values + c, value_row, room.o + c);
-    if (c < width_) add_values<1>(room, keys + c, key_row, values + c, value_row, room.o + c);
-  }
-
-  // Of 32 n columns
-  template <int n>
-  void add_values(const Room& room, const bf16* keys, long key_row, const bf16* values, long value_row,
-                  float* o) const {
-    const long o_row = width_ * long(sizeof(float));
-    tile_load<0>(o, o_row), tile_load<1>(o + kTileSide, o_row);
-    if (n == 2) tile_load<2>(o + 2 * kTileSide, o_row), tile_load<3>(o + 3 * kTileSide, o_row);
-    for (long t = 0; t < kValueTiles; ++t) {
-      const long j = t * kTileColumns;
-      uint32_t* pairs = room.pairs + t % 2 * 4 * kTileWords;
-      pair_values<n>(keys + j * key_row, key_row, values + j * value_row, value_row, pairs);
-      tile_load<7>(room.weights + t * kTileNumbers, kTileBytes);
-      tile_load<4>(pairs, kTileBytes), tile_multiply_add<0, 7, 4>();
-      tile_load<5>(pairs + kTileWords, kTileBytes), tile_multiply_add<1, 7, 5>();
-      if (n == 1) continue;
-      tile_load<6>(pairs + 2 * kTileWords, kTileBytes), tile_multiply_add<2, 7, 6>();
-      tile_load<4>(pairs + 3 * kTileWords, kTileBytes), tile_multiply_add<3, 7, 4>();
-    }
-    tile_store<0>(o, o_row), tile_store<1>(o + kTileSide, o_row);
-    if (n == 2) tile_store<2>(o + 2 * kTileSide, o_row), tile_store<3>(o + 3 * kTileSide, o_row);
-  }
-
-  // 32 rows of 32 n columns. Asks for later keys and values on the way.
-  template <int n>
-  JET_INLINE void pair_values(const bf16* keys, long key_row, const bf16* values, long value_row, uint32_t* to) const {
-    const long ahead = kPrefetchBytes / (width_ * long(sizeof(bf16)));
-    const bf16 *key = keys + ahead * key_row, *value = values + ahead * value_row;
-    for (long j = 0; j < kTileColumns; j += 2, to += kTileSide) {
-#pragma GCC unroll 2
-      for (int i = 0; i < n; ++i) {
-        const long c = i * kTileColumns;
-        __builtin_prefetch(key + c, 0, kLocality), __builtin_prefetch(key + key_row + c, 0, kLocality);
-        __builtin_prefetch(value + c, 0, kLocality), __builtin_prefetch(value + value_row + c, 0, kLocality);
-        const Words x = load_words(values + c), y = load_words(values + value_row + c);
-        Simd<uint32_t>::store(to + 2 * i * kTileWords, (x & 0xffff) | (y << 16));
-        Simd<uint32_t>::store(to + (2 * i + 1) * kTileWords, (x >> 16) | (y & 0xffff0000u));
-      }
-      key += 2 * key_row, value += 2 * value_row, values += 2 * value_row;
-    }
-  }
-
-  static constexpr int kLocality = 2;  // into L2: a block and its tiles take most of L1
 
   long group_, width_;
   float scale_;
-  long rest_;  // the row of P with what rounding left of row i is i + rest_; 0: there is none
+  long parts_;  // tiles of P for 16 keys
 };
 
 }  // namespace jet::cpu::JET_CPU_ISA

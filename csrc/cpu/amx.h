@@ -8,6 +8,8 @@
 // machines without AMX too, and amx_bf16_is_active() and amx_int8_is_active() (csrc/cpu/isa.h) decide at run time.
 #pragma once
 
+#include <utility>
+
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/simd.h"
 
@@ -38,6 +40,14 @@ class WholeTiles {
   WholeTiles(const WholeTiles&) = delete;
   WholeTiles& operator=(const WholeTiles&) = delete;
 };
+
+// f(0), .., f(n - 1) with constants: the numbers of tiles are some.
+template <int n, class F>
+JET_INLINE void for_constants(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, n>());
+}
 
 template <int tile>
 JET_INLINE void tile_zero() {

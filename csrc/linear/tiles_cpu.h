@@ -16,14 +16,6 @@
 
 namespace jet::cpu::JET_CPU_ISA {
 
-// f(0), .., f(n - 1) with constants.
-template <int n, class F>
-JET_INLINE void for_constants(const F& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, i>()), ...);
-  }(std::make_integer_sequence<int, n>());
-}
-
 template <class Format, bool scaled>
 class TileLinear {
   using Weight = typename Format::Weight;
