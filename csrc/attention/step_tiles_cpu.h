@@ -42,13 +42,13 @@ class TileAttention {
     uint32_t* weights;   // [kKeyTiles, parts] tiles of P: [query, pair (p, 0) or (0, p) of a key]
     float* o;            // [width / 32, parts] tiles of O
     float* sums;         // [group, 16] of exponentials, lane by lane
-    float* most;         // [16]
+    float* most;         // [16] of the scores in base 2
     const bf16* values;  // of the block that is not yet added, or null
     long value_row;
   };
 
   TileAttention(long group, long width, float scale)
-      : group_(group), width_(width), scale_(scale), parts_(group <= kTileSide / 2 ? 1 : 2) {}
+      : group_(group), width_(width), scale_(scale * kLog2e), parts_(group <= kTileSide / 2 ? 1 : 2) {}
 
   void carve(Carver& carver, Room& r) const {
     r.q = carver.take<uint32_t>(width_ / kTileColumns * kTileWords);
@@ -84,7 +84,7 @@ class TileAttention {
     const Rows block{keys, values, key_row, value_row};
     find_scores(room, block);
     add_values(room, [&](long t) { prefetch(block, 4 + t); });
-    soften(room, count);
+    parts_ == 1 ? soften<1>(room, count) : soften<2>(room, count);
     room.values = values, room.value_row = value_row;
   }
 
@@ -95,12 +95,13 @@ class TileAttention {
       for (long c = 0; c < width_; c += kTileColumns)
         for (long odd = 0; odd < 2; ++odd)
           std::copy_n(sums_of_columns(room, i, c, odd), kTileSide, to.o + i * width_ + c + odd * kTileSide);
-    std::copy_n(room.most, group_, to.most);
+    for (long i = 0; i < group_; ++i) to.most[i] = room.most[i] * kLn2;
     for (long i = 0; i < group_; ++i) to.sum[i] = horizontal_sum<float>(load(room.sums + i * kTileSide));
   }
 
  private:
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  static constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
   static constexpr long kAheadBytes = 16384;  // of keys and of values, between a prefetch and its use
   static constexpr int kLocality = 2;         // of prefetches: into L2
 
@@ -149,38 +150,75 @@ class TileAttention {
     tile_store<2>(room.scores + 2 * kTileSums, kTileBytes), tile_store<3>(room.scores + 3 * kTileSums, kTileBytes);
   }
 
+  // Vector v of the scores has those of key v for all queries. Up to 8 queries leave room for another key, in the upper
+  // half: with one part vector 16 t + j is of the keys 32 t + j and 32 t + 16 + j.
+  template <int parts>
+  static JET_INLINE Floats scores_of(const Room& room, long v) {
+    if constexpr (parts == 2) return load(room.scores + v * kTileSide);
+    const float* lower = room.scores + (v + v / kTileSide * kTileSide) * kTileSide;
+    const __m256 upper = _mm256_loadu_ps(lower + kTileSums);
+    return (Floats)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(lower)), upper, 1);
+  }
+
+  // Its lanes whose keys are below `count`.
+  template <int parts>
+  static JET_INLINE __mmask16 lanes_below(long v, long count) {
+    if constexpr (parts == 2) return v < count ? 0xffff : 0;
+    const long lower = v + v / kTileSide * kTileSide;
+    return (lower < count ? 0x00ff : 0) | (lower + kTileSide < count ? 0xff00 : 0);
+  }
+
+  // 2^x, with a relative error below 3e-6: bf16 rounds off up to 2e-3.
+  static JET_INLINE Floats power_of_two(Floats x) {
+    const Floats f = (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+    Floats e = f * 0.0135341679f + 0.0520114606f;
+    e = e * f + 0.24144275f;
+    e = e * f + 0.69300383f;
+    e = e * f + 1.0000026f;
+    return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)e, (__m512)x);  // by 2^floor(x)
+  }
+
   // Scores become exponentials of what they are above the largest so far; what came before shrinks by as much. Before a
   // score above -inf there is nothing to compare with, and 0 stands in.
+  template <int parts>
   void soften(const Room& room, long count) const {
+    constexpr long kVectors = kBlock / 2 * parts, kQueries = kTileSide / 2 * parts;
+    alignas(64) float scores[kVectors][kTileSide];
     const Floats before = load(room.most);
     Floats some[4] = {before, before, before, before};
-    for (long j = 0; j < kBlock; j += 4)
+    for (long v = 0; v < kVectors; v += 4)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        float* score = room.scores + (j + i) * kTileSide;
-        const Floats x = j + i < count ? load(score) * scale_ : Simd<float>::all(kNothing);
+        Floats x = scores_of<parts>(room, v + i) * scale_;
+        if (count < kBlock)
+          x = (Floats)_mm512_mask_mov_ps((__m512)(Floats{} + kNothing), lanes_below<parts>(v + i, count), (__m512)x);
         some[i] = x > some[i] ? x : some[i];
-        store(score, x);
+        store(scores[v + i], x);
       }
     for (int n = 2; n > 0; n /= 2)
       for (int i = 0; i < n; ++i) some[i] = some[i + n] > some[i] ? some[i + n] : some[i];
-    const Floats best = some[0];
+    Floats best = some[0];
+    if constexpr (parts == 1) {  // both halves of the lanes have the larger one
+      const Floats other = (Floats)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)best, (__m512)best, 0x4e);
+      best = other > best ? other : best;
+    }
     const Floats reference = best == kNothing ? Floats{} : best;
     store(room.most, best);
-    shrink(room, exponential(before - reference));
-    for (long t = 0; t < kKeyTiles; ++t) {
+    shrink(room, exponential((before - reference) * kLn2));
+    for (long t = 0; t < kVectors / kTileSide; ++t) {
       Floats x[kTileSide];
 #pragma GCC unroll 16
-      for (int j = 0; j < kTileSide; ++j) x[j] = load(room.scores + (t * kTileSide + j) * kTileSide) - reference;
+      for (int j = 0; j < kTileSide; ++j) x[j] = load(scores[t * kTileSide + j]) - reference;
       transpose_in_registers(x);
-      alignas(64) float by_query[kTileSide][kTileSide];
 #pragma GCC unroll 16
-      for (int i = 0; i < kTileSide; ++i) store(by_query[i], x[i]);
-      uint32_t* even = room.weights + t * parts_ * kTileWords;
-      uint32_t* odd = even + (parts_ == 1 ? kTileWords / 2 : kTileWords);
+      for (int i = 0; i < kTileSide; ++i) store(scores[t * kTileSide + i], x[i]);
+    }
+    for (long t = 0; t < kKeyTiles; ++t) {
+      uint32_t* even = room.weights + t * parts * kTileWords;
+      uint32_t* odd = even + kQueries * kTileSide;
       for (long i = 0; i < group_; ++i) {
         NativeBf16 rounded[kTileSide];
-        store(rounded, exponential(load(by_query[i])));
+        store(rounded, power_of_two(load(scores[t * kQueries + i])));
         const Words upper = (Words)load(rounded);
         store(room.sums + i * kTileSide, load(room.sums + i * kTileSide) + (Floats)upper);
         Simd<uint32_t>::store(even + i * kTileSide, upper >> 16);
@@ -246,8 +284,8 @@ class TileAttention {
   }
 
   long group_, width_;
-  float scale_;
-  long parts_;  // tiles of P for 16 keys
+  float scale_;  // to logarithms of base 2
+  long parts_;   // tiles of P for 16 keys
 };
 
 }  // namespace jet::cpu::JET_CPU_ISA

@@ -21,8 +21,9 @@ class TileLinear {
   using Weight = typename Format::Weight;
   static_assert(kBlock == kTileSide && Format::width == kTileColumns);
   static constexpr long kTilePairs = kTileNumbers / 2;
-  static constexpr long kChunk = 8;       // steps in a buffer: 16 KiB for 32 rows
-  static constexpr long kTotalTiles = 8;  // tiles of x whose scaled sums are kept: 16 KiB with 32 rows of W
+  static constexpr long kChunk = 8;            // steps in a buffer: 16 KiB for 32 rows
+  static constexpr long kMostAhead = 1 << 18;  // bytes of W that wait in the L2
+  static constexpr long kTotalTiles = 8;       // tiles of x whose scaled sums are kept: 16 KiB with 32 rows of W
 
  public:
   explicit TileLinear(const LinearParams& p)
@@ -78,11 +79,13 @@ class TileLinear {
     long tile, step, row;
   };
 
-  // acc[i][j] += W_i X_j^T over `steps` steps, x from the first of them on.
+  // acc[i][j] += W_i X_j^T over `steps` steps, x from the first of them on. Asks meanwhile for the lines of `later`
+  // rows from w.data + ahead on.
   template <int m, int n>
-  static JET_INLINE void multiply(const Tiles& w, const uint32_t* x, long steps) {
+  static JET_INLINE void multiply(const Tiles& w, const uint32_t* x, long steps, long ahead = 0, long later = 0) {
     const char* data = w.data;
     for (long s = 0; s < steps; ++s, data += w.step, x += n * kTilePairs) {
+      for (long i = 0; i < later; ++i) __builtin_prefetch(data + ahead + i * w.row, 0, 2);
       for_constants<m>([&](auto i) { tile_load<4 + i>(data + i * w.tile, w.row); });
       for_constants<n>([&](auto j) { tile_load<6 + j>(x + j * kTilePairs, kTileBytes); });
       for_constants<m>(
@@ -144,7 +147,12 @@ class TileLinear {
     zero<m, n>();
     if (p0 + m * kTileSide <= p_.P) {
       const Tiles w = {static_cast<const char*>(p_.weight) + p0 * bytes, kTileSide * bytes, kTileBytes, bytes};
-      multiply<m, n>(w, x, columns_.whole_steps);
+      // Each pass over the panel asks for its share of the next one, so that memory does not wait for the second pass.
+      // Longer rows the CPU's prefetchers find alone.
+      const long passes = (x_tiles_ + 1) / 2, pass = t / 2, rows = m * kTileSide;
+      const long first = rows * pass / passes, share = rows * (pass + 1) / passes - first;
+      const bool asks = x_tiles_ > 1 && rows * bytes <= kMostAhead;
+      multiply<m, n>(w, x, columns_.whole_steps, (rows + first) * bytes, asks ? share : 0);
       done = columns_.whole_steps * kTileColumns;
     }
     alignas(64) uint32_t buffer[m * kChunk * kTilePairs];

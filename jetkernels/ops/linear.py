@@ -14,7 +14,7 @@ from jetkernels.plain import linear as plain
 
 # Up to so many rows the op is faster than torch.nn.functional.linear, or as fast (docs/linear.md has the times).
 MOST_ROWS = {
-    torch.bfloat16: 32 if _library.build_info()["cpu_amx"] else 8,
+    torch.bfloat16: 128 if _library.build_info()["cpu_amx"] else 8,
     torch.float16: 8,
     torch.float32: 16,
     torch.float64: 4,
