@@ -1,49 +1,8 @@
-#include "csrc/linear/integer_tiles_cpu.h"
-#include "csrc/linear/tiles_cpu.h"
-#include "csrc/linear/vectors_cpu.h"
+#include "csrc/linear/quantized_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
-namespace {
 
-template <class T>
-void run_numbers(const LinearParams& p, const Parallel& parallel) {
-#if defined(__AVX512F__)
-  if (p.C / p.G % Int4WideNumbers<T>::width == 0) return VectorLinear<Int4WideNumbers<T>, T, true>(p).run(parallel);
-#endif
-  VectorLinear<Int4Numbers<T>, T, true>(p).run(parallel);
-}
-
-// Of 16-bit x.
-template <class T>
-void run_integers(const LinearParams& p, const Parallel& parallel) {
-#if defined(__AVX512F__)
-  if (amx_int8_is_active() && p.N > 2) return IntegerTileLinear<Int4Bytes, Int4Numbers<T>, T>(p).run(parallel);
-  if (has_vnni_instructions()) return IntegerLinear<ByteDigits, Int4Digits, Int4Numbers<T>, T>(p).run(parallel);
-#endif
-#if defined(__AVX2__)
-  return IntegerLinear<ShortDigits, Int4Digits, Int4Numbers<T>, T>(p).run(parallel);
-#else
-  run_numbers<T>(p, parallel);
-#endif
-}
-
-void run_bf16(const LinearParams& p, const Parallel& parallel) {
-#if defined(__AVX512F__)
-  if (amx_bf16_is_active() && p.N > kMostIntegerRows) return TileLinear<Int4Pairs, true>(p).run(parallel);
-#endif
-  run_integers<bf16>(p, parallel);
-}
-
-}  // namespace
-
-void linear_int4_cpu(const LinearParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case Dtype::f32: return run_numbers<float>(p, parallel);
-    case Dtype::f64: JET_CPU_FP64(run_numbers<double>(p, parallel));
-    case Dtype::f16: return run_integers<f16>(p, parallel);
-    case Dtype::bf16: return run_bf16(p, parallel);
-  }
-}
+void linear_int4_cpu(const LinearParams& p, const Parallel& parallel) { run_quantized<Int4Weight>(p, parallel); }
 
 }  // namespace jet::cpu::JET_CPU_ISA
 

@@ -216,6 +216,7 @@ class JetNemotronForCausalLM(HasStandIn):
             head = QuantizedLinear(weight.shape[1], weight.shape[0], bits, group_size, device=weight.device)
             head.quantize_weight_(weight.detach())
             self.lm_head = head.train(self.training)
+            self.register_load_state_dict_pre_hook(_find_head)
             # A copy: the config may be that of other models too.
             self.config = self.model.config = dataclasses.replace(self.config, tie_word_embeddings=False)
             report.replaced.append("lm_head")
@@ -495,7 +496,13 @@ class JetNemotronForCausalLM(HasStandIn):
         return model
 
     def reset_parameters(self, progress: Progress = iter) -> None:
-        """Draws every parameter anew."""
+        """Draws every parameter anew.
+
+        Raises:
+            ValueError: a layer is quantised; nothing has been drawn.
+        """
+        if quantized := [name for name, module in self.named_modules() if isinstance(module, QuantizedLinear)]:
+            raise ValueError(f"reset_parameters: the model must not be quantised, got quantised {', '.join(quantized)}")
         for part in progress(self._parts()):
             self._reset_part(part)
 
@@ -511,6 +518,13 @@ class JetNemotronForCausalLM(HasStandIn):
             # The linear layers are filled by the module that owns them.
             if isinstance(module, (TokenMixer, MLP, RMSNorm)):
                 module.reset_parameters()
+
+
+def _find_head(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The weights of a tied model have no head of their own."""
+    embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
+    if embedding is not None:
+        state_dict.setdefault(f"{prefix}lm_head.weight", embedding)
 
 
 def _mixer(layer: nn.Module) -> object:

@@ -661,3 +661,26 @@ def test_a_model_is_cast_and_copied():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert (narrow(ids).logits - need).norm() < 0.05 * need.norm()
+
+
+def test_weights_of_a_tied_model_load_into_a_quantised_one():
+    source, model, ids = wide_model(), wide_model(), tokens(2, 6)
+    with torch.no_grad():
+        for p in source.parameters():
+            p.mul_(1.5)
+    model.quantize_(8)
+    model.load_state_dict(source.state_dict())
+    source.quantize_(8)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, source(ids).logits)
+
+
+def test_a_quantised_model_is_not_drawn_anew():
+    model = wide_model()
+    model.quantize_(8)
+    before = model.model.embed_tokens.weight.clone()
+    with pytest.raises(
+        ValueError, match="reset_parameters: the model must not be quantised, got quantised model.layers"
+    ):
+        model.reset_parameters()
+    assert torch.equal(model.model.embed_tokens.weight, before)
