@@ -26,7 +26,7 @@ BIN = VENV / "bin"
 PYTHON = BIN / "python"
 # CUTLASS's headers, which the Hopper kernels include; what its Python side depends on is not needed.
 WITHOUT_DEPENDENCIES = "nvidia-cutlass==4.2.0.0"
-MOST_WORKERS = 4  # of pytest: each computes with all processors at times
+MOST_WORKERS = 4  # processes of pytest
 CXX_FOLDERS, CXX_SUFFIXES = ("csrc", "bindings", "tests"), (".h", ".cuh", ".c", ".cpp", ".cu")
 
 
@@ -67,20 +67,27 @@ def build() -> None:
     pip("--no-build-isolation", "--no-deps", "-e", ".")
 
 
-def run(*command: str) -> int:
-    environment = {**os.environ, "VIRTUAL_ENV": str(VENV), "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+def run(*command: str, **variables: str) -> int:
+    environment = {
+        **os.environ,
+        **variables,
+        "VIRTUAL_ENV": str(VENV),
+        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
-def in_parallel(arguments: list[str]) -> list[str]:
-    """What makes pytest work side by side; nothing if it was asked for a file or to stop for its user."""
+def test(arguments: list[str]) -> int:
+    """pytest, in several processes unless it was asked for a file or to stop for its user."""
     alone = ("-s", "-n", "--pdb", "--trace", "--co")
-    if any(argument.startswith(alone) or Path(argument.split("::")[0]).exists() for argument in arguments):
-        return []
-    workers = min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS
-    )
-    return ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(processors, MOST_WORKERS)
+    if workers == 1 or any(a.startswith(alone) or Path(a.split("::")[0]).exists() for a in arguments):
+        return run("python", "-m", "pytest", *arguments)
+    # Processes share processors badly while OpenMP threads wait for each other.
+    threads = os.environ.get("OMP_NUM_THREADS", str(processors // workers))
+    shared = ("-n", str(workers), "--dist", "worksteal")
+    return run("python", "-m", "pytest", *shared, *arguments, OMP_NUM_THREADS=threads)
 
 
 def lint(fix: bool) -> int:
@@ -113,7 +120,8 @@ def main() -> int:
     if what == "demo":
         arguments = ["python", "-m", "jetkernels", "demo", *arguments]
     elif what == "test":
-        arguments = ["python", "-m", "pytest", *in_parallel(arguments), *arguments]
+        say(f"running pytest {' '.join(arguments)}")
+        return test(arguments)
     say(f"running {' '.join(arguments)}")
     return run(*arguments)
 
