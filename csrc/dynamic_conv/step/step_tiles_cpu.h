@@ -105,8 +105,7 @@ class TileStep {
     from += step * lines * kTileBytes;
     for (long i = 0; i < lines; ++i, from += kTileBytes)
 #pragma GCC unroll 8
-      for (long stream = 0; stream < 8; ++stream)
-        __builtin_prefetch(from + stream * steps_ * lines * kTileBytes, 0, 2);
+      for (long stream = 0; stream < 8; ++stream) __builtin_prefetch(from + stream * steps_ * lines * kTileBytes, 0, 2);
   }
 
   // sums [16 tiles, 16 blocks]: `tiles` of rows in registers 4 and 5, `blocks` of tokens in 6 and 7
