@@ -1,6 +1,8 @@
 // Who computes linear_int8 and linear_int4 on this CPU, by dtype and number of rows (docs/linear.md).
 #pragma once
 
+#include <type_traits>
+
 #include "csrc/linear/integer_tiles_cpu.h"
 #include "csrc/linear/tiles_cpu.h"
 #include "csrc/linear/vectors_cpu.h"

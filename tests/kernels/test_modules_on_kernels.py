@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jetkernels.model import generation
 from jetkernels.model.attention import rotary_table
 from jetkernels.modules import JetBlock, JetBlockConfig
+from jetkernels.plain.attention_step import attention_step as plain_attention_step
 
 BF16 = torch.bfloat16
 # The ops that the model calls; its products are PyTorch's.
@@ -132,7 +133,7 @@ def kernel_model():
 JET_STEP = {"convolution": 1, "recurrent": 1, "gated norm of a step": 1}
 ATTENTION_STEP = {"attention": 1, "combine": 1}
 MOST_LAUNCHES = 10  # of a layer's step, products included
-ROUNDING = 2**-11  # of fp16, at most
+ROUNDING = {torch.float16: 2**-11, BF16: 2**-8}  # at most
 PROMPTS, STEPS = (21, 9), 3  # tokens: the window of 16 is full in one sequence and not in the other
 
 
@@ -160,25 +161,28 @@ def exact_logits(model, rows) -> torch.Tensor:
 @pytest.mark.parametrize("options", ({}, {"timing": "late", "seed": 1}), ids=("early", "late"))
 @pytest.mark.parametrize("dtype", (torch.float16, BF16), ids=str)
 @torch.no_grad()
-def test_decode_steps_of_a_model_on_the_simulator(sequences, options, dtype):
+def test_decode_steps_of_a_model_on_the_simulator(sequences, options, dtype, monkeypatch):
     rows, (ids, mask) = sequences
     model = kernel_model().to(dtype)
     cache, again = (model.new_cache(2, max(PROMPTS) + STEPS) for _ in range(2))
     for each in (cache, again):
         generation.prefill(model, ids, mask, each)
+    # With AMX the CPU's attention rounds its weights to bf16, which the kernel does not; in fp16 both are the CPU's.
+    if dtype == BF16:
+        monkeypatch.setattr(
+            "jetkernels.model.attention.attention_step_", lambda *a: plain_attention_step(*a, a[0].shape[-1] ** -0.5)
+        )
     expected, exact = decode(model, again, rows), exact_logits(model, rows)
+    monkeypatch.undo()
     with on_the_simulator(**options) as (launched, _):
         logits = decode(model, cache, rows)
     a_layer = {"norm": 2, "swiglu": 1}
     a_step = sum((Counter(a_layer | mixer) for mixer in 2 * (JET_STEP, ATTENTION_STEP)), Counter(norm=1))
     assert launched == {kernel: STEPS * count for kernel, count in a_step.items()}
-    if dtype == BF16:  # the CPU's attention rounds its weights to bf16 where it has AMX, the kernel does not
-        assert rms_error(logits, expected) < rms_error(expected, exact)
-        assert rms_error(logits, exact) < 1.25 * rms_error(expected, exact)
-    else:
-        assert rms_error(logits, expected) < ROUNDING
-        for x, need in zip(cache.tensors(), again.tensors(), strict=True):
-            assert rms_error(x, need) < ROUNDING and not torch.equal(x, torch.zeros_like(x))
+    assert rms_error(logits, expected) < ROUNDING[dtype]
+    assert rms_error(logits, exact) < 1.1 * rms_error(expected, exact)
+    for x, need in zip(cache.tensors(), again.tensors(), strict=True):
+        assert rms_error(x, need) < ROUNDING[dtype] and not torch.equal(x, torch.zeros_like(x))
     assert cache.lengths_device.tolist() == cache.lengths == [length + STEPS for length in PROMPTS]
 
 
