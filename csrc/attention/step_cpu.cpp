@@ -21,7 +21,7 @@ namespace jet::cpu::JET_CPU_ISA {
 namespace {
 
 constexpr long kLeastPiece = 512;  // keys of a task: 256 KiB to read, beside 3 KiB of a result that is written
-constexpr long kMostPieces = 64;   // of a sequence, which bounds the memory of the results
+constexpr long kMostPieces = 32;   // of a sequence, which bounds the memory of the results
 
 // Blocks: how a block of keys is computed with, VectorAttention or TileAttention.
 template <class Blocks>

@@ -82,15 +82,16 @@ class TileAttention {
   void add(Room& room, const bf16* keys, long key_row, const bf16* values, long value_row, long count,
            const AttentionSums<float>&) const {
     const Rows block{keys, values, key_row, value_row};
-    find_scores(room, block);
-    add_values(room, [&](long t) { prefetch(block, 4 + t); });
+    Ahead ahead(block, width_);
+    find_scores(room, block, ahead);
+    add_values(room, [&] { ahead.next(); });
     parts_ == 1 ? soften<1>(room, count) : soften<2>(room, count);
     room.values = values, room.value_row = value_row;
   }
 
   // O in the order of load_two: of 32 columns first the even ones.
   void end(const Room& room, const AttentionSums<float>& to) const {
-    add_values(room, [](long) {});
+    add_values(room, [] {});
     for (long i = 0; i < group_; ++i)
       for (long c = 0; c < width_; c += kTileColumns)
         for (long odd = 0; odd < 2; ++odd)
@@ -119,33 +120,49 @@ class TileAttention {
     long key_row, value_row;
   };
 
-  // Asks for an eighth of the lines of a later block: two rows in 16 of all its keys and values. The CPU's prefetchers
-  // follow a stream in each page of 4 KB, and eight of them get more from memory than two.
-  void prefetch(const Rows& block, long eighth) const {
-    const long ahead = kAheadBytes / (width_ * long(sizeof(bf16)));
-    for (long j = ahead + 2 * eighth; j < ahead + 2 * eighth + 2; ++j)
-      for (long c = 0; c < width_; c += kTileColumns)
+  // Asks for the lines of a later block, 16 at each of the tile loads of this one: two in each quarter of its keys and
+  // values. The CPU's prefetchers follow a stream in each page of 4 KB, and eight of them get more from memory than
+  // two. More lines at once than the CPU can wait for (16) hold up the tile loads behind them.
+  class Ahead {
+   public:
+    Ahead(const Rows& block, long width) : Ahead(block, width, kAheadBytes / (width * long(sizeof(bf16)))) {}
+
+    JET_INLINE void next() {
+      for (int line = 0; line < 2; ++line) {
 #pragma GCC unroll 4
         for (long t = 0; t < kKeyTiles; ++t) {
-          __builtin_prefetch(block.keys + (t * kTileSide + j) * block.key_row + c, 0, kLocality);
-          __builtin_prefetch(block.values + (t * kTileSide + j) * block.value_row + c, 0, kLocality);
+          __builtin_prefetch(keys_ + t * kTileSide * key_row_ + column_, 0, kLocality);
+          __builtin_prefetch(values_ + t * kTileSide * value_row_ + column_, 0, kLocality);
         }
-  }
+        column_ += kTileColumns;
+        if (column_ == width_) column_ = 0, keys_ += key_row_, values_ += value_row_;
+      }
+    }
 
-  void find_scores(const Room& room, const Rows& block) const {
+   private:
+    Ahead(const Rows& block, long width, long rows)
+        : keys_(block.keys + rows * block.key_row),
+          values_(block.values + rows * block.value_row),
+          key_row_(block.key_row),
+          value_row_(block.value_row),
+          width_(width) {}
+
+    const bf16 *keys_, *values_;
+    long key_row_, value_row_, width_, column_ = 0;
+  };
+
+  void find_scores(const Room& room, const Rows& block, Ahead& ahead) const {
     const long row = block.key_row, bytes = row * long(sizeof(bf16));
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    long eighth = 0;
     for (long c = 0; c < width_; c += kTileColumns) {
-      if (eighth < 4) prefetch(block, eighth++);
       const bf16* from = block.keys + c;
       tile_load<7>(room.q + c / kTileColumns * kTileWords, kTileBytes);
-      tile_load<4>(from, bytes), tile_multiply_add<0, 4, 7>();
-      tile_load<5>(from += kTileSide * row, bytes), tile_multiply_add<1, 5, 7>();
-      tile_load<6>(from += kTileSide * row, bytes), tile_multiply_add<2, 6, 7>();
-      tile_load<4>(from += kTileSide * row, bytes), tile_multiply_add<3, 4, 7>();
+      for_constants<kKeyTiles>([&](auto t) {
+        constexpr int k = 4 + t % 3;
+        tile_load<k>(from + t * kTileSide * row, bytes), tile_multiply_add<t, k, 7>();
+        ahead.next();
+      });
     }
-    while (eighth < 4) prefetch(block, eighth++);
     tile_store<0>(room.scores, kTileBytes), tile_store<1>(room.scores + kTileSums, kTileBytes);
     tile_store<2>(room.scores + 2 * kTileSums, kTileBytes), tile_store<3>(room.scores + 3 * kTileSums, kTileBytes);
   }
@@ -242,11 +259,11 @@ class TileAttention {
     }
   }
 
-  // Of the block before; beside(t) is called on the way, for t below kKeyTiles.
+  // Of the block before; beside() is called as often as there are tiles of values.
   template <class F>
   void add_values(const Room& room, const F& beside) const {
     if (room.values == nullptr)
-      for (long t = 0; t < kKeyTiles; ++t) beside(t);
+      for (long t = 0; t < kKeyTiles * (width_ / kTileColumns); ++t) beside();
     else if (parts_ == 1)
       add_values<1>(room, beside);
     else
@@ -267,7 +284,6 @@ class TileAttention {
       for (long t = 0; t < kKeyTiles; ++t) {
         const bf16* values = room.values + t * kTileSide * room.value_row + c;
         const uint32_t* weights = room.weights + t * parts * kTileWords;
-        if (c == 0) beside(t);
         tile_load<6>(weights, kTileBytes);
         if constexpr (parts == 2) tile_load<7>(weights + kTileWords, kTileBytes);
         for_constants<kGroups>([&](auto i) {
@@ -275,6 +291,7 @@ class TileAttention {
           tile_load<4 + i % 2>(values + i * kTileColumns, bytes);
           tile_multiply_add<i * parts, 6, 4 + i % 2>();
           if constexpr (parts == 2) tile_multiply_add<i * parts + 1, 7, 4 + i % 2>();
+          beside();
         });
       }
       for_constants<4>([&](auto i) {

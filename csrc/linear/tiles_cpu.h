@@ -23,7 +23,9 @@ class TileLinear {
   static constexpr long kTilePairs = kTileNumbers / 2;
   static constexpr long kChunk = 8;            // steps in a buffer: 16 KiB for 32 rows
   static constexpr long kMostAhead = 1 << 18;  // bytes of W that wait in the L2
-  static constexpr long kTotalTiles = 8;       // tiles of x whose scaled sums are kept: 16 KiB with 32 rows of W
+  static constexpr long kChunkBytes =
+      1 << 17;                            // of W that stay in the L2, beside their columns of x and what comes next
+  static constexpr long kTotalTiles = 8;  // tiles of x whose sums are kept: 16 KiB with 32 rows of W
 
  public:
   explicit TileLinear(const LinearParams& p)
@@ -79,13 +81,18 @@ class TileLinear {
     long tile, step, row;
   };
 
-  // acc[i][j] += W_i X_j^T over `steps` steps, x from the first of them on. Asks meanwhile for the lines of `later`
-  // rows from w.data + ahead on.
+  // Rows whose lines are asked for ahead of their use, one line of each at every step.
+  struct Ahead {
+    const char* data = nullptr;
+    long row = 0, rows = 0;
+  };
+
+  // acc[i][j] += W_i X_j^T over `steps` steps, x from the first of them on
   template <int m, int n>
-  static JET_INLINE void multiply(const Tiles& w, const uint32_t* x, long steps, long ahead = 0, long later = 0) {
+  static JET_INLINE void multiply(const Tiles& w, const uint32_t* x, long steps, Ahead ahead = {}) {
     const char* data = w.data;
     for (long s = 0; s < steps; ++s, data += w.step, x += n * kTilePairs) {
-      for (long i = 0; i < later; ++i) __builtin_prefetch(data + ahead + i * w.row, 0, 2);
+      for (long i = 0; i < ahead.rows; ++i) __builtin_prefetch(ahead.data + s * kTileBytes + i * ahead.row, 0, 2);
       for_constants<m>([&](auto i) { tile_load<4 + i>(data + i * w.tile, w.row); });
       for_constants<n>([&](auto j) { tile_load<6 + j>(x + j * kTilePairs, kTileBytes); });
       for_constants<m>(
@@ -98,9 +105,19 @@ class TileLinear {
     for_constants<m>([&](auto i) { for_constants<n>([&](auto j) { tile_zero<2 * i + j>(); }); });
   }
 
+  template <int m>
+  using Sums = float[m][kTotalTiles][kTileSums];
+
   template <int m, int n>
-  static JET_INLINE void store(float (&sums)[2][2][kTileSums]) {
-    for_constants<m>([&](auto i) { for_constants<n>([&](auto j) { tile_store<2 * i + j>(sums[i][j], kTileBytes); }); });
+  static JET_INLINE void load(const Sums<m>& sums, long t) {
+    for_constants<m>(
+        [&](auto i) { for_constants<n>([&](auto j) { tile_load<2 * i + j>(sums[i][t + j], kTileBytes); }); });
+  }
+
+  template <int m, int n>
+  static JET_INLINE void store(Sums<m>& sums, long t) {
+    for_constants<m>(
+        [&](auto i) { for_constants<n>([&](auto j) { tile_store<2 * i + j>(sums[i][t + j], kTileBytes); }); });
   }
 
   // Columns c .. c + columns (c is even) of 16 m rows of W as tiles, zeros after the last column. Rows after the last
@@ -131,47 +148,70 @@ class TileLinear {
   // 16 m rows of W, all rows of x
   template <int m>
   void run_panel(long p0, const uint32_t* x) const {
-    if constexpr (scaled) {
-      for (long t = 0; t < x_tiles_; t += kTotalTiles) run_scaled<m>(p0, t, smaller(kTotalTiles, x_tiles_ - t), x);
-    } else {
-      long t = 0;
-      for (; t + 2 <= x_tiles_; t += 2) run_dense<m, 2>(p0, t, x + place(t, 0));
-      if (t < x_tiles_) run_dense<m, 1>(p0, t, x + place(t, 0));
+    for (long t = 0; t < x_tiles_; t += kTotalTiles) {
+      const long tiles = smaller(kTotalTiles, x_tiles_ - t);
+      if constexpr (scaled)
+        run_scaled<m>(p0, t, tiles, x);
+      else
+        run_dense<m>(p0, t, tiles, x);
     }
   }
 
-  template <int m, int n>
-  void run_dense(long p0, long t, const uint32_t* x) const {
-    const long bytes = p_.weight_row * long(sizeof(bf16));
-    long done = 0;  // columns
-    zero<m, n>();
-    if (p0 + m * kTileSide <= p_.P) {
-      const Tiles w = {static_cast<const char*>(p_.weight) + p0 * bytes, kTileSide * bytes, kTileBytes, bytes};
-      // Each pass over the panel asks for its share of the next one, so that memory does not wait for the second pass.
-      // Longer rows the CPU's prefetchers find alone.
-      const long passes = (x_tiles_ + 1) / 2, pass = t / 2, rows = m * kTileSide;
-      const long first = rows * pass / passes, share = rows * (pass + 1) / passes - first;
-      const bool asks = x_tiles_ > 1 && rows * bytes <= kMostAhead;
-      multiply<m, n>(w, x, columns_.whole_steps, (rows + first) * bytes, asks ? share : 0);
-      done = columns_.whole_steps * kTileColumns;
-    }
+  // `tiles` tiles of x from t on, two in a pass. W goes through in chunks of columns, which the later passes over them
+  // find in the L2; meanwhile the lines of the next chunk are asked for, so that memory does not wait for these passes.
+  // Longer rows, and 16 of them side by side, the CPU's prefetchers find alone.
+  template <int m>
+  void run_dense(long p0, long t, long tiles, const uint32_t* x) const {
+    alignas(64) Sums<m> sums;
+    if (p_.C == 0) __builtin_memset(sums, 0, sizeof(sums));
+    const long row = p_.weight_row * long(sizeof(bf16)), rows = m * kTileSide;
+    const char* const weight = static_cast<const char*>(p_.weight) + p0 * row;
+    const long passes = (tiles + 1) / 2, whole = columns_.whole_steps, most = kChunkBytes / (rows * kTileBytes);
+    const long chunks = passes == 1 ? 1 : larger(1, (whole + most - 1) / most);
+    const auto add = [&](const Tiles& w, long first, long steps, const Ahead& ahead) {
+      for (long j = 0; j < tiles; j += 2) {
+        const uint32_t* from = x + place(t + j, first);
+        const long begin = ahead.rows * (j / 2) / passes, end = ahead.rows * (j / 2 + 1) / passes;
+        const Ahead share = {ahead.data + begin * ahead.row, ahead.row, end - begin};
+        const auto add_pass = [&](auto n) {
+          first == 0 ? zero<m, n>() : load<m, n>(sums, j);
+          multiply<m, n>(w, from, steps, share);
+          store<m, n>(sums, j);
+        };
+        if (j + 2 <= tiles)
+          add_pass(std::integral_constant<int, 2>());
+        else
+          add_pass(std::integral_constant<int, 1>());
+      }
+    };
+    long done = 0;  // steps
+    if (p0 + rows <= p_.P)
+      for (long chunk = 0; chunk < chunks; ++chunk) {
+        const long end = whole * (chunk + 1) / chunks;
+        Ahead ahead;
+        if (chunk + 1 < chunks)
+          ahead = {weight + end * kTileBytes, row, rows};
+        else if (tiles > 1 && p0 + 2 * rows <= p_.P && t + tiles == x_tiles_ && rows * row <= kMostAhead)
+          ahead = {weight + rows * row, row, rows};
+        add({weight + done * kTileBytes, kTileSide * row, kTileBytes, row}, done, end - done, ahead);
+        done = end;
+      }
     alignas(64) uint32_t buffer[m * kChunk * kTilePairs];
-    for (; done < p_.C; done += kChunk * kTileColumns) {
-      const long columns = smaller(kChunk * kTileColumns, p_.C - done);
-      const Tiles w = pack_weight<m>(p0, done, columns, buffer);
-      multiply<m, n>(w, x + done / kTileColumns * n * kTilePairs, (columns + kTileColumns - 1) / kTileColumns);
+    for (long steps; done < columns_.steps(); done += steps) {
+      steps = smaller(kChunk, columns_.steps() - done);
+      const long c = done * kTileColumns;
+      add(pack_weight<m>(p0, c, smaller(steps * kTileColumns, p_.C - c), buffer), done, steps, {});
     }
-    alignas(64) float sums[2][2][kTileSums];
-    store<m, n>(sums);
     for (int i = 0; i < m; ++i)
-      for (int j = 0; j < n; ++j) store_tile(p0 + i * kTileSide, (t + j) * kTileSide, sums[i][j]);
+      for (long j = 0; j < tiles; ++j) store_tile(p0 + i * kTileSide, (t + j) * kTileSide, sums[i][j]);
   }
 
   // `tiles` tiles of x from t on. The chunk after the one that is multiplied is widened meanwhile.
   template <int m>
   void run_scaled(long p0, long t, long tiles, const uint32_t* x) const {
     alignas(64) uint32_t buffers[2][m * kChunk * kTilePairs];
-    alignas(64) float total[m * kTotalTiles][kTileSums], sums[2][2][kTileSums];
+    alignas(64) float total[m * kTotalTiles][kTileSums];
+    alignas(64) Sums<m> sums;
     for (long i = 0; i < m; ++i) __builtin_memset(total[i * kTotalTiles], 0, tiles * sizeof(total[0]));
     const long group_chunks = (columns_.group_steps + kChunk - 1) / kChunk, chunks = columns_.groups * group_chunks;
     const auto pack = [&](long chunk) {
@@ -188,9 +228,9 @@ class TileLinear {
       for (long j = 0; j < tiles; j += 2) {
         const uint32_t* from = x + place(t + j, step);
         if (j + 2 <= tiles)
-          zero<m, 2>(), multiply<m, 2>(w, from, steps), store<m, 2>(sums);
+          zero<m, 2>(), multiply<m, 2>(w, from, steps), store<m, 2>(sums, 0);
         else
-          zero<m, 1>(), multiply<m, 1>(w, from, steps), store<m, 1>(sums);
+          zero<m, 1>(), multiply<m, 1>(w, from, steps), store<m, 1>(sums, 0);
         for (long i = 0; i < m; ++i)
           for (long k = j; k < smaller(j + 2, tiles); ++k)
             add_scaled(p0 + i * kTileSide, g, sums[i][k - j], total[i * kTotalTiles + k]);
