@@ -16,4 +16,4 @@ def _load_machine():
 
 
 machine = _load_machine()
-machine.spin_shortly_in_programs()
+machine.prepare_programs()

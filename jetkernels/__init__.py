@@ -3,7 +3,7 @@
 from jetkernels import _machine, _startup
 
 # Before torch, which the next line imports.
-_machine.spin_shortly_in_programs()
+_machine.prepare_programs()
 if _machine.program() == "jetkernels":
     _startup.fail_with_a_sentence()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from jetkernels import _machine
 from jetkernels.cli import memory
 from jetkernels.cli.options import out_of_memory
 from jetkernels.model import JetNemotronConfig
@@ -126,6 +127,7 @@ def measure(contenders: Sequence[Contender], plan: Plan, on_call: Callable[[], o
 
 def _free(device: str) -> None:
     gc.collect()
+    _machine.give_back_freed_memory()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 

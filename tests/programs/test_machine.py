@@ -1,6 +1,8 @@
-"""How a program's threads wait, and what it says about a busy machine."""
+"""How a program's threads wait, what it does with freed memory, and what it says about a busy machine."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -66,11 +68,14 @@ def test_nothing_is_set_when_it_is_too_late(fresh):
         (["train.py", "-m", "jetkernels"], ["python", "train.py", "-m", "jetkernels"], "train"),
     ],
 )
-def test_a_program_is_known_by_what_was_started(fresh, argv, orig_argv, name):
+def test_a_program_is_known_by_what_was_started(fresh, monkeypatch, argv, orig_argv, name):
     fresh.argv, fresh.orig_argv = argv, orig_argv
+    kept = []
+    monkeypatch.setattr(_machine, "keep_freed_memory", lambda: kept.append(True))
     assert _machine.program() == name
-    _machine.spin_shortly_in_programs()
-    assert (_machine.SPIN in os.environ) == name.startswith(("jetkernels", "benchmarks"))
+    _machine.prepare_programs()
+    ours = name.startswith(("jetkernels", "benchmarks"))
+    assert (_machine.SPIN in os.environ) == bool(kept) == ours
 
 
 @pytest.fixture
@@ -117,6 +122,59 @@ def test_our_programs_wait_shortly_before_torch_is_imported(spin_at_torch, comma
 
 def test_importing_the_library_changes_nothing(spin_at_torch):
     assert spin_at_torch("-c", "import jetkernels", "-m", "jetkernels") == "not set"
+
+
+# Freed memory
+
+REUSE = """
+import ctypes, resource, sys
+{setting}
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(ctypes.c_size_t(100 << 20))
+    ctypes.memset(block, 1, 100 << 20)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+{again}
+"""
+KEEP = "from jetkernels import _machine; print(_machine.keep_freed_memory())"
+
+
+def run_reuse(setting="", again="", **variables):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    environment = {**clean, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-c", REUSE.format(setting=setting, again=again)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another library")
+def test_freed_memory_is_used_again():
+    pages = (100 << 20) // resource.getpagesize()
+    (without,) = run_reuse()
+    assert int(without) >= pages // 512  # of 4 KB, or huge ones
+    kept, with_it = run_reuse(KEEP)
+    assert kept == "True" and int(with_it) < 16
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another library")
+def test_kept_memory_can_be_given_back():
+    kept, before, after = run_reuse(KEEP, "_machine.give_back_freed_memory(); print(faults())")
+    assert kept == "True" and int(before) < 16 < int(after)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [*((name, "1000000") for name in _machine.MALLOC_CHOICES), ("GLIBC_TUNABLES", "glibc.malloc.mmap_max=2")],
+)
+def test_a_users_choice_of_malloc_is_kept(name, value):
+    kept, _ = run_reuse(KEEP, **{name: value})
+    assert kept == "False"
 
 
 # Whether the machine is busy
