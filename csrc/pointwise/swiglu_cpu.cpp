@@ -3,7 +3,6 @@
 
 #include "csrc/cpu/activations.h"
 #include "csrc/cpu/isa.h"
-#include "csrc/cpu/pages.h"
 #include "csrc/cpu/tasks.h"
 #include "csrc/cpu/tensor_access.h"
 
@@ -29,7 +28,6 @@ void each_piece(const Parallel& parallel, int64_t rows, int64_t C, double elemen
 template <class T>
 void forward(const SwigluParams& p, const Parallel& parallel) {
   constexpr long L = kLanes<T>;
-  advise_huge_pages(p.y, p.rows * p.C * long(sizeof(T)));
   each_piece(parallel, p.rows, p.C, kElementWork, [&](long r, long c, long n) {
     const T *gate = at<T>(p.gate, r, c), *up = at<T>(p.up, r, c);
     T* y = static_cast<T*>(p.y) + r * p.C + c;

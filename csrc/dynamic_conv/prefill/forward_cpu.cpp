@@ -4,7 +4,6 @@
 // streams all packed hidden rows past them.
 #include "csrc/dynamic_conv/prefill/dynamic_conv.h"
 
-#include "csrc/cpu/pages.h"
 #include "csrc/dynamic_conv/prefill/forward_tiles_cpu.h"
 #include "csrc/dynamic_conv/product_cpu.h"
 #include "csrc/dynamic_conv/rows_cpu.h"
@@ -36,7 +35,6 @@ class Forward {
       for (long n = 0; n < in_.N; ++n) write_state(n);
       return;
     }
-    advise_huge_pages(p_.y, tokens * in_.D * long(sizeof(T)));
     const long block = smaller(tokens, kBlockTokens), slots = larger(1, parallel.threads);
     // Few channels: tasks get fewer tokens instead, at the price of packing the panels several times.
     const long parts = groups >= 4 * slots ? 1 : larger(1, smaller(4 * slots / groups, block / 256));

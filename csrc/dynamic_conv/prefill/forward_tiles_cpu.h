@@ -7,7 +7,6 @@
 #pragma once
 
 #include "csrc/cpu/amx.h"
-#include "csrc/cpu/pages.h"
 #include "csrc/dynamic_conv/prefill/dynamic_conv.h"
 #include "csrc/dynamic_conv/product_cpu.h"
 #include "csrc/dynamic_conv/rows_cpu.h"
@@ -44,7 +43,6 @@ class TileForward {
       for (int64_t n = begin; n < end; ++n) write_conv_state(in_, n, static_cast<bf16*>(p_.conv_state_out));
     });
     if (tokens == 0 || panels == 0) return;
-    advise_huge_pages(p_.y, tokens * in_.D * long(sizeof(bf16)));
     const long of_task = larger(1, smaller(kMostPanels, panels / (4 * slots)));
     const long groups = (panels + of_task - 1) / of_task, round = smaller(tokens, kRoundTokens);
     const long blocks = (round + M - 1) / M;

@@ -3,7 +3,6 @@
 // part of the state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never
 // formed.
 #include "csrc/cpu/isa.h"
-#include "csrc/cpu/pages.h"
 #include "csrc/gated_delta_rule/chunk/stages_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
@@ -168,7 +167,6 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
   const GatedDeltaRuleInputs& in = p.in;
   const Parallel parallel = for_work(caller, chunk_work(p));
   if (p.N * in.H == 0) return;
-  advise_huge_pages(p.o, in.B * in.T * in.H * in.V * long(sizeof(In)));
   const Cut by = cut<T>(p, parallel.threads);
   const long items = p.N * by.groups * by.slices, workers = smaller(parallel.threads, items);
   const long stripes = by.heads * by.columns / Simd<T>::stripe;
