@@ -17,6 +17,34 @@ JET_INLINE void prefetch_rows(const In* src, const TokenStrides& s, long rows, l
     for (long j = 0; j < n; j += 64 / long(sizeof(In))) __builtin_prefetch(src + i * s.t + j, 0, 2);
 }
 
+// The same beside other work, some rows of each of a few tensors at a time: a core waits for 16 lines at once, and what
+// asks for more of them holds up the work behind it.
+class RowsAhead {
+ public:
+  template <class In>
+  void add(const In* src, const TokenStrides& s, long first, long rows, long n, long at_once) {
+    if (s.d != 1 || rows <= 0) return;
+    tensors_[count_++] = {reinterpret_cast<const char*>(src + first * s.t), s.t * long(sizeof(In)),
+                          n * long(sizeof(In)), rows, at_once};
+  }
+
+  JET_INLINE void ask() {
+    for (int i = 0; i < count_; ++i) {
+      Rows& x = tensors_[i];
+      for (long some = smaller(x.at_once, x.left); some > 0; --some, --x.left, x.next += x.stride)
+        for (long byte = 0; byte < x.bytes; byte += 64) __builtin_prefetch(x.next + byte, 0, 2);
+    }
+  }
+
+ private:
+  struct Rows {
+    const char* next;
+    long stride, bytes, left, at_once;
+  };
+  Rows tensors_[4];
+  int count_ = 0;
+};
+
 template <class T>
 JET_INLINE void zero_row(T* row, long n) {
   for (long i = 0; i < n; ++i) row[i] = T(0);

@@ -115,6 +115,15 @@ def test_chunked_outputs_do_not_see_the_future(backend, token, value):
         assert_bitwise(out[:, :token], clean[:, :token], "the CPU kernel makes each row's sums for itself")
 
 
+@pytest.mark.parametrize("value", (*NOT_FINITE, 0.0), ids=str)
+@pytest.mark.parametrize("token", (1, 31, 63, 64, 70, 129))
+def test_wide_chunked_outputs_do_not_see_the_future(token, value):
+    """Shapes that the CPU computes in tiles where it has some, which have a future beside each triangle."""
+    inputs = delta_inputs(DeltaShape("", B=2, T=130, Hk=1, H=2, K=64, V=128), BF16)
+    out, clean = (OPS(CHUNK, *x)[0] for x in (with_other_future(inputs, token, value, seed=token), inputs))
+    assert_bitwise(out[:, :token], clean[:, :token], "the CPU kernel makes each row's sums for itself")
+
+
 @each_backend
 def test_numbers_that_overflow_on_the_way_stay_in_their_column(backend):
     """Finite inputs whose state is not: from that token on, in that column."""

@@ -55,6 +55,16 @@ def test_many_heads_over_many_chunks(backend, dtype, cu_seqlens):
     assert_gradients(backend.gradients(OP, inputs, grads), refs, dtype, dg_floor(outs, grads))
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=ids)
+@pytest.mark.parametrize("K, V, T", ((32, 64, 33), (96, 256, 200), (128, 130, 64), (64, 64, 97), (256, 64, 70)))
+def test_states_of_16_bit_inputs_are_no_coarser_than_their_products(backend, dtype, K, V, T):
+    """Left in bf16, the products with the state would give 2e-3."""
+    inputs = random(dtype, T=T, Hk=1, H=2, K=K, V=V)
+    _, state = backend(OP, *inputs)
+    assert_error("final_state", state, gated_delta_rule(*inputs)[1], 2e-5)
+
+
 # ---- calls, rows and sequences
 
 

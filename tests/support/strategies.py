@@ -25,6 +25,10 @@ def offsets(draw, longest: int = 70, most: int = 5) -> tuple[int, ...]:
     return tuple(sum(lengths[:n]) for n in range(len(lengths) + 1))
 
 
+# Which the CPU may compute in tiles.
+wide_keys, wide_values = st.sampled_from((32, 64)), st.sampled_from((64, 70, 128))
+
+
 @st.composite
 def delta_shapes(draw, packed: bool | None = None) -> DeltaShape:
     Hk = draw(st.integers(1, 2))
@@ -35,8 +39,8 @@ def delta_shapes(draw, packed: bool | None = None) -> DeltaShape:
         T=draw(tokens) if cu_seqlens is None else cu_seqlens[-1],
         Hk=Hk,
         H=Hk * draw(st.integers(1, 3)),
-        K=draw(st.integers(3, 20)),
-        V=draw(st.integers(1, 20)),
+        K=draw(st.integers(3, 20) | wide_keys),
+        V=draw(st.integers(1, 20) | wide_values),
         cu_seqlens=cu_seqlens,
         l2norm=draw(st.booleans()),
         state=draw(st.booleans()),

@@ -1,9 +1,12 @@
 // Forward of the chunked gated delta rule on a CPU. One work item is a sequence and a few value heads; it walks over
 // the chunks with their states in L2. Per chunk the V columns are processed in stripes one register tile wide, whose
 // part of the state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never
-// formed.
+// formed. With AMX, 16-bit inputs have the products with the state and with U in its tiles (tiles_cpu.h).
+#include <type_traits>
+
 #include "csrc/cpu/isa.h"
 #include "csrc/gated_delta_rule/chunk/stages_cpu.h"
+#include "csrc/gated_delta_rule/chunk/tiles_cpu.h"
 
 namespace jet::cpu::JET_CPU_ISA {
 
@@ -60,14 +63,40 @@ void chunk_stripe(const Chunk<T>& c, T* state, T* u, T* o) {
   });
 }
 
-template <class T>
+// Where there are no tiles.
+struct NoTiles {
+  struct Registers {};
+  static bool take_keys(long) { return false; }
+  static bool take(long, long) { return false; }
+  void carve(Carver&, long) {}
+  template <class T>
+  void load(const Chunk<T>&) {}
+  template <class T>
+  long run(const Chunk<T>&, T*, T*, T*, RowsAhead&) const {
+    return 0;
+  }
+};
+
+#if defined(__AVX512F__)
+inline bool amx_is_active() { return amx_bf16_is_active(); }
+template <class In>
+using TilesFor = std::conditional_t<sizeof(In) == 2, ChunkTiles, NoTiles>;
+#else
+inline bool amx_is_active() { return false; }
+template <class In>
+using TilesFor = NoTiles;
+#endif
+
+template <class In, class T>
 struct Scratchpad {
   Chunk<T> chunk;
+  TilesFor<In> tiles;
   T *states, *u, *o;  // stripes [heads][V / W][K, W], one stripe [C, W] each
 
-  void carve(Carver& from, long K, long stripes) {
+  void carve(Carver& from, long K, long stripes, bool in_tiles) {
     constexpr long W = Simd<T>::stripe;
     chunk.carve(from, K);
+    if (in_tiles) tiles.carve(from, K);
     states = from.take<T>(stripes * K * W), u = from.take<T>(C * W), o = from.take<T>(C * W);
   }
 };
@@ -82,8 +111,8 @@ class Forward {
   static constexpr long W = Simd<T>::stripe;
 
  public:
-  Forward(const ChunkGatedDeltaRuleParams& p, const Item& item, const Scratchpad<T>& scratchpad)
-      : p_(p), in_(p.in), item_(item), seq_(sequence(p, item.n)), pad_(scratchpad) {}
+  Forward(const ChunkGatedDeltaRuleParams& p, const Item& item, const Scratchpad<In, T>& scratchpad, bool in_tiles)
+      : p_(p), in_(p.in), item_(item), seq_(sequence(p, item.n)), pad_(scratchpad), in_tiles_(in_tiles) {}
 
   void run() {
     const StateStrides dense = contiguous_state(in_);
@@ -113,24 +142,52 @@ class Forward {
     const long begin = seq_.begin + t;
     prepare<In>(in_, seq_.b, begin, tokens(t), h, c);
     fold_factors(T(in_.scale), c);
+    if (in_tiles_) pad_.tiles.load(c);
     const bool last = h + 1 == item_.h1;
     const long next_h = last ? item_.h0 : h + 1, next_t = last ? t + C : t, next = tokens(next_t);
     const long next_hk = next_h / (in_.H / in_.Hk), next_begin = seq_.begin + next_t;
-    prefetch_rows(at<In>(in_.q, seq_.b, next_begin, next_hk), in_.q.strides, next, in_.K);
-    prefetch_rows(at<In>(in_.k, seq_.b, next_begin, next_hk), in_.k.strides, next, in_.K);
+    const In *next_q = at<In>(in_.q, seq_.b, next_begin, next_hk), *next_k = at<In>(in_.k, seq_.b, next_begin, next_hk);
+    const TokenStrides o_strides{0, in_.H * in_.V, in_.V, 1};
+    const long stripes = (item_.v1 - item_.v0 + W - 1) / W;
+    if (!in_tiles_) {
+      prefetch_rows(next_q, in_.q.strides, next, in_.K);
+      prefetch_rows(next_k, in_.k.strides, next, in_.K);
+    }
     T* state = pad_.states + (h - item_.h0) * round_up(item_.v1 - item_.v0, W) * in_.K;
     for (long v = item_.v0; v < item_.v1; v += W, state += in_.K * W) {
-      prefetch_rows(at<In>(in_.v, seq_.b, next_begin, next_h) + v * in_.v.strides.d, in_.v.strides, next, columns(v));
+      const In* next_v = at<In>(in_.v, seq_.b, next_begin, next_h) + v * in_.v.strides.d;
       const In* values = at<In>(in_.v, seq_.b, begin, h) + v * in_.v.strides.d;
       In* o = static_cast<In*>(p_.o) + ((seq_.b * in_.T + begin) * in_.H + h) * in_.V + v;
-      for (long i = 0; i < c.L; ++i) {
-        T* row = pad_.u + i * W;
-        load_row(values + i * in_.v.strides.t, in_.v.strides.d, columns(v), W, row);
-        for (long j = 0; j < W; ++j) row[j] *= c.beta[i];
+      const auto load_u = [&] {  // diag(beta) V
+        for (long i = 0; i < c.L; ++i) {
+          T* row = pad_.u + i * W;
+          const Vector<T> beta = Simd<T>::all(c.beta[i]);
+          load_row(values + i * in_.v.strides.t, in_.v.strides.d, columns(v), W, row);
+          for (long j = 0; j < W; j += Simd<T>::lanes) Simd<T>::store(row + j, Simd<T>::load(row + j) * beta);
+        }
+      };
+      load_u();
+      const bool in_tiles = in_tiles_ && TilesFor<In>::take(c.L, columns(v));
+      RowsAhead ahead;
+      if (in_tiles) {
+        const long stripe = (v - item_.v0) / W, first = next * stripe / stripes, rows = next * (stripe + 1) / stripes;
+        ahead.add(o, o_strides, 0, c.L, columns(v), 4);
+        ahead.add(next_v, in_.v.strides, 0, next, columns(v), 2);
+        ahead.add(next_q, in_.q.strides, first, rows - first, in_.K, 1);
+        ahead.add(next_k, in_.k.strides, first, rows - first, in_.K, 1);
+      } else {
+        prefetch_rows(next_v, in_.v.strides, next, columns(v));
       }
+      const auto store_o = [&](long first, long last) {
+        for (long i = first; i < last; ++i) store_row(pad_.o + i * W, columns(v), o + i * o_strides.t);
+      };
+      const long done = in_tiles ? pad_.tiles.run(c, state, pad_.u, pad_.o, ahead) : 0;
+      store_o(0, done);
+      if (done == c.L) continue;
+      if (in_tiles) load_u();
       with_vectors<T>(columns(v),
                       [&](auto vectors) { chunk_stripe<T, decltype(vectors)::value>(c, state, pad_.u, pad_.o); });
-      for (long i = 0; i < c.L; ++i) store_row(pad_.o + i * W, columns(v), o + i * in_.H * in_.V);
+      store_o(done, c.L);
     }
   }
 
@@ -138,7 +195,8 @@ class Forward {
   const GatedDeltaRuleInputs& in_;
   const Item item_;
   const Sequence seq_;
-  Scratchpad<T> pad_;
+  Scratchpad<In, T> pad_;
+  const bool in_tiles_;
 };
 
 // How a call is cut into items.
@@ -170,16 +228,23 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
   const Cut by = cut<T>(p, parallel.threads);
   const long items = p.N * by.groups * by.slices, workers = smaller(parallel.threads, items);
   const long stripes = by.heads * by.columns / Simd<T>::stripe;
+  const bool in_tiles = TilesFor<In>::take_keys(in.K) && amx_is_active();
   Carver count(nullptr);
-  Scratchpad<T>().carve(count, in.K, stripes);
+  Scratchpad<In, T>().carve(count, in.K, stripes, in_tiles);
   const Scratch scratch(workers, count.used());
   run_tasks(parallel, workers, items, [&](long worker, long i) {
     const long h0 = i / by.slices / p.N * by.heads, v0 = i % by.slices * by.columns;
     const Item item{i / by.slices % p.N, h0, smaller(in.H, h0 + by.heads), v0, smaller(in.V, v0 + by.columns)};
     Carver from(scratch.of(worker));
-    Scratchpad<T> pad;
-    pad.carve(from, in.K, stripes);
-    Forward<In, T>(p, item, pad).run();
+    Scratchpad<In, T> pad;
+    pad.carve(from, in.K, stripes, in_tiles);
+    const auto work = [&] { Forward<In, T>(p, item, pad, in_tiles).run(); };
+    if (in_tiles) {
+      [[maybe_unused]] const typename TilesFor<In>::Registers registers;
+      work();
+    } else {
+      work();
+    }
   });
 }
 
