@@ -27,6 +27,7 @@ SPINS = "1000"
 # more where a virtual machine has to ask its host: 2048 tokens of the 2B model 5.7 s, and 4.9 s with memory that is
 # kept; a token of the chunked rule in 256K tokens 15 us, and 9.1 us.
 KEPT = 2**31 - 1
+KEPT_BY_GLIBC = 32 << 20  # where its own thresholds end, which grow with what is freed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 MALLOC_CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 ROOT = Path(__file__).parent.parent  # of the repository, where there is one
@@ -53,8 +54,8 @@ def spin_shortly() -> None:
         os.environ[SPIN] = SPINS
 
 
-def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that it frees, unless the user has said what malloc does.
+def keep_freed_memory(up_to: int = KEPT) -> bool:
+    """Lets this process keep freed memory of so many bytes, unless the user has said what malloc does.
 
     Returns: whether it does from now on. glibc has such a setting; other allocators keep what they like.
     """
@@ -62,7 +63,7 @@ def keep_freed_memory() -> bool:
     if chosen or sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(what, KEPT) == 1 for what in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    return mallopt is not None and all(mallopt(what, up_to) == 1 for what in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
 def give_back_freed_memory() -> None:
@@ -71,9 +72,14 @@ def give_back_freed_memory() -> None:
         trim(0)
 
 
+def is_own_program() -> bool:
+    """Whether this process is a program of ours. In another one a library leaves such settings as they are."""
+    return program().partition(".")[0] in PROGRAMS
+
+
 def prepare_programs() -> None:
-    """Both where this process is a program of ours; a library leaves the process as it is."""
-    if program().partition(".")[0] in PROGRAMS:
+    """`spin_shortly` and `keep_freed_memory` in a program of ours."""
+    if is_own_program():
         spin_shortly()
         keep_freed_memory()
 
