@@ -32,6 +32,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 MALLOC_CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 ROOT = Path(__file__).parent.parent  # of the repository, where there is one
 PROGRAMS = ("jetkernels", "benchmarks", "tests")  # what `python -m` of ours starts with
+_is_own = False
 
 
 def program() -> str:
@@ -72,16 +73,18 @@ def give_back_freed_memory() -> None:
         trim(0)
 
 
-def is_own_program() -> bool:
-    """Whether this process is a program of ours. In another one a library leaves such settings as they are."""
-    return program().partition(".")[0] in PROGRAMS
-
-
 def prepare_programs() -> None:
-    """`spin_shortly` and `keep_freed_memory` in a program of ours."""
-    if is_own_program():
+    """`spin_shortly` and `keep_freed_memory` where this process is a program of ours, which is asked at its start."""
+    global _is_own
+    _is_own = program().partition(".")[0] in PROGRAMS
+    if _is_own:
         spin_shortly()
         keep_freed_memory()
+
+
+def is_own_program() -> bool:
+    """Whether this process is a program of ours. In another one a library leaves such settings as they are."""
+    return _is_own
 
 
 @dataclass(frozen=True)

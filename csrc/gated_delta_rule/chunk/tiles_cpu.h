@@ -126,7 +126,7 @@ class ChunkTiles {
         const Floats a = Simd<float>::load(x + i * W + j), b = Simd<float>::load(x + (i + 1) * W + j);
         const Words a_hi = upper(a), b_hi = upper(b);
         const Words a_lo = upper(a - (Floats)a_hi), b_lo = upper(b - (Floats)b_hi);
-        nothing += a * 0.0f, nothing += b * 0.0f;
+        nothing += (Floats)a_hi * 0.0f, nothing += (Floats)b_hi * 0.0f;  // of what is rounded to infinity, too
         const long at = place + j / kTileSide * kRightTile;
         Simd<uint32_t>::store(reinterpret_cast<uint32_t*>(to.hi + at), a_hi >> 16 | b_hi);
         Simd<uint32_t>::store(reinterpret_cast<uint32_t*>(to.lo + at), a_lo >> 16 | b_lo);
@@ -139,7 +139,7 @@ class ChunkTiles {
   static long finite_rows(const float* x) {
     for (long i = 0;; ++i) {
       Floats nothing{};
-      for (long j = 0; j < W; j += L) nothing += Simd<float>::load(x + i * W + j) * 0.0f;
+      for (long j = 0; j < W; j += L) nothing += (Floats)upper(Simd<float>::load(x + i * W + j)) * 0.0f;
       if (horizontal_sum<float>(nothing) != 0) return i;
     }
   }
