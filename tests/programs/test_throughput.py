@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.model_cases import WINDOW, small_config
 
+from jetkernels import _machine
 from jetkernels.__main__ import main
 from jetkernels.cli import against, memory, throughput
 from jetkernels.cli.against import Contender, Plan
@@ -106,6 +107,15 @@ def test_the_largest_batch_is_measured_by_default():
     one = contender(small_config())
     (row,) = against.measure([one], plan(batches=None, limit=one.needed(7, 14) / (1 - against.RESERVE) + 1))
     assert row["batch"] == 7 and row["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_peer_keeps_no_more_memory_than_where_it_comes_from(monkeypatch, command, own):
+    kept = []
+    monkeypatch.setattr(_machine, "_is_own", own)
+    monkeypatch.setattr(_machine, "keep_freed_memory", kept.append)
+    assert run(*command, "--peer", "transformers") == 0
+    assert kept == ([_machine.KEPT, _machine.KEPT, _machine.KEPT_BY_GLIBC] if own else [])
 
 
 def test_no_model_is_loaded_when_the_time_is_over():
