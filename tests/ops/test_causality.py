@@ -124,6 +124,23 @@ def test_wide_chunked_outputs_do_not_see_the_future(token, value):
     assert_bitwise(out[:, :token], clean[:, :token], "the CPU kernel makes each row's sums for itself")
 
 
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("name", ("q", "k", "v", "g", "beta", "initial_state"))
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000), ids=hex)
+def test_any_bits_of_a_nan_are_a_nan(name, dtype, bits):
+    """Of what a GPU gives, of poisoned memory, of one that signals, of PyTorch's."""
+    inputs = delta_inputs(DeltaShape("", T=100, Hk=1, H=1, K=64, V=64), dtype)
+    changed = getattr(inputs, name).clone()
+    half = {BF16: bits >> 16 | 0x40, F16: bits >> 16 | 0x7C40}[dtype] & 0xFFFF
+    half -= (half & 0x8000) << 1
+    raw, value = (torch.int32, bits) if changed.dtype == F32 else (torch.int16, half)
+    changed.view(raw)[0, 40 if name != "initial_state" else 0].view(-1)[3 % changed[0, 0].numel()] = value
+    bad = inputs._replace(**{name: changed})
+    assert changed.isnan().sum() == 1
+    for what, out, expected in zip(("o", "final_state"), OPS(CHUNK, *bad), gated_delta_rule(*bad)):
+        assert_same_pattern(out, expected, TOLERANCE[dtype].output, f"{name}: {what}")
+
+
 @each_backend
 def test_numbers_that_overflow_on_the_way_stay_in_their_column(backend):
     """Finite inputs whose state is not: from that token on, in that column."""

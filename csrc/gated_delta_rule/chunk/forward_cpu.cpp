@@ -66,7 +66,7 @@ void chunk_stripe(const Chunk<T>& c, T* state, T* u, T* o) {
 // Where there are no tiles.
 struct NoTiles {
   struct Registers {};
-  static bool take_keys(long) { return false; }
+  static bool take(const GatedDeltaRuleInputs&) { return false; }
   static bool take(long, long) { return false; }
   void carve(Carver&, long) {}
   template <class T>
@@ -142,14 +142,15 @@ class Forward {
     const long begin = seq_.begin + t;
     prepare<In>(in_, seq_.b, begin, tokens(t), h, c);
     fold_factors(T(in_.scale), c);
-    if (in_tiles_) pad_.tiles.load(c);
+    const long whole_stripes = (item_.v1 - item_.v0) / W;
+    const bool in_tiles = in_tiles_ && TilesFor<In>::take(c.L, whole_stripes);
+    if (in_tiles) pad_.tiles.load(c);
     const bool last = h + 1 == item_.h1;
     const long next_h = last ? item_.h0 : h + 1, next_t = last ? t + C : t, next = tokens(next_t);
     const long next_hk = next_h / (in_.H / in_.Hk), next_begin = seq_.begin + next_t;
     const In *next_q = at<In>(in_.q, seq_.b, next_begin, next_hk), *next_k = at<In>(in_.k, seq_.b, next_begin, next_hk);
     const TokenStrides o_strides{0, in_.H * in_.V, in_.V, 1};
-    const long stripes = (item_.v1 - item_.v0 + W - 1) / W;
-    if (!in_tiles_) {
+    if (!in_tiles) {
       prefetch_rows(next_q, in_.q.strides, next, in_.K);
       prefetch_rows(next_k, in_.k.strides, next, in_.K);
     }
@@ -167,10 +168,11 @@ class Forward {
         }
       };
       load_u();
-      const bool in_tiles = in_tiles_ && TilesFor<In>::take(c.L, columns(v));
+      const bool is_whole = in_tiles && columns(v) == W;
       RowsAhead ahead;
-      if (in_tiles) {
-        const long stripe = (v - item_.v0) / W, first = next * stripe / stripes, rows = next * (stripe + 1) / stripes;
+      if (is_whole) {
+        const long stripe = (v - item_.v0) / W;
+        const long first = next * stripe / whole_stripes, rows = next * (stripe + 1) / whole_stripes;
         ahead.add(o, o_strides, 0, c.L, columns(v), 4);
         ahead.add(next_v, in_.v.strides, 0, next, columns(v), 2);
         ahead.add(next_q, in_.q.strides, first, rows - first, in_.K, 1);
@@ -181,10 +183,10 @@ class Forward {
       const auto store_o = [&](long first, long last) {
         for (long i = first; i < last; ++i) store_row(pad_.o + i * W, columns(v), o + i * o_strides.t);
       };
-      const long done = in_tiles ? pad_.tiles.run(c, state, pad_.u, pad_.o, ahead) : 0;
+      const long done = is_whole ? pad_.tiles.run(c, state, pad_.u, pad_.o, ahead) : 0;
       store_o(0, done);
       if (done == c.L) continue;
-      if (in_tiles) load_u();
+      if (is_whole) load_u();
       with_vectors<T>(columns(v),
                       [&](auto vectors) { chunk_stripe<T, decltype(vectors)::value>(c, state, pad_.u, pad_.o); });
       store_o(done, c.L);
@@ -228,7 +230,7 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
   const Cut by = cut<T>(p, parallel.threads);
   const long items = p.N * by.groups * by.slices, workers = smaller(parallel.threads, items);
   const long stripes = by.heads * by.columns / Simd<T>::stripe;
-  const bool in_tiles = TilesFor<In>::take_keys(in.K) && amx_is_active();
+  const bool in_tiles = TilesFor<In>::take(in) && amx_is_active();
   Carver count(nullptr);
   Scratchpad<In, T>().carve(count, in.K, stripes, in_tiles);
   const Scratch scratch(workers, count.used());

@@ -5,7 +5,8 @@
 //
 // What is left out is below 2^-16 of the terms. Left operands are rows of K, Q, K^T and P as they are; right operands,
 // the state and U, become pairs of rows. Products in tiles add zeros times what lies beside a triangle, and hi + lo has
-// no infinity: what is not finite is left to the code that computes with numbers.
+// no infinity: what is not finite is left to the code that computes with numbers. Tiles take and give subnormal numbers
+// as zero: a stripe whose numbers are all below 1e-33 loses digits.
 #pragma once
 
 #include "csrc/cpu/amx.h"
@@ -33,9 +34,13 @@ class ChunkTiles {
  public:
   using Registers = WholeTiles;  // while `run` is called
 
-  // Whether tiles serve a head with keys of K numbers, and that many columns of a chunk of so many tokens.
-  static bool take_keys(long K) { return K > 0 && K % kPair == 0; }
-  static bool take(long tokens, long columns) { return columns == W && tokens > C / 2; }
+  // Whether tiles serve a call, and a chunk of so many tokens with so many whole stripes. Factors far from one would
+  // make numbers of operands that are subnormal.
+  static bool take(const GatedDeltaRuleInputs& in) {
+    const double scale = __builtin_fabs(in.scale);
+    return in.K > 0 && in.K % kPair == 0 && 1e-15 < scale && scale < 1e15;
+  }
+  static bool take(long tokens, long whole_stripes) { return whole_stripes > 0 && tokens > C / 2; }
 
   void carve(Carver& from, long K) {
     K_ = K;
@@ -94,8 +99,12 @@ class ChunkTiles {
   }
 
  private:
-  // x rounded to bf16, in the upper halves of the words
-  static JET_INLINE Words upper(Floats x) { return ((Words)x + 0x8000u) & 0xffff0000u; }
+  // x rounded to bf16, in the upper halves of the words. What would be rounded to infinity, and what is not finite, is
+  // cut off instead: rounding would carry a NaN into the sign.
+  static JET_INLINE Words upper(Floats x) {
+    const Words rounded = (Words)x + 0x8000u;
+    return ((Ints)((Words)x & 0x7fffffffu) < 0x7f7f8000 ? rounded : (Words)x) & 0xffff0000u;
+  }
 
   // 32 numbers
   static JET_INLINE void split(const float* x, uint16_t* hi, uint16_t* lo) {
@@ -126,7 +135,7 @@ class ChunkTiles {
         const Floats a = Simd<float>::load(x + i * W + j), b = Simd<float>::load(x + (i + 1) * W + j);
         const Words a_hi = upper(a), b_hi = upper(b);
         const Words a_lo = upper(a - (Floats)a_hi), b_lo = upper(b - (Floats)b_hi);
-        nothing += (Floats)a_hi * 0.0f, nothing += (Floats)b_hi * 0.0f;  // of what is rounded to infinity, too
+        nothing += (Floats)a_hi * 0.0f, nothing += (Floats)b_hi * 0.0f;
         const long at = place + j / kTileSide * kRightTile;
         Simd<uint32_t>::store(reinterpret_cast<uint32_t*>(to.hi + at), a_hi >> 16 | b_hi);
         Simd<uint32_t>::store(reinterpret_cast<uint32_t*>(to.lo + at), a_lo >> 16 | b_lo);
