@@ -22,17 +22,16 @@ SPIN = "GOMP_SPINCOUNT"
 # thousand regions. Without any turn even the shortest pause between two regions puts a thread to sleep, which costs a
 # quiet machine more.
 SPINS = "1000"
-# Freed memory of up to so many bytes stays with a program, the most that mallopt takes. By default glibc returns every
+# Freed blocks of up to so many bytes stay with a program, the most that mallopt takes. By default glibc returns every
 # block of 32 MB and more to the system, and the next one costs a stop in the system's kernel for each of its pages,
 # more where a virtual machine has to ask its host: 2048 tokens of the 2B model 5.7 s, and 4.9 s with memory that is
 # kept; a token of the chunked rule in 256K tokens 15 us, and 9.1 us.
 KEPT = 2**31 - 1
-KEPT_BY_GLIBC = 32 << 20  # where its own thresholds end, which grow with what is freed
+KEPT_BY_GLIBC = 32 << 20  # where its own threshold ends, which grows with what is freed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 MALLOC_CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 ROOT = Path(__file__).parent.parent  # of the repository, where there is one
 PROGRAMS = ("jetkernels", "benchmarks", "tests")  # what `python -m` of ours starts with
-_is_own = False
 
 
 def program() -> str:
@@ -56,9 +55,10 @@ def spin_shortly() -> None:
 
 
 def keep_freed_memory(up_to: int = KEPT) -> bool:
-    """Lets this process keep freed memory of so many bytes, unless the user has said what malloc does.
+    """Lets this process keep freed blocks of up to so many bytes, unless the user has said what malloc does.
 
-    Returns: whether it does from now on. glibc has such a setting; other allocators keep what they like.
+    Returns: whether it does from now on. glibc has such a setting (2.36 takes it; older ones may allow less); other
+        allocators keep what they like.
     """
     chosen = "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "") or not os.environ.keys().isdisjoint(MALLOC_CHOICES)
     if chosen or sys.platform != "linux":
@@ -74,17 +74,10 @@ def give_back_freed_memory() -> None:
 
 
 def prepare_programs() -> None:
-    """`spin_shortly` and `keep_freed_memory` where this process is a program of ours, which is asked at its start."""
-    global _is_own
-    _is_own = program().partition(".")[0] in PROGRAMS
-    if _is_own:
+    """Both where this process is a program of ours; a library leaves the process as it is."""
+    if program().partition(".")[0] in PROGRAMS:
         spin_shortly()
         keep_freed_memory()
-
-
-def is_own_program() -> bool:
-    """Whether this process is a program of ours. In another one a library leaves such settings as they are."""
-    return _is_own
 
 
 @dataclass(frozen=True)

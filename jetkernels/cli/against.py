@@ -37,7 +37,6 @@ class Contender:
         decoder: of the model, sequences, context and steps, something with `step()`.
         prefill: of the model, prompts [1, T] and tokens per forward: seconds.
         copied_layers: layers of which a step holds keys and values twice.
-        kept_memory: bytes of freed memory that stay with the process; see `_machine.keep_freed_memory`.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Contender:
     decoder: Callable[[Any, int, int, int], Any]
     prefill: Callable[[Any, torch.Tensor, int], float]
     copied_layers: int = 0
-    kept_memory: int = _machine.KEPT
 
     @property
     def weight_bytes(self) -> int:
@@ -99,8 +97,6 @@ class Plan:
 def measure(contenders: Sequence[Contender], plan: Plan, on_call: Callable[[], object] = lambda: None) -> Iterator[Row]:
     """Rows of one contender after the other, each as soon as it is known: results, or why there are none."""
     for contender in contenders:
-        if _machine.is_own_program():
-            _machine.keep_freed_memory(contender.kept_memory)
         model = None
         for context in plan.contexts:
             tokens = context + WARM_UP_STEPS + plan.steps

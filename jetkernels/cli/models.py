@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from jetkernels import _machine
 from jetkernels._progress import progress
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 from jetkernels.model.checkpoint import read_folder_config
@@ -114,6 +115,7 @@ def load_model(
         random = "random weights predict nothing that it could spoil"
         short = f"to see what it costs in loss give --loss-text, a text of at least {LEAST_TEXT} tokens"
         _say(f"{saves}; {short if arguments.model is not None else random}")
+        _machine.give_back_freed_memory()  # of the weights that it had
         return model
     ids = torch.tensor(text.ids[: min(MOST_TEXT, config.max_position_embeddings)])
     room = memory.available_bytes(arguments.device)
@@ -128,6 +130,7 @@ def load_model(
         f"{saves}; loss {before}{text_loss(model, ids):.4f} nats per token "
         f"({len(ids) - 1:,} tokens of {text.source}{'' if before else '; unquantised the weights do not fit'})"
     )
+    _machine.give_back_freed_memory()
     return model
 
 

@@ -150,6 +150,9 @@ def run_alone(arguments: argparse.Namespace) -> None:
 
 def run_beside(arguments: argparse.Namespace) -> None:
     """Decode of several models. Each row is printed and written as soon as it is known."""
+    # As they come, before anything large is allocated: kept in pieces, what transformers copies anew at each step would
+    # take 22 GB where 16 are allowed.
+    _machine.keep_freed_memory(_machine.KEPT_BY_GLIBC)
     contenders, limit = _contenders(arguments), _limit(arguments)
     pyplot = arguments.output is None or _can_plot()
     plan = Plan(
@@ -203,20 +206,8 @@ def _contenders(arguments: argparse.Namespace) -> list[Contender]:
         qwen3.check(other)
         load = partial(qwen3.random_qwen3, other, dtype=dtype, device=arguments.device, seed=arguments.seed)
         name = f"Qwen3 of transformers {qwen3.version()}"
-        found.append(
-            Contender(
-                name,
-                other,
-                dtype,
-                load,
-                qwen3.Qwen3Decoder,
-                qwen3.time_prefill,
-                # Where its cache grows, the old keys and values of a layer still stand beside the new ones.
-                copied_layers=1,
-                # As it comes: what it copies anew at each step would be kept in pieces, 22 GB where 16 are allowed.
-                kept_memory=_machine.KEPT_BY_GLIBC,
-            )
-        )
+        # Where its cache grows, the old keys and values of a layer still stand beside the new ones.
+        found.append(Contender(name, other, dtype, load, qwen3.Qwen3Decoder, qwen3.time_prefill, copied_layers=1))
     return found
 
 

@@ -35,14 +35,6 @@ _register.autocast("linear", low_precision=("x", "weight", "bias"))
 _op = torch.ops.jet.linear.default
 
 
-def is_streamed(x: Tensor) -> bool:
-    """Whether x [..., C] on a CPU has so few rows that the op is faster."""
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return rows <= MOST_ROWS.get(x.dtype, 0)
-
-
 def _is_served(x: Any, weight: Any, bias: Any) -> bool:
     """Whether the op takes this call: it would be faster, and no gradient is wanted."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -51,7 +43,10 @@ def _is_served(x: Any, weight: Any, bias: Any) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if isinstance(t, Tensor)):
         return False
-    return is_streamed(x)
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows <= MOST_ROWS.get(x.dtype, 0)
 
 
 def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -14,7 +14,6 @@ from jetkernels.model.decoder_layer import MLP
 from jetkernels.modules import projections, quantize_
 from jetkernels.modules.joined import _wholes, fuse_, joined
 from jetkernels.modules.projections import FusedProjections, project
-from jetkernels.ops.linear import MOST_ROWS
 
 ATOL = 1e-6
 
@@ -94,12 +93,12 @@ def test_one_product_gives_what_the_layers_give(monkeypatch, bias):
 
 
 def test_many_rows_on_a_cpu_are_a_product_for_each_layer(monkeypatch):
-    most = MOST_ROWS[torch.float32]
-    made, x = layers(3, 1, 5), torch.randn(2, most, 7)
+    made, x = layers(3, 1, 5), torch.randn(2, projections.MANY_ROWS // 2, 7)
     seen = products(monkeypatch)
     with torch.no_grad():
         few, many = project(made, x[0]), project(made, x)
-    assert seen == [9, 3, 1, 5]
+        assert all(y.shape == (0, size) for y, size in zip(project(made, x[0, :0]), (3, 1, 5), strict=True))
+    assert seen == [9, 3, 1, 5, 9]
     for a, b, layer in zip(few, many, made.values(), strict=True):
         assert b.is_contiguous() and torch.equal(b, layer(x))
         torch.testing.assert_close(a, b[0], atol=ATOL, rtol=0)

@@ -72,13 +72,10 @@ def test_a_program_is_known_by_what_was_started(fresh, monkeypatch, argv, orig_a
     fresh.argv, fresh.orig_argv = argv, orig_argv
     kept = []
     monkeypatch.setattr(_machine, "keep_freed_memory", lambda: kept.append(True))
-    monkeypatch.setattr(_machine, "_is_own", None)
     assert _machine.program() == name
     _machine.prepare_programs()
     ours = name.startswith(("jetkernels", "benchmarks"))
     assert (_machine.SPIN in os.environ) == bool(kept) == ours
-    fresh.argv = ["somewhere/__main__.py"]  # what it becomes when the module runs
-    assert _machine.is_own_program() == ours
 
 
 @pytest.fixture

@@ -109,13 +109,13 @@ def test_the_largest_batch_is_measured_by_default():
     assert row["batch"] == 7 and row["tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_the_peer_keeps_no_more_memory_than_where_it_comes_from(monkeypatch, command, own):
-    kept = []
-    monkeypatch.setattr(_machine, "_is_own", own)
-    monkeypatch.setattr(_machine, "keep_freed_memory", kept.append)
-    assert run(*command, "--peer", "transformers") == 0
-    assert kept == ([_machine.KEPT, _machine.KEPT, _machine.KEPT_BY_GLIBC] if own else [])
+def test_models_side_by_side_keep_no_more_memory_than_glibc_does(monkeypatch, command):
+    done = []
+    monkeypatch.setattr(_machine, "keep_freed_memory", done.append)
+    contenders = throughput._contenders
+    monkeypatch.setattr(throughput, "_contenders", lambda arguments: (done.append("models"), contenders(arguments))[1])
+    assert run(*command) == 0
+    assert done == [_machine.KEPT_BY_GLIBC, "models"]
 
 
 def test_no_model_is_loaded_when_the_time_is_over():
