@@ -22,8 +22,8 @@ from .joined import Whole, is_real, joined
 from .linear import plain_weights
 from .quantized import QuantizedLinear, quantized_linear, tiles_of_group
 
-# From so many rows on, products of single layers are as fast on a CPU, or faster: the seven of a JetBlock (1536 columns,
-# bf16, 2 cores) take 25.6 ms for 31.4 with 2048 rows. With 512 rows they take 1.19 times as long.
+# From so many rows on, products of single layers are as fast on a CPU, or faster: the seven of a JetBlock (1536
+# columns, bf16, 2 cores) take 25.6 ms for 31.4 with 2048 rows. With 512 rows they take 1.19 times as long.
 MANY_ROWS = 1024
 
 
