@@ -57,6 +57,10 @@ def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             _op(*tensors)
     except RuntimeError as error:
         raise _register.refusal(error, "linear") from None
+    checks = Checks("linear")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if isinstance(t, Tensor):  # on meta all have one device
+            checks.device(name, t, "x", x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +84,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _is_served(x, weight, bias):
         try:
-            if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):  # torch takes some of these
+            # torch takes some of these
+            if weight.dim() != 2 or weight.device != x.device or (bias is not None and bias.shape != weight.shape[:1]):
                 _refuse(x, weight, bias)
             return torch.nn.functional.linear(x, weight, bias)
         except (RuntimeError, TypeError, IndexError, AttributeError):

@@ -368,3 +368,13 @@ def test_refusals(op, args, message):
         getattr(ops, op)(*args)
     with pytest.raises(RuntimeError, match=f"^{op}: .*{message}"):
         getattr(torch.ops.jet, op)(*(a.to("meta") for a in args))
+
+
+@pytest.mark.parametrize("rows", (1, 1000))
+@pytest.mark.parametrize("name", ("x", "weight", "bias"))
+def test_a_tensor_on_another_device_is_named(name, rows):
+    args = {"x": torch.randn(rows, 5), "weight": torch.randn(3, 5), "bias": torch.randn(3)}
+    args[name] = args[name].to("meta")
+    named = "weight" if name == "x" else name
+    with pytest.raises(RuntimeError, match=rf"^linear: {named} must be on (cpu|meta) like x, got (cpu|meta)$"):
+        jetkernels.linear(**args)
