@@ -84,6 +84,21 @@ std::tuple<Tensor, Tensor> chunk_gated_delta_rule(ChunkArguments x) {
   return {o, final_state};
 }
 
+// The backward on the device; `p` holds sizes, gates and gradients of the inputs.
+void launch(ChunkGatedDeltaRuleBackwardParams p, const ChunkArguments& x, const Tensor& gradient) {
+  const Tensor q = readable(x.tokens.q), k = readable(x.tokens.k), v = readable(x.tokens.v),
+               grad_o = readable(gradient);
+  const OptionalTensor cu_seqlens = dense(x.cu_seqlens);
+  GatedDeltaRuleInputs& in = p.forward.in;
+  in.q = token_tensor(q), in.k = token_tensor(k), in.v = token_tensor(v), p.grad_o = token_tensor(grad_o);
+  p.forward.cu_seqlens = index_vector(cu_seqlens);
+  if constexpr (kWithCuda) {
+    const LaunchScope scope(q);
+    const Tensor workspace = allocate(q, {chunk_gated_delta_rule_backward_workspace(p)}, ScalarType::Byte);
+    chunk_gated_delta_rule_backward_hopper(p, workspace.mutable_data_ptr(), scope.stream());
+  }
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_final_state, ChunkArguments x) {
@@ -94,10 +109,11 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
   checks.dtype_like("grad_o", grad_o, "q", tokens.q);
   checks.device("grad_o", grad_o, "q", tokens.q);
   check_state(checks, "grad_final_state", grad_final_state, tokens.q);
-  if (const auto reason = plain_reason_without_kernel(launch_device(tokens.q)))
+  ChunkGatedDeltaRuleParams forward = params(checks, x, index_vector(offsets));
+  const int device = launch_device(tokens.q);
+  if (const auto reason = plain_reason_of_call(device, chunk_kernel_takes(forward)))
     return call_plain<Gradients>("jet_plain::chunk_gated_delta_rule_backward", *reason, grad_o, grad_final_state, x);
   const ScalarType g_dtype = tokens.g.scalar_type(), beta_dtype = tokens.beta.scalar_type();
-  ChunkGatedDeltaRuleParams forward = params(checks, x, index_vector(offsets));
   make_gates_real(x.tokens, forward.in);
   const auto like = [](const Tensor& t) { return allocate(t, t.sizes()); };
   const Tensor dq = like(tokens.q), dk = like(tokens.k), dv = like(tokens.v);
@@ -111,7 +127,10 @@ Gradients chunk_gated_delta_rule_backward(Tensor grad_o, OptionalTensor grad_fin
                                             .dg = dg.mutable_data_ptr(),
                                             .dbeta = dbeta.mutable_data_ptr(),
                                             .dinitial_state = dinitial_state.mutable_data_ptr()};
-  chunk_gated_delta_rule_backward_cpu(p, torch_parallel());
+  if (device != kHost)
+    launch(p, x, grad_o);
+  else
+    chunk_gated_delta_rule_backward_cpu(p, torch_parallel());
   return {dq, dk, dv, in_dtype(dg, g_dtype), in_dtype(dbeta, beta_dtype), dinitial_state};
 }
 

@@ -31,6 +31,13 @@ __device__ inline void ldmatrix_x4(uint32_t (&x)[4], const char* row) {
 __device__ inline void ldmatrix_x4_trans(uint32_t (&x)[4], const char* row) {
   cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(row), x[0], x[1], x[2], x[3]);
 }
+// stmatrix.sync.aligned.m8n8.x4.shared.b16: lane t passes the address of row t % 8 of matrix t / 8. Memory has rows of
+// 8 consecutive columns; with the addresses below it holds 16 columns of an accumulator that have been rounded.
+JET_HOST_DEVICE constexpr int stmatrix_row(int thread) { return thread / 32 * 16 + thread % 16; }
+JET_HOST_DEVICE constexpr int stmatrix_column(int thread) { return thread % 32 / 16 * 8; }
+__device__ inline void stmatrix_x4(char* row, const uint32_t (&x)[4]) {
+  cute::SM90_U32x4_STSM_N::copy(x[0], x[1], x[2], x[3], *reinterpret_cast<cute::uint128_t*>(row));
+}
 // stmatrix.sync.aligned.m8n8.x4.trans.shared.b16
 __device__ inline void stmatrix_x4_trans(char* row, const uint32_t (&x)[4]) {
   cute::SM90_U16x8_STSM_T::copy(x[0], x[1], x[2], x[3], *reinterpret_cast<cute::uint128_t*>(row));
@@ -62,6 +69,19 @@ constexpr bool ldmatrix_trans_fills_the_a_fragment() {
   return true;
 }
 static_assert(ldmatrix_trans_fills_the_a_fragment());
+
+// Register i of stmatrix comes from matrix i: of rows and columns of an A fragment.
+constexpr bool stmatrix_stores_the_a_fragment() {
+  for (int t = 0; t < kWarpgroup; ++t)
+    for (int i = 0; i < 4; ++i) {
+      const int source = t / 32 * 32 + 8 * i;
+      if (stmatrix_row(source) + t % 32 / 4 != a_fragment_row(t, i) ||
+          stmatrix_column(source) + t % 4 * 2 != a_fragment_k(t, i, 0))
+        return false;
+    }
+  return true;
+}
+static_assert(stmatrix_stores_the_a_fragment());
 
 // mma.sync m16n8k16: register i of B of lane t is n = t / 4, k = 8 i + 2 (t % 4), + 1.
 constexpr bool ldmatrix_fills_the_b_operands() {

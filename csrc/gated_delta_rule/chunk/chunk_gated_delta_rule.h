@@ -59,6 +59,11 @@ struct ChunkGatedDeltaRuleBackwardParams {
 int64_t chunk_gated_delta_rule_workspace(const ChunkGatedDeltaRuleParams& p);
 void chunk_gated_delta_rule_hopper(const ChunkGatedDeltaRuleParams& p, void* workspace, void* stream);
 
+// The backward likewise, grad_o as chunk_kernel_reads() wants it too. backward/workspace.h says what is in its
+// workspace.
+int64_t chunk_gated_delta_rule_backward_workspace(const ChunkGatedDeltaRuleBackwardParams& p);
+void chunk_gated_delta_rule_backward_hopper(const ChunkGatedDeltaRuleBackwardParams& p, void* workspace, void* stream);
+
 // Both may throw std::bad_alloc, before anything is written.
 void chunk_gated_delta_rule_cpu(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel);
 void chunk_gated_delta_rule_backward_cpu(const ChunkGatedDeltaRuleBackwardParams& p, const Parallel& parallel);

@@ -55,6 +55,21 @@ constexpr int kVectorBytes = C * 4;
 constexpr int kImageBytes = kVectorsAt + kVectors * kVectorBytes;
 static_assert(kTriangleBytes == 5120 && kImageBytes % 16 == 0);
 
+// What it leaves for the backward: the same, but P'' = diag(scale |q_i|) P' in P's place and in the dtype of q, so that
+// dO meets it as it is, and behind it
+//   gates  Gate::count times [C] fp32
+//   T'     in the dtype of q, for products with gradients; not written for fp16
+enum Gate : int {
+  kSumCoarse,  // c, split (prepare.cuh)
+  kSumFine,
+  kBeta,
+  kGates
+};
+constexpr int kGatesAt = kImageBytes;
+constexpr int kOtherInverseAt = kGatesAt + kGates * kVectorBytes;
+constexpr int kBackwardImageBytes = kOtherInverseAt + kTriangleBytes;
+static_assert(kBackwardImageBytes % 128 == 0);
+
 namespace proof {
 
 // A panel copied from image to tile arrives with the swizzle that the tile needs.

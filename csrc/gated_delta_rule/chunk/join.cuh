@@ -9,7 +9,7 @@
 // same of S. The four partial sums meet in shared memory.
 #pragma once
 
-#include "csrc/gated_delta_rule/chunk/plan.cuh"
+#include "csrc/gated_delta_rule/chunk/launches.cuh"
 #include "csrc/hopper/device.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/pipeline.h"
@@ -17,13 +17,6 @@
 #include "csrc/hopper/tma.h"
 
 namespace jet::hopper {
-
-struct JoinArguments {
-  ChunkPlan plan;
-  int64_t H, V;
-  float* states;           // [cuts, H, K, V]
-  const float* transfers;  // [cuts, H, K, K]
-};
 
 template <int K_>
 struct JoinConfig {
@@ -178,17 +171,18 @@ __global__ void __launch_bounds__(Config::threads, Config::ctas)
   const int64_t first = int64_t{sequence.first_cut} * p.H + h;
   SlabLoader<Config> loader{.shared = shared,
                             .transfers = transfers,
-                            .row = static_cast<int>((first + p.H) * Config::K),
-                            .row_step = static_cast<int>(p.H) * Config::K,
+                            .row = static_cast<int>((first + (p.reverse ? steps : 1) * p.H) * Config::K),
+                            .row_step = static_cast<int>(p.reverse ? -p.H : p.H) * Config::K,
                             .left = steps * Config::K / Config::Slab::panel_width};
   if (threadIdx.x == 0)
     for (int s = 0; s < Config::stages - 1; ++s) loader.next();
-  join_states<Config>(shared, loader, p.V, steps,
-                      [&](int cut) { return p.states + (first + cut * p.H) * Config::K * p.V + column; });
+  join_states<Config>(shared, loader, p.V, steps, [&](int i) {
+    return p.states + (first + (p.reverse ? steps - i : i) * p.H) * Config::K * p.V + column;
+  });
 }
 
 template <int K>
-void launch_join(const JoinArguments& p, cudaStream_t stream) {
+void launch_join_kernel(const JoinArguments& p, cudaStream_t stream) {
   using Config = JoinConfig<K>;
   static_assert(ctas_fit(sizeof(JoinShared<Config>), Config::ctas));
   const bool packed = p.plan.cu_seqlens.data != nullptr;

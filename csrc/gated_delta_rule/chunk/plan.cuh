@@ -7,7 +7,8 @@
 
 namespace jet::hopper {
 
-constexpr const char* kChunkOp = "chunk_gated_delta_rule";  // in the text of errors
+// In the text of errors.
+constexpr const char *kChunkOp = "chunk_gated_delta_rule", *kChunkBackwardOp = "chunk_gated_delta_rule_backward";
 
 struct ChunkPlan {
   int64_t T, N;

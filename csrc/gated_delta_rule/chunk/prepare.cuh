@@ -8,7 +8,7 @@
 //   c = cumulative sum of g                  split in two fp32
 //   A = tril(K K^T ∘ Γ_ij beta_j, -1)        = kk diag(beta), with l2norm over |k_i| |k_j|
 //   T' = (I + A)^-1                          inverse.cuh
-//   P' = tril(Q K^T / |q_i| ∘ Γ_ij beta_j)   with l2norm over |k_j|
+//   P' = tril(Q K^T / |q_i| ∘ Γ_ij beta_j)   with l2norm over |k_j|; for the backward P'' (image.h)
 // Row i of a product depends on no other row of its left operand: rows behind the sequence's end are selected away, not
 // cleared.
 #pragma once
@@ -34,7 +34,7 @@ struct PrepareArguments {
   bool l2norm;
   const float *g, *beta;
   TokenStrides g_strides, beta_strides;
-  char* images;  // [chunks, H] of kImageBytes
+  char* images;  // [chunks, H] of PrepareConfig::image_bytes
 };
 
 // (K, Hk, T, B), boxes of 64 tokens and a panel of SweepConfig<K>::Rows
@@ -42,11 +42,15 @@ struct PrepareMaps {
   CUtensorMap q, k;
 };
 
-template <int K_, class Element_>
+template <int K_, class Element_, bool backward_>
 struct PrepareConfig {
   static constexpr int K = K_;
   using Element = Element_;
-  static constexpr int ctas = K <= 192 ? 4 : 3;  // per multiprocessor, to hide each other's latencies: what fits
+  static constexpr bool backward = backward_;  // the image is the backward's
+  static constexpr int image_bytes = backward ? kBackwardImageBytes : kImageBytes;
+  using Products = std::conditional_t<backward, Element, f16>;  // of P'
+  // Per multiprocessor, to hide each other's latencies: what fits, for the backward of registers.
+  static constexpr int ctas = K <= 192 && !backward ? 4 : 3;
   static constexpr Swizzle swizzle = K % 64 == 0 ? Swizzle::b128 : Swizzle::b64;  // 96 is three panels of 32 elements
   using Rows = OperandTile<Element, swizzle, Major::k, C, K>;
   using RowsOperand = MatrixDescriptor<Rows>;
@@ -92,7 +96,7 @@ struct PrepareShared {
     } rows;  // until the products are there
     struct {
       InverseShared inverse;
-      alignas(128) char image[kImageBytes];
+      alignas(128) char image[Config::image_bytes];
     };
   };
   SplitSum c[C];
@@ -246,7 +250,7 @@ __device__ void apply_to_block(PrepareShared<Config>& shared, const GatedRows& r
         if (diagonal && (j + f >= i || !rows.inside[e])) a[f] = 0;
         if (diagonal && j + f > i) pp[f] = 0;
       }
-      *reinterpret_cast<uint32_t*>(p_block + to) = rows.inside[e] ? pack<f16>(pp[0], pp[1]) : 0;
+      *reinterpret_cast<uint32_t*>(p_block + to) = rows.inside[e] ? pack<typename Config::Products>(pp[0], pp[1]) : 0;
       if (diagonal)
         shared.inverse.put_diagonal(block_row, i, j, a[0], a[1]);
       else
@@ -267,7 +271,7 @@ __device__ void apply_gates(PrepareShared<Config>& shared, const GatedRows& rows
 }
 
 template <class Config>
-__device__ GatedRows gated_rows(const PrepareShared<Config>& shared, int count, int thread) {
+__device__ GatedRows gated_rows(const PrepareArguments& p, const PrepareShared<Config>& shared, int count, int thread) {
   GatedRows rows;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
@@ -275,6 +279,7 @@ __device__ GatedRows gated_rows(const PrepareShared<Config>& shared, int count, 
     rows.at[e] = in_block(accumulator_row(thread % 32, 0), accumulator_column(thread, 4 * e));
     rows.c[e] = shared.c[i], rows.of_a[e] = shared.key_factor[i], rows.of_p[e] = shared.inverse_norm[kQuery][i],
     rows.inside[e] = i < count;
+    if constexpr (Config::backward) rows.of_p[e] = p.scale * (p.l2norm ? rows.of_p[e] : 1);
   }
   return rows;
 }
@@ -289,6 +294,23 @@ __device__ void write_vectors(const PrepareArguments& p, PrepareShared<Config>& 
   shared.vector(kOutput)[j] = p.scale * shared.norm[kQuery][j];
   shared.vector(kInverseK)[j] = shared.inverse_norm[kKey][j];
   shared.vector(kInverseQ)[j] = shared.inverse_norm[kQuery][j];
+  if constexpr (Config::backward) {
+    float* const gates = reinterpret_cast<float*>(shared.image + kGatesAt);
+    gates[kSumCoarse * C + j] = shared.c[j].coarse, gates[kSumFine * C + j] = shared.c[j].fine;
+    gates[kBeta * C + j] = shared.beta[j];
+  }
+}
+
+// T' in bf16 behind it in fp16.
+template <class Config>
+__device__ void convert_inverse(PrepareShared<Config>& shared, int thread) {
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(shared.image);
+  uint32_t* to = reinterpret_cast<uint32_t*>(shared.image + kOtherInverseAt);
+#pragma unroll 2
+  for (int i = 0; i < kTriangleBytes / 4; i += kWarpgroup) {
+    const float2 both = unpack<f16>(from[i + thread]);
+    to[i + thread] = pack<bf16>(both.x, both.y);
+  }
 }
 
 constexpr int kGateWarp = kBlocks - 1;  // it has nothing to do in invert_column
@@ -304,7 +326,7 @@ __device__ void prepare_head(const PrepareArguments& p, const PreparePlace& at, 
   const int thread = static_cast<int>(any % kWarpgroup), warp = warp_index();
   Gates next = {};
   if (warp == kGateWarp && !last) next = load_gates(p, at, h + 1, thread);
-  apply_gates<Config>(shared, gated_rows(shared, at.count, thread), thread, kk, qk);
+  apply_gates<Config>(shared, gated_rows(p, shared, at.count, thread), thread, kk, qk);
   __syncthreads();
   if (warp < kBlocks / 2)
     invert_diagonal(shared.inverse, shared.image, thread);
@@ -313,10 +335,16 @@ __device__ void prepare_head(const PrepareArguments& p, const PreparePlace& at, 
   __syncthreads();
   invert_column(shared.inverse, shared.image, thread);
   if (warp == kGateWarp && !last) sum_gates(next, shared.c, shared.beta);
+  if constexpr (Config::backward && std::is_same_v<typename Config::Element, bf16>) {
+    __syncthreads();
+    convert_inverse(shared, thread);
+  }
   fence_proxy_async();
   __syncthreads();
   if (thread == 0) {
-    cp_async_bulk_store(p.images + (at.chunk * p.H + h) * kImageBytes, shared.image, kImageBytes);
+    constexpr bool no_other = Config::backward && std::is_same_v<typename Config::Element, f16>;
+    cp_async_bulk_store(p.images + (at.chunk * p.H + h) * Config::image_bytes, shared.image,
+                        no_other ? kOtherInverseAt : Config::image_bytes);
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();
   }
@@ -370,12 +398,12 @@ __global__ void __launch_bounds__(kWarpgroup, Config::ctas)
   for (int i = 0; i < heads; ++i) prepare_head<Config>(p, at, shared, h + i, i == heads - 1, kk, qk);
 }
 
-template <int K>
+template <int K, bool backward = false>
 void launch_prepare(const PrepareArguments& p, const PrepareMaps& maps, cudaStream_t stream) {
   const int64_t ctas = p.plan.most_chunks * p.Hk;
   require(ctas < (int64_t{1} << 31), kChunkOp, "chunks * Hk", "below 2^31", ctas);
   const auto launch_kernel = [&](auto element) {
-    using Config = PrepareConfig<K, typename decltype(element)::type>;
+    using Config = PrepareConfig<K, typename decltype(element)::type, backward>;
     static_assert(ctas_fit(sizeof(PrepareShared<Config>), Config::ctas));
     launch(kChunkOp,
            {.grid = dim3(static_cast<unsigned>(ctas)),

@@ -63,6 +63,14 @@ __device__ void store_state(const typename Config::State& s, const SweepWork& wo
     at[0] = s[r], at[values] = s[r + 1];
     at[8] = s[r + 2], at[values + 8] = s[r + 3];
   }
+  if (!Config::cuts || work.transposed == nullptr) return;
+  float* row =
+      work.transposed + (me.column + accumulator_row(me.thread, 0)) * Config::K + accumulator_column(me.thread, 0);
+#pragma unroll
+  for (int r = 0; r < Config::MmaState::registers; r += 4, row += 8) {
+    *reinterpret_cast<float2*>(row) = make_float2(s[r], s[r + 1]);
+    *reinterpret_cast<float2*>(row + 8 * Config::K) = make_float2(s[r + 2], s[r + 3]);
+  }
 }
 
 // Factors of the accumulator columns of registers r, r + 1.
@@ -99,7 +107,8 @@ __device__ void multiply_state(uint32_t (&a)[Config::state_steps][4], const type
       wgmma_hold_operand(a);
     }
 #pragma unroll
-    for (int i = 0; i < Config::state_steps; ++i) accumulator_to_a_fragment<f16>(a[i], s, step + i);
+    for (int i = 0; i < Config::state_steps; ++i)
+      accumulator_to_a_fragment<typename Config::Operand>(a[i], s, step + i);
     wgmma_fence(a);
     (multiply_fragments(products, a, step), ...);
   }
@@ -207,6 +216,47 @@ __device__ void store_last_output(const uint32_t (&y)[kSteps][4], const SweepArg
         *reinterpret_cast<const uint4*>(tile + ValueTile::offset(v, i));
 }
 
+// An accumulator [64, steps * 16] of the warpgroup, rounded, into a tile of 64 value columns.
+template <class Tile, class Element, int steps, int registers>
+__device__ void put_values(char* tile, const float (&x)[registers], int thread) {
+  const int column = ldmatrix_trans_m(thread), row = ldmatrix_trans_k(thread);
+#pragma unroll
+  for (int step = 0; step < steps; ++step) {
+    uint32_t words[4];
+    accumulator_to_a_fragment<Element>(words, x, step);
+    stmatrix_x4_trans(tile + Tile::offset(column, step * kStep + row), words);
+  }
+}
+
+// S before a chunk into the warpgroup's tile in shared memory.
+template <class Config, class Element>
+__device__ void put_chunk_state(const typename Config::State& s, SweepShared<Config>& shared, const SweepThread& me) {
+  if (me.thread == 0) cp_async_bulk_wait_group_read<0>();
+  named_barrier_sync(1 + me.group, kWarpgroup);
+  put_values<typename Config::StateImage, Element, Config::K / kStep>(shared.state[me.group], s, me.thread);
+}
+
+// The warpgroup's tile of a chunk to global memory, beside those of its other value columns; one thread.
+template <class Tile>
+__device__ void store_tile(char* tiles, const char* tile, const SweepArguments& p, const SweepWork& work,
+                           const SweepThread& me, int chunk) {
+  const int64_t at = ((work.first_chunk + chunk) * p.H + work.h) * value_tiles(p.V) + me.column / kRows;
+  cp_async_bulk_store(tiles + at * Tile::bytes, tile, Tile::bytes);
+}
+
+// U' of a chunk behind its S0, both to global memory.
+template <class Config, class Element>
+__device__ void store_state_and_update(const typename Config::Tokens& u, const SweepArguments& p, const SweepWork& work,
+                                       SweepShared<Config>& shared, const SweepThread& me, int chunk) {
+  put_values<ValueTile, Element, kSteps>(shared.o[me.group], u, me.thread);
+  fence_proxy_async();
+  named_barrier_sync(1 + me.group, kWarpgroup);
+  if (me.thread != 0) return;
+  store_tile<typename Config::StateImage>(p.chunk_states, shared.state[me.group], p, work, me, chunk);
+  store_tile<ValueTile>(p.chunk_updates, shared.o[me.group], p, work, me, chunk);
+  cp_async_bulk_commit_group();
+}
+
 // S = e^{c_C} S, once S^T has become an A operand.
 template <class Config>
 __device__ void decay_state(typename Config::State& s, const SweepStage<Config>& stage) {
@@ -233,6 +283,12 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
     decay_state<Config>(s, stage);
     if (Config::few_registers && chunk > 0) store_output<Config>(y, maps, work, shared, me, chunk - 1);
   } else {
+    if constexpr (Config::states) {  // behind the products ptxas would have it wait for X
+      if (p.dtype == Dtype::bf16)
+        put_chunk_state<Config, bf16>(s, shared, me);
+      else
+        put_chunk_state<Config, f16>(s, shared, me);
+    }
     multiply_state<Config>(a, s, sk);
   }
   wgmma_wait_group<Config::outputs && Config::o_behind_residual ? 1 : 0>();
@@ -266,6 +322,12 @@ __device__ void sweep_chunk(typename Config::State& s, uint32_t (&y)[kSteps][4],
   wgmma_fence_operand(x);
   wgmma_hold_operand(r);
   if constexpr (!Config::outputs && Config::o_behind_residual) wgmma_hold_operand(a);
+  if constexpr (Config::states) {
+    if (p.dtype == Dtype::bf16)
+      store_state_and_update<Config, bf16>(x, p, work, shared, me, chunk);
+    else
+      store_state_and_update<Config, f16>(x, p, work, shared, me, chunk);
+  }
   uint32_t u[kSteps][4], write[kSteps][4];
   updates<Config>(u, write, x, stage, me.thread);
   if constexpr (Config::outputs) {
@@ -320,12 +382,13 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
 }
 
 // By one thread. With cu_seqlens the work is known once the kernel has run that writes the plan.
-template <class Config>
-__device__ void set_up(const SweepArguments& p, const SweepMaps& maps, SweepShared<Config>& shared) {
+template <class Config, class Work>
+__device__ void set_up(const SweepArguments& p, const SweepMaps& maps, SweepShared<Config>& shared,
+                       const Work& work_of_cta) {
   if (p.plan.T > 0)
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.o}) prefetch_tensormap(*map);
   if (p.plan.cu_seqlens.data != nullptr) griddepcontrol_wait();
-  const SweepWork work = Config::outputs ? output_work(p) : cut_work(p);
+  const SweepWork work = work_of_cta();
   if (work.groups > 0) shared.ring.init(work.groups * kWarpgroup / 32);
   for (Mbarrier& barrier : shared.normalised) barrier.init(kNormalisers);
   fence_mbarrier_init();
@@ -339,7 +402,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   auto& shared = *reinterpret_cast<SweepShared<Config>*>(memory);
   const SweepWork& work = shared.work;  // read where it is used: the producer's threads have few registers
   if (threadIdx.x == 0)
-    set_up<Config>(p, maps, shared);
+    set_up<Config>(p, maps, shared, [&] { return Config::cuts ? cut_work(p) : output_work(p); });
   else if (threadIdx.x >= 32)
     shared.zero_upper_blocks(threadIdx.x - 32, Config::threads - 32);
   fence_proxy_async();
@@ -348,7 +411,7 @@ __global__ void __launch_bounds__(Config::threads, 1)
   __syncthreads();
   griddepcontrol_launch_dependents();
   if (work.groups == 0) return;
-  if (!Config::outputs && work.is_transfer()) {
+  if (Config::cuts && work.is_transfer()) {
     shared.zero_values();
     __syncthreads();
   }
@@ -367,8 +430,8 @@ __global__ void __launch_bounds__(Config::threads, 1)
 template <class Config>
 void launch_sweep_kernel(const SweepArguments& p, const SweepMaps& maps, cudaStream_t stream) {
   static_assert(sizeof(SweepShared<Config>) <= kMaxSharedMemoryPerBlock);
-  const int64_t segments = Config::outputs ? p.plan.N + p.plan.most_cuts : p.plan.most_cuts;
-  const int64_t ctas = segments * p.H * (p.slices + (Config::outputs ? 0 : transfer_slices(p.K)));
+  const int64_t segments = Config::cuts ? p.plan.most_cuts : p.plan.N + p.plan.most_cuts;
+  const int64_t ctas = segments * p.H * (p.slices + (Config::cuts ? transfer_slices(p.K) : 0));
   require(ctas < (int64_t{1} << 31), kChunkOp, "N * H * V / 128", "below 2^31", ctas);
   launch(kChunkOp,
          {.grid = dim3(static_cast<unsigned>(ctas)),
@@ -383,9 +446,9 @@ void launch_sweep_part(const SweepArguments& p, const SweepMaps& maps, bool outp
   HopperHeadDims::dispatch(p.K, [&](auto K) {
     if constexpr ((K <= kMostNarrowK) == narrow) {
       if (outputs)
-        launch_sweep_kernel<SweepConfig<K, true>>(p, maps, stream);
+        launch_sweep_kernel<SweepConfig<K, SweepPass::outputs>>(p, maps, stream);
       else
-        launch_sweep_kernel<SweepConfig<K, false>>(p, maps, stream);
+        launch_sweep_kernel<SweepConfig<K, SweepPass::cuts>>(p, maps, stream);
     }
   });
 }

@@ -15,11 +15,15 @@ __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, cons
   const int chunks = work.chunks, row = static_cast<int>(work.row), h = work.h, hk = work.hk, column = work.column;
   const int groups = work.is_transfer() ? 0 : work.groups;
   const int common = Config::outputs ? 2 * Rows::bytes + kImageBytes : Rows::bytes + kImageBytes - kTriangleBytes;
-  const char* image = p.images + (work.first_chunk * p.H + h) * kImageBytes;
+  const int64_t image_bytes = p.image_bytes;
+  const char* image = p.images + (work.first_chunk * p.H + h) * image_bytes;
   Producer<Config::stages> ring(shared.ring);
-  int token = static_cast<int>(work.token);
+  int token = static_cast<int>(work.token), step = C;
+  int64_t image_step = p.H * image_bytes;
+  if constexpr (Config::reverse)
+    token += (chunks - 1) * C, image += (chunks - 1) * image_step, step = -step, image_step = -image_step;
 #pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk, token += C, image += p.H * kImageBytes, ring.advance()) {
+  for (int chunk = 0; chunk < chunks; ++chunk, token += step, image += image_step, ring.advance()) {
     auto& stage = shared.stage[ring.acquire(common + groups * ValueTile::bytes)];
     Mbarrier& loaded = ring.full();
 #pragma unroll
@@ -35,7 +39,8 @@ __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, cons
         tma_load(stage.v[group], maps.v, loaded, CacheHint::evict_first, column + group * kRows, h, token, row);
 #pragma unroll
     for (int panel = 0; panel < kBlocks; ++panel) {
-      cp_async_bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
+      cp_async_bulk_load(stage.t + panel_in_tile(panel), image + Config::inverse_at + panel_in_image(panel),
+                         stored_bytes(panel), loaded);
       if constexpr (Config::outputs)
         cp_async_bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel),
                            stored_bytes(panel), loaded);
@@ -52,22 +57,22 @@ __device__ void clear_values(SweepStage<Config>& stage, int count, int thread) {
       reinterpret_cast<uint4*>(tile)[u] = make_uint4(0, 0, 0, 0);
 }
 
-// 8 elements times `factor`, in fp16.
-template <class Element>
+// 8 elements times `factor`.
+template <class Element, class Operand>
 __device__ uint4 scaled(const uint4& raw, float factor) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
   uint32_t out[4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     const float2 x = unpack<Element>(words[w]);
-    out[w] = pack<f16>(x.x * factor, x.y * factor);
+    out[w] = pack<Operand>(x.x * factor, x.y * factor);
   }
   return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; rows behind the sequence's end become zero
-// without being read. A thread has one unit of 16 bytes in each panel of a row, a few of them at a time, so that their
-// loads wait together.
+// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; in reverse (backward/reverse.cuh) Kn and Q''
+// in the dtype of q. Rows behind the sequence's end become zero without being read. A thread has one unit of 16 bytes
+// in each panel of a row, a few of them at a time, so that their loads wait together.
 template <class Config, class Element>
 __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread) {
   constexpr int row_units = Config::Rows::row_bytes / 16, rows = kNormalisers / row_units;
@@ -76,7 +81,9 @@ __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread)
   int row = thread / row_units;
   char* at = stage.k + thread * 16;  // q follows k
   for (; row < count; row += rows, at += kNormalisers * 16) {
-    const float of_k = stage.vectors[kInverseK][row], of_q = Config::outputs ? stage.vectors[kInverseQ][row] : 0;
+    const float of_k = stage.vectors[kInverseK][row];
+    float of_q = Config::outputs ? stage.vectors[kInverseQ][row] : 0;
+    if constexpr (Config::reverse) of_q *= stage.vectors[kOutput][row] * stage.vectors[kReadQ][row];
 #pragma unroll
     for (int first = 0; first < panels; first += batch) {
       uint4 raw[batch];
@@ -86,7 +93,7 @@ __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread)
 #pragma unroll
       for (int b = 0; b < batch && first + b < panels; ++b)
         *reinterpret_cast<uint4*>(at + (first + b) * Config::Rows::panel_bytes) =
-            scaled<Element>(raw[b], first + b < Config::Rows::panels ? of_k : of_q);
+            scaled<Element, typename Config::Operand>(raw[b], first + b < Config::Rows::panels ? of_k : of_q);
     }
   }
 #pragma unroll 1
@@ -103,9 +110,11 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
   for (int chunk = 0; chunk < work.chunks; ++chunk, at.advance()) {
     auto& stage = shared.stage[at.stage];
     shared.ring.full[at.stage].wait(at.parity);
-    const int count = work.count(chunk);
+    const int count = work.count(Config::reverse ? work.chunks - 1 - chunk : chunk);
     if (count < C) clear_values<Config>(stage, count, thread);
-    if (p.dtype == Dtype::bf16)
+    if constexpr (Config::reverse)
+      normalise_rows<Config, typename Config::Operand>(stage, count, thread);
+    else if (p.dtype == Dtype::bf16)
       normalise_rows<Config, bf16>(stage, count, thread);
     else
       normalise_rows<Config, f16>(stage, count, thread);

@@ -20,12 +20,24 @@ constexpr int kStep = 16, kSteps = C / kStep;  // k16 steps over the tokens of a
 // v or o: [C tokens][64 columns], (column, token)
 using ValueTile = OperandTile<uint16_t, Swizzle::b128, Major::mn, kRows, C>;
 using SquareOperand = MatrixDescriptor<SquareTile>;
+// S0 or dS of a chunk for the backward: [K rows][64 columns], (column, row). As it lies in shared memory it is kept.
+template <int K>
+using StateTile = OperandTile<uint16_t, Swizzle::b128, Major::mn, kRows, K>;
 
-template <int K_, bool outputs_>
+enum class SweepPass {
+  outputs,
+  cuts,    // over the segments before a cut, for their effect on the state alone
+  states,  // for the backward: S0 and U' of every chunk
+};
+
+template <int K_, SweepPass pass>
 struct SweepConfig {
   static constexpr int K = K_;
-  // false: the pass over the segments before a cut, for their effect on the state alone
-  static constexpr bool outputs = outputs_;
+  static constexpr bool outputs = pass == SweepPass::outputs, cuts = pass == SweepPass::cuts,
+                        states = pass == SweepPass::states;
+  static constexpr bool reverse = false;
+  static constexpr int inverse_at = 0;  // in the image
+  using Operand = f16;
   static constexpr int stages = K <= 128 ? 3 : 2;  // what fits
   // k16 steps of S^T held as A operands: all, or what fits
   static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;
@@ -47,15 +59,16 @@ struct SweepConfig {
   using MmaState = Wgmma<f16, K, Major::k, Major::mn>;
   using Tokens = typename Mma::Accumulator;      // [64 value columns, C]
   using State = typename MmaState::Accumulator;  // S^T [64, K]
+  using StateImage = StateTile<K>;
 };
 
 template <class Config>
 struct SweepStage {
   alignas(kTileAlign) char k[Config::Rows::bytes];
-  char q[Config::Rows::bytes];
+  char q[Config::outputs ? Config::Rows::bytes : kTileAlign];
   alignas(kTileAlign) char v[kGroups][ValueTile::bytes];
   alignas(kTileAlign) char t[SquareTile::bytes];
-  alignas(kTileAlign) char p[SquareTile::bytes];
+  alignas(kTileAlign) char p[Config::outputs ? SquareTile::bytes : kTileAlign];
   alignas(128) float vectors[kVectors][C];
 };
 
@@ -66,13 +79,19 @@ struct SweepArguments {
   int slices;  // of a value head: ceil(V / kSlice)
   float scale;
   bool l2norm;
-  const char* images;          // [chunks, H] of kImageBytes, from prepare
+  const char* images;  // [chunks, H] of image_bytes, from prepare
+  int image_bytes;
   const float* initial_state;  // null: zeros
   StateStrides initial_state_strides;
-  float* final_state;         // [N, H, K, V]
-  float *states, *transfers;  // [cuts, H, K, V], [cuts, H, K, K]: workspace.h
-  uint16_t* o;                // [B, T, H, V]
+  float* final_state;                     // [N, H, K, V]
+  float *states, *transfers;              // [cuts, H, K, V], [cuts, H, K, K]: workspace.h
+  float* transposed_transfers = nullptr;  // for the backward
+  uint16_t* o;                            // [B, T, H, V]
+  // For the backward, in the dtype of q: tiles of 64 value columns, [chunks, H, value_tiles(V)] of StateTile, ValueTile
+  char *chunk_states = nullptr, *chunk_updates = nullptr;
+  bool cuts = false;  // of reverse: over the segments behind a cut, for the gradients of the states there alone
 };
+JET_HOST_DEVICE constexpr int64_t value_tiles(int64_t V) { return (V + kRows - 1) / kRows; }
 
 // q, k: (K, Hk, T, B), v, o: (V, H, T, B)
 struct SweepMaps {
@@ -90,14 +109,15 @@ struct SweepWork {
   const float* initial_state;  // strides k, v
   StateStrides strides;
   float* final_state;  // [K, values] or null
+  float* transposed;   // of a transfer matrix, [values, K] or null
   __device__ int count(int chunk) const { return static_cast<int>(min(length - int64_t{chunk} * C, int64_t{C})); }
   // The transfer matrix of a segment is what it makes of the identity, with V = 0.
   __device__ bool is_transfer() const { return initial == InitialState::identity; }
 };
 
-// Segment s of sequence n.
-__device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence& sequence, int64_t n, int s, int h,
-                                         int values, int column) {
+// Segment s of sequence n. `from_call`: it starts from the state that the call was given.
+__device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence& sequence, int64_t n, int s,
+                                         bool from_call, int h, int values, int column) {
   int begin = 0, end = sequence.chunks;
   if (sequence.segments > 1)
     begin = segment_begin(sequence.chunks, sequence.segments, s),
@@ -108,7 +128,7 @@ __device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence
   work.first_chunk = sequence.first_chunk + begin, work.chunks = end - begin;
   work.h = h, work.hk = h / static_cast<int>(quotient(p.H, p.Hk));
   work.values = values, work.column = column, work.groups = values - column > kRows ? 2 : 1;
-  if (s > 0 || p.initial_state == nullptr) return work;
+  if (!from_call || p.initial_state == nullptr) return work;
   work.initial = InitialState::memory, work.strides = p.initial_state_strides;
   work.initial_state = p.initial_state + n * p.initial_state_strides.n + h * p.initial_state_strides.h;
   return work;
@@ -131,12 +151,13 @@ __device__ inline SweepWork output_work(const SweepArguments& p) {
   if (n < 0) return {};
   const Sequence sequence = sequence_of(p.plan, n);
   const int s = static_cast<int>(segment - n - sequence.first_cut);
-  SweepWork work = segment_work(p, sequence, n, s, h, static_cast<int>(p.V), slice * kSlice);
+  SweepWork work = segment_work(p, sequence, n, s, s == 0, h, static_cast<int>(p.V), slice * kSlice);
   if (s > 0) {
     work.initial = InitialState::memory, work.strides = {0, 0, p.V, 1};
     work.initial_state = p.states + ((sequence.first_cut + s - 1) * p.H + h) * p.K * p.V;
   }
-  if (s == sequence.segments - 1) work.final_state = p.final_state + (n * p.H + h) * p.K * p.V;
+  if (s == sequence.segments - 1 && p.final_state != nullptr)
+    work.final_state = p.final_state + (n * p.H + h) * p.K * p.V;
   return work;
 }
 
@@ -152,10 +173,12 @@ __device__ inline SweepWork cut_work(const SweepArguments& p) {
   const bool transfer = slice >= p.slices;
   if (transfer && s == 0) return {};  // the first segment starts from the true state
   const int64_t values = transfer ? p.K : p.V;
-  SweepWork work =
-      segment_work(p, sequence, n, s, h, static_cast<int>(values), (transfer ? slice - p.slices : slice) * kSlice);
+  SweepWork work = segment_work(p, sequence, n, s, s == 0, h, static_cast<int>(values),
+                                (transfer ? slice - p.slices : slice) * kSlice);
   work.final_state = (transfer ? p.transfers : p.states) + (cut * p.H + h) * p.K * values;
-  if (transfer) work.initial = InitialState::identity;
+  if (!transfer) return work;
+  work.initial = InitialState::identity;
+  if (p.transposed_transfers != nullptr) work.transposed = p.transposed_transfers + (cut * p.H + h) * p.K * p.K;
   return work;
 }
 
@@ -163,6 +186,7 @@ template <class Config>
 struct SweepShared {
   SweepStage<Config> stage[Config::stages];
   alignas(kTileAlign) char o[kGroups][ValueTile::bytes];
+  alignas(kTileAlign) char state[kGroups][Config::states ? Config::StateImage::bytes : 16];
   Ring<Config::stages> ring;            // full: the copies have arrived
   Mbarrier normalised[Config::stages];  // k and q are Kn and Qn
   SweepWork work;
@@ -183,7 +207,7 @@ struct SweepShared {
 #pragma unroll 1
         for (int i = thread * 16; i < bytes; i += threads * 16) {
           *reinterpret_cast<uint4*>(stage[s].t + at + i) = make_uint4(0, 0, 0, 0);
-          *reinterpret_cast<uint4*>(stage[s].p + at + i) = make_uint4(0, 0, 0, 0);
+          if constexpr (Config::outputs) *reinterpret_cast<uint4*>(stage[s].p + at + i) = make_uint4(0, 0, 0, 0);
         }
       }
   }

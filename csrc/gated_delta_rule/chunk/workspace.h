@@ -1,5 +1,4 @@
-// What lies where in the workspace of the forward: a chunk's image is what the backward needs of the forward's first
-// stage.
+// What lies where in the workspace of the forward.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +66,7 @@ inline ChunkSegments choose_segments(const ChunkGatedDeltaRuleParams& p, int64_t
 struct ChunkWorkspace {
   int64_t most_chunks;  // of all sequences together; with cu_seqlens the device knows the number
   // Offsets.
-  int64_t images;       // [most_chunks, H] of kImageBytes
+  int64_t images;       // [most_chunks, H]
   int64_t states;       // [most_cuts, H, K, V] fp32: S at a cut
   int64_t transfers;    // [most_cuts, H, K, K] fp32: of the segment before a cut, but for the first segment
   int64_t first_chunk;  // [N + 1] int32, with cu_seqlens
@@ -75,13 +74,14 @@ struct ChunkWorkspace {
   int64_t bytes;
 };
 
-inline ChunkWorkspace chunk_workspace(const ChunkGatedDeltaRuleParams& p, const ChunkSegments& segments) {
+inline ChunkWorkspace chunk_workspace(const ChunkGatedDeltaRuleParams& p, const ChunkSegments& segments,
+                                      int64_t image_bytes = kImageBytes) {
   const GatedDeltaRuleInputs& in = p.in;
   const bool packed = p.cu_seqlens.data != nullptr;
   ChunkWorkspace w{};
   const int64_t per_row = (in.T + C - 1) / C, offsets = packed ? (p.N + 1) * 4 : 0;
   w.most_chunks = packed ? in.T / C + p.N : in.B * per_row;  // every sequence but for its last chunk is whole chunks
-  w.states = w.most_chunks * in.H * kImageBytes;
+  w.states = w.most_chunks * in.H * image_bytes;
   w.transfers = w.states + segments.most_cuts * in.H * in.K * in.V * 4;
   w.first_chunk = w.transfers + segments.most_cuts * in.H * in.K * in.K * 4;
   w.first_cut = w.first_chunk + offsets;

@@ -60,23 +60,25 @@ extern "C" void run_sweep(const void* q, const void* k, const void* v, const cha
                           float* final_state, uint16_t* o, int64_t T, int64_t V) {
   const SweepMaps maps{
       .q = map_of(q, T, 1, K), .k = map_of(k, T, 1, K), .v = map_of(v, T, 1, V), .o = map_of(o, T, 1, V)};
-  launch_sweep_kernel<SweepConfig<K, true>>({.plan = plan_of(T),
-                                             .dtype = Dtype::bf16,
-                                             .H = 1,
-                                             .Hk = 1,
-                                             .K = K,
-                                             .V = V,
-                                             .slices = static_cast<int>((V + kSlice - 1) / kSlice),
-                                             .scale = 0,
-                                             .l2norm = false,
-                                             .images = images,
-                                             .initial_state = initial_state,
-                                             .initial_state_strides = {.n = K * V, .h = K * V, .k = V, .v = 1},
-                                             .final_state = final_state,
-                                             .states = nullptr,
-                                             .transfers = nullptr,
-                                             .o = o},
-                                            maps, nullptr);
+  launch_sweep_kernel<SweepConfig<K, SweepPass::outputs>>(
+      {.plan = plan_of(T),
+       .dtype = Dtype::bf16,
+       .H = 1,
+       .Hk = 1,
+       .K = K,
+       .V = V,
+       .slices = static_cast<int>((V + kSlice - 1) / kSlice),
+       .scale = 0,
+       .l2norm = false,
+       .images = images,
+       .image_bytes = kImageBytes,
+       .initial_state = initial_state,
+       .initial_state_strides = {.n = K * V, .h = K * V, .k = V, .v = 1},
+       .final_state = final_state,
+       .states = nullptr,
+       .transfers = nullptr,
+       .o = o},
+      maps, nullptr);
 }
 
 // states [cuts, H, K, V], transfers [cuts, H, K, K] of one sequence, in place

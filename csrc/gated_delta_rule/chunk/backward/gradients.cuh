@@ -1,0 +1,626 @@
+// `gradients`: dQ, dK, dg and dbeta of a chunk, once its states, their gradients, U' and dV are known; in parallel over
+// chunks. In the names of flash-linear-attention: chunk_bwd_dqkwg and prepare_wy_repr_bwd.
+//
+// A CTA takes a chunk of one key head and walks over the value heads that read it, so that their gradients are summed
+// in a fixed order. With U = diag(beta) U', Γ_ij = e^{c_i - c_j}:
+//   A1 = dO U'^T   A2 = dV U'^T                                    [C, C]
+//   A3 = U' dS^T   A4 = dO S0^T   A5 = dV S0^T                     [C, K]
+//   dP_ij =  scale A1_ij beta_j Γ_ij, j <= i                       dM_ij = -A2_ij beta_j Γ_ij, j < i
+//   dQ = scale e^{c_i} A4 + dP K
+//   dK = -e^{c_i} A5 + beta_i e^{c_C - c_i} A3 + dM K + dM^T K + dP^T Q
+//   W_ij = (scale A1 ∘ Q K^T, j <= i, - A2 ∘ K K^T, j < i)_ij Γ_ij
+//   dbeta_j = sum_i W_ij + e^{c_C - c_j} <k_j, A3_j>
+//   dg_t = sum_{j < t <= i} W_ij beta_j + sum_{i >= t} (scale e^{c_i} <q_i, A4_i> - e^{c_i} <k_i, A5_i>)
+//          + sum_{j < t} beta_j e^{c_C - c_j} <k_j, A3_j> + e^{c_C} <S0, dS>
+// Nothing in dg cancels exactly: every term has e^{g_t} as a factor. Warpgroup 1, of the query, has A1, A4 and dQ;
+// warpgroup 2, of the key, the others. K and Q are over their norms with l2norm; rows in memory are the operands, and
+// the norms are factors of dP and dM.
+#pragma once
+
+#include "csrc/gated_delta_rule/chunk/backward/gradients_shared.cuh"
+#include "csrc/gated_delta_rule/chunk/prepare.cuh"
+#include "csrc/hopper/mma.h"
+
+namespace jet::hopper {
+
+// No instruction: what follows from the thread's number behind it is computed anew. Kept from one use to the next, it
+// would fill the registers.
+__device__ inline int opaque(int thread) {
+  unsigned any = thread;
+  asm volatile("" : "+r"(any));
+  return static_cast<int>(any % kWarpgroup);
+}
+
+// Byte offsets in a tile of rows: of the pairs of columns that an accumulator's registers r, r + 1 hold, and of the
+// rows that stmatrix writes for 16 columns. What differs between registers is a constant, but for one xor: an address
+// each would fill the registers.
+template <class Tile>
+struct AccumulatorPlace {
+  static constexpr int units = Tile::row_bytes / 16;
+  int first;
+  __device__ explicit constexpr AccumulatorPlace(int thread)
+      : first(Tile::offset(accumulator_row(thread, 0), accumulator_column(thread, 0))) {}
+  __device__ constexpr int at(int r) const {
+    return r / 4 / units * Tile::panel_bytes + (first ^ r / 4 % units * 16) + r / 2 % 2 * 8 * Tile::row_bytes;
+  }
+};
+template <class Tile>
+struct StmatrixPlace {
+  static constexpr int units = Tile::row_bytes / 16;
+  int first;
+  __device__ explicit constexpr StmatrixPlace(int thread)
+      : first(Tile::offset(stmatrix_row(thread), stmatrix_column(thread))) {}
+  __device__ constexpr int at(int step) const {
+    return 2 * step / units * Tile::panel_bytes + (first ^ 2 * step % units * 16);
+  }
+};
+
+namespace proof {
+
+template <class Tile>
+constexpr bool places_are_offsets() {
+  for (int t = 0; t < kWarpgroup; ++t) {
+    const AccumulatorPlace<Tile> pairs(t);
+    const StmatrixPlace<Tile> rows(t);
+    for (int r = 0; r < Tile::k / 2; ++r)
+      if (pairs.at(r / 2 * 2) + r % 2 * 2 != Tile::offset(accumulator_row(t, r), accumulator_column(t, r)))
+        return false;
+    for (int step = 0; step < Tile::k / kStep; ++step)
+      if (rows.at(step) != Tile::offset(stmatrix_row(t), step * kStep + stmatrix_column(t))) return false;
+  }
+  return true;
+}
+static_assert(places_are_offsets<OperandTile<uint16_t, Swizzle::b128, Major::k, C, 128>>());
+static_assert(places_are_offsets<OperandTile<uint16_t, Swizzle::b64, Major::k, C, 96>>());
+
+}  // namespace proof
+
+constexpr int kBothGroups = 3;  // named barrier
+__device__ inline void sync_consumers() { named_barrier_sync(kBothGroups, 2 * kWarpgroup); }
+
+// What a consumer thread knows of a head: its two rows of every accumulator.
+template <class Config>
+struct GradientThread {
+  GradientShared<Config>& shared;
+  bool l2norm;
+  float scale;
+  int thread, count;
+
+  __device__ int row(int e) const { return accumulator_row(thread, 2 * e); }
+  __device__ float gate(Gate gate, int i) const { return shared.vectors[int{kVectors} + int{gate}][i]; }
+  __device__ SplitSum c(int i) const { return {gate(kSumCoarse, i), gate(kSumFine, i)}; }
+  __device__ float beta(int i) const { return gate(kBeta, i); }
+  __device__ float of_key(int i) const { return l2norm ? shared.vectors[kInverseK][i] : 1; }
+  __device__ float of_query(int i) const { return l2norm ? shared.vectors[kInverseQ][i] : 1; }
+};
+
+// d [C, N] += A B^T of 64 value columns.
+template <class Mma, class A, class B, class Accumulator>
+__device__ void multiply_values(Accumulator& d, const A& a, const B& b) {
+#pragma unroll
+  for (int step = 0; step < kRows / Mma::K; ++step) Mma::ss(d, a.at(0, step * Mma::K), b.at(0, step * Mma::K), true);
+}
+
+template <int n>
+__device__ void clear(float (&x)[n]) {
+#pragma unroll
+  for (int r = 0; r < n; ++r) x[r] = 0;
+}
+
+// d = A B^T over the key columns of rows in shared memory   [C, C]
+template <class Config>
+__device__ void multiply_rows(typename Config::Tokens& d, const char* a, const char* b) {
+  using Mma = typename Config::MmaSquare;
+  const typename Config::RowsOperand of_a(a), of_b(b);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Config::K / Mma::K; ++step)
+    Mma::ss(d, of_a.at(0, step * Mma::K), of_b.at(0, step * Mma::K), step > 0);
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(d);
+}
+
+// <row, x> over the key columns of a part, of both rows of a thread; in all four threads of a row.
+template <class Config>
+__device__ float2 dots_with_rows(const char* rows, const typename Config::Keys& x, int part, int thread) {
+  float sums[2] = {};
+  const AccumulatorPlace<typename Config::Rows> place(opaque(thread));
+  rows += Config::part_bytes * part;
+#pragma unroll
+  for (int r = 0; r < Config::MmaState::registers; r += 2) {
+    const uint32_t both = *reinterpret_cast<const uint32_t*>(rows + place.at(r));
+    const float2 value = unpack<typename Config::Element>(both);
+    sums[r / 2 % 2] += value.x * x[r], sums[r / 2 % 2] += value.y * x[r + 1];
+  }
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2)
+#pragma unroll
+    for (float& sum : sums) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  return {sums[0], sums[1]};
+}
+
+// A thread's share of sums over the key columns: those of a part to those of the parts before. Nobody reads those of
+// the head before any more: its vectors have made room for this one's.
+template <class Config>
+__device__ void put_row_sums(const GradientThread<Config>& me, RowSum which, float first, float second, int part) {
+  if (me.thread % 4 != 0) return;
+  float* const sums = me.shared.row_sums[which];
+  sums[me.row(0)] = part > 0 ? sums[me.row(0)] + first : first;
+  sums[me.row(1)] = part > 0 ? sums[me.row(1)] + second : second;
+}
+
+// Rows of x times a factor each.
+template <int n>
+__device__ void scale_rows(float (&x)[n], const float (&factor)[2]) {
+#pragma unroll
+  for (int r = 0; r < n; ++r) x[r] *= factor[r / 2 % 2];
+}
+
+// body(r, e, i, j, Γ_ij) for the elements (i, j) and (i, j + 1) of registers r, r + 1 on or below the diagonal, before
+// the sequence's end; the others are not looked at: Γ may be infinite there.
+template <class Config, class Body>
+__device__ void for_each_pair(const GradientThread<Config>& me, const Body& body) {
+  const SplitSum c[2] = {me.c(me.row(0)), me.c(me.row(1))};
+  const int thread = opaque(me.thread);
+#pragma unroll
+  for (int r = 0; r < Config::MmaSquare::registers; r += 2) {
+    const int j = accumulator_column(thread, r), e = r / 2 % 2, i = accumulator_row(thread, r);
+    if (r % 8 == 0) compiler_fence();  // loads of later columns would fill the registers
+    float gamma[2];
+#pragma unroll
+    for (int f = 0; f < 2; ++f) gamma[f] = j + f <= i && i < me.count ? decay_between(c[e], me.c(j + f)) : 0;
+    body(r, e, i, j, gamma);
+  }
+}
+
+// The sums of W [C, C] in shared memory over i >= t, of each column: what passes t, and dbeta's.
+template <class Config>
+__device__ void sum_passing(GradientShared<Config>& shared, int thread) {
+  const int column = thread % C, block = thread / C;
+  float sum = 0;
+#pragma unroll
+  for (int i = kBlock - 1; i >= 0; --i)
+    shared.w[block * kBlock + i][column] = sum += shared.w[block * kBlock + i][column];
+  shared.of_block[block][column] = sum;
+  sync_consumers();
+  const int warp = thread / 32, lane = thread % 32, first = warp * 8;
+  float below[2] = {}, beta[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    beta[half] = shared.vectors[int{kVectors} + int{kBeta}][lane + 32 * half];
+#pragma unroll
+    for (int b = kBlocks - 1; b > 0; --b)
+      if (b > first / kBlock) below[half] += shared.of_block[b][lane + 32 * half];
+  }
+#pragma unroll
+  for (int row = 0; row < 8; ++row) {
+    const int t = first + row;
+    float passing = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = lane + 32 * half;
+      const float of_column = shared.w[t][j] + below[half];
+      if (j == t) shared.of_beta[t] = of_column;
+      if (j < t) passing += of_column * beta[half];
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) passing += __shfl_xor_sync(0xffffffffu, passing, distance);
+    if (lane == 0) shared.passing[t] = passing;
+  }
+}
+
+// A rounded accumulator [C, n] into a tile of rows.
+template <class Tile, class Element, int registers>
+__device__ void put_rows(char* tile, const float (&x)[registers], int thread) {
+  const StmatrixPlace<Tile> place(opaque(thread));
+#pragma unroll
+  for (int step = 0; step < registers / 8; ++step) {
+    uint32_t words[4];
+    accumulator_to_a_fragment<Element>(words, x, step);
+    stmatrix_x4(tile + place.at(step), words);
+  }
+}
+
+// The products of a head within the chunk: W and what follows from it, then dP and dM as operands.
+template <bool query, class Config>
+__device__ void square_products(const GradientThread<Config>& me, typename Config::Tokens& a) {
+  using Square = typename Config::Square;
+  using Element = typename Config::Element;
+  auto& shared = me.shared;
+  typename Config::Tokens x;
+  multiply_rows<Config>(x, query ? shared.q : shared.k, shared.k);  // Q Kᵀ or K Kᵀ   [C, C]
+  const auto each = [&](int r, int e, int i, int j, const float (&gamma)[2]) {
+    const float of_row = query ? me.scale * me.of_query(i) : me.of_key(i);
+    float2& w = *reinterpret_cast<float2*>(&shared.w[i][j]);
+    float values[2];
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const bool inside = (query ? j + f <= i : j + f < i) && i < me.count;
+      values[f] = inside ? a[r + f] * x[r + f] * of_row * me.of_key(j + f) * gamma[f] : 0;
+    }
+    if (query)
+      w = make_float2(values[0], values[1]);
+    else
+      w.x -= values[0], w.y -= values[1];
+  };
+  if (query) for_each_pair(me, each);
+  sync_consumers();
+  if (!query) for_each_pair(me, each);
+  sync_consumers();
+  sum_passing(shared, me.thread + (query ? 0 : kWarpgroup));
+  sync_consumers();
+  for_each_pair(me, [&](int r, int e, int i, int j, const float (&gamma)[2]) {
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const bool inside = (query ? j + f <= i : j + f < i) && i < me.count;
+      const float d = query ? me.scale * a[r + f] : -a[r + f];
+      a[r + f] = inside ? d * me.beta(j + f) * gamma[f] : 0;
+      x[r + f] = a[r + f] * me.of_key(j + f), a[r + f] *= query ? me.of_query(i) : me.of_key(i);
+    }
+  });
+  put_rows<Square, Element>(query ? shared.p_key : shared.m_key, x, me.thread);
+  put_rows<Square, Element>(query ? shared.p_query : shared.m_row, a, me.thread);
+  fence_proxy_async();
+}
+
+// A consumer's end of everything.
+template <class Config>
+struct GradientConsumer {
+  const GradientArguments& p;
+  GradientShared<Config>& shared;
+  Consumer<Config::stages> ring{shared.ring};
+  PhaseParity rows = PhaseParity::first(), head = PhaseParity::first();
+
+  // The sums of a warpgroup's part where they are kept from head to head.
+  __device__ float* accumulators(int part, int group, int thread) const {
+    return p.accumulators +
+           ((int64_t{blockIdx.x} * Config::parts + part) * 2 + group) * Config::MmaState::registers * kWarpgroup +
+           thread;
+  }
+};
+
+// The next 64 value columns: body(stage) issues products into accumulators d.
+template <class Config, class Body, class... Accumulators>
+__device__ void with_values(GradientConsumer<Config>& self, const Body& body, Accumulators&... d) {
+  const int s = self.ring.wait();
+  wgmma_fence(d...);
+  body(self.shared.stage[s]);
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+  (wgmma_fence_operand(d), ...);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) self.ring.release(s);
+  self.ring.advance();
+}
+
+// Query: dq = dO S0^T [C, P] of a part, and with the first part a = dO U'^T [C, C].
+template <bool square, class Config>
+__device__ void read_values(GradientConsumer<Config>& self, typename Config::Keys& dq, typename Config::Tokens& a) {
+  using Values = typename Config::ValuesOperand;
+  const int tiles = static_cast<int>(value_tiles(self.p.V));
+  clear(dq);
+  if constexpr (square) clear(a);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const auto of_states = [&](const GradientStage<Config>& stage) {
+      multiply_values<typename Config::MmaState>(dq, Values(stage.grad_o), typename Config::StatesOperand(stage.state));
+      if constexpr (square) multiply_values<typename Config::MmaSquare>(a, Values(stage.grad_o), Values(stage.u));
+    };
+    if constexpr (square)
+      with_values(self, of_states, dq, a);
+    else
+      with_values(self, of_states, dq);
+  }
+}
+
+// Key: dk = dV S0^T and stored = U' dS^T [C, P] of a part, and with the first part a = dV U'^T [C, C].
+template <bool square, class Config>
+__device__ void read_values(GradientConsumer<Config>& self, typename Config::Keys& dk, typename Config::Keys& stored,
+                            typename Config::Tokens& a) {
+  using Values = typename Config::ValuesOperand;
+  using States = typename Config::StatesOperand;
+  const int tiles = static_cast<int>(value_tiles(self.p.V));
+  clear(dk), clear(stored);
+  if constexpr (square) clear(a);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const auto of_states = [&](const GradientStage<Config>& stage) {
+      multiply_values<typename Config::MmaState>(dk, Values(stage.dv), States(stage.state));
+      multiply_values<typename Config::MmaState>(stored, Values(stage.u), States(stage.state_gradient));
+      if constexpr (square) multiply_values<typename Config::MmaSquare>(a, Values(stage.dv), Values(stage.u));
+    };
+    if constexpr (square)
+      with_values(self, of_states, dk, stored, a);
+    else
+      with_values(self, of_states, dk, stored);
+  }
+}
+
+// The rows of q and k are there; those behind the sequence's end become zero.
+template <class Config>
+__device__ void wait_for_rows(GradientConsumer<Config>& self, int count) {
+  self.shared.rows_loaded.wait(self.rows);
+  self.rows.flip();
+  if (count == C) return;
+  constexpr int units = Config::Rows::row_bytes / 16;
+  const int thread = threadIdx.x - kWarpgroup;
+#pragma unroll 1
+  for (int panel = 0; panel < Config::Rows::panels; ++panel)
+    for (int u = count * units + thread; u < C * units; u += Config::consumers) {
+      const int at = panel * Config::Rows::panel_bytes + u * 16;
+      *reinterpret_cast<uint4*>(self.shared.q + at) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(self.shared.k + at) = make_uint4(0, 0, 0, 0);
+    }
+  fence_proxy_async();
+  sync_consumers();
+}
+
+// dQ of a part but for what comes from the chunk: scale e^{c_i} dO S0^T, and its sums over key columns.
+template <class Config>
+__device__ void finish_reading(const GradientThread<Config>& me, typename Config::Keys& dq, int part) {
+  float factor[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) factor[e] = me.scale * me.shared.vectors[kReadQ][me.row(e)];
+  scale_rows(dq, factor);
+  const float2 dots = dots_with_rows<Config>(me.shared.q, dq, part, me.thread);
+  put_row_sums(me, kReadByQuery, me.of_query(me.row(0)) * dots.x, me.of_query(me.row(1)) * dots.y, part);
+}
+
+// dK likewise: -e^{c_i} dV S0^T + beta_i e^{c_C - c_i} U' dS^T.
+template <class Config>
+__device__ void finish_reading(const GradientThread<Config>& me, typename Config::Keys& dk,
+                               typename Config::Keys& stored, int part) {
+  float of_read[2], of_store[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int i = me.row(e);
+    of_read[e] = me.shared.vectors[kReadQ][i], of_store[e] = decay_between(me.c(C - 1), me.c(i));
+  }
+  scale_rows(dk, of_read);
+  scale_rows(stored, of_store);
+  const float2 reads = dots_with_rows<Config>(me.shared.k, dk, part, me.thread);
+  const float2 stores = dots_with_rows<Config>(me.shared.k, stored, part, me.thread);
+  const float keys[2] = {me.of_key(me.row(0)), me.of_key(me.row(1))};
+  const float beta[2] = {me.beta(me.row(0)), me.beta(me.row(1))};
+  put_row_sums(me, kReadByKey, keys[0] * reads.x, keys[1] * reads.y, part);
+  put_row_sums(me, kStored, keys[0] * stores.x, keys[1] * stores.y, part);
+#pragma unroll
+  for (int r = 0; r < Config::MmaState::registers; ++r) dk[r] = beta[r / 2 % 2] * stored[r] - dk[r];
+}
+
+// d += A X of a square A in shared memory and key columns of rows X   [C, P]
+template <class Mma, class Config, class Square>
+__device__ void multiply_square(typename Config::Keys& d, const Square& a, const char* rows, int part) {
+  const typename Config::ColumnsOperand x(rows);
+#pragma unroll
+  for (int step = 0; step < C / Mma::K; ++step)
+    Mma::ss(d, a.at(0, step * Mma::K), x.at(part * Config::P, step * Mma::K), true);
+}
+
+template <bool query, class Config>
+__device__ void multiply_chunk(GradientShared<Config>& shared, typename Config::Keys& d, int part) {
+  using Rows = typename Config::MmaRows;
+  using Transposed = typename Config::MmaTransposed;
+  using Square = typename Config::SquareOperand;
+  using SquareTransposed = typename Config::SquareTransposed;
+  wgmma_fence(d);
+  if constexpr (query) {
+    multiply_square<Rows, Config>(d, Square(shared.p_key), shared.k, part);  // dQ += dP K
+  } else {
+    multiply_square<Rows, Config>(d, Square(shared.m_key), shared.k, part);                    // dK += dM K
+    multiply_square<Transposed, Config>(d, SquareTransposed(shared.m_row), shared.k, part);    // dK += dMᵀ K
+    multiply_square<Transposed, Config>(d, SquareTransposed(shared.p_query), shared.q, part);  // dK += dPᵀ Q
+  }
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(d);
+}
+
+// dg and dbeta of a head, by one warp: two tokens a lane.
+template <class Config>
+__device__ void store_gates(const GradientArguments& p, const GradientThread<Config>& me, const GradientItem& at,
+                            int h) {
+  const auto& shared = me.shared;
+  const int lane = me.thread % 32;
+  float read[2], stored[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int t = 2 * lane + e;
+    read[e] = t < me.count ? shared.row_sums[kReadByQuery][t] - shared.row_sums[kReadByKey][t] : 0;
+    stored[e] = shared.row_sums[kStored][t] * me.beta(t);
+  }
+  float behind = read[0] + read[1], before = stored[0] + stored[1];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float later = __shfl_down_sync(0xffffffffu, behind, distance);
+    const float earlier = __shfl_up_sync(0xffffffffu, before, distance);
+    if (lane + distance < 32) behind += later;
+    if (lane >= distance) before += earlier;
+  }
+  float of_later = __shfl_down_sync(0xffffffffu, behind, 1), of_earlier = __shfl_up_sync(0xffffffffu, before, 1);
+  if (lane == 31) of_later = 0;
+  if (lane == 0) of_earlier = 0;
+  const float reads[2] = {behind, of_later + read[1]}, stores[2] = {of_earlier, of_earlier + stored[0]};
+  const float through =
+      shared.vectors[kReadQ][C - 1] * (shared.through[0] + shared.through[1] + shared.through[2] + shared.through[3]);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int t = 2 * lane + e;
+    if (t >= me.count) continue;
+    const int64_t to = ((at.row * p.plan.T) + at.token + t) * p.H + h;
+    const float g = p.g[at.row * p.g_strides.b + (at.token + t) * p.g_strides.t + h * p.g_strides.h];
+    p.dg[to] = g < float(kMinLogDecay) ? 0 : shared.passing[t] + reads[e] + stores[e] + through;
+    p.dbeta[to] = shared.of_beta[t] + shared.row_sums[kStored][t];
+  }
+}
+
+template <class Config>
+__device__ void add_kept(typename Config::Keys& d, const float* kept) {
+#pragma unroll
+  for (int r = 0; r < Config::MmaState::registers; ++r) d[r] += kept[r * kWarpgroup];
+}
+
+template <class Config>
+__device__ void keep(const typename Config::Keys& d, float* kept) {
+#pragma unroll
+  for (int r = 0; r < Config::MmaState::registers; ++r) kept[r * kWarpgroup] = d[r];
+}
+
+// A part of a head: dq or dk, with `keep` in memory.
+template <bool query, class Config>
+__device__ void finish_part(GradientConsumer<Config>& self, const GradientThread<Config>& me, typename Config::Keys& d,
+                            int part, bool add, bool keep_it) {
+  multiply_chunk<query>(self.shared, d, part);
+  if (!add && !keep_it) return;
+  float* const kept = self.accumulators(part, query ? 0 : 1, me.thread);
+  if (add) add_kept<Config>(d, kept);
+  if (keep_it) keep<Config>(d, kept);
+}
+
+// Value head i of `heads`. Leaves dq or dk of the first part in d.
+template <bool query, class Config>
+__device__ void gradients_of_head(GradientConsumer<Config>& self, const GradientThread<Config>& me,
+                                  const GradientItem& at, typename Config::Keys& d, int i, int heads) {
+  auto& shared = self.shared;
+  const bool kept = Config::parts > 1 || i < heads - 1;
+  typename Config::Tokens a;
+#pragma unroll
+  for (int part = 0; part < Config::parts; ++part) {
+    typename Config::Keys stored;
+    if constexpr (query)
+      part == 0 ? read_values<true>(self, d, a) : read_values<false>(self, d, a);
+    else
+      part == 0 ? read_values<true>(self, d, stored, a) : read_values<false>(self, d, stored, a);
+    if (part == 0) {
+      if (i == 0) wait_for_rows(self, at.count);
+      shared.vectors_loaded.wait(self.head);
+    }
+    if constexpr (query)
+      finish_reading(me, d, part);
+    else
+      finish_reading(me, d, stored, part);
+    if (part == 0) {
+      square_products<query>(me, a);
+      sync_consumers();
+    }
+    finish_part<query>(self, me, d, part, i > 0, kept);
+  }
+  if (query && me.thread / 32 == 0) shared.through_summed.wait(self.head);
+  sync_consumers();
+  if (query && me.thread / 32 == 0) store_gates(self.p, me, at, at.hk * heads + i);
+  self.head.flip();
+}
+
+// dq or dk of the row in memory: with l2norm (d - xn <xn, d>) / |x|.
+template <bool query, class Config>
+__device__ void store_rows(GradientConsumer<Config>& self, const GradientThread<Config>& me, const GradientItem& at,
+                           typename Config::Keys& d) {
+  using Tile = typename Config::OutputRows;
+  using Element = typename Config::Element;
+  const char* const rows = query ? self.shared.q : self.shared.k;
+  const GradientArguments& p = self.p;
+  float inverse[2], along[2] = {};
+#pragma unroll
+  for (int e = 0; e < 2; ++e) inverse[e] = query ? me.of_query(me.row(e)) : me.of_key(me.row(e));
+  const AccumulatorPlace<typename Config::Rows> place(opaque(me.thread));
+  const auto take = [&](int part) {
+    if constexpr (Config::parts > 1) clear(d), add_kept<Config>(d, self.accumulators(part, query ? 0 : 1, me.thread));
+  };
+  if (me.l2norm) {
+#pragma unroll 1
+    for (int part = 0; part < Config::parts; ++part) {
+      take(part);
+      const float2 dots = dots_with_rows<Config>(rows, d, part, me.thread);
+      along[0] += dots.x * inverse[0] * inverse[0], along[1] += dots.y * inverse[1] * inverse[1];
+    }
+  }
+  char* const tile = self.shared.output[query ? 0 : 1];
+#pragma unroll 1
+  for (int part = 0; part < Config::parts; ++part) {
+    take(part);
+    if (me.l2norm)
+#pragma unroll
+      for (int r = 0; r < Config::MmaState::registers; r += 2) {
+        const int e = r / 2 % 2;
+        const float2 x =
+            unpack<Element>(*reinterpret_cast<const uint32_t*>(rows + Config::part_bytes * part + place.at(r)));
+        d[r] = (d[r] - x.x * along[e]) * inverse[e], d[r + 1] = (d[r + 1] - x.y * along[e]) * inverse[e];
+      }
+    if (part > 0) named_barrier_sync(query ? 1 : 2, kWarpgroup);
+    put_rows<Tile, Element>(tile, d, me.thread);
+    named_barrier_sync(query ? 1 : 2, kWarpgroup);
+    constexpr int units = Config::P / 8;
+    uint16_t* const to = static_cast<uint16_t*>(query ? p.dq : p.dk) +
+                         ((at.row * p.plan.T + at.token) * p.Hk + at.hk) * Config::K + part * Config::P;
+#pragma unroll 1
+    for (int u = me.thread; u < at.count * units; u += kWarpgroup)
+      __stcs(reinterpret_cast<uint4*>(to + u / units * p.Hk * Config::K + u % units * 8),
+             *reinterpret_cast<const uint4*>(tile + Tile::offset(u / units, u % units * 8)));
+  }
+}
+
+template <bool query, class Config>
+__device__ void gradients_of_items(const GradientArguments& p, GradientShared<Config>& shared) {
+  GradientConsumer<Config> self{.p = p, .shared = shared};
+  const int heads = static_cast<int>(p.H / p.Hk);
+  for_each_item(p, [&](const GradientItem& at) {
+    const GradientThread<Config> me{.shared = shared,
+                                    .l2norm = p.l2norm,
+                                    .scale = p.scale,
+                                    .thread = static_cast<int>(threadIdx.x % kWarpgroup),
+                                    .count = at.count};
+    typename Config::Keys d;
+#pragma unroll 1
+    for (int i = 0; i < heads; ++i) {
+      gradients_of_head<query>(self, me, at, d, i, heads);
+      if (i == heads - 1) store_rows<query>(self, me, at, d);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared.head_done.arrive();
+    }
+    if (threadIdx.x % 32 == 0) shared.rows_read.arrive();
+  });
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::threads, 1)
+    chunk_gradients_kernel(const __grid_constant__ GradientArguments p, const __grid_constant__ GradientMaps maps) {
+  extern __shared__ __align__(kTileAlign) char memory[];
+  auto& shared = *reinterpret_cast<GradientShared<Config>*>(memory);
+  constexpr int warps = Config::consumers / 32;
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.grad_o, &maps.dv}) prefetch_tensormap(*map);
+    shared.through[Config::dot_warps] = 0;
+    shared.ring.init(warps + Config::dot_warps);
+    shared.rows_loaded.init(1), shared.vectors_loaded.init(1);
+    shared.rows_read.init(warps), shared.head_done.init(warps), shared.through_summed.init(Config::dot_warps);
+    fence_mbarrier_init();
+  }
+  griddepcontrol_wait();
+  __syncthreads();
+  griddepcontrol_launch_dependents();
+  const int group = warp_index() / 4;
+  if (group == 0) {
+    setmaxnreg_dec<40>();
+    if (warp_index() > 0)
+      dot_states(p, shared);
+    else if (elect_one())
+      load_items(p, maps, shared);
+  } else {
+    setmaxnreg_inc<232>();
+    group == 1 ? gradients_of_items<true>(p, shared) : gradients_of_items<false>(p, shared);
+  }
+}
+
+template <class Config>
+void launch_gradients_kernel(const GradientArguments& p, const GradientMaps& maps, int ctas, cudaStream_t stream) {
+  static_assert(sizeof(GradientShared<Config>) <= kMaxSharedMemoryPerBlock);
+  launch(kChunkBackwardOp,
+         {.grid = dim3(static_cast<unsigned>(ctas)),
+          .threads = Config::threads,
+          .shared_bytes = static_cast<int>(sizeof(GradientShared<Config>)),
+          .programmatic = true},
+         stream, chunk_gradients_kernel<Config>, p, maps);
+}
+
+}  // namespace jet::hopper
