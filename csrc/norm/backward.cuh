@@ -18,17 +18,32 @@ struct NormGradients {
 // not fit: they are read twice, the second time from the second cache.
 constexpr bool holds_rows(int unit) { return unit > 1; }
 
-// A unit of all that the backward reads of a row.
+// Element number 0 of a row of all that the backward reads.
+template <class Element>
+struct NormBackwardRow {
+  const Element *x, *other, *grad_y, *grad_sum;  // other, grad_sum: what the kind has, or null
+
+  template <NormKind kind>
+  __device__ static NormBackwardRow of(const NormArguments& p, const NormGradients& g, uint32_t row) {
+    const int64_t at = int64_t{row} * p.C;
+    const bool has_grad_sum = kind == NormKind::add && g.grad_sum != nullptr;
+    return {.x = row_of<Element>(p, p.x, row),
+            .other = kind == NormKind::alone ? nullptr : row_of<Element>(p, p.other, row),
+            .grad_y = static_cast<const Element*>(g.grad_y) + at,
+            .grad_sum = has_grad_sum ? static_cast<const Element*>(g.grad_sum) + at : nullptr};
+  }
+};
+
+// A unit of these.
 template <class Element, int unit, NormKind kind>
 struct NormBackwardUnit {
   NormUnit<Element, unit> x, other, grad_y, grad_sum;
 
-  __device__ void load(const NormArguments& p, const NormGradients& g, uint32_t row, int c) {
-    const int64_t at = int64_t{row} * p.C + c;
-    x.load(row_of<Element>(p, p.x, row) + c);
-    if constexpr (kind != NormKind::alone) other.load(row_of<Element>(p, p.other, row) + c);
-    grad_y.load(static_cast<const Element*>(g.grad_y) + at);
-    if (kind == NormKind::add && g.grad_sum != nullptr) grad_sum.load(static_cast<const Element*>(g.grad_sum) + at);
+  __device__ void load(const NormBackwardRow<Element>& from, int c) {
+    x.load(from.x + c);
+    if constexpr (kind != NormKind::alone) other.load(from.other + c);
+    grad_y.load(from.grad_y + c);
+    if (kind == NormKind::add && from.grad_sum != nullptr) grad_sum.load(from.grad_sum + c);
   }
 
   // add: sum = x + residual, rounded, in the place of x.
@@ -62,8 +77,9 @@ struct NormBackwardUnit {
   }
 };
 
-// The sums over the lanes of a team, in every lane. `partial`: of the CTA's warps, not those of the call before.
-__device__ inline float2 sums_over_team(float2 x, int lanes, float2* partial) {
+// The sums over the lanes of team number `team`, in every lane. `partial`: of the team's warps, not those of the call
+// before.
+__device__ inline float2 sums_over_team(float2 x, int lanes, int team, float2* partial) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2)
     if (offset < lanes) {
@@ -71,12 +87,12 @@ __device__ inline float2 sums_over_team(float2 x, int lanes, float2* partial) {
       x.y += __shfl_xor_sync(0xffffffffu, x.y, offset);
     }
   if (lanes <= 32) return x;
-  const int team = static_cast<int>(threadIdx.x) / lanes, warps = lanes / 32;
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  const int lane = static_cast<int>(threadIdx.x) - team * lanes;
+  if (lane % 32 == 0) partial[lane / 32] = x;
   named_barrier_sync(1 + team, lanes);  // teams of two warps and more: at most 8 in a CTA
   x = {0, 0};
 #pragma unroll 4
-  for (int warp = team * warps; warp < (team + 1) * warps; ++warp) x.x += partial[warp].x, x.y += partial[warp].y;
+  for (int warp = 0; warp < lanes / 32; ++warp) x.x += partial[warp].x, x.y += partial[warp].y;
   return x;
 }
 
@@ -89,7 +105,7 @@ __device__ void finish_unit(const NormBackwardUnit<Element, unit, kind>& now, co
   now.for_elements([&](int i, float z, float dy, float activated, float slope) {
     const float normed = z * r;
     dz[i] = r * (dy * weight[i] * activated - projection * normed);
-    dgate[i] = dy * normed * weight[i] * slope;
+    dgate[i] = dy * weight[i] * normed * slope;
     dweight[i] = fmaf(dy * activated, normed, dweight[i]);
   });
   if (kind == NormKind::add && g.grad_sum != nullptr) {
@@ -142,23 +158,27 @@ __device__ void sum_over_teams(float (&dweight)[units][unit], const NormArgument
   }
 }
 
+// One CTA a multiprocessor is asked for by name: ptxas would rather spill than use more than the registers of two.
 template <class Element, int unit, int units, NormKind kind>
-__global__ void __launch_bounds__(kNormBackwardThreads)
+__global__ void __launch_bounds__(kNormBackwardThreads, 1)
     norm_backward_kernel(const __grid_constant__ NormArguments p, const __grid_constant__ NormGradients g) {
   using Unit = NormBackwardUnit<Element, unit, kind>;
   constexpr bool holds = holds_rows(unit);
   __shared__ float2 partial[2][kNormBackwardThreads / 32];
   __shared__ __align__(16) float dweights[kNormBackwardThreads * units * unit];
-  const int lane = static_cast<int>(threadIdx.x) % p.lanes;
+  const int team = static_cast<int>(threadIdx.x) / p.lanes, lane = static_cast<int>(threadIdx.x) % p.lanes;
   const uint32_t teams = blockDim.x / p.lanes, step = gridDim.x * teams;
-  uint32_t row = blockIdx.x * teams + threadIdx.x / p.lanes;
+  uint32_t row = blockIdx.x * teams + team;
+  const float part = 1 / static_cast<float>(p.C);  // of a column in a mean
   float weight[units][unit] = {}, dweight[units][unit] = {};
   Unit next[units];
-  // f(now, weight, j, c) of each unit of the row.
+  // f(unit, j, c) of each unit of the row.
   const auto for_row = [&](Unit(&now)[units], const auto& f) {
+    NormBackwardRow<Element> from;
+    if constexpr (!holds) from = NormBackwardRow<Element>::template of<kind>(p, g, row);
     for_units<unit, units>(p, lane, [&](int j, int c) {
       if constexpr (!holds) {
-        now[j].load(p, g, row, c);
+        now[j].load(from, c);
         now[j].prepare();
         load_weight<Element>(weight[j], p, c);
       }
@@ -166,7 +186,9 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
     });
   };
   const auto load_next = [&](uint32_t at) {
-    if (holds && at < p.rows) for_units<unit, units>(p, lane, [&](int j, int c) { next[j].load(p, g, at, c); });
+    if (!holds || at >= p.rows) return;
+    const auto from = NormBackwardRow<Element>::template of<kind>(p, g, at);
+    for_units<unit, units>(p, lane, [&](int j, int c) { next[j].load(from, c); });
   };
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
@@ -179,20 +201,19 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
     for (int j = 0; j < units; ++j) now[j] = next[j];
     float2 sums = {0, 0};  // of z z and u z
     if (row < p.rows)
-      for_row(now, [&](Unit& part, int j, int) {
-        if (holds) part.prepare();
-        part.for_elements([&](int i, float z, float dy, float activated, float) {
+      for_row(now, [&](Unit& mine, int j, int) {
+        if (holds) mine.prepare();
+        mine.for_elements([&](int i, float z, float dy, float activated, float) {
           sums.x = fmaf(z, z, sums.x);
           sums.y = fmaf(dy * weight[j][i] * activated, z, sums.y);
         });
       });
     load_next(row + step);
-    sums = sums_over_team(sums, p.lanes, partial[half]);
+    sums = sums_over_team(sums, p.lanes, team, partial[half] + team * p.lanes / 32);
     if (row >= p.rows) continue;
-    const auto C = static_cast<float>(p.C);
-    const float r = rsqrtf(sums.x / C + p.eps), projection = r * sums.y / C;
-    for_row(now, [&](Unit& part, int j, int c) {
-      finish_unit(part, g, int64_t{row} * p.C + c, r, projection, weight[j], dweight[j]);
+    const float r = rsqrtf(sums.x * part + p.eps), projection = r * sums.y * part;
+    for_row(now, [&](const Unit& mine, int j, int c) {
+      finish_unit(mine, g, int64_t{row} * p.C + c, r, projection, weight[j], dweight[j]);
     });
   }
   sum_over_teams(dweight, p, lane, dweights, g.partial_dweight + int64_t{blockIdx.x} * p.C);
