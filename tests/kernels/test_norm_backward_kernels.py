@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.arguments import NORM_OPS, cotangents, norm_inputs
-from support.backends import reference_gradients
+from support.backends import OPS, reference_gradients
 from support.comparison import assert_bitwise, rms_error
 from support.device_backends import EARLY, assert_every_schedule_agrees, each_device, hoppersim, simulated
 from support.kernel_code import disassembly, report
@@ -144,6 +144,26 @@ def test_sums_over_many_rows_are_exact_to_fp32(backend, op):
     assert rms_error(found["weight"], reference_gradients(op, inputs, grads)["weight"]) < 1e-6
     for name, grad in found.items():
         assert_bitwise(grad, again[name], name)
+
+
+@each_device
+@each_op
+@pytest.mark.parametrize("size", (1e-12, 1e15))
+def test_rows_of_any_size(backend, op, size):
+    inputs = norm_inputs(op, 2, 16, eps=0.0)
+    of_size = inputs._replace(x=inputs.x * size)
+    check_norm_gradients(backend, op, of_size, cotangents(of_size))
+
+
+@each_device
+def test_gates_of_any_size(backend):
+    """As the CPU's code has it, NaN at infinities included."""
+    x, weight, dy = torch.linspace(-1, 2, 8)[None], torch.ones(8), torch.ones(1, 8)
+    for gate in (-torch.inf, -1e4, -100.0, -80.0, -20.0, -0.0, 0.0, 20.0, 100.0, torch.inf):
+        arguments = (dy, x, torch.full_like(x, gate), weight, 1e-5)
+        found, expected = (each("gated_rms_norm_backward", *arguments) for each in (backend, OPS))
+        for out, ref in zip(found, expected):
+            assert torch.allclose(out, ref, rtol=3e-6, atol=1e-36, equal_nan=True), (gate, out, ref)
 
 
 @simulated
