@@ -3,6 +3,7 @@
 // ddt_bias in registers; a CTA's threads of a head add up theirs in a tree, and the CTAs' sums are a row each of a
 // workspace.
 #include <algorithm>
+#include <numeric>
 
 #include "csrc/hopper/convert.h"
 #include "csrc/hopper/device.h"
@@ -18,6 +19,8 @@ namespace {
 constexpr int kThreads = 256;           // of a CTA, and one a head of more heads
 constexpr int kResidentThreads = 1024;  // of all CTAs that a multiprocessor has at a time
 constexpr int kTokens = 4;              // whose elements a thread loads together
+
+constexpr int kSector = 16;  // 16-bit elements of a sector of 32 bytes
 
 struct GateSums {
   float dA_log = 0, ddt_bias = 0;
@@ -53,9 +56,9 @@ __device__ void tokens_backward(const DeltaGatesBackwardParams& p, uint32_t firs
 }
 
 __global__ void __launch_bounds__(kMaxGateHeads)
-    delta_gates_backward_kernel(const __grid_constant__ DeltaGatesBackwardParams p, float* partials) {
+    delta_gates_backward_kernel(const __grid_constant__ DeltaGatesBackwardParams p, uint32_t groups, float* partials) {
   __shared__ float dA_log[kMaxGateHeads], ddt_bias[kMaxGateHeads];
-  const auto H = static_cast<uint32_t>(p.in.H), groups = blockDim.x / H;  // as many tokens at a time
+  const auto H = static_cast<uint32_t>(p.in.H);
   const uint32_t head = threadIdx.x % H, group = threadIdx.x / H;
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
@@ -83,33 +86,40 @@ __global__ void __launch_bounds__(kMaxGateHeads)
   mine[head] = dA_log[head], mine[H + head] = ddt_bias[head];
 }
 
-int threads_of_cta(const DeltaGatesInputs& in) {
-  return in.H <= kThreads ? kThreads : static_cast<int>((in.H + 31) / 32 * 32);
-}
+struct GateGrid {
+  int threads, ctas;
+  uint32_t groups;  // tokens that a CTA has at a time
+};
 
-int count_ctas(const DeltaGatesInputs& in) {
-  if (in.tokens * in.H == 0) return 0;
-  const int64_t threads = threads_of_cta(in), tokens = threads / in.H * kTokens;
+// Groups whose elements fill sectors if they can, so that no two warps share one: 20 of 12 heads.
+GateGrid choose_grid(const DeltaGatesInputs& in) {
+  if (in.tokens * in.H == 0) return {};
+  const int H = static_cast<int>(in.H), threads = H <= kThreads ? kThreads : (H + 31) / 32 * 32;
+  const int whole = kSector / std::gcd(H, kSector), fit = threads / H,
+            groups = fit >= whole ? fit / whole * whole : fit;
+  const int64_t tokens = groups * kTokens, needed = (in.tokens + tokens - 1) / tokens;
   const int64_t resident = int64_t{current_device_properties().multiprocessors} * (kResidentThreads / threads);
-  return static_cast<int>(std::min((in.tokens + tokens - 1) / tokens, resident));
+  return {.threads = threads,
+          .ctas = static_cast<int>(std::min(needed, resident)),
+          .groups = static_cast<uint32_t>(groups)};
 }
 
 }  // namespace
 }  // namespace hopper
 
-int64_t delta_gates_backward_workspace(const DeltaGatesInputs& in) { return hopper::count_ctas(in) * 2 * in.H; }
+int64_t delta_gates_backward_workspace(const DeltaGatesInputs& in) { return hopper::choose_grid(in).ctas * 2 * in.H; }
 
 void delta_gates_backward_hopper(const DeltaGatesBackwardParams& p, float* workspace, void* stream) {
   using namespace hopper;
   const auto on = static_cast<cudaStream_t>(stream);
-  const int ctas = count_ctas(p.in);
-  if (ctas > 0)
+  const GateGrid grid = choose_grid(p.in);
+  if (grid.ctas > 0)
     launch("delta_gates_backward",
-           {.grid = dim3(static_cast<unsigned>(ctas)), .threads = threads_of_cta(p.in), .programmatic = true}, on,
-           delta_gates_backward_kernel, p, workspace);
+           {.grid = dim3(static_cast<unsigned>(grid.ctas)), .threads = grid.threads, .programmatic = true}, on,
+           delta_gates_backward_kernel, p, grid.groups, workspace);
   add_up("delta_gates_backward",
          {.partials = workspace,
-          .rows = ctas,
+          .rows = grid.ctas,
           .count = 2,
           .columns = static_cast<int>(p.in.H),
           .dtype = Dtype::f32,
