@@ -136,8 +136,8 @@ def test_every_schedule_agrees():
 @simulated
 @pytest.mark.parametrize("tokens, ctas", ((80, 1), (4000, 50)))
 def test_delta_gates_backward_moves_little_beside_its_inputs_and_outputs(tokens, ctas):
-    """A CTA has 20 tokens of 12 heads at a time, 4 times: whole sectors. It writes 24 sums; a thread reads two numbers of
-    its head.
+    """A CTA has 20 tokens of 12 heads at a time, 4 times: whole sectors. It writes 24 sums; a thread reads A_log and
+    dt_bias of its head.
     """
     H = 12
     inputs = gates_inputs(tokens, H, dtype=BF16)
