@@ -17,6 +17,8 @@ H200 = Ceilings(bandwidth=4.3e12, tensor=790e12)  # measured once on one H200; a
 
 
 NORM_TENSORS = {"rms_norm": 2, "add_rms_norm": 4, "gated_rms_norm": 3}  # that are read or written, beside the weight
+# The same of the backward, beside the weight and its gradient: x, dy and dx, and what the others have.
+NORM_BACKWARD_TENSORS = {"rms_norm": 3, "add_rms_norm": 6, "gated_rms_norm": 5}
 
 
 class Work(NamedTuple):
@@ -108,14 +110,28 @@ def norm(op: str, rows: int, columns: int) -> Work:
     return Work(HALF * columns * (NORM_TENSORS[op] * rows + 1), 0)
 
 
+def norm_backward(op: str, rows: int, columns: int) -> Work:
+    return Work(HALF * columns * (NORM_BACKWARD_TENSORS[op] * rows + 2), 0)
+
+
 def swiglu(shape: Shape, rows: int) -> Work:
     """gate, up, y in 16 bits."""
     return Work(3 * HALF * rows * shape.F, 0)
 
 
+def swiglu_backward(shape: Shape, rows: int) -> Work:
+    """dy, gate, up, dgate, dup in 16 bits."""
+    return Work(5 * HALF * rows * shape.F, 0)
+
+
 def delta_gates(shape: Shape, tokens: int) -> Work:
     """a, b in 16 bits, g, beta in fp32; A_log and dt_bias."""
     return Work((2 * HALF + 2 * SINGLE) * tokens * shape.H + 2 * SINGLE * shape.H, 0)
+
+
+def delta_gates_backward(shape: Shape, tokens: int) -> Work:
+    """a, b, da, db in 16 bits, dg, dbeta in fp32; A_log, dt_bias and their gradients."""
+    return Work((4 * HALF + 2 * SINGLE) * tokens * shape.H + 4 * SINGLE * shape.H, 0)
 
 
 def jet_block_step(shape: Shape, N: int, itemsize: int) -> Work:

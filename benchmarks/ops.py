@@ -26,6 +26,7 @@ CONV_LENGTHS = (2048, 8192, 32768)
 STEP_ROWS = (1, 8, 32, 64, 128, 256)
 NORM_TOKENS = (1, 128, 8192)
 POINTWISE_ROWS = (1, 64, 8192)
+TRAINING_TOKENS = (2048, 8192)
 ATTENTION_CACHES = ((1, 4096), (1, 65536), (16, 4096), (16, 65536), (128, 4096))
 BLOCK_STEP_ROWS = (1, 16, 128)
 CHUNK_SIZES = ((1, 2048), (1, 8192), (1, 32768), (4, 8192), (8, 4096))
@@ -155,6 +156,38 @@ def delta_gates(shape: Shape, tokens: int) -> Case:
     return Case("delta_gates", shape, f"{tokens}", "bf16", floors.delta_gates(shape, tokens), make)
 
 
+def _backward(forward: Case, work: Work, grads: Callable[[Draw, Tensor], tuple]) -> Case:
+    """The backward of `forward`; grads(draw, its first argument) are the gradients of its results."""
+
+    def make(draw: Draw) -> tuple:
+        arguments = forward.make(draw)
+        return (*grads(draw, arguments[0]), *arguments)
+
+    return forward._replace(op=f"{forward.op}_backward", work=work, make=make)
+
+
+def norm_backward(op: str, shape: Shape, N: int) -> Case:
+    def grads(draw: Draw, x: Tensor) -> tuple:
+        return tuple(draw.normal(*x.shape, dtype=BF16) for _ in range(2 if op == "add_rms_norm" else 1))
+
+    rows, columns = (N * shape.H, shape.V) if op == "gated_rms_norm" else (N, 4 * shape.R)
+    return _backward(norm(op, shape, N), floors.norm_backward(op, rows, columns), grads)
+
+
+def swiglu_backward(shape: Shape, rows: int) -> Case:
+    def grads(draw: Draw, gate: Tensor) -> tuple:
+        return (draw.normal(*gate.shape, dtype=BF16),)
+
+    return _backward(swiglu(shape, rows), floors.swiglu_backward(shape, rows), grads)
+
+
+def delta_gates_backward(shape: Shape, tokens: int) -> Case:
+    def grads(draw: Draw, a: Tensor) -> tuple:
+        return draw.normal(*a.shape), draw.normal(*a.shape)
+
+    return _backward(delta_gates(shape, tokens), floors.delta_gates_backward(shape, tokens), grads)
+
+
 def attention_step(shape: Shape, N: int, L: int) -> Case:
     """Of N sequences whose caches of L slots are full but for the new token's."""
     assert shape.A is not None
@@ -204,6 +237,9 @@ def measured(shapes: list[Shape]) -> list[Case]:
     cases += [norm(op, s, N) for op in floors.NORM_TENSORS for s in shapes for N in NORM_TOKENS]
     cases += [swiglu(s, rows) for s in shapes if s.F for rows in POINTWISE_ROWS]
     cases += [delta_gates(s, tokens) for s in shapes for tokens in POINTWISE_ROWS]
+    cases += [norm_backward(op, s, N) for op in floors.NORM_BACKWARD_TENSORS for s in shapes for N in TRAINING_TOKENS]
+    cases += [swiglu_backward(s, rows) for s in shapes if s.F for rows in TRAINING_TOKENS]
+    cases += [delta_gates_backward(s, tokens) for s in shapes for tokens in TRAINING_TOKENS]
     cases += [jet_block_step(s, N) for s in shapes if s.H == s.Hk for N in BLOCK_STEP_ROWS]
     return cases + [attention_step(s, N, L) for s in shapes if s.A for N, L in ATTENTION_CACHES]
 
@@ -220,8 +256,10 @@ def small(shape: Shape) -> list[Case]:
         *([jet_block_step(shape, 3)] if shape.H == shape.Hk else []),
         apply_conv(shape, 2, 67),
         *(norm(op, shape, 67) for op in floors.NORM_TENSORS),
-        *([swiglu(shape, 3)] if shape.F else []),
+        *(norm_backward(op, shape, 67) for op in floors.NORM_BACKWARD_TENSORS),
+        *([swiglu(shape, 3), swiglu_backward(shape, 3)] if shape.F else []),
         delta_gates(shape, 70),
+        delta_gates_backward(shape, 70),
     ]
 
 

@@ -46,22 +46,24 @@ Gradients add_rms_norm_backward(Tensor grad_y, OptionalTensor grad_sum, AddNormT
   checks.same("grad_y", grad_y, "x", t.x);
   if (grad_sum) checks.same("grad_sum", *grad_sum, "x", t.x);
   const int device = launch_device(t.x);
-  if (const auto reason = plain_reason_without_kernel(device))
+  if (const auto reason = plain_reason_of_call(device, kernel_takes(t.x)))
     return call_plain<Gradients>("jet_plain::add_rms_norm_backward", *reason, grad_y, grad_sum, t);
   const ScalarType weight_dtype = t.weight.scalar_type();
   t.weight = norm_weight(device, t.weight, t.x);
-  grad_y = dense(grad_y), grad_sum = dense(grad_sum);
+  grad_y = norm_gradient(device, grad_y);
+  if (grad_sum) grad_sum = norm_gradient(device, *grad_sum);
   const RowLayout layout(row_alignment(device, t.x), {&t.x, &t.residual});
   Tensor dx = allocate(t.x, t.x.sizes()), dresidual = allocate(t.x, t.x.sizes());
   Tensor dweight = allocate(t.weight, t.weight.sizes());
-  rms_norm_backward_cpu({.in = inputs(layout, t),
-                         .grad_y = grad_y.const_data_ptr(),
-                         .grad_sum = grad_sum ? grad_sum->const_data_ptr() : nullptr,
-                         .dx = dx.mutable_data_ptr(),
-                         .dresidual = dresidual.mutable_data_ptr(),
-                         .dgate = nullptr,
-                         .dweight = dweight.mutable_data_ptr()},
-                        torch_parallel());
+  run_norm_backward(device,
+                    {.in = inputs(layout, t),
+                     .grad_y = grad_y.const_data_ptr(),
+                     .grad_sum = grad_sum ? grad_sum->const_data_ptr() : nullptr,
+                     .dx = dx.mutable_data_ptr(),
+                     .dresidual = dresidual.mutable_data_ptr(),
+                     .dgate = nullptr,
+                     .dweight = dweight.mutable_data_ptr()},
+                    t.x);
   return {dx, dresidual, in_dtype(dweight, weight_dtype)};
 }
 

@@ -90,7 +90,8 @@ Gradients delta_gates_backward(GateGradients grads, GateTensors t) {
   check(checks, t);
   check_gradient(checks, "grad_g", grads.grad_g, t);
   if (grads.grad_beta) check_gradient(checks, "grad_beta", *grads.grad_beta, t);
-  if (const auto reason = plain_reason_without_kernel(launch_device(t.a)))
+  const int device = launch_device(t.a);
+  if (const auto reason = plain_reason_of_call(device, delta_gates_kernel_takes(sizes_of(t))))
     return call_plain<Gradients>("jet_plain::delta_gates_backward", *reason, grads, t);
   const ScalarType A_log_dtype = t.A_log.scalar_type(), dt_bias_dtype = t.dt_bias.scalar_type();
   t.a = in_rows(t.a), t.b = in_rows(t.b), grads.grad_g = in_rows(grads.grad_g);
@@ -105,7 +106,13 @@ Gradients delta_gates_backward(GateGradients grads, GateTensors t) {
                                    .db = db.mutable_data_ptr(),
                                    .dA_log = dA_log.mutable_data_ptr(),
                                    .ddt_bias = ddt_bias.mutable_data_ptr()};
-  delta_gates_backward_cpu(p, torch_parallel());
+  if (device == kHost) {
+    delta_gates_backward_cpu(p, torch_parallel());
+  } else if constexpr (kWithCuda) {
+    const LaunchScope scope(t.a);
+    const Tensor workspace = allocate(t.a, {delta_gates_backward_workspace(p.in)}, ScalarType::Float);
+    delta_gates_backward_hopper(p, static_cast<float*>(workspace.mutable_data_ptr()), scope.stream());
+  }
   return {da, db, in_dtype(dA_log, A_log_dtype), in_dtype(ddt_bias, dt_bias_dtype)};
 }
 

@@ -45,22 +45,23 @@ Gradients gated_rms_norm_backward(Tensor grad_y, GatedNormTensors t) {
   check(checks, t);
   checks.same("grad_y", grad_y, "x", t.x);
   const int device = launch_device(t.x);
-  if (const auto reason = plain_reason_without_kernel(device))
+  if (const auto reason = plain_reason_of_call(device, kernel_takes(t.x)))
     return call_plain<Gradients>("jet_plain::gated_rms_norm_backward", *reason, grad_y, t);
   const ScalarType weight_dtype = t.weight.scalar_type();
   t.weight = norm_weight(device, t.weight, t.x);
-  grad_y = dense(grad_y);
+  grad_y = norm_gradient(device, grad_y);
   const RowLayout layout(row_alignment(device, t.x), {&t.x, &t.gate});
   Tensor dx = allocate(t.x, t.x.sizes()), dgate = allocate(t.x, t.x.sizes());
   Tensor dweight = allocate(t.weight, t.weight.sizes());
-  rms_norm_backward_cpu({.in = inputs(layout, t),
-                         .grad_y = grad_y.const_data_ptr(),
-                         .grad_sum = nullptr,
-                         .dx = dx.mutable_data_ptr(),
-                         .dresidual = nullptr,
-                         .dgate = dgate.mutable_data_ptr(),
-                         .dweight = dweight.mutable_data_ptr()},
-                        torch_parallel());
+  run_norm_backward(device,
+                    {.in = inputs(layout, t),
+                     .grad_y = grad_y.const_data_ptr(),
+                     .grad_sum = nullptr,
+                     .dx = dx.mutable_data_ptr(),
+                     .dresidual = nullptr,
+                     .dgate = dgate.mutable_data_ptr(),
+                     .dweight = dweight.mutable_data_ptr()},
+                    t.x);
   return {dx, dgate, in_dtype(dweight, weight_dtype)};
 }
 

@@ -95,6 +95,9 @@ inline Tensor norm_weight(int device, const Tensor& weight, const Tensor& x) {
   return dense(x.scalar_type() == ScalarType::Double ? in_dtype(weight, ScalarType::Double) : weight);
 }
 
+// A gradient as forward's results are: contiguous, on a device aligned.
+inline Tensor norm_gradient(int device, const Tensor& grad) { return device == kHost ? dense(grad) : aligned(grad); }
+
 inline bool kernel_takes(const Tensor& x) {
   const int64_t C = x.size(-1);
   return rms_norm_kernel_takes(kernel_dtype(x), C == 0 ? 0 : x.numel() / C, C);
@@ -106,6 +109,16 @@ inline void run_norm(int device, const RmsNormParams& p, [[maybe_unused]] const 
     rms_norm_cpu(p, torch_parallel());
   else if constexpr (kWithCuda)
     rms_norm_hopper(p, LaunchScope(x).stream());
+}
+
+inline void run_norm_backward(int device, const RmsNormBackwardParams& p, [[maybe_unused]] const Tensor& x) {
+  if (device == kHost) {
+    rms_norm_backward_cpu(p, torch_parallel());
+  } else if constexpr (kWithCuda) {
+    const LaunchScope scope(x);
+    const Tensor workspace = allocate(x, {rms_norm_backward_workspace(p.in)}, ScalarType::Float);
+    rms_norm_backward_hopper(p, static_cast<float*>(workspace.mutable_data_ptr()), scope.stream());
+  }
 }
 
 }  // namespace jet::bindings

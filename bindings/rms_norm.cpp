@@ -32,21 +32,22 @@ Gradients rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, double eps) 
   check(checks, x, weight);
   checks.same("grad_y", grad_y, "x", x);
   const int device = launch_device(x);
-  if (const auto reason = plain_reason_without_kernel(device))
+  if (const auto reason = plain_reason_of_call(device, kernel_takes(x)))
     return call_plain<Gradients>("jet_plain::rms_norm_backward", *reason, grad_y, x, weight, eps);
   const ScalarType weight_dtype = weight.scalar_type();
   weight = norm_weight(device, weight, x);
-  grad_y = dense(grad_y);
+  grad_y = norm_gradient(device, grad_y);
   const RowLayout layout(row_alignment(device, x), {&x});
   Tensor dx = allocate(x, x.sizes()), dweight = allocate(weight, weight.sizes());
-  rms_norm_backward_cpu({.in = layout.inputs(weight, eps),
-                         .grad_y = grad_y.const_data_ptr(),
-                         .grad_sum = nullptr,
-                         .dx = dx.mutable_data_ptr(),
-                         .dresidual = nullptr,
-                         .dgate = nullptr,
-                         .dweight = dweight.mutable_data_ptr()},
-                        torch_parallel());
+  run_norm_backward(device,
+                    {.in = layout.inputs(weight, eps),
+                     .grad_y = grad_y.const_data_ptr(),
+                     .grad_sum = nullptr,
+                     .dx = dx.mutable_data_ptr(),
+                     .dresidual = nullptr,
+                     .dgate = nullptr,
+                     .dweight = dweight.mutable_data_ptr()},
+                    x);
   return {dx, in_dtype(dweight, weight_dtype)};
 }
 

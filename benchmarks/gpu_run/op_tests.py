@@ -21,6 +21,11 @@ SHARES = 3  # of a file of tests of kernels
 OP_OF_TEST = {  # the first that is in a test's name
     "jet_block_step": "jet_block_step",
     "attention_step": "attention_step",
+    "gated_rms_norm_backward": "gated_rms_norm_backward",
+    "add_rms_norm_backward": "add_rms_norm_backward",
+    "rms_norm_backward": "rms_norm_backward",
+    "delta_gates_backward": "delta_gates_backward",
+    "swiglu_backward": "swiglu_backward",
     "gated_rms_norm": "gated_rms_norm",
     "add_rms_norm": "add_rms_norm",
     "norm_kernels": "rms_norm",

@@ -42,6 +42,17 @@ __device__ inline float load_as_float(const void* data, Dtype dtype, int64_t i) 
   if (dtype == Dtype::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
   return __half2float(static_cast<const __half*>(data)[i]);
 }
+__device__ inline float load_as_float(const StridedRows& x, Dtype dtype, uint32_t row, uint32_t column) {
+  return load_as_float(x.data, dtype, row * x.row + column * x.column);
+}
+
+// Element i from x, rounded to nearest even.
+__device__ inline void store_from_float(void* data, Dtype dtype, int64_t i, float x) {
+  if (dtype == Dtype::f32)
+    static_cast<float*>(data)[i] = x;
+  else
+    static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(dtype == Dtype::bf16 ? pack<bf16>(x, 0) : pack<f16>(x, 0));
+}
 
 // Elements i .. i + n - 1 from x, rounded to nearest even, 16 bytes at a time where n allows it. i is a multiple of n,
 // `data` 16-byte aligned.

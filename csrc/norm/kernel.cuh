@@ -14,6 +14,7 @@ namespace jet::hopper {
 
 enum class NormKind { alone, add, gated };
 
+// What forward and backward read.
 struct NormArguments {
   uint32_t rows, inner;
   int C, lanes;  // of a team: a power of two up to 32, or the CTA's threads
@@ -21,7 +22,6 @@ struct NormArguments {
   NormRows x, other;  // the other: residual or gate
   const void* weight;
   bool wide_weight;  // fp32 beside 16-bit elements
-  void *y, *sum;
 };
 
 // A unit as it is in memory.
@@ -106,6 +106,25 @@ __device__ void load_row(NormRow<Element, unit, units>& row, const NormArguments
   for_units<unit, units>(p, lane, [&](int j, int c) { row[j].load(from + c); });
 }
 
+// The weights of the unit that begins at column c.
+template <class Element, int unit>
+__device__ void load_weight(float (&weight)[unit], const NormArguments& p, int c) {
+  if (sizeof(Element) == 2 && p.wide_weight) {
+    constexpr int n = unit == 1 ? 1 : 4;
+#pragma unroll
+    for (int i = 0; i < unit; i += n) {
+      NormUnit<float, n> part;
+      part.load(static_cast<const float*>(p.weight) + c + i);
+#pragma unroll
+      for (int k = 0; k < n; ++k) weight[i + k] = __uint_as_float(part.bits[k]);
+    }
+  } else {
+    NormUnit<Element, unit> part;
+    part.load(static_cast<const Element*>(p.weight) + c);
+    part.read(weight);
+  }
+}
+
 // The sum over the lanes of a team, in every lane. `partial`: of a team of several warps, one float a warp, not those
 // of the call before.
 __device__ inline float sum_over_team(float x, int lanes, float* partial) {
@@ -122,7 +141,8 @@ __device__ inline float sum_over_team(float x, int lanes, float* partial) {
 }
 
 template <class Element, int unit, int units, NormKind kind>
-__global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constant__ NormArguments p) {
+__global__ void __launch_bounds__(kNormThreads)
+    norm_kernel(const __grid_constant__ NormArguments p, void* y_rows, void* sum_rows) {
   using Row = NormRow<Element, unit, units>;
   __shared__ float partial[2][kNormThreads / 32];
   const int lane = static_cast<int>(threadIdx.x) % p.lanes;
@@ -136,21 +156,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
     load_row<Element, unit, units>(x, p, p.x, row, lane);
     if constexpr (kind != NormKind::alone) load_row<Element, unit, units>(other, p, p.other, row, lane);
   }
-  for_units<unit, units>(p, lane, [&](int j, int c) {
-    if (sizeof(Element) == 2 && p.wide_weight) {
-#pragma unroll
-      for (int i = 0; i < unit; i += unit == 1 ? 1 : 4) {
-        NormUnit<float, unit == 1 ? 1 : 4> part;
-        part.load(static_cast<const float*>(p.weight) + c + i);
-#pragma unroll
-        for (int k = 0; k < (unit == 1 ? 1 : 4); ++k) weight[j][i + k] = __uint_as_float(part.bits[k]);
-      }
-    } else {
-      NormUnit<Element, unit> part;
-      part.load(static_cast<const Element*>(p.weight) + c);
-      part.read(weight[j]);
-    }
-  });
+  for_units<unit, units>(p, lane, [&](int j, int c) { load_weight<Element>(weight[j], p, c); });
   // Every thread of a warp goes round as often: shuffles and barriers need them all.
   for (uint32_t first = blockIdx.x * teams, half = 0; first < p.rows; first += step, row += step, half ^= 1) {
     float squares = 0, z[units][unit] = {};
@@ -164,7 +170,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
         for (int i = 0; i < unit; ++i) z[j][i] += residual[i];
         NormUnit<Element, unit> sum;
         sum.write(z[j]);
-        if (row < p.rows) sum.store(static_cast<Element*>(p.sum) + out + c);
+        if (row < p.rows) sum.store(static_cast<Element*>(sum_rows) + out + c);
         sum.read(z[j]);
       }
 #pragma unroll
@@ -191,7 +197,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
       }
       NormUnit<Element, unit> y;
       y.write(z[j]);
-      y.store(static_cast<Element*>(p.y) + out + c);
+      y.store(static_cast<Element*>(y_rows) + out + c);
     });
   }
 }

@@ -1,5 +1,5 @@
-// Which calls the Hopper kernel of the norms takes; the others are served by the plain path. It takes rows in units: 16
-// bytes, of which each row begins at a multiple, or single elements where C is no multiple of 16 bytes.
+// Which calls the Hopper kernels of the norms take; the others are served by the plain path. They take rows in units:
+// 16 bytes, of which each row begins at a multiple, or single elements where C is no multiple of 16 bytes.
 #pragma once
 
 #include "csrc/norm/rms_norm.h"
@@ -18,6 +18,11 @@ constexpr int64_t norm_unit(Dtype dtype, int64_t C) {
 // elements are few bytes.
 constexpr int units_of_lane(int64_t unit) { return unit == 1 ? 8 : 1; }
 
+// The same of the backward, whose CTAs have half the threads: a thread then has 128 registers.
+constexpr int kNormBackwardThreads = kNormThreads / 2;
+constexpr int units_of_backward_lane(int64_t unit) { return 2 * units_of_lane(unit); }
+
+// Of forward and backward.
 constexpr bool rms_norm_kernel_takes(Dtype dtype, int64_t rows, int64_t C) {
   const int64_t unit = norm_unit(dtype, C);
   return dtype != Dtype::f64 && rows < int64_t{1} << 31 && C <= kNormThreads * unit * units_of_lane(unit);

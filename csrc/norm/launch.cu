@@ -43,15 +43,13 @@ void launch_norm(const RmsNormParams& p, const NormRows& other, const char* op, 
                                 .x = in.x,
                                 .other = other,
                                 .weight = in.weight,
-                                .wide_weight = in.weight_dtype == Dtype::f32,
-                                .y = p.y,
-                                .sum = p.sum};
+                                .wide_weight = in.weight_dtype == Dtype::f32};
   const LaunchShape shape{.grid = teams.ctas, .threads = teams.threads, .programmatic = true};
   constexpr int unit = 16 / sizeof(Element);
   if (norm_unit(in.dtype, in.C) == 1)
-    launch(op, shape, stream, norm_kernel<Element, 1, units_of_lane(1), kind>, arguments);
+    launch(op, shape, stream, norm_kernel<Element, 1, units_of_lane(1), kind>, arguments, p.y, p.sum);
   else
-    launch(op, shape, stream, norm_kernel<Element, unit, units_of_lane(unit), kind>, arguments);
+    launch(op, shape, stream, norm_kernel<Element, unit, units_of_lane(unit), kind>, arguments, p.y, p.sum);
 }
 
 template <class Element>

@@ -45,8 +45,8 @@ struct RmsNormParams {
 
 struct RmsNormBackwardParams {
   NormInputs in;
-  const void* grad_y;    // [rows, C] contiguous
-  const void* grad_sum;  // [rows, C] contiguous, or null: zeros
+  const void* grad_y;    // [rows, C] contiguous; on a device 16-byte aligned
+  const void* grad_sum;  // [rows, C] alike, or null: zeros
   void* dx;              // [rows, C] contiguous
   void* dresidual;       // [rows, C] contiguous; with a residual
   void* dgate;           // [rows, C] contiguous; with a gate
@@ -57,7 +57,10 @@ void rms_norm_cpu(const RmsNormParams& params, const Parallel& parallel);
 void rms_norm_backward_cpu(const RmsNormBackwardParams& params, const Parallel& parallel);
 
 // On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). The params must satisfy
-// rms_norm_kernel_takes (kernel_takes.h).
+// rms_norm_kernel_takes (kernel_takes.h). `workspace`: so many fp32 as rms_norm_backward_workspace says, for the
+// partial sums of dweight.
 void rms_norm_hopper(const RmsNormParams& params, void* stream);
+int64_t rms_norm_backward_workspace(const NormInputs& in);
+void rms_norm_backward_hopper(const RmsNormBackwardParams& params, float* workspace, void* stream);
 
 }  // namespace jet

@@ -39,14 +39,17 @@ struct DeltaGatesBackwardParams {
 void delta_gates_cpu(const DeltaGatesParams& params, const Parallel& parallel);
 void delta_gates_backward_cpu(const DeltaGatesBackwardParams& params, const Parallel& parallel);
 
-constexpr int64_t kMaxGateHeads = 1024;  // 8 KB of shared memory
+constexpr int64_t kMaxGateHeads = 1024;  // 8 KB of shared memory; a thread each in the backward
 
 inline bool delta_gates_kernel_takes(const DeltaGatesInputs& in) {
   return in.dtype != Dtype::f64 && in.H <= kMaxGateHeads && in.tokens * in.H < int64_t{1} << 31;
 }
 
 // On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). The params must satisfy
-// delta_gates_kernel_takes.
+// delta_gates_kernel_takes. `workspace`: so many fp32 as delta_gates_backward_workspace says, for the partial sums of
+// dA_log and ddt_bias.
 void delta_gates_hopper(const DeltaGatesParams& params, void* stream);
+int64_t delta_gates_backward_workspace(const DeltaGatesInputs& in);
+void delta_gates_backward_hopper(const DeltaGatesBackwardParams& params, float* workspace, void* stream);
 
 }  // namespace jet

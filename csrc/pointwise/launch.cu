@@ -114,10 +114,6 @@ void launch_swiglu(const char* op, const Params& p, int per_thread, cudaStream_t
 constexpr int kGateThreads = 256;
 constexpr int kGatesPerThread = 4;  // exp(A_log) and dt_bias of 12 heads are 96 of a CTA's 12,384 bytes
 
-__device__ float element(const StridedRows& x, Dtype dtype, uint32_t token, uint32_t head) {
-  return load_as_float(x.data, dtype, token * x.row + head * x.column);
-}
-
 __global__ void __launch_bounds__(kGateThreads) delta_gates_kernel(const __grid_constant__ DeltaGatesParams p) {
   __shared__ float rate[kMaxGateHeads], bias[kMaxGateHeads];
   const DeltaGatesInputs& in = p.in;
@@ -133,7 +129,10 @@ __global__ void __launch_bounds__(kGateThreads) delta_gates_kernel(const __grid_
 #pragma unroll
   for (int j = 0; j < kGatesPerThread; ++j) {
     const uint32_t i = first + j * kGateThreads;
-    if (i < elements) a[j] = element(in.a, in.dtype, i / H, i % H), b[j] = element(in.b, in.dtype, i / H, i % H);
+    if (i < elements) {
+      a[j] = load_as_float(in.a, in.dtype, i / H, i % H);
+      b[j] = load_as_float(in.b, in.dtype, i / H, i % H);
+    }
   }
   __syncthreads();
 #pragma unroll

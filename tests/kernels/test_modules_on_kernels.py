@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jetkernels.model import generation
 from jetkernels.model.attention import rotary_table
 from jetkernels.modules import JetBlock, JetBlockConfig
+from jetkernels.ops import _autograd
 from jetkernels.plain.attention_step import attention_step as plain_attention_step
 
 BF16 = torch.bfloat16
@@ -43,6 +44,10 @@ KERNELS = {
     "norm_kernel": "norm",
     "swiglu_kernel": "swiglu",
     "delta_gates_kernel": "gates",
+    "norm_backward_kernel": "norm backward",
+    "swiglu_backward_kernel": "swiglu backward",
+    "delta_gates_backward_kernel": "gates backward",
+    "partial_sums_kernel": "partial sums",
     "attention_step_kernel": "attention",
     "attention_combine_kernel": "combine",
 }
@@ -98,6 +103,34 @@ def on_the_simulator(**options):
             yield launched, others.counts
             for launch in hoppersim.launches():
                 launched[next((KERNELS[name] for name in KERNELS if name in launch["kernel"]), launch["kernel"])] += 1
+
+
+@contextlib.contextmanager
+def differentiable():
+    """The simulator's ops have the gradients that the library's have."""
+    simulated_ops = hoppersim.jet_sim()
+    with torch.library._scoped_library("jet_sim", "IMPL") as library, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_autograd, "overload", lambda name: getattr(simulated_ops, name).default)
+        for name in OPS:
+            if hasattr(simulated_ops, f"{name}_backward"):
+                library.impl(name, _autograd.differentiable(name), "Autograd", with_keyset=True)
+        yield
+
+
+def gradients(module: torch.nn.Module, run) -> dict[str, torch.Tensor]:
+    """Of the parameters, by name, after ``run(module)`` has called backward."""
+    module.zero_grad()
+    run(module)
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def check_gradients(found, expected, exact) -> None:
+    """As near to the exact ones as those of a CPU are: each up to chance and a rounding, all together closely."""
+    assert found.keys() == expected.keys() == exact.keys()
+    errors = {name: [rms_error(grads[name], exact[name]) for grads in (found, expected)] for name in exact}
+    for name, (error, usual) in errors.items():
+        assert error < 1.5 * usual + ROUNDING[BF16], name
+    assert sum(error for error, _ in errors.values()) < 1.1 * sum(usual for _, usual in errors.values())
 
 
 @simulated
@@ -200,6 +233,42 @@ def test_launches_of_a_step_of_each_layer():
         mixer = JET_STEP if kind == "jet" else ATTENTION_STEP
         assert launched == mixer | {"norm": 2, "swiglu": 1}
         assert launched.total() + others.total() <= MOST_LAUNCHES
+
+
+@simulated
+@pytest.mark.filterwarnings("ignore:jetkernels")
+def test_a_training_step_of_a_layer_on_the_simulator():
+    layer, x = small_layer(), torch.randn(2, 40, 64).to(BF16)
+    layer.register_parameter("x", torch.nn.Parameter(x))
+    dy = torch.randn_like(x)
+
+    def run(layer):
+        layer(layer.x).backward(dy.to(layer.x.dtype))
+
+    expected, exact = gradients(layer, run), gradients(copy.deepcopy(layer).double(), run)
+    with on_the_simulator() as (launched, _), differentiable():
+        found = gradients(layer, run)
+    assert launched.items() >= {"norm": 1, "gates": 1, "convolution": 1, "sweep": 1}.items()
+    assert launched.items() >= {"norm backward": 1, "gates backward": 1, "partial sums": 2}.items()
+    check_gradients(found, expected, exact)
+
+
+@simulated
+@pytest.mark.filterwarnings("ignore:jetkernels")
+def test_a_training_step_of_a_model_on_the_simulator(sequences):
+    rows, _ = sequences
+    model, ids = kernel_model().train(), rows[0][None]
+
+    def run(model):
+        model(ids, labels=ids).loss.backward()
+
+    expected, exact = gradients(model, run), gradients(copy.deepcopy(model).double(), run)
+    with on_the_simulator() as (launched, _), differentiable():
+        found = gradients(model, run)
+    # Two norms of each layer and the last one; of a JetBlock also the gated one.
+    assert launched.items() >= {"norm": 11, "norm backward": 11, "swiglu": 4, "swiglu backward": 4}.items()
+    assert launched.items() >= {"gates": 2, "gates backward": 2, "partial sums": 13}.items()
+    check_gradients(found, expected, exact)
 
 
 @simulated

@@ -8,6 +8,7 @@ from support.arguments import (
     attention_call,
     block_step_call,
     conv_inputs,
+    cotangents,
     delta_inputs,
     gates_inputs,
     norm_inputs,
@@ -41,6 +42,11 @@ CALLS = {
     **{op: lambda op=op: norm_inputs(op, 5, 4, 256, dtype=BF16) for op in NORM_OPS},
     "swiglu": lambda: swiglu_inputs(5, 8960, dtype=BF16),
     "delta_gates": lambda: gates_inputs(70, 12, dtype=BF16),
+}
+# ops whose backward has a kernel too
+CALLS |= {
+    f"{op}_backward": lambda forward=CALLS[op]: (*cotangents(forward()), *forward())
+    for op in (*NORM_OPS, "swiglu", "delta_gates")
 }
 each_op = pytest.mark.parametrize("name", CALLS)
 
@@ -146,7 +152,7 @@ def test_autocast_takes_the_kernel():
 
 
 def test_gradients_flow_through_the_forward_kernels():
-    """The backward is plain PyTorch until it has kernels; it fits what the forward kernels computed."""
+    """Whoever serves the backward of the convolution, it fits what the forward kernels computed."""
     arguments = conv_inputs(ConvShape("", B=1, T=130, D=64, R=64, state=False), BF16)
     leaves = [t.clone().requires_grad_() for t in arguments[:4]]
     y, _ = jetkernels.dynamic_conv(*leaves)

@@ -198,16 +198,20 @@ LEFT = {
 }
 
 
+# They take what their forward takes.
+BACKWARD_KERNELS = [f"{op}_backward" for op in (*NORM_OPS, *POINTWISE_OPS)]
+
+
 def check_hopper(backend_of, device="cpu") -> None:
-    for op in KERNELS:
-        for sizes in TAKEN[op]:
+    for op in (*KERNELS, *BACKWARD_KERNELS):
+        forward = op.removesuffix("_backward")
+        for sizes in TAKEN[forward]:
             assert backend_of(op, *arguments(op, device=device, **sizes)) == ("hopper", "sm_90a"), (op, sizes)
-        for sizes in LEFT[op]:
+        for sizes in LEFT[forward]:
             assert backend_of(op, *arguments(op, device=device, **sizes)) == ("plain", NOT_TAKEN), (op, sizes)
-    for op in (*LINEAR_OPS, *BACKWARD):
+    for op in (*LINEAR_OPS, *(op for op in BACKWARD if op not in BACKWARD_KERNELS)):
         no_kernel = ("plain", "this version has no Hopper kernel for it")
-        expected = ("hopper", "sm_90a") if op == "swiglu_backward" else no_kernel
-        assert backend_of(op, *arguments(op, device=device)) == expected, op
+        assert backend_of(op, *arguments(op, device=device)) == no_kernel, op
 
 
 @simulated

@@ -128,6 +128,7 @@ def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(ops, "STEP_ROWS", (2,))
     monkeypatch.setattr(ops, "NORM_TOKENS", (3,))
     monkeypatch.setattr(ops, "POINTWISE_ROWS", (3,))
+    monkeypatch.setattr(ops, "TRAINING_TOKENS", (3,))
     monkeypatch.setattr(ops, "ATTENTION_CACHES", ((2, 70),))
     monkeypatch.setattr(ops, "BLOCK_STEP_ROWS", (2,))
     monkeypatch.setattr(versus, "STEP_ROWS", (2,))
