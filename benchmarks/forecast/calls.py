@@ -76,12 +76,12 @@ class Forecast:
         rows = [self.row(case, "prepare", "CTA", prepared, max(compute / clock, moved / A["bandwidth"]))]
         segments, longest = segments_of(B, T, shape)
         if segments > 1:
-            cuts = self.timed(kernels.sweep, shape, False)
+            cuts = self.timed(kernels.sweep, shape, "cuts")
             rows.append(self.row(case, "cuts", "chunk", cuts, longest * cuts.cycles / clock + A["cta"]))
             if segments > 2:
                 joined = self.timed(kernels.join, shape, B, segments - 2)
                 rows.append(self.row(case, "join", "CTA", joined, joined.total / A["light clock"]))
-        swept = self.timed(kernels.sweep, shape, True)
+        swept = self.timed(kernels.sweep, shape, "outputs")
         # Slices of a head, and value heads of a key head, read the same rows through the L2.
         per_chunk = (
             4 * CHUNK * shape.K / max(slices, shape.H // shape.Hk) + IMAGE / slices + 2 * 2 * CHUNK * min(shape.V, 128)

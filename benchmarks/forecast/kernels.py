@@ -8,12 +8,13 @@ from typing import NamedTuple
 from benchmarks.floors import CHUNK
 from benchmarks.forecast.layout import FIRST, constants
 from benchmarks.forecast.machine import A, Multiprocessor, Role, event_of, is_load
-from benchmarks.forecast.sass import Graph, Instruction, code_of, find_kernel, registers_of
+from benchmarks.forecast.sass import Graph, Instruction, Loop, code_of, find_kernel, registers_of
 from benchmarks.forecast.walk import Walker, Way, Work
 from benchmarks.shapes import Shape
 
 FP32, BF16 = 0, 2  # Dtype
 IMAGE = 2 * 5120 + 6 * 256  # bytes that prepare hands to sweep for a chunk and head
+BACKWARD_IMAGE = IMAGE + 3 * 256 + 5120
 BEHIND_MAPS = 0x280 + 3 * 128  # three tensor maps, aligned to 128 bytes
 VALUES = 64  # value columns of a consumer of sweep
 
@@ -137,10 +138,18 @@ def one_after_another(
     return Timed(cycles, streams, {unit: n / tried for unit, n in machine.busy.items()}, latency=latency, total=total)
 
 
-def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 40) -> Timed:
-    """Cycles per chunk of a CTA."""
-    K = shape.K
-    graph, _ = build.find(rf"chunk_sweep_kernel.*SweepConfigILi{K}ELb{int(outputs)}")
+SWEEPS = {
+    "outputs": "chunk_sweep_kernel.*SweepConfigILi{K}ELNS0_9SweepPassE0E",
+    "cuts": "chunk_sweep_kernel.*SweepConfigILi{K}ELNS0_9SweepPassE1E",
+    "states": "chunk_sweep_kernel.*SweepConfigILi{K}ELNS0_9SweepPassE2E",
+    "reverse": "chunk_reverse_kernel.*ReverseConfigILi{K}E",
+}
+
+
+def sweep(build: Build, shape: Shape, which: str, turns: int = 40) -> Timed:
+    """Cycles per chunk of a CTA, of a pass of the forward or the backward over the chunks of a sequence."""
+    K, q_too = shape.K, which in ("outputs", "reverse")
+    graph, _ = build.find(SWEEPS[which].format(K=K))
     way = Way(
         "F2FP|UTMALDG|UBLKCP|UTMASTG|STSM", r"^STG|^ST ", (Work("UTMALDG", 8),), build.chunked("SweepArguments", shape)
     )
@@ -148,19 +157,21 @@ def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 40) -> 
     normalises = graph.find_loop(["F2FP", "SYNCS.ARRIVE"], "HGMMA")
     stream = one_turn(graph, loads, way, 0)
     copies = sum(x.name in ("UTMALDG", "UBLKCP") for x in stream)
-    size = (4 if outputs else 2) * CHUNK * K + 2 * CHUNK * 2 * VALUES + (IMAGE if outputs else IMAGE - 5120)
+    size = (4 if q_too else 2) * CHUNK * K + 2 * CHUNK * 2 * VALUES + (IMAGE if q_too else IMAGE - 5120)
+    # Per bulk store of a consumer: outputs, or the mean of two tiles.
+    stored = VALUES * (CHUNK if which == "outputs" else (CHUNK + K) // 2) * 2
     row_units = 8 if K % 64 == 0 else 4  # 16 bytes wide, in a panel
-    panels = K // 8 // row_units * (2 if outputs else 1)
+    panels = K // 8 // row_units * (2 if which == "outputs" else 1)  # reverse normalises q alone
 
     def rows_of(w: int) -> Way:
         rows = len(range((w - 1) * 32 // row_units, CHUNK, 96 // row_units))  # of the first lane of a warp
         return way._replace(through="F2FP", around=r"STS\.128.*RZ", loops=(Work(r"LDS\.128", rows * panels),))
 
     acquired = next(event_of(x) for x in stream if "TRYWAIT" in x.opcode)
-    stages = 3 if K <= 128 else 2
+    stages = 3 if K <= (96 if which == "reverse" else 128) else 2
     roles = {
         "consumers": [
-            Role(one_turn(graph, products, way, w), [w], w // 4, turns, stored=CHUNK * VALUES * 2) for w in range(4, 12)
+            Role(one_turn(graph, products, way, w), [w], w // 4, turns, stored=stored) for w in range(4, 12)
         ],
         "normalisers": [Role(one_turn(graph, normalises, rows_of(w), w), [w], turns=turns) for w in range(1, 4)],
         "loader": [Role(stream, [0], turns=turns, copied=size / copies, free={acquired: stages})],
@@ -168,16 +179,51 @@ def sweep(build: Build, shape: Shape, outputs: bool = True, turns: int = 40) -> 
     return together(roles, turns)
 
 
-def prepare(build: Build, shape: Shape, count: int = 12) -> Timed:
+def prepare(build: Build, shape: Shape, count: int = 12, backward: bool = False) -> Timed:
     """Cycles per CTA, of a chunk and a key head; `count` on each multiprocessor."""
-    graph, registers = build.find(rf"chunk_prepare_kernel.*PrepareConfigILi{shape.K}E")
+    graph, registers = build.find(rf"chunk_prepare_kernel.*PrepareConfigILi{shape.K}E\w+Lb{int(backward)}E")
     heads = shape.H // shape.Hk
     way = Way("HGMMA|LDG|UBLKCP", "(?!)", (Work(r"UBLKCP\.G", heads),), build.chunked("PrepareArguments", shape))
     copied = 2 * CHUNK * shape.K * 2
     roles = whole(graph, way, 4)
     loads = sum(x.name == "UTMALDG" for x in roles[0].stream)
-    roles[0].copied, roles[0].stored = copied / loads if loads else 0, IMAGE
+    roles[0].copied, roles[0].stored = copied / loads if loads else 0, BACKWARD_IMAGE if backward else IMAGE
     return one_after_another(roles, min(resident_ctas(registers, 4), 4), count, "clock")
+
+
+def gradients(build: Build, shape: Shape, turns: int = 10) -> Timed:
+    """Cycles of a chunk and key head whose copies are there when they are needed."""
+    graph, _ = build.find(rf"chunk_gradients_kernel.*GradientConfigILi{shape.K}E")
+    tiles = -(-shape.V // VALUES)
+
+    def way_of(item: Loop) -> Way:
+        inner = {h: loop for h, loop in graph.loops.items() if h != item.header and loop.blocks < item.blocks}
+
+        def has(loop: Loop, pattern: str) -> bool:
+            return any(re.search(pattern, x.text) for b in loop.blocks for x in graph.body(b))
+
+        turned = {}
+        for h, loop in inner.items():
+            if has(loop, "TRYWAIT") and has(loop, "HGMMA|FFMA") and not has(loop, r"BAR\.SYNC|SHFL|UTMALDG"):
+                turned[h] = tiles  # the value columns
+            elif has(loop, r"STG\S*\.128") and has(loop, r"LDS\.128") and not has(loop, r"BAR\.SYNC"):
+                turned[h] = CHUNK * shape.K // 8 // 128  # rows of dq or dk
+            elif has(loop, r"LDS\.128") and has(loop, "FFMA") and not has(loop, "TRYWAIT"):
+                turned[h] = -(-shape.K * 128 // (96 * 16) // 2)  # <S0, dS>, two units at a time
+        return Way("HGMMA|STSM|STG|FFMA", r"STS\.128.*RZ", (), build.chunked("GradientArguments", shape), turned)
+
+    groups = {
+        "query": (graph.find_loop(["HGMMA.*tnspB", r"BAR\.SYNC"], "tnspA"), range(4, 8)),
+        "key": (graph.find_loop(["HGMMA.*tnspA", r"BAR\.SYNC"]), range(8, 12)),
+        "states": (graph.find_loop(["FFMA", "TRYWAIT", "SHFL"], r"HGMMA|UTMALDG|BAR\.SYNC"), range(1, 4)),
+    }
+    roles = {
+        name: [Role(one_turn(graph, loop, way_of(loop), w), [w], w // 4, turns) for w in warps]
+        for name, (loop, warps) in groups.items()
+    }
+    for role in roles["states"]:  # the sums of the head before are read
+        role.free = {event_of([x for x in role.stream if "TRYWAIT" in x.opcode][-1]): 1}
+    return together(roles, turns, 2)
 
 
 def join(build: Build, shape: Shape, sequences: int, cuts: int) -> Timed:

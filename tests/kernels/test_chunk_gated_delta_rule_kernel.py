@@ -465,7 +465,7 @@ def test_machine_code_of_sweep(K):
         products = [line for line in code.instructions if line.startswith("HGMMA")]
         # HGMMA D, A, B, C: A in registers
         assert products and all(line.split(",")[1].strip().startswith("R") for line in products), name
-        if "Lb1" in name:
+        if "SweepPassE0" in name:
             steps = K // 16
             assert len(products) == 2 * steps + 3 * 4, f"{name}: S K, S Q, then R T', U P', U K"
             assert code.uses("UTMASTG"), name

@@ -301,7 +301,7 @@ __device__ void write_vectors(const PrepareArguments& p, PrepareShared<Config>& 
   }
 }
 
-// T' in bf16 behind it in fp16.
+// T' without its diagonal, in the dtype of q.
 template <class Config>
 __device__ void convert_inverse(PrepareShared<Config>& shared, int thread) {
   const uint32_t* from = reinterpret_cast<const uint32_t*>(shared.image);
@@ -309,8 +309,10 @@ __device__ void convert_inverse(PrepareShared<Config>& shared, int thread) {
 #pragma unroll 2
   for (int i = 0; i < kTriangleBytes / 4; i += kWarpgroup) {
     const float2 both = unpack<f16>(from[i + thread]);
-    to[i + thread] = pack<bf16>(both.x, both.y);
+    to[i + thread] = pack<typename Config::Element>(both.x, both.y);
   }
+  __syncthreads();
+  if (thread < C) *reinterpret_cast<uint16_t*>(shared.image + kOtherInverseAt + image_offset(thread, thread)) = 0;
 }
 
 constexpr int kGateWarp = kBlocks - 1;  // it has nothing to do in invert_column
@@ -335,16 +337,14 @@ __device__ void prepare_head(const PrepareArguments& p, const PreparePlace& at, 
   __syncthreads();
   invert_column(shared.inverse, shared.image, thread);
   if (warp == kGateWarp && !last) sum_gates(next, shared.c, shared.beta);
-  if constexpr (Config::backward && std::is_same_v<typename Config::Element, bf16>) {
+  if constexpr (Config::backward) {
     __syncthreads();
     convert_inverse(shared, thread);
   }
   fence_proxy_async();
   __syncthreads();
   if (thread == 0) {
-    constexpr bool no_other = Config::backward && std::is_same_v<typename Config::Element, f16>;
-    cp_async_bulk_store(p.images + (at.chunk * p.H + h) * Config::image_bytes, shared.image,
-                        no_other ? kOtherInverseAt : Config::image_bytes);
+    cp_async_bulk_store(p.images + (at.chunk * p.H + h) * Config::image_bytes, shared.image, Config::image_bytes);
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();
   }

@@ -70,9 +70,9 @@ __device__ uint4 scaled(const uint4& raw, float factor) {
   return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; in reverse (backward/reverse.cuh) Kn and Q''
-// in the dtype of q. Rows behind the sequence's end become zero without being read. A thread has one unit of 16 bytes
-// in each panel of a row, a few of them at a time, so that their loads wait together.
+// Kn, Qn = rows of K and Q over their norms, in fp16 where the rows were; in reverse (backward/reverse.cuh) Q'' in
+// the dtype of q, and K as it is. Rows behind the sequence's end become zero without being read. A thread has one unit
+// of 16 bytes in each panel of a row, a few of them at a time, so that their loads wait together.
 template <class Config, class Element>
 __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread) {
   constexpr int row_units = Config::Rows::row_bytes / 16, rows = kNormalisers / row_units;
@@ -85,7 +85,7 @@ __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread)
     float of_q = Config::outputs ? stage.vectors[kInverseQ][row] : 0;
     if constexpr (Config::reverse) of_q *= stage.vectors[kOutput][row] * stage.vectors[kReadQ][row];
 #pragma unroll
-    for (int first = 0; first < panels; first += batch) {
+    for (int first = Config::reverse ? Config::Rows::panels : 0; first < panels; first += batch) {
       uint4 raw[batch];
 #pragma unroll
       for (int b = 0; b < batch && first + b < panels; ++b)

@@ -9,7 +9,7 @@
 //   dQ = scale e^{c_i} A4 + dP K
 //   dK = -e^{c_i} A5 + beta_i e^{c_C - c_i} A3 + dM K + dM^T K + dP^T Q
 //   W_ij = (scale A1 ∘ Q K^T, j <= i, - A2 ∘ K K^T, j < i)_ij Γ_ij
-//   dbeta_j = sum_i W_ij + e^{c_C - c_j} <k_j, A3_j>
+//   dbeta_j = A2_jj / beta_j, which is <U'_j, (T^T dU)_j>, or for a small beta sum_i W_ij + e^{c_C - c_j} <k_j, A3_j>
 //   dg_t = sum_{j < t <= i} W_ij beta_j + sum_{i >= t} (scale e^{c_i} <q_i, A4_i> - e^{c_i} <k_i, A5_i>)
 //          + sum_{j < t} beta_j e^{c_C - c_j} <k_j, A3_j> + e^{c_C} <S0, dS>
 // Nothing in dg cancels exactly: every term has e^{g_t} as a factor. Warpgroup 1, of the query, has A1, A4 and dQ;
@@ -92,6 +92,18 @@ struct GradientThread {
   __device__ float beta(int i) const { return gate(kBeta, i); }
   __device__ float of_key(int i) const { return l2norm ? shared.vectors[kInverseK][i] : 1; }
   __device__ float of_query(int i) const { return l2norm ? shared.vectors[kInverseQ][i] : 1; }
+  // Of row(e): what makes rows in memory those of Q or K.
+  template <bool query>
+  __device__ float of_row(int e) const {
+    return query ? of_query(row(e)) : of_key(row(e));
+  }
+  // Of columns j and j + 1.
+  __device__ float2 pair(Gate gate, int j) const {
+    return *reinterpret_cast<const float2*>(&shared.vectors[int{kVectors} + int{gate}][j]);
+  }
+  __device__ float2 of_keys(int j) const {
+    return l2norm ? *reinterpret_cast<const float2*>(&shared.vectors[kInverseK][j]) : make_float2(1, 1);
+  }
 };
 
 // d [C, N] += A B^T of 64 value columns.
@@ -157,31 +169,28 @@ __device__ void scale_rows(float (&x)[n], const float (&factor)[2]) {
   for (int r = 0; r < n; ++r) x[r] *= factor[r / 2 % 2];
 }
 
-// body(r, e, i, j, Γ_ij) for the elements (i, j) and (i, j + 1) of registers r, r + 1 on or below the diagonal, before
-// the sequence's end; the others are not looked at: Γ may be infinite there.
+// body(r, i, j) for the pairs of elements (i, j), (i, j + 1) of registers r, r + 1 of an accumulator [C, C].
 template <class Config, class Body>
 __device__ void for_each_pair(const GradientThread<Config>& me, const Body& body) {
-  const SplitSum c[2] = {me.c(me.row(0)), me.c(me.row(1))};
   const int thread = opaque(me.thread);
 #pragma unroll
   for (int r = 0; r < Config::MmaSquare::registers; r += 2) {
-    const int j = accumulator_column(thread, r), e = r / 2 % 2, i = accumulator_row(thread, r);
     if (r % 8 == 0) compiler_fence();  // loads of later columns would fill the registers
-    float gamma[2];
-#pragma unroll
-    for (int f = 0; f < 2; ++f) gamma[f] = j + f <= i && i < me.count ? decay_between(c[e], me.c(j + f)) : 0;
-    body(r, e, i, j, gamma);
+    body(r, accumulator_row(thread, r), accumulator_column(thread, r));
   }
 }
 
-// The sums of W [C, C] in shared memory over i >= t, of each column: what passes t, and dbeta's.
+// The sums of W [C, C] in shared memory, of the query's and the key's part, over i >= t, of each column: what passes t,
+// and dbeta's.
 template <class Config>
 __device__ void sum_passing(GradientShared<Config>& shared, int thread) {
   const int column = thread % C, block = thread / C;
   float sum = 0;
 #pragma unroll
-  for (int i = kBlock - 1; i >= 0; --i)
-    shared.w[block * kBlock + i][column] = sum += shared.w[block * kBlock + i][column];
+  for (int i = kBlock - 1; i >= 0; --i) {
+    const int row = block * kBlock + i;
+    shared.w[0][row][column] = sum += shared.w[0][row][column] + shared.w[1][row][column];
+  }
   shared.of_block[block][column] = sum;
   sync_consumers();
   const int warp = thread / 32, lane = thread % 32, first = warp * 8;
@@ -200,7 +209,7 @@ __device__ void sum_passing(GradientShared<Config>& shared, int thread) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int j = lane + 32 * half;
-      const float of_column = shared.w[t][j] + below[half];
+      const float of_column = shared.w[0][t][j] + below[half];
       if (j == t) shared.of_beta[t] = of_column;
       if (j < t) passing += of_column * beta[half];
     }
@@ -230,34 +239,31 @@ __device__ void square_products(const GradientThread<Config>& me, typename Confi
   auto& shared = me.shared;
   typename Config::Tokens x;
   multiply_rows<Config>(x, query ? shared.q : shared.k, shared.k);  // Q Kᵀ or K Kᵀ   [C, C]
-  const auto each = [&](int r, int e, int i, int j, const float (&gamma)[2]) {
-    const float of_row = query ? me.scale * me.of_query(i) : me.of_key(i);
-    float2& w = *reinterpret_cast<float2*>(&shared.w[i][j]);
-    float values[2];
+  const SplitSum c[2] = {me.c(me.row(0)), me.c(me.row(1))};
+  const float of_row[2] = {me.template of_row<query>(0), me.template of_row<query>(1)};
+  for_each_pair(me, [&](int r, int i, int j) {
+    const int e = r / 2 % 2;
+    const float2 coarse = me.pair(kSumCoarse, j), fine = me.pair(kSumFine, j), key = me.of_keys(j);
+    const SplitSum of[2] = {{coarse.x, fine.x}, {coarse.y, fine.y}};
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
+      if (!query && j + f == i) shared.diagonal[i] = a[r + f];
+      // Selected, not multiplied by zero: above the diagonal Γ may be infinite.
       const bool inside = (query ? j + f <= i : j + f < i) && i < me.count;
-      values[f] = inside ? a[r + f] * x[r + f] * of_row * me.of_key(j + f) * gamma[f] : 0;
+      a[r + f] = inside ? (query ? me.scale : -1) * a[r + f] * decay_between(c[e], of[f]) : 0;
     }
-    if (query)
-      w = make_float2(values[0], values[1]);
-    else
-      w.x -= values[0], w.y -= values[1];
-  };
-  if (query) for_each_pair(me, each);
-  sync_consumers();
-  if (!query) for_each_pair(me, each);
+    *reinterpret_cast<float2*>(&shared.w[query ? 0 : 1][i][j]) =
+        make_float2(a[r] * x[r] * of_row[e] * key.x, a[r + 1] * x[r + 1] * of_row[e] * key.y);
+  });
   sync_consumers();
   sum_passing(shared, me.thread + (query ? 0 : kWarpgroup));
   sync_consumers();
-  for_each_pair(me, [&](int r, int e, int i, int j, const float (&gamma)[2]) {
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      const bool inside = (query ? j + f <= i : j + f < i) && i < me.count;
-      const float d = query ? me.scale * a[r + f] : -a[r + f];
-      a[r + f] = inside ? d * me.beta(j + f) * gamma[f] : 0;
-      x[r + f] = a[r + f] * me.of_key(j + f), a[r + f] *= query ? me.of_query(i) : me.of_key(i);
-    }
+  const float of_operand_row[2] = {me.template of_row<query>(0), me.template of_row<query>(1)};
+  for_each_pair(me, [&](int r, int, int j) {
+    const float2 beta = me.pair(kBeta, j), key = me.of_keys(j);
+    a[r] *= beta.x, a[r + 1] *= beta.y;
+    x[r] = a[r] * key.x, x[r + 1] = a[r + 1] * key.y;
+    a[r] *= of_operand_row[r / 2 % 2], a[r + 1] *= of_operand_row[r / 2 % 2];
   });
   put_rows<Square, Element>(query ? shared.p_key : shared.m_key, x, me.thread);
   put_rows<Square, Element>(query ? shared.p_query : shared.m_row, a, me.thread);
@@ -417,6 +423,9 @@ __device__ void multiply_chunk(GradientShared<Config>& shared, typename Config::
   wgmma_fence_operand(d);
 }
 
+// Below it dV = beta X, rounded, may have lost what X = T^T dU is.
+constexpr float kSmallBeta = 1.0f / 256;
+
 // dg and dbeta of a head, by one warp: two tokens a lane.
 template <class Config>
 __device__ void store_gates(const GradientArguments& p, const GradientThread<Config>& me, const GradientItem& at,
@@ -451,7 +460,8 @@ __device__ void store_gates(const GradientArguments& p, const GradientThread<Con
     const int64_t to = ((at.row * p.plan.T) + at.token + t) * p.H + h;
     const float g = p.g[at.row * p.g_strides.b + (at.token + t) * p.g_strides.t + h * p.g_strides.h];
     p.dg[to] = g < float(kMinLogDecay) ? 0 : shared.passing[t] + reads[e] + stores[e] + through;
-    p.dbeta[to] = shared.of_beta[t] + shared.row_sums[kStored][t];
+    const float beta = me.beta(t);
+    p.dbeta[to] = beta > kSmallBeta ? shared.diagonal[t] / beta : shared.of_beta[t] + shared.row_sums[kStored][t];
   }
 }
 

@@ -84,8 +84,8 @@ struct GradientShared {
   GradientStage<Config> stage[Config::stages];
   alignas(kTileAlign) char q[Config::Rows::bytes];
   alignas(kTileAlign) char k[Config::Rows::bytes];
-  union {  // one after the other
-    float w[C][kSumStride];
+  union {                       // one after the other
+    float w[2][C][kSumStride];  // W is their sum
     struct {
       alignas(kTileAlign) char p_key[Config::Square::bytes];    // dP_ij |k_j| factors: for dQ
       alignas(kTileAlign) char p_query[Config::Square::bytes];  // dP_ij |q_i| factors: for dK, transposed
@@ -95,8 +95,8 @@ struct GradientShared {
     alignas(kTileAlign) char output[2][Config::OutputRows::bytes];
   };
   alignas(128) float vectors[kGradientVectors][C];
-  float of_block[kBlocks][C];  // sums over 16 rows of w
-  float passing[C], of_beta[C];
+  float of_block[kBlocks][C];                 // sums over 16 rows of w
+  float passing[C], of_beta[C], diagonal[C];  // what passes t, sums of W, A2_jj
   float row_sums[kRowSums][C];
   float through[4];  // <S0, dS>, of three warps; the fourth is zero
   Ring<Config::stages> ring;
@@ -234,7 +234,7 @@ __device__ void dot_states(const GradientArguments& p, GradientShared<Config>& s
       for (int turn = 0; turn < turns; ++turn, ring.advance()) {
         const int s = ring.wait();
         const auto& stage = shared.stage[s];
-#pragma unroll 2
+#pragma unroll 1
         for (int at = thread * 16; at < Config::States::bytes; at += threads * 16)
           sum += dot_of<typename Config::Element>(*reinterpret_cast<const uint4*>(stage.state + at),
                                                   *reinterpret_cast<const uint4*>(stage.state_gradient + at));

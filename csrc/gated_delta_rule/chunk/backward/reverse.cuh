@@ -4,11 +4,12 @@
 // CTAs, warps and stages are those of sweep (sweep.cuh): dO comes in V's place, dV leaves in O's, and the state is dS^T
 // [64, K] in fp32 accumulators. Per chunk, with the gradients on the left as A operands from registers, in the dtype of
 // q:
-//   B  = kWrite ∘ (dS^T Kn^T) + dO^T P''        [64, C], beta ∘ dU transposed
-//   dV = B T'
-//   dS = e^{c_C} dS + dO^T Q'' - (e^{c_j} |k_j| dV) Kn
-// with Q'' = scale e^{c_i} times rows of Q, P'' = diag(scale |q_i|) P'. P'' and T' are MN-major here, from the tiles
-// that sweep has K-major.
+//   B  = beta_j e^{c_C - c_j} dS^T K^T + dO^T P''        [64, C], beta ∘ dU transposed
+//   dV = B + B (T' - I)
+//   dS = e^{c_C} dS + dO^T Q'' - (e^{c_j} dV) K
+// with Q'' = scale e^{c_i} times rows of Q, P'' = diag(scale |q_i|) P'. Rows of K are as in memory, so exact, and what
+// makes them K is a factor of columns; B, whose product with I is exact too, stays in fp32. P'' and T' are MN-major
+// here, from the tiles that sweep has K-major.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk/sweep.cuh"
@@ -20,7 +21,7 @@ struct ReverseConfig {
   static constexpr int K = K_;
   using Operand = Element;
   static constexpr bool outputs = true, cuts = false, states = true, reverse = true;
-  static constexpr int inverse_at = std::is_same_v<Element, bf16> ? kOtherInverseAt : 0;
+  static constexpr int inverse_at = kOtherInverseAt;
   static constexpr int stages = K <= 96 ? 3 : 2;  // what fits
   // As in sweep, k16 steps of dS^T held as A operands.
   static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;
@@ -112,7 +113,15 @@ __device__ void load_gradient(uint32_t (&g)[kSteps][4], const SweepStage<Config>
                                                                      step * kStep + ldmatrix_trans_k(me.thread)));
 }
 
-// dV for memory and -e^{c_j} |k_j| dV for dS, as A operands.
+// Factors of columns, of products with rows of K as they are in memory.
+template <class Config>
+__device__ float2 key_columns(const SweepStage<Config>& stage, Vector vector, int thread, int r) {
+  const float2 factor = columns_of(stage.vectors[vector], thread, r),
+               inverse = columns_of(stage.vectors[kInverseK], thread, r);
+  return make_float2(factor.x * inverse.x, factor.y * inverse.y);
+}
+
+// dV for memory and -e^{c_j} dV, over |k_j| with l2norm, for dS, as A operands.
 template <class Config>
 __device__ void value_gradients(uint32_t (&dv)[kSteps][4], uint32_t (&to_state)[kSteps][4],
                                 const typename Config::Tokens& x, const SweepStage<Config>& stage, int thread) {
@@ -123,7 +132,7 @@ __device__ void value_gradients(uint32_t (&dv)[kSteps][4], uint32_t (&to_state)[
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 2 * kStep / 4 * step + 2 * i;
-      const float2 read = columns_of(stage.vectors[kReadK], thread, at);
+      const float2 read = key_columns<Config>(stage, kReadK, thread, at);
       to_state[step][i] = pack<Element>(-read.x * x[at], -read.y * x[at + 1]);
     }
   }
@@ -138,17 +147,17 @@ __device__ void reverse_chunk(typename Config::State& s, const SweepArguments& p
   const typename Config::SquareColumns t(stage.t), pp(stage.p);
   const typename Config::ColumnsOperand k(stage.k), q(stage.q);
   const bool outputs = !p.cuts;
-  typename Config::Tokens b, x;
+  typename Config::Tokens b;
   uint32_t a[Config::state_steps][4], g[kSteps][4];
   if (outputs) store_state_gradient<Config>(s, p, work, shared, me, chunk);
-  multiply_state<Config>(a, s, StateProduct<Config>{b, typename Config::RowsOperand(stage.k)});  // dSᵀ Knᵀ   [64, C]
+  multiply_state<Config>(a, s, StateProduct<Config>{b, typename Config::RowsOperand(stage.k)});  // dSᵀ Kᵀ   [64, C]
   if constexpr (!Config::few_registers) load_gradient<Config>(g, stage, me);
   wgmma_wait_group<0>();
   wgmma_fence_operand(b), wgmma_hold_operand(a);
   if constexpr (Config::few_registers) load_gradient<Config>(g, stage, me);
 #pragma unroll
   for (int at = 0; at < MmaSquare::registers; at += 2) {
-    const float2 write = columns_of(stage.vectors[kWrite], me.thread, at);
+    const float2 write = key_columns<Config>(stage, kWrite, me.thread, at);
     b[at] *= write.x, b[at + 1] *= write.y;
   }
   decay_state<Config>(s, stage);
@@ -166,20 +175,20 @@ __device__ void reverse_chunk(typename Config::State& s, const SweepArguments& p
   uint32_t y[kSteps][4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) accumulator_to_a_fragment<typename Config::Operand>(y[step], b, step);
-  wgmma_fence(y);
+  wgmma_fence(b, y);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    MmaSquare::rs(x, y[step], t.at(0, step * MmaSquare::K), step > 0);  // dVᵀ = B T'   [64, C]
+    MmaSquare::rs(b, y[step], t.at(0, step * MmaSquare::K), true);  // dVᵀ = B + B (T' - I)   [64, C]
   wgmma_commit_group();
   wgmma_wait_group<0>();
-  wgmma_fence_operand(x), wgmma_fence_operand(s);
+  wgmma_fence_operand(b), wgmma_fence_operand(s);
   wgmma_hold_operand(y), wgmma_hold_operand(g);
   uint32_t to_state[kSteps][4];
-  value_gradients<Config>(y, to_state, x, stage, me.thread);
+  value_gradients<Config>(y, to_state, b, stage, me.thread);
   wgmma_fence(s, to_state);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    MmaState::rs(s, to_state[step], k.at(0, step * MmaState::K), true);  // dSᵀ -= (..dV)ᵀ Kn   [64, K]
+    MmaState::rs(s, to_state[step], k.at(0, step * MmaState::K), true);  // dSᵀ -= (..dV)ᵀ K   [64, K]
   wgmma_commit_group();
   if (outputs) {
     if (chunk == work.chunks - 1)
