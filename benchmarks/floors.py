@@ -60,6 +60,22 @@ def chunk(shape: Shape, B: int, T: int) -> Work:
     return chunk_token(shape).times(B * T) + Work(B * state_bytes(shape), 0)
 
 
+def chunk_backward_token(shape: Shape) -> Work:
+    """One token of its backward, which recomputes what it needs of the forward: dO, dQ, dK, dV, dg, dbeta beside it."""
+    K, V = shape.K, shape.V
+    per_head = 2 * 2 * CHUNK * K + 2 * CHUNK**2 / 3  # K Kᵀ, Q Kᵀ, the triangular inverse
+    per_head += 8 * 2 * K * V  # K S and Kᵀ U again; K dS, Qᵀ dO, Kᵀ dV; dO S0ᵀ, dV S0ᵀ, U dSᵀ
+    per_head += 5 * 2 * CHUNK * V  # T R again; Pᵀ dO, Tᵀ dU; dO Uᵀ, dV Uᵀ
+    per_head += 4 * 2 * CHUNK * K  # dP K, dM K, dMᵀ K, dPᵀ Q
+    moved = 4 * HALF * shape.Hk * K + 3 * HALF * shape.H * V + 4 * SINGLE * shape.H
+    return Work(moved, shape.H * per_head)
+
+
+def chunk_backward(shape: Shape, B: int, T: int) -> Work:
+    """Without an initial state, whose gradient is written all the same."""
+    return chunk_backward_token(shape).times(B * T) + Work(B * state_bytes(shape), 0)
+
+
 def recurrent(shape: Shape, B: int, T: int, itemsize: int) -> Work:
     """The state read and written once, whatever T."""
     return Work(B * (2 * state_bytes(shape, itemsize) + T * token_bytes(shape)), 0)

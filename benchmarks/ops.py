@@ -30,6 +30,7 @@ TRAINING_TOKENS = (2048, 8192)
 ATTENTION_CACHES = ((1, 4096), (1, 65536), (16, 4096), (16, 65536), (128, 4096))
 BLOCK_STEP_ROWS = (1, 16, 128)
 CHUNK_SIZES = ((1, 2048), (1, 8192), (1, 32768), (4, 8192), (8, 4096))
+CHUNK_BACKWARD_SIZES = ((1, 8192), (1, 32768), (8, 4096))
 
 
 class Case(NamedTuple):
@@ -166,6 +167,15 @@ def _backward(forward: Case, work: Work, grads: Callable[[Draw, Tensor], tuple])
     return forward._replace(op=f"{forward.op}_backward", work=work, make=make)
 
 
+def chunk_backward(shape: Shape, B: int, T: int) -> Case:
+    """Of the outputs alone: the final state has no gradient."""
+
+    def grads(draw: Draw, q: Tensor) -> tuple:
+        return draw.normal(B, T, shape.H, shape.V, dtype=BF16), None
+
+    return _backward(chunk(shape, B, T), floors.chunk_backward(shape, B, T), grads)
+
+
 def norm_backward(op: str, shape: Shape, N: int) -> Case:
     def grads(draw: Draw, x: Tensor) -> tuple:
         return tuple(draw.normal(*x.shape, dtype=BF16) for _ in range(2 if op == "add_rms_norm" else 1))
@@ -229,6 +239,7 @@ def measured(shapes: list[Shape]) -> list[Case]:
     """In order of value: what is at the end is left out when the time is over."""
     cases = [recurrent(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in DECODE_BATCHES]
     cases += [chunk(s, B, T) for s in shapes for B, T in CHUNK_SIZES]
+    cases += [chunk_backward(s, B, T) for s in shapes for B, T in CHUNK_BACKWARD_SIZES]
     cases += [conv(s, 1, T) for s in shapes for T in CONV_LENGTHS]
     cases += [conv_step(s, B) for s in shapes for B in STEP_ROWS]
     for op in (verify, commit):
@@ -250,6 +261,7 @@ def small(shape: Shape) -> list[Case]:
         *(recurrent(shape, B, pool, T) for pool in (FP32, BF16) for B, T in ((3, 1), (2, 3))),
         *(op(shape, 2, pool) for op in (verify, commit) for pool in (FP32, BF16)),
         chunk(shape, 1, 130),
+        chunk_backward(shape, 1, 130),
         conv(shape, 1, 130),
         conv_step(shape, 5),
         *([attention_step(shape, 3, 70)] if shape.A else []),

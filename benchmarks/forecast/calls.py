@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import ops
 from benchmarks.floors import CHUNK, state_bytes
 from benchmarks.forecast import kernels
-from benchmarks.forecast.kernels import IMAGE, Build, Timed
+from benchmarks.forecast.kernels import BACKWARD_IMAGE, IMAGE, Build, Timed
 from benchmarks.forecast.machine import ASSUMPTIONS, A
 from benchmarks.forecast.sass import ROOT, cuobjdump, newest_first, objects
 from benchmarks.report import table, write_text
@@ -24,6 +24,7 @@ MARGIN = 0.10
 COLUMNS = {name: name for name in ("case", "kernel", "unit", "cycles", "limit", "us", "of copy, %", "committed")}
 OPS = {
     "chunk": "chunk_gated_delta_rule",
+    "chunk_backward": "chunk_gated_delta_rule_backward",
     "conv": "dynamic_conv",
     "step": "dynamic_conv_step",
     "recurrent": ops.RECURRENT,
@@ -64,35 +65,66 @@ class Forecast:
             "instructions": timed.instructions,
         }
 
-    def chunk(self, shape: Shape, B: int, T: int) -> list[dict[str, object]]:
-        """The chunked rule: prepare; with cut sequences a pass without outputs and join; sweep."""
-        case, sms, clock = ops.chunk(shape, B, T).name, A["multiprocessors"], A["clock"]
-        chunks, slices = -(-T // CHUNK), -(-shape.V // 128)
+    def prepare(self, case: str, shape: Shape, B: int, T: int, backward: bool = False) -> dict[str, object]:
+        sms, clock, chunks = A["multiprocessors"], A["clock"], -(-T // CHUNK)
         ctas = B * chunks * shape.Hk
-        prepared = self.timed(kernels.prepare, shape, kernels.per_multiprocessor(ctas) if ctas < 12 * sms else 12)
+        count = kernels.per_multiprocessor(ctas) if ctas < 12 * sms else 12
+        prepared = self.timed(kernels.prepare, shape, count, backward)
         fill = max(prepared.total - 12 * prepared.cycles, 0)
         compute = prepared.cycles * ctas / sms + fill if ctas >= 12 * sms else prepared.total
-        moved = B * chunks * (shape.Hk * 4 * CHUNK * shape.K + shape.H * (8 * CHUNK + IMAGE))
-        rows = [self.row(case, "prepare", "CTA", prepared, max(compute / clock, moved / A["bandwidth"]))]
+        image = BACKWARD_IMAGE if backward else IMAGE
+        moved = B * chunks * (shape.Hk * 4 * CHUNK * shape.K + shape.H * (8 * CHUNK + image))
+        return self.row(case, "prepare", "CTA", prepared, max(compute / clock, moved / A["bandwidth"]))
+
+    def joins(self, case: str, name: str, shape: Shape, B: int, T: int) -> list[dict[str, object]]:
+        """The pass without outputs, forward (cuts) or backward (reverse cuts), and join: if something is cut."""
         segments, longest = segments_of(B, T, shape)
-        if segments > 1:
-            cuts = self.timed(kernels.sweep, shape, "cuts")
-            rows.append(self.row(case, "cuts", "chunk", cuts, longest * cuts.cycles / clock + A["cta"]))
-            if segments > 2:
-                joined = self.timed(kernels.join, shape, B, segments - 2)
-                rows.append(self.row(case, "join", "CTA", joined, joined.total / A["light clock"]))
-        swept = self.timed(kernels.sweep, shape, "outputs")
+        if segments == 1:
+            return []
+        cuts = self.timed(kernels.sweep, shape, "reverse" if name == "reverse cuts" else "cuts")
+        rows = [self.row(case, name, "chunk", cuts, longest * cuts.cycles / A["clock"] + A["cta"])]
+        if segments > 2:
+            joined = self.timed(kernels.join, shape, B, segments - 2)
+            rows.append(self.row(case, f"{name}: join", "CTA", joined, joined.total / A["light clock"]))
+        return rows
+
+    def sweep(self, case: str, which: str, shape: Shape, B: int, T: int) -> dict[str, object]:
+        """Of the passes with outputs: waves of CTAs."""
+        swept, columns, slices = self.timed(kernels.sweep, shape, which), min(shape.V, 128), -(-shape.V // 128)
         # Slices of a head, and value heads of a key head, read the same rows through the L2.
-        per_chunk = (
-            4 * CHUNK * shape.K / max(slices, shape.H // shape.Hk) + IMAGE / slices + 2 * 2 * CHUNK * min(shape.V, 128)
-        )
+        rows, values = 2 * CHUNK * shape.K / max(slices, shape.H // shape.Hk), 2 * CHUNK * columns
+        per_chunk = {
+            "outputs": 2 * rows + IMAGE / slices + 2 * values,
+            "states": rows + (IMAGE - 5120) / slices + 2 * values + 2 * shape.K * columns,
+            "reverse": 2 * rows + IMAGE / slices + 2 * values + 2 * shape.K * columns,
+        }[which]
+        segments, longest = segments_of(B, T, shape)
         us, left = 0.0, B * segments * shape.H * slices
         while left > 0:
-            wave = min(left, sms)
-            us += longest * max(swept.cycles / clock, wave * per_chunk / A["bandwidth"]) + A["cta"]
+            wave = min(left, A["multiprocessors"])
+            us += longest * max(swept.cycles / A["clock"], wave * per_chunk / A["bandwidth"]) + A["cta"]
             left -= wave
-        rows.append(self.row(case, "sweep", "chunk", swept, us))
-        return self.whole(case, rows, replay=1)
+        return self.row(case, "sweep" if which == "outputs" else which, "chunk", swept, us)
+
+    def chunk(self, shape: Shape, B: int, T: int) -> list[dict[str, object]]:
+        """The chunked rule: prepare; with cut sequences a pass without outputs and join; sweep."""
+        case = ops.chunk(shape, B, T).name
+        rows = [self.prepare(case, shape, B, T), *self.joins(case, "cuts", shape, B, T)]
+        return self.whole(case, [*rows, self.sweep(case, "outputs", shape, B, T)], replay=1)
+
+    def chunk_backward(self, shape: Shape, B: int, T: int) -> list[dict[str, object]]:
+        """Its backward: prepare; with cut sequences what they need in both directions; states, reverse, gradients."""
+        case = ops.chunk_backward(shape, B, T).name
+        rows = [self.prepare(case, shape, B, T, True), *self.joins(case, "cuts", shape, B, T)]
+        rows += [self.sweep(case, "states", shape, B, T), *self.joins(case, "reverse cuts", shape, B, T)]
+        rows.append(self.sweep(case, "reverse", shape, B, T))
+        head, group = self.timed(kernels.gradients, shape), shape.H // shape.Hk
+        per_head = 3 * 2 * CHUNK * shape.V + 2 * 2 * shape.K * shape.V + 9 * 4 * CHUNK + 3 * 4 * CHUNK
+        per_item = 4 * 2 * CHUNK * shape.K + group * per_head
+        share = A["bandwidth"] / A["multiprocessors"]
+        items = kernels.per_multiprocessor(B * -(-T // CHUNK) * shape.Hk)
+        us = items * max(group * head.cycles / A["clock"], per_item / share) + A["cta"]
+        return self.whole(case, [*rows, self.row(case, "gradients", "head", head, us)])
 
     def conv(self, shape: Shape, T: int) -> list[dict[str, object]]:
         return self.pingpong_conv(ops.conv(shape, 1, T), shape, T)
@@ -142,6 +174,7 @@ class Forecast:
     def rows(self, shapes: list[Shape], only: str = "") -> Iterator[dict[str, object]]:
         for shape in shapes:
             calls = [(self.chunk, shape, B, T) for B, T in ops.CHUNK_SIZES]
+            calls += [(self.chunk_backward, shape, B, T) for B, T in ops.CHUNK_BACKWARD_SIZES]
             if shape.name != "128/128":
                 calls += [(self.conv, shape, T) for T in ops.CONV_LENGTHS] + [
                     (self.step, shape, rows) for rows in STEP_ROWS

@@ -170,9 +170,7 @@ def sweep(build: Build, shape: Shape, which: str, turns: int = 40) -> Timed:
     acquired = next(event_of(x) for x in stream if "TRYWAIT" in x.opcode)
     stages = 3 if K <= (96 if which == "reverse" else 128) else 2
     roles = {
-        "consumers": [
-            Role(one_turn(graph, products, way, w), [w], w // 4, turns, stored=stored) for w in range(4, 12)
-        ],
+        "consumers": [Role(one_turn(graph, products, way, w), [w], w // 4, turns, stored=stored) for w in range(4, 12)],
         "normalisers": [Role(one_turn(graph, normalises, rows_of(w), w), [w], turns=turns) for w in range(1, 4)],
         "loader": [Role(stream, [0], turns=turns, copied=size / copies, free={acquired: stages})],
     }
