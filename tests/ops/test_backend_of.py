@@ -184,6 +184,7 @@ def test_only_the_thread_that_asks_is_asked():
 # ---- Hopper kernels
 
 KERNELS = [op for op in FORWARD if op not in LINEAR_OPS]
+KERNELS_BACKWARD = ("apply_dynamic_conv_backward", "swiglu_backward")
 TAKEN = {op: ({}, {"H": 4, "V": 64, "D": 32}) for op in KERNELS}
 LEFT = {
     "chunk_gated_delta_rule": ({"K": 80}, {"V": 24}, {"dtype": torch.float32}, {"dtype": torch.float64}),
@@ -206,7 +207,7 @@ def check_hopper(backend_of, device="cpu") -> None:
             assert backend_of(op, *arguments(op, device=device, **sizes)) == ("plain", NOT_TAKEN), (op, sizes)
     for op in (*LINEAR_OPS, *BACKWARD):
         no_kernel = ("plain", "this version has no Hopper kernel for it")
-        expected = ("hopper", "sm_90a") if op == "swiglu_backward" else no_kernel
+        expected = ("hopper", "sm_90a") if op in KERNELS_BACKWARD else no_kernel
         assert backend_of(op, *arguments(op, device=device)) == expected, op
 
 

@@ -4,8 +4,9 @@ Both take CPU tensors and give CPU tensors, so that kernels run the cases and pr
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,7 +25,15 @@ SEEDS = (1, 2, 3)
 CHUNK_STATE_CEILING = 1.2e-3
 
 
-class SimulatorBackend(OpsBackend):
+class DeviceBackend(OpsBackend):
+    """Gradients by the backward op itself: kernels have no autograd of their own."""
+
+    def gradients(self, op: str, inputs: NamedTuple, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        found = self(op + "_backward", *grads, *inputs)
+        return {name: grad for name, value, grad in zip(inputs._fields, inputs, found) if value is not None}
+
+
+class SimulatorBackend(DeviceBackend):
     """torch.ops.jet_sim: the library's bindings, launchers and kernels on the simulated device."""
 
     def __init__(self, timing: str, seed: int):
@@ -44,7 +53,7 @@ class SimulatorBackend(OpsBackend):
         return out
 
 
-class CudaBackend(OpsBackend):
+class CudaBackend(DeviceBackend):
     """torch.ops.jet on the GPU. What an op writes in place is copied back."""
 
     name = "cuda"
