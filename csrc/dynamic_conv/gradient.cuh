@@ -33,6 +33,15 @@ __device__ void add_gradient_of_state_out(float (&sum)[P], const void* of_out, i
   for (int c = 0; c < P; ++c) sum[c] += unpack<Element>(from[c * (W - 1)]).x;
 }
 
+// Number `number` of the W - 1 inputs before a sequence, of P channels from d on; zeros where there is no state. With
+// few registers, an element at a time.
+template <int P, int W>
+__device__ Elements<P> input_of_state(const ConvStates& states, int row, int64_t d, int number) {
+  if (states.in == nullptr) return {};
+  const auto* from = static_cast<const uint16_t*>(states.in) + row * states.stride + d * (W - 1) + number;
+  return gather<P>([&](int c) { return static_cast<uint32_t>(from[c * (W - 1)]); });
+}
+
 // dconv_state of a sequence of no tokens is grad_conv_state_out. By warp `warp` of `warps`.
 template <int W>
 __device__ void gradients_of_empty_sequences(const ConvSequences& sequences, const ConvStateGradients& g, int64_t D,

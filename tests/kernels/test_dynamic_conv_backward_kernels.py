@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import sequence_properties
 from support.arguments import cotangents, inputs_of
-from support.backends import check_gradients, reference_gradients
-from support.comparison import assert_bitwise, rms_error
+from support.backends import check_gradients
+from support.comparison import assert_bitwise
 from support.device_backends import assert_every_schedule_agrees, each_device, hoppersim, simulated
 from support.kernel_code import disassembly, report
 from support.layouts import with_layouts

@@ -184,7 +184,7 @@ def test_only_the_thread_that_asks_is_asked():
 # ---- Hopper kernels
 
 KERNELS = [op for op in FORWARD if op not in LINEAR_OPS]
-KERNELS_BACKWARD = ("apply_dynamic_conv_backward", "swiglu_backward")
+KERNELS_BACKWARD = ("apply_dynamic_conv_backward", "dynamic_conv_backward", "swiglu_backward")
 TAKEN = {op: ({}, {"H": 4, "V": 64, "D": 32}) for op in KERNELS}
 LEFT = {
     "chunk_gated_delta_rule": ({"K": 80}, {"V": 24}, {"dtype": torch.float32}, {"dtype": torch.float64}),
