@@ -16,12 +16,12 @@ void launch_config(const DynamicConvBackwardCall& call) {
   const ChannelSplit split = choose_channel_split(token_tiles, tiles, call.multiprocessors);
   const InputGradientMaps maps{
       .hidden = matrix_map("hidden", p.generator.hidden.data, dtype, M, R, row_stride(p.in, p.generator.hidden),
-                           8 * Config::hidden_step, Config::K, Swizzle::b128, Config::hidden_step),
+                           8 * Config::step, Config::K, Swizzle::b128, Config::step),
       .weight = weight_map(p, 4 / Config::cluster),
-      .x = matrix_map("x", p.in.x.data, dtype, M, D, row_stride(p.in, p.in.x), Config::x_rows, Config::channels,
-                      Swizzle::none),
-      .dy = matrix_map("grad_y", p.grad_y.data, dtype, M, D, row_stride(p.in, p.grad_y), Config::M, Config::channels,
-                       Swizzle::none)};
+      .x = matrix_map("x", p.in.x.data, dtype, M, D, row_stride(p.in, p.in.x), Config::x_box * Config::step,
+                      Config::channels, Swizzle::none, Config::step),
+      .dy = matrix_map("grad_y", p.grad_y.data, dtype, M, D, row_stride(p.in, p.grad_y), Config::dy_box * Config::step,
+                       Config::channels, Swizzle::none, Config::step)};
   const InputGradientArguments arguments{.sequences = sequences_of(p.in),
                                          .states = states_of(p.in, nullptr),
                                          .gradients = {.of_out = p.grad_conv_state_out, .of_in = p.dconv_state},

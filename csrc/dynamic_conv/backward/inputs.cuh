@@ -48,8 +48,13 @@ struct InputGradientConfig : ConvTile<Element, W, 8, 128> {
   static constexpr int stages = W == 4 ? 3 : 4;  // what R = 512 leaves room for
   static constexpr int consumers = 2;
   static constexpr int threads = kWarpgroup * (1 + consumers);
-  static constexpr int dy_bytes = Tile::M * Tile::x_row_bytes;
-  static constexpr int hidden_step = 4;  // tokens of a thread; a box of hidden has every 4th token, 8 of them
+  // Tokens of a thread. Boxes have every 4th token: of hidden 8 of them, of x and dy a quarter of the tile. So what a
+  // thread reads together with its neighbours, 4 tokens further each, lies in consecutive rows, in different banks.
+  static constexpr int step = 4;
+  static constexpr int x_box = (Tile::x_rows + step - 1) / step, dy_box = Tile::M / step;  // rows
+  static constexpr int x_box_bytes = (x_box * Tile::x_row_bytes + 127) / 128 * 128;
+  static constexpr int dy_box_bytes = dy_box * Tile::x_row_bytes;
+  static constexpr int input_bytes = step * (x_box + dy_box) * Tile::x_row_bytes;
 };
 
 template <class Config>
@@ -62,8 +67,8 @@ struct InputGradientShared {
     alignas(kTileAlign) char b[Config::TileB::bytes];
   };
   std::conditional_t<Config::resident, ResidentStage, Stage> stage[Config::stages];
-  alignas(128) char x[Config::consumers][(Config::x_bytes + 127) / 128 * 128];  // [x_rows, 32]
-  alignas(128) char dy[Config::consumers][Config::dy_bytes];                    // [128, 32]
+  alignas(128) char x[Config::consumers][Config::step][Config::x_box_bytes];    // [x_rows, 32]
+  alignas(128) char dy[Config::consumers][Config::step][Config::dy_box_bytes];  // [128, 32]
   alignas(16) float bias[Config::consumers][Config::bias_size];
   // What flows out of the first token of each warp.
   alignas(16) float flow[Config::consumers][kWarpgroup / 32][Config::W - 1][Config::channels];
@@ -83,7 +88,7 @@ __device__ void load_hidden_panel(char* to, const CUtensorMap& map, Mbarrier& ba
 #pragma unroll 1
   for (int warp = 0; warp < kWarpgroup / 32; ++warp)
 #pragma unroll
-    for (int i = 0; i < Config::hidden_step; ++i)
+    for (int i = 0; i < Config::step; ++i)
       tma_load(to + (i / 2 * 64 + warp * 16 + i % 2 * 8) * Config::K * 2, map, barrier, CacheHint::evict_normal,
                panel * Config::K, m0 + 32 * warp + i);
 }
@@ -111,11 +116,14 @@ __device__ void produce(InputGradientShared<Config>& shared, char* hidden, const
     }
     // Needed last, so asked for last: the wait for the epilogue two tiles ago must not hold up the weights.
     shared.x_read[x.stage].wait(x.parity);
-    shared.x_loaded[x.stage].arrive_expect_tx(Config::x_bytes + Config::dy_bytes);
-    tma_load(shared.x[x.stage], maps.x, shared.x_loaded[x.stage], CacheHint::evict_normal, tile * Config::channels,
-             m0 - (Config::W - 1));
-    tma_load(shared.dy[x.stage], maps.dy, shared.x_loaded[x.stage], CacheHint::evict_normal, tile * Config::channels,
-             m0);
+    shared.x_loaded[x.stage].arrive_expect_tx(Config::input_bytes);
+#pragma unroll
+    for (int row = 0; row < Config::step; ++row) {
+      tma_load(shared.x[x.stage][row], maps.x, shared.x_loaded[x.stage], CacheHint::evict_normal,
+               tile * Config::channels, m0 - (Config::W - 1) + row);
+      tma_load(shared.dy[x.stage][row], maps.dy, shared.x_loaded[x.stage], CacheHint::evict_normal,
+               tile * Config::channels, m0 + row);
+    }
   }
 }
 
@@ -193,17 +201,20 @@ class InputGradientEpilogue {
 
   // taps <- g, and dz is stored.
   __device__ void differentiate() {
-    const char* const window = own_window<typename Config::Tile>(shared_.x[consumer_], first_, thread_);
-    const char* const dy = own_window<typename Config::Tile>(shared_.dy[consumer_], first_, thread_);
+    const int at = first_ / Config::step * Config::x_row_bytes + thread_ % 4 * P * 2;
+    // Row `row` of the thread's window, which begins W - 1 tokens before its first token.
+    const auto x_row = [&](int row) {
+      return load_elements<P>(shared_.x[consumer_][row % Config::step] + at + row / Config::step * Config::x_row_bytes);
+    };
     Elements<P> inputs[W];
 #pragma unroll
-    for (int w = 1; w < W; ++w) inputs[w] = load_elements<P>(window + (w - 1) * Config::x_row_bytes);
+    for (int w = 1; w < W; ++w) inputs[w] = x_row(w - 1);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const GradientPlace place = load_place(&shared_.places[first_ + i]);
 #pragma unroll
       for (int w = 0; w < W - 1; ++w) inputs[w] = inputs[w + 1];
-      inputs[W - 1] = load_elements<P>(window + (i + W - 1) * Config::x_row_bytes);
+      inputs[W - 1] = x_row(i + W - 1);
       float z[P] = {};
 #pragma unroll
       for (int w = 0; w < W; ++w) {
@@ -215,7 +226,7 @@ class InputGradientEpilogue {
 #pragma unroll
         for (int c = 0; c < P; ++c) z[c] += u(i, c, w) * input[c];  // z += taps[t, d, w] x[t - (W-1) + w, d]
       }
-      differentiate_token(i, z, load_elements<P>(dy + i * Config::x_row_bytes), place.outside);
+      differentiate_token(i, z, load_elements<P>(shared_.dy[consumer_][i] + at), place.outside);
     }
   }
 
