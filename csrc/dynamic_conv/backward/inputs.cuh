@@ -133,6 +133,14 @@ __device__ constexpr int register_of(int i, int c, int w) {
   return (c / 2 * Config::W + w) * 4 + i % 2 * 2 + c % 2;
 }
 
+// One thread's bias: of column `thread` of a tile.
+template <class Config>
+__device__ float load_tile_bias(const InputGradientArguments& p, int tile, int thread) {
+  const int64_t column = int64_t{tile} * Config::N + thread;
+  if (p.bias == nullptr || thread >= Config::N || column >= p.D * Config::W) return 0;
+  return load_as_float(p.bias, std::is_same_v<typename Config::Element, bf16> ? Dtype::bf16 : Dtype::f16, column);
+}
+
 // taps = bias of a thread's channels, for all its tokens.
 template <class Config>
 __device__ void begin_with_bias(typename Config::Mma::Accumulator (&taps)[2], const float* shared_bias) {
@@ -184,7 +192,34 @@ __device__ void generate(typename Config::Mma::Accumulator (&taps)[2], InputGrad
   ring.template release_all<Config::cluster>(previous, thread);
 }
 
-// The epilogue of one tile, for the 4 tokens from row `first` on and the channels from d on of this thread.
+// What is special about the 4 tokens of a thread, which are the same in all its tiles. Bit i of each mask is token i.
+template <int W>
+struct TokenFlags {
+  uint32_t begins;        // nothing flows out of it into the token before; bit 4: the token behind the thread's last
+  uint32_t first_tokens;  // of a sequence: what would flow out is dconv_state
+  uint32_t at_begin;      // its window reaches into conv_state
+  uint32_t at_end;        // its input is in conv_state_out
+  uint32_t outside;       // of all sequences
+  uint32_t own;           // its dz and dx are stored
+
+  __device__ TokenFlags(const GradientPlace* places, int own_tokens)
+      : begins(0), first_tokens(0), at_begin(0), at_end(0), outside(0), own((1u << max(min(own_tokens, 4), 0)) - 1) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      const GradientPlace place = load_place(places + i);
+      begins |= static_cast<uint32_t>(place.position == 0 || place.outside) << i;
+      if (i == 4) break;
+      first_tokens |= static_cast<uint32_t>(place.position == 0 && !place.outside) << i;
+      at_begin |= static_cast<uint32_t>(place.position < W - 1 && !place.outside) << i;
+      at_end |= static_cast<uint32_t>(place.left < W - 1 && !place.outside) << i;
+      outside |= static_cast<uint32_t>(place.outside) << i;
+    }
+    first_tokens &= own, at_end &= own;
+  }
+};
+
+// The epilogue of one tile, for the 4 tokens from row `first` on and the channels from d on of this thread. What few
+// threads need stands apart, behind one branch each.
 template <class Config>
 class InputGradientEpilogue {
   using Element = typename Config::Element;
@@ -193,40 +228,48 @@ class InputGradientEpilogue {
 
  public:
   __device__ InputGradientEpilogue(Taps (&taps)[2], InputGradientShared<Config>& shared,
-                                   const InputGradientArguments& p, int64_t d, int consumer, int thread)
-      : taps_(taps), shared_(shared), p_(p), d_(d), consumer_(consumer), thread_(thread) {
-    first_ = 32 * (thread / 32) + thread % 32 / 4 * 4;
-    m_ = int64_t{blockIdx.x} * Config::own + first_;
-  }
+                                   const InputGradientArguments& p, const TokenFlags<W>& flags, int first, int d,
+                                   int consumer, int thread)
+      : taps_(taps),
+        shared_(shared),
+        p_(p),
+        flags_(flags),
+        first_(first),
+        d_(d),
+        consumer_(consumer),
+        thread_(thread),
+        at_((int64_t{blockIdx.x} * Config::own + first) * p.D + d) {}
 
   // taps <- g, and dz is stored.
   __device__ void differentiate() {
-    const int at = first_ / Config::step * Config::x_row_bytes + thread_ % 4 * P * 2;
-    // Row `row` of the thread's window, which begins W - 1 tokens before its first token.
-    const auto x_row = [&](int row) {
-      return load_elements<P>(shared_.x[consumer_][row % Config::step] + at + row / Config::step * Config::x_row_bytes);
-    };
-    Elements<P> inputs[W];
+    float z[4][P] = {};
+    Elements<P> next = x_row(0);
 #pragma unroll
-    for (int w = 1; w < W; ++w) inputs[w] = x_row(w - 1);
+    for (int row = 0; row < W + 3; ++row) {
+      float input[P];
+      unpack_elements<Element>(input, next);
+      if (row < W + 2) next = x_row(row + 1);
+      compiler_fence();  // no more than one row ahead: there are no registers for it
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (row >= i && row - i < W)
+#pragma unroll
+          for (int c = 0; c < P; ++c) z[i][c] += u(i, c, row - i) * input[c];  // z += taps[t, d, w] x[t - (W-1) + w, d]
+    }
+    if ((flags_.at_begin | flags_.outside) != 0) mend(z);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const GradientPlace place = load_place(&shared_.places[first_ + i]);
+      float dz[P];
+      Elements<P> dy = load_elements<P>(shared_.dy[consumer_][i] + in_tile());
+      if (flags_.outside >> i & 1) dy = {};
+      unpack_elements<Element>(dz, dy);
 #pragma unroll
-      for (int w = 0; w < W - 1; ++w) inputs[w] = inputs[w + 1];
-      inputs[W - 1] = x_row(i + W - 1);
-      float z[P] = {};
+      for (int c = 0; c < P; ++c) dz[c] *= activation_slope(z[i][c], p_.silu);
+      store(p_.dz, i, dz);
 #pragma unroll
-      for (int w = 0; w < W; ++w) {
-        Elements<P> x = inputs[w];
-        if (place.position + w < W - 1 && d_ < p_.D)
-          x = input_of_state<P, W>(p_.states, place.row, d_, place.position + w);
-        float input[P];
-        unpack_elements<Element>(input, x);
+      for (int c = 0; c < P; ++c)
 #pragma unroll
-        for (int c = 0; c < P; ++c) z[c] += u(i, c, w) * input[c];  // z += taps[t, d, w] x[t - (W-1) + w, d]
-      }
-      differentiate_token(i, z, load_elements<P>(shared_.dy[consumer_][i] + at), place.outside);
+        for (int w = 0; w < W; ++w) u(i, c, w) *= dz[c];
     }
   }
 
@@ -250,46 +293,57 @@ class InputGradientEpilogue {
 
   // The rest, after a barrier of the warpgroup.
   __device__ void flow_between() {
-    const bool ends = begins(4);  // the tokens of this thread are the last of their sequence
     const int next = min(thread_ / 32 + 1, kWarpgroup / 32 - 1);
+    float in[W - 1][P];
 #pragma unroll
-    for (int k = 0; k < W - 1; ++k) {
-      float in[P];
+    for (int k = 0; k < W - 1; ++k)
 #pragma unroll
-      for (int c = 0; c < P; ++c) in[c] = __shfl_down_sync(0xffffffffu, u(0, c, k), 4);
-      if (thread_ % 32 >= 28) {
+      for (int c = 0; c < P; ++c) in[k][c] = __shfl_down_sync(0xffffffffu, u(0, c, k), 4);
+    if (thread_ % 32 >= 28) {
+#pragma unroll
+      for (int k = 0; k < W - 1; ++k) {
         const float* const from = &shared_.flow[consumer_][next][k][thread_ % 4 * P];
 #pragma unroll
         for (int c = 0; c < P; c += 4) {
           const float4 four = *reinterpret_cast<const float4*>(from + c);
-          in[c] = four.x, in[c + 1] = four.y, in[c + 2] = four.z, in[c + 3] = four.w;
+          in[k][c] = four.x, in[k][c + 1] = four.y, in[k][c + 2] = four.z, in[k][c + 3] = four.w;
         }
       }
+    }
 #pragma unroll
-      for (int c = 0; c < P; ++c) u(3, c, k + 1) += ends ? 0.0f : in[c];
+    for (int k = 1; k < W; ++k) {
+#pragma unroll
+      for (int c = 0; c < P; ++c) u(3, c, k) += flags_.begins >> 4 & 1 ? 0.0f : in[k - 1][c];
 #pragma unroll
       for (int i = 2; i >= 0; --i)
-        if (i + k + 1 > 3) flow(i, k + 1);
+        if (i + k > 3) flow(i, k);
     }
   }
 
-  __device__ void store() const {
-    if (d_ >= p_.D) return;
+  // dx, and dconv_state of the sequences that begin here.
+  __device__ void store_gradients() {
+    if (flags_.first_tokens != 0 && d_ < p_.D) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (flags_.first_tokens >> i & 1) store_state_gradient(i);
+    }
+    if (flags_.outside != 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int c = 0; c < P; ++c) u(i, c, W - 1) = flags_.outside >> i & 1 ? 0.0f : u(i, c, W - 1);
+    }
+    if (flags_.at_end != 0 && d_ < p_.D) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (flags_.at_end >> i & 1) add_state_out(i);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (first_ + i >= Config::own || m_ + i >= p_.sequences.tokens) continue;
-      const GradientPlace place = load_place(&shared_.places[first_ + i]);
-      if (place.position == 0 && !place.outside) store_state_gradient(i, place);
       float dx[P];
 #pragma unroll
       for (int c = 0; c < P; ++c) dx[c] = u(i, c, W - 1);
-      if (place.left < W - 1)
-        add_gradient_of_state_out<Element, P, W>(dx, p_.gradients.of_out, place.row, p_.D, d_, 0, place.left + 1);
-      Elements<P> out;
-#pragma unroll
-      for (int j = 0; j < P / 2; ++j) out.words[j] = pack<Element>(dx[2 * j], dx[2 * j + 1]);
-      if (place.outside) out = {};
-      store_elements(static_cast<Element*>(p_.dx) + (m_ + i) * p_.D + d_, out);
+      store(p_.dx, i, dx);
     }
   }
 
@@ -297,61 +351,84 @@ class InputGradientEpilogue {
   __device__ float& u(int i, int c, int w) { return taps_[i / 2][register_of<Config>(i, c, w)]; }
   __device__ float u(int i, int c, int w) const { return taps_[i / 2][register_of<Config>(i, c, w)]; }
 
-  // Whether nothing flows out of token i of this thread into the one before it.
-  __device__ bool begins(int i) const {
-    const GradientPlace place = load_place(&shared_.places[first_ + i]);
-    return place.position == 0 || place.outside;
+  // Where this thread's channels of its first token lie in a box of x or dy.
+  __device__ int in_tile() const { return first_ / Config::step * Config::x_row_bytes + thread_ % 4 * P * 2; }
+
+  // Row `row` of the thread's window, which begins W - 1 tokens before its first token.
+  __device__ Elements<P> x_row(int row) const {
+    return load_elements<P>(shared_.x[consumer_][row % Config::step] + in_tile() +
+                            row / Config::step * Config::x_row_bytes);
+  }
+
+  // z again of tokens whose windows begin in a state; 0 of tokens outside.
+  __device__ void mend(float (&z)[4][P]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (((flags_.at_begin | flags_.outside) >> i & 1) == 0) continue;
+      const GradientPlace place = load_place(&shared_.places[first_ + i]);
+#pragma unroll
+      for (int c = 0; c < P; ++c) z[i][c] = 0;
+      if (place.outside || d_ >= p_.D) continue;
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        Elements<P> x = x_row(i + w);
+        if (place.position + w < W - 1) x = input_of_state<P, W>(p_.states, place.row, d_, place.position + w);
+        float input[P];
+        unpack_elements<Element>(input, x);
+#pragma unroll
+        for (int c = 0; c < P; ++c) z[i][c] += u(i, c, w) * input[c];
+      }
+    }
   }
 
   // u[i, k] += u[i + 1, k - 1]
   __device__ void flow(int i, int k) {
-    const bool cut = begins(i + 1);
+    const bool cut = flags_.begins >> (i + 1) & 1;
 #pragma unroll
     for (int c = 0; c < P; ++c) u(i, c, k) += cut ? 0.0f : u(i + 1, c, k - 1);
   }
 
-  // taps <- g of one token, whose dz is stored.
-  __device__ void differentiate_token(int i, const float (&z)[P], const Elements<P>& dy, bool outside) {
-    float dz[P];
-    unpack_elements<Element>(dz, dy);
-#pragma unroll
-    for (int c = 0; c < P; ++c) {
-      dz[c] = outside ? 0.0f : dz[c] * activation_slope(z[c], p_.silu);
-#pragma unroll
-      for (int w = 0; w < W; ++w) u(i, c, w) *= dz[c];
-    }
-    if (first_ + i >= Config::own || m_ + i >= p_.sequences.tokens || d_ >= p_.D) return;
+  __device__ void store(void* to, int i, const float (&x)[P]) const {
     Elements<P> out;
 #pragma unroll
-    for (int j = 0; j < P / 2; ++j) out.words[j] = pack<Element>(dz[2 * j], dz[2 * j + 1]);
-    store_elements(static_cast<Element*>(p_.dz) + (m_ + i) * p_.D + d_, out);
+    for (int j = 0; j < P / 2; ++j) out.words[j] = pack<Element>(x[2 * j], x[2 * j + 1]);
+    if ((flags_.own >> i & 1) != 0 && d_ < p_.D) store_elements(static_cast<Element*>(to) + at_ + i * p_.D, out);
+  }
+
+  // dx of token i += grad_conv_state_out
+  __device__ void add_state_out(int i) {
+    const GradientPlace place = load_place(&shared_.places[first_ + i]);
+    float dx[P];
+#pragma unroll
+    for (int c = 0; c < P; ++c) dx[c] = u(i, c, W - 1);
+    add_gradient_of_state_out<Element, P, W>(dx, p_.gradients.of_out, place.row, p_.D, d_, 0, place.left + 1);
+#pragma unroll
+    for (int c = 0; c < P; ++c) u(i, c, W - 1) = dx[c];
   }
 
   // dconv_state of the sequence that begins with token i.
-  __device__ void store_state_gradient(int i, const GradientPlace& place) const {
-    uint32_t elements[P * (W - 1)];
+  __device__ void store_state_gradient(int i) const {
+    const GradientPlace place = load_place(&shared_.places[first_ + i]);
+    auto* const to = static_cast<uint16_t*>(p_.gradients.of_in) + (place.row * p_.D + d_) * (W - 1);
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
       float sum[P];
 #pragma unroll
       for (int c = 0; c < P; ++c) sum[c] = u(i, c, k);
-      if (place.left < W - 1)
+      if (place.left < W - 1)  // the sequence is not longer than its state: of what it began with something is left
         add_gradient_of_state_out<Element, P, W>(sum, p_.gradients.of_out, place.row, p_.D, d_, k - (W - 1),
                                                  place.left + 1);
 #pragma unroll
-      for (int c = 0; c < P; ++c) elements[c * (W - 1) + k] = pack<Element>(sum[c], 0);
+      for (int c = 0; c < P; ++c) to[c * (W - 1) + k] = static_cast<uint16_t>(pack<Element>(sum[c], 0));
     }
-    store_elements(static_cast<Element*>(p_.gradients.of_in) + (place.row * p_.D + d_) * (W - 1),
-                   gather<P*(W - 1)>([&](int e) { return elements[e]; }));
   }
 
   Taps (&taps_)[2];
   InputGradientShared<Config>& shared_;
   const InputGradientArguments& p_;
-  const int64_t d_;
-  const int consumer_, thread_;
-  int first_;
-  int64_t m_;  // the first token
+  const TokenFlags<W>& flags_;
+  const int first_, d_, consumer_, thread_;
+  const int64_t at_;  // of the first token in dz and dx
 };
 
 template <class Config>
@@ -369,34 +446,33 @@ __device__ void consume(InputGradientShared<Config>& shared, const char* hidden,
     store_place(&shared.places[Config::M], gradient_place<Config::W>(p.sequences, m0 + Config::M));
   }
   named_barrier_sync(all, Config::consumers * kWarpgroup);
+  const int first = 32 * (thread / 32) + thread % 32 / 4 * 4;  // of the thread's 4 rows
+  const TokenFlags<Config::W> flags(
+      &shared.places[first], static_cast<int>(min(int64_t{Config::own - first}, p.sequences.tokens - m0 - first)));
   Consumer<Config::stages> ring(shared.ring);
   PhaseParity x = PhaseParity::first(), turn = consumer == 0 ? PhaseParity::preceding() : PhaseParity::first();
   if (Config::resident && own.count > consumer) shared.hidden_loaded.wait(PhaseParity::first());
   if (consumer == 1) ring.advance(p.panels);
+  float bias = load_tile_bias<Config>(p, own.first + consumer, thread);
   for (int i = consumer; i < own.count; i += Config::consumers, x.flip(), turn.flip()) {
     const int tile = own.first + i;
-    const int64_t column = int64_t{tile} * Config::N + thread;
-    if (thread < Config::N)
-      shared.bias[consumer][Config::bias_at(thread)] =
-          p.bias == nullptr || column >= p.D * Config::W
-              ? 0.0f
-              : load_as_float(p.bias, std::is_same_v<typename Config::Element, bf16> ? Dtype::bf16 : Dtype::f16,
-                              column);
+    if (thread < Config::N) shared.bias[consumer][Config::bias_at(thread)] = bias;
     named_barrier_sync(mine, kWarpgroup);
     typename Config::Mma::Accumulator taps[2];
     begin_with_bias<Config>(taps, shared.bias[consumer]);
+    bias = load_tile_bias<Config>(p, tile + Config::consumers, thread);
     shared.turn[consumer].wait(turn);
     generate<Config>(taps, shared, hidden, ring, p.panels, consumer, thread);
     ring.advance(p.panels);  // the other consumer's tile
     shared.x_loaded[consumer].wait(x);
-    InputGradientEpilogue<Config> epilogue(taps, shared, p, int64_t{tile} * Config::channels + thread % 4 * Config::P,
-                                           consumer, thread);
+    InputGradientEpilogue<Config> epilogue(taps, shared, p, flags, first,
+                                           tile * Config::channels + thread % 4 * Config::P, consumer, thread);
     epilogue.differentiate();
     epilogue.flow_within();
     named_barrier_sync(mine, kWarpgroup);
     if (thread == 0) shared.x_read[consumer].arrive();
     epilogue.flow_between();
-    epilogue.store();
+    epilogue.store_gradients();
   }
 }
 

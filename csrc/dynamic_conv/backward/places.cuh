@@ -11,11 +11,6 @@ struct GradientPlace {
   int8_t position;  // in the sequence; positions from W - 1 on are alike
   int8_t left;      // tokens of the sequence behind this one; W - 1 and more are alike
   bool outside;     // of all sequences: gradients are zero
-  // What a token's window or its gradients need beyond the tile.
-  template <int W>
-  __device__ bool special() const {
-    return outside || position < W - 1;
-  }
 };
 static_assert(sizeof(GradientPlace) == 8);
 
@@ -44,6 +39,15 @@ __device__ inline void store_place(GradientPlace* to, const GradientPlace& place
       make_uint2(static_cast<uint32_t>(place.row), static_cast<uint32_t>(place.position & 0xff) |
                                                        static_cast<uint32_t>(place.left & 0xff) << 8 |
                                                        static_cast<uint32_t>(place.outside) << 16);
+}
+
+// The second word of a place as it lies in memory, and whether that is a token whose window is not in x alone.
+__device__ inline uint32_t load_place_flags(const GradientPlace* from) {
+  return reinterpret_cast<const uint32_t*>(from)[1];
+}
+template <int W>
+__device__ bool is_special(uint32_t flags) {
+  return (flags & 0xff) < W - 1 || (flags >> 16 & 0xff) != 0;
 }
 
 // Products of 16-bit pairs, each rounded once.

@@ -177,17 +177,28 @@ __device__ void form_dtaps(WeightFragments<Config>& dtaps, float (&dbias)[2],
     }
 }
 
-// The tokens of a tile that are `special`, as bits, the same in all lanes.
+// The tokens of a tile that are `special`, as bits, the same in all lanes. Asked for a tile ahead, as they come from
+// memory.
 template <class Config>
-__device__ uint64_t special_tokens(const WeightGradientArguments& p, int tile) {
-  const int64_t t = int64_t{tile} * Config::K + threadIdx.x % 32;
-  bool is[2];
+class SpecialTokens {
+ public:
+  __device__ void ask(const WeightGradientArguments& p, int tile, int end) {
+    const int64_t t = int64_t{tile} * Config::K + threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    is[i] = t + 32 * i < p.sequences.tokens && load_place(p.places + t + 32 * i).template special<Config::W>();
-  const uint64_t low = __ballot_sync(0xffffffffu, is[0]), high = __ballot_sync(0xffffffffu, is[1]);
-  return low | high << 32;
-}
+    for (int i = 0; i < 2; ++i) {
+      word_[i] = Config::W - 1;  // an ordinary token
+      if (tile < end && t + 32 * i < p.sequences.tokens) word_[i] = load_place_flags(p.places + t + 32 * i);
+    }
+  }
+  __device__ uint64_t answer() const {
+    const uint64_t low = __ballot_sync(0xffffffffu, is_special<Config::W>(word_[0])),
+                   high = __ballot_sync(0xffffffffu, is_special<Config::W>(word_[1]));
+    return low | high << 32;
+  }
+
+ private:
+  uint32_t word_[2];
+};
 
 // dweight [64, N] += dtaps^T hidden of one tile.
 template <class Config>
@@ -248,19 +259,24 @@ __device__ void consume(WeightGradientShared<Config>& shared, const WeightGradie
   float dbias[2] = {};
   WeightFragments<Config> even, odd;
   Consumer<Config::stages> ring(shared.ring);
-  uint64_t special = special_tokens<Config>(p, tiles.first);
+  SpecialTokens<Config> special;
+  special.ask(p, tiles.first, tiles.end);
+  uint64_t bits = special.answer();
+  special.ask(p, tiles.first + 1, tiles.end);
   int stage = ring.wait();
   ring.advance();
-  form_dtaps<Config>(even, dbias, shared, stage, p, rows, special, tiles.first, consumer, sums);
+  form_dtaps<Config>(even, dbias, shared, stage, p, rows, bits, tiles.first, consumer, sums);
   // One tile: its products, and meanwhile the operand of the next.
   const auto step = [&](WeightFragments<Config>& now, WeightFragments<Config>& next, int tile) {
     multiply_tokens<Config>(dweight, now, shared, stage, tile == tiles.first);
     int following = 0;
     if (tile + 1 < tiles.end) {
-      special = special_tokens<Config>(p, tile + 1);
+      bits = special.answer();
       following = ring.wait();
       ring.advance();
-      form_dtaps<Config>(next, dbias, shared, following, p, rows, special, tile + 1, consumer, sums);
+      form_dtaps<Config>(next, dbias, shared, following, p, rows, bits, tile + 1, consumer, sums);
+      compiler_fence();
+      special.ask(p, tile + 2, tiles.end);
     }
     wgmma_wait_group<0>();
     wgmma_fence_operand(dweight);
