@@ -146,7 +146,7 @@ def test_autocast_takes_the_kernel():
 
 
 def test_gradients_flow_through_the_forward_kernels():
-    """The backward is plain PyTorch until it has kernels; it fits what the forward kernels computed."""
+    """And through those of the backward, as the CPU's."""
     arguments = conv_inputs(ConvShape("", B=1, T=130, D=64, R=64, state=False), BF16)
     leaves = [t.clone().requires_grad_() for t in arguments[:4]]
     y, _ = jetkernels.dynamic_conv(*leaves)
