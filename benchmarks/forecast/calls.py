@@ -109,13 +109,13 @@ class Forecast:
         taps, epilogue = _timed(kernels.input_gradient, self.build, shape)
         us = ping_pong_us(shape, -(-T // 250) * 2, taps, epilogue)  # 125 tokens of a tile are its own
         rows = [self.row(case, "inputs", "tile", taps, us) | {"epilogue": round(epilogue)}]
-        columns, consumers = (192, 3) if -(-shape.R // 192) * 192 < -(-shape.R // 256) * 256 else (256, 2)
-        parts = -(-shape.R // columns)
+        columns = hidden_columns(T, shape.R)
         hidden = self.timed_gradient("hidden_gradient", columns, 2, 8)
-        cta = shape.D // 32 * hidden.cycles + 2 * A["copy"]
-        rows.append(self.row(case, "hidden", "tile", hidden, -(-(-(-T // 256) * 2 * parts) // sms) * cta / clock))
+        cta, ctas = shape.D // 32 * hidden.cycles + 2 * A["copy"], -(-T // 256) * 2 * -(-shape.R // columns)
+        rows.append(self.row(case, "hidden", "tile", hidden, -(-ctas // sms) * cta / clock))
+        columns, consumers = (192, 3) if -(-shape.R // 192) * 192 < -(-shape.R // 256) * 256 else (256, 2)
         weight = self.timed_gradient("weight_gradient", columns, consumers, 4)
-        ctas, weights = -(-shape.D // (32 * consumers)) * 2 * parts, shape.D * shape.W * shape.R
+        ctas, weights = -(-shape.D // (32 * consumers)) * 2 * -(-shape.R // columns), shape.D * shape.W * shape.R
         per_split, splits = token_split(T, ctas, weights)
         cta = per_split * weight.cycles + 2 * A["copy"]
         rows.append(self.row(case, "weight", "tile", weight, -(-ctas * splits // sms) * cta / clock))
@@ -183,6 +183,15 @@ def ping_pong_us(shape: Shape, token_tiles: int, timed: Timed, epilogue: float) 
     # Of the first tile the copies, of the last one all; no products beside it.
     ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue
     return waves * ((per_cta - 1) * timed.cycles + ends) / A["clock"]
+
+
+def hidden_columns(T: int, R: int) -> int:
+    """hidden_gradient_columns of csrc/dynamic_conv."""
+
+    def cost(n: int) -> int:
+        return -(-(-(-T // 256) * 2 * -(-R // n)) // int(A["multiprocessors"])) * max(8 * n, 840)
+
+    return min((256, 192, 64), key=cost)
 
 
 def token_split(T: int, ctas: int, weights: int) -> tuple[int, int]:

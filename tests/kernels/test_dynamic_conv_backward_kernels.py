@@ -32,6 +32,7 @@ SHAPES = (
     *(ConvShape(f"R = {R}", B=1, T=140, D=40, R=R) for R in (8, 56, 64, 136, 384, 512, 520, 1032)),
     ConvShape("a batch of short rows: a tile has many of them", B=50, T=7, D=32, R=64),
     ConvShape("several channel tiles in a CTA, the warpgroups in turns", B=1, T=1000, D=1256, R=72),
+    *(ConvShape(f"tokens for every multiprocessor, R = {R}", B=1, T=8300, D=40, R=R) for R in (384, 512)),
     ConvShape("without bias, without activation", B=2, T=30, D=32, R=64, bias=False, silu=False),
     ConvShape("without state", B=3, T=30, D=32, R=64, state=False),
     ConvShape("packed, empty sequences among them", B=1, T=200, D=40, R=64, cu_seqlens=PACKED),

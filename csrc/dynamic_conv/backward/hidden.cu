@@ -36,8 +36,10 @@ void launch_config(const DynamicConvBackwardCall& call) {
 }  // namespace
 
 void launch_hidden_gradient(const DynamicConvBackwardCall& call) {
-  with_gradient_columns(call.p, [&](auto element, auto taps, auto columns) {
-    launch_config<HiddenGradientConfig<decltype(element), taps, columns>>(call);
+  const DynamicConvBackwardParams& p = call.p;
+  const int columns = hidden_gradient_columns(call.tokens(), p.generator.R, p.in.W, call.multiprocessors);
+  with_gradient_columns(p, columns, [&](auto element, auto taps, auto N) {
+    launch_config<HiddenGradientConfig<decltype(element), taps, N>>(call);
   });
 }
 

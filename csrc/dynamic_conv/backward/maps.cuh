@@ -40,10 +40,9 @@ inline CUtensorMap weight_map(const DynamicConvBackwardParams& p, int box_j) {
   });
 }
 
-// f(Element(), integral_constant W, integral_constant N) for a call, with N = gradient_columns.
+// f(Element(), integral_constant W, integral_constant N) for a call, with N = columns (workspace.h).
 template <class F>
-void with_gradient_columns(const DynamicConvBackwardParams& p, const F& f) {
-  const int columns = gradient_columns(p.generator.R, p.in.W);
+void with_gradient_columns(const DynamicConvBackwardParams& p, int columns, const F& f) {
   with_element_and_taps(p.in, [&](auto element, auto taps) {
     if constexpr (taps != 4)
       f(element, taps, std::integral_constant<int, 128>());

@@ -61,8 +61,9 @@ void launch_config(const DynamicConvBackwardCall& call) {
 }  // namespace
 
 void launch_weight_gradient(const DynamicConvBackwardCall& call) {
-  with_gradient_columns(call.p, [&](auto element, auto taps, auto columns) {
-    using Config = WeightGradientConfig<decltype(element), taps, columns>;
+  const int columns = weight_gradient_columns(call.p.generator.R, call.p.in.W);
+  with_gradient_columns(call.p, columns, [&](auto element, auto taps, auto N) {
+    using Config = WeightGradientConfig<decltype(element), taps, N>;
     launch_config<Config>(call);
   });
 }

@@ -8,14 +8,32 @@
 
 namespace jet::hopper {
 
-// N, the columns of R that a CTA of the second and third pass has: at most 256, what a wgmma makes. For W = 4 the one
-// of 64, 192, 256 that has the fewest columns too many, the larger one where two are alike: R = 384 is 2 x 192, 512 is
-// 2 x 256. For W = 2 and 3, which no model has, 128.
-inline int gradient_columns(int64_t R, int64_t W) {
+// N, the columns of R that a CTA of the second or third pass has: at most 256, what a wgmma makes. 64, 192 or 256 at W
+// = 4; at W = 2 and 3, which no model has, 128.
+//
+// Of the third pass: the one that has the fewest columns too many, the larger one where two are alike. R = 384 is 2 x
+// 192, 512 is 2 x 256.
+inline int weight_gradient_columns(int64_t R, int64_t W) {
   if (W != 4) return 128;
   const auto padded = [&](int n) { return (R + n - 1) / n * n; };
   if (R <= 64) return 64;
   return padded(192) < padded(256) ? 192 : 256;
+}
+
+// Of the second pass: the one that takes the least time, where few tokens leave multiprocessors without a CTA. The
+// order of a sum does not depend on it.
+inline int hidden_gradient_columns(int64_t tokens, int64_t R, int64_t W, int multiprocessors) {
+  if (W != 4) return 128;
+  constexpr int64_t least_cycles = 840;  // of a tile of 32 channels at N = 64: what it takes to form dtaps
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (const int n : {256, 192, 64}) {
+    const int64_t ctas = (tokens + 255) / 256 * 2 * ((R + n - 1) / n);
+    const int64_t waves = (ctas + multiprocessors - 1) / multiprocessors,
+                  cost = waves * std::max(8 * int64_t{n}, least_cycles);
+    if (cost < least) least = cost, best = n;
+  }
+  return best;
 }
 
 // CTAs of the third pass along the rows of dweight have so many channels (weight.cuh).
@@ -58,7 +76,7 @@ struct BackwardWorkspace {
 
 inline BackwardWorkspace backward_workspace(const DynamicConvBackwardParams& p, int multiprocessors) {
   const int64_t tokens = p.in.B * p.in.T, rows = p.in.D * p.in.W, R = p.generator.R;
-  const int columns = gradient_columns(R, p.in.W), channels = weight_gradient_channels(columns, p.in.W);
+  const int columns = weight_gradient_columns(R, p.in.W), channels = weight_gradient_channels(columns, p.in.W);
   const int64_t pairs = (p.in.D + 2 * channels - 1) / (2 * channels), parts = (R + columns - 1) / columns;
   BackwardWorkspace w{.split = choose_token_split(tokens, 2 * pairs * parts, rows * R, multiprocessors)};
   const int64_t sums = w.split.splits > 1 ? w.split.splits : 0;
