@@ -1,6 +1,6 @@
 // The launch of the first pass.
-#include "csrc/dynamic_conv/backward/inputs.cuh"
-#include "csrc/dynamic_conv/backward/maps.cuh"
+#include "csrc/dynamic_conv/gemm/backward_inputs.cuh"
+#include "csrc/dynamic_conv/gemm/backward_maps.cuh"
 
 namespace jet::hopper {
 namespace {

@@ -7,7 +7,7 @@
 // split: then sums go to the workspace, in fp32, and reduce_kernel adds them in the order of the tokens.
 #pragma once
 
-#include "csrc/dynamic_conv/backward/hidden.cuh"
+#include "csrc/dynamic_conv/gemm/backward_hidden.cuh"
 #include "csrc/hopper/mma.h"
 
 namespace jet::hopper {

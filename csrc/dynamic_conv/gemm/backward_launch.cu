@@ -1,5 +1,5 @@
 // dynamic_conv_backward: its passes, one behind the other.
-#include "csrc/dynamic_conv/backward/launch.h"
+#include "csrc/dynamic_conv/gemm/backward_launch.h"
 
 #include "csrc/dynamic_conv/window.cuh"
 #include "csrc/hopper/device.h"

@@ -2,12 +2,12 @@
 // made in registers, as the A operand of wgmma, from dz and x in shared memory.
 //
 // A CTA has 128 tokens and N columns of R, and walks over tiles of 32 channels. The columns of dtaps are permuted as
-// those of a tile of taps (gemm/tile.cuh), so that a thread has all taps of 8 consecutive channels; the rows of the
+// those of a tile of taps (tile.cuh), so that a thread has all taps of 8 consecutive channels; the rows of the
 // weight, which are the B operand as they lie in memory (MN-major), are permuted alike by their tensor map. The cluster
 // is 2 CTAs, neighbours in tokens, that share the weights.
 #pragma once
 
-#include "csrc/dynamic_conv/backward/places.cuh"
+#include "csrc/dynamic_conv/gemm/backward_places.cuh"
 #include "csrc/dynamic_conv/gemm/tile.cuh"
 #include "csrc/hopper/cluster.h"
 #include "csrc/hopper/warp_specialization.h"

@@ -1,6 +1,6 @@
 // The launches of the third pass.
-#include "csrc/dynamic_conv/backward/maps.cuh"
-#include "csrc/dynamic_conv/backward/weight.cuh"
+#include "csrc/dynamic_conv/gemm/backward_maps.cuh"
+#include "csrc/dynamic_conv/gemm/backward_weight.cuh"
 
 namespace jet::hopper {
 namespace {

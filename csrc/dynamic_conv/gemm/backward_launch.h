@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "csrc/dynamic_conv/backward/workspace.h"
+#include "csrc/dynamic_conv/gemm/backward_workspace.h"
 
 namespace jet::hopper {
 

@@ -10,7 +10,7 @@
 // warps through shared memory. The last W - 1 tokens of a tile lack what flows in; they are the first of the next tile.
 #pragma once
 
-#include "csrc/dynamic_conv/backward/places.cuh"
+#include "csrc/dynamic_conv/gemm/backward_places.cuh"
 #include "csrc/dynamic_conv/gemm/pingpong.cuh"
 
 namespace jet::hopper {
@@ -191,32 +191,6 @@ __device__ void generate(typename Config::Mma::Accumulator (&taps)[2], InputGrad
   wgmma_fence_operand(taps[1]);
   ring.template release_all<Config::cluster>(previous, thread);
 }
-
-// What is special about the 4 tokens of a thread, which are the same in all its tiles. Bit i of each mask is token i.
-template <int W>
-struct TokenFlags {
-  uint32_t begins;        // nothing flows out of it into the token before; bit 4: the token behind the thread's last
-  uint32_t first_tokens;  // of a sequence: what would flow out is dconv_state
-  uint32_t at_begin;      // its window reaches into conv_state
-  uint32_t at_end;        // its input is in conv_state_out
-  uint32_t outside;       // of all sequences
-  uint32_t own;           // its dz and dx are stored
-
-  __device__ TokenFlags(const GradientPlace* places, int own_tokens)
-      : begins(0), first_tokens(0), at_begin(0), at_end(0), outside(0), own((1u << max(min(own_tokens, 4), 0)) - 1) {
-#pragma unroll
-    for (int i = 0; i < 5; ++i) {
-      const GradientPlace place = load_place(places + i);
-      begins |= static_cast<uint32_t>(place.position == 0 || place.outside) << i;
-      if (i == 4) break;
-      first_tokens |= static_cast<uint32_t>(place.position == 0 && !place.outside) << i;
-      at_begin |= static_cast<uint32_t>(place.position < W - 1 && !place.outside) << i;
-      at_end |= static_cast<uint32_t>(place.left < W - 1 && !place.outside) << i;
-      outside |= static_cast<uint32_t>(place.outside) << i;
-    }
-    first_tokens &= own, at_end &= own;
-  }
-};
 
 // The epilogue of one tile, for the 4 tokens from row `first` on and the channels from d on of this thread. What few
 // threads need stands apart, behind one branch each.

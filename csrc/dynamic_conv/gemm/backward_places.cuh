@@ -41,6 +41,32 @@ __device__ inline void store_place(GradientPlace* to, const GradientPlace& place
                                                        static_cast<uint32_t>(place.outside) << 16);
 }
 
+// What is special about the 4 tokens of a thread, which are the same in all its tiles. Bit i of each mask is token i.
+template <int W>
+struct TokenFlags {
+  uint32_t begins;        // nothing flows out of it into the token before; bit 4: the token behind the thread's last
+  uint32_t first_tokens;  // of a sequence: what would flow out is dconv_state
+  uint32_t at_begin;      // its window reaches into conv_state
+  uint32_t at_end;        // its input is in conv_state_out
+  uint32_t outside;       // of all sequences
+  uint32_t own;           // its dz and dx are stored
+
+  __device__ TokenFlags(const GradientPlace* places, int own_tokens)
+      : begins(0), first_tokens(0), at_begin(0), at_end(0), outside(0), own((1u << max(min(own_tokens, 4), 0)) - 1) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      const GradientPlace place = load_place(places + i);
+      begins |= static_cast<uint32_t>(place.position == 0 || place.outside) << i;
+      if (i == 4) break;
+      first_tokens |= static_cast<uint32_t>(place.position == 0 && !place.outside) << i;
+      at_begin |= static_cast<uint32_t>(place.position < W - 1 && !place.outside) << i;
+      at_end |= static_cast<uint32_t>(place.left < W - 1 && !place.outside) << i;
+      outside |= static_cast<uint32_t>(place.outside) << i;
+    }
+    first_tokens &= own, at_end &= own;
+  }
+};
+
 // The second word of a place as it lies in memory, and whether that is a token whose window is not in x alone.
 __device__ inline uint32_t load_place_flags(const GradientPlace* from) {
   return reinterpret_cast<const uint32_t*>(from)[1];

@@ -1,6 +1,6 @@
 // The launch of the second pass.
-#include "csrc/dynamic_conv/backward/hidden.cuh"
-#include "csrc/dynamic_conv/backward/maps.cuh"
+#include "csrc/dynamic_conv/gemm/backward_hidden.cuh"
+#include "csrc/dynamic_conv/gemm/backward_maps.cuh"
 
 namespace jet::hopper {
 namespace {

@@ -36,7 +36,7 @@ inline int hidden_gradient_columns(int64_t tokens, int64_t R, int64_t W, int mul
   return best;
 }
 
-// CTAs of the third pass along the rows of dweight have so many channels (weight.cuh).
+// CTAs of the third pass along the rows of dweight have so many channels (backward_weight.cuh).
 inline int weight_gradient_channels(int columns, int64_t W) { return (W == 2 ? 32 : 16) * (columns > 192 ? 2 : 3); }
 
 struct TokenSplit {

@@ -1,7 +1,7 @@
 // Tensor maps of the backward's passes, and the choice of an instance.
 #pragma once
 
-#include "csrc/dynamic_conv/backward/launch.h"
+#include "csrc/dynamic_conv/gemm/backward_launch.h"
 #include "csrc/dynamic_conv/window.cuh"
 #include "csrc/hopper/tensor_map.h"
 
@@ -24,7 +24,7 @@ inline CUtensorMap matrix_map(const char* name, const void* data, Dtype dtype, i
 }
 
 // The map of the weight [D*W, R] whose boxes [box_j * 8 W, 64] have the rows in the order of a tile's columns
-// (gemm/tile.cuh, with 8 channels a thread).
+// (tile.cuh, with 8 channels a thread).
 inline CUtensorMap weight_map(const DynamicConvBackwardParams& p, int box_j) {
   const uint64_t W = p.in.W, row = p.generator.R * 2;
   constexpr uint64_t P = 8;
@@ -40,7 +40,7 @@ inline CUtensorMap weight_map(const DynamicConvBackwardParams& p, int box_j) {
   });
 }
 
-// f(Element(), integral_constant W, integral_constant N) for a call, with N = columns (workspace.h).
+// f(Element(), integral_constant W, integral_constant N) for a call, with N = columns (backward_workspace.h).
 template <class F>
 void with_gradient_columns(const DynamicConvBackwardParams& p, int columns, const F& f) {
   with_element_and_taps(p.in, [&](auto element, auto taps) {
