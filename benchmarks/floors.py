@@ -108,6 +108,12 @@ def conv(shape: Shape, B: int, T: int) -> Work:
     return conv_token(shape).times(B * T) + Work(_weight_bytes(shape), 0)
 
 
+def conv_backward(shape: Shape, B: int, T: int) -> Work:
+    """x, hidden, dy, dx, dhidden; the weight and its gradient; three products: the taps again, dhidden, dweight."""
+    token = Work(HALF * (3 * shape.D + 2 * shape.R), 3 * conv_token(shape).flop)
+    return token.times(B * T) + Work(2 * _weight_bytes(shape), 0)
+
+
 def stored_taps(shape: Shape) -> int:
     """Bytes per token that the generated taps cost where they are written and read again."""
     return 2 * HALF * shape.D * shape.W
@@ -115,6 +121,11 @@ def stored_taps(shape: Shape) -> int:
 
 def apply_conv(shape: Shape, B: int, T: int) -> Work:
     return Work(B * T * HALF * shape.D * (2 + shape.W), 0)
+
+
+def apply_conv_backward(shape: Shape, B: int, T: int) -> Work:
+    """x, dy, dx, taps and their gradient."""
+    return Work(B * T * HALF * shape.D * (3 + 2 * shape.W), 0)
 
 
 def conv_step(shape: Shape, B: int) -> Work:

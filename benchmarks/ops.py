@@ -119,6 +119,24 @@ def apply_conv(shape: Shape, B: int, T: int) -> Case:
     return Case("apply_dynamic_conv", shape, f"{B} x {T}", "bf16", floors.apply_conv(shape, B, T), make)
 
 
+def backward(forward: Case, work: Work) -> Case:
+    """Of a convolution without states: grad_y and no grad_conv_state_out stand before the forward's arguments."""
+
+    def make(draw: Draw) -> tuple:
+        arguments = forward.make(draw)
+        return (draw.normal(*arguments[0].shape, dtype=BF16), None, *arguments)
+
+    return forward._replace(op=f"{forward.op}_backward", work=work, make=make)
+
+
+def conv_backward(shape: Shape, B: int, T: int) -> Case:
+    return backward(conv(shape, B, T), floors.conv_backward(shape, B, T))
+
+
+def apply_conv_backward(shape: Shape, B: int, T: int) -> Case:
+    return backward(apply_conv(shape, B, T), floors.apply_conv_backward(shape, B, T))
+
+
 def conv_step(shape: Shape, B: int) -> Case:
     def make(draw: Draw) -> tuple:
         x, hidden, weight, bias = conv_inputs(shape, 1, B, BF16, draw)
@@ -245,6 +263,7 @@ def measured(shapes: list[Shape]) -> list[Case]:
     for op in (verify, commit):
         cases += [op(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in VERIFY_BATCHES]
     cases += [apply_conv(s, 1, T) for s in shapes for T in CONV_LENGTHS]
+    cases += [op(s, 1, T) for op in (conv_backward, apply_conv_backward) for s in shapes for T in CONV_LENGTHS]
     cases += [norm(op, s, N) for op in floors.NORM_TENSORS for s in shapes for N in NORM_TOKENS]
     cases += [swiglu(s, rows) for s in shapes if s.F for rows in POINTWISE_ROWS]
     cases += [delta_gates(s, tokens) for s in shapes for tokens in POINTWISE_ROWS]
@@ -267,6 +286,8 @@ def small(shape: Shape) -> list[Case]:
         *([attention_step(shape, 3, 70)] if shape.A else []),
         *([jet_block_step(shape, 3)] if shape.H == shape.Hk else []),
         apply_conv(shape, 2, 67),
+        conv_backward(shape, 1, 130),
+        apply_conv_backward(shape, 2, 67),
         *(norm(op, shape, 67) for op in floors.NORM_TENSORS),
         *(norm_backward(op, shape, 67) for op in floors.NORM_BACKWARD_TENSORS),
         *([swiglu(shape, 3), swiglu_backward(shape, 3)] if shape.F else []),

@@ -76,21 +76,33 @@ Gradients apply_dynamic_conv_backward(ApplyBackwardTensors t) {
   const Tensor& x = forward.x;
   const std::vector<int64_t> offsets = check(checks, forward);
   check_gradients(checks, x, t.gradients);
-  if (const auto reason = plain_reason_without_kernel(launch_device(x)))
+  const int device = launch_device(x);
+  const bool takes = apply_dynamic_conv_kernel_takes(inputs(checks, forward, index_vector(forward.cu_seqlens)));
+  if (const auto reason = plain_reason_of_call(device, takes))
     return call_plain<Gradients>("jet_plain::apply_dynamic_conv_backward", *reason, t);
-  forward.taps = dense(forward.taps), forward.conv_state = dense(forward.conv_state);
-  t.gradients.grad_conv_state_out = dense(t.gradients.grad_conv_state_out);
   const int64_t B = checks.size("B"), T = checks.size("T"), D = checks.size("D");
   Tensor dx = allocate(x, {B, T, D}), dtaps = allocate(x, {B, T, D, checks.size("W")});
   Tensor dconv_state = new_conv_state(checks, x);
-  const ApplyDynamicConvBackwardParams params{.in = inputs(checks, forward, index_vector(offsets)),
-                                              .taps = forward.taps.const_data_ptr(),
-                                              .grad_y = token_tensor(t.gradients.grad_y),
-                                              .grad_conv_state_out = data(t.gradients.grad_conv_state_out),
-                                              .dx = dx.mutable_data_ptr(),
-                                              .dtaps = dtaps.mutable_data_ptr(),
-                                              .dconv_state = dconv_state.mutable_data_ptr()};
-  apply_dynamic_conv_backward_cpu(params, torch_parallel());
+  OptionalTensor& grad_conv_state_out = t.gradients.grad_conv_state_out;
+  const auto params = [&](const IndexVector& cu_seqlens) {
+    return ApplyDynamicConvBackwardParams{.in = inputs(checks, forward, cu_seqlens),
+                                          .taps = forward.taps.const_data_ptr(),
+                                          .grad_y = token_tensor(t.gradients.grad_y),
+                                          .grad_conv_state_out = data(grad_conv_state_out),
+                                          .dx = dx.mutable_data_ptr(),
+                                          .dtaps = dtaps.mutable_data_ptr(),
+                                          .dconv_state = dconv_state.mutable_data_ptr()};
+  };
+  if (device == kHost) {
+    forward.taps = dense(forward.taps), forward.conv_state = dense(forward.conv_state);
+    grad_conv_state_out = dense(grad_conv_state_out);
+    apply_dynamic_conv_backward_cpu(params(index_vector(offsets)), torch_parallel());
+  } else if constexpr (kWithCuda) {
+    forward.x = as_rows(forward.x), forward.taps = aligned(forward.taps);
+    forward.conv_state = aligned(forward.conv_state), forward.cu_seqlens = dense(forward.cu_seqlens);
+    t.gradients.grad_y = as_rows(t.gradients.grad_y), grad_conv_state_out = aligned(grad_conv_state_out);
+    apply_dynamic_conv_backward_hopper(params(index_vector(forward.cu_seqlens)), LaunchScope(forward.x).stream());
+  }
   return {dx, dtaps, dconv_state};
 }
 

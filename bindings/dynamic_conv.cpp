@@ -74,24 +74,40 @@ Gradients dynamic_conv_backward(DynamicConvBackwardTensors t) {
   const Tensor& x = forward.x;
   const std::vector<int64_t> offsets = check(checks, forward);
   check_gradients(checks, x, t.gradients);
-  if (const auto reason = plain_reason_without_kernel(launch_device(x)))
+  const int device = launch_device(x);
+  const bool takes = dynamic_conv_kernel_takes(inputs(checks, forward, index_vector(forward.cu_seqlens)),
+                                               tap_generator(forward.generator));
+  if (const auto reason = plain_reason_of_call(device, takes))
     return call_plain<Gradients>("jet_plain::dynamic_conv_backward", *reason, t);
-  forward.generator = dense(forward.generator), forward.conv_state = dense(forward.conv_state);
-  t.gradients.grad_conv_state_out = dense(t.gradients.grad_conv_state_out);
   const int64_t B = checks.size("B"), T = checks.size("T"), R = checks.size("R"), rows = checks.size("D*W");
   Tensor dx = allocate(x, {B, T, checks.size("D")}), dhidden = allocate(x, {B, T, R});
   Tensor dweight = allocate(x, {rows, R}), dbias = allocate(x, {rows});
   Tensor dconv_state = new_conv_state(checks, x);
-  const DynamicConvBackwardParams params{.in = inputs(checks, forward, index_vector(offsets)),
-                                         .generator = tap_generator(forward.generator),
-                                         .grad_y = token_tensor(t.gradients.grad_y),
-                                         .grad_conv_state_out = data(t.gradients.grad_conv_state_out),
-                                         .dx = dx.mutable_data_ptr(),
-                                         .dhidden = dhidden.mutable_data_ptr(),
-                                         .dweight = dweight.mutable_data_ptr(),
-                                         .dbias = dbias.mutable_data_ptr(),
-                                         .dconv_state = dconv_state.mutable_data_ptr()};
-  dynamic_conv_backward_cpu(params, torch_parallel());
+  OptionalTensor& grad_conv_state_out = t.gradients.grad_conv_state_out;
+  const auto params = [&](const IndexVector& cu_seqlens) {
+    return DynamicConvBackwardParams{.in = inputs(checks, forward, cu_seqlens),
+                                     .generator = tap_generator(forward.generator),
+                                     .grad_y = token_tensor(t.gradients.grad_y),
+                                     .grad_conv_state_out = data(grad_conv_state_out),
+                                     .dx = dx.mutable_data_ptr(),
+                                     .dhidden = dhidden.mutable_data_ptr(),
+                                     .dweight = dweight.mutable_data_ptr(),
+                                     .dbias = dbias.mutable_data_ptr(),
+                                     .dconv_state = dconv_state.mutable_data_ptr()};
+  };
+  if (device == kHost) {
+    forward.generator = dense(forward.generator), forward.conv_state = dense(forward.conv_state);
+    grad_conv_state_out = dense(grad_conv_state_out);
+    dynamic_conv_backward_cpu(params(index_vector(offsets)), torch_parallel());
+  } else if constexpr (kWithCuda) {
+    forward.x = as_rows(forward.x), forward.generator = as_rows(forward.generator);
+    forward.conv_state = aligned(forward.conv_state), forward.cu_seqlens = dense(forward.cu_seqlens);
+    t.gradients.grad_y = as_rows(t.gradients.grad_y), grad_conv_state_out = aligned(grad_conv_state_out);
+    const DynamicConvBackwardParams p = params(index_vector(forward.cu_seqlens));
+    const LaunchScope scope(forward.x);
+    const Tensor workspace = allocate(x, {dynamic_conv_backward_workspace(p)}, ScalarType::Byte);
+    dynamic_conv_backward_hopper(p, workspace.mutable_data_ptr(), scope.stream());
+  }
   return {dx, dhidden, dweight, dbias, dconv_state};
 }
 

@@ -26,6 +26,7 @@ OPS = {
     "chunk": "chunk_gated_delta_rule",
     "chunk_backward": "chunk_gated_delta_rule_backward",
     "conv": "dynamic_conv",
+    "conv_backward": "dynamic_conv_backward",
     "step": "dynamic_conv_step",
     "recurrent": ops.RECURRENT,
 }
@@ -131,15 +132,32 @@ class Forecast:
 
     def pingpong_conv(self, case: ops.Case, shape: Shape, tokens: int) -> list[dict[str, object]]:
         timed, epilogue = _timed(kernels.conv, self.build, shape)
-        token_tiles, tiles = -(-tokens // 256) * 2, shape.D // 32
-        per_cta = min(
-            range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2)
-        )
-        waves = math.ceil(token_tiles * -(-tiles // per_cta) / A["multiprocessors"])
-        # Of the first tile the copies, of the last one all; no products beside it.
-        ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue
-        us = max(waves * ((per_cta - 1) * timed.cycles + ends) / A["clock"], case.work.bytes / A["bandwidth"])
+        us = max(ping_pong_us(shape, -(-tokens // 256) * 2, timed, epilogue), case.work.bytes / A["bandwidth"])
         return self.whole(case.name, [self.row(case.name, "conv", "tile", timed, us) | {"epilogue": round(epilogue)}])
+
+    def conv_backward(self, shape: Shape, T: int) -> list[dict[str, object]]:
+        """Its three passes, and reduce where the third splits the tokens."""
+        case, sms, clock = ops.conv_backward(shape, 1, T).name, int(A["multiprocessors"]), A["clock"]
+        taps, epilogue = _timed(kernels.input_gradient, self.build, shape)
+        us = ping_pong_us(shape, -(-T // 250) * 2, taps, epilogue)  # 125 tokens of a tile are its own
+        rows = [self.row(case, "inputs", "tile", taps, us) | {"epilogue": round(epilogue)}]
+        columns = hidden_columns(T, shape.R)
+        hidden = self.timed_gradient("hidden_gradient", columns, 2, 8)
+        cta, ctas = shape.D // 32 * hidden.cycles + 2 * A["copy"], -(-T // 256) * 2 * -(-shape.R // columns)
+        rows.append(self.row(case, "hidden", "tile", hidden, -(-ctas // sms) * cta / clock))
+        columns, consumers = (192, 3) if -(-shape.R // 192) * 192 < -(-shape.R // 256) * 256 else (256, 2)
+        weight = self.timed_gradient("weight_gradient", columns, consumers, 4)
+        ctas, weights = -(-shape.D // (32 * consumers)) * 2 * -(-shape.R // columns), shape.D * shape.W * shape.R
+        per_split, splits = token_split(T, ctas, weights)
+        cta = per_split * weight.cycles + 2 * A["copy"]
+        rows.append(self.row(case, "weight", "tile", weight, -(-ctas * splits // sms) * cta / clock))
+        if splits > 1:
+            nothing = Timed(1, {}, {"memory": 1.0})
+            rows.append(self.row(case, "reduce", "", nothing, weights * (8 * splits + 2) / A["bandwidth"]))
+        return self.whole(case, rows)
+
+    def timed_gradient(self, kernel: str, *arguments: int) -> Timed:
+        return _timed(kernels.gradient_tile, self.build, kernel, *arguments)
 
     def step(self, shape: Shape, rows: int) -> list[dict[str, object]]:
         """As launch_dynamic_conv chooses the kernel."""
@@ -176,9 +194,8 @@ class Forecast:
             calls = [(self.chunk, shape, B, T) for B, T in ops.CHUNK_SIZES]
             calls += [(self.chunk_backward, shape, B, T) for B, T in ops.CHUNK_BACKWARD_SIZES]
             if shape.name != "128/128":
-                calls += [(self.conv, shape, T) for T in ops.CONV_LENGTHS] + [
-                    (self.step, shape, rows) for rows in STEP_ROWS
-                ]
+                calls += [(call, shape, T) for call in (self.conv, self.conv_backward) for T in ops.CONV_LENGTHS]
+                calls += [(self.step, shape, rows) for rows in STEP_ROWS]
                 calls += [(self.recurrent, shape, pool, N) for pool in (ops.FP32, ops.BF16) for N in ROWS]
             for call, *arguments in calls:
                 if only not in OPS[call.__name__]:
@@ -189,6 +206,38 @@ class Forecast:
                     # A kernel that the model does not follow must not hide the others.
                     case = f"{OPS[call.__name__]} {shape.name} {arguments[1:]}"
                     yield {"op": OPS[call.__name__], "case": case, "kernel": "failed", "limit": str(error)[:200]}
+
+
+def ping_pong_us(shape: Shape, token_tiles: int, timed: Timed, epilogue: float) -> float:
+    """choose_channel_split of csrc/dynamic_conv, and the time of so many tiles of tokens."""
+    tiles = shape.D // 32
+    per_cta = min(range(tiles, 0, -1), key=lambda n: -(-token_tiles * -(-tiles // n) // A["multiprocessors"]) * (n + 2))
+    waves = math.ceil(token_tiles * -(-tiles // per_cta) / A["multiprocessors"])
+    # Of the first tile the copies, of the last one all; no products beside it.
+    ends = 2 * A["copy"] + timed.busy["tensor"] + epilogue
+    return waves * ((per_cta - 1) * timed.cycles + ends) / A["clock"]
+
+
+def hidden_columns(T: int, R: int) -> int:
+    """hidden_gradient_columns of csrc/dynamic_conv."""
+
+    def cost(n: int) -> int:
+        return -(-(-(-T // 256) * 2 * -(-R // n)) // int(A["multiprocessors"])) * max(8 * n, 840)
+
+    return min((256, 192, 64), key=cost)
+
+
+def token_split(T: int, ctas: int, weights: int) -> tuple[int, int]:
+    """choose_token_split of csrc/dynamic_conv: tiles of 64 tokens of a split, splits."""
+    tiles = -(-T // 64)
+
+    def cost(splits: int) -> float:
+        waves, per_split = -(-ctas * splits // int(A["multiprocessors"])), -(-tiles // splits)
+        return waves * (per_split + 6) + (3 + 8 / 2.7e6 * splits * weights if splits > 1 else 0)
+
+    found = {-(-tiles // -(-tiles // wanted)) for wanted in range(1, min(tiles, 16) + 1)}
+    best = min(sorted(found), key=cost)
+    return -(-tiles // best), best
 
 
 def segments_of(B: int, T: int, shape: Shape) -> tuple[int, int]:

@@ -266,6 +266,42 @@ def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
     graph, _ = build.find(r"pingpong_dynamic_conv_kernel.*PingpongConfigINS\w+bf16ELi4E")
     panels = -(-shape.R // 64)
     way = Way(r"HGMMA|MUFU\.EX2|MUFU\.TANH|FFMA", r"LDG\.E\.128", (Work("HGMMA", 8 * panels),))
+    return ping_pong(graph, way, panels, turns)
+
+
+def input_gradient(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
+    """The same of the first pass of the backward; no sequence begins or ends in the tile."""
+    graph, _ = build.find(r"input_gradient_kernel.*InputGradientConfigINS\w+bf16ELi4ELb1E")
+    panels = -(-shape.R // 64)
+    way = Way(r"HGMMA|MUFU\.EX2|SHFL|STS\.128", r"LDG\.E\.U16", (Work("HGMMA", 8 * panels),))
+    return ping_pong(graph, way, panels, turns, "WARPGROUP.ARRIVE")
+
+
+def gradient_tile(build: Build, kernel: str, columns: int, consumers: int, products: int, turns: int = 12) -> Timed:
+    """Cycles per tile of the second or third pass of the backward, of which a turn of the loop has two.
+
+    The operands are there when they are needed, and no sequence begins in the tile.
+    """
+    graph, _ = build.find(rf"{kernel}_kernel.*ConfigINS\w+bf16ELi4ELi{columns}E")
+    way = Way("HGMMA|LDS|LDSM|HMUL2", r"LDS\.U16|LDG\.E\.U16", (Work("HGMMA", 2 * products),))
+    loop = graph.find_loop(["HGMMA"])
+    groups: dict[str, list[Role]] = {}
+    for g in range(1, consumers + 1):
+        groups[f"consumer {g}"] = many = []
+        for w in range(4 * g, 4 * g + 4):
+            stream = [x for x in one_turn(graph, loop, way, w) if x.name != "SYNCS"]
+            if (found := sum(x.name == "HGMMA" for x in stream)) != 2 * products:
+                raise LookupError(f"{found} products of two tiles, not {2 * products}")
+            many.append(Role(stream, [w], g, turns))
+    pair = together(groups, turns, 2)
+    return pair._replace(cycles=pair.cycles / 2, busy={unit: n / 2 for unit, n in pair.busy.items()})
+
+
+def ping_pong(graph: Graph, way: Way, panels: int, turns: int, turn_before: str = "") -> tuple[Timed, float]:
+    """Two warpgroups with the tensor cores in turns: cycles per tile, and those of the epilogue alone.
+
+    A turn is waited for before the first instruction, or before the first `turn_before`.
+    """
     loop = graph.find_loop(["HGMMA", r"STG\.E\.128"])
     groups: dict[str, list[Role]] = {}
     epilogues = []
@@ -276,8 +312,10 @@ def conv(build: Build, shape: Shape, turns: int = 8) -> tuple[Timed, float]:
             products, epilogue = products_and_epilogue(stream)
             if (found := sum(x.name == "HGMMA" for x in products)) != 8 * panels:
                 raise LookupError(f"{found} products of a tile, not {8 * panels}")
+            at = next(i for i, x in enumerate(products) if x.opcode.startswith(turn_before))
+            products.insert(at, signal("TRYWAIT", g))
             # The one whose products have been issued lets the other one's begin.
-            stream = [signal("TRYWAIT", g), *products[:-1], signal("ARRIVE", 3 - g), products[-1], *epilogue]
+            stream = [*products[:-1], signal("ARRIVE", 3 - g), products[-1], *epilogue]
             many.append(Role(stream, [w], g, turns, free={"0x1": 1} if g == 1 else {}))
             epilogues.append(Role(epilogue, [w], g))
     pair = together(groups, turns, 2)

@@ -153,13 +153,13 @@ inline ConvStates states_of(const ConvInputs& in, void* conv_state_out) {
   return {.in = in.conv_state, .out = conv_state_out, .stride = in.D * (in.W - 1)};
 }
 
-// The states of a call without tokens. `op` is named in errors.
-inline void copy_all_states(const char* op, const ConvInputs& in, void* conv_state_out, cudaStream_t stream) {
+// The states of a call without tokens, of outputs or of gradients: `to` [N, D, W-1] is `from`, or zeros if that is
+// null. `op` is named in errors.
+inline void copy_all_states(const char* op, const ConvInputs& in, const void* from, void* to, cudaStream_t stream) {
   const size_t bytes = in.N * in.D * (in.W - 1) * 2;
   if (bytes == 0) return;
-  check(in.conv_state == nullptr
-            ? cudaMemsetAsync(conv_state_out, 0, bytes, stream)
-            : cudaMemcpyAsync(conv_state_out, in.conv_state, bytes, cudaMemcpyDeviceToDevice, stream),
+  check(from == nullptr ? cudaMemsetAsync(to, 0, bytes, stream)
+                        : cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream),
         op);
 }
 

@@ -23,6 +23,8 @@ struct TensorMapPlan {
   uint64_t stride_bytes[5];  // globalStrides; [0] is not read (it is the element size); multiples of 16, below 2^40
   uint32_t box[5];  // boxDim: elements, 1..256; box[0] * element size is a multiple of 16, at most the swizzle's row
   Swizzle swizzle;
+  uint32_t step[5] = {1, 1, 1, 1, 1};  // elementStrides: the box has every step[d]-th element of dimension d, box[d] /
+                                       // step[d] of them rounded up; [0] is not read
 };
 
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -51,6 +53,7 @@ inline void check_tensor_map(const TensorMapPlan& p, int element_bytes) {
     need(p.extent[d] >= 1 && p.extent[d] <= (1ull << 32), "extent" + at, "1..2^32", p.extent[d]);
     need(p.box[d] >= 1 && p.box[d] <= 256, "box" + at, "1..256", p.box[d]);
     if (d == 0) continue;
+    need(p.step[d] >= 1 && p.step[d] <= 8, "step" + at, "1..8", p.step[d]);
     const uint64_t stride = p.stride_bytes[d];
     need(stride % 16 == 0 && stride < (1ull << 40), "stride" + at, "a multiple of 16 below 2^40 bytes", stride);
   }
@@ -72,14 +75,16 @@ inline CUtensorMap make_tensor_map(const TensorMapPlan& p) {
                                      : p.swizzle == Swizzle::b64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : p.swizzle == Swizzle::b32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                                  : CU_TENSOR_MAP_SWIZZLE_NONE;
-  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  alignas(64) CUtensorMap map;
+  // In a local of its own, whose address is a multiple of 64: GCC 12 has put the result itself at others.
+  struct alignas(64) {
+    CUtensorMap map;
+  } encoded;
   const CUresult status = tensor_map_encoder()(
-      &map, type, p.rank, const_cast<void*>(p.data), p.extent, p.stride_bytes + 1, p.box, element_strides,
+      &encoded.map, type, p.rank, const_cast<void*>(p.data), p.extent, p.stride_bytes + 1, p.box, p.step,
       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   require(status == CUDA_SUCCESS, "tensor map", std::string(p.name) + " cuTensorMapEncodeTiled", "CUDA_SUCCESS (0)",
           status);
-  return map;
+  return encoded.map;
 }
 
 // The map of a matrix [rows, columns] (row stride in elements) whose boxes fill the panels of `Tile` (layout.h).

@@ -46,7 +46,7 @@ CALLS = {
 # ops whose backward has a kernel too
 CALLS |= {
     f"{op}_backward": lambda forward=CALLS[op]: (*cotangents(forward()), *forward())
-    for op in (*NORM_OPS, "swiglu", "delta_gates")
+    for op in (*NORM_OPS, "swiglu", "delta_gates", "chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv")
 }
 each_op = pytest.mark.parametrize("name", CALLS)
 
@@ -152,7 +152,7 @@ def test_autocast_takes_the_kernel():
 
 
 def test_gradients_flow_through_the_forward_kernels():
-    """Whoever serves the backward of the convolution, it fits what the forward kernels computed."""
+    """And through those of the backward, as the CPU's."""
     arguments = conv_inputs(ConvShape("", B=1, T=130, D=64, R=64, state=False), BF16)
     leaves = [t.clone().requires_grad_() for t in arguments[:4]]
     y, _ = jetkernels.dynamic_conv(*leaves)

@@ -199,7 +199,10 @@ LEFT = {
 
 
 # They take what their forward takes.
-BACKWARD_KERNELS = [f"{op}_backward" for op in (*NORM_OPS, *POINTWISE_OPS)]
+BACKWARD_KERNELS = [
+    f"{op}_backward"
+    for op in (*NORM_OPS, *POINTWISE_OPS, "chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv")
+]
 
 
 def check_hopper(backend_of, device="cpu") -> None:

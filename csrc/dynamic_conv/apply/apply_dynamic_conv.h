@@ -29,6 +29,7 @@ struct ApplyDynamicConvBackwardParams {
 // On the current CUDA device, of compute capability 9.0, in `stream` (a cudaStream_t). The params must satisfy
 // apply_dynamic_conv_kernel_takes.
 void apply_dynamic_conv_hopper(const ApplyDynamicConvParams& params, void* stream);
+void apply_dynamic_conv_backward_hopper(const ApplyDynamicConvBackwardParams& params, void* stream);
 
 void apply_dynamic_conv_cpu(const ApplyDynamicConvParams& params, const Parallel& parallel);
 void apply_dynamic_conv_backward_cpu(const ApplyDynamicConvBackwardParams& params, const Parallel& parallel);

@@ -9,7 +9,7 @@ void apply_dynamic_conv_hopper(const ApplyDynamicConvParams& p, void* stream) {
   using namespace hopper;
   const char* const op = "apply_dynamic_conv";
   const auto on = static_cast<cudaStream_t>(stream);
-  if (p.in.B * p.in.T == 0) return copy_all_states(op, p.in, p.conv_state_out, on);
+  if (p.in.B * p.in.T == 0) return copy_all_states(op, p.in, p.in.conv_state, p.conv_state_out, on);
   const ApplyArguments arguments{.sequences = sequences_of(p.in),
                                  .states = states_of(p.in, p.conv_state_out),
                                  .D = p.in.D,

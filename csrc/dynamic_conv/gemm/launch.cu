@@ -51,7 +51,7 @@ DynamicConvCall step_call(const char* op, const DynamicConvStepParams& p) {
 
 void dynamic_conv_hopper(const DynamicConvParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (p.in.B * p.in.T == 0) return hopper::copy_all_states("dynamic_conv", p.in, p.conv_state_out, on);
+  if (p.in.B * p.in.T == 0) return hopper::copy_all_states("dynamic_conv", p.in, p.in.conv_state, p.conv_state_out, on);
   hopper::launch_dynamic_conv({.op = "dynamic_conv",
                                .in = p.in,
                                .generator = p.generator,

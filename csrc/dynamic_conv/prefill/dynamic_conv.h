@@ -43,6 +43,11 @@ struct DynamicConvBackwardParams {
 // dynamic_conv_kernel_takes.
 void dynamic_conv_hopper(const DynamicConvParams& params, void* stream);
 
+// The same for the backward. `workspace`: dynamic_conv_backward_workspace() bytes of the device's memory, 128-byte
+// aligned.
+int64_t dynamic_conv_backward_workspace(const DynamicConvBackwardParams& params);
+void dynamic_conv_backward_hopper(const DynamicConvBackwardParams& params, void* workspace, void* stream);
+
 void dynamic_conv_cpu(const DynamicConvParams& params, const Parallel& parallel);
 void dynamic_conv_backward_cpu(const DynamicConvBackwardParams& params, const Parallel& parallel);
 

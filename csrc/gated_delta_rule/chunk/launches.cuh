@@ -13,17 +13,14 @@ inline CUtensorMap tokens_map(const GatedDeltaRuleInputs& in, const char* name, 
   const auto bytes = [](int64_t extent, int64_t stride) { return static_cast<uint64_t>(extent > 1 ? stride * 2 : 16); };
   const auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
   const TokenStrides& s = x.strides;
-  struct alignas(64) {
-    CUtensorMap map;
-  } made{make_tensor_map({.name = name,
+  return make_tensor_map({.name = name,
                           .data = x.data,
                           .dtype = x.dtype,
                           .rank = 4,
                           .extent = {size(D), size(heads), size(in.T), size(in.B)},
                           .stride_bytes = {2, bytes(heads, s.h), bytes(in.T, s.t), bytes(in.B, s.b)},
                           .box = {static_cast<uint32_t>(columns), 1, C, 1},
-                          .swizzle = swizzle})};
-  return made.map;
+                          .swizzle = swizzle});
 }
 
 // What sweep reads and writes, and with dO in v's place and dV in o's what reverse does. Boxes of q and k are a panel

@@ -149,28 +149,49 @@ __device__ void reverse_chunk(typename Config::State& s, const SweepArguments& p
   const bool outputs = !p.cuts;
   typename Config::Tokens b;
   uint32_t a[Config::state_steps][4], g[kSteps][4];
-  if (outputs) store_state_gradient<Config>(s, p, work, shared, me, chunk);
-  multiply_state<Config>(a, s, StateProduct<Config>{b, typename Config::RowsOperand(stage.k)});  // dSᵀ Kᵀ   [64, C]
-  if constexpr (!Config::few_registers) load_gradient<Config>(g, stage, me);
-  wgmma_wait_group<0>();
-  wgmma_fence_operand(b), wgmma_hold_operand(a);
-  if constexpr (Config::few_registers) load_gradient<Config>(g, stage, me);
+  const StateProduct<Config> sk{b, typename Config::RowsOperand(stage.k)};
+  const auto add_queries = [&] {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+      MmaState::rs(s, g[step], q.at(0, step * MmaState::K), true);  // dSᵀ += dOᵀ Q''   [64, K]
+    wgmma_commit_group();
+  };
+  if constexpr (Config::few_registers) {  // one thing after the other
+    if (outputs) store_state_gradient<Config>(s, p, work, shared, me, chunk);
+    multiply_state<Config>(a, s, sk);  // dSᵀ Kᵀ   [64, C]
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(b), wgmma_hold_operand(a);
+    load_gradient<Config>(g, stage, me);
+    decay_state<Config>(s, stage);
+  } else {
+    multiply_state<Config>(a, s, sk);  // dSᵀ Kᵀ   [64, C]
+    if (outputs) store_state_gradient<Config>(s, p, work, shared, me, chunk);
+    load_gradient<Config>(g, stage, me);
+    decay_state<Config>(s, stage);
+    wgmma_fence(s, g);
+    add_queries();
+    wgmma_wait_group<1>();
+    wgmma_fence_operand(b), wgmma_hold_operand(a);
+  }
 #pragma unroll
   for (int at = 0; at < MmaSquare::registers; at += 2) {
     const float2 write = key_columns<Config>(stage, kWrite, me.thread, at);
     b[at] *= write.x, b[at + 1] *= write.y;
   }
-  decay_state<Config>(s, stage);
-  wgmma_fence(b, s, g);
+  if constexpr (Config::few_registers)
+    wgmma_fence(b, s, g);
+  else
+    wgmma_fence(b);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
     MmaSquare::rs(b, g[step], pp.at(0, step * MmaSquare::K), true);  // B += dOᵀ P''   [64, C]
   wgmma_commit_group();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    MmaState::rs(s, g[step], q.at(0, step * MmaState::K), true);  // dSᵀ += dOᵀ Q''   [64, K]
-  wgmma_commit_group();
-  wgmma_wait_group<1>();
+  if constexpr (Config::few_registers) {
+    add_queries();
+    wgmma_wait_group<1>();
+  } else {
+    wgmma_wait_group<0>();
+  }
   wgmma_fence_operand(b);
   uint32_t y[kSteps][4];
 #pragma unroll
