@@ -75,8 +75,8 @@ inline CUtensorMap make_tensor_map(const TensorMapPlan& p) {
                                      : p.swizzle == Swizzle::b64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : p.swizzle == Swizzle::b32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                                  : CU_TENSOR_MAP_SWIZZLE_NONE;
-  // In a local of its own, whose address is a multiple of 64: GCC 12 has put the result itself at others.
-  struct alignas(64) {
+  // Not the result itself: GCC 12 has put that at addresses that are no multiple of 64, as the driver wants them.
+  struct {
     CUtensorMap map;
   } encoded;
   const CUresult status = tensor_map_encoder()(

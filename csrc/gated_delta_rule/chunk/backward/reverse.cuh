@@ -156,19 +156,21 @@ __device__ void reverse_chunk(typename Config::State& s, const SweepArguments& p
       MmaState::rs(s, g[step], q.at(0, step * MmaState::K), true);  // dSᵀ += dOᵀ Q''   [64, K]
     wgmma_commit_group();
   };
+  if (outputs) store_state_gradient<Config>(s, p, work, shared, me, chunk);
   if constexpr (Config::few_registers) {  // one thing after the other
-    if (outputs) store_state_gradient<Config>(s, p, work, shared, me, chunk);
-    multiply_state<Config>(a, s, sk);  // dSᵀ Kᵀ   [64, C]
+    multiply_state<Config>(a, s, sk);     // dSᵀ Kᵀ   [64, C]
     wgmma_wait_group<0>();
     wgmma_fence_operand(b), wgmma_hold_operand(a);
     load_gradient<Config>(g, stage, me);
     decay_state<Config>(s, stage);
   } else {
-    multiply_state<Config>(a, s, sk);  // dSᵀ Kᵀ   [64, C]
-    if (outputs) store_state_gradient<Config>(s, p, work, shared, me, chunk);
     load_gradient<Config>(g, stage, me);
-    decay_state<Config>(s, stage);
-    wgmma_fence(s, g);
+#pragma unroll
+    for (int step = 0; step < Config::state_steps; ++step)
+      accumulator_to_a_fragment<typename Config::Operand>(a[step], s, step);
+    decay_state<Config>(s, stage);  // while products are under way ptxas would have it wait for them
+    wgmma_fence(a, s, g);
+    multiply_fragments(sk, a, 0);
     add_queries();
     wgmma_wait_group<1>();
     wgmma_fence_operand(b), wgmma_hold_operand(a);
