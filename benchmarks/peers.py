@@ -59,11 +59,11 @@ def _flashinfer(module: str, name: str) -> Callable[[], Callable]:
     return load
 
 
-def _plain(op: str) -> Callable[[], Callable]:
+def _plain(op: str, function: str = "") -> Callable[[], Callable]:
     def load():
         import importlib
 
-        return getattr(importlib.import_module(f"jetkernels.plain.{op}"), op)
+        return getattr(importlib.import_module(f"jetkernels.plain.{op}"), function or op)
 
     return load
 
@@ -117,6 +117,34 @@ def flashinfer_chunk(function, inputs: Inputs):
 def plain_chunk(function, inputs: Inputs):
     scale = inputs["q"].shape[3] ** -0.5
     return lambda: function(*inputs.values(), None, None, scale, True), lambda out: out
+
+
+# The chunked backward: prepare(function, inputs, grad_o); the peer's forward has run before the clock does. Results are
+# dq, dk and dv, or of these what stands for itself.
+
+
+def _differentiate(function, inputs: Inputs, grad_o: Tensor, **options) -> Run:
+    with torch.enable_grad():
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        o = function(**leaves, **options)[0]
+    return lambda: torch.autograd.grad(o, tuple(leaves.values()), grad_o, retain_graph=True)
+
+
+def fla_chunk_backward(function, inputs: Inputs, grad_o: Tensor):
+    run = _differentiate(function, inputs, grad_o, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    return run, lambda grads: grads[:3]
+
+
+def flash_qla_chunk_backward(function, inputs: Inputs, grad_o: Tensor):
+    H, K = inputs["v"].shape[2], inputs["q"].shape[3]
+    grad = adapters.split_values(grad_o).contiguous()
+    run = _differentiate(function, adapters.heads_of_128(inputs), grad, scale=K**-0.5, output_final_state=True)
+    return run, lambda grads: (None, None, adapters.merged_values(grads[2], H))
+
+
+def plain_chunk_backward(function, inputs: Inputs, grad_o: Tensor):
+    scale = inputs["q"].shape[3] ** -0.5
+    return lambda: function(grad_o, None, *inputs.values(), None, None, scale, True), lambda grads: grads[:3]
 
 
 # Recurrent, T = 1: prepare(function, inputs, state fp32 [B, H, K, V], a, b). In-place peers get their own copy of the
@@ -185,6 +213,15 @@ CHUNK = (
     ),
     Peer("plain PyTorch", _plain("chunk_gated_delta_rule"), plain_chunk),
     Peer("transformers", lambda: transformers_delta_rule()[0], transformers_chunk, "q, k repeated beforehand"),
+)
+CHUNK_BACKWARD = (
+    Peer("flash-linear-attention", _fla("chunk_gated_delta_rule"), fla_chunk_backward),
+    Peer("FlashQLA", _flash_qla, flash_qla_chunk_backward, "q, k normalised and everything laid out beforehand"),
+    Peer(
+        "plain PyTorch",
+        _plain("chunk_gated_delta_rule", "chunk_gated_delta_rule_backward"),
+        plain_chunk_backward,
+    ),
 )
 RECURRENT = (
     Peer("flash-linear-attention", _fla("fused_recurrent_gated_delta_rule"), fla_recurrent, "out of place"),

@@ -1,4 +1,4 @@
-"""The 2B model with random weights, in a process of its own: decode, from a CUDA graph and without one, and prefill.
+"""The 2B model with random weights, in a process of its own: decode, from a graph and without one, prefill, training.
 
 Decode behind preset contexts, the launches of a step, prompts, and decode at key lengths not seen before.
 """
@@ -15,6 +15,7 @@ from benchmarks.gpu_run.supervisor import Job
 SHAPE = "2b"
 UNSEEN = f"model {SHAPE} key lengths not seen before"
 PAST, STEPS = 1000, 24
+TRAINING, TRAINING_TOKENS, TRAINING_STEPS = f"model {SHAPE} training step 1 x 4096", 4096, 3
 K = 1024
 DECODE = tuple((batch, context) for context in (K, 64 * K) for batch in measure.MODEL_BATCHES)
 REPLAYS, EAGER_STEPS, SAME_STEPS = 32, 8, 4
@@ -54,11 +55,12 @@ def describe() -> list[str]:
         measure.MODEL_RATES,
         f"{STEPS} decode steps from {PAST} tokens on, twice: attention may plan anew for each length of keys, "
         "which repeated runs hide",
+        f"forward and backward of {TRAINING_TOKENS} tokens, and the most memory that they take",
     ]
 
 
 def jobs(settings: dict) -> list[Job]:
-    return [Job("model", (*decodes(), *profiled(), *sizes(), UNSEEN))]
+    return [Job("model", (*decodes(), *profiled(), *sizes(), UNSEEN, TRAINING))]
 
 
 def load(context):
@@ -184,6 +186,30 @@ def unseen(model, past: int, count: int) -> dict[str, object]:
     return {**us, "times_again": us["us"] / us["again_us"], "n": count, "method": "clock, a step"}
 
 
+def training_step(model, tokens: int, count: int) -> dict[str, object]:
+    """Forward and backward of one sequence, without an optimiser; memory beyond parameters and their gradients too."""
+    from jetkernels.model.speed import synchronize
+
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    seconds = []
+    for _ in range(1 + count):  # the first allocates
+        model.zero_grad()
+        synchronize(model.device)
+        start = time.perf_counter()
+        logits = model(ids).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(logits, ids[0, 1:]).backward()
+        synchronize(model.device)
+        seconds.append(time.perf_counter() - start)
+    model.zero_grad()
+    us = statistics.median(seconds[1:]) * 1e6
+    peak = torch.cuda.max_memory_allocated(model.device)
+    kept = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    told = {"us": us, "tokens_per_s": tokens / us * 1e6, "n": count, "method": "clock, a step"}
+    return {**told, "peak_gib": peak / 2**30, "activations_gib": (peak - kept) / 2**30}
+
+
 def work(name: str, context) -> dict[str, object]:
     for op in OPS:
         if blocked := store.blocked(f"{op} {SHAPE}", context.output):
@@ -191,6 +217,8 @@ def work(name: str, context) -> dict[str, object]:
     model = load(context)
     if name == UNSEEN:
         return unseen(model, PAST, STEPS)
+    if name == TRAINING:
+        return training_step(model, TRAINING_TOKENS, TRAINING_STEPS)
     if name in profiled():
         return launches(model, *profiled()[name])
     ceilings, _, _ = key.ceilings(context)

@@ -51,12 +51,15 @@ class Problem(NamedTuple):
             return (GEMM, UNFUSED)
         if self.op == "dynamic_conv_step":
             return (GEMM,)
-        tokens = self.size[0] * self.size[1] if self.op == "chunk_gated_delta_rule" else 0
+        tokens = self.size[0] * self.size[1] if self.op in CHUNKED else 0
         return tuple(peer.name for peer in group_of(self.op) if peer.name not in SLOW or tokens <= SLOW_TOKENS)
 
 
+CHUNKED = {"chunk_gated_delta_rule": peers.CHUNK, "chunk_gated_delta_rule_backward": peers.CHUNK_BACKWARD}
+
+
 def group_of(op: str) -> tuple[Peer, ...]:
-    return peers.CHUNK if op == "chunk_gated_delta_rule" else peers.RECURRENT
+    return CHUNKED.get(op, peers.RECURRENT)
 
 
 def problems() -> list[Problem]:
@@ -65,6 +68,8 @@ def problems() -> list[Problem]:
     for sizes, op in ((CONV_LENGTHS, "dynamic_conv"), (STEP_ROWS, "dynamic_conv_step")):
         found += [Problem(op, shape, (1, n) if op == "dynamic_conv" else (n,)) for shape in SHAPES for n in sizes]
     found += [Problem("chunk_gated_delta_rule", shape, size) for shape in SHAPES for size in CHUNK_SIZES]
+    backward = "chunk_gated_delta_rule_backward"
+    found += [Problem(backward, shape, size) for shape in SHAPES for size in ops.CHUNK_BACKWARD_SIZES]
     return found + [Problem(ops.RECURRENT, shape, (B,)) for shape in SHAPES for B in RECURRENT_BATCHES]
 
 
@@ -156,6 +161,17 @@ def prepare_chunk(problem: Problem, device: torch.device, broken: bool) -> Prepa
     return Prepared([(values,) for values in inputs], *ours)
 
 
+def prepare_chunk_backward(problem: Problem, device: torch.device, broken: bool) -> Prepared:
+    case = ops.chunk_backward(problem.shape, *problem.size)
+    made = [case.make(Draw(device, seed)) for seed in range(rotations(case.work.bytes, l2_bytes(device)))]
+
+    def gradients():
+        return ops.function(case.op)(*made[0])[:3]
+
+    ours = our_side(lambda: [partial(ops.function(case.op), *args) for args in made], gradients, broken)
+    return Prepared([(dict(zip(("q", "k", "v", "g", "beta"), args[2:])), args[0]) for args in made], *ours)
+
+
 def prepare_recurrent(problem: Problem, device: torch.device, broken: bool) -> Prepared:
     shape, (B,) = problem.shape, problem.size
     sets = rotations(floors.recurrent(shape, B, 1, 4).bytes, l2_bytes(device))
@@ -201,6 +217,7 @@ def prepare_step(problem: Problem, device: torch.device, broken: bool) -> Prepar
 
 PREPARE = {
     "chunk_gated_delta_rule": prepare_chunk,
+    "chunk_gated_delta_rule_backward": prepare_chunk_backward,
     ops.RECURRENT: prepare_recurrent,
     "dynamic_conv": prepare_conv,
     "dynamic_conv_step": prepare_step,

@@ -20,6 +20,7 @@ from support.device_backends import (
     hoppersim,
     simulated,
 )
+from support.kernel_code import disassembly, report
 from support.layouts import far_apart, with_layouts
 from support.memory import poisoned_allocations
 from support.sequence_properties import sequences
@@ -391,3 +392,29 @@ def test_cost(shape):
     assert whole["tensor_flop"] <= 1.1 * case.work.flop
     for name, counters in launches.items():
         assert counting.conflict_factor(counters) < 1.1, name
+
+
+# ---- what the compiler made
+
+FOLDER = "csrc.gated_delta_rule.chunk.backward"
+PASSES = {  # objects, and the kernels of each
+    "states": ("states", "sweep", 1),
+    "reverse": ("reverse_bf16", "reverse", 1),
+    "reverse, fp16": ("reverse_f16", "reverse", 1),
+    "gradients": ("gradients_bf16", "gradients", 1),
+    "gradients, fp16": ("gradients_f16", "gradients", 1),
+    "prepare": ("launch", "prepare", 2),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_machine_code(name):
+    stem, kernel, dtypes = PASSES[name]
+    kernels = {mangled: facts for mangled, facts in report(f"{FOLDER}.{stem}").items() if f"{kernel}_kernel" in mangled}
+    assert len(kernels) == dtypes * len(KEY_DIMS)
+    for mangled, facts in kernels.items():
+        assert facts.spill_bytes == 0 and facts.stack_bytes == 0, mangled
+        code = disassembly(f"{FOLDER}.{stem}")[mangled]
+        assert not code.uses("LDL", "STL", "ATOM", "RED"), mangled
+        assert code.uses("HGMMA") and code.uses("UTMALDG"), mangled
+        assert kernel == "prepare" or code.uses("USETMAXREG"), mangled

@@ -234,8 +234,10 @@ __device__ void dot_states(const GradientArguments& p, GradientShared<Config>& s
       for (int turn = 0; turn < turns; ++turn, ring.advance()) {
         const int s = ring.wait();
         const auto& stage = shared.stage[s];
-#pragma unroll 1
-        for (int at = thread * 16; at < Config::States::bytes; at += threads * 16)
+        int end = Config::States::bytes;
+        asm volatile("" : "+r"(end));  // known, it would become a part of addresses, which then begin below zero
+#pragma unroll 2
+        for (int at = thread * 16; at < end; at += threads * 16)
           sum += dot_of<typename Config::Element>(*reinterpret_cast<const uint4*>(stage.state + at),
                                                   *reinterpret_cast<const uint4*>(stage.state_gradient + at));
         __syncwarp();
