@@ -369,7 +369,7 @@ def test_strides_beyond_32_bits(backend, name, dim):
 # ---- cost, counted by the simulator
 
 FEW_HEADS = {"2b": (4, 4), "4b": (4, 4), "128/128": (8, 4)}  # value heads, key heads: in the proportion of the model
-BYTES = {"2b": 0, "4b": 0, "128/128": 0}  # of a token and value head, for 1024 tokens of one sequence
+BYTES = {"2b": 9970, "4b": 11800, "128/128": 7100}  # requested for a token and value head
 
 
 @simulated
@@ -381,17 +381,14 @@ def test_cost(shape):
     with hoppersim.simulate():
         ops.results(case.op, case.make(Draw()), "jet_sim")
     launches = {counting.short(launch["kernel"]): launch["counters"] for launch in hoppersim.launches()}
-    names = ("prepare", "sweep", "reverse", "gradients")
-    prepare, sweep, reverse, gradients = (launches[f"chunk_{name}_kernel"] for name in names)
     whole = counting.added(list(launches.values()))
-    for name, c in launches.items():
-        print(
-            name, [n / 1024 / H for n in counting.traffic(c)], c["tensor_flop"] / 1024 / H, counting.conflict_factor(c)
-        )
     assert sum(counting.traffic(whole)) <= BYTES[shape.name] * 1024 * H
     assert whole["tensor_flop"] <= 1.1 * case.work.flop
     for name, counters in launches.items():
         assert counting.conflict_factor(counters) < 1.1, name
+    for name in ("sweep", "reverse"):
+        assert counting.conflict_factor(launches[f"chunk_{name}_kernel"]) == 1.0
+        assert launches[f"chunk_{name}_kernel"]["global_read_bytes"] == 0, "everything comes by TMA and bulk copies"
 
 
 # ---- what the compiler made
