@@ -357,7 +357,7 @@ def report_speed(
     served_by = backends(training.model.device)
     print("ops called in one training step and the completions, and the backend that served them:")
     for op, calls in sorted(counted.calls.items()):
-        print(f"  {op:34} {calls:6} calls   {served_by[op.removesuffix('_backward')]}")
+        print(f"  {op:34} {calls:6} calls   {served_by[op]}")
 
 
 def run(arguments: argparse.Namespace) -> int:

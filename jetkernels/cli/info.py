@@ -10,7 +10,8 @@ import torch
 from jetkernels import _library, _version, backend_of
 from jetkernels.ops import _register
 
-OPS = [name for name in _register.defined if not name.endswith("_backward")]
+_BACKWARD = "_backward"
+OPS = list(_register.defined)
 _PHRASES = {"hopper": "Hopper kernel", "cpu": "C++", "plain": "plain PyTorch"}
 # One token of one sequence with the head dims of Jet-Nemotron-2B, in bf16
 _B, _T, _H, _K, _V, _D, _R, _W = 1, 1, 1, 96, 256, 256, 32, 4
@@ -95,6 +96,18 @@ def _linear_example(op: str, device: torch.device) -> dict[str, torch.Tensor]:
     return {"weight": weights[op], "scale": torch.ones(_D, 1, device=device)} if op in weights else {}
 
 
+def _arguments(op: str, device: torch.device) -> list[Any]:
+    """Arguments of ``op``; those of a backward begin with gradients of what its forward returns."""
+    forward = op.removesuffix(_BACKWARD)
+    arguments = _example(forward, device)
+    if forward == op:
+        return arguments
+    shapes = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+    outs = getattr(torch.ops.jet, forward).default(*shapes)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return [*(torch.zeros(out.shape, dtype=out.dtype, device=device) for out in outs), *arguments]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``jetkernels info``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -109,7 +122,7 @@ def backends(device: torch.device) -> dict[str, str]:
 
     def phrase(op: str) -> str:
         try:
-            backend = backend_of(op, *_example(op, device))
+            backend = backend_of(op, *_arguments(op, device))
         except RuntimeError as error:  # of the CUDA runtime: this command is there to find out
             return f"none ({str(error).splitlines()[0]})"
         return f"{_PHRASES[backend.name]} ({backend.detail})"
