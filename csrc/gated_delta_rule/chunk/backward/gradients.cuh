@@ -17,6 +17,7 @@
 // the norms are factors of dP and dM.
 #pragma once
 
+#include "csrc/gated_delta_rule/chunk/backward/finite_operand.cuh"
 #include "csrc/gated_delta_rule/chunk/backward/gradients_shared.cuh"
 #include "csrc/gated_delta_rule/chunk/prepare.cuh"
 #include "csrc/hopper/mma.h"
@@ -262,8 +263,9 @@ __device__ void square_products(const GradientThread<Config>& me, typename Confi
   for_each_pair(me, [&](int r, int, int j) {
     const float2 beta = me.pair(kBeta, j), key = me.of_keys(j);
     a[r] *= beta.x, a[r + 1] *= beta.y;
-    x[r] = a[r] * key.x, x[r + 1] = a[r + 1] * key.y;
-    a[r] *= of_operand_row[r / 2 % 2], a[r + 1] *= of_operand_row[r / 2 % 2];
+    x[r] = finite_operand<Element>(a[r] * key.x), x[r + 1] = finite_operand<Element>(a[r + 1] * key.y);
+    a[r] = finite_operand<Element>(a[r] * of_operand_row[r / 2 % 2]);
+    a[r + 1] = finite_operand<Element>(a[r + 1] * of_operand_row[r / 2 % 2]);
   });
   put_rows<Square, Element>(query ? shared.p_key : shared.m_key, x, me.thread);
   put_rows<Square, Element>(query ? shared.p_query : shared.m_row, a, me.thread);

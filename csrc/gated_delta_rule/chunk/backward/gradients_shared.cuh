@@ -247,6 +247,7 @@ __device__ void dot_states(const GradientArguments& p, GradientShared<Config>& s
       for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
       shared.head_done.wait(head);
       head.flip();
+      __syncwarp();  // a lane that lags behind would miss its phase
       if (thread % 32 == 0) {
         shared.through[warp] = sum;
         shared.through_summed.arrive();

@@ -150,7 +150,13 @@ int64_t chunk_gated_delta_rule_backward_workspace(const ChunkGatedDeltaRuleBackw
 }
 
 void chunk_gated_delta_rule_backward_hopper(const ChunkGatedDeltaRuleBackwardParams& p, void* workspace, void* stream) {
-  if (p.forward.N * p.forward.in.H == 0) return;
+  const GatedDeltaRuleInputs& in = p.forward.in;
+  if (in.H == 0) {  // keys and queries that no head reads
+    const int64_t bytes = in.B * in.T * in.Hk * in.K * 2;
+    for (void* gradient : {p.dq, p.dk})
+      if (bytes > 0) check(cudaMemsetAsync(gradient, 0, bytes, static_cast<cudaStream_t>(stream)), kChunkBackwardOp);
+  }
+  if (p.forward.N * in.H == 0) return;
   launch_backward(BackwardCall(p), static_cast<char*>(workspace), static_cast<cudaStream_t>(stream));
 }
 

@@ -1,7 +1,7 @@
 // `reverse`: dS, the gradient of the state, through the chunks of a sequence from the last to the first, and dV. In the
 // names of flash-linear-attention: chunk_bwd_dhu and chunk_bwd_dv in one.
 //
-// CTAs, warps and stages are those of sweep (sweep.cuh): dO comes in V's place, dV leaves in O's, and the state is dS^T
+// CTAs and warps are those of sweep (sweep.cuh): dO comes in V's place, dV leaves in O's, and the state is dS^T
 // [64, K] in fp32 accumulators. Per chunk, with the gradients on the left as A operands from registers, in the dtype of
 // q:
 //   B  = beta_j e^{c_C - c_j} dS^T K^T + dO^T P''        [64, C], beta ∘ dU transposed
@@ -12,6 +12,7 @@
 // here, from the tiles that sweep has K-major.
 #pragma once
 
+#include "csrc/gated_delta_rule/chunk/backward/finite_operand.cuh"
 #include "csrc/gated_delta_rule/chunk/sweep.cuh"
 
 namespace jet::hopper {
@@ -133,7 +134,8 @@ __device__ void value_gradients(uint32_t (&dv)[kSteps][4], uint32_t (&to_state)[
     for (int i = 0; i < 4; ++i) {
       const int at = 2 * kStep / 4 * step + 2 * i;
       const float2 read = key_columns<Config>(stage, kReadK, thread, at);
-      to_state[step][i] = pack<Element>(-read.x * x[at], -read.y * x[at + 1]);
+      to_state[step][i] =
+          pack<Element>(finite_operand<Element>(-read.x * x[at]), finite_operand<Element>(-read.y * x[at + 1]));
     }
   }
 }
