@@ -55,11 +55,11 @@ class Problem(NamedTuple):
         return tuple(peer.name for peer in group_of(self.op) if peer.name not in SLOW or tokens <= SLOW_TOKENS)
 
 
-CHUNKED = {"chunk_gated_delta_rule": peers.CHUNK, "chunk_gated_delta_rule_backward": peers.CHUNK_BACKWARD}
+CHUNKED = ("chunk_gated_delta_rule", "chunk_gated_delta_rule_backward")
 
 
 def group_of(op: str) -> tuple[Peer, ...]:
-    return CHUNKED.get(op, peers.RECURRENT)
+    return dict(zip(CHUNKED, (peers.CHUNK, peers.CHUNK_BACKWARD))).get(op, peers.RECURRENT)
 
 
 def problems() -> list[Problem]:

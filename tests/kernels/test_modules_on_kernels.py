@@ -40,6 +40,8 @@ KERNELS = {
     "dynamic_conv_kernel": "convolution",
     "recurrent_kernel": "recurrent",
     "chunk_sweep_kernel": "sweep",
+    "chunk_reverse_kernel": "reverse",
+    "chunk_gradients_kernel": "gradients",
     "gated_norm_kernel": "gated norm of a step",
     "norm_kernel": "norm",
     "swiglu_kernel": "swiglu",
@@ -212,10 +214,11 @@ def test_decode_steps_of_a_model_on_the_simulator(sequences, options, dtype, mon
     a_layer = {"norm": 2, "swiglu": 1}
     a_step = sum((Counter(a_layer | mixer) for mixer in 2 * (JET_STEP, ATTENTION_STEP)), Counter(norm=1))
     assert launched == {kernel: STEPS * count for kernel, count in a_step.items()}
-    assert rms_error(logits, expected) < ROUNDING[dtype]
+    both = 2**0.5 * ROUNDING[dtype]  # have rounded, and processors multiply 16-bit numbers in different ways
+    assert rms_error(logits, expected) < both
     assert rms_error(logits, exact) < 1.1 * rms_error(expected, exact)
     for x, need in zip(cache.tensors(), again.tensors(), strict=True):
-        assert rms_error(x, need) < ROUNDING[dtype] and not torch.equal(x, torch.zeros_like(x))
+        assert rms_error(x, need) < both and not torch.equal(x, torch.zeros_like(x))
     assert cache.lengths_device.tolist() == cache.lengths == [length + STEPS for length in PROMPTS]
 
 
@@ -248,7 +251,10 @@ def test_a_training_step_of_a_layer_on_the_simulator():
     expected, exact = gradients(layer, run), gradients(copy.deepcopy(layer).double(), run)
     with on_the_simulator() as (launched, _), differentiable():
         found = gradients(layer, run)
-    assert launched.items() >= {"norm": 1, "gates": 1, "convolution": 1, "sweep": 1}.items()
+    # The backward of the rule sweeps again, for the states.
+    assert (
+        launched.items() >= {"norm": 1, "gates": 1, "convolution": 1, "sweep": 2, "reverse": 1, "gradients": 1}.items()
+    )
     assert launched.items() >= {"norm backward": 1, "gates backward": 1, "partial sums": 2}.items()
     check_gradients(found, expected, exact)
 

@@ -107,9 +107,8 @@ def test_kernels_do_not_know_torch(folder):
 
 
 def room_of(path: str) -> str | None:
-    """csrc/<family>/<kernel>, of a file in it."""
-    folder = str(Path(path).parent)
-    return folder if str(Path(folder).parent) in FAMILIES else None
+    """csrc/<family>/<kernel>, of a file in it or in a folder of it."""
+    return next((str(folder) for folder in Path(path).parents if str(folder.parent) in FAMILIES), None)
 
 
 @pytest.mark.parametrize("folder", C_ARROWS)
