@@ -9,7 +9,7 @@
 // same of S. The four partial sums meet in shared memory.
 #pragma once
 
-#include "csrc/gated_delta_rule/chunk/launches.cuh"
+#include "csrc/gated_delta_rule/chunk/plan.cuh"
 #include "csrc/hopper/device.h"
 #include "csrc/hopper/launch.h"
 #include "csrc/hopper/pipeline.h"

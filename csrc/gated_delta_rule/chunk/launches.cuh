@@ -59,16 +59,6 @@ inline ChunkPlan plan_of(const ChunkGatedDeltaRuleParams& p, const ChunkSegments
           .row_segments = segments.of_row};
 }
 
-struct JoinArguments {
-  ChunkPlan plan;
-  int64_t H, V;
-  float* states;           // [cuts, H, K, V]
-  const float* transfers;  // [cuts, H, K, K]
-  // From the last cut to the first, for gradients of states: what a cut has is of the segment behind it, and
-  // `transfers` are transposed.
-  bool reverse = false;
-};
-
 // In launch.cu.
 void launch_plan(const ChunkPlan& plan, cudaStream_t stream);
 void launch_join(int64_t K, const JoinArguments& p, cudaStream_t stream);

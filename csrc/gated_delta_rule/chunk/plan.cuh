@@ -103,4 +103,15 @@ __device__ inline int64_t sequence_of_segment(const ChunkPlan& plan, int64_t seg
   return last_at_most(plan.N, segment, [&](int64_t n) { return n + plan.first_cut[n]; });
 }
 
+// Of join.cuh.
+struct JoinArguments {
+  ChunkPlan plan;
+  int64_t H, V;
+  float* states;           // [cuts, H, K, V]
+  const float* transfers;  // [cuts, H, K, K]
+  // From the last cut to the first, for gradients of states: what a cut has is of the segment behind it, and
+  // `transfers` are transposed.
+  bool reverse = false;
+};
+
 }  // namespace jet::hopper

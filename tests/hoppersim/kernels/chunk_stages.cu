@@ -86,7 +86,7 @@ extern "C" void run_join(float* states, const float* transfers, int64_t cuts, in
   ChunkPlan plan = plan_of((cuts + 1) * C);
   plan.row_segments = static_cast<int>(cuts) + 1, plan.most_cuts = static_cast<int>(cuts);
   const JoinArguments p{.plan = plan, .H = H, .V = V, .states = states, .transfers = transfers};
-  HopperHeadDims::dispatch(k, [&](auto head_dim) { launch_join<head_dim>(p, nullptr); });
+  HopperHeadDims::dispatch(k, [&](auto head_dim) { launch_join_kernel<head_dim>(p, nullptr); });
 }
 
 // What choose_segments() makes of B rows of T tokens, or of N sequences in them: segments of a row, chunks of a
