@@ -101,6 +101,12 @@ def test_rotations():
 
 # The measuring parts on CPU tensors
 
+SMALL_SIZES = {"CONV_LENGTHS": (70,), "SHAPES": (few_heads(SHAPE_4B),), "DECODE_BATCHES": (1, 4)}
+
+
+def small(name: str, sizes: tuple) -> tuple:
+    return SMALL_SIZES.get(name, ((2, 70),) if isinstance(sizes[0], tuple) else (3,))
+
 
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch):
@@ -114,24 +120,13 @@ def as_if_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "l2_bytes", lambda device: 1 << 12)
     by_name = functools.cache(versus.by_name.__wrapped__)  # the lists are other ones
     monkeypatch.setattr(versus, "by_name", by_name)
-    monkeypatch.setattr(versus, "SHAPES", (few_heads(SHAPE_4B),))
     monkeypatch.setattr(measure, "COPY_BYTES", 1 << 12)
     monkeypatch.setattr(measure, "PRODUCT", 16)
     monkeypatch.setattr(measure, "empty_launch", lambda: None)
-    monkeypatch.setattr(ops, "DECODE_BATCHES", (1, 4))
-    for module, name in ((ops, "CONV_LENGTHS"), (versus, "CONV_LENGTHS")):
-        monkeypatch.setattr(module, name, (70,))
-    for module, name in ((ops, "CHUNK_SIZES"), (versus, "CHUNK_SIZES")):
-        monkeypatch.setattr(module, name, ((2, 70),))
-    monkeypatch.setattr(versus, "RECURRENT_BATCHES", (2,))
-    monkeypatch.setattr(ops, "VERIFY_BATCHES", (1,))
-    monkeypatch.setattr(ops, "STEP_ROWS", (2,))
-    monkeypatch.setattr(ops, "NORM_TOKENS", (3,))
-    monkeypatch.setattr(ops, "POINTWISE_ROWS", (3,))
-    monkeypatch.setattr(ops, "TRAINING_TOKENS", (3,))
-    monkeypatch.setattr(ops, "ATTENTION_CACHES", ((2, 70),))
-    monkeypatch.setattr(ops, "BLOCK_STEP_ROWS", (2,))
-    monkeypatch.setattr(versus, "STEP_ROWS", (2,))
+    for module in (ops, versus):
+        for name, value in list(vars(module).items()):
+            if name.isupper() and isinstance(value, tuple) and isinstance(value[0], int | tuple):
+                monkeypatch.setattr(module, name, small(name, value))
     return torch.device("cpu"), [few_heads(SHAPE_4B)]
 
 
