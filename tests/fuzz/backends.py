@@ -25,20 +25,10 @@ class Cpu(OpsBackend):
 
 
 class _Simulator(SimulatorBackend):
-    """Forward only: the kernels' backward is the plain path. Each case has a schedule of its own."""
+    """Each case has a schedule of its own."""
 
     def __init__(self, choice: random.Random):
         super().__init__(choice.choice(("early", "late")), choice.randint(0, 1 << 20))
-
-    def gradients(self, op, inputs, grads):
-        return {}
-
-
-class _Cuda(CudaBackend):
-    """Forward only, as on the simulator."""
-
-    def gradients(self, op, inputs, grads):
-        return {}
 
 
 def here() -> tuple[str, ...]:
@@ -72,7 +62,7 @@ def start(name: str) -> None:
 def backend_of(name: str, choice: random.Random) -> OpsBackend:
     if name == "simulator":
         return _Simulator(choice)
-    return {"plain": PlainBackend, "cuda": _Cuda}.get(name, Cpu)()
+    return {"plain": PlainBackend, "cuda": CudaBackend}.get(name, Cpu)()
 
 
 @cache

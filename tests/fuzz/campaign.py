@@ -95,8 +95,7 @@ def run_case(number: int, op: str | None, backend: str, values: bool = True, cha
     from .check import check
     from .draw import case_of
 
-    kernel = takes_kernels_only(backend)
-    case = case_of(number, op, kernel, backward=not kernel)
+    case = case_of(number, op, takes_kernels_only(backend))
     instance = backend_of(backend, case.choice)
     measured, reason = [], None
     try:

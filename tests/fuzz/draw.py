@@ -35,7 +35,7 @@ class Case(NamedTuple):
     op: str
     dtype: torch.dtype
     inputs: NamedTuple
-    grads: tuple[Tensor, Tensor | None] | None  # cotangents of (output, state); None: forward only
+    grads: tuple[Tensor, Tensor | None] | None  # cotangents of (output, state); None: the op has no backward
     accepted: tuple[int, ...]  # of verify's tokens
     threads: int
     choice: random.Random  # goes on with what the checks draw
@@ -112,7 +112,7 @@ class Draw(random.Random):
         return torch.tensor(cu, dtype=self.index_dtype())
 
 
-def case_of(number: int, op: str | None = None, kernel: bool = False, backward: bool = True) -> Case:
+def case_of(number: int, op: str | None = None, kernel: bool = False) -> Case:
     """Case ``number``, of ``op`` or of one that is drawn. ``kernel``: of what the Hopper kernels take."""
     choice = random.Random(f"case {number}")
     drawn = choice.choice(OPS)
@@ -140,7 +140,7 @@ def case_of(number: int, op: str | None = None, kernel: bool = False, backward: 
         inputs = _recurrent(draw, dtype)
         T = inputs.v.shape[1]
         accepted = tuple(draw.choice((0, T, draw.randint(0, T))) for _ in range(inputs.v.shape[0]))
-    if op in SEQUENCE_OPS and backward:
+    if op in SEQUENCE_OPS:
         grads = _cotangents(draw, inputs)
     shapes = [f"{n}{list(t.shape)}" for n, t in inputs._asdict().items() if isinstance(t, Tensor)]
     return Case(
