@@ -198,6 +198,15 @@ uint64_t address_of(const Warp& warp, const Operand& address, int lane) {
   return operand_value(warp, address.elements[address.base], lane) + address.immediate;
 }
 
+void addresses_of(const Warp& warp, const Operand& address, uint64_t* addresses) {
+  if (address.base < 0) {
+    std::fill_n(addresses, kLanes, symbol_value(warp, address));
+    return;
+  }
+  load(warp, address.elements[address.base], addresses);
+  for (int lane = 0; lane < kLanes; ++lane) addresses[lane] += address.immediate;
+}
+
 void set_register(Warp& warp, const Operand& reg, int lane, uint64_t bits) {
   if (reg.kind == Operand::Kind::predicate) {
     uint32_t& mask = warp.predicates[reg.index];

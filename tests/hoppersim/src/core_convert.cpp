@@ -5,6 +5,7 @@
 #include "core_apply.h"
 #include "core_formats.h"
 #include "ptx_parser.h"
+#include "tensor_float.h"
 
 namespace hoppersim {
 
@@ -99,6 +100,10 @@ uint64_t converted(const Instruction& i, uint64_t bits) {
   const Type to = static_cast<Type>(i.data[2]), from = static_cast<Type>(i.data[3]);
   const Rounding mode = static_cast<Rounding>(i.data[1]);
   const uint32_t flags = i.data[0];
+  if (from == Type::f32 && mode == Rounding::nearest && flags == 0) {  // most of them
+    if (to == Type::f16) return half_of_float(from_bits<float>(bits));
+    if (to == Type::bf16) return bf16_of_float(from_bits<float>(bits));
+  }
   if (is_integer(from)) {
     const __int128 v = integer_in(bits, from);
     if (is_integer(to)) return integer_out(v, to, flags & saturate);

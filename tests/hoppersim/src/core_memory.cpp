@@ -49,32 +49,61 @@ const Operand& element(const Operand& operand, size_t k) {
   return operand.kind == Operand::Kind::vector ? operand.elements[k] : operand;
 }
 
-void put(Warp& warp, const Operand& target, int lane, const uint8_t* bytes, int size, bool sign) {
+// What a lane reads or writes, up to 64 bytes.
+using LaneBytes = uint8_t[kLanes][64];
+
+template <class Bits>
+void put(Warp& warp, const Operand& target, uint32_t mask, const LaneBytes& bytes, int offset) {
+  uint64_t values[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    Bits value = 0;
+    if (mask >> lane & 1) std::memcpy(&value, bytes[lane] + offset, sizeof(Bits));
+    values[lane] = static_cast<uint64_t>(static_cast<int64_t>(value));  // extends a signed one
+  }
+  store(warp, target, values, mask);
+}
+
+void put(Warp& warp, const Operand& target, uint32_t mask, const LaneBytes& bytes, int offset, int size, bool sign) {
+  switch (size) {
+    case 1:
+      return sign ? put<int8_t>(warp, target, mask, bytes, offset) : put<uint8_t>(warp, target, mask, bytes, offset);
+    case 2:
+      return sign ? put<int16_t>(warp, target, mask, bytes, offset) : put<uint16_t>(warp, target, mask, bytes, offset);
+    case 4:
+      return sign ? put<int32_t>(warp, target, mask, bytes, offset) : put<uint32_t>(warp, target, mask, bytes, offset);
+    case 8: return put<uint64_t>(warp, target, mask, bytes, offset);
+    default: break;
+  }
+  if (target.kind != Operand::Kind::reg) return;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (mask >> lane & 1) std::memcpy(&warp.registers[size_t(target.index) * kLanes + 4 * lane], bytes[lane], 16);
+  }
+}
+
+void get(const Warp& warp, const Operand& source, LaneBytes& bytes, int offset, int size) {
   if (size == 16) {
-    if (target.kind == Operand::Kind::reg)
-      std::memcpy(&warp.registers[size_t(target.index) * kLanes + 4 * lane], bytes, 16);
+    for (int lane = 0; lane < kLanes; ++lane)
+      std::memcpy(bytes[lane], &warp.registers[size_t(source.index) * kLanes + 4 * lane], 16);
     return;
   }
-  uint64_t value = 0;
-  std::memcpy(&value, bytes, size);
-  if (sign && size < 8)
-    value = static_cast<uint64_t>(static_cast<int64_t>(value << (64 - 8 * size)) >> (64 - 8 * size));
-  set_register(warp, target, lane, value);
+  uint64_t values[kLanes];
+  load(warp, source, values);
+  for (int lane = 0; lane < kLanes; ++lane) std::memcpy(bytes[lane] + offset, &values[lane], size);
 }
 
 bool execute_load(Warp& warp, const Instruction& i, uint32_t mask) {
   const int elements = static_cast<int>(i.data[kElements]), size = static_cast<int>(i.data[kBytes]);
   const Space space = static_cast<Space>(i.data[kSpace]);
   uint64_t addresses[kLanes];
-  uint8_t bytes[64];
+  LaneBytes bytes;
+  addresses_of(warp, i.operands[1], addresses);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    addresses[lane] = address_of(warp, i.operands[1], lane);
     if (i.data[kFlags] & own_cta) check_own(warp, i, addresses[lane], lane);
-    read_memory(warp, i, space, addresses[lane], size_t(size) * elements, bytes, lane);
-    for (int k = 0; k < elements; ++k)
-      put(warp, element(i.operands[0], k), lane, bytes + k * size, size, i.data[kFlags] & sign_extend);
+    read_memory(warp, i, space, addresses[lane], size_t(size) * elements, bytes[lane], lane);
   }
+  for (int k = 0; k < elements; ++k)
+    put(warp, element(i.operands[0], k), mask, bytes, k * size, size, i.data[kFlags] & sign_extend);
   count(warp, i, addresses, mask, size * elements, false);
   return true;
 }
@@ -83,21 +112,13 @@ bool execute_store(Warp& warp, const Instruction& i, uint32_t mask) {
   const int elements = static_cast<int>(i.data[kElements]), size = static_cast<int>(i.data[kBytes]);
   const Space space = static_cast<Space>(i.data[kSpace]);
   uint64_t addresses[kLanes];
-  uint8_t bytes[64];
+  LaneBytes bytes;
+  addresses_of(warp, i.operands[0], addresses);
+  for (int k = 0; k < elements; ++k) get(warp, element(i.operands[1], k), bytes, k * size, size);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    addresses[lane] = address_of(warp, i.operands[0], lane);
     if (i.data[kFlags] & own_cta) check_own(warp, i, addresses[lane], lane);
-    for (int k = 0; k < elements; ++k) {
-      const Operand& source = element(i.operands[1], k);
-      if (size == 16) {
-        std::memcpy(bytes, &warp.registers[size_t(source.index) * kLanes + 4 * lane], 16);
-      } else {
-        const uint64_t value = operand_value(warp, source, lane);
-        std::memcpy(bytes + k * size, &value, size);
-      }
-    }
-    write_memory(warp, i, space, addresses[lane], size_t(size) * elements, bytes, lane);
+    write_memory(warp, i, space, addresses[lane], size_t(size) * elements, bytes[lane], lane);
   }
   count(warp, i, addresses, mask, size * elements, true);
   return true;

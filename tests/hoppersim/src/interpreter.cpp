@@ -5,6 +5,10 @@
 #include <mutex>
 #include <thread>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "async.h"
 #include "core.h"
 #include "tensor.h"
@@ -360,8 +364,17 @@ bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask
   return false;
 }
 
+// A launch frees the memory of its CTAs, and the next one asks for as much: malloc is to keep it.
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  static const bool once = mallopt(M_MMAP_THRESHOLD, 64 << 20) && mallopt(M_TRIM_THRESHOLD, 512 << 20);
+  static_cast<void>(once);
+#endif
+}
+
 void run(Launch& launch) {
   check_launch(launch);
+  keep_freed_memory();
   std::vector<uint8_t> storage(launch.parameters.size() + 128);
   launch.parameter_base = storage.data() + (128 - reinterpret_cast<uint64_t>(storage.data()) % 128);
   std::memcpy(launch.parameter_base, launch.parameters.data(), launch.parameters.size());

@@ -75,8 +75,8 @@ struct SharedMemory {
   };  // in_flight: an asynchronous copy will write it, not yet complete
   std::vector<uint8_t> bytes, flags;
   struct Granule {
-    int32_t writer = -1;        // clock index of the last generic writer, -1: none since the last async write
-    uint64_t sequence = 0;      // its clock at the write
+    uint64_t sequence = 0;      // the last generic writer's clock at the write
+    int32_t writer = -1;        // its clock index, -1: none since the last async write
     int32_t async_readers = 0;  // outstanding wgmma or bulk-store reads
   };
   std::vector<Granule> granules;

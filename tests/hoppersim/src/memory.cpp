@@ -39,6 +39,8 @@ void check_shared(const Warp& warp, const Instruction& i, const Cta& cta, uint64
 
 void check_readable(const Warp& warp, const Instruction& i, const SharedMemory& shared, uint32_t offset, size_t size,
                     int lane) {
+  static const std::vector<uint8_t> good(256, SharedMemory::written);
+  if (size <= good.size() && std::memcmp(&shared.flags[offset], good.data(), size) == 0) return;
   for (size_t k = 0; k < size; ++k) {
     const uint8_t flags = shared.flags[offset + k];
     if (flags & SharedMemory::in_flight) {
@@ -214,13 +216,12 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
     const SharedPlace place = shared_place(warp, i, address, size, space);
     SharedMemory& shared = place.cta->shared;
     check_writable(warp, i, shared, place.offset, size, lane);
-    for (size_t k = 0; k < size; ++k) {
-      uint8_t& flags = shared.flags[place.offset + k];
-      if (flags & SharedMemory::in_flight)
-        fault("overwritten while a copy is in flight", warp, i,
-              "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
-      flags |= SharedMemory::written;
-    }
+    uint8_t any = 0;
+    for (size_t k = 0; k < size; ++k) any |= shared.flags[place.offset + k];
+    if (any & SharedMemory::in_flight)
+      fault("overwritten while a copy is in flight", warp, i,
+            "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
+    std::memset(&shared.flags[place.offset], SharedMemory::written, size);
     std::memcpy(&shared.bytes[place.offset], data, size);
     const uint64_t now = ++warp.clock[warp.clock_index()];
     for (size_t g = place.offset / 16; g <= (place.offset + size - 1) / 16; ++g) {
@@ -244,10 +245,12 @@ static void check_proxy(Warp& warp, const Instruction& i, Cta& cta, uint32_t off
     if (granule.writer < 0) continue;
     const size_t writer = static_cast<size_t>(granule.writer);
     auto knows = [&](const Clock& clock) { return writer < clock.size() && clock[writer] >= granule.sequence; };
+    const bool ordered = knows(warp.clock);
+    if (ordered && knows(cta.fenced)) continue;
     const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which warp " +
                              std::to_string(writer) + " of the cluster wrote";
-    if (!knows(warp.clock)) fault("unsynchronised shared memory", warp, i, what + " and no barrier orders the two");
-    if (!knows(cta.fenced)) fault("missing proxy fence", warp, i, what + " without a fence.proxy.async after it");
+    if (!ordered) fault("unsynchronised shared memory", warp, i, what + " and no barrier orders the two");
+    fault("missing proxy fence", warp, i, what + " without a fence.proxy.async after it");
   }
 }
 

@@ -35,7 +35,33 @@ enum class Type : uint8_t {
   f32,
   f64
 };
-int bits_of(Type type);
+constexpr int bits_of(Type type) {
+  switch (type) {
+    case Type::none: return 32;
+    case Type::pred: return 1;
+    case Type::b8:
+    case Type::u8:
+    case Type::s8: return 8;
+    case Type::b16:
+    case Type::u16:
+    case Type::s16:
+    case Type::f16:
+    case Type::bf16: return 16;
+    case Type::b32:
+    case Type::u32:
+    case Type::s32:
+    case Type::f16x2:
+    case Type::bf16x2:
+    case Type::tf32:
+    case Type::f32: return 32;
+    case Type::b64:
+    case Type::u64:
+    case Type::s64:
+    case Type::f64: return 64;
+    case Type::b128: return 128;
+  }
+  return 32;
+}
 
 struct Operand {
   enum class Kind : uint8_t { none, reg, predicate, immediate, address, vector, symbol, special, label, sink /* _ */ };
@@ -99,6 +125,7 @@ struct Module {
 // symbol, the window of the CTA: shared addresses are rank * kRankStride + offset everywhere, as on the device
 // (shared_place splits).
 uint64_t address_of(const Warp& warp, const Operand& address, int lane);
+void addresses_of(const Warp& warp, const Operand& address, uint64_t* addresses);  // of every lane
 uint64_t operand_value(const Warp& warp, const Operand& operand,
                        int lane);  // register, immediate, symbol, special, predicate (0/1)
 void set_register(Warp& warp, const Operand& reg, int lane, uint64_t bits);  // register, predicate or sink

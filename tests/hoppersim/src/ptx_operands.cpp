@@ -5,34 +5,6 @@
 
 namespace hoppersim {
 
-int bits_of(Type type) {
-  switch (type) {
-    case Type::none: return 32;
-    case Type::pred: return 1;
-    case Type::b8:
-    case Type::u8:
-    case Type::s8: return 8;
-    case Type::b16:
-    case Type::u16:
-    case Type::s16:
-    case Type::f16:
-    case Type::bf16: return 16;
-    case Type::b32:
-    case Type::u32:
-    case Type::s32:
-    case Type::f16x2:
-    case Type::bf16x2:
-    case Type::tf32:
-    case Type::f32: return 32;
-    case Type::b64:
-    case Type::u64:
-    case Type::s64:
-    case Type::f64: return 64;
-    case Type::b128: return 128;
-  }
-  return 32;
-}
-
 Type type_named(const std::string& name) {
   static const std::unordered_map<std::string, Type> types = {
       {"pred", Type::pred},   {"b8", Type::b8},     {"b16", Type::b16},       {"b32", Type::b32},   {"b64", Type::b64},

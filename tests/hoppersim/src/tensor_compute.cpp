@@ -11,15 +11,10 @@
 // the s32 accumulator, which wraps, or is clamped with .satfinite.
 //
 // Sparse A: only the stored elements are multiplied, each with the row of B that its metadata names.
+#include <algorithm>
+
 #include "tensor_float.h"
 #include "tensor_state.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HOPPERSIM_CLONES \
-  __attribute__((target_clones("default", "avx2", "arch=skylake-avx512"), optimize("O3,fp-contract=off")))
-#else
-#define HOPPERSIM_CLONES
-#endif
 
 namespace hoppersim {
 namespace {
@@ -33,14 +28,27 @@ struct Tiles {
   float d[kRows][kMaxN];
 };
 
-HOPPERSIM_CLONES void multiply(Tiles& t, int n, int stored) {
-  for (int row = 0; row < kRows; ++row) {
-    float* d = t.d[row];
-    for (int x = 0; x < stored; ++x) {
-      float a = t.a[row][x];
-      const float* b = t.b[t.row_of_b[row][x]];
-      for (int column = 0; column < n; ++column) d[column] += a * b[column];
+// d += a b in the order of k, for rows that read the same rows of b; the sums stay in registers.
+template <int kTileRows, int kColumns>
+void multiply_tile(Tiles& t, int row, int column, int stored) {
+  float sums[kTileRows][kColumns];
+  for (int r = 0; r < kTileRows; ++r) std::copy_n(t.d[row + r] + column, kColumns, sums[r]);
+  for (int x = 0; x < stored; ++x) {
+    const float* b = t.b[t.row_of_b[row][x]] + column;
+    for (int r = 0; r < kTileRows; ++r) {
+      const float a = t.a[row + r][x];
+      for (int c = 0; c < kColumns; ++c) sums[r][c] += a * b[c];
     }
+  }
+  for (int r = 0; r < kTileRows; ++r) std::copy_n(sums[r], kColumns, t.d[row + r] + column);
+}
+
+template <int kTileRows>
+void multiply(Tiles& t, int n, int stored) {
+  for (int row = 0; row < kRows; row += kTileRows) {
+    int column = 0;
+    for (; column + 32 <= n; column += 32) multiply_tile<kTileRows, 32>(t, row, column, stored);
+    for (; column < n; column += 8) multiply_tile<kTileRows, 8>(t, row, column, stored);
   }
 }
 
@@ -204,7 +212,11 @@ void compute_wgmma(Warp& warp, const TensorOperation& operation) {
   } else {
     for (auto& row : t.d) std::fill(row, row + shape.n, 0.0f);
   }
-  multiply(t, shape.n, shape.stored_k());
+  if (shape.has(WgmmaShape::sparse)) {
+    multiply<1>(t, shape.n, shape.stored_k());
+  } else {
+    multiply<4>(t, shape.n, shape.stored_k());
+  }
   store_accumulators(warp, i.operands[0].elements, shape, operation.accumulate, t);
 }
 

@@ -43,6 +43,13 @@ inline uint16_t half_of_float(float value) {
   return sign | static_cast<uint16_t>((magnitude - 0x38000000u) >> 13);
 }
 
+// Likewise.
+inline uint16_t bf16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 enum class Element : uint8_t { f16, bf16, tf32, e4m3, e5m2, s8, u8, s4, u4, b1, f64 };
 
 constexpr int bits_of(Element element) {
