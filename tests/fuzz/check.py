@@ -127,7 +127,7 @@ def compare(
 
     Where a true result is what little large terms leave of each other no arithmetic can be within the table. There the
     ceiling is what the definition itself moves when every input moves by at most half of the table's ceiling, relative
-    to itself; by at most all of it for the kernels on tensor cores, which round the operands that they make of the inputs.
+    to itself; by all of it for kernels on tensor cores, which round the operands that they make of the inputs.
     """
     set_threads(1)  # its many small steps are no work for several
     refs = define(lambda t: t.double())
