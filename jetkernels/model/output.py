@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from .cache import JetNemotronCache
 
 
-class CausalLMOutput(dict):
+class CausalLMOutput(OrderedDict):  # FSDP makes a dict of a dict's subclass, and another of these of one of these
     """What a call of the model gives: loss, logits and cache, in this order, those that are not None.
 
     Each is read as an attribute, by name or, as the outputs of transformers' models, by position among those that are

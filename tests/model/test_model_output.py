@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.model_cases import VOCAB, small_block, small_config, small_model, tokens
 
 from jetkernels.model import CausalLMOutput, JetNemotronForCausalLM
@@ -126,3 +127,18 @@ def test_groups_of_an_optimiser():
     assert all(p.dim() >= 2 for p in decaying["params"]) and {names[id(p)] for p in rest["params"]} >= exempt(model)
     assert any(p is marked for p in rest["params"])
     assert [g["weight_decay"] for g in parameter_groups([model.model.norm.weight], 0.1)] == [0.0]
+
+
+def test_a_model_under_fsdp_gives_the_same_output():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ids = tokens(2, 5)
+        expected = small_model()(ids, labels=ids)
+        out = FullyShardedDataParallel(small_model(), device_id=torch.device("cpu"))(ids, labels=ids)
+        assert isinstance(out, CausalLMOutput) and list(out) == list(expected)
+        assert torch.equal(out.loss, expected.loss) and torch.equal(out.logits, expected.logits)
+        out.loss.backward()
+    finally:
+        dist.destroy_process_group()
