@@ -13,6 +13,8 @@
 namespace jet::hopper {
 
 constexpr int C = static_cast<int>(kChunk);
+constexpr int kValueTile = 64;  // value columns of a tile, the rows of a warpgroup's wgmma
+JET_HOST_DEVICE constexpr int64_t value_tiles(int64_t V) { return (V + kValueTile - 1) / kValueTile; }
 // The triangles are cut into blocks of 16 x 16: those above the diagonal are neither stored nor loaded.
 constexpr int kBlock = 16;
 constexpr int kBlocks = C / kBlock;  // per side

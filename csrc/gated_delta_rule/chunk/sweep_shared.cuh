@@ -11,7 +11,7 @@
 
 namespace jet::hopper {
 
-constexpr int kRows = 64;                // value columns of a warpgroup: the rows of its wgmma
+constexpr int kRows = kValueTile;
 constexpr int kGroups = 2;               // consumer warpgroups: S^T [128, K] fills the registers that a CTA has for it
 constexpr int kSlice = kGroups * kRows;  // value columns of a CTA
 constexpr int kNormalisers = 96;         // threads: the producer warpgroup but the warp that loads
@@ -91,7 +91,6 @@ struct SweepArguments {
   char *chunk_states = nullptr, *chunk_updates = nullptr;
   bool cuts = false;  // of reverse: over the segments behind a cut, for the gradients of the states there alone
 };
-JET_HOST_DEVICE constexpr int64_t value_tiles(int64_t V) { return (V + kRows - 1) / kRows; }
 
 // q, k: (K, Hk, T, B), v, o: (V, H, T, B)
 struct SweepMaps {

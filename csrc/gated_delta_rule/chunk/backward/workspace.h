@@ -6,8 +6,6 @@
 
 namespace jet::hopper {
 
-constexpr int kValueTile = 64;  // value columns of a tile
-
 struct BackwardWorkspace {
   ChunkWorkspace forward;
   // Offsets.
@@ -26,8 +24,7 @@ inline BackwardWorkspace backward_workspace(const ChunkGatedDeltaRuleParams& p, 
   const GatedDeltaRuleInputs& in = p.in;
   BackwardWorkspace w{.forward = chunk_workspace(p, segments, kBackwardImageBytes)};
   const auto aligned = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
-  const int64_t cuts = segments.most_cuts * in.H,
-                tiles = w.forward.most_chunks * in.H * ((in.V + kValueTile - 1) / kValueTile);
+  const int64_t cuts = segments.most_cuts * in.H, tiles = w.forward.most_chunks * in.H * value_tiles(in.V);
   const int64_t states = tiles * in.K * kValueTile * 2;
   w.transposed_transfers = aligned(w.forward.bytes);
   w.cut_gradients = w.transposed_transfers + aligned(cuts * in.K * in.K * 4);
