@@ -204,6 +204,50 @@ class JetNemotronCache:
         self.lengths_device.copy_(torch.tensor(self.lengths))
         self._unfinished = False
 
+    @torch.no_grad()
+    def select(self, rows: Tensor) -> None:
+        """Sequence n becomes what sequence rows[n] was, as beam search wants it; one may be taken several times.
+
+        Args:
+            rows: [N] int64 or int32, on the cache's device.
+
+        Raises:
+            ValueError: they are not as many as the sequences, or not of that kind.
+        """
+        if (
+            rows.shape != (self.batch_size,)
+            or rows.dtype not in (torch.int64, torch.int32)
+            or rows.device != self.device
+        ):
+            raise ValueError(
+                f"cache: rows must be int64 or int32 [{self.batch_size}] on {self.device}, "
+                f"got {rows.dtype} {list(rows.shape)} on {rows.device}"
+            )
+        for tensor in self.tensors():
+            tensor.copy_(tensor.index_select(0, rows))
+        if len(set(self.lengths)) > 1:
+            self.lengths = [self.lengths[row] for row in rows.tolist()]
+            self.lengths_device.copy_(self.lengths_device.index_select(0, rows))
+
+    @torch.no_grad()
+    def copy_from(self, other: JetNemotronCache) -> None:
+        """Stands as `other` does, a cache of the same model and batch size, whose max_length may be smaller.
+
+        Raises:
+            ValueError: the caches do not fit.
+        """
+        if other.max_length > self.max_length or other.batch_size != self.batch_size:
+            raise ValueError(
+                f"cache: a cache of {self.batch_size} sequences of {self.max_length} tokens cannot hold one of "
+                f"{other.batch_size} of {other.max_length}"
+            )
+        for tensor, earlier in zip(self.tensors(), other.tensors(), strict=True):
+            # The slots of a token are the first ones in both: a ring that has begun anew has all slots of its window.
+            tensor[tuple(map(slice, earlier.shape))] = earlier
+        self.lengths = list(other.lengths)
+        self.lengths_device.copy_(other.lengths_device)
+        self._unfinished = other._unfinished
+
     def reset(self) -> None:
         """Forgets every sequence; the memory stays."""
         for tensor in self.tensors():
