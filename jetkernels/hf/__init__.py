@@ -14,15 +14,11 @@ if tuple(map(int, _installed.split(".")[:2])) < OLDEST:
         "pip install 'jetkernels[hf]'"
     )
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from . import register  # noqa: E402 - after the lines above
+from .cache import PastKeyValues  # noqa: E402
+from .config import JetNemotronConfig  # noqa: E402
+from .modeling import JetNemotronForCausalLM, JetNemotronModel  # noqa: E402
 
-from .cache import PastKeyValues
-from .config import JetNemotronConfig
-from .modeling import JetNemotronForCausalLM, JetNemotronModel
-
-AutoConfig.register(JetNemotronConfig.model_type, JetNemotronConfig)
-AutoModel.register(JetNemotronConfig, JetNemotronModel)
-AutoModelForCausalLM.register(JetNemotronConfig, JetNemotronForCausalLM)
-AutoTokenizer.register(JetNemotronConfig, fast_tokenizer_class=PreTrainedTokenizerFast)
+register.register()
 
 __all__ = ["JetNemotronConfig", "JetNemotronForCausalLM", "JetNemotronModel", "PastKeyValues"]

@@ -17,7 +17,7 @@ from jetkernels.model.inputs import check_ids, check_labels
 from jetkernels.model.layout import TokenLayout, arrange
 from jetkernels.model.token_mixer import TokenMixer
 from jetkernels.modules.padding import Unpadding
-from jetkernels.modules.projections import apply
+from jetkernels.modules.projections import FusedProjections, apply
 
 from .cache import PastKeyValues, check_cache
 from .config import JetNemotronConfig
@@ -35,6 +35,15 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
     _supports_sdpa = True
     _is_stateful = True  # generate refuses what takes tokens back
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See `PreTrainedModel.from_pretrained`, whose arguments these are."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, FusedProjections):
+                module.fuse()  # the weights came one by one
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -265,14 +274,16 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         h, loss = outputs.last_hidden_state, None
-        if targets is None:
-            logits = apply(self.lm_head, "lm_head", h[:, kept])
-        else:
-            logits = apply(self.lm_head, "lm_head", h)
-            loss = self.loss_function(
-                logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=targets
-            )
-            logits = logits[:, kept]
+        # A gradient of the head alone would look like one of the model.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and outputs.past_key_values is None):
+            if targets is None:
+                logits = apply(self.lm_head, "lm_head", h[:, kept])
+            else:
+                logits = apply(self.lm_head, "lm_head", h)
+                loss = self.loss_function(
+                    logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=targets
+                )
+                logits = logits[:, kept]
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
