@@ -6,7 +6,7 @@ Speculative decoding (arXiv 2211.17192) at temperature 0: a draft is right if it
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,8 +115,8 @@ class DraftedRows:
     def new_tokens(self) -> Tensor:
         """[B, new], with the padding in rows that ended before others."""
         width = max(self.counts())
-        padded = [text[start:] + [self.pad] * width for text, start in zip(self.texts, self.starts)]
-        return torch.tensor(padded, device=self.device)[:, :width]
+        padded = [(text[start:] + [self.pad] * width)[:width] for text, start in zip(self.texts, self.starts)]
+        return torch.tensor(padded, device=self.device)
 
     def step(self, model: JetNemotronForCausalLM, cache: JetNemotronCache, propose: Propose) -> None:
         """One call of the model, and at least one more token of each row that is running."""
@@ -153,10 +153,12 @@ class DraftedRows:
 
     def _tell(self, on_tokens: Callable[[Tensor, Tensor], None]) -> None:
         """Of the tokens that came since, those at places that every row has reached or will not reach."""
-        counts, new = self.counts(), self.new_tokens()
+        counts = self.counts()
         known = min([count for count, runs in zip(counts, self.running) if runs], default=max(counts))
         for i in range(self._told, known):
-            on_tokens(new[:, i].clone(), torch.tensor([i < count for count in counts], device=self.device))
+            ran = [i < count for count in counts]
+            column = [text[start + i] if r else self.pad for text, start, r in zip(self.texts, self.starts, ran)]
+            on_tokens(torch.tensor(column, device=self.device), torch.tensor(ran, device=self.device))
         self._told = known
 
     def _drafts(self, propose: Propose, vocab_size: int) -> list[list[int]]:
@@ -166,6 +168,8 @@ class DraftedRows:
             raise ValueError(f"draft must propose tokens for each of {len(self.texts)} rows, got {shown(proposed)}")
         drafts = []
         for n, (tokens, count) in enumerate(zip(proposed, self.counts())):
+            if not isinstance(tokens, Iterable):
+                raise TypeError(f"draft must propose tokens for each row, got {shown(tokens)} for row {n}")
             draft = [_token(token, n, vocab_size) for token in tokens]
             if len(draft) > MOST_PROPOSED:
                 raise ValueError(f"draft must propose at most {MOST_PROPOSED} tokens, got {len(draft)} for row {n}")
