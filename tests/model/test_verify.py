@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.model_cases import ATOL, VOCAB, WINDOW, padded, small_block, small_model, tokens
 from torch import nn
 
+from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.model.attention import Attention
 from jetkernels.model.mixers import JetMixer
 from jetkernels.modules import JetBlockDraft
@@ -137,6 +138,31 @@ def test_a_layer_alone_verifies_and_commits():
     for options in ({"attention_mask": torch.ones(2, 5)}, {"cu_seqlens": torch.tensor([0, 5])}):
         with pytest.raises(ValueError, match=r"JetBlock: draft tokens must be \[N, T\], .* got " + next(iter(options))):
             block(x, state=JetBlockDraft(states[0]), **options)
+
+
+@torch.no_grad()
+def test_layers_commit_without_reading_on_the_host():
+    """On the meta device there are no values that could be read."""
+    model = JetNemotronForCausalLM(small_model().config, device="meta")
+    cache = model.new_cache(2, 9)
+    assert model.verify(torch.zeros(2, 3, dtype=torch.int64, device="meta"), cache).shape == (2, 3, VOCAB)
+    for draft in cache.states:
+        draft.commit(torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_narrow_dtypes_and_autocast_verify_to_within_their_rounding(dtype):
+    narrow, wide = small_model(dtype=dtype), small_model()
+    for model, autocast in ((narrow, False), (wide, True)):
+        cache, need, drafts = read(model, [tokens(6), tokens(3)]), read(model, [tokens(6), tokens(3)]), tokens(2, 3)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            logits = model.verify(drafts, cache)
+            cache.commit([3, 3])
+            steps = torch.stack([model.step(drafts[:, t], need) for t in range(3)], 1)
+        bound = 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(logits, steps, atol=bound, rtol=bound)
+        assert_same(cache, need, atol=bound)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
