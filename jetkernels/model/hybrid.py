@@ -33,7 +33,7 @@ from .inputs import check_ids, check_labels
 from .layout import TokenLayout
 from .mixers import MIXERS
 from .output import CausalLMOutput
-from .token_mixer import Draft, Rotary, State, TokenMixer, draft_type_of, rotary_of_tokens
+from .token_mixer import Draft, Rotary, State, TokenMixer, draft_types, rotary_of_tokens
 
 Progress = Callable[[list], Iterable]
 M = TypeVar("M", bound=nn.Module)
@@ -353,17 +353,7 @@ class JetNemotronForCausalLM(HasStandIn):
         Raises:
             ValueError: a layer has none.
         """
-        found = []
-        for i, mixer in enumerate(self._mixers()):
-            kind = mixer if isinstance(mixer, type) else type(mixer)
-            draft_type = draft_type_of(kind)
-            if draft_type is None:
-                raise ValueError(
-                    f"draft tokens cannot be verified by layer {i}: a {kind.__name__} has no draft_type beside its "
-                    "forward (see TokenMixer); go on without drafts"
-                )
-            found.append(draft_type)
-        return found
+        return draft_types(self._mixers())
 
     def _model_may_step(self) -> bool:
         return isinstance(self.model, JetNemotronModel) and may_step(self.model)

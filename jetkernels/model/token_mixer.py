@@ -130,10 +130,24 @@ class TokenMixer(HasStandIn, ABC):
         return self(x[:, None], layout=layout, rotary=rotary_of_tokens(rotary), state=state)[:, 0]
 
 
-def draft_type_of(kind: type[TokenMixer]) -> type[Draft] | None:
-    """The `draft_type` that was written beside the newest `forward` of a kind, or later."""
-    newest = next(c for c in kind.__mro__ if "forward" in c.__dict__ or "draft_type" in c.__dict__)
-    return newest.__dict__.get("draft_type")
+def draft_types(mixers: Iterable[TokenMixer | type[TokenMixer]]) -> list[type[Draft]]:
+    """The `draft_type` of each layer's mixer, or kind, that was written beside its newest `forward`, or later.
+
+    Raises:
+        ValueError: a layer has none.
+    """
+    found = []
+    for i, mixer in enumerate(mixers):
+        kind = mixer if isinstance(mixer, type) else type(mixer)
+        newest = next(c for c in kind.__mro__ if "forward" in c.__dict__ or "draft_type" in c.__dict__)
+        draft_type = newest.__dict__.get("draft_type")
+        if draft_type is None:
+            raise ValueError(
+                f"draft tokens cannot be verified by layer {i}: a {kind.__name__} has no draft_type beside its forward "
+                "(see TokenMixer); go on without drafts"
+            )
+        found.append(draft_type)
+    return found
 
 
 def rotary_of_tokens(rotary: Rotary | None) -> Rotary | None:

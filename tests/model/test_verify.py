@@ -150,6 +150,22 @@ def test_layers_commit_without_reading_on_the_host():
         draft.commit(torch.zeros(2, dtype=torch.int64, device="meta"))
 
 
+@torch.no_grad()
+def test_logits_of_drafts_are_as_near_to_fp64_as_those_of_steps():
+    """In bf16 the two differ, and either may choose the better of two tokens."""
+    for types in MIXES:
+        model = small_model(*types, dtype=torch.bfloat16)
+        wide, errors = copy.deepcopy(model).double(), torch.zeros(2, dtype=torch.float64)
+        for seed in range(5):
+            ids, drafts = tokens(2, 9, seed=seed), tokens(2, 6, seed=seed + 1)
+            cache, steps = read(model, ids), read(model, ids)
+            need = wide(torch.cat((ids, drafts), 1)).logits[:, 9:]
+            got = model.verify(drafts, cache), torch.stack([model.step(drafts[:, t], steps) for t in range(6)], 1)
+            errors += torch.stack([(logits - need).square().sum() for logits in got])
+        of_drafts, of_steps = errors.sqrt().tolist()
+        assert of_drafts < 1.25 * of_steps
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_narrow_dtypes_and_autocast_verify_to_within_their_rounding(dtype):
