@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
     _supports_sdpa = True
-    _is_stateful = True  # generate refuses what takes tokens back
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -167,9 +167,14 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         features: list[Tensor] | None = [] if wanted else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and memory is None):
-            h = self._run(input_ids, inputs_embeds, layout, padding, memory, features)
+            are_drafts = past_key_values is not None and past_key_values.is_recording
+            drafting = (
+                memory.drafting(self.network.draft_types()) if memory is not None and are_drafts else nullcontext()
+            )
+            with drafting:
+                h = self._run(input_ids, inputs_embeds, layout, padding, memory, features)
         if past_key_values is not None:
-            past_key_values.columns += width
+            past_key_values.count(width, layout.new)
         states = None
         if features is not None:
             states = tuple(f if padding is None else padding.restore(f) for f in features[:-1]) + (h,)
@@ -187,13 +192,13 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
     ) -> Tensor:
         """The final hidden states [B, T, C]; `features` get embeddings and the stream behind each layer."""
         network = self.network
-        if input_ids is not None and memory is not None and layout.is_dense and input_ids.shape[1] == 1:
-            if features is None:
-                memory.begin()
-                h = network.step(input_ids[:, 0], memory.lengths_device, memory.layers)[:, None]
-                memory.lengths_device += 1
-                memory.count_step()
-                return h
+        is_step = layout.is_dense and layout.max_new == 1 and features is None
+        if memory is not None and not memory.is_drafting and is_step and input_ids is not None:
+            memory.begin()
+            h = network.step(input_ids[:, 0], memory.lengths_device, memory.layers)[:, None]
+            memory.lengths_device += 1
+            memory.count_step()
+            return h
         embeds = inputs_embeds
         if embeds is None:
             assert input_ids is not None
@@ -261,18 +266,23 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
         """
         self._check_devices()
         targets = None if labels is None else self._targets(input_ids, inputs_embeds, attention_mask, labels)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        tokens: dict[str, Any] = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        if isinstance(logits_to_keep, int) and logits_to_keep and labels is None and not output_hidden_states:
+            self._read_front(tokens, logits_to_keep)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            **tokens,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         h, loss = outputs.last_hidden_state, None
         # A gradient of the head alone would look like one of the model.
         with torch.set_grad_enabled(torch.is_grad_enabled() and outputs.past_key_values is None):
@@ -288,6 +298,25 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
+
+    def _read_front(self, tokens: dict[str, Any], last: int) -> None:
+        """Leaves the `last` columns of a call that is recorded: what is in front of them is read, for good.
+
+        Drafts take memory, and all that `generate` may take back is among the columns whose logits it wants.
+        """
+        past = tokens["past_key_values"]
+        names = [name for name in ("input_ids", "inputs_embeds", "position_ids") if tokens[name] is not None]
+        if not isinstance(past, PastKeyValues) or not past.is_recording or not names:
+            return
+        if last < tokens[names[0]].shape[1]:
+            mask = tokens["attention_mask"]
+            front = {name: tokens[name][:, :-last] for name in names}
+            past.is_recording = False
+            try:
+                self.model(**front, attention_mask=None if mask is None else mask[:, :-last], past_key_values=past)
+            finally:
+                past.is_recording = True
+            tokens |= {name: tokens[name][:, -last:] for name in names}
 
     def _targets(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, labels: Tensor
@@ -321,6 +350,8 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
         check_cache(given := model_kwargs.get("past_key_values"))
         if given is not None:
             given._is_user_defined = True
+        elif generation_config.is_assistant:
+            raise ValueError("this model cannot be the assistant of another: it takes back tokens of one call only")
         elif generation_config.use_cache:
             model_kwargs["past_key_values"] = PastKeyValues(max_cache_length)
         return True  # nobody reads it

@@ -32,7 +32,7 @@ from .inputs import check_ids, check_labels
 from .layout import TokenLayout, arrange
 from .mixers import MIXERS
 from .output import CausalLMOutput
-from .token_mixer import Rotary, State, TokenMixer, rotary_of_tokens
+from .token_mixer import Draft, Rotary, State, TokenMixer, draft_types, rotary_of_tokens
 
 Progress = Callable[[list], Iterable]
 M = TypeVar("M", bound=nn.Module)
@@ -90,7 +90,7 @@ class JetNemotronModel(HasStandIn):
             if self.recompute_layers and cache is None and torch.is_grad_enabled():
                 h = recompute(layer, h, layout, rotary, None, use_reentrant=False)
             else:
-                h = layer(h, layout, rotary, None if cache is None else cache.layers[i])
+                h = layer(h, layout, rotary, None if cache is None else cache.states[i])
             if features is not None:
                 features.append(h)
         return self.norm(h)
@@ -130,13 +130,24 @@ class JetNemotronModel(HasStandIn):
 
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
-        mixers = [
+        return JetNemotronCache(
+            self.config, batch_size, max_length, device=self.device, dtype=self.dtype, mixers=self._mixers()
+        )
+
+    def draft_types(self) -> list[type[Draft]]:
+        """The `TokenMixer.draft_type` of each layer.
+
+        Raises:
+            ValueError: a layer has none.
+        """
+        return draft_types(self._mixers())
+
+    def _mixers(self) -> list[TokenMixer | type[TokenMixer]]:
+        """Those of the layers; the kind that the config names where something else stands in the place of one."""
+        return [
             mixer if isinstance(mixer := _mixer(layer), TokenMixer) else MIXERS[kind]
             for layer, kind in zip(self.layers, self.config.layer_types, strict=True)
         ]
-        return JetNemotronCache(
-            self.config, batch_size, max_length, device=self.device, dtype=self.dtype, mixers=mixers
-        )
 
     @property
     def has_device_steps(self) -> bool:
@@ -291,8 +302,8 @@ class JetNemotronForCausalLM(HasStandIn):
         if labels is not None:
             check_labels(labels, input_ids, self.config.vocab_size)
         layout, padding = arrange(input_ids, attention_mask, cache, cu_seqlens)
-        is_step = cache is not None and layout.is_dense and input_ids.shape[1] == 1 and labels is None
-        if cache is not None and is_step and self._model_may_step():
+        is_step = layout.is_dense and input_ids.shape[1] == 1 and labels is None
+        if cache is not None and not cache.is_drafting and is_step and self._model_may_step():
             with torch.no_grad():
                 return CausalLMOutput(logits=self._step(input_ids[:, 0], cache)[:, None], cache=cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -337,6 +348,35 @@ class JetNemotronForCausalLM(HasStandIn):
             return self(tokens[:, None], cache=cache).logits[:, 0]
         cache.check([1] * len(tokens))
         return self._step(tokens, cache)
+
+    @torch.no_grad()
+    def verify(self, draft_ids: Tensor, cache: JetNemotronCache) -> Tensor:
+        """Reads draft tokens of each sequence of a cache; which of them count is said later, by `cache.commit`.
+
+        Until then the cache refuses other calls. The logits differ from those of steps by rounding alone.
+
+        Args:
+            draft_ids: [N, T] int64.
+            cache: memory of the earlier tokens, which stays as it is.
+
+        Returns: logits [N, T, vocab] of the tokens after these.
+
+        Raises:
+            ValueError: an argument is wrong, or a layer cannot verify drafts; nothing has been computed.
+            RuntimeError: the cache or the head cannot be used for this call.
+        """
+        if not isinstance(cache, JetNemotronCache):
+            raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
+        with cache.drafting(self.draft_types()):
+            return self(draft_ids, cache=cache).logits
+
+    def draft_types(self) -> list[type[Draft]]:
+        """The `TokenMixer.draft_type` of each layer.
+
+        Raises:
+            ValueError: a layer has none.
+        """
+        return self.model.draft_types()
 
     def _model_may_step(self) -> bool:
         return isinstance(self.model, JetNemotronModel) and may_step(self.model)

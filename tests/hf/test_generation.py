@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.hf_cases import mask, of, pair
+from support.hf_cases import VOCAB, mask, of, pair
 from support.model_cases import padded, small_model, tokens
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import jetkernels.hf as hf
@@ -106,11 +106,46 @@ def test_the_memory_has_the_size_of_the_call(both):
     assert memory.max_length == 14 and memory.batch_size == 6
 
 
+@pytest.mark.parametrize("left", [0, 3], ids=["whole", "padded"])
+def test_looked_up_tokens_change_nothing(both, left):
+    """Prompts that repeat themselves, so that drafts are accepted, and others."""
+    _, model = both
+    calls = []
+    hook = model.model.register_forward_hook(lambda *_: calls.append(0))
+    taken = 0
+    for seed in range(8):
+        ids = tokens(1, 5, seed=seed).repeat(1, 3) if seed % 2 else tokens(1, 12, seed=seed)
+        attention_mask = torch.ones_like(ids)
+        attention_mask[:, :left] = 0
+        options = {"attention_mask": attention_mask, "max_new_tokens": 24}
+        expected = model.generate(ids, **options)
+        calls.clear()
+        found = model.generate(ids, **options, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, expected)
+        assert found.past_key_values.get_seq_length() == expected.shape[1] - 1
+        taken += 25 - len(calls)  # the front of the prompt is read in a call of its own
+    hook.remove()
+    assert taken > 8, "no drafts were accepted"
+
+
+def test_an_assistant_changes_nothing(both):
+    _, model = both
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    assistant = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, eos_token_id=None, **sizes))
+    for seed in range(3):
+        ids = tokens(1, 9, seed=seed)
+        expected = model.generate(ids, max_new_tokens=10)
+        assert torch.equal(model.generate(ids, max_new_tokens=10, assistant_model=assistant), expected)
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=10), expected[:, 9:])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"prompt_lookup_num_tokens": 2}, ValueError, "assisted generation is not supported with stateful models"),
-        ({"assistant_model": "itself"}, ValueError, "assisted generation is not supported with stateful models"),
+        ({"assistant_model": "itself"}, ValueError, "this model cannot be the assistant of another"),
+        ({"assistant_early_exit": 2}, ValueError, "this model cannot be the assistant of another"),
         ({"cache_implementation": "static"}, ValueError, "cache_implementation must be None.*got 'static'"),
         ({"past_key_values": "another"}, ValueError, "must be a jetkernels.hf.PastKeyValues.* got str"),
         ({"no_such_option": 1}, ValueError, "no_such_option"),
@@ -126,21 +161,43 @@ def test_what_is_not_served_is_refused(both, options, error, says):
 
 
 @torch.no_grad()
-def test_the_cache_refuses_what_its_states_do_not_serve(both):
-    past = both[1](IDS).past_key_values
+def test_tokens_of_the_last_call_are_taken_back(both):
+    _, model = both
+    past = model(IDS[:, :4]).past_key_values
+    with pytest.raises(ValueError, match=r"the last call .* \(none\), got -1"):
+        past.crop(-1)
+    past.activate_past_recording()
+    model(IDS[:, 4:9], past_key_values=past)
+    for wrong in (-6, 1):
+        with pytest.raises(ValueError, match=rf"the last call .* \(5\), got {wrong}"):
+            past.crop(wrong)
+    past.crop(-3)
+    assert past.get_seq_length() == 6 and past.memory.lengths == [6] * 3
+    got = model(IDS[:, 6:8], past_key_values=past).logits
+    got = torch.cat([got, model(IDS[:, 8:], past_key_values=past).logits], 1)  # what is not cropped is accepted
+    torch.testing.assert_close(got, model(IDS).logits[:, 6:], rtol=0, atol=1e-12)
     past.crop(0)
-    calls = [
-        lambda: past.crop(-1),
-        past.activate_past_recording,
-        lambda: past.batch_repeat_interleave(2),
-        lambda: past.batch_select_indices(torch.tensor([0])),
-        lambda: past.update(None, None, 0),
-    ]
-    for call in calls:
-        with pytest.raises(NotImplementedError, match="the states of JetBlock layers do not serve"):
-            call()
-    assert not past.is_croppable and not past.is_compileable and past.is_initialized
-    assert not hf.PastKeyValues().is_initialized and len(hf.PastKeyValues()) == 0
+    assert past.get_seq_length() == 11 and past.memory.lengths == [11] * 3
+
+
+@torch.no_grad()
+def test_rows_are_chosen_and_repeated(both):
+    _, model = both
+    past = model(IDS[:, :6], MASKS["left"][:, :6] | 1).past_key_values
+    past.batch_repeat_interleave(2)
+    past.batch_select_indices(torch.tensor([5, 0]))
+    rows = torch.tensor([2, 0])
+    got = model(IDS[rows, 6:], past_key_values=past).logits
+    torch.testing.assert_close(got, model(IDS[rows]).logits[:, 6:], rtol=0, atol=1e-12)
+
+
+def test_the_cache_is_one_of_the_whole_model():
+    past = hf.PastKeyValues()
+    with pytest.raises(NotImplementedError, match="the model writes its states itself"):
+        past.update(None, None, 0)
+    assert past.is_croppable and not past.is_compileable and not past.is_initialized and len(past) == 0
+    past.reset()
+    past.crop(0)
 
 
 def test_the_pipeline_writes_what_our_model_writes(tmp_path):

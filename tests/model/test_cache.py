@@ -1,4 +1,4 @@
-"""Rows of a cache change places, and a cache gives its content to a larger one."""
+"""A cache gives its content to a larger one."""
 
 import pytest
 import torch
@@ -19,34 +19,6 @@ def filled(max_length: int, lengths=(9, 9, 9)):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 2, 5)], ids=["equal", "unequal"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-def test_rows_change_places(lengths, dtype):
-    cache = filled(20, lengths)
-    rows = torch.tensor([2, 0, 2], dtype=dtype)
-    cache.select(rows)
-    assert cache.lengths == [lengths[row] for row in rows] == cache.lengths_device.tolist()
-    got = MODEL(IDS, cache=cache).logits
-    for n, row in enumerate(rows.tolist()):
-        text = torch.cat([IDS[row, : lengths[row]], IDS[n]])
-        torch.testing.assert_close(got[n], MODEL(text[None]).logits[0, lengths[row] :], **FP64)
-
-
-@pytest.mark.parametrize(
-    ("rows", "got"),
-    [
-        (torch.tensor([0, 1]), r"got torch.int64 \[2\]"),
-        (torch.tensor([0.0, 1.0, 2.0]), r"got torch.float32 \[3\]"),
-        (torch.tensor([[0, 1, 2]]), r"got torch.int64 \[1, 3\]"),
-    ],
-    ids=["too few", "floating", "2-D"],
-)
-def test_wrong_rows_are_refused(rows, got):
-    with pytest.raises(ValueError, match=rf"rows must be int64 or int32 \[3\] on cpu, {got}"):
-        filled(20).select(rows)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("lengths", [(3, 3, 3), (9, 9, 9), (3, 9, 6)], ids=str)
 @pytest.mark.parametrize("spare", [0, 1, 7])
 def test_a_larger_cache_goes_on(lengths, spare):
@@ -59,6 +31,14 @@ def test_a_larger_cache_goes_on(lengths, spare):
     for n, length in enumerate(lengths):
         text = torch.cat([IDS[n, :length], IDS[n]])
         torch.testing.assert_close(got[n], MODEL(text[None]).logits[0, length:], **FP64)
+
+
+@torch.no_grad()
+def test_waiting_drafts_are_not_copied():
+    cache = filled(20)
+    MODEL.verify(IDS[:, :2], cache)
+    with pytest.raises(RuntimeError, match="draft tokens of each sequence have been verified"):
+        MODEL.new_cache(3, 30).copy_from(cache)
 
 
 def test_a_smaller_cache_is_refused():
