@@ -42,10 +42,14 @@ class PastKeyValues(Cache):
             network: whose states they are.
             rows: of this call; the memory is made for those of the first one.
             width: columns of this call.
+
+        Raises:
+            ValueError: the memory is another model's.
         """
         self.crop(0)
         if self.memory is None:
             self.memory = network.new_cache(rows, max(self.max_length, width))
+        self.memory.check_model(network.config, network.device, network.dtype)
         needed = max(self.memory.lengths) + width
         if needed > self.memory.max_length:
             # Twice as large, so that a loop of steps copies each token a few times at most.

@@ -143,15 +143,8 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             ValueError: an argument is wrong; nothing has been computed.
         """
         self._check_devices()
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"give input_ids or inputs_embeds, got {'none' if input_ids is None else 'both'}")
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions must not be true: the weights of the attention are not kept")
+        tokens = self._checked(input_ids, inputs_embeds, output_attentions)
         check_cache(past_key_values)
-        if input_ids is not None:
-            check_ids(input_ids, self.config.vocab_size)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        assert tokens is not None
         rows, width = tokens.shape[:2]
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
@@ -160,19 +153,15 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         memory = None
         if past_key_values is not None:
             memory = past_key_values.reserve(self.network, rows, width)
-            memory.check_model(self.network.config, self.network.device, self.network.dtype)
         layout, padding = arrange(tokens, attention_mask, memory)
         if position_ids is not None:
             _check_positions(position_ids, layout, padding, rows, width)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         features: list[Tensor] | None = [] if wanted else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and memory is None):
-            are_drafts = past_key_values is not None and past_key_values.is_recording
-            drafting = (
-                memory.drafting(self.network.draft_types()) if memory is not None and are_drafts else nullcontext()
-            )
-            with drafting:
-                h = self._run(input_ids, inputs_embeds, layout, padding, memory, features)
+        records = past_key_values is not None and past_key_values.is_recording
+        drafting = memory.drafting(self.network.draft_types()) if memory is not None and records else nullcontext()
+        with drafting, torch.set_grad_enabled(torch.is_grad_enabled() and memory is None):
+            h = self._run(input_ids, inputs_embeds, layout, padding, memory, features)
         if past_key_values is not None:
             past_key_values.count(width, layout.new)
         states = None
@@ -180,6 +169,23 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
             states = tuple(f if padding is None else padding.restore(f) for f in features[:-1]) + (h,)
         output = BaseModelOutputWithPast(last_hidden_state=h, past_key_values=past_key_values, hidden_states=states)
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
+
+    def _checked(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, output_attentions: bool | None
+    ) -> Tensor:
+        """The one of the first two that is given. Raises ValueError where a call cannot be served."""
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions must not be true: the weights of the attention are not kept")
+        if inputs_embeds is None and input_ids is not None:
+            check_ids(input_ids, self.config.vocab_size)
+            return input_ids
+        if inputs_embeds is None or input_ids is not None:
+            raise ValueError(f"give input_ids or inputs_embeds, got {'none' if input_ids is None else 'both'}")
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must be [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}"
+            )
+        return inputs_embeds
 
     def _run(
         self,

@@ -151,18 +151,28 @@ def test_when_there_is_a_cache(both):
         ({"input_ids": IDS, "output_attentions": True}, "output_attentions must not be true"),
         ({}, "give input_ids or inputs_embeds, got none"),
         ({"input_ids": IDS, "inputs_embeds": torch.zeros(3, 11, 32)}, "give input_ids or inputs_embeds, got both"),
+        ({"inputs_embeds": torch.zeros(3, 11, 30)}, r"inputs_embeds must be \[B, T, 32\], got \[3, 11, 30\]"),
         ({"input_ids": IDS, "past_key_values": DynamicCache()}, "must be a jetkernels.hf.PastKeyValues.*DynamicCache"),
         ({"input_ids": IDS + VOCAB}, f"input_ids must be in 0..{VOCAB - 1}"),
         ({"input_ids": IDS, "labels": IDS - 7}, f"labels must be in 0..{VOCAB - 1}, or -100"),
         ({"input_ids": IDS, "attention_mask": torch.ones(3, 1, 11, 11)}, r"attention_mask must be \[3, 11\]"),
     ],
-    ids=["attentions", "nothing", "both", "another cache", "ids", "labels", "4-D mask"],
+    ids=["attentions", "nothing", "both", "embeddings", "another cache", "ids", "labels", "4-D mask"],
 )
 def test_wrong_arguments_are_refused(both, arguments, says):
     with pytest.raises(ValueError, match=says):
         both[1](**arguments)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         both[1](**arguments, no_such_argument=1)
+
+
+@torch.no_grad()
+def test_the_memory_of_another_model_is_refused(both):
+    past = both[1](IDS).past_key_values
+    with pytest.raises(ValueError, match="cache must be of this model: it was made for layer_types"):
+        pair("jet", dtype=torch.float64)[1](IDS, past_key_values=past)
+    with pytest.raises(ValueError, match="cache: holds 3 sequences, got 2"):
+        both[1](IDS[:2], past_key_values=past)
 
 
 def test_several_accelerators_are_refused():
