@@ -18,7 +18,6 @@ from jetkernels.modules import RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.linear import computing_device, floating_weight, has_hooks
 from jetkernels.modules.norm import add_norm
-from jetkernels.modules.padding import Unpadding, find_padding
 from jetkernels.modules.projections import apply, linear
 from jetkernels.modules.quantized import Quantized, QuantizedLinear, quantize_
 from jetkernels.modules.stand_in import HasStandIn, may_step, runs_own_code
@@ -30,10 +29,10 @@ from .config import JetNemotronConfig
 from .decoder_layer import MLP as MLP  # where pickled models look for it
 from .decoder_layer import DecoderLayer as DecoderLayer
 from .inputs import check_ids, check_labels
-from .layout import TokenLayout
+from .layout import TokenLayout, arrange
 from .mixers import MIXERS
 from .output import CausalLMOutput
-from .token_mixer import Rotary, State, TokenMixer, rotary_of_tokens
+from .token_mixer import Draft, Rotary, State, TokenMixer, draft_types, rotary_of_tokens
 
 Progress = Callable[[list], Iterable]
 M = TypeVar("M", bound=nn.Module)
@@ -66,22 +65,24 @@ class JetNemotronModel(HasStandIn):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         layout: TokenLayout,
         cache: JetNemotronCache | None = None,
         features: list[Tensor] | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Runs tokens through the layers.
 
         Args:
-            input_ids: arranged as `layout` says.
+            input_ids: arranged as `layout` says; not read where there are inputs_embeds.
             layout: where each token belongs.
             cache: states of the layers, read and updated in place.
             features: the residual stream behind each layer is appended to it.
+            inputs_embeds: what stands for the embeddings of the tokens, arranged alike.
 
         Returns: the final hidden states, arranged alike.
         """
-        h = self.embed_tokens(input_ids)
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rotary = self._rotary(layout.positions)
         if cache is not None:
             cache.begin()
@@ -89,7 +90,7 @@ class JetNemotronModel(HasStandIn):
             if self.recompute_layers and cache is None and torch.is_grad_enabled():
                 h = recompute(layer, h, layout, rotary, None, use_reentrant=False)
             else:
-                h = layer(h, layout, rotary, None if cache is None else cache.layers[i])
+                h = layer(h, layout, rotary, None if cache is None else cache.states[i])
             if features is not None:
                 features.append(h)
         return self.norm(h)
@@ -115,6 +116,38 @@ class JetNemotronModel(HasStandIn):
                 h = (h if more is None else h + more)[:, None]
                 h, more = layer(h, TokenLayout.of_step(lengths), rotary_of_tokens(rotary), state)[:, 0], None
         return add_norm(self.norm, more, h)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        embedding = self.embed_tokens
+        return computing_device(embedding, floating_weight(embedding, self.norm))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights; A_log and dt_bias of JetBlock layers are fp32 at least."""
+        return floating_weight(self.embed_tokens, self.norm).dtype
+
+    def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
+        return JetNemotronCache(
+            self.config, batch_size, max_length, device=self.device, dtype=self.dtype, mixers=self._mixers()
+        )
+
+    def draft_types(self) -> list[type[Draft]]:
+        """The `TokenMixer.draft_type` of each layer.
+
+        Raises:
+            ValueError: a layer has none.
+        """
+        return draft_types(self._mixers())
+
+    def _mixers(self) -> list[TokenMixer | type[TokenMixer]]:
+        """Those of the layers; the kind that the config names where something else stands in the place of one."""
+        return [
+            mixer if isinstance(mixer := _mixer(layer), TokenMixer) else MIXERS[kind]
+            for layer, kind in zip(self.layers, self.config.layer_types, strict=True)
+        ]
 
     @property
     def has_device_steps(self) -> bool:
@@ -186,13 +219,12 @@ class JetNemotronForCausalLM(HasStandIn):
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        embedding = self.model.embed_tokens
-        return computing_device(embedding, floating_weight(embedding, self.model.norm))
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """That of its weights; A_log and dt_bias of JetBlock layers are fp32 at least."""
-        return floating_weight(self.model.embed_tokens, self.model.norm).dtype
+        return self.model.dtype
 
     def quantize_(self, bits: int, group_size: int | None = None, skip: Collection[str] = ()) -> Quantized:
         """Replaces the Linear layers, the head too, by ones whose weights have 8 or 4 bits, in place and one by one.
@@ -224,13 +256,7 @@ class JetNemotronForCausalLM(HasStandIn):
 
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
-        mixers = [
-            mixer if isinstance(mixer := _mixer(layer), TokenMixer) else MIXERS[kind]
-            for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True)
-        ]
-        return JetNemotronCache(
-            self.config, batch_size, max_length, device=self.device, dtype=self.dtype, mixers=mixers
-        )
+        return self.model.new_cache(batch_size, max_length)
 
     def with_mixers(self, config: JetNemotronConfig, mixers: Sequence[TokenMixer]) -> JetNemotronForCausalLM:
         """A model of `config` that shares every module with this one but the token mixers: those are `mixers`.
@@ -275,9 +301,9 @@ class JetNemotronForCausalLM(HasStandIn):
         self._check_place(input_ids, cache)
         if labels is not None:
             check_labels(labels, input_ids, self.config.vocab_size)
-        layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
-        is_step = cache is not None and layout.is_dense and input_ids.shape[1] == 1 and labels is None
-        if cache is not None and is_step and self._model_may_step():
+        layout, padding = arrange(input_ids, attention_mask, cache, cu_seqlens)
+        is_step = layout.is_dense and input_ids.shape[1] == 1 and labels is None
+        if cache is not None and not cache.is_drafting and is_step and self._model_may_step():
             with torch.no_grad():
                 return CausalLMOutput(logits=self._step(input_ids[:, 0], cache)[:, None], cache=cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -323,6 +349,35 @@ class JetNemotronForCausalLM(HasStandIn):
         cache.check([1] * len(tokens))
         return self._step(tokens, cache)
 
+    @torch.no_grad()
+    def verify(self, draft_ids: Tensor, cache: JetNemotronCache) -> Tensor:
+        """Reads draft tokens of each sequence of a cache; which of them count is said later, by `cache.commit`.
+
+        Until then the cache refuses other calls. The logits differ from those of steps by rounding alone.
+
+        Args:
+            draft_ids: [N, T] int64.
+            cache: memory of the earlier tokens, which stays as it is.
+
+        Returns: logits [N, T, vocab] of the tokens after these.
+
+        Raises:
+            ValueError: an argument is wrong, or a layer cannot verify drafts; nothing has been computed.
+            RuntimeError: the cache or the head cannot be used for this call.
+        """
+        if not isinstance(cache, JetNemotronCache):
+            raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
+        with cache.drafting(self.draft_types()):
+            return self(draft_ids, cache=cache).logits
+
+    def draft_types(self) -> list[type[Draft]]:
+        """The `TokenMixer.draft_type` of each layer.
+
+        Raises:
+            ValueError: a layer has none.
+        """
+        return self.model.draft_types()
+
     def _model_may_step(self) -> bool:
         return isinstance(self.model, JetNemotronModel) and may_step(self.model)
 
@@ -356,57 +411,12 @@ class JetNemotronForCausalLM(HasStandIn):
         if cache is not None and not isinstance(cache, JetNemotronCache):
             raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
         if cache is not None:
-            weight = floating_weight(embedding, self.model.norm)
-            cache.check_model(self.config, computing_device(embedding, weight), weight.dtype)
+            cache.check_model(self.config, self.device, self.dtype)
         if self.config.tie_word_embeddings and "lm_head" in self._modules:
             raise RuntimeError(
                 "the head is tied to embed_tokens, so the model's lm_head would not be used: set "
                 "config.tie_word_embeddings = False to use it, or delete it"
             )
-
-    def _arrange(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: JetNemotronCache | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[TokenLayout, Unpadding | None]:
-        """Checks the call and finds out where each token belongs; a padded batch becomes a packed one."""
-        B, T = input_ids.shape
-        padding = None
-        if cu_seqlens is not None:
-            if attention_mask is not None:
-                raise ValueError("attention_mask and cu_seqlens exclude each other; got both")
-            if (
-                not isinstance(cu_seqlens, Tensor)
-                or cu_seqlens.dim() != 1
-                or cu_seqlens.dtype not in (torch.int64, torch.int32)
-            ):
-                got = (
-                    f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-                    if isinstance(cu_seqlens, Tensor)
-                    else type(cu_seqlens).__name__
-                )
-                raise ValueError(f"cu_seqlens must be a tensor [N+1] of int64 or int32, got {got}")
-            if cu_seqlens.device != input_ids.device:
-                raise ValueError(f"cu_seqlens must be on {input_ids.device}, like input_ids, got {cu_seqlens.device}")
-            bounds = cu_seqlens.tolist()
-            new = [b - a for a, b in zip(bounds, bounds[1:])]
-            if B != 1 or not bounds or bounds[0] != 0 or bounds[-1] != T or min(new, default=0) < 0:
-                raise ValueError(f"cu_seqlens must rise from 0 to T = {T} with B = 1, got {bounds} with B = {B}")
-        else:
-            new = [T] * B
-            if attention_mask is not None:
-                padding = find_padding(attention_mask, B, T, input_ids.device)
-            if padding is not None:
-                new, cu_seqlens = padding.lengths, padding.cu_seqlens
-        past, past_device = [0] * len(new), None
-        if cache is not None:
-            cache.check(new)
-            past, past_device = list(cache.lengths), cache.lengths_device
-        if cu_seqlens is not None:
-            return TokenLayout.packed(new, cu_seqlens, past, past_device), padding
-        return TokenLayout.dense(B, T, past, past_device, input_ids.device), None
 
     @torch.no_grad()
     def generate(
