@@ -16,6 +16,7 @@ PYTHON_ARROWS = {
     "jetkernels/ops": {"jetkernels/plain", "jetkernels"},
     "jetkernels/modules": {"jetkernels/ops"},
     "jetkernels/model": {"jetkernels/ops", "jetkernels/modules"},
+    "jetkernels/integrations": {"jetkernels", "jetkernels/ops"},
     "jetkernels/postnas": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
     "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/postnas"},
     "jetkernels": {"jetkernels/ops", "jetkernels/cli"},
