@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 import warnings
 
 import pytest
@@ -158,7 +159,7 @@ def test_compiled(prompt):
     with torch.no_grad():
         expected = model(**prompt).logits
         with patch_transformers():
-            compiled = torch.compile(model, backend="aot_eager")
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
             assert_error("logits", compiled(**prompt).logits, expected, 1e-5)
 
 
@@ -186,6 +187,12 @@ def test_undo_leaves_what_another_has_put_there():
     with patch_transformers():
         module.torch_chunk_gated_delta_rule = mine
     assert module.torch_chunk_gated_delta_rule is mine
+
+
+def test_without_it_the_sentence_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match="patch_transformers needs the package transformers, .*pip install"):
+        patch_transformers()
 
 
 def test_functions_of_another_kind_are_left_alone(monkeypatch):
