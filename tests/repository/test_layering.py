@@ -17,6 +17,7 @@ PYTHON_ARROWS = {
     "jetkernels/modules": {"jetkernels/ops"},
     "jetkernels/model": {"jetkernels/ops", "jetkernels/modules"},
     "jetkernels/hf": {"jetkernels", "jetkernels/modules", "jetkernels/model"},
+    "jetkernels/integrations": {"jetkernels", "jetkernels/ops"},
     "jetkernels/postnas": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
     "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/postnas"},
     "jetkernels": {"jetkernels/ops", "jetkernels/cli"},
