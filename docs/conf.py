@@ -21,7 +21,10 @@ project = PROJECT["name"]
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
+smartquotes = False  # T' is a symbol
+highlight_language = "text"  # of blocks that name none: equations, commands
 
+python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 autosummary_generate = False
 napoleon_use_ivar = True  # else a field of a NamedTuple is described twice
@@ -38,7 +41,7 @@ html_theme = "alabaster"
 html_title = "jetkernels"
 html_theme_options = {
     "description": PROJECT["description"],
-    "page_width": "1200px",
+    "page_width": "1280px",
     "sidebar_width": "240px",
     "fixed_sidebar": True,
     "font_family": "system-ui, sans-serif",
