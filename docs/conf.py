@@ -26,6 +26,7 @@ highlight_language = "text"  # of blocks that name none: equations, commands
 
 python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
+autodoc_default_options = {"exclude-members": "extra_repr"}
 autosummary_generate = False
 napoleon_use_ivar = True  # else a field of a NamedTuple is described twice
 default_role = "py:obj"  # a name in single backticks leads to it, if it is on the site
@@ -79,6 +80,13 @@ def read_page(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = for_the_site((ROOT / "README.md").read_text(), ROOT) + source[0]
 
 
+def read_docstring(app: Sphinx, what: str, name: str, described: object, options: object, lines: list[str]) -> None:
+    """Makes a section of results in one line; a symbol that ends a line, as in "channels: D.", begins no list."""
+    text = re.sub(r"^Returns: (?=.)", "Returns:\n    ", "\n".join(lines), flags=re.MULTILINE)
+    lines[:] = re.sub(r"(^|: )([A-Z])\.$", r"\1\2\\.", text, flags=re.MULTILINE).split("\n")
+
+
 def setup(app: Sphinx) -> None:
     """Is called by Sphinx."""
+    app.connect("autodoc-process-docstring", read_docstring, priority=400)  # before napoleon
     app.connect("source-read", read_page)
