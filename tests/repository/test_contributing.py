@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.documents import block_after
+from support.documents import Block, block_after, run_python
 from support.model_cases import ATOL, small_config, tokens
 from support.paths import ROOT
 
@@ -38,14 +38,14 @@ torch.testing.assert_close(torch.compile(leaky_sum, fullgraph=True, backend="aot
 """
 
 
-def contributing(words: str) -> str:
+def contributing(words: str) -> Block:
     """The code block behind these words of CONTRIBUTING.md."""
     return block_after("CONTRIBUTING.md", words)
 
 
 def file_of(path: str) -> str:
     """The code block under the paragraph that begins with the file's name."""
-    return contributing(f"**`{path}`**")
+    return contributing(f"**`{path}`**").code
 
 
 def run(command, **options) -> None:
@@ -72,7 +72,7 @@ def op(tmp_path_factory) -> Path:
 
 
 def test_op_of_contributing_works(op):
-    script = RUN_OP.format(checks=contributing("say most in two lines"))
+    script = RUN_OP.format(checks=contributing("say most in two lines").code)
     run(
         [sys.executable, "-c", script, op / "op.so"],
         env={**os.environ, "PYTHONPATH": f"{op}{os.pathsep}{ROOT}"},
@@ -85,7 +85,7 @@ def test_token_mixer_of_contributing_works(monkeypatch):
     """A model that has it decodes as it prefills."""
     names = dict(vars(mixers))
     flags = __future__.annotations.compiler_flag  # as in mixers.py
-    exec(compile(contributing("## Add a token mixer"), "CONTRIBUTING.md", "exec", flags, dont_inherit=True), names)
+    run_python("CONTRIBUTING.md", [contributing("## Add a token mixer")], names, flags)
     monkeypatch.setitem(mixers.MIXERS, "sum", names["DecayedSum"])
     config = small_config(("sum", "attn"), efficient_attention_config={"sum": {"decay": 0.9}})
     model, ids = JetNemotronForCausalLM.random(config, seed=1).eval(), tokens(2, 9)

@@ -37,15 +37,20 @@ def blocks(document: str, language: str | None = None) -> list[Block]:
     return [block for block in found if language in (None, block.language)]
 
 
-def block_after(document: str, words: str) -> str:
+def block_after(document: str, words: str) -> Block:
     """The first code block behind these words."""
-    return next(block.code for block in blocks(document) if words in block.before)
+    return next(block for block in blocks(document) if words in block.before)
 
 
-def run_python(document: str, found: list[Block], names: dict[str, object]) -> None:
-    """Runs blocks one after the other in one namespace; those marked NOT_RUN are compiled only."""
+def run_python(document: str, found: list[Block], names: dict[str, object], flags: int = 0) -> None:
+    """Runs blocks one after the other in one namespace; those marked NOT_RUN are compiled only.
+
+    `flags` are those of the compiler, of a future that the file has which a block belongs in.
+    """
     for block in found:
         # So that a failure names the line of the document.
-        code = compile("\n" * (block.line - 1) + block.code, str(Path(ROOT, document)), "exec")
+        code = compile(
+            "\n" * (block.line - 1) + block.code, str(Path(ROOT, document)), "exec", flags, dont_inherit=True
+        )
         if not block.code.startswith(NOT_RUN):
             exec(code, names)
