@@ -37,6 +37,10 @@ def test_a_block_that_does_not_run_is_seen():
         run_python("README.md", [Block("python", "", 1, f"{NOT_RUN}needs a GPU\nmissing(\n")], {})
 
 
+# A module that another test has imported is run as a program here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+
+
 class Understood(BaseException):
     """Raised by a program's parser in place of going on; no program takes it for an error of its own."""
 
