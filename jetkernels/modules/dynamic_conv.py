@@ -37,6 +37,8 @@ class KernelGenerator(HasStandIn):
 class DynamicShortConvolution(HasStandIn):
     """Causal depthwise convolution with taps generated from the layer input (Jet-Nemotron, arXiv 2508.15884, JetBlock).
 
+    ::
+
         y[b,t,d] = silu(sum_w kernel[b,t,d,w] * x[b,t-(W-1)+w,d])
         kernel[b,t,d,w] = sum_r w2.weight[d*W+w,r] * silu(w1 u[b,t])[r] + w2.bias[d*W+w]
 

@@ -161,6 +161,8 @@ def _are_of_one_op(projected: _Projections, parameters: Sequence[Tensor]) -> boo
 class JetBlock(FusedProjections):
     """The linear-attention layer of Jet-Nemotron (arXiv 2508.15884, section on JetBlock).
 
+    ::
+
         q = silu(q_proj(x));  k = silu(k_proj(x));  v = dynamic_conv1d(v_proj(x), x)
         beta = sigmoid(b_proj(x));  g = -exp(A_log) * softplus(a_proj(x) + dt_bias)
         o = gated delta rule of (l2norm(q), l2norm(k), v, g, beta), scale K^-0.5
