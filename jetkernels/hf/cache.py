@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from jetkernels.model import JetNemotronCache
-from jetkernels.model.hybrid import JetNemotronModel
+from jetkernels.model.network import JetNemotronModel
 
 
 class PastKeyValues(Cache):

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from jetkernels.model import JetNemotronCache, hybrid
+from jetkernels.model import JetNemotronCache
 from jetkernels.model.inputs import check_ids, check_labels
 from jetkernels.model.layout import TokenLayout, arrange
+from jetkernels.model.network import JetNemotronModel as Network
 from jetkernels.model.token_mixer import TokenMixer
 from jetkernels.modules.padding import Unpadding
 from jetkernels.modules.projections import FusedProjections, apply
@@ -82,13 +83,13 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
 class JetNemotronModel(JetNemotronPreTrainedModel):
     """Embedding, decoder layers and final norm.
 
-    Its modules are those of a `jetkernels.model.hybrid.JetNemotronModel`, `network`, which computes.
+    Its modules are those of a `jetkernels.model.network.JetNemotronModel`, `network`, which computes.
     """
 
     def __init__(self, config: JetNemotronConfig):
         super().__init__(config)
         self.gradient_checkpointing = False
-        network = hybrid.JetNemotronModel(config.network_config())
+        network = Network(config.network_config())
         for name, module in network.named_children():
             self.add_module(name, module)
             if not network.norm.weight.is_meta:  # they have been drawn
@@ -99,7 +100,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         self.post_init()
 
     @property
-    def network(self) -> hybrid.JetNemotronModel:
+    def network(self) -> Network:
         """The modules of this model, as `jetkernels.model` calls them."""
         network = self.__dict__["_network"]
         if network._modules is not self._modules:  # a shallow copy, as nn.DataParallel makes
