@@ -3,19 +3,19 @@
 import contextlib
 import importlib.util
 import io
-import re
 
 import pytest
 import transformers
+from support.documents import blocks, run_python
 from support.model_cases import small_model
-from support.paths import ROOT
 from transformers import AutoTokenizer
 
 import jetkernels.hf  # noqa: F401 - registers the model
 from jetkernels.model import Tokenizer
 
 transformers.utils.logging.set_verbosity_error()
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "transformers.md").read_text(), re.DOTALL)
+PAGE = "docs/transformers.md"
+BLOCKS = blocks(PAGE, "python")
 NEEDS = {"Trainer": "accelerate", "get_peft_model": "peft", "lm_eval": "lm_eval"}
 
 
@@ -35,8 +35,7 @@ def folder(tmp_path_factory):
 def names(folder):
     names = {}
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        for block in BLOCKS[:2]:
-            exec(block, names)
+        run_python(PAGE, BLOCKS[:2], names)
     return names
 
 
@@ -44,12 +43,12 @@ def test_the_first_blocks_agree(names, folder):
     assert (folder / "copy" / "config.json").exists() and names["ours"] is not None
 
 
-@pytest.mark.parametrize("block", BLOCKS[2:], ids=lambda block: block.split("\n")[0])
+@pytest.mark.parametrize("block", BLOCKS[2:], ids=lambda block: block.code.split("\n")[0])
 def test_block(block, names, folder, monkeypatch, tmp_path):
     for word, package in NEEDS.items():
-        if word in block and importlib.util.find_spec(package) is None:
+        if word in block.code and importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
-    if "lm_eval" in block:
+    if "lm_eval" in block.code:
         # Its task is on a hub: a task of the same name on a local file.
         import lm_eval.tasks
 
@@ -57,7 +56,7 @@ def test_block(block, names, folder, monkeypatch, tmp_path):
         evaluate = lm_eval.simple_evaluate
         monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **o: evaluate(**o | local(tmp_path, tasks)))
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        exec(block, dict(names))
+        run_python(PAGE, [block], dict(names))
 
 
 def local(folder, tasks) -> dict:

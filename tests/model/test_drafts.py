@@ -2,14 +2,12 @@
 
 import __future__
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.documents import block_after, blocks, run_python
 from support.model_cases import JET, VOCAB, WINDOW, padded, small_config, small_model, tokens
-from support.paths import ROOT
 
 from jetkernels.model import JetNemotronForCausalLM, mixers
 from jetkernels.model.drafts import MOST_PROPOSED, PromptLookup
@@ -222,19 +220,16 @@ def test_wrong_proposals_are_refused(model, proposed, sentence):
 
 
 def test_what_the_document_shows_runs(monkeypatch):
-    text = (ROOT / "docs/drafts.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == text.count("```") // 2 == 3
+    page = "docs/drafts.md"
+    *calls, kind = blocks(page, "python")
     model = small_model(seed=4)
     names = {"model": model, "input_ids": tokens(2, 6), "torch": torch}
-    for block in blocks[:2]:
-        exec(block, names)
+    run_python(page, calls, names)
     assert torch.equal(names["out"], model.generate(tokens(2, 6), max_new_tokens=64))
     # The last one adds to the token mixer that CONTRIBUTING.md has.
-    mixer = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a token mixer")[2]
     names, flags = dict(vars(mixers)), __future__.annotations.compiler_flag  # as in mixers.py
-    for block in (re.search(r"```python\n(.*?)```", mixer, re.DOTALL)[1], blocks[2]):
-        exec(compile(block, "drafts.md", "exec", flags, dont_inherit=True), names)
+    run_python("CONTRIBUTING.md", [block_after("CONTRIBUTING.md", "## Add a token mixer")], names, flags)
+    run_python(page, [kind], names, flags)
     monkeypatch.setitem(mixers.MIXERS, "sum", names["DraftedSum"])
     sections = {"jet": JET, "swa": {"window_size": WINDOW}, "sum": {"decay": 0.9}}
     mixed = JetNemotronForCausalLM.random(small_config(("jet", "sum"), efficient_attention_config=sections), seed=1)

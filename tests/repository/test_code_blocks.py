@@ -8,22 +8,36 @@ import sys
 
 import pytest
 import torch
-from support.documents import NOT_RUN, PAGES, Block, blocks, run_python
+from support.documents import NOT_RUN, OWN_TESTS, PAGES, Block, blocks, run_python
 from support.paths import ROOT
 
 from jetkernels.__main__ import parser_for
 
-# Those of CONTRIBUTING.md are compiled and run by test_contributing.py.
-DOCUMENTS = ("README.md", *PAGES)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
 PROGRAM = re.compile(r"^(?:\w+=\S+ +)*(?=(?:jetkernels|python3?) )")  # behind the variables that it is called with
 
 
-@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")])
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name not in OWN_TESTS and blocks(name, "python")])
 def test_python_runs(document, tmp_path, monkeypatch):
     """The blocks of a document in one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run_python(document, blocks(document, "python"), {})
+
+
+@pytest.mark.parametrize("document", OWN_TESTS)
+def test_a_document_that_is_not_run_here_is_run_by_its_own_test(document):
+    test = (ROOT / OWN_TESTS[document]).read_text()
+    assert document in DOCUMENTS and blocks(document, "python")
+    assert f'"{document}"' in test and "run_python(" in test
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_block_is_overlooked(document):
+    """One of another name or place would not be run."""
+    fences = [line for line in (ROOT / document).read_text().splitlines() if line.lstrip().startswith("```")]
+    assert len(fences) == 2 * len(blocks(document)) and not [line for line in fences if line.startswith(" ")]
+    assert {block.language for block in blocks(document)} <= {"", "python", "cpp", "{toctree}", "{eval-rst}"}
 
 
 def test_a_block_that_does_not_run_is_seen():
@@ -80,7 +94,7 @@ def command_lines(document: str) -> list[str]:
     return [PROGRAM.sub("", line) for line in lines if PROGRAM.match(line)]
 
 
-COMMAND_LINES = [(document, line) for document in (*DOCUMENTS, "CONTRIBUTING.md") for line in command_lines(document)]
+COMMAND_LINES = [(document, line) for document in DOCUMENTS for line in command_lines(document)]
 
 
 @pytest.mark.parametrize("document, line", COMMAND_LINES, ids=[line for _, line in COMMAND_LINES])

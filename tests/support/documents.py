@@ -9,6 +9,13 @@ from support.paths import ROOT
 # The first line of a block of Python that a test cannot run; why stands behind it.
 NOT_RUN = "# not run: "
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+# Documents whose blocks of Python need what their own test has, and that test; test_code_blocks.py runs all others.
+OWN_TESTS = {
+    "CONTRIBUTING.md": "tests/repository/test_contributing.py",
+    "docs/drafts.md": "tests/model/test_drafts.py",
+    "docs/integrations.md": "tests/integrations/test_page.py",
+    "docs/transformers.md": "tests/hf/test_document.py",
+}
 
 
 class Block(NamedTuple):
