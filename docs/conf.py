@@ -3,7 +3,6 @@
 The front page is README.md. A link that leads out of docs/ leads to the repository on the web.
 """
 
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -61,7 +60,7 @@ def for_the_site(markdown: str, folder: Path) -> str:
         if not path or ":" in path or not target.exists():
             return match[0]
         if target.is_relative_to(DOCS):
-            page = os.path.relpath(target, DOCS)
+            page = f"/{target.relative_to(DOCS)}"  # from docs/, whatever page the link is on
         else:
             page = f"{REPOSITORY}/{'tree' if target.is_dir() else 'blob'}/main/{target.relative_to(ROOT)}"
         return f"]({page}{mark}{anchor})"

@@ -12,10 +12,11 @@ from support.paths import ROOT
 
 import dev
 import jetkernels
-from jetkernels import model, modules
+from jetkernels import integrations, model, modules
 
 pytest.importorskip("sphinx", reason="needs the package sphinx, of requirements.txt")
 pytest.importorskip("myst_parser", reason="needs the package myst-parser, of requirements.txt")
+hf = pytest.importorskip("jetkernels.hf", reason="needs the package transformers, of requirements.txt")
 
 
 class Page(HTMLParser):
@@ -74,7 +75,7 @@ def test_every_page_is_reached_from_the_first(site):
     assert wanted <= reached
 
 
-@pytest.mark.parametrize("module", [jetkernels, modules, model], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [jetkernels, modules, model, hf, integrations], ids=lambda module: module.__name__)
 def test_every_public_name_is_described(site, module):
     described = set().union(*(page.anchors for page in site.values()))
     public = {f"{module.__name__}.{name}" for name in module.__all__ if name != "__version__"}
