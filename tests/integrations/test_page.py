@@ -1,7 +1,6 @@
 """What docs/integrations.md tells a user to type runs."""
 
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -9,34 +8,34 @@ import sys
 import pytest
 import torch
 from support.documents import blocks, run_python
-from support.paths import ROOT, TESTS
+from support.paths import ROOT
 
 import jetkernels.integrations
+from jetkernels.integrations import _calls
 from jetkernels.ops._gated_arguments import Options
 
 PAGE = "docs/integrations.md"
 FLA = "register_fla_backend"  # is in the blocks that need flash-linear-attention
 
 
-def run(code: str) -> subprocess.CompletedProcess:
-    """In a process of its own: a patch stays in it."""
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "error::UserWarning:jetkernels", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
+# No call of the page stays with the other library.
+pytestmark = pytest.mark.filterwarnings("error:jetkernels", "ignore:Triton is not supported")
 
 
-def test_its_code_runs():
+def test_its_code_runs(monkeypatch, capsys):
     pytest.importorskip("transformers", reason="needs the package transformers")
-    done = run(
-        "from support.documents import blocks, run_python\n"
-        f"found = [block for block in blocks({PAGE!r}, 'python') if {FLA!r} not in block.code]\n"
-        f"run_python({PAGE!r}, found, {{}})"
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "qwen3_next.torch_chunk_gated_delta_rule" in done.stdout and "Backend(name=" in done.stdout
+    patch, made = jetkernels.integrations.patch_transformers, []
+    monkeypatch.setattr(jetkernels.integrations, "patch_transformers", lambda: made.append(patch()) or made[-1])
+    monkeypatch.setattr(_calls, "_announced", set())
+    try:
+        run_python(PAGE, [block for block in blocks(PAGE, "python") if FLA not in block.code], {})
+    finally:
+        for one in made:
+            one.undo()
+    out = capsys.readouterr().out
+    assert len(made) == 2 and "qwen3_next.torch_chunk_gated_delta_rule" in out and "Backend(name=" in out
 
 
-@pytest.mark.filterwarnings("ignore:Triton is not supported")
 def test_its_code_for_flash_linear_attention_runs(capsys):
     """It undoes what it has registered."""
     for module in ("triton", "einops", "fla.backends"):
@@ -55,5 +54,6 @@ def test_it_names_every_argument_and_function():
 
 
 def test_neither_library_is_imported_before_it_is_asked_for():
-    done = run("import sys, jetkernels.integrations; print([m for m in ('transformers', 'fla') if m in sys.modules])")
+    code = "import sys, jetkernels.integrations; print([m for m in ('transformers', 'fla') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
