@@ -4,6 +4,7 @@
   python3 dev.py demo [ARGUMENTS of `jetkernels demo`]
   python3 dev.py test [ARGUMENTS of pytest]
   python3 dev.py lint [--fix]                           ruff, clang-format, mypy; --fix writes what they can mend
+  python3 dev.py docs                                   builds the site and says where it is; a warning is an error
   python3 dev.py run  COMMAND ...                       e.g. python -m benchmarks.run --device cpu
 
 Parts of the tests (CONTRIBUTING.md):
@@ -27,6 +28,8 @@ PYTHON = BIN / "python"
 # CUTLASS's headers, which the Hopper kernels include; what its Python side depends on is not needed.
 WITHOUT_DEPENDENCIES = "nvidia-cutlass==4.2.0.0"
 MOST_WORKERS = 4  # processes of pytest
+SITE = "build/site"
+BUILD_SITE = ("python", "-m", "sphinx", "-b", "html", "-W", "--keep-going", "--quiet", "docs")  # and the output folder
 CXX_FOLDERS, CXX_SUFFIXES = ("csrc", "bindings", "tests"), (".h", ".cuh", ".c", ".cpp", ".cu")
 
 
@@ -105,18 +108,28 @@ def lint(fix: bool) -> int:
     return int(bool(failed))
 
 
+def docs() -> int:
+    failed = run(*BUILD_SITE, SITE)
+    say("docs: failed" if failed else f"docs: open {SITE}/index.html")
+    return failed
+
+
 def main() -> int:
     what, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if what not in ("demo", "test", "lint", "run"):
+    if what not in ("demo", "test", "lint", "docs", "run"):
         sys.exit(__doc__.strip())
     if what == "run" and not arguments:
         sys.exit("[dev.py] run needs a command, e.g. python3 dev.py run python -m benchmarks.run --device cpu")
+    if what == "docs" and arguments:
+        sys.exit(f"[dev.py] docs takes nothing, got {' '.join(arguments)}")
     if what == "lint" and arguments not in ([], ["--fix"]):
         sys.exit(f"[dev.py] lint takes --fix or nothing, got {' '.join(arguments)}")
     set_up()
     if what == "lint":
         return lint(fix=bool(arguments))
     build()
+    if what == "docs":
+        return docs()
     if what == "demo":
         arguments = ["python", "-m", "jetkernels", "demo", *arguments]
     elif what == "test":

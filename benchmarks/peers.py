@@ -4,6 +4,7 @@ A peer is a function of the inputs that returns (run, read): ``run()`` is what i
 final state or None) as our op would return them.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ def transformers_delta_rule():
     """The torch functions of transformers' Qwen3-Next: (chunk, recurrent). Their q, k, v are [B, T, H, K or V]."""
     from transformers.models.qwen3_next import modeling_qwen3_next as peer
 
-    return peer.torch_chunk_gated_delta_rule, peer.torch_recurrent_gated_delta_rule
+    # Where flash-linear-attention is installed the names stand for its functions.
+    return inspect.unwrap(peer.torch_chunk_gated_delta_rule), inspect.unwrap(peer.torch_recurrent_gated_delta_rule)
 
 
 def _fla(name: str) -> Callable[[], Callable]:

@@ -17,6 +17,7 @@ COMMANDS = {
     "info": "what was built, and which backend serves which op on this machine",
     "demo": "train a small byte-level hybrid on Python's own source text and complete held-out code",
     "generate": "complete prompts with a checkpoint, or with random weights of a shipped config",
+    "evaluate": "score a checkpoint in tasks of lm-evaluation-harness",
     "search": "turn a trained full-attention model into a Jet hybrid (PostNAS), stage by stage",
     "throughput": "measure prefill and decode tokens per second and the size of the cache; compare with full attention",
 }

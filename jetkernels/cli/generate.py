@@ -7,6 +7,10 @@ The completion of a single prompt is streamed as it is made. Several prompts (--
 are completed --batch at a time, at temperature 0 each as it would be alone. With --json every prompt gives a line with
 an object: prompt, prompt_ids, ids (of the completion, without the token that ended it), text (null without a
 tokenizer), stopped (whether it ended by itself).
+
+With --draft N tokens are proposed at each step, what followed the last ones where they stood before in the text, and
+those are kept that would have come anyway. How many were accepted per step is printed, with --json as
+accepted_per_step, too.
 """
 
 import argparse
@@ -19,8 +23,9 @@ from pathlib import Path
 import torch
 
 from jetkernels.cli.models import add_model_arguments, check_memory, load_model, read_config
-from jetkernels.cli.options import integer, integers, integers_of, number
+from jetkernels.cli.options import UsageError, integer, integers, integers_of, number
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, StreamDecoder, Tokenizer
+from jetkernels.model.drafts import MOST_PROPOSED
 
 STANDARD_INPUT = "standard input"
 
@@ -66,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prefill-chunk", type=integer(1), help="prompt tokens per forward; bounds the memory of a long prompt"
+    )
+    parser.add_argument(
+        "--draft", type=integer(1, MOST_PROPOSED), help="tokens that are proposed at each step, at temperature 0"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object per prompt, one in each line")
 
@@ -156,6 +164,8 @@ class Output:
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.times: list[float] = []
         self.tokens = 0
+        # Draft tokens that were accepted, of each step of each row; rows of a batch lie side by side.
+        self.accepted: list[list[int]] = []
 
     def step(self, tokens: torch.Tensor, running: torch.Tensor) -> None:
         """The tokens [B] of one step, and which rows were still running; prints the token of a single prompt."""
@@ -163,6 +173,17 @@ class Output:
         self.tokens += int(running.sum())
         if self.stream and (token := int(tokens)) not in self.stop:
             print(self.decoder.push(token) if self.decoder is not None else f"{token} ", end="", flush=True)
+
+    def drafted(self, proposed: torch.Tensor, accepted: torch.Tensor) -> None:
+        """How many tokens of each row [B] were proposed and accepted in one step; -1 where a row had ended."""
+        for n, count in enumerate(accepted.tolist()):
+            if count >= 0:
+                self.accepted[n - len(proposed)].append(count)
+
+    def accepted_per_step(self, rows: list[list[int]]) -> float:
+        """Of the steps of some rows; 0 without a step."""
+        steps = sum(map(len, rows))
+        return sum(map(sum, rows)) / steps if steps else 0.0
 
     def text(self, ids: list[int]) -> str:
         """What is printed of token ids: text, or the ids where there is no tokenizer."""
@@ -177,7 +198,10 @@ class Output:
         kept, stopped = ids[:end], end < len(ids)
         if self.as_json:
             text = self.text(kept) if self.tokenizer is not None else None
-            values = {"prompt": prompt.text, "prompt_ids": prompt.ids, "ids": kept, "text": text, "stopped": stopped}
+            values: dict[str, object] = {"prompt": prompt.text, "prompt_ids": prompt.ids}
+            values |= {"ids": kept, "text": text, "stopped": stopped}
+            if self.accepted:
+                values["accepted_per_step"] = self.accepted_per_step([self.accepted[number - 1]])
             print(json.dumps(values), flush=True)
         else:
             print(
@@ -195,6 +219,8 @@ def complete(
     for begin in range(0, len(prompts), arguments.batch):
         group = prompts[begin : begin + arguments.batch]
         ids, mask = _padded(group, 0, model.device)
+        if arguments.draft is not None:
+            output.accepted += [[] for _ in group]
         found = model.generate(
             ids,
             mask if len(group) > 1 else None,
@@ -205,6 +231,8 @@ def complete(
             prefill_chunk=arguments.prefill_chunk,
             generator=generator,
             on_tokens=output.step,
+            draft=arguments.draft,
+            on_draft=output.drafted if arguments.draft is not None else None,
         )
         if begin == 0 and output.times:
             first = output.times[0] - start
@@ -215,6 +243,8 @@ def complete(
 
 def run(arguments: argparse.Namespace) -> None:
     """Completes the prompts and prints the completions."""
+    if arguments.draft is not None and arguments.temperature > 0:
+        raise UsageError(f"--draft needs --temperature 0 (the most likely tokens), got {arguments.temperature}")
     config = read_config(arguments)
     tokenizer = read_tokenizer(arguments)
     if (
@@ -241,3 +271,5 @@ def run(arguments: argparse.Namespace) -> None:
     elif len(times) > 1:
         seconds = time.perf_counter() - start
         print(f"{len(prompts)} prompts, {output.tokens:,} new tokens in {seconds:.2f} s", file=sys.stderr)
+    if output.accepted:
+        print(f"drafts: {output.accepted_per_step(output.accepted):.2f} accepted tokens per step", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
-from jetkernels.model.hybrid import DecoderLayer
+from jetkernels.model.decoder_layer import DecoderLayer
 from jetkernels.model.mixers import MIXERS
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")

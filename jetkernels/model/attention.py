@@ -16,7 +16,7 @@ from jetkernels.modules.projections import FusedProjections, apply, project
 from jetkernels.modules.repeatable import in_backward
 from jetkernels.ops import attention_step_
 
-from .attention_cache import AttentionCache
+from .attention_cache import AttentionCache, AttentionDraft
 from .layout import TokenLayout
 from .token_mixer import Rotary, TokenMixer
 
@@ -183,6 +183,7 @@ class Attention(FusedProjections, TokenMixer):
     """
 
     uses_rotary = True
+    draft_type = AttentionDraft
     window: int | None = None
 
     def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
@@ -229,31 +230,36 @@ class Attention(FusedProjections, TokenMixer):
         *,
         layout: TokenLayout,
         rotary: Rotary | None = None,
-        state: AttentionCache | None = None,
+        state: AttentionCache | AttentionDraft | None = None,
     ) -> Tensor:
         """See `TokenMixer.forward`; the rotary angles must be given."""
         if rotary is None:
             raise ValueError("Attention: rotary must be the cos and sin of the tokens' angles, got None")
-        if state is not None and layout.is_dense and layout.max_new == 1:
+        draft = state if isinstance(state, AttentionDraft) else None
+        cache = state.cache if isinstance(state, AttentionDraft) else state
+        if cache is not None and draft is None and layout.is_dense and layout.max_new == 1:
             cos, sin = (t.flatten(1).expand(layout.batch_size, -1) for t in rotary)
-            o = self.step(hidden_states[:, 0], state, lengths=layout.past_on_device, rotary=(cos, sin))
+            o = self.step(hidden_states[:, 0], cache, lengths=layout.past_on_device, rotary=(cos, sin))
             return o[:, None]
         q, k, v = self._project(hidden_states)
-        if state is not None:
+        if cache is not None:
             self._refuse_gradients(q, k, v)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if draft is not None:
+            draft.keep(k, v, layout.past_on_device)
         if layout.max_new == 0:
             o = q
-        elif state is None or layout.uniform_past:
+        elif cache is None or layout.uniform_past:
             q, k, v = (layout.pad(t) for t in (q, k, v))
-            o = layout.unpad(self._attend(q, k, v, layout.past, layout.new, state))
+            o = layout.unpad(self._attend(q, k, v, layout.past, layout.new, cache, draft is not None))
         else:
             # After unequal pasts each sequence attends by itself, without masks or padding.
             dim, sizes = (0, [1] * layout.batch_size) if layout.is_dense else (1, layout.new)
             outputs = []
             for n, (q_n, k_n, v_n) in enumerate(zip(*(t.split(sizes, dim) for t in (q, k, v)))):
-                past, new = layout.past[n], layout.new[n]
-                outputs.append(self._attend(q_n, k_n, v_n, [past], [new], state.sequence(n)) if new else q_n)
+                past, new, one = [layout.past[n]], [layout.new[n]], cache.sequence(n)
+                attended = self._attend(q_n, k_n, v_n, past, new, one, draft is not None) if layout.new[n] else q_n
+                outputs.append(attended)
             o = torch.cat(outputs, dim)
         return apply(self.o_proj, "o_proj", o.flatten(-2))
 
@@ -284,7 +290,14 @@ class Attention(FusedProjections, TokenMixer):
             )
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, past: list[int], new: list[int], cache: AttentionCache | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: list[int],
+        new: list[int],
+        cache: AttentionCache | None,
+        are_drafts: bool,
     ) -> Tensor:
         """Rotated q, k, v [N, T, heads, head_dim], padded on the right, after equally many tokens each -> as q."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -293,7 +306,11 @@ class Attention(FusedProjections, TokenMixer):
         elif self.window is None:
             o = self._extend(q, k, v, past[0], cache)
         else:
-            o = self._extend_window(q, k, v, past[0], new, self.window, cache)
+            # What the ring holds, then the new ones, side by side; then the ring is refilled.
+            k, v = (_joined(old, new) for old, new in zip(cache.recent(past[0]), (k, v), strict=True))
+            o = causal_attention(q, k, v, self.window)
+            if not are_drafts:
+                cache.rewrite(k, v, past[0], new)
         return o.transpose(1, 2)
 
     @staticmethod
@@ -305,16 +322,6 @@ class Attention(FusedProjections, TokenMixer):
         key[:, :, past:], value[:, :, past:] = cleared(k, bad), cleared(v, bad)
         o = marked(finite_attention(q, key, value), bad)
         key[:, :, past:], value[:, :, past:] = k, v
-        return o
-
-    @staticmethod
-    def _extend_window(
-        q: Tensor, k: Tensor, v: Tensor, past: int, new: list[int], window: int, cache: AttentionCache
-    ) -> Tensor:
-        """The same over a window: what the ring holds, then the new keys, side by side; then the ring is refilled."""
-        k, v = (_joined(old, new) for old, new in zip(cache.recent(past), (k, v), strict=True))
-        o = causal_attention(q, k, v, window)
-        cache.rewrite(k, v, past, new)
         return o
 
 

@@ -62,3 +62,42 @@ class AttentionCache:
         index = (newest - past + held).clamp(min=0)[:, None, :, None].expand_as(self.key)
         self.key.copy_(key.gather(2, index))
         self.value.copy_(value.gather(2, index))
+
+
+class AttentionDraft:
+    """Stands for a cache in a call of an attention layer whose T tokens are drafts: a prefix may be accepted later.
+
+    The layer changes no slot that holds a token: it may write behind them. The drafts' keys and values are kept here.
+
+    Args:
+        cache: of the N sequences.
+    """
+
+    def __init__(self, cache: AttentionCache):
+        self.cache = cache
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def keep(self, key: Tensor, value: Tensor, past: Tensor) -> None:
+        """What `commit` needs: rotated keys and values [N, T, Hkv, d], and the tokens [N] that came before."""
+        self._kept = key.transpose(1, 2), value.transpose(1, 2), past
+
+    def commit(self, num_accepted: Tensor) -> None:
+        """Writes the keys and values of the first tokens of each sequence into their slots.
+
+        Args:
+            num_accepted: [N] int64, each 0..T, on the device.
+
+        Raises:
+            RuntimeError: no call has verified draft tokens.
+        """
+        if self._kept is None:
+            raise RuntimeError("AttentionDraft: no call has verified draft tokens that could be committed")
+        key, value, past = self._kept
+        # From the newest accepted token backwards, no more than there are slots: each has one of its own.
+        back = torch.arange(min(key.shape[2], self.cache.slots), device=key.device)
+        token = num_accepted[:, None] - 1 - back
+        index = [t[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]) for t in (token, past[:, None] + token)]
+        token, slot = index[0], index[1] % self.cache.slots
+        for memory, new in zip(self.cache, (key, value), strict=True):
+            written = new.gather(2, token.clamp(min=0)).to(memory.dtype)
+            memory.scatter_(2, slot, torch.where(token >= 0, written, memory.gather(2, slot)))

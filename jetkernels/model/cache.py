@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from .attention import AttentionCache as AttentionCache  # where pickled caches 
 from .config import JetNemotronConfig
 from .layout import TokenLayout
 from .mixers import MIXERS
-from .token_mixer import State, TokenMixer
+from .token_mixer import Draft, State, TokenMixer
 
 
 def _sizes(config: JetNemotronConfig) -> dict[str, object]:
@@ -29,6 +31,25 @@ def _sizes(config: JetNemotronConfig) -> dict[str, object]:
 
 def _autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _integers(name: str, values: Sequence[int] | Tensor) -> list[int]:
+    """A list of a sequence or a tensor [N] of integers."""
+    numbers = values.tolist() if isinstance(values, Tensor) else values
+    if not isinstance(numbers, Iterable) or not all(type(number) is int for number in numbers):
+        raise ValueError(f"cache: {name} must be a sequence of integers, got {checks.shown(values)}")
+    return list(numbers)
+
+
+def _selected(state: State, index: Tensor) -> State:
+    """A copy of a state with the sequences `index` of each tensor; what else is in it stays as it is."""
+    held = list(state)
+    chosen = [tensor.index_select(0, index) for tensor in held]
+    # A copy takes what it finds here in the place of what it would copy.
+    selected = copy.deepcopy(state, {id(old): new for old, new in zip(held, chosen)})
+    if any(new is not mine for new, mine in zip(chosen, selected, strict=True)):
+        raise TypeError(f"cache: a {type(state).__name__} must hold the tensors that it gives, to be selected from")
+    return selected
 
 
 PATTERN = 1 << 20  # values drawn by `fill_normal_`: drawing every one of 64 K tokens takes a CPU minutes
@@ -65,6 +86,9 @@ class JetNemotronCache:
     """
 
     _unfinished = False
+    # Those of the layers, from the call that verifies tokens to `commit`; and how many tokens of each sequence.
+    _drafts: list[Draft] | None = None
+    _draft_tokens: int | None = None
     dtype: torch.dtype | None = None
 
     def __init__(
@@ -104,6 +128,16 @@ class JetNemotronCache:
         """The tensors of every layer's state."""
         for layer in self.layers:
             yield from layer
+
+    @property
+    def states(self) -> Sequence[State | Draft]:
+        """What the layers are given in a call: their states, or the drafts that stand for them."""
+        return self.layers if self._drafts is None else self._drafts
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether a call's tokens are drafts."""
+        return self._drafts is not None
 
     @property
     def nbytes(self) -> int:
@@ -146,8 +180,7 @@ class JetNemotronCache:
                 "the cache already holds its tokens. Call the model outside the checkpointed function, or make the "
                 "cache inside it"
             )
-        if self._unfinished:
-            raise RuntimeError("cache: an earlier call on this cache did not finish: reset() it or make a new one")
+        self._check_usable()
         if len(new) != self.batch_size:
             raise ValueError(f"cache: holds {self.batch_size} sequences, got {len(new)}")
         for n, (length, more) in enumerate(zip(self.lengths, new)):
@@ -156,12 +189,25 @@ class JetNemotronCache:
                     f"cache: max_length = {self.max_length} must hold the {length} + {more} tokens of sequence {n}"
                 )
 
+    def _check_usable(self) -> None:
+        if self._unfinished:
+            raise RuntimeError("cache: an earlier call on this cache did not finish: reset() it or make a new one")
+        if self._draft_tokens is not None:
+            raise RuntimeError(
+                f"cache: {self._draft_tokens} draft tokens of each sequence have been verified: commit() says how many "
+                "of them are accepted (0 for none) before another call"
+            )
+
     def begin(self) -> None:
         """From here on layers write into the cache, until `advance`."""
         self._unfinished = True
 
     def advance(self, layout: TokenLayout) -> None:
-        """Counts the tokens of a finished call."""
+        """Counts the tokens of a finished call; drafts are counted by `commit`."""
+        if self._drafts is not None:
+            self._draft_tokens = layout.max_new
+            self._unfinished = False
+            return
         self.lengths = [length + more for length, more in zip(self.lengths, layout.new)]
         if len(set(layout.new)) == 1:
             self.lengths_device += layout.new[0]
@@ -172,6 +218,101 @@ class JetNemotronCache:
     def count_step(self) -> None:
         """Counts one token of each sequence, which the device has counted already."""
         self.lengths = [length + 1 for length in self.lengths]
+        self._unfinished = False
+
+    @contextmanager
+    def drafting(self, draft_types: Sequence[type[Draft]]) -> Iterator[None]:
+        """Inside, the tokens of a call are drafts; `JetNemotronForCausalLM.verify` is such a call.
+
+        Args:
+            draft_types: of the layers; see `TokenMixer`.
+
+        Raises:
+            RuntimeError: the cache cannot be used.
+        """
+        self._check_usable()
+        self._drafts = [draft_type(state) for draft_type, state in zip(draft_types, self.layers, strict=True)]
+        try:
+            yield
+        finally:
+            if self._draft_tokens is None:  # no call came to its end
+                self._drafts = None
+
+    @torch.no_grad()
+    def commit(self, num_accepted: int | Sequence[int] | Tensor) -> None:
+        """Accepts the first draft tokens of each sequence, of those that `verify` has read; the others are forgotten.
+
+        The cache is then as if a call had brought the accepted ones alone.
+
+        Args:
+            num_accepted: of each sequence, 0 to T; a number is that of all. Also a tensor [N] of integers, which is
+                read on the host, once.
+
+        Raises:
+            ValueError: the numbers are wrong; the drafts still wait.
+            RuntimeError: no drafts wait, or an earlier call did not finish.
+        """
+        if self._drafts is None or self._draft_tokens is None:
+            raise RuntimeError("cache: no draft tokens wait for commit(): verify() reads them")
+        if self._unfinished:
+            self._check_usable()
+        of_each = [num_accepted] * self.batch_size if isinstance(num_accepted, int) else num_accepted
+        accepted = _integers("num_accepted", of_each)
+        if len(accepted) != self.batch_size:
+            raise ValueError(f"cache: holds {self.batch_size} sequences, got num_accepted of {len(accepted)}")
+        for n, count in enumerate(accepted):
+            if not 0 <= count <= self._draft_tokens:
+                raise ValueError(f"cache: num_accepted[{n}] must be in 0..{self._draft_tokens}, got {count}")
+        on_device = torch.tensor(accepted, device=self.device)
+        self._unfinished = True
+        for draft in self._drafts:
+            draft.commit(on_device)
+        self.lengths = [length + count for length, count in zip(self.lengths, accepted)]
+        self.lengths_device += on_device
+        self._forget_drafts()
+        self._unfinished = False
+
+    def _forget_drafts(self) -> None:
+        self._drafts = self._draft_tokens = None
+
+    def select(self, rows: Sequence[int] | Tensor) -> JetNemotronCache:
+        """A cache of some sequences of this one, in any order; this one stays as it is.
+
+        Args:
+            rows: their numbers; a tensor of integers, too. One may come several times, as beams that grow from one text
+                do, or not at all.
+
+        Raises:
+            ValueError: rows are empty, or no numbers of sequences.
+            RuntimeError: an earlier call did not finish, or drafts wait for `commit`.
+        """
+        selected = copy.copy(self)
+        selected.layers = list(self.layers)
+        selected._select(rows, in_place=False)
+        return selected
+
+    def select_(self, rows: Sequence[int] | Tensor) -> None:
+        """`select` in place. Where the number of sequences stays the same, the memory does."""
+        self._select(rows, in_place=True)
+
+    @torch.no_grad()
+    def _select(self, rows: Sequence[int] | Tensor, in_place: bool) -> None:
+        self._check_usable()
+        numbers = _integers("rows", rows)
+        if not numbers:
+            raise ValueError("cache: rows must name at least one sequence, got none")
+        for number in numbers:
+            if not 0 <= number < self.batch_size:
+                raise ValueError(f"cache: rows must be in 0..{self.batch_size - 1}, got {number}")
+        index = torch.tensor(numbers, device=self.device)
+        if in_place and len(numbers) == self.batch_size:
+            self._unfinished = True
+            for tensor in (*self.tensors(), self.lengths_device):
+                tensor.copy_(tensor.index_select(0, index))
+        else:
+            self.layers = [_selected(layer, index) for layer in self.layers]
+            self.lengths_device = self.lengths_device.index_select(0, index)
+        self.lengths = [self.lengths[number] for number in numbers]
         self._unfinished = False
 
     @torch.no_grad()
@@ -202,6 +343,28 @@ class JetNemotronCache:
                 fill_normal_(tensor, generator)
         self.lengths = list(lengths)
         self.lengths_device.copy_(torch.tensor(self.lengths))
+        self._forget_drafts()
+        self._unfinished = False
+
+    @torch.no_grad()
+    def copy_from(self, other: JetNemotronCache) -> None:
+        """Stands as `other` does, a cache of the same model and batch size, whose max_length may be smaller.
+
+        Raises:
+            ValueError: the caches do not fit.
+            RuntimeError: an earlier call on `other` did not finish, or drafts wait there for `commit`.
+        """
+        other._check_usable()
+        if other.max_length > self.max_length or other.batch_size != self.batch_size:
+            raise ValueError(
+                f"cache: a cache of {self.batch_size} sequences of {self.max_length} tokens cannot hold one of "
+                f"{other.batch_size} of {other.max_length}"
+            )
+        for tensor, earlier in zip(self.tensors(), other.tensors(), strict=True):
+            # The slots of a token are the first ones in both: a ring that has begun anew has all slots of its window.
+            tensor[tuple(map(slice, earlier.shape))] = earlier
+        self.lengths = list(other.lengths)
+        self.lengths_device.copy_(other.lengths_device)
         self._unfinished = False
 
     def reset(self) -> None:
@@ -210,4 +373,5 @@ class JetNemotronCache:
             tensor.zero_()
         self.lengths = [0] * self.batch_size
         self.lengths_device.zero_()
+        self._forget_drafts()
         self._unfinished = False

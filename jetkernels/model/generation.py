@@ -15,6 +15,8 @@ from jetkernels.modules.checks import shown
 
 from .cache import JetNemotronCache
 from .capture import Repeated
+from .drafts import MOST_PROPOSED, DraftedRows, PromptLookup, Propose
+from .sampling import choose, most_likely
 
 if TYPE_CHECKING:
     from .hybrid import JetNemotronForCausalLM
@@ -29,54 +31,6 @@ def align_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     """Moves the real tokens of each row [B, T] to its right end, in order; returns ids and mask so arranged."""
     order = (attention_mask != 0).to(torch.int8).argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
-
-
-def most_likely(logits: Tensor) -> Tensor:
-    """The argmax [B] of logits [B, vocab]; the first of equals, and NaN above all.
-
-    On a CPU torch finds the place of a maximum at a sixth of the speed at which it finds the maximum: so first the part
-    of the vocabulary, then the place in it.
-    """
-    B, vocab = logits.shape
-    parts = math.gcd(vocab, 128)
-    if logits.device.type != "cpu" or parts < 8:
-        return logits.argmax(-1)
-    split = logits.reshape(B, parts, vocab // parts)
-    part = split.amax(-1).argmax(-1)
-    inside = split.gather(1, part[:, None, None].expand(B, 1, vocab // parts)).argmax(-1)[:, 0]
-    return part * (vocab // parts) + inside
-
-
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Next tokens [B] from logits [B, vocab]: the most likely at temperature 0, else a draw.
-
-    top_k keeps that many tokens, top_p the fewest most likely ones whose probabilities reach it; both: top_k first.
-    """
-    limits = torch.finfo(torch.float32)
-    # Below it fp32 has zero, and a draw would be the most likely token anyway; above it infinity, and all tokens are
-    # alike.
-    if temperature < limits.tiny:
-        return most_likely(logits)
-    temperature = min(temperature, limits.max)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # The largest becomes zero, which no temperature turns into infinity.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        # By index, not by value: exactly top_k tokens survive a tie.
-        values, indices = logits.topk(top_k, -1)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
-    if top_p is not None and top_p < 1:
-        ordered, indices = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        # The most likely token has nothing before it, so one always stays.
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered)
-    # The index of the smallest of exponential draws at rates p is distributed as p; nothing has to reach the host.
-    draws = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / draws).argmax(-1)
 
 
 @torch.no_grad()
@@ -95,6 +49,8 @@ def generate(
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
     capture: bool = True,
+    draft: int | Propose | None = None,
+    on_draft: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Continues each prompt of a batch with a JetNemotronForCausalLM.
 
@@ -112,6 +68,13 @@ def generate(
         generator: for draws, on the model's device; the global one by default.
         prefill_chunk: prompt tokens per forward; bounds the memory of a long prompt. The whole prompt by default.
         capture: replay the steps from a CUDA graph, on a GPU, where a step `has_device_steps`. The tokens are the same.
+            Steps with drafts are not captured.
+        draft: so many tokens are proposed at each step (`PromptLookup`) and read at once, and those are kept that would
+            have come anyway; or a function that proposes them (`drafts.Propose`), at most `drafts.MOST_PROPOSED` of a
+            row. At temperature 0 only. The tokens are those that come without drafts, but where the two largest logits
+            lie so close together that rounding decides: several tokens read at once are rounded otherwise than one.
+        on_draft: called after each step of a run with drafts with how many tokens of each row were proposed, and how
+            many of them accepted, [B] int64 each; -1 in rows that had ended.
 
     Returns: [B, T + new] int64, the prompt as given and the new tokens; new <= max_new_tokens, fewer when all rows end.
 
@@ -127,12 +90,16 @@ def generate(
     prefill_chunk = None if prefill_chunk is None else _count("prefill_chunk", prefill_chunk, 1)
     temperature, top_p = _temperature(temperature), None if top_p is None else _top_p(top_p)
     _check_helpers(on_tokens, generator, input_ids.device)
+    propose = _propose(model, draft, on_draft, temperature)
     config = model.config
     stop = config.stop_token_ids if stop_token_ids is None else _token_ids("stop_token_ids", stop_token_ids)
     pad = config.padding_token_id if pad_token_id is None else _integer("pad_token_id", pad_token_id)
     B, T = input_ids.shape
     if max_new_tokens == 0:
         return input_ids.to(torch.int64, copy=True)
+    if propose is not None:
+        rows = DraftedRows(input_ids, attention_mask, max_new_tokens, stop, pad, on_tokens, on_draft)
+        return _generate_with_drafts(model, input_ids, attention_mask, rows, propose, prefill_chunk)
     device = input_ids.device
     out = torch.full((B, T + max_new_tokens), pad, dtype=torch.int64, device=device)
     out[:, :T] = input_ids
@@ -172,6 +139,27 @@ def generate(
         if device_steps:
             cache.count_step()
     return out[:, : T + int(loop.counts.max())]
+
+
+def _generate_with_drafts(
+    model: JetNemotronForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    rows: DraftedRows,
+    propose: Propose,
+    chunk: int | None,
+) -> Tensor:
+    """The greedy part of `generate`, several tokens at a step where drafts are right."""
+    B, T = input_ids.shape
+    # Rows that cannot take a token more are verified with the others.
+    cache = model.new_cache(B, T + rows.most_new + MOST_PROPOSED)
+    logits = prefill(model, input_ids, attention_mask, cache, chunk)
+    _check_finite(logits)
+    rows.take([[token] for token in most_likely(logits[:, -1]).tolist()])
+    while rows.are_running:
+        rows.step(model, cache, propose)
+    new = rows.new_tokens()
+    return torch.cat((input_ids.to(torch.int64), new), 1)
 
 
 class _Loop:
@@ -266,6 +254,30 @@ def _check_helpers(on_tokens: object, generator: object, device: torch.device) -
         raise TypeError(f"generator must be a torch.Generator, got {shown(generator)}")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator must be on the model's device {device}, got one on {generator.device}")
+
+
+def _propose(model: JetNemotronForCausalLM, draft: object, on_draft: object, temperature: float) -> Propose | None:
+    """What proposes draft tokens."""
+    if on_draft is not None and not callable(on_draft):
+        raise TypeError(f"on_draft must be callable, got {shown(on_draft)}")
+    if draft is None:
+        if on_draft is not None:
+            raise ValueError("on_draft needs draft, the number of tokens to propose, got draft = None")
+        return None
+    propose = draft if callable(draft) else PromptLookup(_draft_tokens(draft))
+    if temperature > 0:
+        raise ValueError(
+            f"draft needs temperature 0: drafts are held against the most likely tokens, got temperature {temperature}"
+        )
+    model.draft_types()
+    return propose
+
+
+def _draft_tokens(value: object) -> int:
+    count = _count("draft", value, 1)
+    if count > MOST_PROPOSED:
+        raise ValueError(f"draft must be at most {MOST_PROPOSED} tokens, got {count}")
+    return count
 
 
 def _count(name: str, value: object, least: int) -> int:

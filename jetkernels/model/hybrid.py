@@ -1,144 +1,36 @@
-"""The hybrid decoder: layers with different token mixers under one pre-norm residual stream."""
+"""The language model: the network with a head, its calls, and its files."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
-from torch.utils.checkpoint import checkpoint as recompute
 
 from jetkernels.modules import RMSNorm
 from jetkernels.modules.initialization import init_weight_
-from jetkernels.modules.linear import computing_device, floating_weight, has_hooks
-from jetkernels.modules.norm import add_norm
-from jetkernels.modules.padding import Unpadding, find_padding
+from jetkernels.modules.linear import has_hooks
 from jetkernels.modules.projections import apply, linear
 from jetkernels.modules.quantized import Quantized, QuantizedLinear, quantize_
 from jetkernels.modules.stand_in import HasStandIn, may_step, runs_own_code
 
 from . import checkpoint, generation
-from .attention import rotary_table
 from .cache import JetNemotronCache
 from .config import JetNemotronConfig
 from .decoder_layer import MLP as MLP  # where pickled models look for it
 from .decoder_layer import DecoderLayer as DecoderLayer
 from .inputs import check_ids, check_labels
-from .layout import TokenLayout
-from .mixers import MIXERS
+from .layout import arrange
+from .network import JetNemotronModel, shallow_copy  # pickled models look for the first one here too
 from .output import CausalLMOutput
-from .token_mixer import Rotary, State, TokenMixer, rotary_of_tokens
+from .token_mixer import Draft, TokenMixer
 
 Progress = Callable[[list], Iterable]
-M = TypeVar("M", bound=nn.Module)
-
-
-class JetNemotronModel(HasStandIn):
-    """Embedding, decoder layers and final norm.
-
-    Attributes:
-        recompute_layers: when gradients are computed, keep only the layers' inputs and compute the rest again in the
-            backward pass.
-    """
-
-    recompute_layers = False
-
-    def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.config = config
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        # An explicit weight keeps the default initialisation from running before ours.
-        weight = torch.empty(config.vocab_size, config.hidden_size, **options)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
-        self.layers = nn.ModuleList(DecoderLayer(config, kind, **options) for kind in config.layer_types)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the embedding anew; the layers draw theirs."""
-        init_weight_(self.embed_tokens.weight, self.config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        layout: TokenLayout,
-        cache: JetNemotronCache | None = None,
-        features: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Runs tokens through the layers.
-
-        Args:
-            input_ids: arranged as `layout` says.
-            layout: where each token belongs.
-            cache: states of the layers, read and updated in place.
-            features: the residual stream behind each layer is appended to it.
-
-        Returns: the final hidden states, arranged alike.
-        """
-        h = self.embed_tokens(input_ids)
-        rotary = self._rotary(layout.positions)
-        if cache is not None:
-            cache.begin()
-        for i, layer in enumerate(self.layers):
-            if self.recompute_layers and cache is None and torch.is_grad_enabled():
-                h = recompute(layer, h, layout, rotary, None, use_reentrant=False)
-            else:
-                h = layer(h, layout, rotary, None if cache is None else cache.layers[i])
-            if features is not None:
-                features.append(h)
-        return self.norm(h)
-
-    def step(self, tokens: Tensor, lengths: Tensor, states: Sequence[State]) -> Tensor:
-        """`forward` of one new token of each sequence, without a gradient: a function of tensors on the device.
-
-        Args:
-            tokens: [N].
-            lengths: [N] int64, tokens that came before in each sequence, on the device.
-            states: of the layers, updated in place.
-
-        Returns: the final hidden states [N, C].
-        """
-        h, more = self.embed_tokens(tokens), None
-        rotary = self._rotary(lengths)
-        if rotary is not None:
-            rotary = rotary[0].squeeze(-2), rotary[1].squeeze(-2)
-        for layer, state in zip(self.layers, states, strict=True):
-            if isinstance(layer, DecoderLayer) and may_step(layer):
-                h, more = layer.step(h, more, state, lengths=lengths, rotary=rotary)
-            else:
-                h = (h if more is None else h + more)[:, None]
-                h, more = layer(h, TokenLayout.of_step(lengths), rotary_of_tokens(rotary), state)[:, 0], None
-        return add_norm(self.norm, more, h)[0]
-
-    @property
-    def has_device_steps(self) -> bool:
-        """Whether `step` reads nothing on the host."""
-        return all(
-            isinstance(layer, DecoderLayer) and may_step(layer) and layer.has_device_step for layer in self.layers
-        )
-
-    def _rotary(self, positions: Tensor) -> Rotary | None:
-        # What stands in the place of a layer or a mixer, such as a wrapper, may not say what the mixer wants.
-        if any(getattr(_mixer(layer), "uses_rotary", True) for layer in self.layers):
-            return rotary_table(positions, self.config.head_size, self.config.rope_theta)
-        return None
-
-    def with_mixers(self, config: JetNemotronConfig, mixers: Sequence[TokenMixer]) -> JetNemotronModel:
-        """A model of `config` that shares every module with this one but the token mixers: those are `mixers`."""
-        model = _shallow_copy(self)
-        model.config = config
-        model.layers = nn.ModuleList(map(_shallow_copy, self.layers))
-        for i, (layer, mixer) in enumerate(zip(model.layers, mixers, strict=True)):
-            if _mixer(layer) is None:
-                raise ValueError(f"layers[{i}] must have a self_attn to be replaced, got {type(layer).__name__}")
-            layer.self_attn = mixer
-        return model
 
 
 class JetNemotronForCausalLM(HasStandIn):
@@ -186,13 +78,12 @@ class JetNemotronForCausalLM(HasStandIn):
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        embedding = self.model.embed_tokens
-        return computing_device(embedding, floating_weight(embedding, self.model.norm))
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """That of its weights; A_log and dt_bias of JetBlock layers are fp32 at least."""
-        return floating_weight(self.model.embed_tokens, self.model.norm).dtype
+        return self.model.dtype
 
     def quantize_(self, bits: int, group_size: int | None = None, skip: Collection[str] = ()) -> Quantized:
         """Replaces the Linear layers, the head too, by ones whose weights have 8 or 4 bits, in place and one by one.
@@ -224,20 +115,14 @@ class JetNemotronForCausalLM(HasStandIn):
 
     def new_cache(self, batch_size: int, max_length: int) -> JetNemotronCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
-        mixers = [
-            mixer if isinstance(mixer := _mixer(layer), TokenMixer) else MIXERS[kind]
-            for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True)
-        ]
-        return JetNemotronCache(
-            self.config, batch_size, max_length, device=self.device, dtype=self.dtype, mixers=mixers
-        )
+        return self.model.new_cache(batch_size, max_length)
 
     def with_mixers(self, config: JetNemotronConfig, mixers: Sequence[TokenMixer]) -> JetNemotronForCausalLM:
         """A model of `config` that shares every module with this one but the token mixers: those are `mixers`.
 
         The configs may differ in the layers alone. Nothing is copied: a change of a parameter is a change of both.
         """
-        model = _shallow_copy(self)
+        model = shallow_copy(self)
         model.config = config
         model.model = self.model.with_mixers(config, mixers)
         return model
@@ -275,9 +160,9 @@ class JetNemotronForCausalLM(HasStandIn):
         self._check_place(input_ids, cache)
         if labels is not None:
             check_labels(labels, input_ids, self.config.vocab_size)
-        layout, padding = self._arrange(input_ids, attention_mask, cache, cu_seqlens)
-        is_step = cache is not None and layout.is_dense and input_ids.shape[1] == 1 and labels is None
-        if cache is not None and is_step and self._model_may_step():
+        layout, padding = arrange(input_ids, attention_mask, cache, cu_seqlens)
+        is_step = layout.is_dense and input_ids.shape[1] == 1 and labels is None
+        if cache is not None and not cache.is_drafting and is_step and self._model_may_step():
             with torch.no_grad():
                 return CausalLMOutput(logits=self._step(input_ids[:, 0], cache)[:, None], cache=cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -323,6 +208,35 @@ class JetNemotronForCausalLM(HasStandIn):
         cache.check([1] * len(tokens))
         return self._step(tokens, cache)
 
+    @torch.no_grad()
+    def verify(self, draft_ids: Tensor, cache: JetNemotronCache) -> Tensor:
+        """Reads draft tokens of each sequence of a cache; which of them count is said later, by `cache.commit`.
+
+        Until then the cache refuses other calls. The logits differ from those of steps by rounding alone.
+
+        Args:
+            draft_ids: [N, T] int64.
+            cache: memory of the earlier tokens, which stays as it is.
+
+        Returns: logits [N, T, vocab] of the tokens after these.
+
+        Raises:
+            ValueError: an argument is wrong, or a layer cannot verify drafts; nothing has been computed.
+            RuntimeError: the cache or the head cannot be used for this call.
+        """
+        if not isinstance(cache, JetNemotronCache):
+            raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
+        with cache.drafting(self.draft_types()):
+            return self(draft_ids, cache=cache).logits
+
+    def draft_types(self) -> list[type[Draft]]:
+        """The `TokenMixer.draft_type` of each layer.
+
+        Raises:
+            ValueError: a layer has none.
+        """
+        return self.model.draft_types()
+
     def _model_may_step(self) -> bool:
         return isinstance(self.model, JetNemotronModel) and may_step(self.model)
 
@@ -356,57 +270,12 @@ class JetNemotronForCausalLM(HasStandIn):
         if cache is not None and not isinstance(cache, JetNemotronCache):
             raise ValueError(f"cache must be a JetNemotronCache (new_cache makes one), got {type(cache).__name__}")
         if cache is not None:
-            weight = floating_weight(embedding, self.model.norm)
-            cache.check_model(self.config, computing_device(embedding, weight), weight.dtype)
+            cache.check_model(self.config, self.device, self.dtype)
         if self.config.tie_word_embeddings and "lm_head" in self._modules:
             raise RuntimeError(
                 "the head is tied to embed_tokens, so the model's lm_head would not be used: set "
                 "config.tie_word_embeddings = False to use it, or delete it"
             )
-
-    def _arrange(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: JetNemotronCache | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[TokenLayout, Unpadding | None]:
-        """Checks the call and finds out where each token belongs; a padded batch becomes a packed one."""
-        B, T = input_ids.shape
-        padding = None
-        if cu_seqlens is not None:
-            if attention_mask is not None:
-                raise ValueError("attention_mask and cu_seqlens exclude each other; got both")
-            if (
-                not isinstance(cu_seqlens, Tensor)
-                or cu_seqlens.dim() != 1
-                or cu_seqlens.dtype not in (torch.int64, torch.int32)
-            ):
-                got = (
-                    f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-                    if isinstance(cu_seqlens, Tensor)
-                    else type(cu_seqlens).__name__
-                )
-                raise ValueError(f"cu_seqlens must be a tensor [N+1] of int64 or int32, got {got}")
-            if cu_seqlens.device != input_ids.device:
-                raise ValueError(f"cu_seqlens must be on {input_ids.device}, like input_ids, got {cu_seqlens.device}")
-            bounds = cu_seqlens.tolist()
-            new = [b - a for a, b in zip(bounds, bounds[1:])]
-            if B != 1 or not bounds or bounds[0] != 0 or bounds[-1] != T or min(new, default=0) < 0:
-                raise ValueError(f"cu_seqlens must rise from 0 to T = {T} with B = 1, got {bounds} with B = {B}")
-        else:
-            new = [T] * B
-            if attention_mask is not None:
-                padding = find_padding(attention_mask, B, T, input_ids.device)
-            if padding is not None:
-                new, cu_seqlens = padding.lengths, padding.cu_seqlens
-        past, past_device = [0] * len(new), None
-        if cache is not None:
-            cache.check(new)
-            past, past_device = list(cache.lengths), cache.lengths_device
-        if cu_seqlens is not None:
-            return TokenLayout.packed(new, cu_seqlens, past, past_device), padding
-        return TokenLayout.dense(B, T, past, past_device, input_ids.device), None
 
     @torch.no_grad()
     def generate(
@@ -525,18 +394,6 @@ def _find_head(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
     if embedding is not None:
         state_dict.setdefault(f"{prefix}lm_head.weight", embedding)
-
-
-def _mixer(layer: nn.Module) -> object:
-    """The token mixer of a layer, or what stands in its place; None for a wrapper round the layer."""
-    return getattr(layer, "self_attn", None)
-
-
-def _shallow_copy(module: M) -> M:
-    """The same parameters and submodules, in a module in which the latter can be replaced."""
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    return copied
 
 
 def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.types import Device
 
-from jetkernels.modules.padding import Unpadding
+from jetkernels.modules.padding import Unpadding, find_padding
+
+if TYPE_CHECKING:
+    from .cache import JetNemotronCache
 
 
 def _largest(counts: list[int]) -> int:
@@ -145,3 +149,60 @@ class TokenLayout:
             # An empty sequence names the end of the one before it, or, if it is the first, the end of the last one.
             shifted = shifted.index_fill(1, (self.cu_seqlens[1:].to(torch.int64) - 1) % labels.shape[1], -100)
         return shifted
+
+
+def arrange(
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: JetNemotronCache | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[TokenLayout, Unpadding | None]:
+    """Checks a call of the model and finds out where each token belongs; a padded batch becomes a packed one.
+
+    Args:
+        tokens: [B, T] or [B, T, C], of which the shape and the device count.
+        attention_mask: as the model's.
+        cache: as the model's.
+        cu_seqlens: as the model's.
+
+    Returns: the layout, and how the batch is packed if it is padded.
+
+    Raises:
+        ValueError: an argument is wrong.
+        RuntimeError: the cache cannot be used for this call.
+    """
+    B, T = tokens.shape[:2]
+    padding = None
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask and cu_seqlens exclude each other; got both")
+        if (
+            not isinstance(cu_seqlens, Tensor)
+            or cu_seqlens.dim() != 1
+            or cu_seqlens.dtype not in (torch.int64, torch.int32)
+        ):
+            got = (
+                f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+                if isinstance(cu_seqlens, Tensor)
+                else type(cu_seqlens).__name__
+            )
+            raise ValueError(f"cu_seqlens must be a tensor [N+1] of int64 or int32, got {got}")
+        if cu_seqlens.device != tokens.device:
+            raise ValueError(f"cu_seqlens must be on {tokens.device}, like input_ids, got {cu_seqlens.device}")
+        bounds = cu_seqlens.tolist()
+        new = [b - a for a, b in zip(bounds, bounds[1:])]
+        if B != 1 or not bounds or bounds[0] != 0 or bounds[-1] != T or min(new, default=0) < 0:
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {T} with B = 1, got {bounds} with B = {B}")
+    else:
+        new = [T] * B
+        if attention_mask is not None:
+            padding = find_padding(attention_mask, B, T, tokens.device)
+        if padding is not None:
+            new, cu_seqlens = padding.lengths, padding.cu_seqlens
+    past, past_device = [0] * len(new), None
+    if cache is not None:
+        cache.check(new)
+        past, past_device = list(cache.lengths), cache.lengths_device
+    if cu_seqlens is not None:
+        return TokenLayout.packed(new, cu_seqlens, past, past_device), padding
+    return TokenLayout.dense(B, T, past, past_device, tokens.device), None

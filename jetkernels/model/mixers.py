@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.types import Device
 
-from jetkernels.modules import JetBlock, JetBlockState
+from jetkernels.modules import JetBlock, JetBlockDraft, JetBlockState
 
 from .attention import Attention, SlidingWindowAttention
 from .layout import TokenLayout
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class JetMixer(JetBlock, TokenMixer):
     """A JetBlock with the sizes in `efficient_attention_config.jet`; also called as a JetBlock is, without a layout."""
+
+    draft_type = JetBlockDraft
 
     def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__(config.hidden_size, config.jet, config.initializer_range, device=device, dtype=dtype)
@@ -48,7 +50,7 @@ class JetMixer(JetBlock, TokenMixer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        state: JetBlockState | None = None,
+        state: JetBlockState | JetBlockDraft | None = None,
         *,
         layout: TokenLayout | None = None,
         rotary: Rotary | None = None,

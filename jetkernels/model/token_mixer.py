@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,23 @@ Rotary = tuple[Tensor, Tensor]
 State = Iterable[Tensor]
 
 
+class Draft(Protocol):
+    """Stands for a state in a call whose tokens are drafts: any prefix of them may be accepted later, or none.
+
+    `TokenMixer.forward` reads the state in it, writes nothing that a later call would read, and leaves in it what
+    `commit` needs.
+    """
+
+    def __init__(self, state: Any): ...
+
+    def commit(self, num_accepted: Tensor) -> None:
+        """Advances the state by the first tokens of each sequence, as `forward` of them alone would have.
+
+        Args:
+            num_accepted: [N] int64, each 0..T, on the device; not to be read on the host.
+        """
+
+
 class TokenMixer(HasStandIn, ABC):
     """A kind of layer: a subclass of this, and its line in `jetkernels.model.mixers.MIXERS`.
 
@@ -32,9 +49,12 @@ class TokenMixer(HasStandIn, ABC):
 
     Attributes:
         uses_rotary: whether the layer is given the rotary angles of its tokens.
+        draft_type: class of the `Draft` that `forward` takes in the place of a state. A class that overrides `forward`
+            names it again. None: a model with such a layer verifies no draft tokens.
     """
 
     uses_rotary: ClassVar[bool] = False
+    draft_type: ClassVar[type[Draft] | None] = None
 
     @classmethod
     @abstractmethod
@@ -86,7 +106,8 @@ class TokenMixer(HasStandIn, ABC):
             layout: which sequence each token belongs to, and how many came before it.
             rotary: of the tokens' positions; given if some layer of the model has `uses_rotary`.
             state: what `initial_state` made, for the N sequences; read, and updated in place. Then no gradient is
-                computed. None: the sequences begin with this call.
+                computed. None: the sequences begin with this call. With a `draft_type` also the `Draft` of a state:
+                then the tokens are drafts, T of each sequence, not packed.
 
         Returns: as hidden_states.
         """
@@ -107,6 +128,26 @@ class TokenMixer(HasStandIn, ABC):
         """
         layout = TokenLayout.of_step(lengths)
         return self(x[:, None], layout=layout, rotary=rotary_of_tokens(rotary), state=state)[:, 0]
+
+
+def draft_types(mixers: Iterable[TokenMixer | type[TokenMixer]]) -> list[type[Draft]]:
+    """The `draft_type` of each layer's mixer, or kind, that was written beside its newest `forward`, or later.
+
+    Raises:
+        ValueError: a layer has none.
+    """
+    found = []
+    for i, mixer in enumerate(mixers):
+        kind = mixer if isinstance(mixer, type) else type(mixer)
+        newest = next(c for c in kind.__mro__ if "forward" in c.__dict__ or "draft_type" in c.__dict__)
+        draft_type = newest.__dict__.get("draft_type")
+        if draft_type is None:
+            raise ValueError(
+                f"draft tokens cannot be verified by layer {i}: a {kind.__name__} has no draft_type beside its forward "
+                "(see TokenMixer); go on without drafts"
+            )
+        found.append(draft_type)
+    return found
 
 
 def rotary_of_tokens(rotary: Rotary | None) -> Rotary | None:

@@ -1,7 +1,8 @@
 """Layers with parameters, named as in the published Jet-Nemotron checkpoints."""
 
 from .dynamic_conv import DynamicShortConvolution, KernelGenerator
-from .jet_block import JetBlock, JetBlockConfig, JetBlockState
+from .jet_block import JetBlock, JetBlockConfig
+from .jet_block_state import JetBlockDraft, JetBlockState
 from .norm import GatedRMSNorm, RMSNorm
 from .quantized import Quantized, QuantizedLinear, quantize_
 from .weight_decay import parameter_groups
@@ -11,6 +12,7 @@ __all__ = [
     "GatedRMSNorm",
     "JetBlock",
     "JetBlockConfig",
+    "JetBlockDraft",
     "JetBlockState",
     "KernelGenerator",
     "Quantized",

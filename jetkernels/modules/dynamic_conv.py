@@ -37,6 +37,8 @@ class KernelGenerator(HasStandIn):
 class DynamicShortConvolution(HasStandIn):
     """Causal depthwise convolution with taps generated from the layer input (Jet-Nemotron, arXiv 2508.15884, JetBlock).
 
+    ::
+
         y[b,t,d] = silu(sum_w kernel[b,t,d,w] * x[b,t-(W-1)+w,d])
         kernel[b,t,d,w] = sum_r w2.weight[d*W+w,r] * silu(w1 u[b,t])[r] + w2.bias[d*W+w]
 
@@ -189,3 +191,23 @@ class DynamicShortConvolution(HasStandIn):
     def extra_repr(self) -> str:
         """What `print` says of it."""
         return f"{self.channels}, kernel_size={self.kernel_size}, activation={self.activation}"
+
+
+def commit_conv_state_(conv_state: Tensor, x: Tensor, num_accepted: Tensor) -> None:
+    """Advances a convolution's state in place by draft tokens that were accepted; nothing is read on the host.
+
+    To verify drafts is to convolve them behind the state (`dynamic_conv`), which leaves it as it is. The state behind n
+    of them is the last W - 1 of the old state's inputs and the first n of x.
+
+    Args:
+        conv_state: [N, D, W-1], oldest input first.
+        x: [N, T, D], the convolution's inputs of the draft tokens.
+        num_accepted: [N] int64, each 0..T.
+    """
+    (N, D, held), T = conv_state.shape, x.shape[1]
+    # Not torch.cat: under fp16 autocast that refuses bf16.
+    inputs = conv_state.new_empty(N, D, held + T)
+    inputs[:, :, :held] = conv_state
+    inputs[:, :, held:] = x.mT
+    place = num_accepted[:, None] + torch.arange(held, device=x.device)
+    conv_state.copy_(inputs.gather(2, place[:, None].expand(N, D, held)))

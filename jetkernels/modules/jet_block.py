@@ -18,6 +18,7 @@ from . import checks
 from .dynamic_conv import DynamicShortConvolution, KernelGenerator
 from .fused import fusible, is_plain
 from .initialization import init_weight_
+from .jet_block_state import JetBlockDraft, JetBlockState
 from .linear import computing_device, floating_weight
 from .norm import GatedRMSNorm
 from .padding import find_padding
@@ -123,32 +124,6 @@ class JetBlockConfig:
         return asdict(self)
 
 
-class JetBlockState(NamedTuple):
-    """What a JetBlock remembers of N sequences.
-
-    Attributes:
-        conv_state: [N, D, W-1], the last inputs of the convolution, oldest first; in the layer's dtype.
-        recurrent_state: [N, H, K, V], fp32 (fp64 in an fp64 layer).
-    """
-
-    conv_state: Tensor
-    recurrent_state: Tensor
-
-    @classmethod
-    def zeros(
-        cls, config: JetBlockConfig, batch_size: int, *, device: Device = None, dtype: torch.dtype | None = None
-    ) -> JetBlockState:
-        """Of sequences that have seen nothing. `dtype` is the layer's; the recurrent state is fp32 (fp64 if it is)."""
-        if not isinstance(batch_size, int) or batch_size < 0:
-            raise ValueError(f"JetBlockState: batch_size must be an integer from 0, got {batch_size!r}")
-        dtype = dtype or torch.get_default_dtype()
-        H, K, V = config.num_heads, config.head_dim, config.head_v_dim
-        return cls(
-            torch.zeros(batch_size, H * V, config.conv_size - 1, device=device, dtype=dtype),
-            torch.zeros(batch_size, H, K, V, device=device, dtype=torch.promote_types(dtype, torch.float32)),
-        )
-
-
 class _Projections(NamedTuple):
     """What a layer's input [..., C] is projected to, before any activation.
 
@@ -185,6 +160,8 @@ def _are_of_one_op(projected: _Projections, parameters: Sequence[Tensor]) -> boo
 
 class JetBlock(FusedProjections):
     """The linear-attention layer of Jet-Nemotron (arXiv 2508.15884, section on JetBlock).
+
+    ::
 
         q = silu(q_proj(x));  k = silu(k_proj(x));  v = dynamic_conv1d(v_proj(x), x)
         beta = sigmoid(b_proj(x));  g = -exp(A_log) * softplus(a_proj(x) + dt_bias)
@@ -274,7 +251,7 @@ class JetBlock(FusedProjections):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        state: JetBlockState | None = None,
+        state: JetBlockState | JetBlockDraft | None = None,
     ) -> Tensor:
         """Mixes the tokens of each sequence with those before them.
 
@@ -284,11 +261,12 @@ class JetBlock(FusedProjections):
             cu_seqlens: [N+1] int32 or int64 boundaries of sequences packed into one row (B = 1); not with a mask.
             state: memory of the N sequences before this call (`new_state`), updated in place; carries no gradient.
                 Under `torch.utils.checkpoint` the second run starts from the state as the first found it and leaves it
-                alone; where it cannot know which call it repeats it raises RuntimeError.
+                alone; where it cannot know which call it repeats it raises RuntimeError. A JetBlockDraft of it: the
+                tokens are drafts and the state stays as it is; no mask, no cu_seqlens, no gradient.
 
         Returns: [B, T, C], in the dtype of hidden_states.
         """
-        self._check(hidden_states, cu_seqlens, state)
+        self._check(hidden_states, attention_mask, cu_seqlens, state)
         B, T, _ = hidden_states.shape
         padding = None
         if attention_mask is not None:
@@ -296,13 +274,13 @@ class JetBlock(FusedProjections):
                 raise ValueError("JetBlock: attention_mask and cu_seqlens exclude each other; got both")
             padding = find_padding(attention_mask, B, T, hidden_states.device)
         call = None
-        if state is not None and may_be_repeated(hidden_states):
+        if isinstance(state, JetBlockState) and may_be_repeated(hidden_states):
             call = RepeatableCall("JetBlock", state, hidden_states)
         if padding is None:
             return self._run(hidden_states, cu_seqlens, state, call)
         return padding.restore(self._run(padding.pack(hidden_states), padding.cu_seqlens, state, call))
 
-    def _check(self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None) -> None:
+    def _check(self, x: Tensor, attention_mask: object, cu_seqlens: object, state: object) -> None:
         """What the ops cannot check, or not by the names that a caller of this layer knows."""
         if not isinstance(x, Tensor):
             raise ValueError(f"JetBlock: hidden_states must be a tensor, got {type(x).__name__}")
@@ -312,15 +290,22 @@ class JetBlock(FusedProjections):
             )
         if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
             raise ValueError(f"JetBlock: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
-        if state is not None and not isinstance(state, JetBlockState):
+        if isinstance(state, JetBlockDraft) and (attention_mask is not None or cu_seqlens is not None):
+            got = "attention_mask" if attention_mask is not None else "cu_seqlens"
+            raise ValueError(f"JetBlock: draft tokens must be [N, T], as many of each sequence, got {got}")
+        if state is not None and not isinstance(state, (JetBlockState, JetBlockDraft)):
             raise ValueError(
                 f"JetBlock: state must be a JetBlockState (new_state makes one), got {type(state).__name__}"
             )
 
     def _run(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: JetBlockState | None, call: RepeatableCall | None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        state: JetBlockState | JetBlockDraft | None,
+        call: RepeatableCall | None,
     ) -> Tensor:
-        if state is not None and call is None and x.shape[1] == 1 and cu_seqlens is None:
+        if isinstance(state, JetBlockState) and call is None and x.shape[1] == 1 and cu_seqlens is None:
             # The step ops write into the state they read, so they have no gradient.
             return self.step(x[:, 0], state)[:, None]
         p = self._project(x)
@@ -430,7 +415,7 @@ class JetBlock(FusedProjections):
         x: Tensor,
         p: _Projections,
         cu_seqlens: Tensor | None,
-        state: JetBlockState | None,
+        state: JetBlockState | JetBlockDraft | None,
         call: RepeatableCall | None,
     ) -> Tensor:
         """Convolution and delta rule of whole sequences: layer input [B, T, C], projected to p -> o [B, T, H, V].
@@ -438,18 +423,19 @@ class JetBlock(FusedProjections):
         call: of the state, if it may be repeated.
         """
         g, beta = self._gates(p.a, p.b)
+        draft, state = (state, state.state) if isinstance(state, JetBlockDraft) else (None, state)
         conv_before, recurrent_before = (None, None) if state is None else state if call is None else call.before
+        leaves_state = state is not None and draft is None
         conv = self.dynamic_conv1d
         convolve, u = (conv, x) if p.hidden is None else (conv.convolve, F.silu(p.hidden))
-        v, conv_after = convolve(p.v, u, conv_before, cu_seqlens, output_final_state=state is not None)
+        v, conv_after = convolve(p.v, u, conv_before, cu_seqlens, output_final_state=leaves_state)
+        tokens = F.silu(p.q), F.silu(p.k), v.unflatten(-1, p.gate.shape[-2:]), g, beta
+        if draft is not None:
+            return draft.verify(p.v, tokens)
         o, recurrent_after = chunk_gated_delta_rule(
-            F.silu(p.q),
-            F.silu(p.k),
-            v.unflatten(-1, p.gate.shape[-2:]),
-            g,
-            beta,
+            *tokens,
             initial_state=recurrent_before,
-            output_final_state=state is not None,
+            output_final_state=leaves_state,
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=cu_seqlens,
         )

@@ -76,6 +76,8 @@ def jet_block_step_(
 ) -> Tensor:
     """One token per sequence through a JetBlock, from what its input projections give to what its output one takes.
 
+    ::
+
         v = dynamic convolution step of v, taps from silu(hidden), with SiLU
         g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
         o = gated delta rule of l2norm(silu(q)), l2norm(silu(k)), v, g, beta

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from jetkernels.ops import _register
+from jetkernels.ops import _gated_arguments, _register
 from jetkernels.ops._checks import Checks, real_dtype
 from jetkernels.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from jetkernels.plain import recurrent_gated_delta_rule as plain
@@ -80,30 +80,79 @@ def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    state_v_first: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    chunk_size: int = 64,
+    autotune_interval: int | None = None,
+    use_cache: bool | None = None,
+    transpose_state_layout: bool | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    cp_context: object | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule out of place, with the arguments, gradients and errors of :func:`chunk_gated_delta_rule`.
 
     Without gradients and without ``cu_seqlens`` it runs token by token on a copy of the state; where a gradient may
     be asked for, or the sequences are packed, the chunk op computes the same function.
+
+    flash-linear-attention has gk and gv between g and beta, so give beta by its name.
     """
+    given = (
+        state_v_first,
+        use_gate_in_kernel,
+        A_log,
+        dt_bias,
+        use_beta_sigmoid_in_kernel,
+        allow_neg_eigval,
+        cu_seqlens_cpu,
+        chunk_indices,
+        chunk_size,
+        autotune_interval,
+        use_cache,
+        transpose_state_layout,
+        gk,
+        gv,
+        cp_context,
+    )
+    tokens: _gated_arguments.Unchecked = (q, k, v, g, beta)
+    v_first = False
+    if not _gated_arguments.is_plain(g, beta, initial_state, given):
+        tokens, initial_state, v_first = _gated_arguments.resolve(
+            "fused_recurrent_gated_delta_rule", tokens, initial_state, cu_seqlens, given
+        )
     scale = _register.default_scale(q) if scale is None else scale
-    tokens = (q, k, v, g, beta)
-    state = None if cu_seqlens is not None else _start(tokens, initial_state)
+    state: Any = None if cu_seqlens is not None else _start(tokens, initial_state)
     try:
         if state is None:
-            o, state = chunk_gated_delta_rule(*tokens, scale, initial_state, True, use_qk_l2norm_in_kernel, cu_seqlens)
+            o, state = chunk_gated_delta_rule(
+                *tokens,
+                scale=scale,
+                initial_state=initial_state,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+                cu_seqlens=cu_seqlens,
+            )
         else:
             o = _op(*tokens, state, None, scale, use_qk_l2norm_in_kernel)
     except (RuntimeError, TypeError) as error:
         raise _register.refusal(error, "fused_recurrent_gated_delta_rule") from None
-    return o, state if output_final_state else None
+    if not output_final_state:
+        return o, None
+    return o, state.mT if v_first else state
 
 
 def _start(tokens: tuple[Tensor, ...], initial_state: Tensor | None) -> Tensor | None:

@@ -1,22 +1,42 @@
-"""Tasks of lm-evaluation-harness (package lm_eval) as objectives of a search; imported only where one is asked for."""
+"""Models behind lm-evaluation-harness (package lm_eval), and its tasks as objectives of a search.
+
+Imported only where a task of it is asked for.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from jetkernels._optional import optional
-from jetkernels.model import Tokenizer
+from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 
 from .tasks import Predict, Score, log_likelihoods
 
 _NEEDED_BY = "a task of lm-evaluation-harness"
 lm_eval = optional("lm_eval", "harness", _NEEDED_BY)
 TemplateLM: Any = optional("lm_eval.api.model", "harness", _NEEDED_BY).TemplateLM
+# (token ids of a prompt, a number) -> so many tokens of the greedy continuation, one by one.
+Continue = Callable[[list[int], int], Iterator[int]]
+
+
+def continue_with_cache(model: JetNemotronForCausalLM) -> Continue:
+    """The greedy continuation that reads each token once."""
+
+    def tokens(ids: list[int], most: int) -> Iterator[int]:
+        cache = model.new_cache(1, len(ids) + most)
+        new = torch.tensor([ids], device=model.device)
+        for _ in range(most):
+            token = int(model(new, cache=cache, last_logits_only=True).logits[0, -1].argmax())
+            yield token
+            new = new.new_tensor([[token]])
+
+    return tokens
 
 
 class HarnessModel(TemplateLM):
@@ -26,13 +46,25 @@ class HarnessModel(TemplateLM):
         predict: the model.
         tokenizer: of the model; it must have a token for the end of a text.
         max_length: tokens that the model is shown; what is longer loses its front.
+        batch_size: texts that it is shown at once.
+        continue_: writes the answers that are not listed. By default `predict` reads the whole text for every token:
+            enough for the few short answers of a search.
     """
 
-    def __init__(self, predict: Predict, tokenizer: Tokenizer, max_length: int = 2048):
+    def __init__(
+        self,
+        predict: Predict,
+        tokenizer: Tokenizer,
+        max_length: int = 2048,
+        batch_size: int = 16,
+        continue_: Continue | None = None,
+    ):
         super().__init__()
         self.predict = predict
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.batch_size = batch_size
+        self.continue_ = continue_ or self._continue
 
     @property
     def eot_token_id(self) -> int:
@@ -54,7 +86,7 @@ class HarnessModel(TemplateLM):
                     f"{text[:40]!r}..."
                 )
             pairs.append((context[max(0, len(context) + len(answer) - self.max_length) :], answer))
-        return log_likelihoods(self.predict, pairs)
+        return log_likelihoods(self.predict, pairs, self.batch_size)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of max_length - 1 tokens.
@@ -66,29 +98,76 @@ class HarnessModel(TemplateLM):
             ids = [self.eot_token_id, *self.tok_encode(request.args[0])]
             step = self.max_length - 1
             pairs = [(ids[i : i + 1], ids[i + 1 : i + 1 + step]) for i in range(0, len(ids) - 1, step)]
-            totals.append(sum(value for value, _ in log_likelihoods(self.predict, pairs)))
+            totals.append(sum(value for value, _ in log_likelihoods(self.predict, pairs, self.batch_size)))
         return totals
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy, the whole prefix at every token: for the few short answers of a search, not for speed."""
+        """The greedy answers."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, options: dict) -> str:
+        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+            raise ValueError(f"harness: answers are greedy, got a task with {options}")
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
-        ids, text = self.tokenizer.encode(context) or [self.eot_token_id], ""
-        start = len(ids)
-        for _ in range(options.get("max_gen_toks", 256)):
-            token = int(self.predict(torch.tensor([ids[-self.max_length :]]))[0, -1].argmax())
+        ids, answer, text = self.tokenizer.encode(context) or [self.eot_token_id], [], ""
+        for token in self.continue_(ids[-self.max_length :], options.get("max_gen_toks", 256)):
             if token == self.tokenizer.end_of_text_id:
                 break
-            ids.append(token)
-            text = self.tokenizer.decode(ids[start:])
+            answer.append(token)
+            text = self.tokenizer.decode(answer)
             ends = [text.index(word) for word in until if word and word in text]
             if ends:
                 return text[: min(ends)]
         return text
+
+    def _continue(self, ids: list[int], most: int) -> Iterator[int]:
+        for _ in range(most):
+            token = int(self.predict(torch.tensor([ids[-self.max_length :]]))[0, -1].argmax())
+            yield token
+            ids = [*ids, token]
+
+
+def evaluate(
+    model: HarnessModel,
+    tasks: Sequence[str | dict],
+    *,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    folder: str | Path | None = None,
+    bootstrap: int = 0,
+) -> dict:
+    """What `lm_eval.simple_evaluate` finds.
+
+    Args:
+        model: to be judged.
+        tasks: names that the harness knows, or configurations, as its YAML files hold them.
+        limit: documents of each; None: all.
+        fewshot: examples in front of each; None: the task's own number.
+        folder: with YAML files of more tasks.
+        bootstrap: samples by which the standard errors are estimated; 0: there are none.
+
+    Raises:
+        ValueError: there is no task of a name.
+    """
+    manager = None
+    if folder is not None or any(isinstance(task, str) for task in tasks):
+        manager = optional("lm_eval.tasks", "harness", _NEEDED_BY).TaskManager(
+            include_path=None if folder is None else str(folder)
+        )
+        unknown = [task for task in tasks if isinstance(task, str) and task not in manager.all_tasks]
+        if unknown:
+            raise ValueError(f"harness: there is no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
+    return lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        limit=limit,
+        num_fewshot=fewshot,
+        bootstrap_iters=bootstrap,
+        task_manager=manager,
+        verbosity="ERROR",
+    )
 
 
 @dataclass(frozen=True)
@@ -119,14 +198,7 @@ class HarnessTask:
     def score(self, predict: Predict) -> Score:
         """The loss is minus the log-likelihood of the right choice, nats per question; NaN where there are none."""
         model = HarnessModel(predict, self.tokenizer, self.max_length)
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[self.task],
-            limit=self.limit,
-            num_fewshot=self.fewshot,
-            bootstrap_iters=0,
-            verbosity="ERROR",
-        )
+        found = evaluate(model, [self.task], limit=self.limit, fewshot=self.fewshot)
         results = found["results"][self.name]
         # Keys are "metric,filter".
         values = [value for key, value in results.items() if key.partition(",")[0] == self.metric]

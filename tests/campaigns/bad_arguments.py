@@ -218,6 +218,7 @@ class World:
             (["generate"], model | drawing | {"--prompt": "def f"}),
             (["generate"], model | drawing | {"--prompt-file": root / "prompts.txt", "--json": None}),
             (["generate"], drawn | drawing | {"--prompt-ids": "1,2,3"}),
+            (["generate"], model | {"--prompt": "def f", "--draft": "3", "--max-new-tokens": "3"}),
             (["throughput"], model | speed),
             (["throughput"], drawn | speed | {"--json": None}),
             (["throughput"], drawn | beside),

@@ -10,8 +10,8 @@ from torch import nn
 from jetkernels.model import CausalLMOutput, JetNemotronForCausalLM
 from jetkernels.model.attention import Attention
 from jetkernels.model.decoder_layer import MLP, DecoderLayer
-from jetkernels.model.hybrid import JetNemotronModel
 from jetkernels.model.mixers import JetMixer
+from jetkernels.model.network import JetNemotronModel
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm, JetBlock, KernelGenerator, RMSNorm
 from jetkernels.modules.stand_in import may_step
 

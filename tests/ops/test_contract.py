@@ -227,11 +227,16 @@ def test_only_what_asks_for_a_gradient_gets_one(op, shape):
         assert torch.autograd.grad(out.sum() + state.sum(), leaf)[0].shape == leaf.shape, name
 
 
+GATED_DELTA_RULE = (
+    "q, k, v, g=None, beta=None, scale=None, initial_state=None, output_final_state=False, "
+    "use_qk_l2norm_in_kernel=False, cu_seqlens=None, state_v_first=False, use_gate_in_kernel=False, A_log=None, "
+    "dt_bias=None, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, cu_seqlens_cpu=None, chunk_indices=None, "
+    "chunk_size=64, autotune_interval=None, use_cache=None, transpose_state_layout=None, gk=None, gv=None, "
+    "cp_context=None"
+)
 SIGNATURES = {
-    "chunk_gated_delta_rule": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
-    "use_qk_l2norm_in_kernel=False, cu_seqlens=None",
-    "fused_recurrent_gated_delta_rule": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
-    "use_qk_l2norm_in_kernel=False, cu_seqlens=None",
+    "chunk_gated_delta_rule": GATED_DELTA_RULE,
+    "fused_recurrent_gated_delta_rule": GATED_DELTA_RULE,
     "recurrent_gated_delta_rule_": "q, k, v, g, beta, state, state_indices=None, scale=None, "
     "use_qk_l2norm_in_kernel=False",
     "recurrent_gated_delta_rule_verify": "q, k, v, g, beta, state, keys, updates, state_indices=None, scale=None, "

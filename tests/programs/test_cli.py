@@ -5,6 +5,7 @@ sentence.
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -257,6 +258,27 @@ def test_a_file_of_prompts_gives_what_each_gives_alone(capsys, tmp_path, tiny_mo
     assert len({tuple(answer["ids"]) for answer in answers}) > 1
 
 
+def test_drafts_change_no_completion_and_are_counted(capsys, tmp_path, tiny_model):
+    file = tmp_path / "prompts"
+    file.write_text("\n".join(PROMPTS[:3]))
+    arguments = ["generate", "--model", str(tiny_model), "--max-new-tokens", "30", "--dtype", "fp32"]
+    runs = []
+    for options in ([], ["--draft", "4"]):
+        assert main([*arguments, "--prompt-file", str(file), "--batch", "2", "--json", *options]) == 0
+        shown = capsys.readouterr()
+        runs.append([json.loads(line) for line in shown.out.splitlines()])
+    rates = [answer.pop("accepted_per_step") for answer in runs[1]]
+    assert runs[0] == runs[1] and all(0 <= rate <= 4 for rate in rates)
+    said = re.search(r"^drafts: (\d\.\d\d) accepted tokens per step$", shown.err, re.MULTILINE)
+    assert min(rates) - 0.005 <= float(said[1]) <= max(rates) + 0.005
+    streams = []
+    for options in ([], ["--draft", "4"]):
+        assert main([*arguments, "--prompt", PROMPTS[0], *options]) == 0
+        shown = capsys.readouterr()
+        streams.append(shown.out)
+    assert streams[0] == streams[1] and f"drafts: {rates[0]:.2f} accepted tokens per step" in shown.err
+
+
 def test_prompts_of_standard_input_and_of_repeated_options_are_the_same(capsys, monkeypatch, tiny_model):
     common = ["generate", "--model", str(tiny_model), "--max-new-tokens", "3", "--device", "cpu"]
     assert main([*common, "--prompt", "def f", "--prompt", "x"]) == 0
@@ -337,6 +359,17 @@ def test_a_row_that_ends_is_marked_and_cut(capsys, tmp_path, tiny_model):
         (
             ["generate", "--config", "TINY", "--random-weights", "--temperature", "nan"],
             "--temperature must be a finite number, got nan",
+            2,
+        ),
+        (["generate", "--config", "TINY", "--random-weights", "--draft", "0"], "--draft must be at least 1, got 0", 2),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--draft", "33"],
+            "--draft must be at most 32, got 33",
+            2,
+        ),
+        (
+            ["generate", "--config", "TINY", "--random-weights", "--draft", "3", "--temperature", "1"],
+            "--draft needs --temperature 0 (the most likely tokens), got 1.0",
             2,
         ),
         (["generate", "--config", "TINY", "--random-weights", "--top-p", "0"], "--top-p must be above 0, got 0", 2),

@@ -3,13 +3,13 @@
 import __future__
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.documents import Block, block_after, run_python
 from support.model_cases import ATOL, small_config, tokens
 from support.paths import ROOT
 
@@ -38,18 +38,14 @@ torch.testing.assert_close(torch.compile(leaky_sum, fullgraph=True, backend="aot
 """
 
 
-def contributing() -> str:
-    return (ROOT / "CONTRIBUTING.md").read_text()
+def contributing(words: str) -> Block:
+    """The code block behind these words of CONTRIBUTING.md."""
+    return block_after("CONTRIBUTING.md", words)
 
 
 def file_of(path: str) -> str:
     """The code block under the paragraph that begins with the file's name."""
-    return re.search(rf"\*\*`{re.escape(path)}`\*\*.*?```\w+\n(.*?)```", contributing(), re.DOTALL)[1]
-
-
-def block_after(words: str) -> str:
-    """The first code block after these words."""
-    return re.search(r"```\w*\n(.*?)```", contributing().partition(words)[2], re.DOTALL)[1]
+    return contributing(f"**`{path}`**").code
 
 
 def run(command, **options) -> None:
@@ -76,7 +72,7 @@ def op(tmp_path_factory) -> Path:
 
 
 def test_op_of_contributing_works(op):
-    script = RUN_OP.format(checks=block_after("say most in two lines"))
+    script = RUN_OP.format(checks=contributing("say most in two lines").code)
     run(
         [sys.executable, "-c", script, op / "op.so"],
         env={**os.environ, "PYTHONPATH": f"{op}{os.pathsep}{ROOT}"},
@@ -89,7 +85,7 @@ def test_token_mixer_of_contributing_works(monkeypatch):
     """A model that has it decodes as it prefills."""
     names = dict(vars(mixers))
     flags = __future__.annotations.compiler_flag  # as in mixers.py
-    exec(compile(block_after("## Add a token mixer"), "CONTRIBUTING.md", "exec", flags, dont_inherit=True), names)
+    run_python("CONTRIBUTING.md", [contributing("## Add a token mixer")], names, flags)
     monkeypatch.setitem(mixers.MIXERS, "sum", names["DecayedSum"])
     config = small_config(("sum", "attn"), efficient_attention_config={"sum": {"decay": 0.9}})
     model, ids = JetNemotronForCausalLM.random(config, seed=1).eval(), tokens(2, 9)

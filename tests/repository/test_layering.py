@@ -16,6 +16,8 @@ PYTHON_ARROWS = {
     "jetkernels/ops": {"jetkernels/plain", "jetkernels"},
     "jetkernels/modules": {"jetkernels/ops"},
     "jetkernels/model": {"jetkernels/ops", "jetkernels/modules"},
+    "jetkernels/hf": {"jetkernels", "jetkernels/modules", "jetkernels/model"},
+    "jetkernels/integrations": {"jetkernels", "jetkernels/ops"},
     "jetkernels/postnas": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
     "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/postnas"},
     "jetkernels": {"jetkernels/ops", "jetkernels/cli"},

@@ -1,6 +1,4 @@
-"""What a stranger meets: the README's example, source package and wheel, an environment with PyTorch alone, and what a
-missing tool says.
-"""
+"""What a stranger meets: source package and wheel, an environment with PyTorch alone, and what a missing tool says."""
 
 import email
 import os
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.documents import blocks
 from support.paths import ROOT
 
 
@@ -28,21 +27,7 @@ def build_environment(**changes: str) -> dict[str, str]:
 
 
 def readme_example() -> str:
-    return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-
-
-def test_readme_example_runs():
-    names: dict = {}
-    exec(compile(readme_example(), "README.md", "exec"), names)
-    assert names["o"].shape == names["v"].shape and names["y"].isfinite().all()
-
-
-def test_readme_commands_exist():
-    readme = (ROOT / "README.md").read_text()
-    for what in re.findall(r"python3 dev\.py (\w+)", readme):
-        assert f'"{what}"' in (ROOT / "dev.py").read_text(), what
-    for command in re.findall(r"^jetkernels (\w+)", readme, re.MULTILINE):
-        assert (ROOT / "jetkernels" / "cli" / f"{command}.py").exists(), command
+    return blocks("README.md", "python")[0].code
 
 
 def pip() -> list[str]:
