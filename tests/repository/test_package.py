@@ -80,11 +80,12 @@ class Fresh:
             ROOT / "requirements.txt",
             wheel,
         ]
-        done(command, cwd=folder)
+        # What else lies on the path of this Python, such as the repository, pip would take for installed.
+        self.variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done(command, cwd=folder, env=self.variables)
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
-        clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        return run([self.bin / command[0], *command[1:]], cwd=self.folder, env=clean)
+        return run([self.bin / command[0], *command[1:]], cwd=self.folder, env=self.variables)
 
     def says(self, *command: str) -> str:
         """The last line of what a command that must fail says."""
