@@ -23,7 +23,7 @@ from jetkernels.ops import _flash_linear_attention
 from reference.chunk_gated_delta_rule import chunk_gated_delta_rule_backward
 from reference.recurrent_gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 
-ENVIRONMENT = {"TRITON_INTERPRET": "1", "JETKERNELS_BACKEND": "plain"}
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "JETKERNELS_BACKEND": "plain", "JETKERNELS_FLA": "1"}
 LOOPS = ("fla.ops.common.chunk_delta_h", "fla.ops.common.chunk_o", "fla.ops.gated_delta_rule.wy_fast")
 CHUNK, RECURRENT = "chunk_gated_delta_rule", "recurrent_gated_delta_rule"
 
@@ -72,6 +72,7 @@ def chunk(x: DeltaInputs, final: bool = True) -> dict[str, float]:
 
 def recurrent(rows: list[int] | None, state_dtype: torch.dtype, l2norm: bool) -> dict[str, float]:
     x = recurrent_call(DeltaShape("", B=3, T=4, K=24, V=20, l2norm=l2norm), torch.float16, state_dtype, rows)
+    x.g[0, 1] = -torch.inf
     refs = recurrent_gated_delta_rule(*x)
     before = x.state.clone()
     o = torch.ops.jet.recurrent_gated_delta_rule(*x)
@@ -103,8 +104,9 @@ def nan_elsewhere() -> dict[str, float]:
 
 
 def moved_offsets() -> dict[str, float]:
-    """cu_seqlens written in place between two calls."""
+    """cu_seqlens written in place between two calls; int64, which the library takes as they are."""
     x = delta_inputs(DeltaShape("", T=75, K=16, V=16, cu_seqlens=(0, 5, 75)), torch.float16)
+    x = x._replace(cu_seqlens=x.cu_seqlens.long())
     torch.ops.jet.chunk_gated_delta_rule(*x)
     x.cu_seqlens[1] = 70
     return errors("o final_state", torch.ops.jet.chunk_gated_delta_rule(*x), gated_delta_rule(*x), ())
