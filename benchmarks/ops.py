@@ -17,7 +17,6 @@ from benchmarks.shapes import Draw, Shape, conv_inputs, delta_rule_inputs
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
 RECURRENT = "recurrent_gated_delta_rule"
-PLAIN_ASKED = 4  # PlainReason::asked
 
 DECODE_BATCHES = (1, 4, 8, 16, 64, 128, 256, 512, 1024)
 VERIFY_BATCHES = (1, 16, 128, 512)
@@ -308,6 +307,13 @@ def function(op: str, namespace: str = "jet") -> Callable:
     return getattr(getattr(torch.ops, namespace), op)
 
 
+def plain_function(op: str) -> Callable:
+    """The op in plain PyTorch, whatever could serve it."""
+    from jetkernels._library import PLAIN_ASKED
+
+    return lambda *args: function(op, "jet_plain")(*args, PLAIN_ASKED)
+
+
 def written(op: str) -> list[int]:
     """Positions of the arguments that the op writes."""
     arguments = function(op).default._schema.arguments
@@ -331,7 +337,7 @@ def plain_results(op: str, args: tuple) -> dict[str, Tensor]:
     wide = [a.to(torch.float64, copy=True) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _named(op, function(op, "jet_plain")(*wide, PLAIN_ASKED), wide)
+        return _named(op, plain_function(op)(*wide), wide)
 
 
 def served_by(op: str, args: tuple) -> str:

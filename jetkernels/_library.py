@@ -40,6 +40,9 @@ _functions.jetkernels_plain_reason_text.restype = ctypes.c_char_p
 _functions.jetkernels_plain_reason_text.argtypes = [ctypes.c_int64]
 
 
+PLAIN_ASKED = 4  # PlainReason::asked
+
+
 def build_info() -> dict[str, Any]:
     """The build's ``torch``, ``compiler``, ``cpu_isas`` and ``cuda_architectures``; ``cpu_isa``, ``cpu_amx`` in use."""
     return json.loads(_functions.jetkernels_build_info())
@@ -89,6 +92,7 @@ def _check_environment() -> None:
         "JETKERNELS_BACKEND": ["plain"],
         "JETKERNELS_CHECK": ["0", "1"],
         "JETKERNELS_CPU_ISA": build_info()["cpu_isas"],
+        "JETKERNELS_FLA": ["0", "1"],
     }
     for name, values in allowed.items():
         if (value := os.environ.get(name)) and value not in values:

@@ -151,7 +151,8 @@ def peer_call(case: Case, args: tuple):
     if case.op == "attention_step":
         q, key, value = args[0][:, :, None], *args[5:7]
         return lambda: F.scaled_dot_product_attention(q, key, value, enable_gqa=True)
-    return lambda: ops.function(case.op, "jet_plain")(*args, ops.PLAIN_ASKED)
+    plain = ops.plain_function(case.op)
+    return lambda: plain(*args)
 
 
 def peer(case: Case, context) -> dict[str, object]:

@@ -12,7 +12,7 @@ from jetkernels.ops import _register
 
 _BACKWARD = "_backward"
 OPS = list(_register.defined)
-_PHRASES = {"hopper": "Hopper kernel", "cpu": "C++", "plain": "plain PyTorch"}
+_PHRASES = {"hopper": "Hopper kernel", "cpu": "C++", "plain": "plain PyTorch", "fla": "Triton"}
 # One token of one sequence with the head dims of Jet-Nemotron-2B, in bf16
 _B, _T, _H, _K, _V, _D, _R, _W = 1, 1, 1, 96, 256, 256, 32, 4
 

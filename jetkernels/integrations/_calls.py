@@ -54,7 +54,7 @@ def plain_reason(op: str, device: int, dtype: torch.dtype, K: int, V: int) -> st
         tokens = keys, keys, values, gates, gates
         state = torch.zeros(1, 1, K, V, dtype=torch.float64 if dtype == torch.float64 else torch.float32, **on)
         backend = backend_of(op, *tokens, state, None, 1.0, False)
-        _plain_reasons[key] = backend.detail if backend.name == "plain" else None
+        _plain_reasons[key] = None if backend.name == "hopper" else backend.detail
     return _plain_reasons[key]
 
 

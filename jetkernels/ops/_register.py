@@ -2,7 +2,7 @@
 
 The implementations that run are C++ (``bindings/<op>.cpp``, for CPU and CUDA tensors). Where no code of this library
 serves a call (``bindings/backend.h``), they call ``jet_plain::<op>``, which this file registers from
-``jetkernels.plain``.
+``jetkernels.plain``; of some ops flash-linear-attention serves it (``_flash_linear_attention``).
 
 The schema is the one place that lists an op's arguments: the backward op's schema, autograd (``_autograd``), and the
 arguments of a fake implementation follow from it.
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from jetkernels import _library
-from jetkernels.ops import _autograd
+from jetkernels.ops import _autograd, _flash_linear_attention
 from jetkernels.ops._checks import Checks
 
 _jet = torch.library.Library("jet", "FRAGMENT")
 _plain = torch.library.Library("jet_plain", "FRAGMENT")
 defined: list[str] = []  # every op, backward ops included
-_announced: set[tuple[str, int]] = set()
+_announced: set[tuple[str, str]] = set()
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
@@ -46,12 +46,14 @@ def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
     torch.library.register_fake(f"jet::{name}", lambda *args: fake(Checks(name), Arguments(*args)), lib=_jet)
 
     def announced_plain(*args: Any) -> Any:
-        *arguments, reason = args
-        if (name, reason) not in _announced:
-            _announced.add((name, reason))
-            text = _library.plain_reason_text(reason)
-            warnings.warn(f"jetkernels: {name} runs as plain PyTorch: {text}", stacklevel=2)
-        return plain(*arguments)
+        *arguments, code = args
+        reason = _library.plain_reason_text(code)
+        function, text = _flash_linear_attention.offer(name, arguments, reason)
+        said = f"on {text}: {reason}" if function else f"as plain PyTorch: {reason}{text and '; '}{text}"
+        if (name, said) not in _announced:
+            _announced.add((name, said))
+            warnings.warn(f"jetkernels: {name} runs {said}", stacklevel=2)
+        return (function or plain)(*arguments)
 
     arguments, arrow, results = schema.partition(") ->")
     _plain.define(f"{name}{arguments}, int reason{arrow}{results}", tags=_TAGS)

@@ -7,17 +7,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from jetkernels import _library
-from jetkernels.ops import _autograd, _register
+from jetkernels.ops import _autograd, _flash_linear_attention, _register
 
 
 class Backend(NamedTuple):
     """Who serves a call, and why.
 
     Attributes:
-        name: ``"hopper"``, a Hopper kernel of this library; ``"cpu"``, its C++ for a CPU; or ``"plain"``, operations of
-            PyTorch.
+        name: ``"hopper"``, a Hopper kernel of this library; ``"cpu"``, its C++ for a CPU; ``"fla"``, the Triton kernels
+            of flash-linear-attention, for CUDA tensors that no kernel of this library takes; or ``"plain"``, operations
+            of PyTorch.
         detail: the CUDA architecture of the kernel, the CPU instruction set in use (where that is AVX-512, float64 runs
-            as AVX2), or the reason for plain PyTorch, in words.
+            as AVX2), or the reason for ``"fla"`` (after the library's version) or ``"plain"``, in words.
     """
 
     name: str
@@ -60,4 +61,10 @@ def backend_of(op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket, *a
         tensors = zip((a.name for a in overload._schema.arguments), args)
         given = ", ".join(f"{argument} on {t.device}" for argument, t in tensors if isinstance(t, Tensor))
         raise RuntimeError(f"{name}: backend_of needs tensors that hold data, got {given} (meta or fake tensors)")
-    return Backend(**answer)
+    backend = Backend(**answer)
+    if backend.name != "plain":
+        return backend
+    function, text = _flash_linear_attention.offer(name, args, backend.detail)
+    if function:
+        return Backend("fla", f"{text}; {backend.detail}")
+    return Backend("plain", f"{backend.detail}{text and '; '}{text}")

@@ -223,7 +223,7 @@ def test_build_refuses_a_choice_it_does_not_know(tmp_path):
     assert result.returncode != 0 and "JETKERNELS_BUILD must be auto, cuda or cpu, got 'cpuu'" in result.stderr
 
 
-@pytest.mark.parametrize("name, value", (("BACKEND", "plan"), ("CHECK", "yes"), ("CPU_ISA", "avx5")))
+@pytest.mark.parametrize("name, value", (("BACKEND", "plan"), ("CHECK", "yes"), ("CPU_ISA", "avx5"), ("FLA", "off")))
 def test_settings_of_the_library_refuse_what_they_do_not_know(name, value):
     said = run(
         [sys.executable, "-c", "import jetkernels"], cwd=ROOT, env={**os.environ, f"JETKERNELS_{name}": value}
