@@ -10,7 +10,7 @@ from support import draft_properties, pool_properties
 from support import sequence_properties as properties
 from support.arguments import SEQUENCE_OPS, TOKENS, accumulator, floating, with_pool
 from support.backends import REFERENCE, OpsBackend
-from support.comparison import GATES, TOLERANCE, ZERO, assert_bitwise, assert_error, rms
+from support.comparison import GATES, TOLERANCE, ZERO, assert_bitwise, assert_error, rms, rms_error
 from support.device_backends import CHUNK_STATE_CEILING
 from support.memory import poisoned_allocations
 from torch import Tensor
@@ -265,9 +265,11 @@ def _later_tokens_do_not_matter(case: Case, backend: OpsBackend) -> None:
     before = f"outputs before a NaN at token {t} of row {row}"
     if case.op.startswith("chunk") and takes_kernels_only(backend.name):
         # The kernels make such a column again, in another order of summation; infinities of the inputs may be among
-        # them.
+        # them. Where keys nearly cancel, either order is further from the definition than the table says.
         known = expected[row, begin:t].isfinite()
-        assert_error(before, out[row, begin:t][known], expected[row, begin:t][known], 2 * TOLERANCE[case.dtype].output)
+        once, again = expected[row, begin:t][known], out[row, begin:t][known]
+        true = REFERENCE[case.op](*_changed(case.inputs, lambda x: x.double()))[0][row, begin:t][known]
+        assert_error(before, again, once, 2 * max(TOLERANCE[case.dtype].output, rms_error(once, true)))
     else:
         assert_bitwise(out[row, begin:t], expected[row, begin:t], before)
     if case.grads is None:
