@@ -68,7 +68,14 @@ class JetNemotronConfig(PreTrainedConfig):
             ValueError: it is none.
         """
         values = {key: value for key, value in self.to_dict().items() if value is not None or key in _NONE_MEANS}
-        return network.JetNemotronConfig.from_dict(values)
+        config = network.JetNemotronConfig.from_dict(values)
+        given = getattr(self, "sliding_window", None)
+        if "swa" in config.layer_types and given not in (None, config.window_size):
+            raise ValueError(
+                "sliding_window must be that of efficient_attention_config.swa, from which it follows, "
+                f"{config.window_size}, got {given!r}"
+            )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json: published names and keys, and transformers' own."""

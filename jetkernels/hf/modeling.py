@@ -343,6 +343,12 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
             .view_as(labels)
         )
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `GenerationMixin`; what it hands on beside the arguments of `forward` is left out."""
+        for name in ("tokenizer", "assistant_tokenizer"):  # of stop_strings
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -380,6 +386,8 @@ def _check_positions(
     if not bool(((given if padding is None else padding.pack(given)) == layout.positions).all()):
         raise ValueError(
             "position_ids must be those that attention_mask and past_key_values give, the number of each token in its "
-            "row: leave them out. Rows that hold several texts are not served here; "
-            "jetkernels.model.JetNemotronForCausalLM takes their boundaries as cu_seqlens"
+            "row: leave them out. In generate: pad on the left, keep a token of every row, go on from past_key_values "
+            "with a text that continues theirs, and start prompt lookup and assistants without them. Rows that hold "
+            "several texts are not served here; jetkernels.model.JetNemotronForCausalLM takes their boundaries as "
+            "cu_seqlens"
         )

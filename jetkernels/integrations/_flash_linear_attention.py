@@ -16,6 +16,8 @@ _CHUNK, _RECURRENT = "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule
 _OPS = {_CHUNK: "chunk_gated_delta_rule", _RECURRENT: "recurrent_gated_delta_rule"}
 _LIBRARY = "flash-linear-attention"
 _NOT_HERE = ("gk", "gv", "cp_context")
+_FLAGS = ("use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first")
+_SWITCH = "FLA_JETKERNELS"  # 0: off
 
 
 def register_fla_backend() -> Patch:
@@ -98,7 +100,7 @@ def _parameters(function: Callable) -> tuple[str, ...]:
 
 def _named(names: Sequence[str], args: Sequence, keywords: Mapping[str, Any]) -> dict[str, Any] | None:
     """The arguments under their names; ``None`` if they do not fit, of which the other library tells."""
-    if len(args) > len(names) or not keywords.keys().isdisjoint(names[: len(args)]):
+    if len(args) > len(names) or any(name in keywords for name in names[: len(args)]):
         return None
     return {**dict(zip(names, args)), **keywords}
 
@@ -115,6 +117,17 @@ def _reason(function: str, named: Mapping[str, Any] | None) -> str | None:
     for name in ("A_log", "dt_bias"):
         if named.get(name) is not None and not named.get("use_gate_in_kernel"):
             return f"{name} without use_gate_in_kernel, which flash-linear-attention ignores"
+    for name in _FLAGS:
+        if not isinstance(named.get(name, False), bool):
+            return f"{name} is neither True nor False"
+    if getattr(named.get("beta"), "ndim", 3) != 3:
+        return "jetkernels takes one beta per token and value head"
+    if named.get("cu_seqlens") is None and any(
+        named.get(name) is not None for name in ("cu_seqlens_cpu", "chunk_indices")
+    ):
+        return "hints of packed sequences without cu_seqlens"
+    if named.get("chunk_size", 64) not in (16, 32, 64):
+        return f"chunk_size is {named['chunk_size']!r}"
     return reason_not_served(_OPS[function], named["q"], named["k"], named["v"], named.get("initial_state"))
 
 
@@ -128,7 +141,7 @@ def _backend(base: Any, original: Callable) -> type:
     class JetBackend(base):
         backend_type = "jetkernels"
         package_name = "jetkernels"
-        env_var = "FLA_JETKERNELS"
+        env_var = _SWITCH
         priority = 1  # before FlashQLA, 3; after that of another accelerator, 0
 
         def is_enabled(self) -> bool:
@@ -150,7 +163,7 @@ def _recurrent(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def fused_recurrent_gated_delta_rule(*args: Any, **keywords: Any) -> tuple:
-        if not _served():
+        if not _served() or os.environ.get(_SWITCH) == "0":
             return original(*args, **keywords)
         named = _named(names, args, keywords)
         reason = _reason(_RECURRENT, named)

@@ -34,7 +34,7 @@ class PromptLookup:
     Of the last n tokens, n from `longest` down to 1, the first that are found count. Where what followed reaches the
     end of the text it goes on with itself, so a text that repeats is continued at any length.
 
-    It remembers the places of each text's tokens: one is for one batch, whose texts grow.
+    It remembers the places of each text's tokens, and starts anew with a text that does not continue the one before.
 
     Args:
         count: tokens that are proposed.
@@ -45,22 +45,22 @@ class PromptLookup:
 
     def __init__(self, count: int, longest: int = LONGEST):
         self.count, self.longest = count, longest
-        # Of each text: behind which token some tokens last stood, and how many tokens have been looked at.
-        self._places: list[tuple[dict[tuple[int, ...], int], int]] = []
+        # Of each text: behind which token some tokens last stood, and the text that has been looked at.
+        self._places: list[tuple[dict[tuple[int, ...], int], list[int]]] = []
 
     def __call__(self, texts: list[list[int]]) -> list[list[int]]:
         """The texts so far [N] -> tokens that may follow, `count` of each or none."""
-        self._places += [({}, 1)] * (len(texts) - len(self._places))
+        self._places += [({}, []) for _ in texts[len(self._places) :]]
         return [self._follow(n, text) for n, text in enumerate(texts)]
 
     def _follow(self, n: int, text: list[int]) -> list[int]:
-        places, start = self._places[n]
-        if start == 1:
-            places = {}
-        for end in range(start, len(text)):
+        places, seen = self._places[n]
+        if text[: len(seen)] != seen:
+            places, seen = {}, []
+        for end in range(max(len(seen), 1), len(text)):
             for size in range(1, min(self.longest, end) + 1):
                 places[tuple(text[end - size : end])] = end
-        self._places[n] = places, max(start, len(text))
+        self._places[n] = places, text.copy()
         for size in range(min(self.longest, len(text)), 0, -1):
             place = places.get(tuple(text[-size:]))
             if place is not None:

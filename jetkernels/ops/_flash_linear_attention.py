@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,13 +59,12 @@ def offer(op: str, arguments: Sequence[Any], reason: str) -> Offer:
 
 
 def _said_if_it_fails(function: Callable, *arguments: Any) -> Any:
-    """The binding that called passes on that there was an error, and not which."""
+    """What fails says who failed, and what to do."""
     try:
         return function(*arguments)
     except Exception as error:
         text = f"{_load().name} failed, and JETKERNELS_FLA=0 switches it off ({type(error).__name__}: {error})"
-        warnings.warn(f"jetkernels: {text}", stacklevel=2)
-        raise
+        raise RuntimeError(text) from error
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -191,8 +191,12 @@ def _gates(function: str, tokens: Tokens, options: Options) -> Tokens:
         g = v.new_zeros(v.shape[:3], dtype=real) if g is None else g
         beta = v.new_ones(v.shape[:3], dtype=real) if beta is None else beta
     tokens = tokens._replace(g=g, beta=beta)
-    if not all(isinstance(t, Tensor) for t in tokens):
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tokens):
         return tokens  # the op refuses them
+    if options.use_gate_in_kernel and v.dim() == 4 and g.shape != v.shape[:3]:
+        raise RuntimeError(f"{function}: g must be [B,T,H] = {list(v.shape[:3])} (as in v), got {list(g.shape)}")
+    if v.dtype == torch.float64:
+        g, beta = g.double(), beta.double()
     raw_beta = beta
     if options.use_gate_in_kernel:
         together = options.use_beta_sigmoid_in_kernel and beta.dtype == g.dtype

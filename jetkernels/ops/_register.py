@@ -10,6 +10,7 @@ arguments of a fake implementation follow from it.
 
 import functools
 import re
+import threading
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ _jet = torch.library.Library("jet", "FRAGMENT")
 _plain = torch.library.Library("jet_plain", "FRAGMENT")
 defined: list[str] = []  # every op, backward ops included
 _announced: set[tuple[str, str]] = set()
+_behind_a_binding = threading.local()  # the exception of a plain path, of which its binding tells that there was one
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
@@ -50,10 +52,14 @@ def define(name: str, schema: str, *, fake: Callable, plain: Callable) -> None:
         reason = _library.plain_reason_text(code)
         function, text = _flash_linear_attention.offer(name, arguments, reason)
         said = f"on {text}: {reason}" if function else f"as plain PyTorch: {reason}{text and '; '}{text}"
-        if (name, said) not in _announced:
-            _announced.add((name, said))
-            warnings.warn(f"jetkernels: {name} runs {said}", stacklevel=2)
-        return (function or plain)(*arguments)
+        try:
+            if (name, said) not in _announced:
+                warnings.warn(f"jetkernels: {name} runs {said}", stacklevel=2)
+                _announced.add((name, said))
+            return (function or plain)(*arguments)
+        except Exception as error:
+            _behind_a_binding.error = error
+            raise
 
     arguments, arrow, results = schema.partition(") ->")
     _plain.define(f"{name}{arguments}, int reason{arrow}{results}", tags=_TAGS)
@@ -174,6 +180,9 @@ def use_silu(function: str, activation: str | None) -> bool:
 def refusal(error: Exception, function: str) -> Exception:
     """What the user reads when ``function`` was called: the op's sentence under the function's name."""
     message = str(error)
+    if message.startswith("torch_call_dispatcher"):
+        behind, _behind_a_binding.error = getattr(_behind_a_binding, "error", None), None
+        return behind or error
     wrong_type = re.match(
         r"jet::\w+\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'", message
     )

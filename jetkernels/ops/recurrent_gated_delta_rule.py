@@ -161,6 +161,8 @@ def _start(tokens: tuple[Tensor, ...], initial_state: Tensor | None) -> Tensor |
     q, _, v, *_ = tokens
     if not all(isinstance(t, Tensor) for t in given) or q.dim() != 4 or v.dim() != 4:
         return None
+    if torch._C._are_functorch_transforms_active():
+        return None  # there is no batch of calls that write in place
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         return None
     shape, dtype = (q.shape[0], v.shape[2], q.shape[3], v.shape[3]), real_dtype(q)
