@@ -343,11 +343,13 @@ class JetNemotronForCausalLM(JetNemotronPreTrainedModel, GenerationMixin):
             .view_as(labels)
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]  # `generate` looks for inputs_embeds in the signature
+        self, input_ids: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """See `GenerationMixin`; what it hands on beside the arguments of `forward` is left out."""
         for name in ("tokenizer", "assistant_tokenizer"):  # of stop_strings
             kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self,

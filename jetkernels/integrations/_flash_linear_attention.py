@@ -31,7 +31,8 @@ def register_fla_backend() -> Patch:
     q, k and v of several dtypes, and on a CUDA device what no kernel of this library takes; for the recurrent function
     a warning says why, once, for the other one the library's log.
 
-    The environment variable ``FLA_JETKERNELS=0`` switches the backend off.
+    transformers takes the recurrent function when the module of a model is imported: register before that, or use
+    :func:`patch_transformers`. The environment variable ``FLA_JETKERNELS=0`` switches both functions off.
 
     Returns:
         What is served. Used as a context manager it is undone at the end of the block, else by :meth:`Patch.undo`. What

@@ -32,10 +32,11 @@ def patch_transformers() -> Patch:
     These are the models whose modules have functions ``torch_chunk_gated_delta_rule`` and
     ``torch_recurrent_gated_delta_rule`` (in 5.23: qwen3_next, qwen3_5, qwen3_5_moe, olmo_hybrid, qwen4_exp), loaded yet
     or not. They are replaced by name, so models that exist already are served too. Gradients, caches, generation and
-    ``torch.compile`` work as before. A call that is not served goes to what was there, and a warning says why, once:
-    tensors on another device, q, k and v of several dtypes, packed sequences that the convolution has not kept apart,
-    forward-mode derivatives, ``torch.export``, and on a CUDA device what no kernel of this library takes. Their causal
-    convolution has taps that are parameters, not generated ones, and stays transformers' own.
+    ``torch.compile`` work as before; a second derivative raises. A call that is not served goes to what was there, and
+    a warning says why, once: tensors on another device, q, k and v of several dtypes, packed sequences that the
+    convolution has not kept apart, forward-mode derivatives, ``torch.export``, and on a CUDA device what no kernel of
+    this library takes. Their causal convolution has taps that are parameters, not generated ones, and stays
+    transformers' own.
 
     Returns:
         What was replaced. Used as a context manager it is undone at the end of the block, else by

@@ -193,8 +193,8 @@ def _gates(function: str, tokens: Tokens, options: Options) -> Tokens:
     tokens = tokens._replace(g=g, beta=beta)
     if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tokens):
         return tokens  # the op refuses them
-    if options.use_gate_in_kernel and v.dim() == 4 and g.shape != v.shape[:3]:
-        raise RuntimeError(f"{function}: g must be [B,T,H] = {list(v.shape[:3])} (as in v), got {list(g.shape)}")
+    if options.use_gate_in_kernel and g.dim() != 3:
+        raise RuntimeError(f"{function}: g must have 3 dimensions [B,T,H], got {g.dim()} with shape {list(g.shape)}")
     if v.dtype == torch.float64:
         g, beta = g.double(), beta.double()
     raw_beta = beta

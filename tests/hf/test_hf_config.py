@@ -87,3 +87,10 @@ def test_a_missing_size_is_named():
     del values["hidden_size"]
     with pytest.raises(TypeError, match="hidden_size"):
         hf.JetNemotronConfig(**values)
+
+
+def test_a_window_beside_that_of_the_layers_is_refused():
+    config = hf.JetNemotronConfig(**small_config(["jet", "swa"]).to_dict())
+    config.sliding_window += 1
+    with pytest.raises(ValueError, match="sliding_window must be that of efficient_attention_config.swa"):
+        hf.JetNemotronForCausalLM(config)

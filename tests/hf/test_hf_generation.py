@@ -200,6 +200,21 @@ def test_the_cache_is_one_of_the_whole_model():
     past.crop(0)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_a_string_ends_a_text(tmp_path, options):
+    model = of(small_model(vocab_size=257, eos_token_id=256, pad_token_id=256, bos_token_id=None))
+    Tokenizer.byte_level().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    rows = {"input_ids": tokens(1, 4), "do_sample": False, "max_new_tokens": 8, **options}
+    whole = model.generate(**rows)[0]
+    stop = tokenizer.decode(whole[6:7])
+    cut = model.generate(**rows, stop_strings=[stop], tokenizer=tokenizer)[0]
+    assert stop in tokenizer.decode(cut[4:])
+    if "num_beams" not in options:  # of which another may win
+        expected = next(n for n in range(1, 9) if stop in tokenizer.decode(whole[4 : 4 + n]))
+        assert torch.equal(cut, whole[: 4 + expected])
+
+
 def test_the_pipeline_writes_what_our_model_writes(tmp_path):
     ours = small_model(vocab_size=257, eos_token_id=256, pad_token_id=256, bos_token_id=None)
     ours.save_pretrained(tmp_path)

@@ -81,3 +81,24 @@ def test_adapters(tmp_path, checkpointing):
     merged.save_pretrained(tmp_path / "merged")
     found = JetNemotronForCausalLM.from_pretrained(tmp_path / "merged").generate(ids, mask, 6)
     assert torch.equal(found, expected)
+
+
+def test_a_smoothed_loss_is_of_the_next_token(tmp_path):
+    model = of(small_model())
+    found = trainer(model, tmp_path, label_smoothing_factor=0.1, per_device_eval_batch_size=1).evaluate()["eval_loss"]
+    with torch.no_grad():
+        losses = []
+        for row in ROWS:
+            logs = model(row[None]).logits[0, :-1].log_softmax(-1)
+            losses.append((0.9 * -logs.gather(1, row[1:, None])[:, 0] + 0.1 * -logs.mean(-1)).mean())
+    assert found == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+def test_a_run_that_was_interrupted_goes_on(tmp_path):
+    whole, resumed = of(small_model()), of(small_model())
+    run = trainer(whole, tmp_path, max_steps=4, learning_rate=0.1)
+    run.args.save_strategy, run.args.save_steps = "steps", 2
+    run.train()
+    trainer(resumed, tmp_path, max_steps=4, learning_rate=0.1).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    found = resumed.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())

@@ -137,6 +137,8 @@ def test_the_environment_switches_it_off(fla, monkeypatch):
     monkeypatch.setenv("FLA_JETKERNELS", "0")
     with register_fla_backend(), pytest.raises(RuntimeError, match="active drivers"):
         fla.chunk_gated_delta_rule(**arguments())
+    with register_fla_backend(), pytest.raises(RuntimeError, match="active drivers"):
+        fla.fused_recurrent_gated_delta_rule(**arguments())
     monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1")
     with pytest.raises(RuntimeError, match="FLA_DISABLE_BACKEND_DISPATCH=1 switches .* registry off"):
         register_fla_backend()
@@ -147,6 +149,10 @@ NOT_SERVED = {
     "gk": (X | {"gk": X["k"]}, "jetkernels does not compute gk"),
     "cp_context": (X | {"cp_context": object()}, "jetkernels does not compute cp_context"),
     "an unknown argument": (X | {"head_first": True}, "jetkernels does not know the argument head_first"),
+    "a flag by truth": (X | {"state_v_first": 1}, "state_v_first is neither True nor False"),
+    "beta per value": (X | {"beta": X["v"]}, "jetkernels takes one beta per token and value head"),
+    "hints alone": (X | {"chunk_indices": torch.zeros(1, 2, dtype=torch.int64)}, "hints of packed sequences"),
+    "another chunk_size": (X | {"chunk_size": 128}, "chunk_size is 128"),
     "A_log alone": (X | {"A_log": torch.ones(4)}, "A_log without use_gate_in_kernel"),
     "two dtypes": (X | {"v": X["v"].half()}, "q, k and v must have one floating dtype"),
     "no v": ({"q": X["q"]}, "its arguments do not fit"),

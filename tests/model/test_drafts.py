@@ -160,6 +160,7 @@ def test_what_was_said_before_is_looked_up():
     # Three tokens count more than two, the latest place more than an earlier one, a text goes on with itself.
     assert lookup([[1, 2, 3, 4, 1, 2, 9, 2], [5, 6, 5], [7, 7]]) == [[9, 2, 9, 2], [6, 5, 6, 5], [7, 7, 7, 7]]
     assert PromptLookup(2)([[1, 2, 3, 8, 0, 2, 3, 9, 1, 2, 3]]) == [[8, 0]]
+    assert lookup([[5, 6, 5]]) == [[6, 5, 6, 5]] and lookup([[1, 2]]) == [[]]  # texts that continue none before
     assert PromptLookup(1, longest=1)([[1, 2, 3, 8, 0, 2, 3, 9, 1, 2, 3]]) == [[9]]
 
 

@@ -70,3 +70,18 @@ def test_plain_path_is_announced_once_with_its_reason():
     said = python(script, {**os.environ, "JETKERNELS_BACKEND": "plain"}).stdout
     assert said == "jetkernels: apply_dynamic_conv runs as plain PyTorch: JETKERNELS_BACKEND=plain asks for it\n"
     assert python(script, {k: v for k, v in os.environ.items() if k != "JETKERNELS_BACKEND"}).stdout == "\n"
+
+
+def test_a_plain_path_that_fails_says_why():
+    """Also where warnings are errors, and its own announcement is what fails."""
+    script = """if True:
+        import torch, jetkernels
+        for _ in range(2):
+            try:
+                jetkernels.apply_dynamic_conv(torch.randn(1, 4, 2), torch.randn(1, 4, 2, 3))
+            except UserWarning as warning:
+                print(warning)
+    """
+    environment = {**os.environ, "JETKERNELS_BACKEND": "plain", "PYTHONWARNINGS": "error::UserWarning"}
+    announced = "jetkernels: apply_dynamic_conv runs as plain PyTorch: JETKERNELS_BACKEND=plain asks for it\n"
+    assert python(script, environment).stdout == 2 * announced

@@ -286,3 +286,32 @@ def test_compiles_into_one_graph(function, case):
         x, *(torch.autograd.grad((o.sum(), S.sum()), list(x.values())) for o, S in (outs, refs))
     ):
         assert_bitwise(grad, ref, name)
+
+
+@each_function
+def test_raw_gates_of_fp64_tokens_are_computed_in_fp64(function):
+    inputs = delta_inputs(SHORT, F64)
+    g, beta, A_log = inputs.g.float(), inputs.beta.float(), torch.rand(SHORT.H)
+    flags = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    narrow = function(*inputs[:3], g, beta, A_log=A_log, **flags)[0]
+    assert_bitwise(narrow, function(*inputs[:3], g.double(), beta.double(), A_log=A_log.double(), **flags)[0])
+
+
+@each_function
+def test_a_raw_beta_of_integers_and_a_g_of_another_shape_are_refused(function):
+    inputs = delta_inputs(SHORT, F32)
+    with pytest.raises(RuntimeError, match=f"{function.__name__}: beta must be float32"):
+        function(*inputs[:4], inputs.beta.to(torch.int64), use_beta_sigmoid_in_kernel=True)
+    with pytest.raises(RuntimeError, match=f"{function.__name__}: g must have 3 dimensions"):
+        gates = {"use_gate_in_kernel": True, "A_log": torch.rand(SHORT.H)}
+        function(*inputs[:3], inputs.g[..., None], inputs.beta, **gates)
+
+
+@each_function
+def test_vmap(function):
+    inputs = delta_inputs(SHORT, F64)
+    k, v, g, beta = inputs[1:5]
+    queries = torch.stack([inputs.q, 2 * inputs.q])
+    found = torch.func.vmap(lambda q: function(q, k, v, g, beta)[0])(queries)
+    for one, q in zip(found, queries):
+        torch.testing.assert_close(one, function(q, k, v, g, beta)[0])
