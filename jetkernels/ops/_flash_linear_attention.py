@@ -172,34 +172,25 @@ def _chunk_backward(grad_o: Tensor, grad_final_state: Tensor | None, *arguments:
 
 
 @plain_op
-def _recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    state_indices: Tensor | None,
-    scale: float,
-    l2norm_qk: bool,
-) -> Tensor:
-    """jet::recurrent_gated_delta_rule."""
-    rows = PoolRows(state, state_indices, v.shape[0])
+def _recurrent(*arguments: Any) -> Tensor:
+    """jet::recurrent_gated_delta_rule, which has the pool and state_indices where the chunked rule has two others."""
+    a = Inputs(*arguments)
+    rows = PoolRows(a.initial_state, a.cu_seqlens, a.v.shape[0])
     old = rows.take()
     o, new = _load().recurrent.forward(
         _Context(),
-        q=q,
-        k=k,
-        v=v,
-        g=g.float(),
-        beta=beta.float(),
-        scale=scale,
+        q=a.q,
+        k=a.k,
+        v=a.v,
+        g=a.g.float(),
+        beta=a.beta.float(),
+        scale=a.scale,
         initial_state=old,
         output_final_state=True,
-        use_qk_l2norm_in_kernel=l2norm_qk,
+        use_qk_l2norm_in_kernel=a.l2norm_qk,
     )
     rows.put(old, new)
-    return contiguous_as(rows.mask(o), v.dtype)
+    return contiguous_as(rows.mask(o), a.v.dtype)
 
 
 _GRADIENTS = 2  # grad_o and grad_final_state, before the arguments of the forward
