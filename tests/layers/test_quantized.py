@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.comparison import assert_error
 from support.model_cases import small_block, small_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -292,7 +293,7 @@ def test_joined_layers_equal_the_single_ones(bits, group, bias):
         assert as_one and not together(alone, x)[1]
         for y, module, other in zip(got, modules, alone):
             with torch.no_grad():
-                torch.testing.assert_close(y, other(x), rtol=0, atol=0 if rows < 64 else 1e-6)
+                assert_error("y", y, other(x), 0 if rows < 64 else 1e-6)  # of many rows torch's product, in any order
                 torch.testing.assert_close(module(x), other(x), rtol=0, atol=0)
     modules[1].quantize_weight_(torch.ones(5, 128))
     got, as_one = together(modules, x)
