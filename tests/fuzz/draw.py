@@ -169,7 +169,7 @@ def _delta_sizes(draw: Draw, B: int, T: int, l2norm: bool) -> _Sizes:
             # A normalised vector of one or two elements has a direction that it can hardly leave: its true gradient is
             # all cancellation.
             K = max(K, 3)
-        if B * T * Hk * group * K * V <= WORK or Hk * group * K * V <= 8192:
+        if B * T * Hk * group * K * V <= (4 * WORK if draw.kernel else WORK) or Hk * group * K * V <= 8192:
             return _Sizes(B, T, Hk, Hk * group, K, V)
 
 
