@@ -14,7 +14,7 @@ from benchmarks.shapes import Shape
 
 FP32, BF16 = 0, 2  # Dtype
 IMAGE = 2 * 5120 + 6 * 256  # bytes that prepare hands to sweep for a chunk and head
-BACKWARD_IMAGE = IMAGE + 3 * 256 + 5120
+BACKWARD_IMAGE = IMAGE + 3 * 256
 BEHIND_MAPS = 0x280 + 3 * 128  # three tensor maps, aligned to 128 bytes
 VALUES = 64  # value columns of a consumer of sweep
 
@@ -142,7 +142,7 @@ SWEEPS = {
     "outputs": "chunk_sweep_kernel.*SweepConfigILi{K}ELNS0_9SweepPassE0E",
     "cuts": "chunk_sweep_kernel.*SweepConfigILi{K}ELNS0_9SweepPassE1E",
     "states": "chunk_sweep_kernel.*SweepConfigILi{K}ELNS0_9SweepPassE2E",
-    "reverse": "chunk_reverse_kernel.*ReverseConfigILi{K}E",
+    "reverse": r"chunk_reverse_kernel.*ReverseConfigILi{K}E\w+bf16E",
 }
 
 
@@ -179,7 +179,7 @@ def sweep(build: Build, shape: Shape, which: str, turns: int = 40) -> Timed:
 
 def prepare(build: Build, shape: Shape, count: int = 12, backward: bool = False) -> Timed:
     """Cycles per CTA, of a chunk and a key head; `count` on each multiprocessor."""
-    graph, registers = build.find(rf"chunk_prepare_kernel.*PrepareConfigILi{shape.K}E\w+Lb{int(backward)}E")
+    graph, registers = build.find(rf"chunk_prepare_kernel.*PrepareConfigILi{shape.K}E\w+bf16ELb{int(backward)}E")
     heads = shape.H // shape.Hk
     way = Way("HGMMA|LDG|UBLKCP", "(?!)", (Work(r"UBLKCP\.G", heads),), build.chunked("PrepareArguments", shape))
     copied = 2 * CHUNK * shape.K * 2
@@ -191,7 +191,7 @@ def prepare(build: Build, shape: Shape, count: int = 12, backward: bool = False)
 
 def gradients(build: Build, shape: Shape, turns: int = 10) -> Timed:
     """Cycles of a chunk and key head whose copies are there when they are needed."""
-    graph, _ = build.find(rf"chunk_gradients_kernel.*GradientConfigILi{shape.K}E")
+    graph, _ = build.find(rf"chunk_gradients_kernel.*GradientConfigILi{shape.K}E\w+bf16E")
     tiles = -(-shape.V // VALUES)
 
     def way_of(item: Loop) -> Way:

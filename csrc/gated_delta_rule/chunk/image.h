@@ -60,7 +60,6 @@ static_assert(kTriangleBytes == 5120 && kImageBytes % 16 == 0);
 // What it leaves for the backward: the same, but P'' = diag(scale |q_i|) P' in P's place and in the dtype of q, so that
 // dO meets it as it is, and behind it
 //   gates  Gate::count times [C] fp32
-//   T'     without its diagonal of ones, in the dtype of q, for products with gradients
 enum Gate : int {
   kSumCoarse,  // c, split (prepare.cuh)
   kSumFine,
@@ -68,8 +67,7 @@ enum Gate : int {
   kGates
 };
 constexpr int kGatesAt = kImageBytes;
-constexpr int kOtherInverseAt = kGatesAt + kGates * kVectorBytes;
-constexpr int kBackwardImageBytes = kOtherInverseAt + kTriangleBytes;
+constexpr int kBackwardImageBytes = kGatesAt + kGates * kVectorBytes;
 static_assert(kBackwardImageBytes % 128 == 0);
 
 namespace proof {

@@ -301,20 +301,6 @@ __device__ void write_vectors(const PrepareArguments& p, PrepareShared<Config>& 
   }
 }
 
-// T' without its diagonal, in the dtype of q.
-template <class Config>
-__device__ void convert_inverse(PrepareShared<Config>& shared, int thread) {
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(shared.image);
-  uint32_t* to = reinterpret_cast<uint32_t*>(shared.image + kOtherInverseAt);
-#pragma unroll 2
-  for (int i = 0; i < kTriangleBytes / 4; i += kWarpgroup) {
-    const float2 both = unpack<f16>(from[i + thread]);
-    to[i + thread] = pack<typename Config::Element>(both.x, both.y);
-  }
-  __syncthreads();
-  if (thread < C) *reinterpret_cast<uint16_t*>(shared.image + kOtherInverseAt + image_offset(thread, thread)) = 0;
-}
-
 constexpr int kGateWarp = kBlocks - 1;  // it has nothing to do in invert_column
 
 // Value head h, whose c and beta are in shared memory; leaves those of the next one there.
@@ -337,10 +323,6 @@ __device__ void prepare_head(const PrepareArguments& p, const PreparePlace& at, 
   __syncthreads();
   invert_column(shared.inverse, shared.image, thread);
   if (warp == kGateWarp && !last) sum_gates(next, shared.c, shared.beta);
-  if constexpr (Config::backward) {
-    __syncthreads();
-    convert_inverse(shared, thread);
-  }
   fence_proxy_async();
   __syncthreads();
   if (thread == 0) {

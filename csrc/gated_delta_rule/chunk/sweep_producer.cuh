@@ -39,8 +39,7 @@ __device__ void load_chunks(const SweepArguments& p, const SweepMaps& maps, cons
         tma_load(stage.v[group], maps.v, loaded, CacheHint::evict_first, column + group * kRows, h, token, row);
 #pragma unroll
     for (int panel = 0; panel < kBlocks; ++panel) {
-      cp_async_bulk_load(stage.t + panel_in_tile(panel), image + Config::inverse_at + panel_in_image(panel),
-                         stored_bytes(panel), loaded);
+      cp_async_bulk_load(stage.t + panel_in_tile(panel), image + panel_in_image(panel), stored_bytes(panel), loaded);
       if constexpr (Config::outputs)
         cp_async_bulk_load(stage.p + panel_in_tile(panel), image + kTriangleBytes + panel_in_image(panel),
                            stored_bytes(panel), loaded);
@@ -103,6 +102,14 @@ __device__ void normalise_rows(SweepStage<Config>& stage, int count, int thread)
       *reinterpret_cast<uint4*>(at + panel * Config::Rows::panel_bytes) = make_uint4(0, 0, 0, 0);
 }
 
+// T' - I from T', by the normalisers; the 16 elements of a block lie in different banks.
+__device__ inline void clear_diagonal(char* t, int thread) {
+  if (thread % 32 >= kBlock) return;
+#pragma unroll
+  for (int i = thread / 32 * kBlock + thread % 32; i < C; i += kNormalisers / 32 * kBlock)
+    *reinterpret_cast<uint16_t*>(t + SquareTile::offset(i, i)) = 0;
+}
+
 template <class Config>
 __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work, SweepShared<Config>& shared) {
   const int thread = threadIdx.x - 32;
@@ -112,9 +119,10 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
     shared.ring.full[at.stage].wait(at.parity);
     const int count = work.count(Config::reverse ? work.chunks - 1 - chunk : chunk);
     if (count < C) clear_values<Config>(stage, count, thread);
-    if constexpr (Config::reverse)
+    if constexpr (Config::reverse) {
       normalise_rows<Config, typename Config::Operand>(stage, count, thread);
-    else if (p.dtype == Dtype::bf16)
+      clear_diagonal(stage.t, thread);
+    } else if (p.dtype == Dtype::bf16)
       normalise_rows<Config, bf16>(stage, count, thread);
     else
       normalise_rows<Config, f16>(stage, count, thread);

@@ -36,7 +36,6 @@ struct SweepConfig {
   static constexpr bool outputs = pass == SweepPass::outputs, cuts = pass == SweepPass::cuts,
                         states = pass == SweepPass::states;
   static constexpr bool reverse = false;
-  static constexpr int inverse_at = 0;  // in the image
   using Operand = f16;
   static constexpr int stages = K <= 128 ? 3 : 2;  // what fits
   // k16 steps of S^T held as A operands: all, or what fits

@@ -155,20 +155,46 @@ __device__ void multiply_square(typename Config::Keys& d, const Square& a, const
     Mma::ss(d, a.at(0, step * Mma::K), x.at(part * Config::P, step * Mma::K), true);
 }
 
-template <bool query, class Config>
-__device__ void multiply_chunk(GradientShared<Config>& shared, typename Config::Keys& d, int part) {
+// dQ += dP K   [C, P]: dP as two numbers in the dtype of q, what rounding leaves as the second. Where keys resemble
+// each other the sum over them is what large terms leave.
+template <class Config>
+__device__ void multiply_by_keys(GradientShared<Config>& shared, typename Config::Keys& d,
+                                 const typename Config::Tokens& dp, int part) {
+  using Mma = typename Config::MmaRows;
+  using Element = typename Config::Element;
+  const typename Config::ColumnsOperand k(shared.k);
+  uint32_t high[kSteps][4], low[kSteps][4];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    accumulator_to_a_fragment<Element>(high[step], dp, step);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 rounded = unpack<Element>(high[step][i]);
+      low[step][i] = pack<Element>(dp[8 * step + 2 * i] - rounded.x, dp[8 * step + 2 * i + 1] - rounded.y);
+    }
+  }
+  wgmma_fence(d, high, low);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    Mma::rs(d, high[step], k.at(part * Config::P, step * Mma::K), true);
+    Mma::rs(d, low[step], k.at(part * Config::P, step * Mma::K), true);
+  }
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(d);
+  wgmma_hold_operand(high), wgmma_hold_operand(low);
+}
+
+// dK += dM K + dM^T K + dP^T Q   [C, P]
+template <class Config>
+__device__ void multiply_by_rows(GradientShared<Config>& shared, typename Config::Keys& d, int part) {
   using Rows = typename Config::MmaRows;
   using Transposed = typename Config::MmaTransposed;
-  using Square = typename Config::SquareOperand;
   using SquareTransposed = typename Config::SquareTransposed;
   wgmma_fence(d);
-  if constexpr (query) {
-    multiply_square<Rows, Config>(d, Square(shared.p_key), shared.k, part);  // dQ += dP K
-  } else {
-    multiply_square<Rows, Config>(d, Square(shared.m_key), shared.k, part);                    // dK += dM K
-    multiply_square<Transposed, Config>(d, SquareTransposed(shared.m_row), shared.k, part);    // dK += dMᵀ K
-    multiply_square<Transposed, Config>(d, SquareTransposed(shared.p_query), shared.q, part);  // dK += dPᵀ Q
-  }
+  multiply_square<Rows, Config>(d, typename Config::SquareOperand(shared.m_key), shared.k, part);  // dM K
+  multiply_square<Transposed, Config>(d, SquareTransposed(shared.m_row), shared.k, part);          // dMᵀ K
+  multiply_square<Transposed, Config>(d, SquareTransposed(shared.p_query), shared.q, part);        // dPᵀ Q
   wgmma_commit_group();
   wgmma_wait_group<0>();
   wgmma_fence_operand(d);
@@ -228,11 +254,14 @@ __device__ void keep(const typename Config::Keys& d, float* kept) {
   for (int r = 0; r < Config::MmaState::registers; ++r) kept[r * kWarpgroup] = d[r];
 }
 
-// A part of a head: dq or dk, with `keep` in memory.
+// A part of a head: dq or dk, with `keep` in memory; a: dP, of the query.
 template <bool query, class Config>
 __device__ void finish_part(GradientConsumer<Config>& self, const GradientThread<Config>& me, typename Config::Keys& d,
-                            int part, bool add, bool keep_it) {
-  multiply_chunk<query>(self.shared, d, part);
+                            const typename Config::Tokens& a, int part, bool add, bool keep_it) {
+  if constexpr (query)
+    multiply_by_keys(self.shared, d, a, part);
+  else
+    multiply_by_rows(self.shared, d, part);
   if (!add && !keep_it) return;
   float* const kept = self.accumulators(part, query ? 0 : 1, me.thread);
   if (add) add_kept<Config>(d, kept);
@@ -257,15 +286,19 @@ __device__ void gradients_of_head(GradientConsumer<Config>& self, const Gradient
       if (i == 0) wait_for_rows(self, at.count);
       shared.vectors_loaded.wait(self.head);
     }
-    if constexpr (query)
+    typename Config::Tokens x;
+    if constexpr (query) {
+      if (part == 0) multiply_rows<Config>(x, shared.q, shared.k);  // Q Kᵀ   [C, C], beside the sums
       finish_reading(me, d, part);
-    else
+    } else {
       finish_reading(me, d, stored, part);
+      if (part == 0) multiply_rows<Config>(x, shared.k, shared.k);  // K Kᵀ   [C, C]
+    }
     if (part == 0) {
-      square_products<query>(me, a);
+      square_products<query>(me, a, x);
       sync_consumers();
     }
-    finish_part<query>(self, me, d, part, i > 0, kept);
+    finish_part<query>(self, me, d, a, part, i > 0, kept);
   }
   if (query && me.thread / 32 == 0) shared.through_summed.wait(self.head);
   sync_consumers();

@@ -87,10 +87,9 @@ struct GradientShared {
   union {                       // one after the other
     float w[2][C][kSumStride];  // W is their sum
     struct {
-      alignas(kTileAlign) char p_key[Config::Square::bytes];    // dP_ij |k_j| factors: for dQ
       alignas(kTileAlign) char p_query[Config::Square::bytes];  // dP_ij |q_i| factors: for dK, transposed
-      alignas(kTileAlign) char m_key[Config::Square::bytes];    // dM_ij, likewise
-      alignas(kTileAlign) char m_row[Config::Square::bytes];
+      alignas(kTileAlign) char m_key[Config::Square::bytes];    // dM_ij |k_j| factors: for dK
+      alignas(kTileAlign) char m_row[Config::Square::bytes];    // dM_ij |k_i| factors, transposed
     };
     alignas(kTileAlign) char output[2][Config::OutputRows::bytes];
   };

@@ -104,7 +104,7 @@ __device__ void clear(float (&x)[n]) {
   for (int r = 0; r < n; ++r) x[r] = 0;
 }
 
-// d = A B^T over the key columns of rows in shared memory   [C, C]
+// d = A B^T over the key columns of rows in shared memory   [C, C]; in flight on return.
 template <class Config>
 __device__ void multiply_rows(typename Config::Tokens& d, const char* a, const char* b) {
   using Mma = typename Config::MmaSquare;
@@ -114,8 +114,6 @@ __device__ void multiply_rows(typename Config::Tokens& d, const char* a, const c
   for (int step = 0; step < Config::K / Mma::K; ++step)
     Mma::ss(d, of_a.at(0, step * Mma::K), of_b.at(0, step * Mma::K), step > 0);
   wgmma_commit_group();
-  wgmma_wait_group<0>();
-  wgmma_fence_operand(d);
 }
 
 // <row, x> over the key columns of a part, of both rows of a thread; in all four threads of a row.
@@ -216,14 +214,16 @@ __device__ void put_rows(char* tile, const float (&x)[registers], int thread) {
   }
 }
 
-// The products of a head within the chunk: W and what follows from it, then dP and dM as operands.
+// The products of a head within the chunk: W and what follows from it, then dP and dM as operands; dP_ij |k_j| factors
+// are left in a. x: Q K^T or K K^T, in flight.
 template <bool query, class Config>
-__device__ void square_products(const GradientThread<Config>& me, typename Config::Tokens& a) {
+__device__ void square_products(const GradientThread<Config>& me, typename Config::Tokens& a,
+                                typename Config::Tokens& x) {
   using Square = typename Config::Square;
   using Element = typename Config::Element;
   auto& shared = me.shared;
-  typename Config::Tokens x;
-  multiply_rows<Config>(x, query ? shared.q : shared.k, shared.k);  // Q Kᵀ or K Kᵀ   [C, C]
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(x);
   const SplitSum c[2] = {me.c(me.row(0)), me.c(me.row(1))};
   const float of_row[2] = {me.template of_row<query>(0), me.template of_row<query>(1)};
   for_each_pair(me, [&](int r, int i, int j) {
@@ -251,8 +251,11 @@ __device__ void square_products(const GradientThread<Config>& me, typename Confi
     a[r] = finite_operand<Element>(a[r] * of_operand_row[r / 2 % 2]);
     a[r + 1] = finite_operand<Element>(a[r + 1] * of_operand_row[r / 2 % 2]);
   });
-  put_rows<Square, Element>(query ? shared.p_key : shared.m_key, x, me.thread);
+  if constexpr (!query) put_rows<Square, Element>(shared.m_key, x, me.thread);
   put_rows<Square, Element>(query ? shared.p_query : shared.m_row, a, me.thread);
+  if constexpr (query)
+#pragma unroll
+    for (int r = 0; r < Config::MmaSquare::registers; ++r) a[r] = x[r];
   fence_proxy_async();
 }
 

@@ -8,8 +8,9 @@
 //   dV = B + B (T' - I)
 //   dS = e^{c_C} dS + dO^T Q'' - (e^{c_j} dV) K
 // with Q'' = scale e^{c_i} times rows of Q, P'' = diag(scale |q_i|) P'. Rows of K are as in memory, so exact, and what
-// makes them K is a factor of columns; B, whose product with I is exact too, stays in fp32. P'' and T' are MN-major
-// here, from the tiles that sweep has K-major.
+// makes them K is a factor of columns. P'' and T' are MN-major here, from the tiles that sweep has K-major. T' is fp16
+// as there, and B meets it in fp16, each of its rows at a scale of its own: where keys resemble each other dV is what
+// large terms leave, and bf16 would leave 8 times the error. B, whose product with I is exact, stays in fp32.
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk/backward/finite_operand.cuh"
@@ -22,7 +23,6 @@ struct ReverseConfig {
   static constexpr int K = K_;
   using Operand = Element;
   static constexpr bool outputs = true, cuts = false, states = true, reverse = true;
-  static constexpr int inverse_at = kOtherInverseAt;
   static constexpr int stages = K <= 96 ? 3 : 2;  // what fits
   // As in sweep, k16 steps of dS^T held as A operands.
   static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;
@@ -34,10 +34,12 @@ struct ReverseConfig {
   using Rows = OperandTile<Element, swizzle, Major::k, C, K>;
   using RowsOperand = MatrixDescriptor<Rows>;
   using ColumnsOperand = MatrixDescriptor<OperandTile<Element, swizzle, Major::mn, K, C>>;
-  using SquareColumns = MatrixDescriptor<OperandTile<Element, Swizzle::b32, Major::mn, C, C>>;
-  static_assert(SquareColumns::Tile::offset(5, 40) == SquareTile::offset(40, 5));
+  template <class Square>
+  using SquareColumns = MatrixDescriptor<OperandTile<Square, Swizzle::b32, Major::mn, C, C>>;
+  static_assert(SquareColumns<f16>::Tile::offset(5, 40) == SquareTile::offset(40, 5));
   using Mma = Wgmma<Element, C>;
   using MmaSquare = Wgmma<Element, C, Major::k, Major::mn>;
+  using MmaInverse = Wgmma<f16, C, Major::k, Major::mn>;
   using MmaState = Wgmma<Element, K, Major::k, Major::mn>;
   using Tokens = typename Mma::Accumulator;
   using State = typename MmaState::Accumulator;
@@ -122,6 +124,51 @@ __device__ float2 key_columns(const SweepStage<Config>& stage, Vector vector, in
   return make_float2(factor.x * inverse.x, factor.y * inverse.y);
 }
 
+// Powers of two for the two rows that a thread has of B, which bring the largest number of each to [2^14, 2^15): fp16
+// then has 11 bits of all that is above 2^-28 of it.
+template <class Config>
+__device__ void row_scales(float (&scale)[2], float (&inverse)[2], const typename Config::Tokens& b) {
+  constexpr int chains = 8, registers = Config::Mma::registers;  // four a row: one alone would wait for itself
+  float most[chains] = {};
+#pragma unroll
+  for (int at = 0; at < registers; ++at) most[at % chains] = fmaxf(most[at % chains], fabsf(b[at]));
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const float *pair = most + 2 * e, *other = pair + 4;
+    float largest = fmaxf(fmaxf(pair[0], pair[1]), fmaxf(other[0], other[1]));
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    constexpr uint32_t bias = 127, up = 14, most_field = 2 * bias - 1;  // exponents; the inverse of the last is normal
+    const uint32_t wanted = 2 * bias + up - (__float_as_uint(largest) >> 23);
+    const uint32_t field = wanted < most_field ? wanted : most_field;
+    scale[e] = __uint_as_float(field << 23), inverse[e] = __uint_as_float((2 * bias - field) << 23);
+  }
+}
+
+// dV^T = B + B (T' - I)   [64, C]
+template <class Config>
+__device__ void multiply_inverse(typename Config::Tokens& b, const SweepStage<Config>& stage) {
+  using Mma = typename Config::MmaInverse;
+  const typename Config::template SquareColumns<f16> t(stage.t);
+  float scale[2], inverse[2];
+  row_scales<Config>(scale, inverse, b);
+#pragma unroll
+  for (int at = 0; at < Mma::registers; ++at) b[at] *= scale[at / 2 % 2];
+  uint32_t y[kSteps][4];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) accumulator_to_a_fragment<f16>(y[step], b, step);
+  wgmma_fence(b, y);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) Mma::rs(b, y[step], t.at(0, step * Mma::K), true);
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(b);
+  wgmma_hold_operand(y);
+#pragma unroll
+  for (int at = 0; at < Mma::registers; ++at) b[at] *= inverse[at / 2 % 2];
+}
+
 // dV for memory and -e^{c_j} dV, over |k_j| with l2norm, for dS, as A operands.
 template <class Config>
 __device__ void value_gradients(uint32_t (&dv)[kSteps][4], uint32_t (&to_state)[kSteps][4],
@@ -146,7 +193,7 @@ __device__ void reverse_chunk(typename Config::State& s, const SweepArguments& p
                               const SweepThread& me, int chunk) {
   using MmaSquare = typename Config::MmaSquare;
   using MmaState = typename Config::MmaState;
-  const typename Config::SquareColumns t(stage.t), pp(stage.p);
+  const typename Config::template SquareColumns<typename Config::Operand> pp(stage.p);
   const typename Config::ColumnsOperand k(stage.k), q(stage.q);
   const bool outputs = !p.cuts;
   typename Config::Tokens b;
@@ -197,18 +244,10 @@ __device__ void reverse_chunk(typename Config::State& s, const SweepArguments& p
     wgmma_wait_group<0>();
   }
   wgmma_fence_operand(b);
-  uint32_t y[kSteps][4];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) accumulator_to_a_fragment<typename Config::Operand>(y[step], b, step);
-  wgmma_fence(b, y);
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    MmaSquare::rs(b, y[step], t.at(0, step * MmaSquare::K), true);  // dVᵀ = B + B (T' - I)   [64, C]
-  wgmma_commit_group();
-  wgmma_wait_group<0>();
-  wgmma_fence_operand(b), wgmma_fence_operand(s);
-  wgmma_hold_operand(y), wgmma_hold_operand(g);
-  uint32_t to_state[kSteps][4];
+  multiply_inverse<Config>(b, stage);
+  wgmma_fence_operand(s);
+  wgmma_hold_operand(g);
+  uint32_t y[kSteps][4], to_state[kSteps][4];
   value_gradients<Config>(y, to_state, b, stage, me.thread);
   wgmma_fence(s, to_state);
 #pragma unroll
