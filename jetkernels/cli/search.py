@@ -138,7 +138,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", type=Path, required=True, help="folder of a Qwen2/Qwen2.5 checkpoint, or of `search base`"
+        "--base", type=Path, required=True, help="folder of `search base`, or of a Llama, Qwen2 or Qwen3 checkpoint"
     )
     _add_scoring(parser)
 

@@ -44,6 +44,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+# Stored in older Llama checkpoints; they follow from the config.
+_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # The kinds of stored weights, by their names in the files, that are numbers as they stand.
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -98,7 +100,8 @@ class SavedModel:
         self._config = parse_json(_needed(folder, CONFIG_FILE), f"checkpoint: {self.path / CONFIG_FILE}")
         self._opened: dict[str, Any] = {}  # safetensors' files
         self._names: dict[str, frozenset[str]] = {}
-        self._file_of = self._weight_files(folder)
+        files = self._weight_files(folder)
+        self._file_of = {name: file for name, file in files.items() if not _FREQUENCIES.fullmatch(name)}
 
     def _weight_files(self, folder: OpenFolder) -> dict[str, str]:
         """Parameter name -> file that holds it, for a folder with an index or a single weight file."""

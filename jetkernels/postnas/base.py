@@ -1,4 +1,4 @@
-"""Base models of a search: full attention in every layer. Published Qwen2 checkpoints, or a small one trained here."""
+"""Base models of a search, full attention in every layer: published ones, or a small one trained here."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.types import Device
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
+from jetkernels.model.architectures import published_config
 from jetkernels.model.checkpoint import load_folder, read_folder_config
-from jetkernels.model.qwen2 import qwen2_config
 
 from .data import Loader, RowSource, TextCorpus, Windows
 from .tasks import Copy, Recall
@@ -41,7 +41,7 @@ def from_pretrained(
     device: Device = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> JetNemotronForCausalLM:
-    """A full-attention base from a local folder: a published Qwen2/Qwen2.5 checkpoint, or one that this library saved.
+    """A full-attention base from a local folder: a published Llama, Qwen2 or Qwen3, or one that this library saved.
 
     Args:
         folder: of the checkpoint.
@@ -65,7 +65,8 @@ def read_config(folder: str | Path) -> JetNemotronConfig:
 
 
 def _base_config(values: Mapping) -> JetNemotronConfig:
-    config = JetNemotronConfig.from_dict(values) if values.get("model_type") == "jet_nemotron" else qwen2_config(values)
+    ours = values.get("model_type") == "jet_nemotron"
+    config = JetNemotronConfig.from_dict(values) if ours else published_config(values)
     check_base(config)
     return config
 
