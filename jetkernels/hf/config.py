@@ -89,7 +89,8 @@ class JetNemotronConfig(PreTrainedConfig):
         values |= rotary_fields(values)  # refuses rotations that are not computed
         del values["rope_parameters"]
         values.pop("sliding_window", None)
-        for name, meant in network.UNPUBLISHED.items():
+        # transformers warns of `rope_scaling` where it reads a config as one of any model.
+        for name, meant in (network.UNPUBLISHED | {"rope_scaling": None}).items():
             if values.get(name) is meant:
                 del values[name]
         return values

@@ -71,8 +71,8 @@ _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a path names a GGUF file."""
-    return Path(path).suffix.lower() == SUFFIX
+    """Whether a path names a GGUF file; whether there is one is not asked."""
+    return Path(path).suffix.lower() == SUFFIX and not Path(path).is_dir()
 
 
 class GgufFile(StoredModel):

@@ -54,7 +54,8 @@ class Tokenizer:
                 found = companions
         content = found.pop(TOKENIZER_FILE, None)
         if content is None:
-            raise FileNotFoundError(f"tokenizer: {folder} has no {TOKENIZER_FILE}")
+            what = "tokenizer" if is_gguf(folder) else TOKENIZER_FILE
+            raise FileNotFoundError(f"tokenizer: {folder} has no {what}")
         path = Path(folder) / TOKENIZER_FILE
         try:
             backend = _library().Tokenizer.from_buffer(content)

@@ -47,6 +47,7 @@ def test_scaled_rotations_are_named_as_transformers_does():
     assert config.rope_parameters == LLAMA3 | {"rope_theta": 1e6} and config.attention_bias is False
     assert config.to_dict()["rope_scaling"] == LLAMA3 and "use_qk_norm" not in config.to_dict()
     assert hf.JetNemotronConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert "rope_scaling" not in hf.JetNemotronConfig(**small_config().to_dict()).to_dict()
 
 
 def test_defaults_are_ours():

@@ -6,7 +6,7 @@ import torch
 import transformers
 from support.gguf_cases import ARCHITECTURES, LLAMA32, VOCAB, drawn, gguf, write_gguf
 
-from jetkernels.model import JetNemotronForCausalLM
+from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.model.gguf_file import GgufFile
 from jetkernels.postnas import from_pretrained
 from jetkernels.postnas.base import read_config
@@ -160,6 +160,10 @@ def test_what_is_no_such_file_is_named(llama, tmp_path):
         from_pretrained(tmp_path / "other.gguf")
     with pytest.raises(ValueError, match="model_type must be jet_nemotron, got 'llama'"):
         JetNemotronForCausalLM.from_pretrained(llama)
+    from_pretrained(llama).save_pretrained(tmp_path / "folder.gguf")
+    assert from_pretrained(tmp_path / "folder.gguf").config.num_hidden_layers == 2
+    with pytest.raises(FileNotFoundError, match=r"bare\.gguf has no tokenizer$"):
+        Tokenizer.from_pretrained(write_gguf(tmp_path / "bare.gguf", drawn("llama"), tokenizer={}))
 
 
 def test_without_the_package_its_extra_is_named(llama, monkeypatch):
