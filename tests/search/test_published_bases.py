@@ -8,10 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.model_cases import stir_
+from support.postnas_cases import TINY_JET
 
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.model.architectures import DEFAULTS, published_config
-from jetkernels.postnas import from_pretrained
+from jetkernels.postnas import SuperNetwork, export, from_pretrained
 
 transformers.utils.logging.disable_progress_bar()
 SIZES = {
@@ -182,6 +183,24 @@ def test_saved_here_a_base_is_the_same_and_a_model(name, tmp_path):
     stored = load_file(tmp_path / "published" / "model.safetensors")
     assert stored.keys() == load_file(tmp_path / "ours" / "model.safetensors").keys()
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in stored.items())
+
+
+@each
+@torch.no_grad()
+def test_a_hybrid_of_it_is_exported_whole(name, tmp_path):
+    """The windowed path is the layer's attention, its norms of q and k and its scaling too."""
+    published_folder(tmp_path / "published", PUBLISHED[name])
+    base = from_pretrained(tmp_path / "published")
+    network = SuperNetwork(base, TINY_JET, window_size=7)
+    export(network, ("swa", "jet"), tmp_path / "hybrid")
+    hybrid = JetNemotronForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert hybrid.config.layer_types == ["swa", "jet"]
+    for key in ("use_qk_norm", "attention_bias", "rope_scaling", "rope_theta", "head_dim"):
+        assert getattr(hybrid.config, key) == getattr(base.config, key), key
+    ids = torch.randint(50, (1, 40), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(hybrid(ids).logits, network(ids, ("swa", "jet")), rtol=0, atol=1e-5)
+    wide = SuperNetwork(base, TINY_JET, window_size=40)
+    torch.testing.assert_close(wide(ids, ("swa", "attn")), base(ids).logits, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)
