@@ -3,6 +3,7 @@
 Source: Jet-Nemotron (arXiv 2508.15884); key names as in its published checkpoints.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,24 +19,46 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of x [B, heads, T, d]: token t turns the pair (i, i + d/2) by the angle t theta^(-2i/d)."""
+def llama3_frequency(frequency: float, scaling: Mapping) -> float:
+    """A rotary frequency under ``rope_type`` llama3: slow ones lower, fast ones as they are, a ramp in between."""
+    factor, low, high = (scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    if turns <= low:
+        return frequency / factor
+    if turns >= high:
+        return frequency
+    ramp = (turns - low) / (high - low)
+    return (1 - ramp) * frequency / factor + ramp * frequency
+
+
+def rotate(x: Tensor, theta: float, scaling: Mapping | None = None) -> Tensor:
+    """Rotary embedding of x [B, heads, T, d]: token t turns the pair (i, i + d/2) by the angle t theta^(-2i/d).
+
+    With ``scaling``, the ``rope_scaling`` of a config, by the angle of `llama3_frequency`.
+    """
     T, d = x.shape[-2:]
     frequency = theta ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
+    if scaling is not None:
+        frequency = frequency.new_tensor([llama3_frequency(f, scaling) for f in frequency.tolist()])
     angle = torch.arange(T, dtype=x.dtype, device=x.device)[:, None] * frequency
     first, second = x.chunk(2, -1)
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
 
 
-def attention(
-    x: Tensor, w: Mapping[str, Tensor], heads: int, kv_heads: int, theta: float, window: int | None
-) -> Tensor:
+def attention(x: Tensor, w: Mapping[str, Tensor], config: Mapping, window: int | None) -> Tensor:
     """Attention over x [B, T, C]: query i sees key j when 0 <= i - j, and i - j < window where there is one."""
     T = x.shape[1]
-    q, k, v = (x @ w[f"{name}_proj.weight"].mT + w[f"{name}_proj.bias"] for name in "qkv")
-    q = rotate(q.unflatten(-1, (heads, -1)).transpose(1, 2), theta)
-    k = rotate(k.unflatten(-1, (kv_heads, -1)).transpose(1, 2), theta).repeat_interleave(heads // kv_heads, 1)
-    v = v.unflatten(-1, (kv_heads, -1)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    theta, scaling = float(config.get("rope_theta", 1e6)), config.get("rope_scaling")
+    q, k, v = (x @ w[f"{name}_proj.weight"].mT for name in "qkv")
+    if config.get("attention_bias", True):
+        q, k, v = (y + w[f"{name}_proj.bias"] for y, name in zip((q, k, v), "qkv"))
+    q, k, v = (y.unflatten(-1, (n, -1)).transpose(1, 2) for y, n in zip((q, k, v), (heads, kv_heads, kv_heads)))
+    if config.get("use_qk_norm", False):
+        eps = float(config.get("rms_norm_eps", 1e-6))
+        q, k = (rms_norm(y, w[f"{name}_norm.weight"], eps, x.dtype) for y, name in zip((q, k), "qk"))
+    q, k = rotate(q, theta, scaling), rotate(k, theta, scaling)
+    k, v = (y.repeat_interleave(heads // kv_heads, 1) for y in (k, v))
     distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
     visible = (distance >= 0) & (distance < (T if window is None else window))
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
@@ -59,8 +82,7 @@ def hybrid(
         dtype: what everything is computed in, and what is returned.
     """
     w = {name: value.to(dtype) for name, value in state_dict.items()}
-    eps, theta = float(config.get("rms_norm_eps", 1e-6)), float(config.get("rope_theta", 1e6))
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    eps = float(config.get("rms_norm_eps", 1e-6))
     efficient = config["efficient_attention_config"]
     h = w["model.embed_tokens.weight"][input_ids]
     for i, kind in enumerate(config["layer_types"]):
@@ -71,7 +93,7 @@ def hybrid(
             mixed = jet_block(x, under(layer, "self_attn."), norm_eps=norm_eps, dtype=dtype)[0]
         else:
             window = efficient["swa"]["window_size"] if kind == "swa" else None
-            mixed = attention(x, under(layer, "self_attn."), heads, kv_heads, theta, window)
+            mixed = attention(x, under(layer, "self_attn."), config, window)
         h = h + mixed
         h = h + mlp(rms_norm(h, layer["post_attention_layernorm.weight"], eps, dtype), under(layer, "mlp."))
     h = rms_norm(h, w["model.norm.weight"], eps, dtype)

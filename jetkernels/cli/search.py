@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from jetkernels.postnas import OBJECTIVES, join_ranks
+from jetkernels.postnas.base import PACKAGES
 from jetkernels.postnas.blocks import BLOCKS
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.design import DESIGNS
@@ -40,7 +41,11 @@ Add = Callable[[argparse.ArgumentParser], None]
 def stages() -> dict[str, tuple[str, Add, type[StageOptions]]]:
     """Name of a subcommand -> what it does, what adds its options, and what it runs; in the order of the pipeline."""
     return {
-        "base": ("train a small full-attention model on real text, to search on a CPU", _add_sizes, BaseStage),
+        "base": (
+            "the full-attention model to start from: train a small one on real text, or take a pre-trained one",
+            _add_base,
+            BaseStage,
+        ),
         "placement": (
             "stage 1: which layers keep full attention, which get a sliding window",
             _add_placement,
@@ -113,6 +118,20 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed)
 
 
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    _add_pretrained(parser)
+    _add_sizes(parser)
+
+
+def _add_pretrained(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pretrained",
+        metavar="MODEL",
+        help=f"take this one: {', '.join(PACKAGES)} (of an installed package); or a folder or a GGUF file of a Llama, "
+        "Qwen2 or Qwen3 (default: train a small one)",
+    )
+
+
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=integer(1, 1000), help="of the small base (default %(default)s)")
     parser.add_argument("--hidden-size", type=integer(1, 2**16), help="of the small base (default %(default)s)")
@@ -138,7 +157,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", type=Path, required=True, help="folder of a Qwen2/Qwen2.5 checkpoint, or of `search base`"
+        "--base", type=Path, required=True, help="folder of `search base`, or folder or GGUF file of a published model"
     )
     _add_scoring(parser)
 
@@ -218,7 +237,8 @@ def _add_final(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_all(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=Path, help="folder of a base (default: train a small one)")
+    parser.add_argument("--base", type=Path, help="folder of a base, from which the search goes on")
+    _add_pretrained(parser)
     parser.add_argument("--full", type=integer(0, 10**4), help="layers that keep full attention (default %(default)s)")
     parser.add_argument(
         "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"

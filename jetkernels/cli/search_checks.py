@@ -11,12 +11,13 @@ from jetkernels._optional import optional
 from jetkernels.model import JetNemotronConfig, Tokenizer
 from jetkernels.modules import JetBlock
 from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
-from jetkernels.postnas.base import read_config, small_config
+from jetkernels.postnas.base import pretrained_path, read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.options import Integers, ShapeOptions, SizeOptions, StageOptions, TaskOptions
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
 from jetkernels.postnas.stages import (
+    BaseStage,
     ComparisonOptions,
     FinalStage,
     PlacementStage,
@@ -102,7 +103,11 @@ def _check_layers(stage: StageOptions, layers: int) -> None:
 
 def _base_config(stage: StageOptions) -> JetNemotronConfig:
     """Of the base that is loaded or made."""
-    if (folder := getattr(stage, "base", None)) is not None:
+    folder = getattr(stage, "base", None)
+    if isinstance(stage, BaseStage | Pipeline) and stage.pretrained is not None:
+        _check_pretrained(stage)
+        folder = pretrained_path(stage.pretrained)
+    if folder is not None:
         config = read_config(folder)
         base_tokenizer(folder)
         copies = 1
@@ -122,6 +127,16 @@ def _base_config(stage: StageOptions) -> JetNemotronConfig:
                 f"--model and --base must have one vocabulary, got {student.vocab_size} and {config.vocab_size} tokens"
             )
     return config
+
+
+def _check_pretrained(stage: BaseStage | Pipeline) -> None:
+    """Refuses what means nothing beside --pretrained."""
+    others = [name for name in stage.FOR_TRAINING if getattr(stage, name) != getattr(type(stage), name)]
+    if getattr(stage, "base", None) is not None:
+        others.append("base")
+    if others:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise UsageError(f"--pretrained takes a model as it is and leaves nothing to {options}: give one or the other")
 
 
 def _task_names(stage: StageOptions) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from jetkernels.model import config as network
+from jetkernels.model.rotary import rotary_fields
 
 # Kind of layer in config.json -> its name in transformers, which knows no other.
 LAYER_NAMES = {"jet": "linear_attention", "attn": "full_attention", "swa": "sliding_attention"}
@@ -18,7 +19,8 @@ class JetNemotronConfig(PreTrainedConfig):
     """The values of `jetkernels.model.JetNemotronConfig`, which checks them, and transformers' own.
 
     `layer_types` has transformers' names, linear_attention, full_attention and sliding_attention; the published ones,
-    jet, attn and swa, are read too, and written. So is `rope_theta`, which transformers keeps in `rope_parameters`.
+    jet, attn and swa, are read too, and written. So are `rope_theta` and `rope_scaling`, which transformers keeps in
+    `rope_parameters`.
 
     Attributes:
         sliding_window: tokens that a sliding_attention layer sees, of `efficient_attention_config.swa`; None where
@@ -44,6 +46,8 @@ class JetNemotronConfig(PreTrainedConfig):
     head_dim: int | None = None  # hidden_size / num_attention_heads
     rms_norm_eps: float = _DEFAULT.rms_norm_eps
     rope_parameters: dict | None = None
+    attention_bias: bool = _DEFAULT.attention_bias
+    use_qk_norm: bool = _DEFAULT.use_qk_norm
     initializer_range: float = _DEFAULT.initializer_range
     max_position_embeddings: int = _DEFAULT.max_position_embeddings
     tie_word_embeddings: bool = _DEFAULT.tie_word_embeddings
@@ -82,9 +86,13 @@ class JetNemotronConfig(PreTrainedConfig):
         values = super().to_dict()
         if values.get("layer_types") is not None:
             values["layer_types"] = [_KINDS.get(name, name) for name in values["layer_types"]]
-        values |= network.rope_theta(values)  # refuses scaled rotations, which are not computed
+        values |= rotary_fields(values)  # refuses rotations that are not computed
         del values["rope_parameters"]
         values.pop("sliding_window", None)
+        # transformers warns of `rope_scaling` where it reads a config as one of any model.
+        for name, meant in (network.UNPUBLISHED | {"rope_scaling": None}).items():
+            if values.get(name) is meant:
+                del values[name]
         return values
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.types import Device
 
+from jetkernels.modules import RMSNorm
 from jetkernels.modules.fused import ops_take
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.projections import FusedProjections, apply, project
@@ -18,6 +19,7 @@ from jetkernels.ops import attention_step_
 
 from .attention_cache import AttentionCache, AttentionDraft
 from .layout import TokenLayout
+from .rotary import RotaryScaling
 from .token_mixer import Rotary, TokenMixer
 
 if TYPE_CHECKING:
@@ -32,10 +34,15 @@ ROTATED_TOKENS = 256
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, scaling: RotaryScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cos and sin, fp32 [..., T, 1, head_dim], of positions [..., T]; the two halves of a head share frequencies."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].to(torch.float32) * theta**-exponents
+    frequencies = theta**-exponents
+    if scaling is not None:
+        frequencies = scaling.scale(frequencies)
+    angles = positions[..., None].to(torch.float32) * frequencies
     angles = torch.cat((angles, angles), -1)[..., None, :]
     return angles.cos(), angles.sin()
 
@@ -173,28 +180,38 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(FusedProjections, TokenMixer):
-    """Grouped-query attention: q, k and v with bias, o without, rotary positions, scale head_dim^-0.5.
+    """Grouped-query attention: rotary positions, scale head_dim^-0.5; config.attention_bias, config.use_qk_norm.
+
+        q, k, v = W x (+ b);  q, k = RMSNorm(q), RMSNorm(k) over each head, if asked for;  then rotated
+        y = W_o softmax(q k^T / sqrt(head_dim)) v
 
     A NaN changes no output that does not see its token.
 
     Attributes:
         window: tokens that a query sees, itself included: key j is visible to query i when 0 <= i - j < window. None:
             all that came before it.
+        has_qk_norm: whether there are q_norm and k_norm.
     """
 
     uses_rotary = True
     draft_type = AttentionDraft
     window: int | None = None
+    has_qk_norm = False
 
     def __init__(self, config: JetNemotronConfig, *, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
         H, Hkv, d, C = config.num_attention_heads, config.num_key_value_heads, config.head_size, config.hidden_size
         self.head_dim = d
         self.initializer_range = config.initializer_range
-        self.q_proj = nn.Linear(C, H * d, bias=True, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(C, Hkv * d, bias=True, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(C, Hkv * d, bias=True, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(H * d, C, bias=False, device=device, dtype=dtype)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(C, H * d, bias=config.attention_bias, **options)
+        self.k_proj = nn.Linear(C, Hkv * d, bias=config.attention_bias, **options)
+        self.v_proj = nn.Linear(C, Hkv * d, bias=config.attention_bias, **options)
+        self.o_proj = nn.Linear(H * d, C, bias=False, **options)
+        if config.use_qk_norm:
+            self.has_qk_norm = True
+            self.q_norm = RMSNorm(d, config.rms_norm_eps, **options)
+            self.k_norm = RMSNorm(d, config.rms_norm_eps, **options)
         self.reset_parameters()
         self.fuse()
 
@@ -223,6 +240,9 @@ class Attention(FusedProjections, TokenMixer):
             init_weight_(projection.weight, self.initializer_range)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
+        if self.has_qk_norm:
+            self.q_norm.reset_parameters()
+            self.k_norm.reset_parameters()
 
     def forward(
         self,
@@ -278,9 +298,9 @@ class Attention(FusedProjections, TokenMixer):
         return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of x [..., C]: q [..., H, head_dim], k and v [..., Hkv, head_dim]."""
+        """Of x [..., C]: q [..., H, head_dim], k and v [..., Hkv, head_dim], the first two normed."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(self.projections(), x))
-        return q, k, v
+        return (self.q_norm(q), self.k_norm(k), v) if self.has_qk_norm else (q, k, v)
 
     @staticmethod
     def _refuse_gradients(*projected: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Checkpoints in a local folder: config.json and safetensors weights, one file or shards with an index."""
+"""Checkpoints in a local folder: config.json and safetensors weights, one file or shards with an index.
+
+GGUF files are read as well.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +25,8 @@ from jetkernels.modules.quantized import QuantizedLinear
 from jetkernels.reading import OpenFolder, parse_json, reading
 
 from .config import CONFIG_FILE, DTYPES, JetNemotronConfig
+from .gguf_file import GgufFile, is_gguf
+from .stored import EMBEDDING, FLOATING, TIED_HEAD, StoredModel, misfits, short, some
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
@@ -31,7 +36,6 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model*.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 MANY_LAYERS = 100  # more than weights, and the config is not even tried
-TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # What lies beside the weights and goes where the model goes.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,15 +48,17 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
-# The kinds of stored weights, by their names in the files, that are numbers as they stand.
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Stored in older Llama checkpoints; they follow from the config.
+_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 # ---- loading
 
 
-def opened(folder: str | Path) -> AbstractContextManager[SavedModel]:
-    """The model that a local folder holds, its files open and all of one save, also while others save there.
+def opened(folder: str | Path) -> AbstractContextManager[StoredModel]:
+    """The model that a local folder or a GGUF file holds.
+
+    The files of a folder are open and all of one save, also while others save there.
 
     Raises:
         FileNotFoundError: the folder, config.json or weights are missing; for the name of a model on a hub it says how
@@ -60,6 +66,8 @@ def opened(folder: str | Path) -> AbstractContextManager[SavedModel]:
         OSError: a file cannot be opened.
         ValueError: a file is damaged or is not what it should be.
     """
+    if is_gguf(folder):
+        return nullcontext(GgufFile(folder))
     check_folder(folder, "checkpoint")
     return reading(folder, SavedModel)
 
@@ -84,21 +92,17 @@ def check_folder(folder: str | Path, what: str) -> None:
     raise FileNotFoundError(f"{what}: there is no folder {folder}")
 
 
-class SavedModel:
-    """config.json, weights and companions of a folder, all opened.
-
-    Attributes:
-        path: of the folder, for messages.
-        companions: name -> content of the files beside the weights that go where the model goes (COMPANIONS).
-    """
+class SavedModel(StoredModel):
+    """config.json, weights and companions (COMPANIONS) of a folder, all opened."""
 
     def __init__(self, folder: OpenFolder):
-        self.path = folder.path
+        super().__init__(folder.path, folder.path / CONFIG_FILE)
         self.companions = read_companions(folder, COMPANIONS)
-        self._config = parse_json(_needed(folder, CONFIG_FILE), f"checkpoint: {self.path / CONFIG_FILE}")
+        self.values = parse_json(_needed(folder, CONFIG_FILE), f"checkpoint: {self.config_path}")
         self._opened: dict[str, Any] = {}  # safetensors' files
         self._names: dict[str, frozenset[str]] = {}
-        self._file_of = self._weight_files(folder)
+        files = self._weight_files(folder)
+        self.holders = {name: file for name, file in files.items() if not _FREQUENCIES.fullmatch(name)}
 
     def _weight_files(self, folder: OpenFolder) -> dict[str, str]:
         """Parameter name -> file that holds it, for a folder with an index or a single weight file."""
@@ -133,7 +137,7 @@ class SavedModel:
             except FileNotFoundError:
                 missing.append(file)
         if missing:
-            raise FileNotFoundError(f"checkpoint: {index} names {_some(missing)}, which {self.path} does not hold")
+            raise FileNotFoundError(f"checkpoint: {index} names {some(missing)}, which {self.path} does not hold")
         return weight_map
 
     def _open(self, folder: OpenFolder, name: str) -> Any:
@@ -143,89 +147,23 @@ class SavedModel:
             file = folder.stack.enter_context(safetensors.safe_open(path, framework="pt"))
         except safetensors.SafetensorError as error:
             raise ValueError(
-                f"checkpoint: {self.path / name} is not a whole safetensors file: {_short(error)}"
+                f"checkpoint: {self.path / name} is not a whole safetensors file: {short(error)}"
             ) from None
         self._opened[name] = file
         self._names[name] = frozenset(file.keys())
         return file
 
-    def parse(self, read: Callable[[Mapping], T]) -> T:
-        """What `read` makes of the values in config.json; a ValueError names the file."""
-        try:
-            return read(self._config)
-        except ValueError as error:
-            raise ValueError(f"{_short(error, 1000)} ({self.path / CONFIG_FILE})") from None
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def check(self, wanted: Mapping[str, Tensor], tied: bool) -> None:
-        """Raises ValueError unless the folder has exactly these tensors, in shape, and of a floating kind.
-
-        Args:
-            wanted: name -> tensor, whose shape counts.
-            tied: a head may be stored beside the embedding.
-        """
-        found = misfits(self._file_of, self._facts, wanted, tied)
-        if found:
-            raise ValueError(f"checkpoint: {self.path} does not fit the config: {found}")
-
-    def _facts(self, name: str) -> tuple[list[int], str]:
-        file = self._file_of[name]
+    def facts(self, name: str) -> tuple[list[int], str]:
+        """See `StoredModel.facts`."""
+        file = self.holders[name]
         if name not in self._names[file]:
-            raise ValueError(f"checkpoint: {self.path / file} must hold {_short(name)}, as the index says")
+            raise ValueError(f"checkpoint: {self.path / file} must hold {short(name)}, as the index says")
         entry = self._opened[file].get_slice(name)
         return list(entry.get_shape()), entry.get_dtype()
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A stored tensor in `dtype`. Raises ValueError if a finite number is too large for it; inf and NaN stay."""
-        file = self._file_of[name]
-        stored = self._opened[file].get_tensor(name)
-        found = stored.to(dtype)
-        if torch.finfo(dtype).max < torch.finfo(stored.dtype).max and not found.isfinite().all():
-            lost = stored[found.isinf() & stored.isfinite()]
-            if lost.numel():
-                raise ValueError(
-                    f"checkpoint: {name} in {self.path / file} holds {lost[0].item():g}, "
-                    f"too large for {str(dtype).removeprefix('torch.')}; load in a wider dtype"
-                )
-        return found
-
-    def holds(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
-        return name in self._file_of
-
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._file_of)
-
-
-def misfits(
-    found: Mapping[str, str], facts: Callable[[str], tuple[list[int], str]], wanted: Mapping[str, Tensor], tied: bool
-) -> str:
-    """How tensors differ from those of a model in name, or else in shape or kind; "" if they do not.
-
-    Args:
-        found: names of the tensors -> what holds them.
-        facts: name -> shape and kind, one of FLOATING if it fits.
-        wanted: name -> tensor of the model, whose shape counts.
-        tied: a head may lie beside the embedding.
-    """
-    names = found.keys() - ({TIED_HEAD} if tied else set())
-    missing, unexpected = sorted(wanted.keys() - names), sorted(names - wanted.keys())
-    if missing or unexpected:
-        return "; ".join(f"{what} {_some(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n)
-    wrong = []
-    for name, holder in found.items():
-        shape, kind = facts(name)
-        need = list(wanted[EMBEDDING if tied and name == TIED_HEAD else name].shape)
-        if shape != need:
-            wrong.append(f"{name} must be {need}, got {shape}")
-        elif kind not in FLOATING:
-            wrong.append(
-                f"{name} in {holder} must be one of {', '.join(FLOATING)}, got {kind}, which is no weight as it stands"
-            )
-    return _some(wrong, "; ")
+    def stored(self, name: str) -> Tensor:
+        """See `StoredModel.stored`."""
+        return self._opened[self.holders[name]].get_tensor(name)
 
 
 def check_tied_head(head: Tensor, embedding: Tensor, where: str) -> None:
@@ -259,7 +197,7 @@ def allocate(model: M, device: Device = None) -> M:
 def load(
     kind: type[M],
     config: JetNemotronConfig,
-    saved: SavedModel,
+    saved: StoredModel,
     *,
     dtype: torch.dtype | str | None = None,
     device: Device = None,
@@ -320,9 +258,10 @@ def load_folder(
     quantize: int | None = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> M:
-    """The model of class `kind` that a local folder holds; `read` makes a config of the values in its config.json.
+    """The model of class `kind` that a local folder or a GGUF file holds.
 
-    See `opened` and `load` for the arguments and for what is raised.
+    `read` makes a config of the values in config.json, or of those that the GGUF file has for them. See `opened` and
+    `load` for the other arguments and for what is raised.
     """
     with opened(folder) as saved:
         config = saved.parse(read)
@@ -398,7 +337,7 @@ def _state(model: torch.nn.Module, config: JetNemotronConfig) -> dict[str, Tenso
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if quantized:
         raise ValueError(
-            f"save: {_some(quantized)} are quantised, and a checkpoint holds floating weights: save the model before "
+            f"save: {some(quantized)} are quantised, and a checkpoint holds floating weights: save the model before "
             "quantize_, and load it with quantize=8 or 4; or torch.save(model, file)"
         )
     state = model.state_dict()
@@ -415,7 +354,7 @@ def _state(model: torch.nn.Module, config: JetNemotronConfig) -> dict[str, Tenso
         )
     empty = [name for name, tensor in state.items() if tensor.is_meta]
     if empty:
-        raise ValueError(f"save: {_some(empty)} must hold values, they are on the meta device")
+        raise ValueError(f"save: {some(empty)} must hold values, they are on the meta device")
     state = {name: tensor.detach() for name, tensor in state.items()}
     if tied and TIED_HEAD in state:
         check_tied_head(state[TIED_HEAD], state[EMBEDDING], "save")
@@ -471,15 +410,3 @@ def split(state: dict[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
         shards[-1][name] = tensor
         size += tensor.nbytes
     return shards
-
-
-def _short(text: object, most: int = 300) -> str:
-    """What comes from a file may be long, or not fit a line."""
-    text = str(text) if str(text).isprintable() else repr(str(text))
-    return text if len(text) <= most else text[:most] + "..."
-
-
-def _some(names: list[str], separator: str = ", ", limit: int = 8) -> str:
-    """The first names of a list, and how many more there are."""
-    shown = separator.join(map(_short, names[:limit]))
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

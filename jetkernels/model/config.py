@@ -17,6 +17,7 @@ from jetkernels.modules import JetBlockConfig, checks
 from jetkernels.reading import parse_json
 
 from .mixers import MIXERS
+from .rotary import RotaryScaling, rotary_fields, scaling_of
 
 CONFIG_FILE = "config.json"
 
@@ -26,17 +27,17 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Published keys, and keys of related configs, with the only value that this model computes; another value means another
 # model.
-_PUBLISHED = {"hidden_act": "silu", "rope_scaling": None, "use_mrope": False, "attention_dropout": 0.0}
-_ONLY_VALUE = {key: only for key, only in _PUBLISHED.items() if key != "rope_scaling"} | {
-    "attention_bias": True,  # of q, k and v; the output projection has none
+_PUBLISHED = {"hidden_act": "silu", "use_mrope": False, "attention_dropout": 0.0}
+_ONLY_VALUE = _PUBLISHED | {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
-    "use_qk_norm": False,
     "use_sliding_window": False,  # windows are those of swa layers, of efficient_attention_config.swa
 }
+# Keys that the published files do not have, with what they mean by that; with that value they are not written.
+UNPUBLISHED = {"attention_bias": True, "use_qk_norm": False}
 
 
 @dataclass(eq=True)
@@ -56,6 +57,9 @@ class JetNemotronConfig:
         head_dim: of an attention layer; hidden_size / num_attention_heads if None.
         rms_norm_eps: added to the mean square in the norms.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are scaled, Llama 3's way alone, as `RotaryScaling.to_dict` has it; None: they are not.
+        attention_bias: whether q, k and v of attention layers have biases; their output projection has none.
+        use_qk_norm: whether each head of q and k of attention layers is normed before it is rotated.
         initializer_range: standard deviation of new weights.
         max_position_embeddings: tokens of the longest text that the model is made for.
         tie_word_embeddings: whether the head has the embedding's weight.
@@ -79,6 +83,9 @@ class JetNemotronConfig:
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
+    rope_scaling: dict | None = None
+    attention_bias: bool = True
+    use_qk_norm: bool = False
     initializer_range: float = 0.02
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True
@@ -150,10 +157,11 @@ class JetNemotronConfig:
                 mixer.sizes(self)  # reads, and so checks, what the config says of the kind
 
     def _check_choices(self) -> None:
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(
-                f"config: tie_word_embeddings must be true or false, got {checks.shown(self.tie_word_embeddings)}"
-            )
+        for name in ("attention_bias", "use_qk_norm", "tie_word_embeddings"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"config: {name} must be true or false, got {checks.shown(value)}")
+        scaling = self.rotary_scaling
+        self.rope_scaling = None if scaling is None else scaling.to_dict()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]:
@@ -186,6 +194,11 @@ class JetNemotronConfig:
         """`head_dim` as it is once the config has been checked."""
         assert self.head_dim is not None
         return self.head_dim
+
+    @cached_property
+    def rotary_scaling(self) -> RotaryScaling | None:
+        """`rope_scaling`, parsed."""
+        return scaling_of(self.rope_scaling)
 
     def section(self, name: str) -> Mapping:
         """What `efficient_attention_config` says of a kind of layer.
@@ -234,8 +247,8 @@ class JetNemotronConfig:
         if model_type != "jet_nemotron":
             raise ValueError(f"config: model_type must be jet_nemotron, got {checks.shown(model_type)}")
         refuse_other_models(values)
-        values |= rope_theta(values)
-        # Written again by `to_dict`, all of them with the one value there is.
+        values |= rotary_fields(values)
+        # Read by now, or written again by `to_dict` with the one value there is.
         for key in (*_PUBLISHED, "rope_parameters"):
             values.pop(key, None)
         if values.get("architectures") == _ARCHITECTURES:
@@ -262,13 +275,12 @@ class JetNemotronConfig:
 
     def to_dict(self) -> dict:
         """The content of config.json, published keys, sorted."""
-        values = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "head_dim", "pad_token_id")
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "head_dim")}
+        for name, meant in (UNPUBLISHED | {"pad_token_id": None}).items():
+            if values[name] == meant:
+                del values[name]
         if self.head_size * self.num_attention_heads != self.hidden_size:
             values["head_dim"] = self.head_dim
-        if self.pad_token_id is not None:
-            values["pad_token_id"] = self.pad_token_id
         values["model_type"] = "jet_nemotron"
         values["num_hidden_layers"] = self.num_hidden_layers
         defaults = {"architectures": list(_ARCHITECTURES), **_PUBLISHED}
@@ -288,7 +300,7 @@ class JetNemotronConfig:
         """One of the configurations that ship with the package.
 
         "2b" and "4b" are the published models; "full-attention" has Qwen3-1.7B's shape, attn layers only, and is what
-        they are compared with: q, k and v have biases and q and k no norms, as in every attention layer here.
+        they are compared with: q, k and v have biases and q and k no norms, unlike Qwen3's.
         """
         folder = resources.files(__package__) / "configs"
         file = folder / f"{name}.json"
@@ -315,46 +327,8 @@ def refuse_other_models(values: Mapping) -> None:
     """ValueError if a key of a config.json has a value that this model does not compute."""
     for key, only in _ONLY_VALUE.items():
         got = values.get(key, only)
-        if not _same(got, only):
+        if not checks.same(got, only):
             raise ValueError(f"config: {key} must be {only!r}, got {checks.shown(got)}")
-
-
-def _same(got: object, only: object) -> bool:
-    # 0 == False, but a number is no switch.
-    return got == only and isinstance(got, bool) == isinstance(only, bool)
-
-
-def rope_theta(values: Mapping) -> dict[str, object]:
-    """{"rope_theta": base of the rotary frequencies} of a config.json, {} if it has none.
-
-    It stands at the top, or, as transformers writes it since version 5, in `rope_parameters` (`rope_scaling` in older
-    files), which may also ask for scaled or partial rotations: those are refused.
-    """
-    found = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
-    for key in ("rope_scaling", "rope_parameters"):
-        section = values.get(key)
-        if section is None:
-            continue
-        if not isinstance(section, Mapping):
-            raise ValueError(f"config: {key} must be None, got {checks.shown(section)}")
-        neutral = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-        if any(
-            name != "rope_theta" and not (name in neutral and _same(value, neutral[name]))
-            for name, value in section.items()
-        ):
-            raise ValueError(
-                f"config: {key} must be None, got {checks.shown(section)}; "
-                "of its kinds only rope_type 'default' is computed"
-            )
-        if "rope_theta" in section:
-            theta = checks.number(f"config: {key}.rope_theta", section["rope_theta"])
-            if found and found["rope_theta"] != theta:
-                raise ValueError(
-                    f"config: rope_theta and {key}.rope_theta must agree, "
-                    f"got {checks.shown(found['rope_theta'])} and {theta:g}"
-                )
-            found = {"rope_theta": theta}
-    return found
 
 
 _REQUIRED = (

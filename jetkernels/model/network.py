@@ -149,7 +149,8 @@ class JetNemotronModel(HasStandIn):
     def _rotary(self, positions: Tensor) -> Rotary | None:
         # What stands in the place of a layer or a mixer, such as a wrapper, may not say what the mixer wants.
         if any(getattr(_mixer(layer), "uses_rotary", True) for layer in self.layers):
-            return rotary_table(positions, self.config.head_size, self.config.rope_theta)
+            config = self.config
+            return rotary_table(positions, config.head_size, config.rope_theta, config.rotary_scaling)
         return None
 
     def with_mixers(self, config: JetNemotronConfig, mixers: Sequence[TokenMixer]) -> JetNemotronModel:

@@ -14,12 +14,15 @@ from jetkernels.files import replacing
 from jetkernels.reading import reading
 
 from .checkpoint import TOKENIZER_FILES, check_folder, read_companions
+from .gguf_file import GgufFile, is_gguf
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+# As GPT-2 and Qwen, Llama 3, and SentencePiece write it.
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 
 
 class Tokenizer:
@@ -37,17 +40,22 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """Reads tokenizer.json in a local folder.
+        """Reads tokenizer.json in a local folder, or makes it of what a GGUF file says.
 
         Raises:
             OSError: the folder or the file is missing or cannot be opened.
-            ValueError: the file is damaged.
+            ValueError: the file is damaged, or it is a GGUF file with a tokenizer of another kind.
         """
-        check_folder(folder, "tokenizer")
-        with reading(folder, lambda opened: read_companions(opened, TOKENIZER_FILES)) as found:
-            content = found.pop(TOKENIZER_FILE, None)
+        if is_gguf(folder):
+            found = dict(GgufFile(folder).companions)
+        else:
+            check_folder(folder, "tokenizer")
+            with reading(folder, lambda opened: read_companions(opened, TOKENIZER_FILES)) as companions:
+                found = companions
+        content = found.pop(TOKENIZER_FILE, None)
         if content is None:
-            raise FileNotFoundError(f"tokenizer: {folder} has no {TOKENIZER_FILE}")
+            what = "tokenizer" if is_gguf(folder) else TOKENIZER_FILE
+            raise FileNotFoundError(f"tokenizer: {folder} has no {what}")
         path = Path(folder) / TOKENIZER_FILE
         try:
             backend = _library().Tokenizer.from_buffer(content)
@@ -84,8 +92,9 @@ class Tokenizer:
 
     @property
     def end_of_text_id(self) -> int | None:
-        """The id of `<|endoftext|>`; None if there is none."""
-        return self.backend.token_to_id(END_OF_TEXT)
+        """The id of the first of ENDS_OF_TEXT that there is; None if there is none."""
+        ids = map(self.backend.token_to_id, ENDS_OF_TEXT)
+        return next((i for i in ids if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
         """Token ids.

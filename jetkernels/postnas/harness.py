@@ -15,6 +15,7 @@ import torch
 
 from jetkernels._optional import optional
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+from jetkernels.model.tokenizer import ENDS_OF_TEXT
 
 from .tasks import Predict, Score, log_likelihoods
 
@@ -70,7 +71,7 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         """The end of a text."""
         if self.tokenizer.end_of_text_id is None:
-            raise ValueError("harness: the tokenizer must have <|endoftext|>")
+            raise ValueError(f"harness: the tokenizer must have {' or '.join(ENDS_OF_TEXT)}")
         return self.tokenizer.end_of_text_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:

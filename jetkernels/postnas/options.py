@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+from jetkernels.model.tokenizer import ENDS_OF_TEXT
 
 from .base import SMALL, text_and_tasks, weights_digest
 from .data import Loader, RowSource, TextCorpus
@@ -40,7 +41,7 @@ def plain(value: object) -> object:
 def mark_of(tokenizer: Tokenizer) -> int:
     """The end of a text, which marks the recall task's keys; ValueError where a tokenizer has none."""
     if tokenizer.end_of_text_id is None:
-        raise ValueError("the tokenizer must have <|endoftext|>, which marks the recall task's keys")
+        raise ValueError(f"the tokenizer must have {' or '.join(ENDS_OF_TEXT)}, which marks the recall task's keys")
     return tokenizer.end_of_text_id
 
 

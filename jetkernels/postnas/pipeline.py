@@ -25,7 +25,9 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
 
     Attributes:
         output: folder for the folders of the stages, and for the report over all.
-        base: folder of a base; None: a small one is trained.
+        base: folder of a base, or a GGUF file; None: there is none yet.
+        pretrained: what `BaseStage` takes as the base; None: a small one is trained.
+        FOR_TRAINING: names of the options that mean nothing where no base is trained.
         full: layers that keep full attention.
         window: layers that get sliding-window attention.
         base_steps: of the training of the small base.
@@ -35,10 +37,13 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
 
     REPORTED = (
         *SizeOptions.TRAINING,
-        *("base_steps", "examples", "full", "objective", "seeds", "shape", "window", "window_size"),
+        *("base_steps", "examples", "full", "objective", "pretrained", "seeds", "shape", "window", "window_size"),
     )
 
+    FOR_TRAINING = ("layers", "hidden_size", "intermediate_size", "base_steps")
+
     base: Path | None = None
+    pretrained: str | None = None
     steps: int = 300
     full: int = 1
     window: int = 1
@@ -53,7 +58,7 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
         grid = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
         model = self.output / "shapes" / "model"
         stages: dict[str, StageOptions] = {
-            "base": self._stage("base", BaseStage, steps=self.base_steps, batch=BaseStage.batch),
+            "base": self._base_stage(),
             "placement": self._stage("placement", PlacementStage, base=base, steps=2 * self.steps),
             "blocks": self._stage("blocks", BlocksStage, base=base, placement=placement),
             "design": self._stage("design", DesignStage, base=base, placement=placement),
@@ -63,6 +68,12 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
         if self.base is not None:
             del stages["base"]
         return stages
+
+    def _base_stage(self) -> BaseStage:
+        if self.pretrained is None:
+            return self._stage("base", BaseStage, steps=self.base_steps, batch=BaseStage.batch)
+        trained = {name: getattr(BaseStage, name) for name in BaseStage.FOR_TRAINING}
+        return self._stage("base", BaseStage, **trained)
 
     def _stage(self, name: str, kind: type[Stage], **others: Any) -> Stage:
         """The stage in the folder `name`: `others`, and what the pipeline is told, too."""
@@ -86,5 +97,7 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
         if ranks()[0] == 0:
             model, _ = load_base(self.base or self.output / "base", "cpu")
             tokens = self.steps * self.batch * self.length
-            write_overview(self.output, model, done, tokens, self.seeds, self.named(sorted(self.REPORTED)))
+            none_trained = self.pretrained is not None or self.base is not None
+            reported = set(self.REPORTED) - set(self.FOR_TRAINING if none_trained else ("pretrained",))
+            write_overview(self.output, model, done, tokens, self.seeds, self.named(sorted(reported)))
             print(f"report: {self.output}/report.md")

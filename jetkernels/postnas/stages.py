@@ -18,12 +18,14 @@ from torch import nn
 
 from jetkernels._progress import progress
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+from jetkernels.model.gguf_file import is_gguf
 from jetkernels.model.tokenizer import TOKENIZER_FILE
 from jetkernels.modules import JetBlock, JetBlockConfig
 
-from .base import from_pretrained, small_base, train_base
+from .base import from_pretrained, pretrained_path, small_base, train_base, weights_digest
 from .blocks import BLOCKS, equal_parameters
 from .candidates import Measured, Meter, measure_all, over_seeds
+from .data import TextCorpus
 from .design import DESIGNS, DesignedBlock
 from .final import train_final
 from .options import Facts, Integers, ScoreOptions, ShapeOptions, SizeOptions, TaskOptions, mark_of
@@ -49,18 +51,18 @@ def base_tokenizer(folder: Path) -> Tokenizer:
         FileNotFoundError: the base has no tokenizer.
         ValueError: it is damaged, or has no such token.
     """
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise FileNotFoundError(f"--base: {folder} has no {TOKENIZER_FILE}")
+    if not is_gguf(folder) and not (folder / TOKENIZER_FILE).is_file():
+        raise FileNotFoundError(f"base: {folder} has no {TOKENIZER_FILE}")
     tokenizer = Tokenizer.from_pretrained(folder)
-    if tokenizer.end_of_text_id is None:
-        raise ValueError(
-            f"--base: the tokenizer in {folder} must have <|endoftext|>, which marks the recall task's keys"
-        )
+    try:
+        mark_of(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"base: {error} ({folder})") from None
     return tokenizer
 
 
 def load_base(folder: Path, device: str) -> tuple[JetNemotronForCausalLM, Tokenizer]:
-    """Base and tokenizer of a folder.
+    """Base and tokenizer of a folder or a GGUF file.
 
     In fp32 whatever is stored: the paths beside it are trained in the base's dtype.
     """
@@ -100,15 +102,30 @@ def scores_of(model: JetNemotronForCausalLM, tasks: Sequence[Task]) -> list[Scor
 
 @dataclass(frozen=True, kw_only=True)
 class BaseStage(SizeOptions):
-    """Trains a small full-attention model on real text, to search on a CPU."""
+    """Makes the model that a search starts from: full attention in every layer.
 
+    A small one is trained on real text, to search on a CPU; or a pre-trained one is taken, and nothing is trained.
+
+    Attributes:
+        pretrained: a name in `base.PACKAGES`, a folder or a GGUF file; None: a small one is trained.
+        FOR_TRAINING: names of the options that mean nothing where nothing is trained.
+    """
+
+    FOR_TRAINING = (
+        *("layers", "hidden_size", "intermediate_size", "steps", "learning_rate", "batch", "task_share"),
+        *("save_every", "recompute", "seed"),
+    )
     EXAMPLES = 64  # of each task that the report names
 
     steps: int = 4000
     batch: int = 16
+    pretrained: str | None = None
 
     def run(self) -> str | None:
         """Writes the model, its tokenizer and the report to `output`."""
+        return self._train() if self.pretrained is None else self._take(self.pretrained)
+
+    def _train(self) -> str | None:
         tokenizer = Tokenizer.byte_level()
         corpus = self.corpus(tokenizer)
         model = small_base(
@@ -129,12 +146,33 @@ class BaseStage(SizeOptions):
         )
         if ranks()[0]:
             return None
+        return self._write(model, tokenizer, corpus, self.facts(corpus), losses)
+
+    def _take(self, pretrained: str) -> str | None:
+        if ranks()[0]:
+            return None
+        path = pretrained_path(pretrained)
+        tokenizer = base_tokenizer(path)
+        corpus = self.corpus(tokenizer)
+        model = from_pretrained(path, device=self.device, progress=partial(progress, desc="loading base"))
+        facts = [*self.named(("pretrained", "device", "distances", "length")), ("text", corpus.digest)]
+        return self._write(model, tokenizer, corpus, [*facts, ("base", weights_digest(model))], None)
+
+    def _write(
+        self,
+        model: JetNemotronForCausalLM,
+        tokenizer: Tokenizer,
+        corpus: TextCorpus,
+        facts: Facts,
+        losses: Sequence[float] | None,
+    ) -> str:
+        """Model, tokenizer and report; losses: of the training, None if there was none."""
         model.save_pretrained(self.output)
         tokenizer.save_pretrained(self.output)
         tasks = self.held_out_tasks(corpus, tokenizer, self.EXAMPLES)
         scores = dict(zip((task.name for task in tasks), scores_of(model, tasks)))
-        tokens = len(losses) * self.batch * self.length
-        write_base_report(self.output, model, scores, losses, tokens, self.facts(corpus))
+        tokens = None if losses is None else len(losses) * self.batch * self.length
+        write_base_report(self.output, model, scores, losses or [], tokens, facts)
         found = "held out, nats per token: " + ", ".join(f"{name} {score.loss:.4f}" for name, score in scores.items())
         print(f"{found}; model and report: {self.output}/")
         return found
@@ -145,7 +183,7 @@ class PlacementStage(ScoreOptions, ShapeOptions):
     """Stage 1: which layers keep full attention, which get a sliding window.
 
     Attributes:
-        base: folder of the base.
+        base: folder of the base, or a GGUF file.
         full: layers that keep full attention.
         window: layers that get sliding-window attention.
         full_task: name of the task that places full attention.
@@ -222,7 +260,7 @@ class ComparisonOptions(ScoreOptions):
     """What stages 2, 3 and 4 share: candidates that are trained and measured in one placement.
 
     Attributes:
-        base: folder of the base.
+        base: folder of the base, or a GGUF file.
         placement: folder of a placement stage, or the kind of each layer with blanks between.
         task: name of the task whose objective is the quality.
         seeds: of every candidate; the tables hold means.
@@ -379,7 +417,7 @@ class FinalStage(TaskOptions):
     """Stage 5: trains the found hybrid, first its token mixers by distillation, then all of it.
 
     Attributes:
-        base: folder of the base, the teacher.
+        base: folder of the base, the teacher, or a GGUF file.
         model: folder of the hybrid that an earlier stage exported.
         whole_steps: of the whole model, after `steps` of distillation.
     """

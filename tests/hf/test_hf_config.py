@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.hf_cases import NO_STOP
-from support.model_cases import WINDOW, small_config
+from support.model_cases import LLAMA3, WINDOW, small_config
 from support.paths import ROOT
 from transformers import AutoConfig
 
@@ -40,6 +40,14 @@ def test_layers_have_the_names_of_transformers():
     again = hf.JetNemotronConfig(**config.to_dict() | {"layer_types": names})
     assert again.to_dict() == config.to_dict()
     assert hf.JetNemotronConfig(**small_config(["jet", "attn"]).to_dict()).sliding_window is None
+
+
+def test_scaled_rotations_are_named_as_transformers_does():
+    config = hf.JetNemotronConfig(**small_config(rope_scaling=LLAMA3, attention_bias=False).to_dict())
+    assert config.rope_parameters == LLAMA3 | {"rope_theta": 1e6} and config.attention_bias is False
+    assert config.to_dict()["rope_scaling"] == LLAMA3 and "use_qk_norm" not in config.to_dict()
+    assert hf.JetNemotronConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert "rope_scaling" not in hf.JetNemotronConfig(**small_config().to_dict()).to_dict()
 
 
 def test_defaults_are_ours():

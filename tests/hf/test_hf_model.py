@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from support.hf_cases import VOCAB, mask, of, pair
-from support.model_cases import small_model, tokens
+from support.model_cases import OTHER_ATTENTION, small_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 import jetkernels.hf as hf
+from jetkernels.model import JetNemotronForCausalLM
 
 FP64 = {"rtol": 0, "atol": 1e-12}
 MASKS = {"whole": None, "left": mask(True, 11, 4, 7), "right": mask(False, 11, 4, 7)}
@@ -35,6 +36,22 @@ def test_logits_and_gradients(attention_mask, tied):
     assert found.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(found[name].grad, parameter.grad, **FP64)
+
+
+@pytest.mark.parametrize("kind", OTHER_ATTENTION)
+def test_attention_of_other_bases(kind, tmp_path):
+    """Read, written, generated from and trained as ours."""
+    ours, theirs = pair("attn", "swa", dtype=torch.float64, **OTHER_ATTENTION[kind])
+    theirs.save_pretrained(tmp_path)
+    assert JetNemotronForCausalLM.from_pretrained(tmp_path).config.to_dict().items() >= OTHER_ATTENTION[kind].items()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict()
+    for model in (theirs, again):
+        torch.testing.assert_close(model(IDS).logits, ours(IDS).logits, **FP64)
+    text = theirs.generate(IDS[:1], max_new_tokens=6, do_sample=False)
+    assert text[0, 11:].tolist() == ours.generate(IDS[:1], max_new_tokens=6)[0].tolist()[-6:]
+    theirs(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in theirs.parameters())
 
 
 @pytest.mark.parametrize("attention_mask", MASKS.values(), ids=MASKS)

@@ -456,7 +456,7 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path, stored, value, dt
     rewrite(tmp_path / "m", plant)
     with pytest.raises(
         ValueError,
-        match=r"model\.norm\.weight in .*model\.safetensors holds .*, too large for (float16|bfloat16|float32)",
+        match=r"model\.norm\.weight \(model\.safetensors in .*\) holds .*, too large for (float16|bfloat16|float32)",
     ):
         JetNemotronForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
 

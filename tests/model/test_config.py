@@ -66,7 +66,6 @@ def test_the_rotary_base_of_newer_files(key, kind):
     "section",
     [
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6},
-        {"rope_type": "llama3", "factor": 8.0},
         {"type": "linear", "factor": 2.0},
         {"rope_type": "dynamic"},
         {"rope_type": "longrope", "long_factor": [1.0]},
@@ -85,6 +84,43 @@ def test_rotations_that_are_not_computed_are_refused(section, key):
         config(**{key: section})
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_llama_3s_rotations_are_read_and_written(key):
+    legacy = {"type": "llama3", "factor": 8, "partial_rotary_factor": 1.0, "rope_theta": 1e6}
+    for section in (LLAMA3, LLAMA3 | {"rope_theta": 1e6}, {**LLAMA3, **legacy}):
+        read = config(**{key: section})
+        assert read.rope_scaling == LLAMA3 and read.to_dict()["rope_scaling"] == LLAMA3
+        assert JetNemotronConfig.from_dict(json.loads(json.dumps(read.to_dict()))) == read != config()
+    with pytest.raises(ValueError, match="rope_scaling and rope_parameters must ask for one scaling"):
+        config(rope_scaling=LLAMA3, rope_parameters=LLAMA3 | {"factor": 4.0})
+    assert config(rope_scaling=LLAMA3, rope_parameters=LLAMA3) == config(rope_scaling=LLAMA3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"factor": None}, "rope_scaling.factor must be a number, got None"),
+        ({"factor": 0.5}, "rope_scaling.factor must be at least 1, got 0.5"),
+        ({"low_freq_factor": 4.0}, "rope_scaling.high_freq_factor must be above low_freq_factor = 4, got 4"),
+        ({"high_freq_factor": math.nan}, "rope_scaling.high_freq_factor must be finite"),
+        ({"original_max_position_embeddings": 0.5}, "original_max_position_embeddings must be a positive integer"),
+        ({"attention_factor": 2.0}, r"rope_scaling must have .* alone, got \['attention_factor'\] too"),
+    ],
+)
+def test_wrong_values_of_llama_3s_rotations_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"config: {message}|{message}"):
+        config(rope_scaling=LLAMA3 | changes)
+
+
 def test_two_rotary_bases_must_agree():
     with pytest.raises(
         ValueError, match=r"rope_theta and rope_parameters.rope_theta must agree, got 1000000.0 and 10000"
@@ -101,7 +137,8 @@ def test_two_rotary_bases_must_agree():
     "changes, message",
     [
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
-        ({"attention_bias": False}, "attention_bias must be True"),
+        ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+        ({"use_qk_norm": None}, "use_qk_norm must be true or false, got None"),
         ({"mlp_bias": True}, "mlp_bias must be False"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0.0"),
@@ -226,6 +263,7 @@ JUNK = [
     [[[]]],
     {"jet": {}},
     {"rope_type": "yarn"},
+    dict(LLAMA3),
     "silu",
     "default",
     "x" * 10**5,
@@ -239,6 +277,7 @@ KEYS = [
     "use_mrope",
     "partial_rotary_factor",
     "attention_bias",
+    "use_qk_norm",
     "mlp_bias",
 ]
 PATHS = (
@@ -320,3 +359,11 @@ def test_the_dtype_may_be_given_as_one(dtype):
     read = config(torch_dtype=dtype)
     assert read.dtype == torch.bfloat16 and read.to_dict()["torch_dtype"] == "bfloat16"
     assert JetNemotronConfig.from_dict(without("torch_dtype") | {"dtype": dtype}) == read
+
+
+def test_what_published_files_do_not_name_is_written_where_it_differs():
+    """They have biases and no norms of q and k."""
+    assert {"attention_bias", "use_qk_norm"}.isdisjoint(config().to_dict())
+    other = config(attention_bias=False, use_qk_norm=True)
+    assert other.to_dict().items() >= {"attention_bias": False, "use_qk_norm": True}.items()
+    assert JetNemotronConfig.from_dict(other.to_dict()) == other and config(attention_bias=True) == config()

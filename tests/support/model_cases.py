@@ -92,3 +92,18 @@ def boundaries(lengths: list[int], dtype=torch.int64) -> torch.Tensor:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# Attention as Llama 3 and as Qwen3 have it. Of the four frequencies of a head of `small_config` one is fast, one on the
+# ramp, two are slow.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+OTHER_ATTENTION = {
+    "llama": {"attention_bias": False, "rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "qwen3": {"attention_bias": False, "use_qk_norm": True, "head_dim": 16},
+}

@@ -1,4 +1,4 @@
-"""The report of a base that was trained here."""
+"""The report of a base that was trained here, or taken from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_base_report(
     model: JetNemotronForCausalLM,
     scores: Mapping[str, Score],
     losses: Sequence[float],
-    tokens: int,
+    tokens: int | None,
     facts: Sequence[tuple[str, object]],
 ) -> None:
     """Writes report.md, and loss.png if there was a training.
@@ -27,14 +27,15 @@ def write_base_report(
         model: the base.
         scores: {task: its score on held-out text}.
         losses: of the training, by step.
-        tokens: that it was trained on.
+        tokens: that it was trained on; None: it was trained elsewhere.
         facts: (name, value) of what it depends on.
     """
     folder, config = Path(folder), model.config
     text = [
         "# Base model\n",
         f"{config.num_hidden_layers} layers of full attention, width {config.hidden_size}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; trained on {tokens:,} tokens.\n",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{'trained elsewhere' if tokens is None else f'trained on {tokens:,} tokens'}.\n",
         "On held-out text, loss in nats per token of the right answer:\n",
         markdown_table(
             ["task", "loss", "accuracy"], [[name, score.loss, score.accuracy] for name, score in scores.items()]
