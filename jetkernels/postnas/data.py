@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import math
 import sysconfig
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 from jetkernels.model import Tokenizer
 
 HELD_OUT = 20  # one file in 20, or the last 20th of a single file, is never trained on
+PIECE = 1 << 20  # characters that are encoded at once: the tokenizer takes about 160 bytes for each of them
 NOT_CODE = ("site-packages", "test", "tests", "idle_test")  # folders of the standard library that are left out
 
 
@@ -60,18 +63,40 @@ def standard_library() -> tuple[Path, list[Path]]:
     return root, text_files(root, ".py", NOT_CODE)
 
 
-def _is_text(raw: bytes) -> bool:
+def _text(path: Path) -> bytes | None:
+    """The UTF-8 text in a file, that of a .gz unpacked; None if there is none."""
+    raw = path.read_bytes()
     try:
-        return "\0" not in raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        return None if "\0" in raw.decode("utf-8") else raw
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
+        return None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of at most PIECE characters, cut behind a newline where there is one."""
+    start = 0
+    while start + PIECE < len(text):
+        end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _encoded(raw: bytes, tokenizer: Tokenizer | None) -> Tensor:
     """Token ids int64 of UTF-8 text; tokenizer None: the bytes' values."""
     if tokenizer is not None:
-        return torch.tensor(tokenizer.encode(raw.decode("utf-8")), dtype=torch.int64)
+        pieces = _pieces(raw.decode("utf-8"))
+        return torch.cat([torch.tensor(tokenizer.encode(piece), dtype=torch.int64) for piece in pieces])
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() if raw else torch.empty(0, dtype=torch.int64)
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token for the end of a text; ValueError where the tokenizer has none."""
+    if tokenizer.end_of_text_id is None:
+        raise ValueError("text: the tokenizer must have a token for the end of a text, such as <|endoftext|>")
+    return tokenizer.end_of_text_id
 
 
 def _joined(parts: Sequence[Tensor], gap: Tensor) -> Tensor:
@@ -81,7 +106,7 @@ def _joined(parts: Sequence[Tensor], gap: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """Tokens of a folder of text.
+    """Tokens of a folder of text, the end of a text between two files.
 
     A file is trained on or held out, by its name. Where that would leave less than a 40th of the tokens on one side (a
     lone file, or a few), the text is cut instead, its last 20th held out.
@@ -91,7 +116,7 @@ class TextCorpus:
         held_out: tokens that are never trained on, int64 [n].
         split: "by file" or "by position".
         files: how many were read.
-        skipped: files that are not UTF-8 text.
+        skipped: files that are not UTF-8 text, nor such text packed as .gz.
         digest: of the tokens, so that a resumed run can tell its data from other data.
     """
 
@@ -104,28 +129,31 @@ class TextCorpus:
 
     @classmethod
     def from_files(
-        cls, root: Path, files: Sequence[Path], tokenizer: Tokenizer | None = None, between: str = ""
+        cls, root: Path, files: Sequence[Path], tokenizer: Tokenizer | None = None, between: str | None = None
     ) -> TextCorpus:
-        """Reads and encodes text files.
+        """Reads and encodes text files; those named .gz are unpacked.
 
         Args:
             root: folder of the files; their names relative to it decide which are held out.
             files: what is read.
             tokenizer: None makes one token of each byte, its value, as `Tokenizer.byte_level` does.
-            between: text that is put between two files.
+            between: text that is put between two files; None: the token for the end of a text, 256 among bytes.
 
         Raises:
-            ValueError: no file holds text.
+            ValueError: no file holds text, or the tokenizer has no such token.
         """
-        gap = _encoded(between.encode(), tokenizer)
+        if between is None:
+            gap = torch.tensor([end_of_text(tokenizer or Tokenizer.byte_level())])
+        else:
+            gap = _encoded(between.encode(), tokenizer)
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         skipped = 0
         for path in files:
-            raw = path.read_bytes()
-            if _is_text(raw):
-                parts[is_held_out(path.relative_to(root).as_posix())].append(_encoded(raw, tokenizer))
-            else:
+            raw = _text(path)
+            if raw is None:
                 skipped += 1
+            else:
+                parts[is_held_out(path.relative_to(root).as_posix())].append(_encoded(raw, tokenizer))
         sizes = [sum(map(len, part)) for part in parts]
         if not sum(sizes):
             raise ValueError(f"text: {root} must hold text (UTF-8) in its {len(files)} files, got none in any")
@@ -145,7 +173,7 @@ class TextCorpus:
         return cls.from_files(Path(folder), text_files(folder, suffix), tokenizer)
 
     @classmethod
-    def from_standard_library(cls, tokenizer: Tokenizer | None = None, between: str = "") -> TextCorpus:
+    def from_standard_library(cls, tokenizer: Tokenizer | None = None, between: str | None = None) -> TextCorpus:
         """The source text of this Python's standard library."""
         return cls.from_files(*standard_library(), tokenizer, between)
 
@@ -160,7 +188,7 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """Rows that are windows of a text, each starting anywhere."""
+    """Rows that are windows of a text, each starting anywhere; one may run from a file into the next."""
 
     tokens: Tensor
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from jetkernels.model import Tokenizer
 
-from .data import Windows, seeded
+from .data import Windows, end_of_text, seeded
 
 IGNORED = -100
 # token ids [B, T] -> logits [B, T, vocab]
@@ -114,62 +117,59 @@ def language_modelling(tokens: Tensor, count: int, length: int, seed: int = 0) -
     return TokenTask("language modelling", rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
-@dataclass(frozen=True)
-class Recall:
-    """Key-value retrieval made from a text: after `distance` tokens of text, the value of each key is asked for again.
+class KeyValueRecall(ABC):
+    """Key-value retrieval: pairs are told, and after `distance` tokens of text each key's value is asked for again.
 
-        text, pairs x (<mark> key value), <mark>, text of `distance` tokens, pairs x (<mark> key value)
+        text, told pairs, text of `distance` tokens, the same pairs
 
-    The questions come in random order, so that position does not answer them. Keys and values are
-    spans of the text, no token twice in a span and no key twice in a row.
+    The questions come in random order, so that position does not answer them.
 
     Attributes:
         tokens: the text.
-        mark: a token that the text does not hold (the end of a text, say).
         distances: between the pairs and the questions, tokens.
-        key_size: tokens of a key.
-        value_size: tokens of a value.
         pairs: of a row.
     """
 
     tokens: Tensor
-    mark: int
-    distances: Sequence[int] = (8, 24, 48)
-    key_size: int = 3
-    value_size: int = 2
-    pairs: int = 4
+    distances: Sequence[int]
+    pairs: int
 
-    TRIES: ClassVar[int] = 1000  # draws of a span before the text is called too uniform
+    @property
+    @abstractmethod
+    def pair_size(self) -> int:
+        """Tokens of a pair as it is told."""
+
+    @property
+    @abstractmethod
+    def answer(self) -> slice:
+        """Where in a told pair its value stands."""
+
+    @property
+    @abstractmethod
+    def closing(self) -> Tensor:
+        """Tokens behind the last told pair, int64 [n]."""
+
+    @abstractmethod
+    def told(self, generator: torch.Generator) -> list[Tensor]:
+        """The pairs of a row, int64 [pair_size] each, no key twice."""
 
     @property
     def overhead(self) -> int:
         """Tokens of a row that are neither text in front nor text between."""
-        return 1 + 2 * self.pairs * (1 + self.key_size + self.value_size)
+        return len(self.closing) + 2 * self.pairs * self.pair_size
 
     @property
     def shortest(self) -> int:
         """Tokens of a row that has room for the largest distance."""
         return self.overhead + max(self.distances)
 
-    def _span(self, size: int, generator: torch.Generator, without: Sequence[Tensor] = ()) -> Tensor:
-        text = Windows(self.tokens)
-        for _ in range(self.TRIES):
-            span = text.rows(1, size, generator)[0]
-            if len(set(span.tolist())) == size and not any(torch.equal(span, other) for other in without):
-                return span
-        raise ValueError(f"recall: the text must hold {self.pairs} spans of {size} different tokens")
-
     def _row(self, length: int, distance: int, generator: torch.Generator) -> Tensor:
         before = length - self.overhead - distance
-        mark = torch.tensor([self.mark])
-        keys: list[Tensor] = []
-        facts = []
-        for _ in range(self.pairs):
-            keys.append(self._span(self.key_size, generator, keys))
-            facts.append(torch.cat([mark, keys[-1], self._span(self.value_size, generator)]))
-        front, between = (Windows(self.tokens).rows(1, n, generator)[0] if n else mark[:0] for n in (before, distance))
+        told = self.told(generator)
+        text = Windows(self.tokens)
+        front, between = (text.rows(1, n, generator)[0] if n else self.closing[:0] for n in (before, distance))
         order = torch.randperm(self.pairs, generator=generator).tolist()
-        return torch.cat([front, *facts, mark, between, *(facts[i] for i in order)])
+        return torch.cat([front, *told, self.closing, between, *(told[i] for i in order)])
 
     def rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
         """Rows of `length` tokens, each at one of the distances."""
@@ -188,13 +188,152 @@ class Recall:
             )
         generator = seeded("recall", seed)
         rows = torch.stack([self._row(length + 1, d, generator) for d in self.distances for _ in range(count)])
-        labels = torch.full_like(rows[:, 1:], IGNORED)
-        size = 1 + self.key_size + self.value_size
-        for end in range(length, length - self.pairs * size, -size):
-            answer = slice(end - self.value_size, end)
-            labels[:, answer] = rows[:, 1:][:, answer]
+        asked = torch.zeros(self.pair_size, dtype=torch.bool)
+        asked[self.answer] = True
+        labels = torch.full_like(rows, IGNORED)
+        at = slice(length + 1 - self.pairs * self.pair_size, None)
+        labels[:, at] = rows[:, at].where(asked.repeat(self.pairs), IGNORED)
         group = torch.arange(len(self.distances)).repeat_interleave(count)
-        return TokenTask("recall", rows[:, :-1].contiguous(), labels, [f"distance {d}" for d in self.distances], group)
+        return TokenTask(
+            "recall",
+            rows[:, :-1].contiguous(),
+            labels[:, 1:].contiguous(),
+            [f"distance {d}" for d in self.distances],
+            group,
+        )
+
+
+@dataclass(frozen=True)
+class Recall(KeyValueRecall):
+    """Recall of spans, for models that were trained on it: a told pair is a mark, a key and a value.
+
+    Keys and values are spans of the text, no token twice in a span, none the mark.
+
+    Attributes:
+        tokens: the text.
+        mark: a token that stands before each key and behind the last pair (the end of a text, say).
+        distances: between the pairs and the questions, tokens.
+        key_size: tokens of a key.
+        value_size: tokens of a value.
+        pairs: of a row.
+    """
+
+    tokens: Tensor
+    mark: int
+    distances: Sequence[int] = (8, 24, 48)
+    key_size: int = 3
+    value_size: int = 2
+    pairs: int = 4
+
+    TRIES: ClassVar[int] = 1000  # draws of a span before the text is called too uniform
+
+    @property
+    def pair_size(self) -> int:
+        """A mark, a key, a value."""
+        return 1 + self.key_size + self.value_size
+
+    @property
+    def answer(self) -> slice:
+        """The last tokens."""
+        return slice(1 + self.key_size, None)
+
+    @property
+    def closing(self) -> Tensor:
+        """The mark."""
+        return torch.tensor([self.mark])
+
+    def _span(self, size: int, generator: torch.Generator, without: Sequence[Tensor] = ()) -> Tensor:
+        text = Windows(self.tokens)
+        for _ in range(self.TRIES):
+            span = text.rows(1, size, generator)[0]
+            different = set(span.tolist()) - {self.mark}
+            if len(different) == size and not any(torch.equal(span, other) for other in without):
+                return span
+        raise ValueError(f"recall: the text must hold {self.pairs} spans of {size} different tokens")
+
+    def told(self, generator: torch.Generator) -> list[Tensor]:
+        """Pairs of spans."""
+        keys: list[Tensor] = []
+        told = []
+        for _ in range(self.pairs):
+            keys.append(self._span(self.key_size, generator, keys))
+            told.append(torch.cat([self.closing, keys[-1], self._span(self.value_size, generator)]))
+        return told
+
+
+@dataclass(frozen=True)
+class WordRecall(KeyValueRecall):
+    """Recall of words in sentences, which a pre-trained model answers without having been trained on it.
+
+        The river is early.
+        The whole is paper.
+
+    A told pair is a line with two words, of the text's most frequent that are one token each and have four letters or
+    more; no word is told twice. The value is asked for behind "is".
+
+    Attributes:
+        tokens: the text.
+        tokenizer: that encoded it.
+        distances: between the pairs and the questions, tokens.
+        pairs: of a row.
+        words: ids of the words, int64 [n].
+    """
+
+    tokens: Tensor
+    tokenizer: Tokenizer
+    distances: Sequence[int] = (8, 24, 48)
+    pairs: int = 4
+    words: Tensor = field(init=False)
+
+    LINE: ClassVar[tuple[str, str, str]] = ("\nThe", " is", ".")  # before, between and behind the words
+    READ: ClassVar[int] = 500_000  # tokens in which words are looked for
+    WORDS: ClassVar[int] = 1000  # that are used
+
+    def __post_init__(self) -> None:
+        text = self.tokenizer.decode(self.tokens[: self.READ])
+        counts = Counter(re.findall(r"(?<= )[a-z]{4,}(?=[ ,.;])", text))
+        ids = [self.tokenizer.encode(f" {word}") for word, _ in counts.most_common()]
+        words = [i[0] for i in ids if len(i) == 1][: self.WORDS]
+        object.__setattr__(self, "words", torch.tensor(words, dtype=torch.int64))
+        if len(self.words) < 2 * self.pairs:
+            raise ValueError(
+                f"recall: the text must hold {2 * self.pairs} words that are one token each, got {len(self.words)}"
+            )
+
+    def _line(self) -> list[Tensor]:
+        return [torch.tensor(self.tokenizer.encode(part)) for part in self.LINE]
+
+    @property
+    def pair_size(self) -> int:
+        """The line's own tokens and two words."""
+        return 2 + sum(map(len, self._line()))
+
+    @property
+    def answer(self) -> slice:
+        """The second word."""
+        before, between, _ = self._line()
+        at = len(before) + 1 + len(between)
+        return slice(at, at + 1)
+
+    @property
+    def closing(self) -> Tensor:
+        """The end of the line."""
+        return torch.tensor(self.tokenizer.encode("\n"))
+
+    def told(self, generator: torch.Generator) -> list[Tensor]:
+        """Lines with different words."""
+        picks = torch.randperm(len(self.words), generator=generator)[: 2 * self.pairs]
+        before, between, behind = self._line()
+        return [
+            torch.cat([before, key[None], between, value[None], behind]) for key, value in self.words[picks].view(-1, 2)
+        ]
+
+
+def recall_of(tokens: Tensor, tokenizer: Tokenizer, distances: Sequence[int]) -> KeyValueRecall:
+    """The recall task that suits a tokenizer: of spans where a token is a byte, else of words."""
+    if tokenizer.backend.to_str() != Tokenizer.byte_level().backend.to_str():
+        return WordRecall(tokens, tokenizer, distances)
+    return Recall(tokens, end_of_text(tokenizer), distances)
 
 
 @dataclass(frozen=True)
@@ -272,6 +411,30 @@ def log_likelihoods(
 
 
 @dataclass(frozen=True)
+class TokenChoices:
+    """Questions with listed answers, in token ids: the choice of the largest log-likelihood wins.
+
+    Attributes:
+        name: of the task.
+        questions: (context, choices, index of the right choice) of each question; a context has at least one token.
+    """
+
+    name: str
+    questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]], int]]
+
+    def score(self, predict: Predict) -> Score:
+        """The loss is the mean over the tokens of the right choices."""
+        pairs = [(context, choice) for context, choices, _ in self.questions for choice in choices]
+        found = iter(log_likelihoods(predict, pairs))
+        loss, tokens, right = 0.0, 0, 0
+        for _, choices, gold in self.questions:
+            sums = [next(found)[0] for _ in choices]
+            right += sums.index(max(sums)) == gold
+            loss, tokens = loss - sums[gold], tokens + len(choices[gold])
+        return Score(loss / tokens, right / len(self.questions))
+
+
+@dataclass(frozen=True)
 class MultipleChoice:
     """Questions with listed answers, as lm-eval-harness scores them: the choice of the largest log-likelihood wins.
 
@@ -318,17 +481,10 @@ class MultipleChoice:
 
     def score(self, predict: Predict) -> Score:
         """The loss is the mean over the tokens of the right choices."""
-        pairs = []
-        for query, choices, _ in self.documents:
+        questions = []
+        for query, choices, gold in self.documents:
             context = self.tokenizer.encode(query)
             if not context:
                 raise ValueError(f"choices: a query of {self.name} must encode to at least one token, got {query!r}")
-            pairs += [(context, self.tokenizer.encode(choice)) for choice in choices]
-        scored = iter(zip(pairs, log_likelihoods(predict, pairs)))
-        loss, tokens, right = 0.0, 0, 0
-        for _, choices, gold in self.documents:
-            of_choices = [next(scored) for _ in choices]
-            sums = [value for _, (value, _) in of_choices]
-            right += sums.index(max(sums)) == gold
-            loss, tokens = loss - sums[gold], tokens + len(of_choices[gold][0][1])
-        return Score(loss / tokens, right / len(self.documents))
+            questions.append((context, [self.tokenizer.encode(choice) for choice in choices], gold))
+        return TokenChoices(self.name, questions).score(predict)
