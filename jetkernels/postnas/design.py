@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm
 
-from .blocks import NORM_EPS, LinearBlock, ShortConvolution, decay_parameters, gated_delta_rule
+from .blocks import NORM_EPS, LinearBlock, decay_parameters, gated_delta_rule
 from .shapes import Shape
+from .short_convolution import ShortConvolution, init_static_taps_
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,31 @@ class DesignedBlock(LinearBlock):
     b_proj: nn.Linear
 
     def __init__(self, hidden_size: int, shape: Shape, design: Design = Design()):
+        self.design = design  # first: `build` reads it
         super().__init__(hidden_size, shape)
-        K, V, H = shape
-        self.design = design
+
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
         self.channels = {"q": H * K, "k": H * K, "v": H * V}
         for name, width in {**self.channels, "g": H * V, "a": H, "b": H}.items():
             setattr(self, f"{name}_proj", self.linear(width))
-        self.o_proj = self.linear(hidden_size, H * V)
+        self.o_proj = self.linear(self.hidden_size, H * V)
         self.A_log, self.dt_bias = decay_parameters(H)
         self.o_norm = GatedRMSNorm(V, NORM_EPS)
-        self.convolutions = nn.ModuleDict({name: self._convolution(self.channels[name]) for name in design.on})
+        self.convolutions = nn.ModuleDict({name: self._convolution(self.channels[name]) for name in self.design.on})
 
     def _convolution(self, channels: int) -> nn.Module:
         design = self.design
         if design.convolution == "static":
             return ShortConvolution(channels, design.kernel_size)
         reads = self.hidden_size if design.generator_input == "layer" else channels
-        return DynamicShortConvolution(channels, design.kernel_size, reads, design.reduction)
+        convolution = DynamicShortConvolution(
+            channels, design.kernel_size, reads, design.reduction, initializer_range=reads**-0.5
+        )
+        init_static_taps_(convolution)
+        if design.generator_input == "layer":
+            self.of_input.append(convolution.kernel_generator.w1)
+        return convolution
 
     def memory(self) -> list[Sequence[int]]:
         """The recurrent state, and what each convolution has seen last."""
