@@ -121,8 +121,32 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window-size", type=integer(1), help="tokens, the current one included (default %(default)s)")
-    parser.add_argument("--objective", choices=OBJECTIVES, help="minus the loss of the right answer, or accuracy")
     _add_tasks(parser)
+
+
+def _add_objective(parser: argparse.ArgumentParser, of: str, does: str) -> None:
+    """`--task`, which `does` this, and `--objective`; `of` stands in front of both names."""
+    parser.add_argument(f"--{of}task", help=f"{does} (default %(default)s)")
+    what = "what of it: minus the loss of the right answer, or accuracy (default %(default)s)"
+    parser.add_argument(f"--{of}objective", choices=OBJECTIVES, help=what)
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    _add_objective(parser, "", "by which candidates are compared")
+    parser.add_argument(
+        "--seeds", type=integer(1, 1000), help="of every candidate; the tables hold means (default %(default)s)"
+    )
+
+
+def _add_placing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", type=integer(0, 10**4), help="layers that keep full attention (default %(default)s)")
+    parser.add_argument(
+        "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"
+    )
+    _add_objective(parser, "full-", "that places full attention")
+    _add_objective(parser, "window-", "that places windows")
+    parser.add_argument("--width", type=integer(1, 10**6), help="of the beam (default %(default)s)")
+    parser.add_argument("--exhaustive-up-to", type=integer(), help="evaluate all placements if no more than this")
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -145,14 +169,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:
     _add_search(parser)
-    parser.add_argument("--full", type=integer(0, 10**4), help="layers that keep full attention (default %(default)s)")
-    parser.add_argument(
-        "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"
-    )
-    parser.add_argument("--full-task", help="task that places full attention (default %(default)s)")
-    parser.add_argument("--window-task", help="task that places windows")
-    parser.add_argument("--width", type=integer(1, 10**6), help="of the beam (default %(default)s)")
-    parser.add_argument("--exhaustive-up-to", type=integer(), help="evaluate all placements if no more than this")
+    _add_placing(parser)
     _add_shape(parser)
 
 
@@ -165,10 +182,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--placement", required=True, help="folder of `search placement`, or the layers: 'jet attn jet ...'"
     )
-    parser.add_argument("--task", help="whose objective is the quality")
-    parser.add_argument(
-        "--seeds", type=integer(1, 1000), help="of every candidate; the tables hold means (default %(default)s)"
-    )
+    _add_quality(parser)
     parser.add_argument(
         "--speed-batch", type=integer(1, 2**16), help="sequences of the speed measurement (default %(default)s)"
     )
@@ -219,16 +233,11 @@ def _add_final(parser: argparse.ArgumentParser) -> None:
 
 def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="folder of a base (default: train a small one)")
-    parser.add_argument("--full", type=integer(0, 10**4), help="layers that keep full attention (default %(default)s)")
-    parser.add_argument(
-        "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"
-    )
+    _add_placing(parser)
+    _add_quality(parser)
     _add_shape(parser)
     parser.add_argument(
         "--base-steps", type=integer(), help="training steps of the small base, on 16 rows each (default %(default)s)"
-    )
-    parser.add_argument(
-        "--seeds", type=integer(1, 1000), help="of every candidate of stages 2 to 4 (default %(default)s)"
     )
     _add_sizes(parser)
     _add_training(parser)

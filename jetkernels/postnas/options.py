@@ -21,6 +21,8 @@ from .tasks import Copy, MultipleChoice, Recall, Task, language_modelling
 from .training import Recipe, ranks
 
 Facts = list[tuple[str, object]]
+# What the values of an objective are, in words.
+OBJECTIVE_NAMES = {"loss": "minus the loss", "accuracy": "accuracy"}
 
 
 class Integers(tuple[int, ...]):
@@ -199,17 +201,55 @@ class ScoreOptions(TaskOptions):
 
     Attributes:
         window_size: tokens of a sliding window, the current one included.
-        objective: "loss" (minus the loss of the right answer) or "accuracy".
     """
 
     window_size: int = 32
-    objective: str = "loss"
 
     def score_facts(self) -> Facts:
         """What the scores depend on beside the training."""
         questions = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in self.questions]
         harness = [(name, f"harness, limit {self.harness_limit}") for name in self.harness]
         return [*self.named(("window_size", "examples")), *questions, *harness]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(ScoreOptions):
+    """Which placement is searched for; `placement.PlacementOptions` says more.
+
+    Attributes:
+        full: layers that keep full attention.
+        window: layers that get sliding-window attention.
+        full_task: name of the task that places full attention.
+        full_objective: "loss" (minus the loss of the right answer) or "accuracy" in it.
+        window_task: name of the task that places windows.
+        window_objective: the same in it.
+        width: of the beam.
+        exhaustive_up_to: placements that are all evaluated.
+    """
+
+    full: int = 2
+    window: int = 0
+    full_task: str = "recall"
+    full_objective: str = "loss"
+    window_task: str = "language modelling"
+    window_objective: str = "loss"
+    width: int = 4
+    exhaustive_up_to: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions(ScoreOptions):
+    """What the quality of a candidate of stages 2 to 4 is.
+
+    Attributes:
+        task: name of the task whose objective it is.
+        objective: "loss" (minus the loss of the right answer) or "accuracy".
+        seeds: of every candidate; the tables hold means.
+    """
+
+    task: str = "language modelling"
+    objective: str = "loss"
+    seeds: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

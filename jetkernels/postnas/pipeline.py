@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .options import Integers, ScoreOptions, ShapeOptions, SizeOptions, StageOptions
+from .options import Integers, QualityOptions, SearchOptions, ShapeOptions, SizeOptions, StageOptions
 from .report.overview import StageDone, write_overview
 from .stages import BaseStage, BlocksStage, DesignStage, FinalStage, PlacementStage, ShapesStage, load_base
 from .training import ranks, wait_for_ranks
@@ -17,7 +17,7 @@ Stage = TypeVar("Stage", bound=StageOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
+class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions):
     """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
 
     `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;
@@ -26,16 +26,15 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
     Attributes:
         output: folder for the folders of the stages, and for the report over all.
         base: folder of a base; None: a small one is trained.
-        full: layers that keep full attention.
-        window: layers that get sliding-window attention.
         base_steps: of the training of the small base.
-        seeds: of every candidate of stages 2 to 4.
         REPORTED: names of the options that the report names.
     """
 
     REPORTED = (
         *SizeOptions.TRAINING,
-        *("base_steps", "examples", "full", "objective", "seeds", "shape", "window", "window_size"),
+        *("base_steps", "examples", "shape", "window_size"),
+        *("exhaustive_up_to", "full", "full_objective", "full_task", "width", "window", "window_objective"),
+        *("objective", "seeds", "task", "window_task"),
     )
 
     base: Path | None = None

@@ -33,7 +33,8 @@ class PlacementOptions:
         window_layers: budget of layers with sliding-window attention.
         full_task: name of the task whose objective places full attention.
         window_task: name of the one that places windows.
-        objective: "loss" (minus the loss on the right answer) or "accuracy".
+        full_objective: what of the first one's score counts: "loss" (minus the loss on the right answer) or "accuracy".
+        window_objective: the same of the second one.
         width: of the beam (`beam_search`).
         exhaustive_up_to: placements that are all looked at (`beam_search`).
     """
@@ -42,13 +43,25 @@ class PlacementOptions:
     window_layers: int = 0
     full_task: str = "recall"
     window_task: str = "language modelling"
-    objective: str = "loss"
+    full_objective: str = "loss"
+    window_objective: str = "loss"
     width: int = 4
     exhaustive_up_to: int = 64
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        for name in ("full_objective", "window_objective"):
+            if getattr(self, name) not in OBJECTIVES:
+                raise ValueError(f"{name} must be one of {', '.join(OBJECTIVES)}, got {getattr(self, name)!r}")
+
+    def objective(self, task: str, kind: str) -> str:
+        """The objective by which the importance of layers of a kind, "attn" or "swa", is measured in a task.
+
+        That of the search on this task, whichever layers it places; of other tasks, and of one that both searches are
+        on, that of the search for this kind.
+        """
+        own = self.full_objective if kind == "attn" else self.window_objective
+        searches = {self.full_task: self.full_objective, self.window_task: self.window_objective}
+        return own if self.full_task == self.window_task else searches.get(task, own)
 
     def check(self, layers: int, tasks: Sequence[str]) -> None:
         """Refuses what a search over `layers` layers with these tasks could not end well with.
@@ -191,15 +204,18 @@ def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequenc
     options.check(layers, list(book.tasks))
     most = options.evaluations(layers, len(book.tasks))
     with progress(total=most, desc="placements", unit="evaluation", disable=ranks()[0] > 0) as bar:
-        full = search(start, options.full_layers, book.evaluate(options.full_task, options.objective, bar))
-        maps = {"attn": {t: importance(start, book.evaluate(t, options.objective, bar)) for t in book.tasks}}
-        window, placement = None, full.placement
+
+        def map_of(kind: str, before: Placement) -> dict[str, dict[int, float]]:
+            """{task: the gain of each layer of `before` that alone becomes of this kind}."""
+            values = {task: book.evaluate(task, options.objective(task, kind), bar) for task in book.tasks}
+            return {task: importance(before, value, kind) for task, value in values.items()}
+
+        full = search(start, options.full_layers, book.evaluate(options.full_task, options.full_objective, bar))
+        maps, window, placement = {"attn": map_of("attn", start)}, None, full.placement
         if options.window_layers:
-            value = book.evaluate(options.window_task, options.objective, bar)
+            value = book.evaluate(options.window_task, options.window_objective, bar)
             window = search(placement, options.window_layers, value, kind="swa")
-            maps["swa"] = {
-                t: importance(placement, book.evaluate(t, options.objective, bar), "swa") for t in book.tasks
-            }
+            maps["swa"] = map_of("swa", placement)
             placement = window.placement
     return PlacementResult(placement, full, window, maps, list(losses))
 

@@ -26,7 +26,17 @@ from .blocks import BLOCKS, equal_parameters
 from .candidates import Measured, Meter, measure_all, over_seeds
 from .design import DESIGNS, DesignedBlock
 from .final import train_final
-from .options import Facts, Integers, ScoreOptions, ShapeOptions, SizeOptions, TaskOptions, mark_of
+from .options import (
+    OBJECTIVE_NAMES,
+    Facts,
+    Integers,
+    QualityOptions,
+    SearchOptions,
+    ShapeOptions,
+    SizeOptions,
+    TaskOptions,
+    mark_of,
+)
 from .placement import PlacementOptions, ScoreBook, export, search_placement, train_super_network
 from .report.base import write_base_report
 from .report.candidates import write_candidate_report, write_shape_report
@@ -141,27 +151,15 @@ class BaseStage(SizeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacementStage(ScoreOptions, ShapeOptions):
+class PlacementStage(SearchOptions, ShapeOptions):
     """Stage 1: which layers keep full attention, which get a sliding window.
 
     Attributes:
         base: folder of the base.
-        full: layers that keep full attention.
-        window: layers that get sliding-window attention.
-        full_task: name of the task that places full attention.
-        window_task: name of the task that places windows.
-        width: of the beam.
-        exhaustive_up_to: placements that are all evaluated.
     """
 
     base: Path
     steps: int = 600
-    full: int = 2
-    window: int = 0
-    full_task: str = "recall"
-    window_task: str = "language modelling"
-    width: int = 4
-    exhaustive_up_to: int = 64
 
     def run(self) -> str | None:
         """Writes the placement, its report and the model that it makes to `output`."""
@@ -173,7 +171,8 @@ class PlacementStage(ScoreOptions, ShapeOptions):
             window_layers=self.window,
             full_task=self.full_task,
             window_task=self.window_task,
-            objective=self.objective,
+            full_objective=self.full_objective,
+            window_objective=self.window_objective,
             width=self.width,
             exhaustive_up_to=self.exhaustive_up_to,
         )
@@ -218,14 +217,12 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonOptions(ScoreOptions):
+class ComparisonOptions(QualityOptions):
     """What stages 2, 3 and 4 share: candidates that are trained and measured in one placement.
 
     Attributes:
         base: folder of the base.
         placement: folder of a placement stage, or the kind of each layer with blanks between.
-        task: name of the task whose objective is the quality.
-        seeds: of every candidate; the tables hold means.
         speed_batch: sequences of the speed measurement.
         speed_prompt: tokens of its prompts.
         speed_tokens: generated tokens that are timed.
@@ -234,8 +231,6 @@ class ComparisonOptions(ScoreOptions):
     base: Path
     placement: str
     steps: int = 300
-    task: str = "language modelling"
-    seeds: int = 1
     speed_batch: int = 4
     speed_prompt: int = 64
     speed_tokens: int = 32
@@ -247,7 +242,7 @@ class ComparisonOptions(ScoreOptions):
     @property
     def quality(self) -> str:
         """What the quality is, in words."""
-        return f"{self.task}, {'minus the loss' if self.objective == 'loss' else 'accuracy'}"
+        return f"{self.task}, {OBJECTIVE_NAMES[self.objective]}"
 
     def compare(self, names: Sequence[str]) -> Comparison:
         """Trains and measures the candidates."""

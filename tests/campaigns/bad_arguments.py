@@ -203,15 +203,14 @@ class World:
             "--examples": "2",
             "--questions": root / "questions.jsonl",
             "--window-size": "8",
-            "--objective": "loss",
         }
         sizes = {"--layers": "2", "--hidden-size": "32", "--intermediate-size": "48"}
         compared = (
             training
             | scoring
-            | {"--placement": "jet attn swa", "--task": "recall", "--seeds": "1", "--speed-batch": "1"}
+            | {"--placement": "jet attn swa", "--task": "recall", "--objective": "loss", "--seeds": "1"}
         )
-        compared |= {"--speed-prompt": "4", "--speed-tokens": "2"}
+        compared |= {"--speed-batch": "1", "--speed-prompt": "4", "--speed-tokens": "2"}
         self.lines: list[tuple[list[str], dict]] = [
             (["info"], {"--json": None}),
             (["demo"], {"--minutes": "1", "--output": "out", "--device": "cpu", "--seed": "0"}),
@@ -227,7 +226,8 @@ class World:
                 ["search", "placement"],
                 training
                 | scoring
-                | {"--full": "1", "--window": "1", "--full-task": "copy", "--width": "2", "--shape": "8x16x2"},
+                | {"--full": "1", "--window": "1", "--full-task": "copy", "--width": "2", "--shape": "8x16x2"}
+                | {"--full-objective": "accuracy", "--window-objective": "loss"},
             ),
             (["search", "blocks"], compared | {"--shape": "8x16x2", "--equal": "state", "--only": "JetBlock"}),
             (["search", "design"], compared | {"--shape": "8x16x2"}),

@@ -36,6 +36,7 @@ def placement(inputs, output, **changes) -> list[str]:
     text, base = inputs
     folders = {"text": text, "base": base, "output": output}
     searched = {"full": 1, "window": 1, "window_size": 8, "examples": 4, "shape": "8x16x2", "device": "cpu"}
+    searched |= {"full_objective": "accuracy", "window_objective": "loss"}
     rows = {"steps": 6, "batch": 2, "length": 80, "distances": "4,16", "save_every": 2}
     return search_command("placement", **folders | searched | rows | changes)
 
@@ -61,6 +62,8 @@ def test_a_run_writes_report_and_a_model_that_generates(whole, capsys):
     report = (whole / "report.md").read_text()
     chosen = json.loads((whole / "result.json").read_text())["placement"]
     assert sorted(chosen) == ["attn", "jet", "swa"] and f"`{' '.join(chosen)}`" in report
+    assert "| full attention | recall, accuracy |" in report
+    assert "| sliding window | language modelling, minus the loss |" in report
     for column in ("recall, loss", "copy, accuracy", "language modelling, loss", "distance 16"):
         assert column in report
     assert "generated examples that the search has not seen" in report

@@ -140,7 +140,7 @@ def test_windows_are_searched_after_full_attention_is_placed(tmp_path):
     """One full layer and one window, both of which reach the whole sequence here: together they must be the planted
     two.
     """
-    options = PlacementOptions(full_layers=1, window_layers=1, window_task="recall", objective="accuracy")
+    options = PlacementOptions(full_layers=1, window_layers=1, window_task="recall", full_objective="accuracy")
     _, book, result = planted_search(0, options, tmp_path)
     assert set(result.full.chosen) | set(result.window.chosen) == set(PLANTED)
     assert sorted(result.placement) == ["attn"] + ["jet"] * (LAYERS - 2) + ["swa"]
@@ -148,6 +148,39 @@ def test_windows_are_searched_after_full_attention_is_placed(tmp_path):
     assert f"Placement: `{' '.join(result.placement)}`" in report and "uniform, 1 full" in report
     for plot in ("importance-attn.png", "importance-swa.png", "distillation.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in report
+
+
+def test_each_search_has_an_objective_and_each_task_the_one_of_its_search():
+    options = PlacementOptions(2, 1, "recall", "text", full_objective="accuracy", window_objective="loss")
+    wanted = {("recall", "attn"): "accuracy", ("recall", "swa"): "accuracy", ("text", "attn"): "loss"}
+    wanted |= {("text", "swa"): "loss", ("copy", "attn"): "accuracy", ("copy", "swa"): "loss"}
+    assert {asked: options.objective(*asked) for asked in wanted} == wanted
+    one_task = PlacementOptions(2, 1, "recall", "recall", full_objective="accuracy", window_objective="loss")
+    assert [one_task.objective("recall", kind) for kind in ("attn", "swa")] == ["accuracy", "loss"]
+    with pytest.raises(ValueError, match="window_objective must be one of loss, accuracy, got 'speed'"):
+        PlacementOptions(2, window_objective="speed")
+
+
+def test_full_layers_go_by_accuracy_and_windows_by_the_loss():
+    """Scores of three layers: the best full layer by accuracy is 2, by loss 0; the best window by loss is 1."""
+
+    class Planted(ScoreBook):
+        def score(self, placement, task):
+            if "swa" in placement:
+                i = placement.index("swa")
+                return Score({0: 2.0, 1: 1.0, 2: 3.0}[i], {0: 0.9, 1: 0.1, 2: 0.5}[i])
+            loss, accuracy = {0: (0.5, 0.1), 1: (2.0, 0.2), 2: (1.0, 0.8)}.get(
+                placement.index("attn") if "attn" in placement else -1, (4.0, 0.0)
+            )
+            return Score(loss, accuracy)
+
+    network = SuperNetwork(small_base(3, hidden_size=32, intermediate_size=32), TINY_JET)
+    book = Planted(network, [PlantedRows().task(1)], {})
+    asked = {"window_task": "recall", "full_objective": "accuracy", "window_objective": "loss"}
+    result = search_placement(book, PlacementOptions(1, 1, **asked))
+    assert result.placement == ("jet", "swa", "attn") and (result.full.value, result.window.value) == (0.8, -1.0)
+    assert result.importance["attn"]["recall"] == {0: 0.1, 1: 0.2, 2: 0.8}
+    assert search_placement(book, PlacementOptions(1)).placement == ("attn", "jet", "jet")
 
 
 def test_attention_everywhere_is_the_base():

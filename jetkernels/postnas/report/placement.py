@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..options import OBJECTIVE_NAMES
 from ..placement import PlacementOptions, PlacementResult, ScoreBook
 from ..search import uniform, with_kind
 from ..super_network import Placement
@@ -29,14 +30,15 @@ def comparison(book: ScoreBook, result: PlacementResult) -> list[tuple[str, Plac
 
 
 def _searches_section(result: PlacementResult, options: PlacementOptions) -> str:
-    searches = [("full attention", options.full_task, result.full)]
+    searches = [("full attention", options.full_task, options.full_objective, result.full)]
     if result.window is not None:
-        searches.append(("sliding window", options.window_task, result.window))
-    header = ["layers of", "chosen by task", "layers (0-based)", "objective", "placements evaluated", "search"]
+        searches.append(("sliding window", options.window_task, options.window_objective, result.window))
+    header = ["layers of", "chosen by", "layers (0-based)", "objective", "placements evaluated", "search"]
     rows = []
-    for what, task, found in searches:
+    for what, task, objective, found in searches:
+        by = f"{task}, {OBJECTIVE_NAMES[objective]}"
         how = "all there are" if found.exhaustive else f"beam of {options.width}"
-        rows.append([what, task, ", ".join(map(str, found.chosen)), found.value, found.evaluated, how])
+        rows.append([what, by, ", ".join(map(str, found.chosen)), found.value, found.evaluated, how])
     return markdown_table(header, rows)
 
 
@@ -66,18 +68,20 @@ def _comparison_section(scored: Sequence[tuple[str, Placement, Mapping[str, Scor
     return text
 
 
-def _importance_section(folder: Path, result: PlacementResult, layers: int, objective: str) -> str:
+def _importance_section(folder: Path, result: PlacementResult, layers: int, options: PlacementOptions) -> str:
     """Tables and heat maps of each layer's gain; the pictures go to `folder`."""
     names = {"attn": "full attention", "swa": "sliding-window attention"}
-    what = "minus the loss, nats per token" if objective == "loss" else "accuracy"
     parts = []
     for kind, maps in result.importance.items():
+        labels = {task: f"{task}, {OBJECTIVE_NAMES[options.objective(task, kind)]}" for task in maps}
         drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
-        heat_map(folder / f"importance-{kind}.png", list(maps), drawn, f"gain from {names[kind]} in one layer")
-        shown = [[task, *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
+        picture = folder / f"importance-{kind}.png"
+        heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer")
+        shown = [[labels[task], *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
+        table = markdown_table(["task", *map(str, range(layers))], shown)
         parts.append(
-            f"## Importance of {names[kind]} per layer\n\nGain of the objective ({what}) when that layer alone changes "
-            f"from JetBlock to {names[kind]}.\n\n{markdown_table(['task', *map(str, range(layers))], shown)}\n"
+            f"## Importance of {names[kind]} per layer\n\nGain of the objective (losses in nats per token) when that "
+            f"layer alone changes from JetBlock to {names[kind]}.\n\n{table}\n"
             f"![importance](importance-{kind}.png)\n"
         )
     return "\n".join(parts)
@@ -116,7 +120,7 @@ def write_report(
         f"Placement: `{' '.join(result.placement)}`\n",
         _searches_section(result, options),
         *_comparison_section(scored, unseen=fresh is not None),
-        _importance_section(folder, result, book.network.num_layers, options.objective),
+        _importance_section(folder, result, book.network.num_layers, options),
     ]
     if result.losses:
         picture = "distillation.png"
