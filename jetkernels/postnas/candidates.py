@@ -165,7 +165,10 @@ class Meter:
         return network, losses
 
     def training_speed(self, network: SuperNetwork) -> float:
-        """Tokens per second of forward and backward of the distillation, the median of a few steps."""
+        """Tokens per second of the distillation, the median of a few steps.
+
+        Forward and backward of the candidate's model; the base's features are there.
+        """
         rows = self.loader.batch(0)[:, :-1].to(network.base.device)
         seconds = []
         for _ in range(1 + TIMED_STEPS):

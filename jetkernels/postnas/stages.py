@@ -46,6 +46,7 @@ from .selection import best_candidate, best_shape
 from .shapes import Shape, equal_cache_grid
 from .super_network import PATHS, Placement, SuperNetwork
 from .tasks import Score, Task
+from .teacher import Teacher
 from .training import ranks
 
 # What `SuperNetwork` takes as its linear paths.
@@ -256,8 +257,9 @@ class ComparisonOptions(QualityOptions):
         facts, placement = self.facts(corpus, base), placement_of(self.placement)
         settings = ("task", "objective", "seeds", "speed_batch", "speed_prompt", "speed_tokens")
         asked = [*self.score_facts(), *self.named(settings), ("placement", " ".join(placement))]
+        teacher = Teacher(base)
         meter = Meter(
-            lambda name, seed: SuperNetwork(base, self.paths(name), self.window_size, seed, self.recompute),
+            lambda name, seed: SuperNetwork(base, self.paths(name), self.window_size, seed, self.recompute, teacher),
             placement,
             self.loader(corpus, tokenizer),
             self.recipe(),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
@@ -19,6 +18,7 @@ from jetkernels.modules import JetBlockConfig
 
 from .base import check_base
 from .data import seeded
+from .teacher import Teacher, dense_layout, feature_loss, watched
 
 # The paths of a layer, by the kind of layer that each of them makes of it.
 PATHS = ("jet", "attn", "swa")
@@ -80,6 +80,7 @@ class SuperNetwork(nn.Module):
         window_size: of the windowed paths, tokens, the current one included.
         seed: of the JetBlocks' initial values.
         recompute_layers: keep only the layers' inputs for the backward pass and compute the rest twice.
+        teacher: of this base; networks that share one share what it computes. None: one of its own.
     """
 
     def __init__(
@@ -89,12 +90,16 @@ class SuperNetwork(nn.Module):
         window_size: int = 64,
         seed: int = 0,
         recompute_layers: bool = False,
+        teacher: Teacher | None = None,
     ):
         super().__init__()
         check_base(base.config)
         if window_size < 1:
             raise ValueError(f"window_size must be at least 1, got {window_size}")
-        self.base = base.requires_grad_(False)
+        self.teacher = teacher or Teacher(base)
+        if self.teacher.base is not base:
+            raise ValueError("teacher must be that of the base, got one of another model")
+        self.base = base
         self.jet_config = jet if isinstance(jet, JetBlockConfig) else None
         self.window_size = window_size
         self.recompute_layers = recompute_layers
@@ -161,24 +166,9 @@ class SuperNetwork(nn.Module):
         model.model.recompute_layers = self.recompute_layers
         return model
 
-    def features(self, input_ids: Tensor, placement: Sequence[str]) -> list[Tensor]:
-        """The residual stream behind each layer, then behind the final norm.
-
-        Args:
-            input_ids: token ids [B, T].
-            placement: a path for each layer.
-
-        Returns: L + 1 tensors [B, T, C].
-        """
-        B, T = input_ids.shape
-        layout = TokenLayout.dense(B, T, [0] * B, None, input_ids.device)
-        found: list[Tensor] = []
-        last = self.assemble(placement).model(input_ids, layout, features=found)
-        return [*found, last]
-
     def forward(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes."""
-        return self.base.head(self.features(input_ids, placement)[-1])
+        return self.base.head(self.assemble(placement).model(input_ids, dense_layout(input_ids)))
 
     def random_placement(self, generator: torch.Generator) -> Placement:
         """Each layer independently its attention or its JetBlock, even odds.
@@ -191,18 +181,29 @@ class SuperNetwork(nn.Module):
                 return tuple("jet" if flag else "attn" for flag in jet.tolist())
 
     def distillation_loss(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
-        """Feature distillation: the mean squared difference to the base's features, over layers and final norm.
+        """Feature distillation: how far each layer's path is from the base's attention there (`feature_loss`).
 
-        Layers in front of the first JetBlock equal the base's and are left out of the average.
+        The path is given the stream that the layers in front of it left, the base's attention the base's own. Layers in
+        front of the first JetBlock equal the base's and are left out of the average.
+
+        Args:
+            input_ids: token ids [B, T].
+            placement: a path for each layer.
+
+        Returns: a scalar.
+
+        Raises:
+            ValueError: no layer has a JetBlock.
         """
         placement = self.check(placement)
         if "jet" not in placement:
             raise ValueError("placement must have a jet layer to be distilled, got attention everywhere")
-        with torch.no_grad():
-            wanted = self.features(input_ids, ("attn",) * self.num_layers)
+        wanted = self.teacher.attention(input_ids)
+        model = self.assemble(placement)
+        with watched(model) as got:
+            model.model(input_ids, dense_layout(input_ids))
         first = placement.index("jet")
-        got = self.features(input_ids, placement)
-        losses = [F.mse_loss(g.float(), w.float()) for g, w in zip(got[first:], wanted[first:])]
+        losses = [feature_loss(g.output, w.output) for g, w in zip(got[first:], wanted[first:], strict=True)]
         return torch.stack(losses).mean()
 
     def extract(self, placement: Sequence[str]) -> JetNemotronForCausalLM:

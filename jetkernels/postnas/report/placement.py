@@ -12,7 +12,7 @@ from ..placement import PlacementOptions, PlacementResult, ScoreBook
 from ..search import uniform, with_kind
 from ..super_network import Placement
 from ..tasks import Score
-from .plots import curve, heat_map
+from .plots import FEATURE_LOSS, curve, heat_map
 from .tables import markdown_table, provenance, write_text
 
 
@@ -124,7 +124,7 @@ def write_report(
     ]
     if result.losses:
         picture = "distillation.png"
-        curve(folder / picture, result.losses, "super network: feature distillation", "mean squared difference")
+        curve(folder / picture, result.losses, "super network: feature distillation", FEATURE_LOSS)
         text.append(
             f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}.\n\n![distillation]({picture})\n"
         )

@@ -10,6 +10,8 @@ from typing import Any
 from jetkernels._optional import optional
 from jetkernels.files import write_atomic
 
+FEATURE_LOSS = "distillation: squared error of attention's output, relative"
+
 
 def _pyplot() -> Any:
     """matplotlib.pyplot, drawing to memory; ModuleNotFoundError where matplotlib is not installed."""
@@ -114,7 +116,7 @@ def quality_against_speed(
         left.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for name, losses in curves.items():
             left.plot(_smooth(losses), label=name, linewidth=1)
-        left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+        left.set(xlabel="step", ylabel=FEATURE_LOSS, yscale="log", title="training")
         left.legend(fontsize=8)
     for name, speed, value in points:
         right.scatter([speed], [value])
@@ -147,7 +149,7 @@ def pair_chart(
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.5))
     for name, of_name in zip(names, losses):
         left.plot(_smooth(of_name), label=name)
-    left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+    left.set(xlabel="step", ylabel=FEATURE_LOSS, yscale="log", title="training")
     relative = {what: (first / second, 1.0) for what, (first, second) in speeds.items()}
     for axes, values, title in ((middle, accuracies, "accuracy"), (right, relative, f"tokens/s, {names[1]} = 1")):
         for i, name in enumerate(names):
