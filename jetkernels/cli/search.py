@@ -149,6 +149,18 @@ def _add_placing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exhaustive-up-to", type=integer(), help="evaluate all placements if no more than this")
 
 
+def _add_distilling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--train-attention", action="store_true", help="train a copy of the base's attention beside the linear paths"
+    )
+
+
+def _add_linear_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--linear-path", choices=BLOCKS, help="block beside the attention of each layer (default %(default)s)"
+    )
+
+
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=integer(1, 10**6), help="of each task, of recall at each distance (default %(default)s)"
@@ -170,6 +182,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 def _add_placement(parser: argparse.ArgumentParser) -> None:
     _add_search(parser)
     _add_placing(parser)
+    _add_linear_path(parser)
+    _add_distilling(parser)
     _add_shape(parser)
 
 
@@ -183,6 +197,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         "--placement", required=True, help="folder of `search placement`, or the layers: 'jet attn jet ...'"
     )
     _add_quality(parser)
+    _add_distilling(parser)
     parser.add_argument(
         "--speed-batch", type=integer(1, 2**16), help="sequences of the speed measurement (default %(default)s)"
     )
@@ -234,7 +249,9 @@ def _add_final(parser: argparse.ArgumentParser) -> None:
 def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="folder of a base (default: train a small one)")
     _add_placing(parser)
+    _add_linear_path(parser)
     _add_quality(parser)
+    _add_distilling(parser)
     _add_shape(parser)
     parser.add_argument(
         "--base-steps", type=integer(), help="training steps of the small base, on 16 rows each (default %(default)s)"

@@ -64,7 +64,7 @@ class StageOptions(ABC):
         recompute: keep only the layers' inputs for the backward pass.
         device: cpu, cuda or cuda:N.
         seed: of initial values and rows.
-        TRAINING: names of the options that the training depends on: a run goes on only where they are the same.
+        TRAINING: names of a class's own options that the training depends on (`training_options`).
     """
 
     TRAINING: ClassVar[tuple[str, ...]] = (
@@ -90,13 +90,18 @@ class StageOptions(ABC):
     def run(self) -> str | None:
         """Runs the stage, or what is left of it. Returns, on rank 0, what it found, in a sentence."""
 
+    @classmethod
+    def training_options(cls) -> list[str]:
+        """Names of the options that the training depends on: a run goes on only where they are the same."""
+        return sorted({name for kind in cls.__mro__ for name in getattr(kind, "TRAINING", ())})
+
     def named(self, names: Sequence[str]) -> Facts:
         """(name, value) of the options `names`, as checkpoints and reports hold them."""
         return [(name, plain(getattr(self, name))) for name in names]
 
     def facts(self, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> Facts:
         """What the training depends on, for the report and to recognise checkpoints."""
-        facts = [*self.named(sorted(self.TRAINING)), ("text", corpus.digest)]
+        facts = [*self.named(self.training_options()), ("text", corpus.digest)]
         return [*facts, ("base", weights_digest(base))] if base is not None else facts
 
     def corpus(self, tokenizer: Tokenizer) -> TextCorpus:
@@ -150,6 +155,19 @@ class StageOptions(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillOptions(StageOptions):
+    """How the paths of a super network are trained.
+
+    Attributes:
+        train_attention: train a copy of the base's attention too, where a path has it.
+    """
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("train_attention",)
+
+    train_attention: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SizeOptions(StageOptions):
     """Sizes of the small base that is trained where there is none.
 
@@ -159,7 +177,7 @@ class SizeOptions(StageOptions):
         intermediate_size: of the MLPs.
     """
 
-    TRAINING = (*StageOptions.TRAINING, "hidden_size", "intermediate_size", "layers")
+    TRAINING: ClassVar[tuple[str, ...]] = ("hidden_size", "intermediate_size", "layers")
 
     layers: int = 6
     hidden_size: int = SMALL["hidden_size"]
@@ -260,6 +278,6 @@ class ShapeOptions(StageOptions):
         shape: K, V and H.
     """
 
-    TRAINING = (*StageOptions.TRAINING, "shape")
+    TRAINING: ClassVar[tuple[str, ...]] = ("shape",)
 
     shape: Shape = Shape(16, 32, 4)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .options import Integers, QualityOptions, SearchOptions, ShapeOptions, SizeOptions, StageOptions
+from .options import DistillOptions, Integers, QualityOptions, SearchOptions, ShapeOptions, SizeOptions, StageOptions
 from .report.overview import StageDone, write_overview
 from .stages import BaseStage, BlocksStage, DesignStage, FinalStage, PlacementStage, ShapesStage, load_base
 from .training import ranks, wait_for_ranks
@@ -17,7 +17,7 @@ Stage = TypeVar("Stage", bound=StageOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions):
+class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions):
     """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
 
     `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;
@@ -27,15 +27,10 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions):
         output: folder for the folders of the stages, and for the report over all.
         base: folder of a base; None: a small one is trained.
         base_steps: of the training of the small base.
-        REPORTED: names of the options that the report names.
+        linear_path: name of the block beside the attention of each layer in stage 1.
     """
 
-    REPORTED = (
-        *SizeOptions.TRAINING,
-        *("base_steps", "examples", "shape", "window_size"),
-        *("exhaustive_up_to", "full", "full_objective", "full_task", "width", "window", "window_objective"),
-        *("objective", "seeds", "task", "window_task"),
-    )
+    NOT_REPORTED = ("base", "harness", "output", "questions", "save_every", "text")  # paths, and what changes no result
 
     base: Path | None = None
     steps: int = 300
@@ -43,6 +38,7 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions):
     window: int = 1
     base_steps: int = 4000
     seeds: int = 2
+    linear_path: str = PlacementStage.linear_path
 
     def stages(self) -> dict[str, StageOptions]:
         """The stages by the names of their folders, in their order."""
@@ -85,5 +81,6 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions):
         if ranks()[0] == 0:
             model, _ = load_base(self.base or self.output / "base", "cpu")
             tokens = self.steps * self.batch * self.length
-            write_overview(self.output, model, done, tokens, self.seeds, self.named(sorted(self.REPORTED)))
+            reported = sorted({field.name for field in fields(self)} - set(self.NOT_REPORTED))
+            write_overview(self.output, model, done, tokens, self.seeds, self.named(reported))
             print(f"report: {self.output}/report.md")

@@ -104,15 +104,15 @@ class ScoreBook:
         if path is not None and Path(path).exists():
             self.scores = load_state(path, "scores", self.run)["scores"]
 
-    def score(self, placement: Placement, task: str) -> Score:
-        """The score of a placement, from the file if it is there."""
+    def score(self, placement: Placement | None, task: str) -> Score:
+        """The score of a placement, from the file if it is there; None: of the base."""
         if task not in self.tasks:
             raise ValueError(f"task must be one of {', '.join(self.tasks)}, got {task!r}")
-        key = f"{task}|{' '.join(placement)}"
+        key = f"{task}|{' '.join(placement or ['base'])}"
         if key not in self.scores:
-            device = self.network.base.device
+            device, model = self.network.base.device, self.network
             with torch.no_grad():
-                score = self.tasks[task].score(lambda ids: self.network(ids.to(device), placement))
+                score = self.tasks[task].score(lambda ids: model(ids.to(device), placement))
             self.scores[key] = [score.loss, score.accuracy, {name: list(pair) for name, pair in score.groups.items()}]
             if self.path is not None and ranks()[0] == 0:
                 save_state(self.path, "scores", self.run, {"scores": self.scores})
@@ -159,7 +159,7 @@ def train_super_network(
     on_step: Callable[[int, float], None] | None = None,
     placement: Placement | None = None,
 ) -> list[float]:
-    """Trains the JetBlock paths by feature distillation and returns the loss of every step.
+    """Trains the paths by feature distillation and returns the loss of every step.
 
     Args:
         network: whose paths are trained, in place.
@@ -178,9 +178,8 @@ def train_super_network(
         path = placement or network.random_placement(seeded("path", loader.seed, step))
         return network.distillation_loss(rows[:, :-1].to(device), path)
 
-    used = [i for i in range(network.num_layers) if placement is None or placement[i] == "jet"]
-    parameters = {f"{i}.{name}": p for i in used for name, p in network.jet[i].named_parameters()}
-    jet = network.jet_config.to_dict() if network.jet_config is not None else type(network.jet[0]).__name__
+    parameters = network.path_parameters(placement)
+    jet = network.jet_config.to_dict() if network.jet_config is not None else network.path_name
     described = dict(facts) | {"jet": jet, "base config": network.base.config.to_dict(), "placement": placement}
     if placement is not None and "swa" in placement:
         described["window"] = network.window_size

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,8 +27,10 @@ from .blocks import BLOCKS, equal_parameters
 from .candidates import Measured, Meter, measure_all, over_seeds
 from .design import DESIGNS, DesignedBlock
 from .final import train_final
+from .linear_path import JET, LinearPath
 from .options import (
     OBJECTIVE_NAMES,
+    DistillOptions,
     Facts,
     Integers,
     QualityOptions,
@@ -42,6 +45,7 @@ from .report.base import write_base_report
 from .report.candidates import write_candidate_report, write_shape_report
 from .report.final import write_final_report
 from .report.placement import write_report
+from .report.tables import not_exported
 from .selection import best_candidate, best_shape
 from .shapes import Shape, equal_cache_grid
 from .super_network import PATHS, Placement, SuperNetwork
@@ -152,21 +156,26 @@ class BaseStage(SizeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacementStage(SearchOptions, ShapeOptions):
+class PlacementStage(SearchOptions, ShapeOptions, DistillOptions):
     """Stage 1: which layers keep full attention, which get a sliding window.
 
     Attributes:
         base: folder of the base.
+        linear_path: name of the block beside the attention of each layer.
     """
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("linear_path",)
 
     base: Path
     steps: int = 600
+    linear_path: str = JET
 
     def run(self) -> str | None:
         """Writes the placement, its report and the model that it makes to `output`."""
         base, tokenizer = load_base(self.base, self.device)
         corpus = self.corpus(tokenizer)
-        network = SuperNetwork(base, self.shape.config(), self.window_size, self.seed, self.recompute)
+        path = LinearPath(self.shape, self.linear_path)
+        network = SuperNetwork(base, path.paths(), self.window_size, self.seed, self.recompute, self.train_attention)
         options = PlacementOptions(
             full_layers=self.full,
             window_layers=self.window,
@@ -190,9 +199,12 @@ class PlacementStage(SearchOptions, ShapeOptions):
         unseen = self.tasks(corpus, tokenizer, seed=1)
         fresh = ScoreBook(network, unseen, dict([*facts, *asked, ("examples seed", 1)]), output / "fresh_scores.ckpt")
         write_report(output, book, result, options, facts + asked, fresh)
-        export(network, result.placement, output / "model", tokenizer)
         placement = " ".join(result.placement)
         print(f"placement: {placement}")
+        if network.jet_config is None:
+            print(f"report: {output}/report.md. {not_exported(str(path))}")
+            return f"`{placement}`"
+        export(network, result.placement, output / "model", tokenizer)
         print(
             f"report: {output}/report.md; model: {output}/model "
             f"(try: jetkernels generate --model {output}/model --prompt 'def ')"
@@ -218,7 +230,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonOptions(QualityOptions):
+class ComparisonOptions(QualityOptions, DistillOptions):
     """What stages 2, 3 and 4 share: candidates that are trained and measured in one placement.
 
     Attributes:
@@ -259,7 +271,9 @@ class ComparisonOptions(QualityOptions):
         asked = [*self.score_facts(), *self.named(settings), ("placement", " ".join(placement))]
         teacher = Teacher(base)
         meter = Meter(
-            lambda name, seed: SuperNetwork(base, self.paths(name), self.window_size, seed, self.recompute, teacher),
+            lambda name, seed: SuperNetwork(
+                base, self.paths(name), self.window_size, seed, self.recompute, self.train_attention, teacher
+            ),
             placement,
             self.loader(corpus, tokenizer),
             self.recipe(),
@@ -295,7 +309,7 @@ class BlocksStage(ComparisonOptions, ShapeOptions):
         only: names of the blocks that are compared; None: all.
     """
 
-    TRAINING = (*ShapeOptions.TRAINING, "equal")
+    TRAINING: ClassVar[tuple[str, ...]] = ("equal",)
 
     equal: str = "state"
     only: Sequence[str] | None = None

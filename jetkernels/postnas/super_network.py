@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -70,8 +71,9 @@ class SuperNetwork(nn.Module):
         h += path_i(RMSNorm(h));  h += MLP(RMSNorm(h))
         path_i in {the layer's attention, the same over a window, its JetBlock}
 
-    Embeddings, MLPs, norms, head and attention are the base's own tensors and do not change; `jet[i]` are the
-    parameters. A windowed path has no parameters of its own: it is the attention, cut to the window.
+    Embeddings, MLPs, norms and head are the base's own tensors and do not change; `jet[i]` are the parameters, and with
+    `train_attention` those of `attention[i]`, which starts as a copy of the base's. A windowed path has no parameters
+    of its own: it is the attention, cut to the window.
 
     Args:
         base: full attention in every layer; its parameters stop requiring gradients.
@@ -80,6 +82,8 @@ class SuperNetwork(nn.Module):
         window_size: of the windowed paths, tokens, the current one included.
         seed: of the JetBlocks' initial values.
         recompute_layers: keep only the layers' inputs for the backward pass and compute the rest twice.
+        train_attention: train a copy of each layer's attention, as the paper's figure 4 has it; else the attention is
+            the base's own and does not change.
         teacher: of this base; networks that share one share what it computes. None: one of its own.
     """
 
@@ -90,6 +94,7 @@ class SuperNetwork(nn.Module):
         window_size: int = 64,
         seed: int = 0,
         recompute_layers: bool = False,
+        train_attention: bool = False,
         teacher: Teacher | None = None,
     ):
         super().__init__()
@@ -111,11 +116,18 @@ class SuperNetwork(nn.Module):
             else:
                 blocks = [jet(base.config.hidden_size) for _ in range(self.num_layers)]
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
+        own = [copy.deepcopy(layer.self_attn) for layer in base.model.layers] if train_attention else []
+        self.attention = nn.ModuleList(cast(list[nn.Module], own)).requires_grad_(True)
 
     @property
     def num_layers(self) -> int:
         """Layers of the base, and so of every placement."""
         return self.base.config.num_hidden_layers
+
+    @property
+    def path_name(self) -> str:
+        """What the linear paths are."""
+        return "JetBlock" if self.jet_config is not None else type(self.jet[0]).__name__
 
     @property
     def state_elements(self) -> int:
@@ -150,13 +162,25 @@ class SuperNetwork(nn.Module):
         if kind == "jet":
             block = self.jet[i]
             return block if isinstance(block, TokenMixer) else BlockMixer(block)
-        attention = cast(Attention, self.base.model.layers[i].self_attn)
+        attention = cast(Attention, self.attention[i] if self.attention else self.base.model.layers[i].self_attn)
         if kind == "swa":
             # Shares every tensor, and differs in the window only.
             windowed = SlidingWindowAttention.__new__(SlidingWindowAttention)
             windowed.__dict__ = attention.__dict__ | {"window": self.window_size}
             return windowed
         return attention
+
+    def path_parameters(self, placement: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+        """What is trained, by name: in the paths of a placement, or in all of them."""
+        everything = [("jet", "attn")] * self.num_layers
+        used = everything if placement is None else [(kind,) for kind in self.check(placement)]
+        found: dict[str, nn.Parameter] = {}
+        for i, kinds in enumerate(used):
+            if "jet" in kinds:
+                found |= {f"{i}.{name}": p for name, p in self.jet[i].named_parameters()}
+            if self.attention and set(kinds) - {"jet"}:
+                found |= {f"attention.{i}.{name}": p for name, p in self.attention[i].named_parameters()}
+        return found
 
     def assemble(self, placement: Sequence[str]) -> JetNemotronForCausalLM:
         """The model that a placement makes, of the network's own tensors: for training and measuring."""
@@ -166,15 +190,13 @@ class SuperNetwork(nn.Module):
         model.model.recompute_layers = self.recompute_layers
         return model
 
-    def forward(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
-        """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes."""
-        return self.base.head(self.assemble(placement).model(input_ids, dense_layout(input_ids)))
+    def forward(self, input_ids: Tensor, placement: Sequence[str] | None) -> Tensor:
+        """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes; None: of the base."""
+        model = self.base if placement is None else self.assemble(placement)
+        return self.base.head(model.model(input_ids, dense_layout(input_ids)))
 
     def random_placement(self, generator: torch.Generator) -> Placement:
-        """Each layer independently its attention or its JetBlock, even odds.
-
-        Never attention everywhere: it trains nothing.
-        """
+        """Each layer independently its attention or its linear path, even odds; never attention everywhere."""
         while True:
             jet = torch.randint(2, (self.num_layers,), generator=generator)
             if jet.any():
@@ -183,8 +205,8 @@ class SuperNetwork(nn.Module):
     def distillation_loss(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
         """Feature distillation: how far each layer's path is from the base's attention there (`feature_loss`).
 
-        The path is given the stream that the layers in front of it left, the base's attention the base's own. Layers in
-        front of the first JetBlock equal the base's and are left out of the average.
+        The path is given the stream that the layers in front of it left, the base's attention the base's own. Unless
+        attention is trained, layers in front of the first linear path equal the base's and are left out of the average.
 
         Args:
             input_ids: token ids [B, T].
@@ -193,7 +215,7 @@ class SuperNetwork(nn.Module):
         Returns: a scalar.
 
         Raises:
-            ValueError: no layer has a JetBlock.
+            ValueError: no layer has a linear path.
         """
         placement = self.check(placement)
         if "jet" not in placement:
@@ -202,7 +224,7 @@ class SuperNetwork(nn.Module):
         model = self.assemble(placement)
         with watched(model) as got:
             model.model(input_ids, dense_layout(input_ids))
-        first = placement.index("jet")
+        first = 0 if self.attention else placement.index("jet")
         losses = [feature_loss(g.output, w.output) for g, w in zip(got[first:], wanted[first:], strict=True)]
         return torch.stack(losses).mean()
 

@@ -184,6 +184,25 @@ def test_wrong_arguments_end_with_one_line(inputs, tmp_path, capsys, changes, se
     assert not list(tmp_path.iterdir()), "found out only after the training"
 
 
+def test_a_search_on_other_blocks_and_trained_attention_says_that_it_exports_none(inputs, tmp_path, capsys):
+    changes = {"linear_path": "GLA", "train_attention": True, "steps": 2, "window": 0}
+    for _ in range(2):
+        assert main(placement(inputs, tmp_path, **changes)) == 0
+        said = "No model is exported: the config of a model cannot say that a layer is a GLA."
+        report = (tmp_path / "report.md").read_text()
+        assert said in capsys.readouterr().out and said in report and not (tmp_path / "model").exists()
+    rows = json.loads((tmp_path / "result.json").read_text())["compared"]
+    assert [row["name"] for row in rows[:3]] == [
+        "base, attention everywhere",
+        "trained attention everywhere",
+        "GLA everywhere",
+    ]
+    assert rows[0]["placement"] is None and rows[0]["scores"] != rows[1]["scores"]
+    assert main(placement(inputs, tmp_path, **changes | {"linear_path": "JetBlock"})) == 1
+    assert "--linear-path was GLA, now it is JetBlock" in capsys.readouterr().err
+    assert main(placement(inputs, tmp_path, linear_path="LSTM")) == 2
+
+
 def test_saving_more_often_is_no_other_run(inputs, whole, tmp_path):
     (tmp_path / "super_network.ckpt").write_bytes((whole / "super_network.ckpt").read_bytes())
     assert main(placement(inputs, tmp_path, save_every=3)) == 0

@@ -269,6 +269,35 @@ def test_the_teachers_features_of_the_same_rows_are_computed_once():
         SuperNetwork(planted_base(), TINY_JET, teacher=teacher)
 
 
+def test_trained_attention_is_a_copy_and_the_base_stays_the_teacher():
+    base = planted_base()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    network = SuperNetwork(base, TINY_JET, window_size=3, train_attention=True)
+    ids = PlantedRows().rows(4, 12, torch.Generator().manual_seed(0))
+    everywhere = ("attn",) * LAYERS
+    torch.testing.assert_close(network(ids, everywhere), network(ids, None), rtol=0, atol=0)
+    train_super_network(network, Loader([(PlantedRows(), 1.0)], 8, 21), Recipe(6, 1e-2, warmup=1), {})
+    for name, value in base.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert not any(p.requires_grad for p in base.parameters())
+    for i in PLANTED:  # the attention of the others gives zeros, and is asked for zeros
+        assert not torch.equal(network.attention[i].v_proj.weight, base.model.layers[i].self_attn.v_proj.weight)
+    torch.testing.assert_close(network(ids, None), base(ids).logits, rtol=0, atol=0)
+    assert not torch.equal(network(ids, everywhere), network(ids, None))
+    placement = ("jet", "attn", "swa", "jet", "attn")
+    torch.testing.assert_close(network.extract(placement)(ids).logits, network(ids, placement), rtol=0, atol=1e-5)
+
+
+def test_what_is_trained_are_the_paths_in_use():
+    network = SuperNetwork(planted_base(), TINY_JET, train_attention=True)
+    named = network.path_parameters(("jet", "attn", "swa", "jet", "attn"))
+    assert {name.removeprefix("attention.").split(".")[0] for name in named} == set("01234")
+    assert {name.split(".")[1] for name in named if name.startswith("attention.")} == set("124")
+    everything = network.path_parameters()
+    assert len(everything) == len(list(network.jet.parameters())) + len(list(network.attention.parameters()))
+    assert not any("attention" in name for name in SuperNetwork(planted_base(), TINY_JET).path_parameters())
+
+
 def test_recomputed_layers_give_the_same_gradients():
     rows = PlantedRows().rows(2, 12, torch.Generator().manual_seed(0))
     gradients = []

@@ -11,6 +11,7 @@ from jetkernels.cli.search_checks import told
 from jetkernels.postnas.options import Integers
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape
+from jetkernels.postnas.stages import BlocksStage, PlacementStage
 
 KINDS = {name: kind for name, (_, _, kind) in search.stages().items()}
 REQUIRED = {"output": "out", "base": "base", "placement": "jet attn", "model": "model"}
@@ -19,9 +20,16 @@ REQUIRED = {"output": "out", "base": "base", "placement": "jet attn", "model": "
 @pytest.mark.parametrize("name", KINDS)
 def test_what_a_training_depends_on_are_options(name):
     kind, known = KINDS[name], {field.name for field in fields(KINDS[name])}
-    assert set(kind.TRAINING) <= known and len(set(kind.TRAINING)) == len(kind.TRAINING)
-    assert set(getattr(kind, "REPORTED", ())) <= known
-    assert {"output", "text", "save_every"}.isdisjoint(kind.TRAINING)
+    training = set(kind.training_options())
+    assert {"steps", "batch", "seed"} <= training <= known
+    assert set(getattr(kind, "NOT_REPORTED", ())) <= known
+    assert {"output", "text", "save_every"}.isdisjoint(training)
+
+
+def test_every_class_of_options_adds_to_what_a_training_depends_on():
+    training = set(PlacementStage.training_options())
+    assert {"shape", "linear_path", "train_attention"} <= training and "layers" not in training
+    assert {"equal", "shape", "train_attention"} <= set(BlocksStage.training_options())
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -10,16 +10,23 @@ from pathlib import Path
 from ..options import OBJECTIVE_NAMES
 from ..placement import PlacementOptions, PlacementResult, ScoreBook
 from ..search import uniform, with_kind
-from ..super_network import Placement
+from ..super_network import Placement, SuperNetwork
 from ..tasks import Score
 from .plots import FEATURE_LOSS, curve, heat_map
-from .tables import markdown_table, provenance, write_text
+from .tables import markdown_table, not_exported, provenance, write_text
+
+# The name of a placement, and it; None stands for the base.
+Compared = tuple[str, Placement | None]
 
 
-def comparison(book: ScoreBook, result: PlacementResult) -> list[tuple[str, Placement]]:
+def comparison(book: ScoreBook, result: PlacementResult) -> list[Compared]:
     """Placements that the found one is held against."""
-    layers = book.network.num_layers
-    rows = [("base, attention everywhere", ("attn",) * layers), ("JetBlock everywhere", ("jet",) * layers)]
+    network, layers = book.network, book.network.num_layers
+    everywhere = ("attn",) * layers
+    rows: list[Compared] = [("base, attention everywhere", None if network.attention else everywhere)]
+    if network.attention:
+        rows.append(("trained attention everywhere", everywhere))
+    rows.append((f"{network.path_name} everywhere", ("jet",) * layers))
     budget = len(result.full.chosen)
     if budget:
         rows.append((f"uniform, {budget} full", with_kind(("jet",) * layers, uniform(layers, budget), "attn")))
@@ -42,18 +49,26 @@ def _searches_section(result: PlacementResult, options: PlacementOptions) -> str
     return markdown_table(header, rows)
 
 
-def _comparison_section(scored: Sequence[tuple[str, Placement, Mapping[str, Score]]], unseen: bool) -> list[str]:
-    """The found placement beside others, and the recall of each by distance; scored: (name, placement, scores)."""
+def _comparison_section(
+    scored: Sequence[tuple[str, Placement | None, Mapping[str, Score]]], path: str, unseen: bool
+) -> list[str]:
+    """The found placement beside others, and the recall of each by distance.
+
+    Args:
+        scored: (name, placement, scores).
+        path: what the linear paths are.
+        unseen: the search has not seen the examples.
+    """
     on = "generated examples that the search has not seen" if unseen else "the examples of the search"
     tasks = list(scored[0][2])
     header = ["placement", "layers", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))]
     rows = [
-        [name, " ".join(placement), *(value for s in scores.values() for value in (s.loss, s.accuracy))]
-        for name, placement, scores in scored
+        [name, " ".join(placement or ()), *(value for s in of_tasks.values() for value in (s.loss, s.accuracy))]
+        for name, placement, of_tasks in scored
     ]
     text = [
         "## Held against\n\nLoss in nats per token of the right answer; all within the super network, "
-        f"JetBlock paths as trained there; on {on}.\n",
+        f"{path} paths as trained there; on {on}.\n",
         markdown_table(header, rows),
     ]
     recalled = [
@@ -68,10 +83,10 @@ def _comparison_section(scored: Sequence[tuple[str, Placement, Mapping[str, Scor
     return text
 
 
-def _importance_section(folder: Path, result: PlacementResult, layers: int, options: PlacementOptions) -> str:
+def _importance_section(folder: Path, result: PlacementResult, network: SuperNetwork, options: PlacementOptions) -> str:
     """Tables and heat maps of each layer's gain; the pictures go to `folder`."""
     names = {"attn": "full attention", "swa": "sliding-window attention"}
-    parts = []
+    layers, path, parts = network.num_layers, network.path_name, []
     for kind, maps in result.importance.items():
         labels = {task: f"{task}, {OBJECTIVE_NAMES[options.objective(task, kind)]}" for task in maps}
         drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
@@ -81,7 +96,7 @@ def _importance_section(folder: Path, result: PlacementResult, layers: int, opti
         table = markdown_table(["task", *map(str, range(layers))], shown)
         parts.append(
             f"## Importance of {names[kind]} per layer\n\nGain of the objective (losses in nats per token) when that "
-            f"layer alone changes from JetBlock to {names[kind]}.\n\n{table}\n"
+            f"layer alone changes from {path} to {names[kind]}.\n\n{table}\n"
             f"![importance](importance-{kind}.png)\n"
         )
     return "\n".join(parts)
@@ -118,9 +133,10 @@ def write_report(
     text = [
         "# Placement of attention layers\n",
         f"Placement: `{' '.join(result.placement)}`\n",
+        *([] if book.network.jet_config else [f"{not_exported(book.network.path_name)}\n"]),
         _searches_section(result, options),
-        *_comparison_section(scored, unseen=fresh is not None),
-        _importance_section(folder, result, book.network.num_layers, options),
+        *_comparison_section(scored, book.network.path_name, unseen=fresh is not None),
+        _importance_section(folder, result, book.network, options),
     ]
     if result.losses:
         picture = "distillation.png"

@@ -37,6 +37,11 @@ def provenance(facts: Sequence[tuple[str, object]]) -> str:
     return markdown_table(["what", "value"], [*facts, *machine])
 
 
+def not_exported(path: str) -> str:
+    """Why there is no model; path: what its linear layers are."""
+    return f"No model is exported: the config of a model cannot say that a layer is a {path}."
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a report in one step."""
     write_atomic(path, text.encode("utf-8"))
