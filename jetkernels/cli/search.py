@@ -19,17 +19,12 @@ import torch
 from jetkernels.postnas import OBJECTIVES, join_ranks
 from jetkernels.postnas.blocks import BLOCKS
 from jetkernels.postnas.checkpoints import DifferentRun
+from jetkernels.postnas.comparisons import BlocksStage, DesignStage, ShapesStage
 from jetkernels.postnas.design import DESIGNS
 from jetkernels.postnas.options import StageOptions
 from jetkernels.postnas.pipeline import Pipeline
-from jetkernels.postnas.stages import (
-    BaseStage,
-    BlocksStage,
-    DesignStage,
-    FinalStage,
-    PlacementStage,
-    ShapesStage,
-)
+from jetkernels.postnas.precision import PRECISIONS
+from jetkernels.postnas.stages import BaseStage, FinalStage, PlacementStage
 
 from .options import default_device, device, integer, new_folder, number, seed
 from .search_checks import check, explained, several, shape, told
@@ -149,7 +144,15 @@ def _add_placing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exhaustive-up-to", type=integer(), help="evaluate all placements if no more than this")
 
 
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    what = "of products; auto: bf16 where the machine multiplies it faster and the base is not narrow"
+    parser.add_argument("--precision", choices=PRECISIONS, help=f"{what} (default %(default)s)")
+
+
 def _add_distilling(parser: argparse.ArgumentParser) -> None:
+    _add_precision(parser)
+    layers = "steps in front of --steps in which each path learns from the base's own input of its layer"
+    parser.add_argument("--layer-steps", type=integer(), help=f"{layers} (default %(default)s)")
     parser.add_argument(
         "--train-attention", action="store_true", help="train a copy of the base's attention beside the linear paths"
     )
@@ -199,6 +202,11 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     _add_quality(parser)
     _add_distilling(parser)
     parser.add_argument(
+        "--together",
+        type=integer(1, 1000),
+        help="candidates trained side by side, for which the base computes once; more memory (default %(default)s)",
+    )
+    parser.add_argument(
         "--speed-batch", type=integer(1, 2**16), help="sequences of the speed measurement (default %(default)s)"
     )
     parser.add_argument("--speed-prompt", type=integer(1, 2**20), help="tokens of its prompts (default %(default)s)")
@@ -243,6 +251,7 @@ def _add_final(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base, the teacher")
     parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage exported")
     parser.add_argument("--whole-steps", type=integer(), help="steps of the whole model, after --steps of distillation")
+    _add_precision(parser)
     _add_tasks(parser)
 
 

@@ -13,17 +13,11 @@ from jetkernels.modules import JetBlock
 from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
+from jetkernels.postnas.comparisons import ComparisonOptions, ShapesStage, placement_of
 from jetkernels.postnas.options import Integers, ShapeOptions, SizeOptions, StageOptions, TaskOptions
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
-from jetkernels.postnas.stages import (
-    ComparisonOptions,
-    FinalStage,
-    PlacementStage,
-    ShapesStage,
-    base_tokenizer,
-    placement_of,
-)
+from jetkernels.postnas.stages import FinalStage, PlacementStage, base_tokenizer
 
 from . import memory
 from .options import UsageError, integers, integers_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,8 +16,10 @@ from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 
 from .base import SMALL, text_and_tasks, weights_digest
 from .data import Loader, RowSource, TextCorpus
+from .precision import chosen_precision
 from .shapes import Shape
 from .tasks import Copy, MultipleChoice, Recall, Task, language_modelling
+from .teacher import Teacher
 from .training import Recipe, ranks
 
 Facts = list[tuple[str, object]]
@@ -155,16 +157,42 @@ class StageOptions(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(StageOptions):
+class PrecisionOptions(StageOptions):
+    """In what dtype the base and what is trained beside it multiply.
+
+    Attributes:
+        precision: "fp32", "bf16" or "auto" (`precision.chosen_precision`).
+    """
+
+    precision: str = "auto"
+
+    def facts(self, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> Facts:
+        """What the training depends on; of the precision, what was chosen."""
+        chosen = [("precision", chosen_precision(self.precision, base))] if base is not None else []
+        return [*chosen, *super().facts(corpus, base)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(PrecisionOptions):
     """How the paths of a super network are trained.
 
     Attributes:
+        layer_steps: in front of `steps`, so many in which each path is trained on the base's own input of its layer.
         train_attention: train a copy of the base's attention too, where a path has it.
     """
 
-    TRAINING: ClassVar[tuple[str, ...]] = ("train_attention",)
+    TRAINING: ClassVar[tuple[str, ...]] = ("layer_steps", "train_attention")
 
+    layer_steps: int = 0
     train_attention: bool = False
+
+    def recipe(self, weight_decay: float = 0.0) -> Recipe:
+        """How the parameters are trained, in the steps of both kinds."""
+        return replace(super().recipe(weight_decay), steps=self.layer_steps + self.steps)
+
+    def teacher(self, base: JetNemotronForCausalLM) -> Teacher:
+        """The base, and what it computes for those that learn from it."""
+        return Teacher(base, chosen_precision(self.precision, base))
 
 
 @dataclass(frozen=True, kw_only=True)

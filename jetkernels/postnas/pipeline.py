@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .comparisons import BlocksStage, DesignStage, ShapesStage
 from .options import DistillOptions, Integers, QualityOptions, SearchOptions, ShapeOptions, SizeOptions, StageOptions
 from .report.overview import StageDone, write_overview
-from .stages import BaseStage, BlocksStage, DesignStage, FinalStage, PlacementStage, ShapesStage, load_base
+from .stages import BaseStage, FinalStage, PlacementStage, load_base
 from .training import ranks, wait_for_ranks
 
 Stage = TypeVar("Stage", bound=StageOptions)
@@ -80,7 +81,7 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
             done.append(StageDone(name, found or "", time.perf_counter() - start))
         if ranks()[0] == 0:
             model, _ = load_base(self.base or self.output / "base", "cpu")
-            tokens = self.steps * self.batch * self.length
+            tokens = (self.layer_steps + self.steps) * self.batch * self.length
             reported = sorted({field.name for field in fields(self)} - set(self.NOT_REPORTED))
             write_overview(self.output, model, done, tokens, self.seeds, self.named(reported))
             print(f"report: {self.output}/report.md")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .data import Loader, seeded
 from .search import Found, beam_search, check_search, importance, most_evaluations
 from .super_network import Placement, SuperNetwork
 from .tasks import OBJECTIVES, Score, Task, objective_of
-from .training import Recipe, ranks, train
+from .training import Losses, Recipe, Training, ranks, train_together
 
 STAGE = "super network"
 
@@ -150,6 +150,37 @@ class PlacementResult:
     losses: Sequence[float]
 
 
+def super_network_training(
+    network: SuperNetwork,
+    loader: Loader,
+    recipe: Recipe,
+    facts: Mapping,
+    checkpoint: str | Path | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+    placement: Placement | None = None,
+    layer_steps: int = 0,
+) -> Training:
+    """What `train_super_network` runs."""
+    device = network.base.device
+    if placement is not None:
+        placement = network.check(placement)
+
+    def step_loss(rows: Tensor, step: int) -> Tensor | Iterator[Tensor]:
+        input_ids = rows[:, :-1].to(device)
+        if step < layer_steps:
+            return network.layer_losses(input_ids, placement)
+        path = placement or network.random_placement(seeded("path", loader.seed, step))
+        return network.distillation_loss(input_ids, path)
+
+    parameters = network.path_parameters(placement)
+    jet = network.jet_config.to_dict() if network.jet_config is not None else network.path_name
+    described = dict(facts) | {"jet": jet, "base config": network.base.config.to_dict(), "placement": placement}
+    described |= {"precision": network.teacher.precision, "layer_steps": layer_steps}
+    if placement is not None and "swa" in placement:
+        described["window"] = network.window_size
+    return Training(STAGE, parameters, step_loss, loader, recipe, described, checkpoint, on_step)
+
+
 def train_super_network(
     network: SuperNetwork,
     loader: Loader,
@@ -158,7 +189,8 @@ def train_super_network(
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
     placement: Placement | None = None,
-) -> list[float]:
+    layer_steps: int = 0,
+) -> Losses:
     """Trains the paths by feature distillation and returns the loss of every step.
 
     Args:
@@ -169,21 +201,12 @@ def train_super_network(
         checkpoint: file to resume from and to write to (`training.train`).
         on_step: called after each step with its number and loss.
         placement: trained in every step; None: a random one per step.
+        layer_steps: of the steps, the first so many are layer by layer (`SuperNetwork.layer_losses`), and of every
+            linear path where there is no placement.
     """
-    device = network.base.device
-    if placement is not None:
-        placement = network.check(placement)
-
-    def step_loss(rows: Tensor, step: int) -> Tensor:
-        path = placement or network.random_placement(seeded("path", loader.seed, step))
-        return network.distillation_loss(rows[:, :-1].to(device), path)
-
-    parameters = network.path_parameters(placement)
-    jet = network.jet_config.to_dict() if network.jet_config is not None else network.path_name
-    described = dict(facts) | {"jet": jet, "base config": network.base.config.to_dict(), "placement": placement}
-    if placement is not None and "swa" in placement:
-        described["window"] = network.window_size
-    return train(STAGE, parameters, step_loss, loader, recipe, described, checkpoint, on_step)
+    training = super_network_training(network, loader, recipe, facts, checkpoint, on_step, placement, layer_steps)
+    train_together([training])
+    return training.losses
 
 
 def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequence[float] = ()) -> PlacementResult:
@@ -216,7 +239,7 @@ def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequenc
             window = search(placement, options.window_layers, value, kind="swa")
             maps["swa"] = map_of("swa", placement)
             placement = window.placement
-    return PlacementResult(placement, full, window, maps, list(losses))
+    return PlacementResult(placement, full, window, maps, losses)
 
 
 def export(network: SuperNetwork, placement: Placement, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -193,7 +193,8 @@ class SuperNetwork(nn.Module):
     def forward(self, input_ids: Tensor, placement: Sequence[str] | None) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes; None: of the base."""
         model = self.base if placement is None else self.assemble(placement)
-        return self.base.head(model.model(input_ids, dense_layout(input_ids)))
+        with self.teacher.computing():
+            return self.base.head(model.model(input_ids, dense_layout(input_ids)))
 
     def random_placement(self, generator: torch.Generator) -> Placement:
         """Each layer independently its attention or its linear path, even odds; never attention everywhere."""
@@ -222,11 +223,33 @@ class SuperNetwork(nn.Module):
             raise ValueError("placement must have a jet layer to be distilled, got attention everywhere")
         wanted = self.teacher.attention(input_ids)
         model = self.assemble(placement)
-        with watched(model) as got:
+        with self.teacher.computing(), watched(model) as got:
             model.model(input_ids, dense_layout(input_ids))
         first = 0 if self.attention else placement.index("jet")
         losses = [feature_loss(g.output, w.output) for g, w in zip(got[first:], wanted[first:], strict=True)]
         return torch.stack(losses).mean()
+
+    def layer_losses(self, input_ids: Tensor, placement: Sequence[str] | None = None) -> Iterator[Tensor]:
+        """Feature distillation layer by layer: each path is given the base's own input of its layer (`feature_loss`).
+
+        No gradient goes through an MLP, no path depends on another, and all are trained by one forward of the base.
+        Full attention is left out: on the base's input it starts as the base's output.
+
+        Args:
+            input_ids: token ids [B, T].
+            placement: a path for each layer; None: the linear path of every layer.
+
+        Yields:
+            The loss of each layer divided by their number, so that their sum is the mean; to be given its gradients
+            before the next is computed.
+        """
+        kinds = ("jet",) * self.num_layers if placement is None else self.check(placement)
+        trained = [i for i, kind in enumerate(kinds) if kind == "jet" or (kind == "swa" and self.attention)]
+        calls = self.teacher.attention(input_ids)
+        for i in trained:
+            with self.teacher.computing():
+                got = self.mixer(i, kinds[i])(calls[i].input, **calls[i].told)
+            yield feature_loss(got, calls[i].output) / len(trained)
 
     def extract(self, placement: Sequence[str]) -> JetNemotronForCausalLM:
         """The model that a placement makes, with copies of the weights: what `save_pretrained` exports."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.model.layout import TokenLayout
 
+from .precision import computing
+
 # Added to the mean square of an attention layer's output, which may be zero.
 FLOOR = 1e-6
 
@@ -64,12 +66,18 @@ class Teacher:
 
     Args:
         base: full attention in every layer.
+        precision: of its products and its networks', "fp32" or "bf16" (`precision.computing`).
     """
 
-    def __init__(self, base: JetNemotronForCausalLM):
+    def __init__(self, base: JetNemotronForCausalLM, precision: str = "fp32"):
         self.base = base.requires_grad_(False)
+        self.precision = precision
         self._input_ids: Tensor | None = None
         self._calls: list[MixerCall] = []
+
+    def computing(self) -> torch.autocast:
+        """A block in which products are made in the teacher's precision."""
+        return computing(self.precision, self.base.device)
 
     @torch.no_grad()
     def attention(self, input_ids: Tensor) -> list[MixerCall]:
@@ -79,7 +87,7 @@ class Teacher:
         """
         if self._input_ids is None or not torch.equal(self._input_ids, input_ids):
             self._calls = []  # freed before the next ones are made
-            with watched(self.base) as calls:
+            with self.computing(), watched(self.base) as calls:
                 self.base.model(input_ids, dense_layout(input_ids))
             self._input_ids, self._calls = input_ids.clone(), calls
         return self._calls

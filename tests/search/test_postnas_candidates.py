@@ -17,11 +17,12 @@ from jetkernels.__main__ import main
 from jetkernels.modules import JetBlock
 from jetkernels.postnas import Loader, Recipe, SuperNetwork, checkpoints
 from jetkernels.postnas.blocks import BLOCKS, equal_parameters
-from jetkernels.postnas.candidates import Measured, Meter, over_seeds, spread
+from jetkernels.postnas.candidates import Measured, Meter, measure_all, over_seeds, spread
 from jetkernels.postnas.design import DESIGNS, Design, DesignedBlock
 from jetkernels.postnas.report.candidates import spread_sentence, write_candidate_report
 from jetkernels.postnas.selection import best_candidate
 from jetkernels.postnas.shapes import Shape
+from jetkernels.postnas.teacher import Teacher
 
 SHAPE = Shape(6, 16, 2)
 PLACEMENT = ("jet", "attn", "swa", "jet", "jet")
@@ -115,6 +116,46 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
     assert first.state == SHAPE.state and first.generation_per_second > 0 and first.training_per_second > 0
     with pytest.raises(ValueError, match="task must be one of recall, got 'reading'"):
         Meter(lambda name, seed: None, ("jet",), None, None, [PlantedRows().task(1)], {}, "reading")
+
+
+def test_candidates_that_are_trained_together_are_those_trained_alone(tmp_path):
+    base, names, calls = planted_base(), ["GLA", "JetBlock", "Mamba2"], []
+    base.model.embed_tokens.register_forward_pre_hook(lambda *arguments: calls.append(1))
+    teacher = Teacher(base)
+
+    def meter(folder) -> Meter:
+        return Meter(
+            lambda name, seed: SuperNetwork(base, lambda size: BLOCKS[name](size, SHAPE), seed=seed, teacher=teacher),
+            ("jet", "attn", "jet", "attn", "jet"),
+            Loader([(PlantedRows(), 1.0)], 4, 21),
+            Recipe(4, warmup=1, save_every=1),
+            [PlantedRows().task(8)],
+            {},
+            "recall",
+            folder=folder,
+            layer_steps=3,
+        )
+
+    meter(tmp_path / "together").train_together(names, 0)
+    assert len(calls) == 4 + len(names)  # the base's features of each step, and each candidate's own last step
+    (tmp_path / "together" / "GLA-seed0.ckpt").rename(tmp_path / "elsewhere")
+    meter(tmp_path / "together").train_together(names, 0)
+    for name in names:
+        alone, losses = meter(tmp_path / "alone").train(name, 0)
+        together, same = meter(tmp_path / "together").train(name, 0)
+        assert losses == same and len(losses) == 4
+        assert all(torch.equal(a, b) for a, b in zip(alone.jet.parameters(), together.jet.parameters()))
+
+
+def test_candidates_are_prepared_in_groups_of_a_seed():
+    prepared = []
+
+    def prepare(names, seed):
+        prepared.append((seed, names))
+
+    measured = measure_all("abcde", lambda name, seed: row(name, seed, 1.0), {}, None, (0, 1), prepare, 3)
+    assert len(measured) == 10
+    assert prepared == [(0, ["a", "b", "c"]), (0, ["d", "e"]), (1, ["a", "b", "c"]), (1, ["d", "e"])]
 
 
 def comparison(stage, folder, **options) -> list[str]:

@@ -37,12 +37,16 @@ def placement(inputs, output, **changes) -> list[str]:
     folders = {"text": text, "base": base, "output": output}
     searched = {"full": 1, "window": 1, "window_size": 8, "examples": 4, "shape": "8x16x2", "device": "cpu"}
     searched |= {"full_objective": "accuracy", "window_objective": "loss"}
-    rows = {"steps": 6, "batch": 2, "length": 80, "distances": "4,16", "save_every": 2}
+    rows = {"steps": 4, "layer_steps": 2, "batch": 2, "length": 80, "distances": "4,16", "save_every": 2}
     return search_command("placement", **folders | searched | rows | changes)
 
 
 def results(folder) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in RESULTS}
+    """What a run leaves, but for how fast it was."""
+    found = {name: (folder / name).read_bytes() for name in RESULTS}
+    found["report.md"], times = re.subn(rb"tokens at [\d,]+ tokens/s", b"tokens", found["report.md"])
+    assert times == 1
+    return found
 
 
 def run_of(path) -> dict:
@@ -125,7 +129,8 @@ def test_damaged_and_foreign_checkpoints_end_with_one_line(inputs, whole, tmp_pa
         (b"hello", "is not a checkpoint"),
     ):
         (tmp_path / name).write_bytes(content)
-        assert main(placement(inputs, tmp_path, steps=0 if name == "scores.ckpt" else 6)) == 1
+        untrained = {"steps": 0, "layer_steps": 0} if name == "scores.ckpt" else {}
+        assert main(placement(inputs, tmp_path, **untrained)) == 1
         error = capsys.readouterr().err
         assert sentence in error.splitlines()[-1] and name in error and "Traceback" not in error
         assert (tmp_path / name).read_bytes() == content
@@ -201,6 +206,15 @@ def test_a_search_on_other_blocks_and_trained_attention_says_that_it_exports_non
     assert main(placement(inputs, tmp_path, **changes | {"linear_path": "JetBlock"})) == 1
     assert "--linear-path was GLA, now it is JetBlock" in capsys.readouterr().err
     assert main(placement(inputs, tmp_path, linear_path="LSTM")) == 2
+
+
+def test_precision_is_a_part_of_a_run(inputs, whole, tmp_path, capsys):
+    (tmp_path / "super_network.ckpt").write_bytes((whole / "super_network.ckpt").read_bytes())
+    assert main(placement(inputs, tmp_path, precision="bf16")) == 1  # auto is fp32 for so narrow a base
+    assert "--precision was fp32, now it is bf16; give those again" in capsys.readouterr().err
+    assert main(placement(inputs, tmp_path / "bf16", precision="bf16", window=0, examples=2)) == 0
+    assert losses(tmp_path / "bf16") != losses(whole)
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(whole), rel=0.1)
 
 
 def test_saving_more_often_is_no_other_run(inputs, whole, tmp_path):

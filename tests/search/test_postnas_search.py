@@ -288,6 +288,50 @@ def test_trained_attention_is_a_copy_and_the_base_stays_the_teacher():
     torch.testing.assert_close(network.extract(placement)(ids).logits, network(ids, placement), rtol=0, atol=1e-5)
 
 
+def test_layer_losses_are_those_of_each_path_on_the_bases_own_input():
+    base = planted_base()
+    network = SuperNetwork(base, TINY_JET)
+    ids = PlantedRows().rows(3, 12, torch.Generator().manual_seed(0))
+    x = {}
+    for i, layer in enumerate(base.model.layers):
+        layer.self_attn.register_forward_hook(lambda m, given, y, i=i: x.update({i: (given[0], y)}))
+    network(ids, None)
+    everywhere = list(network.layer_losses(ids))
+    assert len(everywhere) == LAYERS
+    for i, loss in enumerate(everywhere):
+        torch.testing.assert_close(loss, feature_loss(network.jet[i](x[i][0]), x[i][1]) / LAYERS)
+    some = list(network.layer_losses(ids, ("attn", "jet", "swa", "attn", "jet")))
+    torch.testing.assert_close(torch.stack(some), torch.stack([everywhere[1], everywhere[4]]) * LAYERS / 2)
+    some[0].backward()
+    assert {i for i in range(LAYERS) if any(p.grad is not None for p in network.jet[i].parameters())} == {1}
+
+
+def test_trained_windows_are_taught_layer_by_layer_too():
+    network = SuperNetwork(planted_base(), TINY_JET, window_size=3, train_attention=True)
+    ids = PlantedRows().rows(3, 12, torch.Generator().manual_seed(0))
+    losses = list(network.layer_losses(ids, ("attn", "swa", "jet", "jet", "jet")))
+    assert len(losses) == 4 and losses[0].item() > 0  # a window does not see what full attention saw
+    losses[0].backward()
+    assert network.attention[1].v_proj.weight.grad.abs().sum() > 0
+
+
+def test_layer_steps_come_first_and_teach_every_path():
+    base = planted_base()
+    network = SuperNetwork(base, TINY_JET)
+    ids = PlantedRows().rows(8, 20, torch.Generator().manual_seed(0))
+    before = [loss.item() for loss in network.layer_losses(ids)]
+    loader = Loader([(PlantedRows(), 1.0)], 8, 21)
+    losses = train_super_network(network, loader, Recipe(40, 1e-2, warmup=2), {}, layer_steps=40)
+    after = [loss.item() for loss in network.layer_losses(ids)]
+    assert all(a < 0.9 * b for a, b in zip(after, before)) and len(losses) == 40
+    assert losses.tokens == 8 * 20 and losses.tokens_per_second == pytest.approx(40 * 160 / losses.seconds)
+    seen = []
+    network.layer_losses = lambda *arguments: seen.append("layers") or SuperNetwork.layer_losses(network, *arguments)
+    network.distillation_loss = lambda *a: seen.append("stream") or SuperNetwork.distillation_loss(network, *a)
+    train_super_network(network, loader, Recipe(5, 1e-2), {}, layer_steps=2)
+    assert seen == ["layers"] * 2 + ["stream"] * 3
+
+
 def test_what_is_trained_are_the_paths_in_use():
     network = SuperNetwork(planted_base(), TINY_JET, train_attention=True)
     named = network.path_parameters(("jet", "attn", "swa", "jet", "attn"))

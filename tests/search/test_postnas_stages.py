@@ -8,10 +8,11 @@ import pytest
 
 from jetkernels.cli import search
 from jetkernels.cli.search_checks import told
+from jetkernels.postnas.comparisons import BlocksStage
 from jetkernels.postnas.options import Integers
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape
-from jetkernels.postnas.stages import BlocksStage, PlacementStage
+from jetkernels.postnas.stages import PlacementStage
 
 KINDS = {name: kind for name, (_, _, kind) in search.stages().items()}
 REQUIRED = {"output": "out", "base": "base", "placement": "jet attn", "model": "model"}

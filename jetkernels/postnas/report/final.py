@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..tasks import Score
 from .plots import curve
-from .tables import markdown_table, provenance, write_text
+from .tables import markdown_table, provenance, training_speed, write_text
 
 
 def write_final_report(
@@ -36,5 +36,5 @@ def write_final_report(
     for name, part, label in zip(("distillation", "whole"), losses, labels):
         if part:
             curve(folder / f"{name}.png", part, name, label)
-            text.append(f"![{name}]({name}.png)\n")
+            text.append(f"{name}: {training_speed(part)}\n\n![{name}]({name}.png)\n")
     write_text(folder / "report.md", "\n".join([*text, "## Provenance\n", provenance(facts)]))

@@ -13,7 +13,7 @@ from ..search import uniform, with_kind
 from ..super_network import Placement, SuperNetwork
 from ..tasks import Score
 from .plots import FEATURE_LOSS, curve, heat_map
-from .tables import markdown_table, not_exported, provenance, write_text
+from .tables import markdown_table, not_exported, provenance, training_speed, write_text
 
 # The name of a placement, and it; None stands for the base.
 Compared = tuple[str, Placement | None]
@@ -112,7 +112,7 @@ def write_report(
 ) -> None:
     """Writes report.md, its plots and result.json.
 
-    The same search gives the same files, whether it was interrupted or not.
+    The same search gives the same files, whether it was interrupted or not, but for the tokens per second.
 
     Args:
         folder: where they go.
@@ -142,7 +142,8 @@ def write_report(
         picture = "distillation.png"
         curve(folder / picture, result.losses, "super network: feature distillation", FEATURE_LOSS)
         text.append(
-            f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}.\n\n![distillation]({picture})\n"
+            f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}. {training_speed(result.losses)}"
+            f"\n\n![distillation]({picture})\n"
         )
     text += ["## Provenance\n", provenance([*facts, *asdict(options).items()])]
     write_text(folder / "report.md", "\n".join(text))
