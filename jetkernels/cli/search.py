@@ -138,6 +138,8 @@ def _add_placing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"
     )
+    budgets = "other numbers of full layers, such as 1,2,4,7,12: the report has a curve over them (default: none)"
+    parser.add_argument("--budgets", type=several(1, 10**4), help=budgets)
     _add_objective(parser, "full-", "that places full attention")
     _add_objective(parser, "window-", "that places windows")
     parser.add_argument("--width", type=integer(1, 10**6), help="of the beam (default %(default)s)")

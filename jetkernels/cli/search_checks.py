@@ -84,6 +84,8 @@ def _check_layers(stage: StageOptions, layers: int) -> None:
     if isinstance(stage, PlacementStage | Pipeline):
         if stage.full > layers:
             raise UsageError(f"--full must be between 0 and the {layers} layers of the base, got {stage.full}")
+        if max(stage.budgets, default=0) > layers:
+            raise UsageError(f"--budgets must be between 1 and the {layers} layers of the base, got {stage.budgets}")
         if stage.window > (left := layers - stage.full):
             raise UsageError(f"--window must be between 0 and the {left} layers that --full leaves, got {stage.window}")
     if isinstance(stage, ComparisonOptions):

@@ -271,9 +271,11 @@ class SearchOptions(ScoreOptions):
         window_objective: the same in it.
         width: of the beam.
         exhaustive_up_to: placements that are all evaluated.
+        budgets: other numbers of full layers, for the report's curve.
     """
 
     full: int = 2
+    budgets: Integers = Integers(())
     window: int = 0
     full_task: str = "recall"
     full_objective: str = "loss"

@@ -16,6 +16,7 @@ from jetkernels.model import Tokenizer
 
 from .checkpoints import load_state, save_state
 from .data import Loader, seeded
+from .prefixes import Prefixes
 from .search import Found, beam_search, check_search, importance, most_evaluations
 from .super_network import Placement, SuperNetwork
 from .tasks import OBJECTIVES, Score, Task, objective_of
@@ -37,6 +38,7 @@ class PlacementOptions:
         window_objective: the same of the second one.
         width: of the beam (`beam_search`).
         exhaustive_up_to: placements that are all looked at (`beam_search`).
+        budgets: other numbers of full layers for which the best placement is looked for, on the way.
     """
 
     full_layers: int
@@ -47,6 +49,7 @@ class PlacementOptions:
     window_objective: str = "loss"
     width: int = 4
     exhaustive_up_to: int = 64
+    budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("full_objective", "window_objective"):
@@ -69,7 +72,8 @@ class PlacementOptions:
         Raises:
             ValueError: a budget or the width does not fit, or a task is not among `tasks`.
         """
-        check_search(layers, self.full_layers, self.width)
+        for budget in (self.full_layers, *self.budgets):
+            check_search(layers, budget, self.width)
         check_search(layers - self.full_layers, self.window_layers, self.width)
         for task in (self.full_task, *([self.window_task] if self.window_layers else [])):
             if task not in tasks:
@@ -77,9 +81,10 @@ class PlacementOptions:
 
     def evaluations(self, layers: int, tasks: int) -> int:
         """How often a search asks for a score, at most; repeated questions, which cost nothing, counted too."""
-        full = most_evaluations(layers, self.full_layers, self.width, self.exhaustive_up_to) + tasks * (layers + 1)
+        budgets, limits = (self.full_layers, *self.budgets), (self.width, self.exhaustive_up_to)
+        full = most_evaluations(layers, budgets, *limits) + tasks * (layers + 1)
         free = layers - self.full_layers
-        window = most_evaluations(free, self.window_layers, self.width, self.exhaustive_up_to) + tasks * (free + 1)
+        window = most_evaluations(free, [self.window_layers], *limits) + tasks * (free + 1)
         return full + (window if self.window_layers else 0)
 
 
@@ -101,6 +106,7 @@ class ScoreBook:
         self.path = path
         self.run = dict(facts)
         self.scores: dict[str, list] = {}
+        self.prefixes: dict[str, Prefixes] = {}  # of the task that was scored last
         if path is not None and Path(path).exists():
             self.scores = load_state(path, "scores", self.run)["scores"]
 
@@ -110,14 +116,23 @@ class ScoreBook:
             raise ValueError(f"task must be one of {', '.join(self.tasks)}, got {task!r}")
         key = f"{task}|{' '.join(placement or ['base'])}"
         if key not in self.scores:
-            device, model = self.network.base.device, self.network
-            with torch.no_grad():
-                score = self.tasks[task].score(lambda ids: model(ids.to(device), placement))
+            score = self._computed(placement, task)
             self.scores[key] = [score.loss, score.accuracy, {name: list(pair) for name, pair in score.groups.items()}]
             if self.path is not None and ranks()[0] == 0:
                 save_state(self.path, "scores", self.run, {"scores": self.scores})
         loss, accuracy, groups = self.scores[key]
         return Score(loss, accuracy, {name: tuple(pair) for name, pair in groups.items()})
+
+    def _computed(self, placement: Placement | None, task: str) -> Score:
+        network, device = self.network, self.network.base.device
+        if placement is None:
+            with torch.no_grad():
+                return self.tasks[task].score(lambda ids: network(ids.to(device), None))
+        placement = network.check(placement)
+        if task not in self.prefixes:
+            self.prefixes = {task: Prefixes(network)}
+        prefixes = self.prefixes[task]
+        return self.tasks[task].score(lambda ids: prefixes.logits(ids.to(device), placement))
 
     def evaluate(self, task: str, objective: str, bar: Any = None) -> Callable[[Placement], float]:
         """Placement -> objective of a task, more is better; `bar`, one of `progress`, advances with each."""
@@ -232,7 +247,8 @@ def search_placement(book: ScoreBook, options: PlacementOptions, losses: Sequenc
             values = {task: book.evaluate(task, options.objective(task, kind), bar) for task in book.tasks}
             return {task: importance(before, value, kind) for task, value in values.items()}
 
-        full = search(start, options.full_layers, book.evaluate(options.full_task, options.full_objective, bar))
+        value = book.evaluate(options.full_task, options.full_objective, bar)
+        full = search(start, options.full_layers, value, budgets=options.budgets)
         maps, window, placement = {"attn": map_of("attn", start)}, None, full.placement
         if options.window_layers:
             value = book.evaluate(options.window_task, options.window_objective, bar)

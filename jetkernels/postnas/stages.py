@@ -149,6 +149,7 @@ class PlacementStage(SearchOptions, ShapeOptions, DistillOptions):
             window_objective=self.window_objective,
             width=self.width,
             exhaustive_up_to=self.exhaustive_up_to,
+            budgets=self.budgets,
         )
         loader = self.loader(corpus, tokenizer)
         facts, asked = self.facts(corpus, base), self.score_facts()

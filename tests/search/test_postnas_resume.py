@@ -112,6 +112,21 @@ def test_a_process_that_is_killed_goes_on(inputs, whole, tmp_path):
     assert results(tmp_path) == results(whole)
 
 
+def test_budgets_are_held_against_uniform_and_the_order_of_importance(inputs, tmp_path):
+    assert main(placement(inputs, tmp_path, budgets="1,2,3", window=0, exhaustive_up_to=0)) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "## Budgets of full layers" in report and "(budgets.png)" in report
+    assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / "result.json").read_text())
+    gains = result["importance"]["attn"]["recall"]
+    alone = min(gains, key=lambda i: (-gains[i], int(i)))
+    for how, layers in (("uniform", "1"), ("by importance", alone), ("found", str(result["full"]["chosen"][0]))):
+        assert f"| 1 | {how} | {layers} |" in report and f"| 3 | {how} | 0, 1, 2 |" in report
+    assert list(result["full"]["budgets"]) == ["1", "2", "3"]
+    assert [row["name"].split(",")[0] for row in result["compared"][-3:]] == ["uniform", "by importance", "found"]
+    assert main(placement(inputs, tmp_path / "other", budgets="4")) == 2
+
+
 def test_another_budget_does_not_train_again(inputs, whole, tmp_path, monkeypatch):
     (tmp_path / "super_network.ckpt").write_bytes((whole / "super_network.ckpt").read_bytes())
     monkeypatch.setattr("jetkernels.postnas.SuperNetwork.distillation_loss", lambda *arguments: pytest.fail("trained"))

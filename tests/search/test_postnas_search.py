@@ -25,7 +25,7 @@ from jetkernels.postnas import (
     write_report,
 )
 from jetkernels.postnas.data import seeded
-from jetkernels.postnas.search import most_evaluations
+from jetkernels.postnas.search import by_importance, most_evaluations
 from jetkernels.postnas.tasks import objective_of
 from jetkernels.postnas.teacher import FLOOR, Teacher, feature_loss
 
@@ -46,7 +46,7 @@ def test_beam_search_finds_planted_layers(width, planted):
     found = beam_search(("jet",) * 12, len(planted), planted_objective(planted), width=width, exhaustive_up_to=0)
     assert found.chosen == planted and found.value == len(planted) and not found.exhaustive
     assert found.placement == tuple("attn" if i in planted else "jet" for i in range(12))
-    assert found.evaluated <= most_evaluations(12, len(planted), width, 0)
+    assert found.evaluated <= most_evaluations(12, [len(planted)], width, 0)
 
 
 def test_exhaustive_search_looks_at_every_placement_once():
@@ -58,9 +58,33 @@ def test_exhaustive_search_looks_at_every_placement_once():
 
     found = beam_search(("jet",) * 6, 2, evaluate, exhaustive_up_to=15)
     assert found.exhaustive and found.evaluated == len(seen) == len(set(seen)) == math.comb(6, 2) == most_evaluations(
-        6, 2, 4, 15
+        6, [2], 4, 15
     )
     assert found.chosen == (1, 4)
+
+
+@pytest.mark.parametrize("exhaustive_up_to", [0, 12, 10**6])
+def test_one_beam_finds_every_budget(exhaustive_up_to):
+    """Layer i is worth the i-th weight; a beam of one finds the best of every size."""
+    weights, seen = (5.0, 1.0, 9.0, 3.0, 0.5, 7.0), []
+
+    def evaluate(placement):
+        seen.append(placement)
+        return sum(w for w, kind in zip(weights, placement) if kind == "attn")
+
+    found = beam_search(("jet",) * 6, 3, evaluate, width=1, exhaustive_up_to=exhaustive_up_to, budgets=(5, 1, 3))
+    assert found.budgets == {1: (2,), 3: (0, 2, 5), 5: (0, 1, 2, 3, 5)}
+    assert (found.chosen, found.value) == ((0, 2, 5), 21.0) and found.exhaustive == (exhaustive_up_to == 10**6)
+    assert found.evaluated == len(seen) == len(set(seen)) <= most_evaluations(6, [1, 3, 5], 1, exhaustive_up_to)
+    alone = beam_search(("jet",) * 6, 3, evaluate, width=1, exhaustive_up_to=exhaustive_up_to)
+    assert (alone.placement, alone.value, alone.budgets) == (found.placement, found.value, {3: (0, 2, 5)})
+    with pytest.raises(ValueError, match="budget must be between 0 and the 6 jet layers, got 7"):
+        beam_search(("jet",) * 6, 3, evaluate, budgets=(7,))
+
+
+def test_layers_by_importance_are_those_that_gain_most_alone():
+    gains = {0: 0.1, 1: 3.0, 2: 3.0, 3: -1.0, 4: 5.0}
+    assert [by_importance(gains, n) for n in (0, 1, 2, 3)] == [(), (4,), (1, 4), (1, 2, 4)]
 
 
 def test_a_budget_of_none_is_the_start():

@@ -9,17 +9,31 @@ from pathlib import Path
 
 from ..options import OBJECTIVE_NAMES
 from ..placement import PlacementOptions, PlacementResult, ScoreBook
-from ..search import uniform, with_kind
+from ..search import by_importance, uniform, with_kind
 from ..super_network import Placement, SuperNetwork
-from ..tasks import Score
-from .plots import FEATURE_LOSS, curve, heat_map
+from ..tasks import Score, objective_of
+from .plots import FEATURE_LOSS, budget_curves, curve, heat_map
 from .tables import markdown_table, not_exported, provenance, training_speed, write_text
 
 # The name of a placement, and it; None stands for the base.
 Compared = tuple[str, Placement | None]
 
 
-def comparison(book: ScoreBook, result: PlacementResult) -> list[Compared]:
+def placed(
+    network: SuperNetwork, result: PlacementResult, options: PlacementOptions, budget: int
+) -> list[tuple[str, Placement]]:
+    """The placements of so many full layers: at equal distances, those that gain most alone, and the found one."""
+    gains = result.importance["attn"][options.full_task]
+    layers = {
+        "uniform": uniform(network.num_layers, budget),
+        "by importance": by_importance(gains, budget),
+        "found": result.full.budgets[budget],
+    }
+    start = ("jet",) * network.num_layers
+    return [(f"{name}, {budget} full", with_kind(start, chosen, "attn")) for name, chosen in layers.items()]
+
+
+def comparison(book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[Compared]:
     """Placements that the found one is held against."""
     network, layers = book.network, book.network.num_layers
     everywhere = ("attn",) * layers
@@ -29,8 +43,7 @@ def comparison(book: ScoreBook, result: PlacementResult) -> list[Compared]:
     rows.append((f"{network.path_name} everywhere", ("jet",) * layers))
     budget = len(result.full.chosen)
     if budget:
-        rows.append((f"uniform, {budget} full", with_kind(("jet",) * layers, uniform(layers, budget), "attn")))
-        rows.append((f"found, {budget} full", result.full.placement))
+        rows += placed(network, result, options, budget)
     if result.window is not None:
         rows.append((f"found, {budget} full and {len(result.window.chosen)} windowed", result.placement))
     return rows
@@ -83,6 +96,54 @@ def _comparison_section(
     return text
 
 
+def _budget_section(folder: Path, judge: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[str]:
+    """A table and a picture of the placements of every budget; nothing where there is only one."""
+    network, budgets = judge.network, [budget for budget in result.full.budgets if budget]
+    if len(budgets) < 2:
+        return []
+    fixed = comparison(judge, result, options)[0], (f"{network.path_name} everywhere", ("jet",) * network.num_layers)
+    named = [(budget, *pair) for budget in budgets for pair in placed(network, result, options, budget)]
+    scored = scores_of_each(judge, [*(placement for _, _, placement in named), *(placement for _, placement in fixed)])
+    rows: list[list[object]] = []
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for (budget, name, placement), of_tasks in zip(named, scored):
+        how, layers = name.split(",")[0], ", ".join(str(i) for i, kind in enumerate(placement) if kind == "attn")
+        rows.append([budget, how, layers, *(value for s in of_tasks.values() for value in (s.loss, s.accuracy))])
+        for title, value in _objectives(of_tasks, options).items():
+            panels.setdefault(title, {}).setdefault(how, {})[budget] = value
+    levels: dict[str, dict[str, float]] = {title: {} for title in panels}
+    for (name, _), of_tasks in zip(fixed, scored[len(named) :]):
+        for title, value in _objectives(of_tasks, options).items():
+            levels[title][name.split(",")[0]] = value
+    budget_curves(folder / "budgets.png", panels, levels)
+    header = ["full layers", "placement", "layers (0-based)"]
+    header += [f"{task}, {what}" for task in judge.tasks for what in ("loss", "accuracy")]
+    return [
+        "## Budgets of full layers\n\nOne beam found them on its way; by importance are the layers that gain most "
+        f"alone in {options.full_task}. No windows; within the super network.\n",
+        markdown_table(header, rows),
+        "![score against the number of full layers](budgets.png)\n",
+    ]
+
+
+def _objectives(scores: Mapping[str, Score], options: PlacementOptions) -> dict[str, float]:
+    """{task and objective in words: its value}, by the objectives of full attention."""
+    chosen = {task: options.objective(task, "attn") for task in scores}
+    return {
+        f"{task}, {OBJECTIVE_NAMES[objective]}": objective_of(task, scores[task], objective)
+        for task, objective in chosen.items()
+    }
+
+
+def scores_of_each(judge: ScoreBook, placements: Sequence[Placement | None]) -> list[dict[str, Score]]:
+    """{task: score} of each placement; task by task, so that placements share what they can."""
+    found: list[dict[str, Score]] = [{} for _ in placements]
+    for task in judge.tasks:
+        for scores, placement in zip(found, placements):
+            scores[task] = judge.score(placement, task)
+    return found
+
+
 def _importance_section(folder: Path, result: PlacementResult, network: SuperNetwork, options: PlacementOptions) -> str:
     """Tables and heat maps of each layer's gain; the pictures go to `folder`."""
     names = {"attn": "full attention", "swa": "sliding-window attention"}
@@ -126,16 +187,16 @@ def write_report(
     """
     folder = Path(folder)
     judge = book if fresh is None else fresh
-    scored = [
-        (name, placement, {task: judge.score(placement, task) for task in judge.tasks})
-        for name, placement in comparison(book, result)
-    ]
+    compared = comparison(book, result, options)
+    of_each = scores_of_each(judge, [placement for _, placement in compared])
+    scored = [(name, placement, scores) for (name, placement), scores in zip(compared, of_each)]
     text = [
         "# Placement of attention layers\n",
         f"Placement: `{' '.join(result.placement)}`\n",
         *([] if book.network.jet_config else [f"{not_exported(book.network.path_name)}\n"]),
         _searches_section(result, options),
         *_comparison_section(scored, book.network.path_name, unseen=fresh is not None),
+        *_budget_section(folder, judge, result, options),
         _importance_section(folder, result, book.network, options),
     ]
     if result.losses:

@@ -91,6 +91,31 @@ def curve(
     _save(figure, path)
 
 
+def budget_curves(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    levels: Mapping[str, Mapping[str, float]],
+) -> None:
+    """A PNG of scores against the number of full-attention layers, a panel per task.
+
+    Args:
+        path: of the file.
+        panels: {title: {how the layers were placed: {number of them: score}}}.
+        levels: {title: {name: score that does not depend on it}}, drawn as level lines.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False)
+    for panel, (title, lines) in zip(axes[0], panels.items()):
+        for name, scores in lines.items():
+            panel.plot(sorted(scores), [scores[budget] for budget in sorted(scores)], marker="o", label=name)
+        for i, (name, value) in enumerate(levels[title].items()):
+            panel.axhline(value, linestyle=":", color=f"{0.2 + 0.4 * i}", label=name)
+        panel.set_xticks(sorted({budget for scores in lines.values() for budget in scores}))
+        panel.set(xlabel="layers of full attention", ylabel=title)
+        panel.legend(fontsize=8)
+    _save(figure, path)
+
+
 def quality_against_speed(
     path: str | Path,
     points: Sequence[tuple[str, float, float]],
