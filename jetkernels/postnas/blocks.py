@@ -1,4 +1,8 @@
-"""Linear-attention blocks behind one interface: RetNet, GLA, Mamba2, DeltaNet, Gated DeltaNet, RWKV-7 and JetBlock."""
+"""Linear-attention blocks behind one interface: RetNet, GLA, Mamba2, DeltaNet, Gated DeltaNet, RWKV-7 and JetBlock.
+
+Each follows its paper. What its released code does otherwise is said of each, but for what is true of all: K, V and H
+are free, projections start as `fair_start_` says, and nothing is fused.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jetkernels.model.attention import rotary_table, rotate
-from jetkernels.modules import GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
+from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.jet_block import DECAY_RATES, TIME_STEPS
 from jetkernels.modules.repeatable import RepeatableCall, may_be_repeated
@@ -25,12 +29,25 @@ from .shapes import Shape
 NORM_EPS = 1e-5
 
 
+# RMS of a block's first output, of input of RMS 1 (`fair_start_`): a trained model that is given such a block works on.
+FIRST_OUTPUT = 0.1
+NOISE_TOKENS = 64  # from which it is measured
+
+
+@torch.no_grad()
+def init_taps_(taps: Tensor) -> None:
+    """Fills taps [D, W] as PyTorch, flash-linear-attention and Mamba2 start a depthwise convolution."""
+    bound = taps.shape[1] ** -0.5
+    taps.uniform_(-bound, bound)
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution and SiLU: y[t, d] = silu(sum_w weight[d, w] x[t - (W-1) + w, d])."""
 
     def __init__(self, channels: int, size: int = 4):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-(size**-0.5), size**-0.5))
+        self.weight = nn.Parameter(torch.empty(channels, size))
+        init_taps_(self.weight)
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Convolves x [B, T, D], which follows the inputs `before` [B, W-1, D].
@@ -47,17 +64,30 @@ class LinearBlock(nn.Module, ABC):
     """A token mixer of fixed memory that stands where a model has its attention.
 
     Called as a JetBlock is: hidden states [B, T, C] -> [B, T, C]; `state`, if given, is what the block remembers of
-    earlier tokens and is updated in place. A subclass says what it remembers (`memory`) and computes (`mix`).
+    earlier tokens and is updated in place. A subclass says what it is made of (`build`), remembers (`memory`) and
+    computes (`mix`); its output projection is `o_proj`. It starts as `fair_start_` says.
 
     Args:
         hidden_size: C.
         shape: K, V, H; the recurrent state has H*K*V elements in every block.
     """
 
+    o_proj: nn.Linear
+
     def __init__(self, hidden_size: int, shape: Shape):
         super().__init__()
         self.hidden_size = hidden_size
         self.shape = shape
+        self.build(*shape)
+        self.start()
+
+    @abstractmethod
+    def build(self, K: int, V: int, H: int) -> None:
+        """Makes the parameters and gives them their first values."""
+
+    def start(self) -> None:
+        """Brings the first values to the scale that every candidate has."""
+        fair_start_(self)
 
     def memory(self) -> list[Sequence[int]]:
         """Shapes of the state's tensors for one sequence; the first is the recurrent state [H, K, V]."""
@@ -99,9 +129,9 @@ class LinearBlock(nn.Module, ABC):
         return y
 
     def linear(self, outputs: int, inputs: int | None = None, bias: bool = False) -> nn.Linear:
-        """A projection of the layer input, or of `inputs` channels, with the initial values of the library's layers."""
+        """A projection of the layer input, or of `inputs` channels, of which input of RMS 1 makes output of RMS 1."""
         layer = nn.Linear(inputs or self.hidden_size, outputs, bias=bias)
-        init_weight_(layer.weight, 0.02)
+        init_weight_(layer.weight, layer.in_features**-0.5)
         if bias:
             nn.init.zeros_(layer.bias)
         return layer
@@ -109,6 +139,40 @@ class LinearBlock(nn.Module, ABC):
     def heads(self, x: Tensor) -> Tensor:
         """Splits x [..., H*n] into [..., H, n]."""
         return x.unflatten(-1, (self.shape.H, -1))
+
+
+@torch.no_grad()
+def fair_start_(block: LinearBlock | JetBlock) -> None:
+    """Gives a block the start that every candidate has, so that none is ahead by the scale of its first values.
+
+    The projections of the layer input start at N(0, 1/C): input of RMS 1, projections of RMS 1, at any width. Static
+    taps, those of a dynamic convolution too (its generator's w2 stays zero), start as `init_taps_` says. With these the
+    values in front of an output norm are above its epsilon; those of a JetBlock whose taps start at N(0, 0.02), as the
+    library's do by themselves, are far below it. Last, the output projection is scaled so that the block's output of
+    noise of RMS 1 has the RMS FIRST_OUTPUT: what gates and norms in front of it make of the scale differs from block to
+    block (layer-sequential unit variance, arXiv 1511.06422, for one layer).
+
+    A LinearBlock draws its own projections and calls this; a JetBlock's are drawn here. On the meta device nothing is
+    done.
+
+    Args:
+        block: changed in place.
+    """
+    weight = block.o_proj.weight
+    if weight.is_meta:
+        return
+    C = block.hidden_size
+    if isinstance(block, JetBlock):
+        for name in "qkvgab":
+            init_weight_(getattr(block, f"{name}_proj").weight, C**-0.5)
+    for module in block.modules():
+        if isinstance(module, DynamicShortConvolution):
+            w1, w2 = module.kernel_generator.w1, module.kernel_generator.w2
+            init_weight_(w1.weight, w1.in_features**-0.5)
+            init_taps_(w2.bias.view(module.channels, module.kernel_size))
+    noise = torch.randn(1, NOISE_TOKENS, C, generator=torch.Generator().manual_seed(0), device="cpu")
+    output = block(noise.to(weight))
+    weight.mul_(FIRST_OUTPUT / output.square().mean().sqrt())
 
 
 def head_norm(o: Tensor) -> Tensor:
@@ -141,17 +205,23 @@ class RetNet(LinearBlock):
     """Multi-scale retention (arXiv 2307.08621): fixed decay 1 - 2^(-5-h) of head h, rotated q and k, swish gate.
 
     S <- gamma_h S + k v^T;  o = S^T q K^-0.5;  y = W_o (swish(W_g x) * groupnorm(o))
+
+    Differs from the released code (microsoft/torchscale): that divides decays and scores by their sums; its head norm
+    is an RMS norm; it rotates neighbouring channels, and its frequencies reach 1e-4.
     """
 
     THETA = 1e4
 
-    def __init__(self, hidden_size: int, shape: Shape):
-        super().__init__(hidden_size, shape)
-        K, V, H = shape
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
         if K % 2:
             raise ValueError(f"RetNet: K must be even (rotary positions), got {K}")
         self.q_proj, self.k_proj = self.linear(H * K), self.linear(H * K)
-        self.v_proj, self.g_proj, self.o_proj = self.linear(H * V), self.linear(H * V), self.linear(hidden_size, H * V)
+        self.v_proj, self.g_proj, self.o_proj = (
+            self.linear(H * V),
+            self.linear(H * V),
+            self.linear(self.hidden_size, H * V),
+        )
 
     def memory(self) -> list[Sequence[int]]:
         """The recurrent state, and how many tokens came before."""
@@ -174,18 +244,19 @@ class GLA(LinearBlock):
 
     alpha = sigmoid(W2 W1 x + b)^(1/16);  S <- diag(alpha) S + k v^T;  o = S^T q K^-0.5
     y = W_o (swish(W_r x + b_r) * norm(o))
+
+    Differs from the released code (flash-linear-attention): its norm is an RMS norm, and W_r has no bias.
     """
 
     TEMPERATURE, RANK = 16, 16
 
-    def __init__(self, hidden_size: int, shape: Shape):
-        super().__init__(hidden_size, shape)
-        K, V, H = shape
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
         self.q_proj, self.k_proj = self.linear(H * K), self.linear(H * K)
         self.v_proj, self.r_proj, self.o_proj = (
             self.linear(H * V),
             self.linear(H * V, bias=True),
-            self.linear(hidden_size, H * V),
+            self.linear(self.hidden_size, H * V),
         )
         self.alpha_1, self.alpha_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
         self.norm = nn.LayerNorm(V, NORM_EPS)
@@ -203,17 +274,19 @@ class Mamba2(LinearBlock):
 
     x, B, C = silu(conv(W x));  dt = softplus(W_dt x + dt_bias);  S <- exp(-exp(A_log) dt) S + dt B x^T
     o = S^T C + D x;  y = W_o rmsnorm(o * silu(W_z x))
+
+    Differs from the released code (state-spaces/mamba): its convolution has a bias; exp(A_log) starts uniform in
+    [1, 16], here log-uniform; D is exempt from weight decay.
     """
 
-    def __init__(self, hidden_size: int, shape: Shape):
-        super().__init__(hidden_size, shape)
-        K, V, H = shape
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
         self.z_proj, self.xbc_proj, self.dt_proj = self.linear(H * V), self.linear(H * V + 2 * K), self.linear(H)
         self.conv = ShortConvolution(H * V + 2 * K)
         self.A_log, self.dt_bias = decay_parameters(H)
         self.D = nn.Parameter(torch.ones(H))
         self.norm = RMSNorm(H * V, NORM_EPS)
-        self.o_proj = self.linear(hidden_size, H * V)
+        self.o_proj = self.linear(self.hidden_size, H * V)
 
     def memory(self) -> list[Sequence[int]]:
         """The recurrent state, and the convolution's last inputs."""
@@ -237,18 +310,19 @@ class DeltaNet(LinearBlock):
 
     q, k, v = silu(conv(W x));  beta = sigmoid(W_b x);  S <- S + beta k (v - S^T k)^T;  o = S^T q K^-0.5
     y = W_o rmsnorm(o)
+
+    Computes what the released code (flash-linear-attention) does.
     """
 
-    def __init__(self, hidden_size: int, shape: Shape):
-        super().__init__(hidden_size, shape)
-        K, V, H = shape
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
         self.q_proj, self.k_proj, self.v_proj = self.linear(H * K), self.linear(H * K), self.linear(H * V)
         self.q_conv, self.k_conv, self.v_conv = (
             ShortConvolution(H * K),
             ShortConvolution(H * K),
             ShortConvolution(H * V),
         )
-        self.b_proj, self.o_proj = self.linear(H), self.linear(hidden_size, H * V)
+        self.b_proj, self.o_proj = self.linear(H), self.linear(self.hidden_size, H * V)
         self.norm = RMSNorm(V, NORM_EPS)
 
     def memory(self) -> list[Sequence[int]]:
@@ -280,13 +354,17 @@ class GatedDeltaNet(DeltaNet):
     """Gated DeltaNet (arXiv 2412.06464): DeltaNet with a decay per head and an output gate.
 
     S is first multiplied by exp(-exp(A_log) softplus(W_a x + dt_bias));  y = W_o (rmsnorm(o) * silu(W_g x))
+
+    Differs from the released code (flash-linear-attention): there exp(A_log) starts uniform in [0, 16], here
+    log-uniform in [1, 16].
     """
 
-    def __init__(self, hidden_size: int, shape: Shape):
-        super().__init__(hidden_size, shape)
-        self.a_proj, self.g_proj = self.linear(shape.H), self.linear(shape.H * shape.V)
-        self.A_log, self.dt_bias = decay_parameters(shape.H)
-        self.norm = GatedRMSNorm(shape.V, NORM_EPS)
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
+        super().build(K, V, H)
+        self.a_proj, self.g_proj = self.linear(H), self.linear(H * V)
+        self.A_log, self.dt_bias = decay_parameters(H)
+        self.norm = GatedRMSNorm(V, NORM_EPS)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Log decay [B, T, H] of x [B, T, C]."""
@@ -306,22 +384,49 @@ class RWKV7(LinearBlock):
         w = exp(-e^-0.5 sigmoid(w0 + tanh(x_w A_w) B_w));  a = sigmoid(a0 + x_a A_a B_a);  g = sigmoid(x_g A_g) B_g
         kappa = unit(k * xi);  k' = k (1 + (a - 1) alpha);  recurrence: `recurrences.rwkv7`
         y = W_o (g * (groupnorm(o) + (r . (rho * k')) v))
+
+    Ranks and first values are those of the released training code (BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py):
+    the ranks of w and a are 2.5 sqrt(C), that of g 5 sqrt(C), rounded to a multiple of 32, at least 32.
+
+    Differs from that code: no value residual; K, V and H are free, there each head has 64 channels; first values that
+    depend on the layer's depth are those of half the depth, which a block does not know; W_o starts as `fair_start_`
+    says, there at zero.
     """
 
-    RANK = 16
+    # How much of mu depends on the channel, for r, w, k, v, a, g.
+    SHIFTS = (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
+    DEPTH = 0.5  # of the layer, 0 to 1
 
-    def __init__(self, hidden_size: int, shape: Shape):
-        super().__init__(hidden_size, shape)
-        K, V, H = shape
-        self.mu = nn.Parameter(torch.full((6, hidden_size), 0.5))
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
+        C = self.hidden_size
+        along = torch.arange(C) / C
+        self.mu = nn.Parameter(torch.stack([1 - along ** (power * (1 - self.DEPTH)) for power in self.SHIFTS]))
         self.r_proj, self.k_proj, self.v_proj = self.linear(H * K), self.linear(H * K), self.linear(H * V)
-        self.w_1, self.w_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
-        self.a_1, self.a_2 = self.linear(self.RANK), self.linear(H * K, self.RANK, bias=True)
-        self.g_1, self.g_2 = self.linear(self.RANK), self.linear(H * V, self.RANK)
-        nn.init.uniform_(self.w_2.bias, -6.0, 1.0)
-        self.xi, self.alpha, self.rho = (nn.Parameter(torch.full((H, K), value)) for value in (0.85, 1.0, 0.1))
+        for projection, scale in ((self.r_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
+            nn.init.uniform_(projection.weight, -scale * C**-0.5, scale * C**-0.5)
+        self.w_1, self.w_2 = self.low_rank(H * K, 2.5, bias=True)
+        self.a_1, self.a_2 = self.low_rank(H * K, 2.5, bias=True)
+        self.g_1, self.g_2 = self.low_rank(H * V, 5.0)
+        # Of each channel of the keys: where it lies among all, -1/2 to 1/2, and within its head, -1 to 1.
+        place, in_head = torch.linspace(-0.5, 0.5, H * K), torch.linspace(-1, 1, K).repeat(H)
+        in_head = in_head * in_head.abs()
+        with torch.no_grad():
+            self.w_2.bias.copy_(-5.5 + 6 * (place + 0.5) ** (1 + self.DEPTH**0.3) + 2.5 * in_head)
+            self.a_2.bias.copy_(-0.19 + 0.3 * in_head + 0.4 * place)
+        self.xi = nn.Parameter((0.71 - 0.1 * place).view(H, K))
+        self.alpha, self.rho = (nn.Parameter(torch.full((H, K), value)) for value in (1.02, -0.04))
         self.norm = nn.GroupNorm(H, H * V, eps=NORM_EPS * V)
-        self.o_proj = self.linear(hidden_size, H * V)
+        self.o_proj = self.linear(C, H * V)
+
+    def low_rank(self, outputs: int, ranks: float, bias: bool = False) -> tuple[nn.Linear, nn.Linear]:
+        """Two projections of rank `ranks` sqrt(C): the first zero, the second orthogonal and small."""
+        rank = max(32, round(ranks * self.hidden_size**0.5 / 32) * 32)
+        first, second = self.linear(rank), self.linear(outputs, rank, bias=bias)
+        nn.init.zeros_(first.weight)
+        if not second.weight.is_meta:  # there is no decomposition there
+            nn.init.orthogonal_(second.weight, gain=0.1 * max(1, rank / outputs) ** 0.5)
+        return first, second
 
     def memory(self) -> list[Sequence[int]]:
         """The recurrent state, and the last token."""
@@ -344,11 +449,19 @@ class RWKV7(LinearBlock):
 
 
 class Jet(LinearBlock):
-    """JetBlock (arXiv 2508.15884) behind this interface: `jetkernels.modules.JetBlock` itself."""
+    """JetBlock (arXiv 2508.15884) behind this interface: `jetkernels.modules.JetBlock` itself.
 
-    def __init__(self, hidden_size: int, shape: Shape):
-        super().__init__(hidden_size, shape)
-        self.block = JetBlock(hidden_size, shape.config())
+    Differs from the released code (NVlabs/Jet-Nemotron): there exp(A_log) starts uniform in [0, 16], static taps at
+    N(0, 0.02), here as `fair_start_` says.
+    """
+
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
+        self.block = JetBlock(self.hidden_size, self.shape.config())
+
+    def start(self) -> None:
+        """See `LinearBlock.start`."""
+        fair_start_(self.block)
 
     def memory(self) -> list[Sequence[int]]:
         """The recurrent state, and the convolution's last inputs."""

@@ -75,16 +75,18 @@ class DesignedBlock(LinearBlock):
     b_proj: nn.Linear
 
     def __init__(self, hidden_size: int, shape: Shape, design: Design = Design()):
+        self.design = design  # first: `build` reads it
         super().__init__(hidden_size, shape)
-        K, V, H = shape
-        self.design = design
+
+    def build(self, K: int, V: int, H: int) -> None:
+        """See `LinearBlock.build`."""
         self.channels = {"q": H * K, "k": H * K, "v": H * V}
         for name, width in {**self.channels, "g": H * V, "a": H, "b": H}.items():
             setattr(self, f"{name}_proj", self.linear(width))
-        self.o_proj = self.linear(hidden_size, H * V)
+        self.o_proj = self.linear(self.hidden_size, H * V)
         self.A_log, self.dt_bias = decay_parameters(H)
         self.o_norm = GatedRMSNorm(V, NORM_EPS)
-        self.convolutions = nn.ModuleDict({name: self._convolution(self.channels[name]) for name in design.on})
+        self.convolutions = nn.ModuleDict({name: self._convolution(self.channels[name]) for name in self.design.on})
 
     def _convolution(self, channels: int) -> nn.Module:
         design = self.design

@@ -14,32 +14,36 @@ CHUNK = 16  # tokens whose pairwise decays are held at once: [CHUNK, CHUNK, K] p
 def decayed_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Linear attention with decay: S <- diag(exp(g_t)) S + k_t v_t^T;  o_t = S^T q_t.
 
-    Chunk by chunk; exponents are differences of later and earlier cumulative decays, so that none is positive.
+    Chunk by chunk. The decay between two tokens is exp of the sum of g over the tokens between them, taken over these
+    alone: differences of one cumulative sum would have dg subtract terms from themselves, and what is left of that is
+    many times dg under strong decay.
 
     Args:
         q: [B, T, H, K].
         k: [B, T, H, K].
         v: [B, T, H, V].
-        g: log decay <= 0, [B, T, H, K], or [B, T, H, 1] for one rate per head.
+        g: log decay <= 0, -inf to forget everything, [B, T, H, K], or [B, T, H, 1] for one rate per head.
         state: [B, H, K, V], before the first token.
 
     Returns: o [B, T, H, V] and the state behind the last token.
     """
     outputs = []
     for q, k, v, g in zip(*(t.split(CHUNK, 1) for t in (q, k, v, g))):
-        c = g.cumsum(1)
         C = q.shape[1]
-        earlier = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()[:, :, None, None]
-        decay = (c[:, :, None] - c[:, None]).masked_fill(~earlier, -torch.inf).exp()
+        seen = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+        not_seen, not_before = (~mask[:, :, None, None] for mask in (seen, seen.tril(-1)))
+        # [B, i, j, H, K]: the sum of g behind token j, up to token i.
+        between = g[:, :, None].masked_fill(not_before, 0).cumsum(1)
+        decay = between.masked_fill(not_seen, -torch.inf).exp()
         if g.shape[-1] == 1:
             weights = torch.einsum("bihk,bjhk->bijh", q, k) * decay.squeeze(-1)
         else:
             weights = (q[:, :, None] * k[:, None] * decay).sum(-1)
         inside = torch.einsum("bijh,bjhv->bihv", weights, v)
-        outputs.append(inside + torch.einsum("bihk,bhkv->bihv", q * c.exp(), state))
-        last = c[:, -1]
-        added = torch.einsum("bjhk,bjhv->bhkv", k * (last[:, None] - c).exp(), v)
-        state = last.exp()[..., None] * state + added
+        kept = g.cumsum(1).exp()
+        outputs.append(inside + torch.einsum("bihk,bhkv->bihv", q * kept, state))
+        added = torch.einsum("bjhk,bjhv->bhkv", k * decay[:, -1], v)
+        state = kept[:, -1, ..., None] * state + added
     return torch.cat(outputs, 1), state
 
 

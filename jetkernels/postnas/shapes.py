@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from jetkernels.model import JetNemotronConfig
 from jetkernels.modules import JetBlockConfig
 
 
@@ -48,6 +49,14 @@ class Shape(NamedTuple):
         while int(self.K * expand) < self.V:
             expand = math.nextafter(expand, math.inf)
         return replace(like, num_heads=self.H, head_dim=self.K, expand_v=expand)
+
+
+def matching_shape(config: JetNemotronConfig) -> Shape:
+    """The shape of the JetBlock that takes an attention layer's projections whole (`warm_start`).
+
+    H is its number of query heads, K and V are its head size.
+    """
+    return Shape(config.head_size, config.head_size, config.num_attention_heads)
 
 
 def equal_cache_grid(state: int, heads: Sequence[int], keys: Sequence[int]) -> list[Shape]:

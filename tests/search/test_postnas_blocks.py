@@ -210,6 +210,54 @@ def test_decayed_attention_has_the_gradients_of_the_recurrence():
     assert last.isfinite().all()
 
 
+def gradients(rule, inputs, weights, dtype):
+    """Of q, k, v, g and the state, for the sum of the rule's two results under `weights`."""
+    leaves = [t.detach().clone().to(dtype).requires_grad_() for t in inputs]
+    sum((y * w.to(dtype)).sum() for y, w in zip(rule(*leaves), weights)).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def decayed_loop(q, k, v, g, state):
+    """The recurrence of `decayed_linear_attention`, token by token."""
+    outputs = []
+    for t in range(q.shape[1]):
+        state = g[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, 1), state
+
+
+TOKENS = 40  # two chunks and a part of one
+DECAYS = {f"{decay}": torch.tensor(decay) for decay in (-0.001, -0.1, -1.0, -10.0, -20.0, -50.0)} | {
+    "strong among weak": torch.where(torch.arange(TOKENS) % 3 == 0, -20.0, -0.01),
+    "forgetting everything": torch.where(torch.arange(TOKENS) % 7 == 3, -math.inf, -0.1),
+}
+
+
+@pytest.mark.parametrize("rates", [1, 6], ids=["a rate per head", "a rate per channel"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_decayed_attention_has_accurate_gradients_at_every_decay(decay, rates):
+    """fp32 chunks against fp64 differentiation of the token loop, dg of each single token too: weak tokens must not
+    leave their rounding in the gradient of a strong one.
+    """
+    draw = torch.Generator().manual_seed(1)
+    T = TOKENS
+
+    def randn(*shape):  # exact in fp32, as both sides get it
+        return torch.randn(shape, generator=draw, dtype=torch.float32).double()
+
+    inputs = [randn(2, T, 2, 6), randn(2, T, 2, 6), randn(2, T, 2, 5)]
+    spread = 0.5 + torch.rand(2, T, 2, rates, generator=draw, dtype=torch.float32).double()
+    g = (DECAYS[decay].reshape(-1, 1, 1) * spread).float().double()
+    inputs += [g, randn(2, 2, 6, 5)]
+    weights = randn(2, T, 2, 5), randn(2, 2, 6, 5)
+    expected = gradients(decayed_loop, inputs, weights, torch.float64)
+    found = gradients(decayed_linear_attention, inputs, weights, torch.float32)
+    for name, got, want in zip(["q", "k", "v", "g", "state"], found, expected):
+        assert (got - want).norm() < 2e-6 * want.norm(), name
+    by_token = [t.transpose(0, 1).flatten(1).norm(dim=1) for t in (found[3] - expected[3], expected[3])]
+    assert (by_token[0] <= 1e-5 * by_token[1]).all(), (by_token[0] / by_token[1]).max()
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 @torch.no_grad()
 def test_rwkv7_in_chunks_is_exact_to_fp32_at_every_decay_it_can_have(strength):
