@@ -151,6 +151,11 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help=f"{what} (default %(default)s)")
 
 
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    what = "from what JetBlocks begin: random values, or (warm) the attention that they replace (default %(default)s)"
+    parser.add_argument("--start", choices=("random", "warm"), help=what)
+
+
 def _add_distilling(parser: argparse.ArgumentParser) -> None:
     _add_precision(parser)
     layers = "steps in front of --steps in which each path learns from the base's own input of its layer"
@@ -188,6 +193,7 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     _add_search(parser)
     _add_placing(parser)
     _add_linear_path(parser)
+    _add_start(parser)
     _add_distilling(parser)
     _add_shape(parser)
 
@@ -237,6 +243,7 @@ def _add_design(parser: argparse.ArgumentParser) -> None:
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     _add_comparison(parser)
+    _add_start(parser)
     parser.add_argument(
         "--state", type=integer(1, 2**40), help="elements of state per JetBlock: K*V*H (default %(default)s)"
     )
@@ -261,6 +268,7 @@ def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="folder of a base (default: train a small one)")
     _add_placing(parser)
     _add_linear_path(parser)
+    _add_start(parser)
     _add_quality(parser)
     _add_distilling(parser)
     _add_shape(parser)

@@ -14,6 +14,7 @@ from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.comparisons import ComparisonOptions, ShapesStage, placement_of
+from jetkernels.postnas.linear_path import JET
 from jetkernels.postnas.options import Integers, ShapeOptions, SizeOptions, StageOptions, TaskOptions
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
@@ -72,6 +73,8 @@ def check(stage: StageOptions) -> None:
         if (got := getattr(stage, option, names[0])) not in names:
             raise UsageError(f"--{option.replace('_', '-')} must be one of {', '.join(names)}, got {got!r}")
     _check_layers(stage, config.num_hidden_layers)
+    if getattr(stage, "start", "random") == "warm" and (got := getattr(stage, "linear_path", JET)) != JET:
+        raise UsageError(f"--start warm needs --linear-path {JET}, got {got}")
     if isinstance(stage, ShapeOptions):
         with torch.device("meta"):
             JetBlock(config.hidden_size, stage.shape.config())

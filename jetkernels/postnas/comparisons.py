@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,8 +20,9 @@ from jetkernels.modules import JetBlock, JetBlockConfig
 
 from .blocks import BLOCKS, equal_parameters
 from .candidates import Measured, Meter, measure_all, over_seeds
+from .data import Loader
 from .design import DESIGNS, DesignedBlock
-from .options import OBJECTIVE_NAMES, DistillOptions, Facts, Integers, QualityOptions, ShapeOptions
+from .options import OBJECTIVE_NAMES, DistillOptions, Facts, Integers, QualityOptions, ShapeOptions, StartOptions
 from .placement import export
 from .report.candidates import write_candidate_report, write_shape_report
 from .selection import best_candidate, best_shape
@@ -100,6 +101,9 @@ class ComparisonOptions(QualityOptions, DistillOptions):
     def paths(self, name: str) -> Paths:
         """The linear paths of a candidate."""
 
+    def begin(self, network: SuperNetwork, loader: Loader) -> None:
+        """Gives the paths of a network their first values: here they keep those that they were drawn with."""
+
     @property
     def quality(self) -> str:
         """What the quality is, in words."""
@@ -118,12 +122,19 @@ class ComparisonOptions(QualityOptions, DistillOptions):
         settings = ("task", "objective", "seeds", "speed_batch", "speed_prompt", "speed_tokens")
         asked = [*self.score_facts(), *self.named(settings), ("placement", " ".join(placement))]
         teacher = self.teacher(base)
-        meter = Meter(
-            lambda name, seed: SuperNetwork(
+        loader = self.loader(corpus, tokenizer)
+
+        def new_network(name: str, seed: int) -> SuperNetwork:
+            network = SuperNetwork(
                 base, self.paths(name), self.window_size, seed, self.recompute, self.train_attention, teacher
-            ),
+            )
+            self.begin(network, replace(loader, seed=seed))
+            return network
+
+        meter = Meter(
+            new_network,
             placement,
-            self.loader(corpus, tokenizer),
+            loader,
             self.recipe(),
             self.tasks(corpus, tokenizer),
             dict(facts),
@@ -197,7 +208,7 @@ class DesignStage(ComparisonOptions, ShapeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapesStage(ComparisonOptions):
+class ShapesStage(StartOptions, ComparisonOptions):
     """Stage 4: K, V and H of the JetBlocks, at equal cache and sufficient generation speed.
 
     Attributes:

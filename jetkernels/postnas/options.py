@@ -12,12 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 
 from .base import SMALL, text_and_tasks, weights_digest
 from .data import Loader, RowSource, TextCorpus
 from .precision import chosen_precision
 from .shapes import Shape
+from .super_network import SuperNetwork
 from .tasks import Copy, MultipleChoice, Recall, Task, language_modelling
 from .teacher import Teacher
 from .training import Recipe, ranks
@@ -193,6 +196,27 @@ class DistillOptions(PrecisionOptions):
     def teacher(self, base: JetNemotronForCausalLM) -> Teacher:
         """The base, and what it computes for those that learn from it."""
         return Teacher(base, chosen_precision(self.precision, base))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(StageOptions):
+    """From what the JetBlocks of a super network begin.
+
+    Attributes:
+        start: "random", or "warm": from the attention that they replace (`warm_start`).
+    """
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("start",)
+
+    start: str = "random"
+
+    def begin(self, network: SuperNetwork, loader: Loader) -> None:
+        """Gives the paths of a network the first values that were asked for."""
+        if self.start == "warm":
+            rows = [loader.batch(0)[:, :-1]]
+            while sum(part.numel() for part in rows) < network.base.config.hidden_size:
+                rows.append(loader.batch(len(rows))[:, :-1])
+            network.warm_start_(torch.cat(rows).to(network.base.device))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .comparisons import BlocksStage, DesignStage, ShapesStage
-from .options import DistillOptions, Integers, QualityOptions, SearchOptions, ShapeOptions, SizeOptions, StageOptions
+from .options import (
+    DistillOptions,
+    Integers,
+    QualityOptions,
+    SearchOptions,
+    ShapeOptions,
+    SizeOptions,
+    StageOptions,
+    StartOptions,
+)
 from .report.overview import StageDone, write_overview
 from .stages import BaseStage, FinalStage, PlacementStage, load_base
 from .training import ranks, wait_for_ranks
@@ -18,7 +27,7 @@ Stage = TypeVar("Stage", bound=StageOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions):
+class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions, StartOptions):
     """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
 
     `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;

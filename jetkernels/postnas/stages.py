@@ -27,6 +27,7 @@ from .options import (
     SearchOptions,
     ShapeOptions,
     SizeOptions,
+    StartOptions,
     TaskOptions,
     mark_of,
 )
@@ -117,7 +118,7 @@ class BaseStage(SizeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacementStage(SearchOptions, ShapeOptions, DistillOptions):
+class PlacementStage(SearchOptions, ShapeOptions, DistillOptions, StartOptions):
     """Stage 1: which layers keep full attention, which get a sliding window.
 
     Attributes:
@@ -152,6 +153,7 @@ class PlacementStage(SearchOptions, ShapeOptions, DistillOptions):
             budgets=self.budgets,
         )
         loader = self.loader(corpus, tokenizer)
+        self.begin(network, loader)
         facts, asked = self.facts(corpus, base), self.score_facts()
         tasks = self.tasks(corpus, tokenizer)
         options.check(network.num_layers, [task.name for task in tasks])

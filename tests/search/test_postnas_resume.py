@@ -14,7 +14,7 @@ from support.postnas_cases import killed_at_write, search_command, text_folder, 
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
-from jetkernels.postnas import checkpoints, join_ranks
+from jetkernels.postnas import checkpoints, join_ranks, small_base
 
 RESULTS = (
     "report.md",
@@ -230,6 +230,22 @@ def test_precision_is_a_part_of_a_run(inputs, whole, tmp_path, capsys):
     assert main(placement(inputs, tmp_path / "bf16", precision="bf16", window=0, examples=2)) == 0
     assert losses(tmp_path / "bf16") != losses(whole)
     assert losses(tmp_path / "bf16") == pytest.approx(losses(whole), rel=0.1)
+
+
+def test_a_warm_start_is_another_run_and_goes_on_alike(inputs, whole, tmp_path, capsys):
+    base = small_base(3, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    base.save_pretrained(tmp_path / "base")
+    Tokenizer.byte_level().save_pretrained(tmp_path / "base")
+    warm = {"base": tmp_path / "base", "start": "warm", "shape": "16x16x2", "window": 0, "examples": 2}
+    for folder in ("one", "two"):
+        assert main(placement(inputs, tmp_path / folder, **warm)) == 0
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert main(placement(inputs, tmp_path / "one", **warm | {"start": "random"})) == 1
+    assert "--start was warm, now it is random" in capsys.readouterr().err
+    assert main(placement(inputs, tmp_path / "random", **warm | {"start": "random"})) == 0
+    assert losses(tmp_path / "random")[0] != losses(tmp_path / "one")[0]
+    assert main(placement(inputs, tmp_path / "none", **warm, linear_path="GLA")) == 2
+    assert "--start warm needs --linear-path JetBlock, got GLA" in capsys.readouterr().err
 
 
 def test_saving_more_often_is_no_other_run(inputs, whole, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from support.postnas_cases import LAYERS, PLANTED, TINY_JET, VOCAB, PlantedRows, planted_base
 
 from jetkernels.model import JetNemotronForCausalLM
+from jetkernels.modules import JetBlock
 from jetkernels.postnas import (
     Loader,
     PlacementOptions,
@@ -24,10 +25,13 @@ from jetkernels.postnas import (
     uniform,
     write_report,
 )
+from jetkernels.postnas.blocks import BLOCKS
 from jetkernels.postnas.data import seeded
 from jetkernels.postnas.search import by_importance, most_evaluations
+from jetkernels.postnas.shapes import Shape, matching_shape
 from jetkernels.postnas.tasks import objective_of
 from jetkernels.postnas.teacher import FLOOR, Teacher, feature_loss
+from jetkernels.postnas.warm_start import warm_start_
 
 
 def planted_objective(planted, trap=None):
@@ -133,7 +137,7 @@ def planted_search(seed: int, options: PlacementOptions, folder=None):
     base = planted_base()
     network = SuperNetwork(base, TINY_JET, window_size=20, seed=seed)
     loader = Loader([(PlantedRows(), 1.0)], batch_size=4, length=21, seed=seed)
-    losses = train_super_network(network, loader, Recipe(15, 1e-3, warmup=2), {})
+    losses = train_super_network(network, loader, Recipe(60, 5e-3, warmup=2), {})
     book = ScoreBook(network, [PlantedRows().task()], {})
     result = search_placement(book, options, losses)
     if folder is not None:
@@ -354,6 +358,25 @@ def test_layer_steps_come_first_and_teach_every_path():
     network.distillation_loss = lambda *a: seen.append("stream") or SuperNetwork.distillation_loss(network, *a)
     train_super_network(network, loader, Recipe(5, 1e-2), {}, layer_steps=2)
     assert seen == ["layers"] * 2 + ["stream"] * 3
+
+
+def test_a_warm_start_is_that_of_each_layers_attention():
+    base = small_base(2, hidden_size=48, intermediate_size=48)
+    with torch.no_grad():
+        base.model.embed_tokens.weight.add_(0.02)  # a direction that all tokens share, as in a trained model
+    network = SuperNetwork(base, matching_shape(base.config).config())
+    ids = torch.randint(257, (4, 40), generator=torch.Generator().manual_seed(0))
+    x = [call.input for call in network.teacher.attention(ids)]
+    y = [call.output for call in network.teacher.attention(ids)]
+    network.warm_start_(ids)
+    for i, (block, layer) in enumerate(zip(network.jet, base.model.layers)):
+        alone = JetBlock(48, matching_shape(base.config).config())
+        alone.load_state_dict(block.state_dict())  # w1 of the generator is not touched
+        warm_start_(alone, layer.self_attn, x[i], y[i])
+        assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), block.state_dict().values()))
+        assert torch.equal(block.q_proj.weight, layer.self_attn.q_proj.weight)
+    with pytest.raises(ValueError, match="a warm start must be that of JetBlocks, got GLA"):
+        SuperNetwork(base, lambda size: BLOCKS["GLA"](size, Shape(8, 8, 2))).warm_start_(ids)
 
 
 def test_what_is_trained_are_the_paths_in_use():
