@@ -70,6 +70,10 @@ class LinearBlock(nn.Module, ABC):
     Args:
         hidden_size: C.
         shape: K, V, H; the recurrent state has H*K*V elements in every block.
+
+    Attributes:
+        of_input: the projections of the layer input.
+        input_rms: the RMS of the layer input that they are scaled for (`fair_start_`).
     """
 
     o_proj: nn.Linear
@@ -78,16 +82,14 @@ class LinearBlock(nn.Module, ABC):
         super().__init__()
         self.hidden_size = hidden_size
         self.shape = shape
+        self.of_input: list[nn.Linear] = []
+        self.input_rms = 1.0
         self.build(*shape)
-        self.start()
+        fair_start_(self)
 
     @abstractmethod
     def build(self, K: int, V: int, H: int) -> None:
         """Makes the parameters and gives them their first values."""
-
-    def start(self) -> None:
-        """Brings the first values to the scale that every candidate has."""
-        fair_start_(self)
 
     def memory(self) -> list[Sequence[int]]:
         """Shapes of the state's tensors for one sequence; the first is the recurrent state [H, K, V]."""
@@ -129,11 +131,13 @@ class LinearBlock(nn.Module, ABC):
         return y
 
     def linear(self, outputs: int, inputs: int | None = None, bias: bool = False) -> nn.Linear:
-        """A projection of the layer input, or of `inputs` channels, of which input of RMS 1 makes output of RMS 1."""
+        """A projection of the layer input, or else of `inputs` channels: input of RMS 1 makes output of RMS 1."""
         layer = nn.Linear(inputs or self.hidden_size, outputs, bias=bias)
         init_weight_(layer.weight, layer.in_features**-0.5)
         if bias:
             nn.init.zeros_(layer.bias)
+        if inputs is None:
+            self.of_input.append(layer)
         return layer
 
     def heads(self, x: Tensor) -> Tensor:
@@ -142,37 +146,46 @@ class LinearBlock(nn.Module, ABC):
 
 
 @torch.no_grad()
-def fair_start_(block: LinearBlock | JetBlock) -> None:
+def fair_start_(block: LinearBlock | JetBlock, input_rms: float = 1.0) -> None:
     """Gives a block the start that every candidate has, so that none is ahead by the scale of its first values.
 
     The projections of the layer input start at N(0, 1/C): input of RMS 1, projections of RMS 1, at any width. Static
     taps, those of a dynamic convolution too (its generator's w2 stays zero), start as `init_taps_` says. With these the
     values in front of an output norm are above its epsilon; those of a JetBlock whose taps start at N(0, 0.02), as the
     library's do by themselves, are far below it. Last, the output projection is scaled so that the block's output of
-    noise of RMS 1 has the RMS FIRST_OUTPUT: what gates and norms in front of it make of the scale differs from block to
-    block (layer-sequential unit variance, arXiv 1511.06422, for one layer).
+    noise has the RMS FIRST_OUTPUT: what gates and norms in front of it make of the scale differs from block to block
+    (layer-sequential unit variance, arXiv 1511.06422, for one layer).
 
-    A LinearBlock draws its own projections and calls this; a JetBlock's are drawn here. On the meta device nothing is
-    done.
+    A LinearBlock has all of it from the beginning, for input of RMS 1; a JetBlock is drawn anew. On the meta device
+    nothing is done.
 
     Args:
         block: changed in place.
+        input_rms: of the layer input, by which the projections of it are divided. Behind a norm it is about the RMS of
+            the norm's weight.
     """
-    weight = block.o_proj.weight
+    if isinstance(block, Jet):
+        block = block.block
+    weight, C = block.o_proj.weight, block.hidden_size
     if weight.is_meta:
         return
-    C = block.hidden_size
     if isinstance(block, JetBlock):
-        for name in "qkvgab":
-            init_weight_(getattr(block, f"{name}_proj").weight, C**-0.5)
-    for module in block.modules():
-        if isinstance(module, DynamicShortConvolution):
-            w1, w2 = module.kernel_generator.w1, module.kernel_generator.w2
-            init_weight_(w1.weight, w1.in_features**-0.5)
-            init_taps_(w2.bias.view(module.channels, module.kernel_size))
-    noise = torch.randn(1, NOISE_TOKENS, C, generator=torch.Generator().manual_seed(0), device="cpu")
+        convolution = block.dynamic_conv1d
+        for layer in [getattr(block, f"{name}_proj") for name in "qkvgab"] + [convolution.kernel_generator.w1]:
+            init_weight_(layer.weight, C**-0.5 / input_rms)
+        init_static_taps_(convolution)
+    else:
+        for layer in block.of_input:
+            layer.weight.mul_(block.input_rms / input_rms)
+        block.input_rms = input_rms
+    noise = input_rms * torch.randn(1, NOISE_TOKENS, C, generator=torch.Generator().manual_seed(0), device="cpu")
     output = block(noise.to(weight))
     weight.mul_(FIRST_OUTPUT / output.square().mean().sqrt())
+
+
+def init_static_taps_(convolution: DynamicShortConvolution) -> None:
+    """Fills the static part of a dynamic convolution's taps as `init_taps_` does."""
+    init_taps_(convolution.kernel_generator.w2.bias.view(convolution.channels, convolution.kernel_size))
 
 
 def head_norm(o: Tensor) -> Tensor:
@@ -458,10 +471,6 @@ class Jet(LinearBlock):
     def build(self, K: int, V: int, H: int) -> None:
         """See `LinearBlock.build`."""
         self.block = JetBlock(self.hidden_size, self.shape.config())
-
-    def start(self) -> None:
-        """See `LinearBlock.start`."""
-        fair_start_(self.block)
 
     def memory(self) -> list[Sequence[int]]:
         """The recurrent state, and the convolution's last inputs."""

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm
 
-from .blocks import NORM_EPS, LinearBlock, ShortConvolution, decay_parameters, gated_delta_rule
+from .blocks import (
+    NORM_EPS,
+    LinearBlock,
+    ShortConvolution,
+    decay_parameters,
+    gated_delta_rule,
+    init_static_taps_,
+)
 from .shapes import Shape
 
 
@@ -93,7 +100,13 @@ class DesignedBlock(LinearBlock):
         if design.convolution == "static":
             return ShortConvolution(channels, design.kernel_size)
         reads = self.hidden_size if design.generator_input == "layer" else channels
-        return DynamicShortConvolution(channels, design.kernel_size, reads, design.reduction)
+        convolution = DynamicShortConvolution(
+            channels, design.kernel_size, reads, design.reduction, initializer_range=reads**-0.5
+        )
+        init_static_taps_(convolution)
+        if design.generator_input == "layer":
+            self.of_input.append(convolution.kernel_generator.w1)
+        return convolution
 
     def memory(self) -> list[Sequence[int]]:
         """The recurrent state, and what each convolution has seen last."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.model.attention import Attention
+from jetkernels.model.layout import TokenLayout
 from jetkernels.modules import JetBlock
 from jetkernels.modules.jet_block import TIME_STEPS
 
@@ -21,7 +22,9 @@ CONSTANT_ENOUGH = 0.5
 
 
 @torch.no_grad()
-def warm_start_blocks_(blocks: Sequence[JetBlock], base: JetNemotronForCausalLM, input_ids: Tensor) -> None:
+def warm_start_blocks_(
+    blocks: Sequence[JetBlock] | nn.ModuleList, base: JetNemotronForCausalLM, input_ids: Tensor
+) -> None:
     """`warm_start_` of a block for each layer of a base, in one pass of it.
 
     Args:
@@ -32,19 +35,19 @@ def warm_start_blocks_(blocks: Sequence[JetBlock], base: JetNemotronForCausalLM,
     Raises:
         ValueError: there are not as many blocks as layers, or see `warm_start_`.
     """
-    layers = base.model.layers
+    (B, T), layers = input_ids.shape, base.model.layers
     if len(blocks) != len(layers):
         raise ValueError(f"warm start: blocks must be one per layer = {len(layers)}, got {len(blocks)}")
     hooks = []
     try:
         for layer, block in zip(layers, blocks):
 
-            def start(attention: Any, args: tuple, kwargs: dict, y: Tensor, block: JetBlock = block) -> None:
+            def start(attention: Any, args: tuple, kwargs: dict, y: Tensor, block: Any = block) -> None:
                 warm_start_(block, attention, args[0] if args else kwargs["hidden_states"], y)
 
             attention = layer.get_submodule("self_attn")
             hooks.append(attention.register_forward_hook(start, with_kwargs=True))
-        base(input_ids.to(base.device))
+        base.model(input_ids.to(base.device), TokenLayout.dense(B, T, [0] * B, None, base.device))
     finally:
         for hook in hooks:
             hook.remove()

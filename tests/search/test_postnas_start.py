@@ -51,6 +51,20 @@ def test_jet_blocks_of_all_shapes_are_given_that_scale(shape):
     assert FIRST_OUTPUT / 1.5 < rms(block(x)) < FIRST_OUTPUT * 1.5
 
 
+@pytest.mark.parametrize("name", CANDIDATES)
+@torch.no_grad()
+def test_a_start_for_input_of_another_scale_is_that_block_for_its_own(name):
+    """The first norm of SmolLM2-135M makes input of RMS 0.05."""
+    at_one, small, x = candidate(name, "small base"), candidate(name, "small base"), unit_rms(40, 96)
+    fair_start_(small, 0.05)
+    if name == "JetBlock":  # drawn anew
+        assert FIRST_OUTPUT / 1.5 < rms(small(0.05 * x)) < FIRST_OUTPUT * 1.5
+    else:
+        torch.testing.assert_close(small(0.05 * x), at_one(x), rtol=1e-3, atol=1e-4)
+        fair_start_(small)  # and back
+        torch.testing.assert_close(small(x), at_one(x), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", [name for name in CANDIDATES if name not in ("RetNet", "GLA", "RWKV7")])
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.model.attention import Attention
 from jetkernels.modules import JetBlock, RMSNorm
-from jetkernels.postnas import Recipe, TextCorpus, small_base, train_base
+from jetkernels.postnas import Recipe, SuperNetwork, TextCorpus, small_base, train_base
 from jetkernels.postnas.blocks import fair_start_
 from jetkernels.postnas.shapes import Shape, matching_shape
 from jetkernels.postnas.warm_start import warm_start_, warm_start_blocks_
@@ -203,7 +203,7 @@ def test_after_equal_steps_the_loss_is_lower_than_from_random_values(layers):
     for layer in layers:
         for seed in (0, 1):
             random = layer.block(seed=seed)
-            fair_start_(random)
+            fair_start_(random, rms(layer.x))
             warm = distil(layer.warm(seed=seed), layer, seed)
             assert warm < 0.8 * distil(random, layer, seed)
 
@@ -217,6 +217,9 @@ def test_a_network_is_started_in_one_pass(base, layers):
         expected = layer.warm().state_dict()
         for name, value in block.state_dict().items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    network = SuperNetwork(model, matching_shape(model.config).config())
+    warm_start_blocks_(network.jet, model, corpus.training[: 24 * TOKENS].view(24, TOKENS))
+    assert torch.equal(network.jet[2].o_proj.weight, layers[2].attention.o_proj.weight)
     assert not any(layer.self_attn._forward_hooks for layer in model.model.layers)
     with pytest.raises(ValueError, match="blocks must be one per layer = 3, got 2"):
         warm_start_blocks_(blocks[:2], model, corpus.training[: 24 * TOKENS].view(24, TOKENS))
