@@ -22,7 +22,7 @@ from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.comparisons import BlocksStage, DesignStage, ShapesStage
 from jetkernels.postnas.design import DESIGNS
 from jetkernels.postnas.options import StageOptions
-from jetkernels.postnas.pipeline import Pipeline
+from jetkernels.postnas.pipeline import CARRIED, Pipeline
 from jetkernels.postnas.precision import PRECISIONS
 from jetkernels.postnas.stages import BaseStage, FinalStage, PlacementStage
 
@@ -244,8 +244,10 @@ def _add_design(parser: argparse.ArgumentParser) -> None:
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     _add_comparison(parser)
     _add_start(parser)
+    parser.add_argument("--block", choices=BLOCKS, help="whose sizes are searched (default %(default)s)")
+    parser.add_argument("--design", choices=DESIGNS, help="of the JetBlock (default: its own)")
     parser.add_argument(
-        "--state", type=integer(1, 2**40), help="elements of state per JetBlock: K*V*H (default %(default)s)"
+        "--state", type=integer(1, 2**40), help="elements of state per block: K*V*H (default %(default)s)"
     )
     parser.add_argument("--heads", type=several(1, 2**16), help="H to try (default %(default)s)")
     parser.add_argument("--keys", type=several(1, 2**16), help="K to try; V follows (default %(default)s)")
@@ -258,7 +260,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
 
 def _add_final(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base, the teacher")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage exported")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage left")
     parser.add_argument("--whole-steps", type=integer(), help="steps of the whole model, after --steps of distillation")
     _add_precision(parser)
     _add_tasks(parser)
@@ -269,6 +271,9 @@ def _add_all(parser: argparse.ArgumentParser) -> None:
     _add_placing(parser)
     _add_linear_path(parser)
     _add_start(parser)
+    for stage, names in (("block", BLOCKS), ("design", DESIGNS)):
+        what = f"{stage} that the next stages get: a name, the best one, or the best that a model can be exported with"
+        parser.add_argument(f"--{stage}", choices=(*CARRIED, *names), help=f"{what} (default %(default)s)")
     _add_quality(parser)
     _add_distilling(parser)
     _add_shape(parser)

@@ -14,9 +14,10 @@ from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.comparisons import ComparisonOptions, ShapesStage, placement_of
-from jetkernels.postnas.linear_path import JET
+from jetkernels.postnas.hybrid import is_hybrid, read_path
+from jetkernels.postnas.linear_path import JET, LinearPath
 from jetkernels.postnas.options import Integers, ShapeOptions, SizeOptions, StageOptions, TaskOptions
-from jetkernels.postnas.pipeline import Pipeline
+from jetkernels.postnas.pipeline import CARRIED, Pipeline
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
 from jetkernels.postnas.stages import FinalStage, PlacementStage, base_tokenizer
 
@@ -79,7 +80,12 @@ def check(stage: StageOptions) -> None:
         with torch.device("meta"):
             JetBlock(config.hidden_size, stage.shape.config())
     if isinstance(stage, ShapesStage):
-        equal_cache_grid(stage.state, stage.heads, stage.keys)
+        for one in equal_cache_grid(stage.state, stage.heads, stage.keys):
+            path = LinearPath(one, stage.block, stage.design)
+            if stage.start == "warm" and path.config() is None:
+                raise UsageError(f"--start warm needs a JetBlock that a model can be exported with, got {path}")
+    if isinstance(stage, Pipeline) and stage.design not in (*CARRIED, JET) and stage.block != JET:
+        raise UsageError(f"--design {stage.design!r} needs --block {JET}, got {stage.block}")
 
 
 def _check_layers(stage: StageOptions, layers: int) -> None:
@@ -114,7 +120,9 @@ def _base_config(stage: StageOptions) -> JetNemotronConfig:
     hidden = stage.batch * stage.length * config.hidden_size * config.num_hidden_layers
     needed = FP32 * (copies * memory.parameter_count(config) + logits + hidden)
     memory.require(f"the base and {stage.batch} rows of {stage.length:,} tokens", needed, stage.device)
-    if isinstance(stage, FinalStage):
+    if isinstance(stage, FinalStage) and is_hybrid(stage.model):
+        read_path(stage.model)
+    elif isinstance(stage, FinalStage):
         student = JetNemotronConfig.from_file(stage.model)
         if student.vocab_size != config.vocab_size:
             raise ValueError(

@@ -22,9 +22,12 @@ from .blocks import BLOCKS, equal_parameters
 from .candidates import Measured, Meter, measure_all, over_seeds
 from .data import Loader
 from .design import DESIGNS, DesignedBlock
+from .hybrid import save_hybrid
+from .linear_path import JET, LinearPath
 from .options import OBJECTIVE_NAMES, DistillOptions, Facts, Integers, QualityOptions, ShapeOptions, StartOptions
 from .placement import export
-from .report.candidates import write_candidate_report, write_shape_report
+from .report.candidates import best_exported, write_candidate_report, write_shape_report
+from .report.tables import not_exported, write_text
 from .selection import best_candidate, best_shape
 from .shapes import Shape, equal_cache_grid
 from .stages import load_base
@@ -57,6 +60,30 @@ def placement_of(text: str) -> Placement:
     if not isinstance(found, list) or not found or not all(kind in PATHS for kind in found):
         raise ValueError(f"--placement: {path} must be a result of `search placement`")
     return tuple(found)
+
+
+RESULT = "result.json"
+
+
+def write_result(folder: Path, best: str, exported: str | None) -> None:
+    """Writes which candidate is the best, and which of those that a model can be exported with; None: there is none."""
+    write_text(folder / RESULT, json.dumps({"best": best, "exportable": exported}, indent=1) + "\n")
+
+
+def read_result(folder: Path, which: str) -> str | None:
+    """The name that `write_result` wrote as "best" or "exportable".
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))[which]
+    except (ValueError, KeyError, TypeError):
+        found = 0
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{folder / RESULT} must be a result of a comparison of candidates")
+    return found
 
 
 @dataclass(frozen=True)
@@ -98,8 +125,12 @@ class ComparisonOptions(QualityOptions, DistillOptions):
     speed_tokens: int = 32
 
     @abstractmethod
+    def path_of(self, name: str) -> LinearPath:
+        """What a candidate puts in the place of attention."""
+
     def paths(self, name: str) -> Paths:
         """The linear paths of a candidate."""
+        return self.path_of(name).paths()
 
     def begin(self, network: SuperNetwork, loader: Loader) -> None:
         """Gives the paths of a network their first values: here they keep those that they were drawn with."""
@@ -155,10 +186,14 @@ class ComparisonOptions(QualityOptions, DistillOptions):
         """Chooses the best candidate and writes the report to `output`; pair: two that are compared on their own."""
         if ranks()[0]:
             return None
-        best = best_candidate(over_seeds(found.rows))
-        write_candidate_report(self.output, title, found.rows, best, pair, self.quality, found.facts)
-        print(f"best: {best.name}; report: {self.output}/report.md")
-        return f"best {self.quality}: {best.name}, {best.quality:.4f}"
+        means = over_seeds(found.rows)
+        best = best_candidate(means)
+        held = [row for row in means if self.path_of(row.name).config() is not None]
+        exported = best_candidate(held).name if held else None
+        write_candidate_report(self.output, title, found.rows, best, exported, pair, self.quality, found.facts)
+        write_result(self.output, best.name, exported)
+        print(f"best: {best.name}{best_exported(best.name, exported)}; report: {self.output}/report.md")
+        return f"best {self.quality}: {best.name}, {best.quality:.4f}{best_exported(best.name, exported)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +209,10 @@ class BlocksStage(ComparisonOptions, ShapeOptions):
 
     equal: str = "state"
     only: Sequence[str] | None = None
+
+    def path_of(self, name: str) -> LinearPath:
+        """The block of this name."""
+        return LinearPath(self.shape, name)
 
     def paths(self, name: str) -> Paths:
         """The block of this name, in a shape that makes it equal to the JetBlock."""
@@ -198,8 +237,12 @@ class DesignStage(ComparisonOptions, ShapeOptions):
 
     only: Sequence[str] | None = None
 
-    def paths(self, name: str) -> Paths:
+    def path_of(self, name: str) -> LinearPath:
         """The variant of this name."""
+        return LinearPath(self.shape, design=name)
+
+    def paths(self, name: str) -> Paths:
+        """The variant of this name, also where a config could say it: all are measured in one form."""
         return lambda size: DesignedBlock(size, self.shape, DESIGNS[name])
 
     def run(self) -> str | None:
@@ -209,28 +252,37 @@ class DesignStage(ComparisonOptions, ShapeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesStage(StartOptions, ComparisonOptions):
-    """Stage 4: K, V and H of the JetBlocks, at equal cache and sufficient generation speed.
+    """Stage 4: K, V and H of the linear blocks, at equal cache and sufficient generation speed.
 
     Attributes:
-        state: elements of state per JetBlock, K*V*H.
+        block: name of the block.
+        design: of the JetBlock.
+        state: elements of state per block, K*V*H.
         heads: H to try.
         keys: K to try; V follows.
         min_throughput: generated tokens per second that a shape must reach; None: see min_share.
         min_share: the same as a share of the fastest shape's.
     """
 
+    TRAINING: ClassVar[tuple[str, ...]] = ("block", "design")
+
+    block: str = JET
+    design: str = JET
     state: int = 2048
     heads: Integers = Integers((4, 8))
     keys: Integers = Integers((8, 16, 32))
     min_throughput: float | None = None
     min_share: float = 0.9
 
-    def paths(self, name: str) -> Paths:
-        """The JetBlock of this shape."""
-        return Shape.from_name(name).config()
+    def path_of(self, name: str) -> LinearPath:
+        """The block of this shape."""
+        return LinearPath(Shape.from_name(name), self.block, self.design)
 
     def run(self) -> str | None:
-        """Writes the report and the model of the chosen shape to `output`."""
+        """Writes the report and the model of the chosen shape to `output`.
+
+        One that cannot be exported is kept for the final stage (`hybrid.save_hybrid`).
+        """
         grid = equal_cache_grid(self.state, self.heads, self.keys)
         found = self.compare([shape.name for shape in grid])
         if ranks()[0]:
@@ -239,8 +291,15 @@ class ShapesStage(StartOptions, ComparisonOptions):
         fastest = max(row.generation_per_second for row in means)
         minimum = self.min_share * fastest if self.min_throughput is None else self.min_throughput
         best = best_shape(means, minimum)
-        write_shape_report(self.output, found.rows, best, minimum, self.quality, found.facts)
+        path = self.path_of(best.name)
+        write_shape_report(self.output, found.rows, best, str(path), minimum, self.quality, found.facts)
         network, _ = found.meter.train(best.name, self.seed)
-        export(network, found.meter.placement, self.output / "model", found.tokenizer)
-        print(f"best: {best.name} (KxVxH); report: {self.output}/report.md; model: {self.output}/model")
-        return f"chosen (KxVxH): {best.name}"
+        placement, model = found.meter.placement, self.output / "model"
+        if path.config() is not None:
+            export(network, placement, model, found.tokenizer)
+            said = f"model: {model}"
+        else:
+            save_hybrid(model, network.assemble(placement), placement, path, self.window_size)
+            said = f"weights: {model}. {not_exported(str(path))}"
+        print(f"best: {best.name} (KxVxH); report: {self.output}/report.md; {said}")
+        return f"{path}, chosen (KxVxH): {best.name}"

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .comparisons import BlocksStage, DesignStage, ShapesStage
+from .comparisons import RESULT, BlocksStage, DesignStage, ShapesStage, read_result
+from .linear_path import JET, LinearPath
 from .options import (
     DistillOptions,
     Integers,
@@ -23,6 +24,7 @@ from .report.overview import StageDone, write_overview
 from .stages import BaseStage, FinalStage, PlacementStage, load_base
 from .training import ranks, wait_for_ranks
 
+CARRIED = ("exportable", "best")  # what a candidate may be called that is not known yet
 Stage = TypeVar("Stage", bound=StageOptions)
 
 
@@ -38,6 +40,9 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         base: folder of a base; None: a small one is trained.
         base_steps: of the training of the small base.
         linear_path: name of the block beside the attention of each layer in stage 1.
+        block: that stages 3 and 4 go on with: a name; "best": that of stage 2; "exportable": the best of stage 2 that a
+            model can be exported with. Stage 3 is left out where it is no JetBlock.
+        design: that stage 4 goes on with, of stage 3, likewise.
     """
 
     NOT_REPORTED = ("base", "harness", "output", "questions", "save_every", "text")  # paths, and what changes no result
@@ -49,13 +54,22 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
     base_steps: int = 4000
     seeds: int = 2
     linear_path: str = PlacementStage.linear_path
+    block: str = "exportable"
+    design: str = "exportable"
 
     def stages(self) -> dict[str, StageOptions]:
-        """The stages by the names of their folders, in their order."""
+        """The stages by the names of their folders, in their order, as far as what they carry on is known.
+
+        Until stage 2 has a result its block is taken for the JetBlock, and until stage 3 has one so is its design.
+        """
         base = self.base or self.output / "base"
         shape, placement = self.shape, str(self.output / "placement")
+        path = LinearPath(shape, self._carried("blocks", self.block))
+        if path.block == JET:
+            path = LinearPath(shape, design=self._carried("design", self.design))
         keys = Integers(sorted({max(1, shape.K // 2), shape.K, 2 * shape.K}))
-        grid = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
+        grid: dict[str, Any] = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
+        grid |= {"block": path.block, "design": path.design, "start": self.start if path.config() else "random"}
         model = self.output / "shapes" / "model"
         stages: dict[str, StageOptions] = {
             "base": self._stage("base", BaseStage, steps=self.base_steps, batch=BaseStage.batch),
@@ -67,7 +81,16 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         }
         if self.base is not None:
             del stages["base"]
+        if path.block != JET:
+            del stages["design"]
         return stages
+
+    def _carried(self, stage: str, choice: str) -> str:
+        """The candidate of a stage that goes on: the one that was chosen, or the one that its result names."""
+        folder = self.output / stage
+        if choice not in CARRIED:
+            return choice
+        return (read_result(folder, choice) if (folder / RESULT).is_file() else None) or JET
 
     def _stage(self, name: str, kind: type[Stage], **others: Any) -> Stage:
         """The stage in the folder `name`: `others`, and what the pipeline is told, too."""
@@ -80,8 +103,10 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         Args:
             run_stage: runs a stage and returns what it found; for callers that check a stage first.
         """
-        done = []
-        for name, stage in self.stages().items():
+        done: list[StageDone] = []
+        # Asked for anew each time: what a stage is told may depend on what the one before it found.
+        while left := [pair for pair in self.stages().items() if pair[0] not in {stage.name for stage in done}]:
+            name, stage = left[0]
             if ranks()[0] == 0:
                 print(f"== {name}", flush=True)
             start = time.perf_counter()

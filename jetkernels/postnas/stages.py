@@ -20,6 +20,7 @@ from jetkernels.model.tokenizer import TOKENIZER_FILE
 
 from .base import from_pretrained, small_base, train_base
 from .final import train_final
+from .hybrid import is_hybrid, load_hybrid, read_path, save_hybrid
 from .linear_path import JET, LinearPath
 from .options import (
     DistillOptions,
@@ -186,7 +187,7 @@ class FinalStage(TaskOptions, PrecisionOptions):
 
     Attributes:
         base: folder of the base, the teacher.
-        model: folder of the hybrid that an earlier stage exported.
+        model: folder of the hybrid that an earlier stage exported, or kept where it could not.
         whole_steps: of the whole model, after `steps` of distillation.
     """
 
@@ -197,7 +198,11 @@ class FinalStage(TaskOptions, PrecisionOptions):
     def run(self) -> str | None:
         """Writes the trained model and the report to `output`."""
         base, tokenizer = load_base(self.base, self.device)
-        student = JetNemotronForCausalLM.from_pretrained(self.model, dtype=torch.float32, device=self.device)
+        path = read_path(self.model) if is_hybrid(self.model) else None
+        if path is not None:
+            student = load_hybrid(self.model, base)
+        else:
+            student = JetNemotronForCausalLM.from_pretrained(self.model, dtype=torch.float32, device=self.device)
         student.model.recompute_layers = self.recompute
         corpus = self.corpus(tokenizer)
         loader = self.loader(corpus, tokenizer)
@@ -209,12 +214,19 @@ class FinalStage(TaskOptions, PrecisionOptions):
         losses = train_final(student, base, loader, recipe, whole, dict(facts), self.output, precision)
         if ranks()[0]:
             return None
-        student.save_pretrained(self.output / "model")
-        tokenizer.save_pretrained(self.output / "model")
+        model, kinds = self.output / "model", student.config.layer_types
+        if path is None:
+            student.save_pretrained(model)
+            tokenizer.save_pretrained(model)
+        else:
+            window = student.config.section("swa")["window_size"]
+            save_hybrid(model, student, tuple(kinds), path, window)
         scores["hybrid after"] = scores_of(student, tasks, precision)
         names = [task.name for task in tasks]
-        write_final_report(self.output, student.config.layer_types, names, scores, losses, facts)
-        print(f"report: {self.output}/report.md; model: {self.output}/model")
+        linear = None if path is None else str(path)
+        write_final_report(self.output, kinds, linear, names, scores, losses, facts)
+        what = f"model: {model}" if linear is None else f"weights: {model}. {not_exported(linear)}"
+        print(f"report: {self.output}/report.md; {what}")
         return "loss, base and hybrid: " + ", ".join(
             f"{name} {before.loss:.4f} and {after.loss:.4f}"
             for name, before, after in zip(names, scores["base"], scores["hybrid after"])

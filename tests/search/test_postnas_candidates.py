@@ -18,6 +18,7 @@ from jetkernels.modules import JetBlock
 from jetkernels.postnas import Loader, Recipe, SuperNetwork, checkpoints
 from jetkernels.postnas.blocks import BLOCKS, equal_parameters
 from jetkernels.postnas.candidates import Measured, Meter, measure_all, over_seeds, spread
+from jetkernels.postnas.comparisons import read_result
 from jetkernels.postnas.design import DESIGNS, Design, DesignedBlock
 from jetkernels.postnas.report.candidates import spread_sentence, write_candidate_report
 from jetkernels.postnas.selection import best_candidate
@@ -221,6 +222,10 @@ def test_the_commands_compare_and_resume(tmp_path, capsys, stage, names):
         assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in report
     assert main(arguments) == 0
     assert (tmp_path / "out" / "report.md").read_text() == report
+    assert (
+        read_result(tmp_path / "out", "best") in names and f"Best: {read_result(tmp_path / 'out', 'best')}," in report
+    )
+    assert read_result(tmp_path / "out", "exportable") == "JetBlock"
     capsys.readouterr()
     if stage == "blocks":
         arguments[arguments.index(str(tmp_path / "out"))] = str(tmp_path / "equal")
@@ -283,9 +288,11 @@ def test_rows_are_averaged_over_seeds_and_their_spread_is_pooled():
 def test_a_report_without_both_of_a_pair_has_no_chart_of_it(tmp_path):
     rows = [row("JetBlock", 0, 1.0), row("GLA", 0, 2.0)]
     best = best_candidate(rows)
-    write_candidate_report(tmp_path, "Title", rows, best, ("JetBlock", "Mamba2"), "x", [])
+    write_candidate_report(tmp_path, "Title", rows, best, "JetBlock", ("JetBlock", "Mamba2"), "x", [])
     assert (
         best.name == "GLA"
+        and "(no model can be exported with it; best of those that can: JetBlock)"
+        in (tmp_path / "report.md").read_text()
         and not (tmp_path / "pair.png").exists()
         and "pair.png" not in (tmp_path / "report.md").read_text()
     )
