@@ -15,10 +15,10 @@ from jetkernels.model.attention import Attention, SlidingWindowAttention
 from jetkernels.model.layout import TokenLayout
 from jetkernels.model.mixers import JetMixer
 from jetkernels.model.token_mixer import Rotary, State, TokenMixer
-from jetkernels.modules import JetBlockConfig
+from jetkernels.modules import JetBlock, JetBlockConfig
 
 from .base import check_base
-from .blocks import fair_start_
+from .blocks import LinearBlock, fair_start_
 from .data import seeded
 from .teacher import Teacher, dense_layout, feature_loss, watched
 from .warm_start import warm_start_
@@ -115,10 +115,12 @@ class SuperNetwork(nn.Module):
             if isinstance(jet, JetBlockConfig):
                 config = self.config(("jet",) * self.num_layers)
                 blocks: list[nn.Module] = [JetMixer(config) for _ in range(self.num_layers)]
-                for block in blocks:
-                    fair_start_(cast(JetMixer, block))
             else:
                 blocks = [jet(base.config.hidden_size) for _ in range(self.num_layers)]
+            for block, layer in zip(blocks, base.model.layers, strict=True):
+                if isinstance(block, (LinearBlock, JetBlock)):
+                    scale: Tensor = cast(Any, layer).input_layernorm.weight
+                    fair_start_(block, scale.float().square().mean().sqrt().item())
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
         own = [copy.deepcopy(layer.self_attn) for layer in base.model.layers] if train_attention else []
         self.attention = nn.ModuleList(cast(list[nn.Module], own)).requires_grad_(True)

@@ -25,7 +25,7 @@ from jetkernels.postnas import (
     uniform,
     write_report,
 )
-from jetkernels.postnas.blocks import BLOCKS
+from jetkernels.postnas.blocks import BLOCKS, FIRST_OUTPUT
 from jetkernels.postnas.data import seeded
 from jetkernels.postnas.search import by_importance, most_evaluations
 from jetkernels.postnas.shapes import Shape, matching_shape
@@ -377,6 +377,19 @@ def test_a_warm_start_is_that_of_each_layers_attention():
         assert torch.equal(block.q_proj.weight, layer.self_attn.q_proj.weight)
     with pytest.raises(ValueError, match="a warm start must be that of JetBlocks, got GLA"):
         SuperNetwork(base, lambda size: BLOCKS["GLA"](size, Shape(8, 8, 2))).warm_start_(ids)
+
+
+@pytest.mark.parametrize("paths", [TINY_JET, lambda size: BLOCKS["GLA"](size, Shape(8, 8, 2))], ids=["JetBlock", "GLA"])
+@torch.no_grad()
+def test_paths_start_at_one_scale_whatever_that_of_their_layers_input(paths):
+    base = small_base(3, hidden_size=64, intermediate_size=64)
+    outputs = []
+    for layer, scale in zip(base.model.layers, (0.1, 1.0, 10.0)):
+        layer.input_layernorm.weight.fill_(scale)
+    noise = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
+    for block, scale in zip(SuperNetwork(base, paths).jet, (0.1, 1.0, 10.0)):
+        outputs.append(block(scale * noise).square().mean().sqrt().item())
+    assert outputs == pytest.approx([FIRST_OUTPUT] * 3, rel=0.3)
 
 
 def test_what_is_trained_are_the_paths_in_use():
