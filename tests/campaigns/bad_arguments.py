@@ -204,13 +204,14 @@ class World:
             "--questions": root / "questions.jsonl",
             "--window-size": "8",
         }
+        distilling = {"--layer-steps": "1", "--precision": "fp32", "--train-attention": None}
         sizes = {"--layers": "2", "--hidden-size": "32", "--intermediate-size": "48"}
         compared = (
             training
             | scoring
             | {"--placement": "jet attn swa", "--task": "recall", "--objective": "loss", "--seeds": "1"}
         )
-        compared |= {"--speed-batch": "1", "--speed-prompt": "4", "--speed-tokens": "2"}
+        compared |= distilling | {"--together": "2", "--speed-batch": "1", "--speed-prompt": "4", "--speed-tokens": "2"}
         self.lines: list[tuple[list[str], dict]] = [
             (["info"], {"--json": None}),
             (["demo"], {"--minutes": "1", "--output": "out", "--device": "cpu", "--seed": "0"}),
@@ -227,19 +228,26 @@ class World:
                 training
                 | scoring
                 | {"--full": "1", "--window": "1", "--full-task": "copy", "--width": "2", "--shape": "8x16x2"}
-                | {"--full-objective": "accuracy", "--window-objective": "loss"},
+                | {"--full-objective": "accuracy", "--window-objective": "loss", "--budgets": "1,2"}
+                | distilling
+                | {"--linear-path": "JetBlock", "--start": "random"},
             ),
             (["search", "blocks"], compared | {"--shape": "8x16x2", "--equal": "state", "--only": "JetBlock"}),
             (["search", "design"], compared | {"--shape": "8x16x2"}),
             (
                 ["search", "shapes"],
-                compared | {"--state": "128", "--heads": "1,2", "--keys": "8,16", "--min-share": "0.5"},
+                compared
+                | {"--state": "128", "--heads": "1,2", "--keys": "8,16", "--min-share": "0.5"}
+                | {"--block": "JetBlock", "--design": "reduction 2", "--start": "random"},
             ),
             (
                 ["search", "final"],
                 training | {"--base": base, "--model": root / "model", "--whole-steps": "1", "--examples": "2"},
             ),
-            (["search", "all"], training | sizes | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2"}),
+            (
+                ["search", "all"],
+                training | sizes | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2", "--block": "JetBlock"},
+            ),
         ]
 
     def files(self) -> dict[str, tuple[int, int]]:
