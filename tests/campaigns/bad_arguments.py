@@ -18,9 +18,9 @@ from unittest import mock
 from support.postnas_cases import text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
-from jetkernels.cli import demo, throughput
+from jetkernels.cli import demo, search, throughput
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
-from jetkernels.postnas import stages as postnas_stages
+from jetkernels.postnas.pipeline import Pipeline
 
 VALUES = [
     "-1",
@@ -298,9 +298,7 @@ def light():
     def small(cls, config, **options):
         return _ran() if config.vocab_size * config.hidden_size > 10**6 else random_model(cls, config, **options)
 
-    stages = [
-        getattr(postnas_stages, f"{name}Stage") for name in ("Base", "Placement", "Blocks", "Design", "Shapes", "Final")
-    ]
+    stages = [kind for _, _, kind in search.stages().values() if kind is not Pipeline]
     with contextlib.ExitStack() as stack:
         for owner, name, value in [
             (JetNemotronForCausalLM, "generate", short),
