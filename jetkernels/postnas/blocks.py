@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jetkernels.model.attention import rotary_table, rotate
-from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
+from jetkernels.modules import GatedRMSNorm, JetBlock, JetBlockState, RMSNorm
 from jetkernels.modules.initialization import init_weight_
 from jetkernels.modules.jet_block import DECAY_RATES, TIME_STEPS
 from jetkernels.modules.repeatable import RepeatableCall, may_be_repeated
@@ -25,39 +25,12 @@ from jetkernels.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_r
 
 from .recurrences import decayed_linear_attention, rwkv7
 from .shapes import Shape
+from .short_convolution import ShortConvolution, init_static_taps_
 
 NORM_EPS = 1e-5
-
-
-# RMS of a block's first output, of input of RMS 1 (`fair_start_`): a trained model that is given such a block works on.
+# RMS of a block's first output (`fair_start_`). Small: what an untrained block adds to a trained model is noise.
 FIRST_OUTPUT = 0.1
 NOISE_TOKENS = 64  # from which it is measured
-
-
-@torch.no_grad()
-def init_taps_(taps: Tensor) -> None:
-    """Fills taps [D, W] as PyTorch, flash-linear-attention and Mamba2 start a depthwise convolution."""
-    bound = taps.shape[1] ** -0.5
-    taps.uniform_(-bound, bound)
-
-
-class ShortConvolution(nn.Module):
-    """Causal depthwise convolution and SiLU: y[t, d] = silu(sum_w weight[d, w] x[t - (W-1) + w, d])."""
-
-    def __init__(self, channels: int, size: int = 4):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, size))
-        init_taps_(self.weight)
-
-    def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolves x [B, T, D], which follows the inputs `before` [B, W-1, D].
-
-        Returns: y [B, T, D], and the last W-1 inputs.
-        """
-        W = self.weight.shape[1]
-        context = torch.cat([before, x], 1)
-        y = F.conv1d(context.mT, self.weight[:, None], groups=self.weight.shape[0]).mT
-        return F.silu(y), context[:, context.shape[1] - (W - 1) :]
 
 
 class LinearBlock(nn.Module, ABC):
@@ -181,11 +154,6 @@ def fair_start_(block: LinearBlock | JetBlock, input_rms: float = 1.0) -> None:
     noise = input_rms * torch.randn(1, NOISE_TOKENS, C, generator=torch.Generator().manual_seed(0), device="cpu")
     output = block(noise.to(weight))
     weight.mul_(FIRST_OUTPUT / output.square().mean().sqrt())
-
-
-def init_static_taps_(convolution: DynamicShortConvolution) -> None:
-    """Fills the static part of a dynamic convolution's taps as `init_taps_` does."""
-    init_taps_(convolution.kernel_generator.w2.bias.view(convolution.channels, convolution.kernel_size))
 
 
 def head_norm(o: Tensor) -> Tensor:

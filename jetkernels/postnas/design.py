@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from jetkernels.modules import DynamicShortConvolution, GatedRMSNorm
 
-from .blocks import (
-    NORM_EPS,
-    LinearBlock,
-    ShortConvolution,
-    decay_parameters,
-    gated_delta_rule,
-    init_static_taps_,
-)
+from .blocks import NORM_EPS, LinearBlock, decay_parameters, gated_delta_rule
 from .shapes import Shape
+from .short_convolution import ShortConvolution, init_static_taps_
 
 
 @dataclass(frozen=True)
