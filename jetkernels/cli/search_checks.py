@@ -9,7 +9,7 @@ import torch
 
 from jetkernels._optional import optional
 from jetkernels.model import JetNemotronConfig, Tokenizer
-from jetkernels.modules import JetBlock
+from jetkernels.modules import JetBlock, JetBlockConfig
 from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
@@ -77,8 +77,11 @@ def check(stage: StageOptions) -> None:
     if getattr(stage, "start", "random") == "warm" and (got := getattr(stage, "linear_path", JET)) != JET:
         raise UsageError(f"--start warm needs --linear-path {JET}, got {got}")
     if isinstance(stage, ShapeOptions):
+        beside = LinearPath(stage.shape, getattr(stage, "linear_path", JET)).paths()
         with torch.device("meta"):
             JetBlock(config.hidden_size, stage.shape.config())
+            if not isinstance(beside, JetBlockConfig):
+                beside(config.hidden_size)
     if isinstance(stage, ShapesStage):
         for one in equal_cache_grid(stage.state, stage.heads, stage.keys):
             path = LinearPath(one, stage.block, stage.design)

@@ -17,7 +17,7 @@ from .data import Loader
 from .placement import super_network_training
 from .super_network import Placement, SuperNetwork
 from .tasks import Task, objective_of
-from .training import Losses, Recipe, Training, ranks, train_together
+from .training import Losses, Recipe, Training, ranks, train_together, wait_for_ranks
 
 TIMED_STEPS = 3
 SPEEDS = ("training_per_second", "prefill_per_second", "generation_per_second")
@@ -187,6 +187,7 @@ class Meter:
         """Trains several candidates side by side, which then share the base's features, up to their checkpoints."""
         if self.folder is not None:
             train_together([self.training(name, seed)[1] for name in names])
+            wait_for_ranks()  # what reads the checkpoints next finds the last ones
 
     def training_speed(self, network: SuperNetwork) -> float:
         """Tokens per second of the distillation, the median of a few steps.

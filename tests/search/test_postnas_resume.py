@@ -193,6 +193,7 @@ def test_what_differs_from_the_run_before_is_named_as_an_option(inputs, whole, t
         ({"length": 64, "distances": "48"}, "--length must be at least 96 for --distances 48, got 64"),
         ({"steps": "nan"}, "--steps must be an integer, got 'nan'"),
         ({"learning_rate": "nan"}, "--learning-rate must be a finite number, got nan"),
+        ({"linear_path": "RetNet", "shape": "7x8x2"}, "RetNet: K must be even (rotary positions), got 7"),
         ({"hidden_size": 8}, "unrecognized arguments: --hidden-size 8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
