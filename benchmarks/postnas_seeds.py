@@ -26,7 +26,7 @@ SUPER_NETWORK = "super_network.ckpt"  # in the output folder of `search placemen
 
 
 def compared(folder: Path) -> dict[str, dict]:
-    """{"base" | "JetBlock everywhere" | "uniform" | "found": its row of the stage's result.json}."""
+    """{"base" | "JetBlock everywhere" | "uniform" | "found" and others: its row of the stage's result.json}."""
     found: dict[str, dict] = {}
     for row in json.loads((folder / "result.json").read_text())["compared"]:
         # Of two found placements the first has no windows, like the uniform one.
@@ -50,7 +50,7 @@ def budget_section(full: int, folders: list[Path]) -> str:
     each = [[i, attention(seed["uniform"]), attention(seed["found"])] for i, seed in enumerate(seeds)]
     means = [
         [name, *(spread([seed[name]["scores"][task][i] for seed in seeds]) for task in tasks for i in (0, 1))]
-        for name in ("base", "JetBlock everywhere", "uniform", "found")
+        for name in seeds[0]
     ]
     gains = []
     for task in tasks:

@@ -20,17 +20,12 @@ from jetkernels.postnas import OBJECTIVES, join_ranks
 from jetkernels.postnas.base import PACKAGES
 from jetkernels.postnas.blocks import BLOCKS
 from jetkernels.postnas.checkpoints import DifferentRun
+from jetkernels.postnas.comparisons import BlocksStage, DesignStage, ShapesStage
 from jetkernels.postnas.design import DESIGNS
 from jetkernels.postnas.options import StageOptions
-from jetkernels.postnas.pipeline import Pipeline
-from jetkernels.postnas.stages import (
-    BaseStage,
-    BlocksStage,
-    DesignStage,
-    FinalStage,
-    PlacementStage,
-    ShapesStage,
-)
+from jetkernels.postnas.pipeline import CARRIED, Pipeline
+from jetkernels.postnas.precision import PRECISIONS
+from jetkernels.postnas.stages import BaseStage, FinalStage, PlacementStage
 
 from .options import default_device, device, integer, new_folder, number, seed
 from .search_checks import check, explained, several, shape, told
@@ -140,8 +135,59 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window-size", type=integer(1), help="tokens, the current one included (default %(default)s)")
-    parser.add_argument("--objective", choices=OBJECTIVES, help="minus the loss of the right answer, or accuracy")
     _add_tasks(parser)
+
+
+def _add_objective(parser: argparse.ArgumentParser, of: str, does: str) -> None:
+    """`--task`, which `does` this, and `--objective`; `of` stands in front of both names."""
+    parser.add_argument(f"--{of}task", help=f"{does} (default %(default)s)")
+    what = "what of it: minus the loss of the right answer, or accuracy (default %(default)s)"
+    parser.add_argument(f"--{of}objective", choices=OBJECTIVES, help=what)
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    _add_objective(parser, "", "by which candidates are compared")
+    parser.add_argument(
+        "--seeds", type=integer(1, 1000), help="of every candidate; the tables hold means (default %(default)s)"
+    )
+
+
+def _add_placing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", type=integer(0, 10**4), help="layers that keep full attention (default %(default)s)")
+    parser.add_argument(
+        "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"
+    )
+    budgets = "other numbers of full layers, such as 1,2,4,7,12: the report has a curve over them (default: none)"
+    parser.add_argument("--budgets", type=several(1, 10**4), help=budgets)
+    _add_objective(parser, "full-", "that places full attention")
+    _add_objective(parser, "window-", "that places windows")
+    parser.add_argument("--width", type=integer(1, 10**6), help="of the beam (default %(default)s)")
+    parser.add_argument("--exhaustive-up-to", type=integer(), help="evaluate all placements if no more than this")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    what = "of products; auto: bf16 where the machine multiplies it faster and the base is not narrow"
+    parser.add_argument("--precision", choices=PRECISIONS, help=f"{what} (default %(default)s)")
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    what = "from what JetBlocks begin: random values, or (warm) the attention that they replace (default %(default)s)"
+    parser.add_argument("--start", choices=("random", "warm"), help=what)
+
+
+def _add_distilling(parser: argparse.ArgumentParser) -> None:
+    _add_precision(parser)
+    layers = "steps in front of --steps in which each path learns from the base's own input of its layer"
+    parser.add_argument("--layer-steps", type=integer(), help=f"{layers} (default %(default)s)")
+    parser.add_argument(
+        "--train-attention", action="store_true", help="train a copy of the base's attention beside the linear paths"
+    )
+
+
+def _add_linear_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--linear-path", choices=BLOCKS, help="block beside the attention of each layer (default %(default)s)"
+    )
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -164,14 +210,10 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:
     _add_search(parser)
-    parser.add_argument("--full", type=integer(0, 10**4), help="layers that keep full attention (default %(default)s)")
-    parser.add_argument(
-        "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"
-    )
-    parser.add_argument("--full-task", help="task that places full attention (default %(default)s)")
-    parser.add_argument("--window-task", help="task that places windows")
-    parser.add_argument("--width", type=integer(1, 10**6), help="of the beam (default %(default)s)")
-    parser.add_argument("--exhaustive-up-to", type=integer(), help="evaluate all placements if no more than this")
+    _add_placing(parser)
+    _add_linear_path(parser)
+    _add_start(parser)
+    _add_distilling(parser)
     _add_shape(parser)
 
 
@@ -184,9 +226,12 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--placement", required=True, help="folder of `search placement`, or the layers: 'jet attn jet ...'"
     )
-    parser.add_argument("--task", help="whose objective is the quality")
+    _add_quality(parser)
+    _add_distilling(parser)
     parser.add_argument(
-        "--seeds", type=integer(1, 1000), help="of every candidate; the tables hold means (default %(default)s)"
+        "--together",
+        type=integer(1, 1000),
+        help="candidates trained side by side, for which the base computes once; more memory (default %(default)s)",
     )
     parser.add_argument(
         "--speed-batch", type=integer(1, 2**16), help="sequences of the speed measurement (default %(default)s)"
@@ -217,8 +262,11 @@ def _add_design(parser: argparse.ArgumentParser) -> None:
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     _add_comparison(parser)
+    _add_start(parser)
+    parser.add_argument("--block", choices=BLOCKS, help="whose sizes are searched (default %(default)s)")
+    parser.add_argument("--design", choices=DESIGNS, help="of the JetBlock (default: its own)")
     parser.add_argument(
-        "--state", type=integer(1, 2**40), help="elements of state per JetBlock: K*V*H (default %(default)s)"
+        "--state", type=integer(1, 2**40), help="elements of state per block: K*V*H (default %(default)s)"
     )
     parser.add_argument("--heads", type=several(1, 2**16), help="H to try (default %(default)s)")
     parser.add_argument("--keys", type=several(1, 2**16), help="K to try; V follows (default %(default)s)")
@@ -231,24 +279,26 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
 
 def _add_final(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base, the teacher")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage exported")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage left")
     parser.add_argument("--whole-steps", type=integer(), help="steps of the whole model, after --steps of distillation")
+    _add_precision(parser)
     _add_tasks(parser)
 
 
 def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="folder of a base, from which the search goes on")
     _add_pretrained(parser)
-    parser.add_argument("--full", type=integer(0, 10**4), help="layers that keep full attention (default %(default)s)")
-    parser.add_argument(
-        "--window", type=integer(0, 10**4), help="layers that get sliding-window attention (default %(default)s)"
-    )
+    _add_placing(parser)
+    _add_linear_path(parser)
+    _add_start(parser)
+    for stage, names in (("block", BLOCKS), ("design", DESIGNS)):
+        what = f"{stage} that the next stages get: a name, the best one, or the best that a model can be exported with"
+        parser.add_argument(f"--{stage}", choices=(*CARRIED, *names), help=f"{what} (default %(default)s)")
+    _add_quality(parser)
+    _add_distilling(parser)
     _add_shape(parser)
     parser.add_argument(
         "--base-steps", type=integer(), help="training steps of the small base, on 16 rows each (default %(default)s)"
-    )
-    parser.add_argument(
-        "--seeds", type=integer(1, 1000), help="of every candidate of stages 2 to 4 (default %(default)s)"
     )
     _add_sizes(parser)
     _add_training(parser)

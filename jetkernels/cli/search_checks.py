@@ -9,22 +9,17 @@ import torch
 
 from jetkernels._optional import optional
 from jetkernels.model import JetNemotronConfig, Tokenizer
-from jetkernels.modules import JetBlock
+from jetkernels.modules import JetBlock, JetBlockConfig
 from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import pretrained_path, read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
+from jetkernels.postnas.comparisons import ComparisonOptions, ShapesStage, placement_of
+from jetkernels.postnas.hybrid import is_hybrid, read_path
+from jetkernels.postnas.linear_path import JET, LinearPath
 from jetkernels.postnas.options import Integers, ShapeOptions, SizeOptions, StageOptions, TaskOptions
-from jetkernels.postnas.pipeline import Pipeline
+from jetkernels.postnas.pipeline import CARRIED, Pipeline
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
-from jetkernels.postnas.stages import (
-    BaseStage,
-    ComparisonOptions,
-    FinalStage,
-    PlacementStage,
-    ShapesStage,
-    base_tokenizer,
-    placement_of,
-)
+from jetkernels.postnas.stages import BaseStage, FinalStage, PlacementStage, base_tokenizer
 
 from . import memory
 from .options import UsageError, integers, integers_of
@@ -79,11 +74,21 @@ def check(stage: StageOptions) -> None:
         if (got := getattr(stage, option, names[0])) not in names:
             raise UsageError(f"--{option.replace('_', '-')} must be one of {', '.join(names)}, got {got!r}")
     _check_layers(stage, config.num_hidden_layers)
+    if getattr(stage, "start", "random") == "warm" and (got := getattr(stage, "linear_path", JET)) != JET:
+        raise UsageError(f"--start warm needs --linear-path {JET}, got {got}")
     if isinstance(stage, ShapeOptions):
+        beside = LinearPath(stage.shape, getattr(stage, "linear_path", JET)).paths()
         with torch.device("meta"):
             JetBlock(config.hidden_size, stage.shape.config())
+            if not isinstance(beside, JetBlockConfig):
+                beside(config.hidden_size)
     if isinstance(stage, ShapesStage):
-        equal_cache_grid(stage.state, stage.heads, stage.keys)
+        for one in equal_cache_grid(stage.state, stage.heads, stage.keys):
+            path = LinearPath(one, stage.block, stage.design)
+            if stage.start == "warm" and path.config() is None:
+                raise UsageError(f"--start warm needs a JetBlock that a model can be exported with, got {path}")
+    if isinstance(stage, Pipeline) and stage.design not in (*CARRIED, JET) and stage.block != JET:
+        raise UsageError(f"--design {stage.design!r} needs --block {JET}, got {stage.block}")
 
 
 def _check_layers(stage: StageOptions, layers: int) -> None:
@@ -91,6 +96,8 @@ def _check_layers(stage: StageOptions, layers: int) -> None:
     if isinstance(stage, PlacementStage | Pipeline):
         if stage.full > layers:
             raise UsageError(f"--full must be between 0 and the {layers} layers of the base, got {stage.full}")
+        if max(stage.budgets, default=0) > layers:
+            raise UsageError(f"--budgets must be between 1 and the {layers} layers of the base, got {stage.budgets}")
         if stage.window > (left := layers - stage.full):
             raise UsageError(f"--window must be between 0 and the {left} layers that --full leaves, got {stage.window}")
     if isinstance(stage, ComparisonOptions):
@@ -120,7 +127,9 @@ def _base_config(stage: StageOptions) -> JetNemotronConfig:
     hidden = stage.batch * stage.length * config.hidden_size * config.num_hidden_layers
     needed = FP32 * (copies * memory.parameter_count(config) + logits + hidden)
     memory.require(f"the base and {stage.batch} rows of {stage.length:,} tokens", needed, stage.device)
-    if isinstance(stage, FinalStage):
+    if isinstance(stage, FinalStage) and is_hybrid(stage.model):
+        read_path(stage.model)
+    elif isinstance(stage, FinalStage):
         student = JetNemotronConfig.from_file(stage.model)
         if student.vocab_size != config.vocab_size:
             raise ValueError(

@@ -14,10 +14,10 @@ from jetkernels.model.speed import measure_speed, synchronize
 
 from .checkpoints import load_state, save_state
 from .data import Loader
-from .placement import train_super_network
+from .placement import super_network_training
 from .super_network import Placement, SuperNetwork
 from .tasks import Task, objective_of
-from .training import Recipe, ranks
+from .training import Losses, Recipe, Training, ranks, train_together, wait_for_ranks
 
 TIMED_STEPS = 3
 SPEEDS = ("training_per_second", "prefill_per_second", "generation_per_second")
@@ -60,6 +60,8 @@ def measure_all(
     facts: Mapping,
     checkpoint: str | Path | None = None,
     seeds: Sequence[int] = (0,),
+    prepare: Callable[[Sequence[str], int], None] | None = None,
+    together: int = 1,
 ) -> list[Measured]:
     """Measures every candidate with every seed, seed by seed.
 
@@ -71,6 +73,8 @@ def measure_all(
         facts: JSON values that the rows depend on; a checkpoint of other ones is refused.
         checkpoint: file that keeps the finished rows.
         seeds: each of them gives a row of every candidate.
+        prepare: names, seed; called before the first of `together` candidates is measured.
+        together: candidates that are prepared at once.
     """
     run = dict(facts) | {"candidates": list(names), "runs": list(seeds)}
     wanted = [(name, seed) for seed in seeds for name in names]
@@ -80,7 +84,12 @@ def measure_all(
             scores = {task: tuple(pair) for task, pair in values.pop("scores").items()}
             rows.append(Measured(scores=scores, **values))
     with progress(total=len(wanted), initial=len(rows), desc="candidates", disable=ranks()[0] > 0) as bar:
+        prepared: set[tuple[str, int]] = set()
         for name, seed in wanted[len(rows) :]:
+            if prepare is not None and (name, seed) not in prepared:
+                group = [pair for pair in wanted[len(rows) : len(rows) + together] if pair[1] == seed]
+                prepare([each for each, _ in group], seed)
+                prepared.update(group)
             rows.append(measure(name, seed))
             if checkpoint is not None and ranks()[0] == 0:
                 plain = [
@@ -131,6 +140,7 @@ class Meter:
         new_tokens: decode steps that are timed.
         repeats: runs that are timed.
         folder: of one training checkpoint per candidate.
+        layer_steps: of the training's steps, the first so many are layer by layer (`SuperNetwork.layer_losses`).
     """
 
     new_network: Callable[[str, int], SuperNetwork]
@@ -146,6 +156,7 @@ class Meter:
     new_tokens: int = 32
     repeats: int = 3
     folder: Path | None = None
+    layer_steps: int = 0
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
@@ -154,18 +165,35 @@ class Meter:
         if "jet" not in self.placement:
             raise ValueError(f"placement must have a jet layer, got {' '.join(self.placement)}")
 
-    def train(self, name: str, seed: int) -> tuple[SuperNetwork, list[float]]:
-        """The super network of a candidate, its blocks trained for the placement, and the losses."""
+    def training(self, name: str, seed: int) -> tuple[SuperNetwork, Training]:
+        """The super network of a candidate, and the training of its blocks for the placement."""
         network = self.new_network(name, seed)
         file = f"{name.replace(' ', '-').replace(',', '')}-seed{seed}.ckpt"
         checkpoint = self.folder / file if self.folder is not None else None
         facts = dict(self.facts) | {"candidate": name}
         loader = replace(self.loader, seed=seed)
-        losses = train_super_network(network, loader, self.recipe, facts, checkpoint, placement=self.placement)
-        return network, losses
+        training = super_network_training(
+            network, loader, self.recipe, facts, checkpoint, placement=self.placement, layer_steps=self.layer_steps
+        )
+        return network, training
+
+    def train(self, name: str, seed: int) -> tuple[SuperNetwork, Losses]:
+        """The super network of a candidate, trained, and the losses."""
+        network, training = self.training(name, seed)
+        train_together([training])
+        return network, training.losses
+
+    def train_together(self, names: Sequence[str], seed: int) -> None:
+        """Trains several candidates side by side, which then share the base's features, up to their checkpoints."""
+        if self.folder is not None:
+            train_together([self.training(name, seed)[1] for name in names])
+            wait_for_ranks()  # what reads the checkpoints next finds the last ones
 
     def training_speed(self, network: SuperNetwork) -> float:
-        """Tokens per second of forward and backward of the distillation, the median of a few steps."""
+        """Tokens per second of the distillation, the median of a few steps.
+
+        Forward and backward of the candidate's model; the base's features are there.
+        """
         rows = self.loader.batch(0)[:, :-1].to(network.base.device)
         seconds = []
         for _ in range(1 + TIMED_STEPS):
@@ -198,5 +226,5 @@ class Meter:
             speed.decode_tokens_per_second,
             objective_of(self.objective_task, scores[self.objective_task], self.objective),
             {task: (score.loss, score.accuracy) for task, score in scores.items()},
-            losses,
+            list(losses),
         )

@@ -13,7 +13,7 @@ import torch
 from jetkernels.files import write_atomic
 
 MAGIC = b"jetkernels postnas checkpoint\n"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class DifferentRun(ValueError):
@@ -39,11 +39,11 @@ def _brief(value: object, limit: int = 80) -> str:
 
 
 def _leaves(facts: Mapping) -> dict[str, object]:
-    """Facts of all levels by their own names; of the same name, the one at the higher level."""
+    """Facts of all levels by their own names; of the same name, the one at the higher level, then the earlier one."""
     found: dict[str, object] = {}
     for value in facts.values():
         if isinstance(value, Mapping):
-            found |= _leaves(value)
+            found = _leaves(value) | found
     return found | {name: value for name, value in facts.items() if not isinstance(value, Mapping)}
 
 

@@ -13,16 +13,19 @@ from jetkernels.model import JetNemotronForCausalLM
 
 from .base import next_token_loss, weights_digest
 from .data import Loader
-from .training import Recipe, train
+from .precision import computing
+from .training import Losses, Recipe, train
 
 
 def logit_distillation_loss(
-    student: JetNemotronForCausalLM, teacher: JetNemotronForCausalLM, input_ids: Tensor
+    student: JetNemotronForCausalLM, teacher: JetNemotronForCausalLM, input_ids: Tensor, precision: str = "fp32"
 ) -> Tensor:
     """KL(teacher || student) of the next token, nats, mean over tokens; input_ids [B, T]."""
-    with torch.no_grad():
-        wanted = teacher(input_ids).logits.float().log_softmax(-1)
-    got = student(input_ids).logits.float().log_softmax(-1)
+    with computing(precision, student.device):
+        with torch.no_grad():
+            wanted = teacher(input_ids).logits
+        got = student(input_ids).logits
+    wanted, got = (logits.float().log_softmax(-1) for logits in (wanted, got))
     return F.kl_div(got.flatten(0, 1), wanted.flatten(0, 1), reduction="batchmean", log_target=True)
 
 
@@ -34,7 +37,8 @@ def train_final(
     whole: Recipe,
     facts: Mapping,
     folder: str | Path | None = None,
-) -> tuple[list[float], list[float]]:
+    precision: str = "fp32",
+) -> tuple[Losses, Losses]:
     """Trains a hybrid in place and returns the losses of both parts, by step.
 
     First, with embeddings, norms, MLPs and head frozen, every token mixer (JetBlock and attention) is distilled from
@@ -48,6 +52,7 @@ def train_final(
         whole: recipe of the second part.
         facts: JSON values that the result depends on.
         folder: of the two checkpoints; None: none.
+        precision: of products, "fp32" or "bf16" (`precision.computing`).
 
     Raises:
         ValueError: student and base have different vocabularies.
@@ -58,7 +63,7 @@ def train_final(
             f"{base.config.vocab_size} tokens"
         )
     paths = [None if folder is None else Path(folder) / name for name in ("distillation.ckpt", "whole.ckpt")]
-    facts = dict(facts) | {"student": weights_digest(student), "base": weights_digest(base)}
+    facts = dict(facts) | {"student": weights_digest(student), "base": weights_digest(base), "precision": precision}
     base.requires_grad_(False)
     student.requires_grad_(True)
     student.train()
@@ -68,7 +73,7 @@ def train_final(
     losses = train(
         "distillation",
         mixers,
-        lambda rows, step: logit_distillation_loss(student, base, rows[:, :-1].to(student.device)),
+        lambda rows, step: logit_distillation_loss(student, base, rows[:, :-1].to(student.device), precision),
         loader,
         distillation,
         facts,
@@ -76,9 +81,11 @@ def train_final(
     )
     student.requires_grad_(True)
     facts |= {"distillation steps": distillation.steps, "distilled": weights_digest(student)}
-    parameters = dict(student.named_parameters())
-    more = train(
-        "whole model", parameters, lambda rows, step: next_token_loss(student, rows), loader, whole, facts, paths[1]
-    )
+
+    def whole_loss(rows: Tensor, step: int) -> Tensor:
+        with computing(precision, student.device):
+            return next_token_loss(student, rows)
+
+    more = train("whole model", dict(student.named_parameters()), whole_loss, loader, whole, facts, paths[1])
     student.eval()
     return losses, more

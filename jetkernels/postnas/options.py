@@ -8,20 +8,27 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
+
+import torch
 
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.model.tokenizer import ENDS_OF_TEXT
 
 from .base import SMALL, text_and_tasks, weights_digest
 from .data import Loader, RowSource, TextCorpus
+from .precision import chosen_precision
 from .shapes import Shape
+from .super_network import SuperNetwork
 from .tasks import Copy, MultipleChoice, Recall, Task, language_modelling
+from .teacher import Teacher
 from .training import Recipe, ranks
 
 Facts = list[tuple[str, object]]
+# What the values of an objective are, in words.
+OBJECTIVE_NAMES = {"loss": "minus the loss", "accuracy": "accuracy"}
 
 
 class Integers(tuple[int, ...]):
@@ -63,7 +70,7 @@ class StageOptions(ABC):
         recompute: keep only the layers' inputs for the backward pass.
         device: cpu, cuda or cuda:N.
         seed: of initial values and rows.
-        TRAINING: names of the options that the training depends on: a run goes on only where they are the same.
+        TRAINING: names of a class's own options that the training depends on (`training_options`).
     """
 
     TRAINING: ClassVar[tuple[str, ...]] = (
@@ -89,13 +96,18 @@ class StageOptions(ABC):
     def run(self) -> str | None:
         """Runs the stage, or what is left of it. Returns, on rank 0, what it found, in a sentence."""
 
+    @classmethod
+    def training_options(cls) -> list[str]:
+        """Names of the options that the training depends on: a run goes on only where they are the same."""
+        return sorted({name for kind in cls.__mro__ for name in getattr(kind, "TRAINING", ())})
+
     def named(self, names: Sequence[str]) -> Facts:
         """(name, value) of the options `names`, as checkpoints and reports hold them."""
         return [(name, plain(getattr(self, name))) for name in names]
 
     def facts(self, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> Facts:
         """What the training depends on, for the report and to recognise checkpoints."""
-        facts = [*self.named(sorted(self.TRAINING)), ("text", corpus.digest)]
+        facts = [*self.named(self.training_options()), ("text", corpus.digest)]
         return [*facts, ("base", weights_digest(base))] if base is not None else facts
 
     def corpus(self, tokenizer: Tokenizer) -> TextCorpus:
@@ -149,6 +161,66 @@ class StageOptions(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrecisionOptions(StageOptions):
+    """In what dtype the base and what is trained beside it multiply.
+
+    Attributes:
+        precision: "fp32", "bf16" or "auto" (`precision.chosen_precision`).
+    """
+
+    precision: str = "auto"
+
+    def facts(self, corpus: TextCorpus, base: JetNemotronForCausalLM | None = None) -> Facts:
+        """What the training depends on; of the precision, what was chosen."""
+        chosen = [("precision", chosen_precision(self.precision, base))] if base is not None else []
+        return [*chosen, *super().facts(corpus, base)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(PrecisionOptions):
+    """How the paths of a super network are trained.
+
+    Attributes:
+        layer_steps: in front of `steps`, so many in which each path is trained on the base's own input of its layer.
+        train_attention: train a copy of the base's attention too, where a path has it.
+    """
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("layer_steps", "train_attention")
+
+    layer_steps: int = 0
+    train_attention: bool = False
+
+    def recipe(self, weight_decay: float = 0.0) -> Recipe:
+        """How the parameters are trained, in the steps of both kinds."""
+        return replace(super().recipe(weight_decay), steps=self.layer_steps + self.steps)
+
+    def teacher(self, base: JetNemotronForCausalLM) -> Teacher:
+        """The base, and what it computes for those that learn from it."""
+        return Teacher(base, chosen_precision(self.precision, base))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(StageOptions):
+    """From what the JetBlocks of a super network begin.
+
+    Attributes:
+        start: "random", or "warm": from the attention that they replace (`warm_start`).
+    """
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("start",)
+
+    start: str = "random"
+
+    def begin(self, network: SuperNetwork, loader: Loader) -> None:
+        """Gives the paths of a network the first values that were asked for."""
+        if self.start == "warm":
+            rows = [loader.batch(0)[:, :-1]]
+            while sum(part.numel() for part in rows) < network.base.config.hidden_size:
+                rows.append(loader.batch(len(rows))[:, :-1])
+            network.warm_start_(torch.cat(rows).to(network.base.device))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SizeOptions(StageOptions):
     """Sizes of the small base that is trained where there is none.
 
@@ -158,7 +230,7 @@ class SizeOptions(StageOptions):
         intermediate_size: of the MLPs.
     """
 
-    TRAINING = (*StageOptions.TRAINING, "hidden_size", "intermediate_size", "layers")
+    TRAINING: ClassVar[tuple[str, ...]] = ("hidden_size", "intermediate_size", "layers")
 
     layers: int = 6
     hidden_size: int = SMALL["hidden_size"]
@@ -200,17 +272,57 @@ class ScoreOptions(TaskOptions):
 
     Attributes:
         window_size: tokens of a sliding window, the current one included.
-        objective: "loss" (minus the loss of the right answer) or "accuracy".
     """
 
     window_size: int = 32
-    objective: str = "loss"
 
     def score_facts(self) -> Facts:
         """What the scores depend on beside the training."""
         questions = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in self.questions]
         harness = [(name, f"harness, limit {self.harness_limit}") for name in self.harness]
         return [*self.named(("window_size", "examples")), *questions, *harness]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(ScoreOptions):
+    """Which placement is searched for; `placement.PlacementOptions` says more.
+
+    Attributes:
+        full: layers that keep full attention.
+        window: layers that get sliding-window attention.
+        full_task: name of the task that places full attention.
+        full_objective: "loss" (minus the loss of the right answer) or "accuracy" in it.
+        window_task: name of the task that places windows.
+        window_objective: the same in it.
+        width: of the beam.
+        exhaustive_up_to: placements that are all evaluated.
+        budgets: other numbers of full layers, for the report's curve.
+    """
+
+    full: int = 2
+    budgets: Integers = Integers(())
+    window: int = 0
+    full_task: str = "recall"
+    full_objective: str = "loss"
+    window_task: str = "language modelling"
+    window_objective: str = "loss"
+    width: int = 4
+    exhaustive_up_to: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions(ScoreOptions):
+    """What the quality of a candidate of stages 2 to 4 is.
+
+    Attributes:
+        task: name of the task whose objective it is.
+        objective: "loss" (minus the loss of the right answer) or "accuracy".
+        seeds: of every candidate; the tables hold means.
+    """
+
+    task: str = "language modelling"
+    objective: str = "loss"
+    seeds: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +333,6 @@ class ShapeOptions(StageOptions):
         shape: K, V and H.
     """
 
-    TRAINING = (*StageOptions.TRAINING, "shape")
+    TRAINING: ClassVar[tuple[str, ...]] = ("shape",)
 
     shape: Shape = Shape(16, 32, 4)

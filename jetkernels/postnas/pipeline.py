@@ -8,16 +8,28 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .options import Integers, ScoreOptions, ShapeOptions, SizeOptions, StageOptions
+from .comparisons import RESULT, BlocksStage, DesignStage, ShapesStage, read_result
+from .linear_path import JET, LinearPath
+from .options import (
+    DistillOptions,
+    Integers,
+    QualityOptions,
+    SearchOptions,
+    ShapeOptions,
+    SizeOptions,
+    StageOptions,
+    StartOptions,
+)
 from .report.overview import StageDone, write_overview
-from .stages import BaseStage, BlocksStage, DesignStage, FinalStage, PlacementStage, ShapesStage, load_base
+from .stages import BaseStage, FinalStage, PlacementStage, load_base
 from .training import ranks, wait_for_ranks
 
+CARRIED = ("exportable", "best")  # what a candidate may be called that is not known yet
 Stage = TypeVar("Stage", bound=StageOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
+class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions, StartOptions):
     """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
 
     `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;
@@ -28,17 +40,14 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
         base: folder of a base, or a GGUF file; None: there is none yet.
         pretrained: what `BaseStage` takes as the base; None: a small one is trained.
         FOR_TRAINING: names of the options that mean nothing where no base is trained.
-        full: layers that keep full attention.
-        window: layers that get sliding-window attention.
         base_steps: of the training of the small base.
-        seeds: of every candidate of stages 2 to 4.
-        REPORTED: names of the options that the report names.
+        linear_path: name of the block beside the attention of each layer in stage 1.
+        block: that stages 3 and 4 go on with: a name; "best": that of stage 2; "exportable": the best of stage 2 that a
+            model can be exported with. Stage 3 is left out where it is no JetBlock.
+        design: that stage 4 goes on with, of stage 3, likewise.
     """
 
-    REPORTED = (
-        *SizeOptions.TRAINING,
-        *("base_steps", "examples", "full", "objective", "pretrained", "seeds", "shape", "window", "window_size"),
-    )
+    NOT_REPORTED = ("base", "harness", "output", "questions", "save_every", "text")  # paths, and what changes no result
 
     FOR_TRAINING = ("layers", "hidden_size", "intermediate_size", "base_steps")
 
@@ -49,13 +58,23 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
     window: int = 1
     base_steps: int = 4000
     seeds: int = 2
+    linear_path: str = PlacementStage.linear_path
+    block: str = "exportable"
+    design: str = "exportable"
 
     def stages(self) -> dict[str, StageOptions]:
-        """The stages by the names of their folders, in their order."""
+        """The stages by the names of their folders, in their order, as far as what they carry on is known.
+
+        Until stage 2 has a result its block is taken for the JetBlock, and until stage 3 has one so is its design.
+        """
         base = self.base or self.output / "base"
         shape, placement = self.shape, str(self.output / "placement")
+        path = LinearPath(shape, self._carried("blocks", self.block))
+        if path.block == JET:
+            path = LinearPath(shape, design=self._carried("design", self.design))
         keys = Integers(sorted({max(1, shape.K // 2), shape.K, 2 * shape.K}))
-        grid = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
+        grid: dict[str, Any] = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
+        grid |= {"block": path.block, "design": path.design, "start": self.start if path.config() else "random"}
         model = self.output / "shapes" / "model"
         stages: dict[str, StageOptions] = {
             "base": self._base_stage(),
@@ -67,6 +86,8 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
         }
         if self.base is not None:
             del stages["base"]
+        if path.block != JET:
+            del stages["design"]
         return stages
 
     def _base_stage(self) -> BaseStage:
@@ -74,6 +95,13 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
             return self._stage("base", BaseStage, steps=self.base_steps, batch=BaseStage.batch)
         trained = {name: getattr(BaseStage, name) for name in BaseStage.FOR_TRAINING}
         return self._stage("base", BaseStage, **trained)
+
+    def _carried(self, stage: str, choice: str) -> str:
+        """The candidate of a stage that goes on: the one that was chosen, or the one that its result names."""
+        folder = self.output / stage
+        if choice not in CARRIED:
+            return choice
+        return (read_result(folder, choice) if (folder / RESULT).is_file() else None) or JET
 
     def _stage(self, name: str, kind: type[Stage], **others: Any) -> Stage:
         """The stage in the folder `name`: `others`, and what the pipeline is told, too."""
@@ -86,8 +114,10 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
         Args:
             run_stage: runs a stage and returns what it found; for callers that check a stage first.
         """
-        done = []
-        for name, stage in self.stages().items():
+        done: list[StageDone] = []
+        # Asked for anew each time: what a stage is told may depend on what the one before it found.
+        while left := [pair for pair in self.stages().items() if pair[0] not in {stage.name for stage in done}]:
+            name, stage = left[0]
             if ranks()[0] == 0:
                 print(f"== {name}", flush=True)
             start = time.perf_counter()
@@ -96,8 +126,9 @@ class Pipeline(SizeOptions, ScoreOptions, ShapeOptions):
             done.append(StageDone(name, found or "", time.perf_counter() - start))
         if ranks()[0] == 0:
             model, _ = load_base(self.base or self.output / "base", "cpu")
-            tokens = self.steps * self.batch * self.length
+            tokens = (self.layer_steps + self.steps) * self.batch * self.length
             none_trained = self.pretrained is not None or self.base is not None
-            reported = set(self.REPORTED) - set(self.FOR_TRAINING if none_trained else ("pretrained",))
-            write_overview(self.output, model, done, tokens, self.seeds, self.named(sorted(reported)))
+            left_out = {*self.NOT_REPORTED, *(self.FOR_TRAINING if none_trained else ("pretrained",))}
+            reported = sorted({field.name for field in fields(self)} - left_out)
+            write_overview(self.output, model, done, tokens, self.seeds, self.named(reported))
             print(f"report: {self.output}/report.md")

@@ -5,12 +5,29 @@ Symbols as elsewhere: q and k [B, T, H, K], v [B, T, H, V], state [B, H, K, V]; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce, wraps
+
 import torch
 from torch import Tensor
 
 CHUNK = 16  # tokens whose pairwise decays are held at once: [CHUNK, CHUNK, K] per head
+Recurrence = Callable[..., tuple[Tensor, Tensor]]
 
 
+def _in_one_dtype(recurrence: Recurrence) -> Recurrence:
+    """Runs it in the widest of its arguments' dtypes, under autocast too: errors of a state add up over the tokens."""
+
+    @wraps(recurrence)
+    def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return recurrence(*(t.to(dtype) for t in tensors))
+
+    return call
+
+
+@_in_one_dtype
 def decayed_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Linear attention with decay: S <- diag(exp(g_t)) S + k_t v_t^T;  o_t = S^T q_t.
 
@@ -47,6 +64,7 @@ def decayed_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: 
     return torch.cat(outputs, 1), state
 
 
+@_in_one_dtype
 def rwkv7(r: Tensor, g: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """RWKV-7's recurrence: S <- (diag(exp(g_t)) - (a_t kappa_t) kappa_t^T) S + k_t v_t^T;  o_t = S^T r_t.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import comb
 
@@ -22,6 +22,7 @@ class Found:
         chosen: layers (0-based) that got the kind searched for.
         evaluated: placements looked at.
         exhaustive: whether these were all there are.
+        budgets: {number of layers: the best so many}, of every number that was asked for.
     """
 
     placement: Placement
@@ -29,6 +30,7 @@ class Found:
     chosen: tuple[int, ...]
     evaluated: int
     exhaustive: bool
+    budgets: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def with_kind(placement: Sequence[str], layers: Iterable[int], kind: str) -> Placement:
@@ -50,11 +52,16 @@ def check_search(free: int, budget: int, width: int, replaced: str = "jet") -> N
         raise ValueError(f"width must be at least 1, got {width}")
 
 
-def most_evaluations(free: int, budget: int, width: int, exhaustive_up_to: int) -> int:
+def _is_exhaustive(free: int, budget: int, exhaustive_up_to: int) -> bool:
+    return budget == 0 or comb(free, budget) <= exhaustive_up_to
+
+
+def most_evaluations(free: int, budgets: Sequence[int], width: int, exhaustive_up_to: int) -> int:
     """Placements that `beam_search` looks at, at most."""
-    if budget == 0 or comb(free, budget) <= exhaustive_up_to:
-        return comb(free, budget)
-    return sum(min(comb(free, n), width * (free - n + 1)) for n in range(1, budget + 1))
+    whole = {n for n in budgets if _is_exhaustive(free, n, exhaustive_up_to)}
+    longest = max({*budgets} - whole, default=0)
+    beam = sum(min(comb(free, n), width * (free - n + 1)) for n in range(1, longest + 1) if n not in whole)
+    return beam + sum(comb(free, n) for n in whole)
 
 
 def beam_search(
@@ -66,11 +73,13 @@ def beam_search(
     replaced: str = "jet",
     width: int = 4,
     exhaustive_up_to: int = 64,
+    budgets: Sequence[int] = (),
 ) -> Found:
     """The `budget` layers of `start` in which `kind` in place of `replaced` makes the objective largest.
 
     Layers are added one at a time; of the placements of each size the `width` best go on. If there are at most
-    `exhaustive_up_to` placements with `budget` layers, all of them are evaluated instead. Ties go to the lower layers.
+    `exhaustive_up_to` placements with so many layers, all of them are evaluated instead. One beam serves every budget:
+    it goes on to the largest. Ties go to the lower layers.
 
     Args:
         start: the placement that layers are changed in.
@@ -80,12 +89,15 @@ def beam_search(
         replaced: kind of the layers that may change.
         width: placements of each size that go on.
         exhaustive_up_to: placements that are all evaluated.
+        budgets: other numbers of layers whose best placement is wanted too.
 
     Raises:
-        ValueError: the budget is negative or above the number of `replaced` layers, or the width is below 1.
+        ValueError: a budget is negative or above the number of `replaced` layers, or the width is below 1.
     """
     free = [i for i, old in enumerate(start) if old == replaced]
-    check_search(len(free), budget, width, replaced)
+    wanted = sorted({budget, *budgets})
+    for each in wanted:
+        check_search(len(free), each, width, replaced)
     values: dict[tuple[int, ...], float] = {}
 
     def ranked(candidates: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -95,16 +107,24 @@ def beam_search(
                 values[layers] = evaluate(with_kind(start, layers, kind))
         return sorted(candidates, key=lambda layers: (-values[layers], layers))
 
-    exhaustive = budget == 0 or comb(len(free), budget) <= exhaustive_up_to
-    if exhaustive:
-        best = ranked(combinations(free, budget))[0]
-    else:
-        beam: list[tuple[int, ...]] = [()]
-        for _ in range(budget):
-            grown = {tuple(sorted((*layers, i))) for layers in beam for i in free if i not in layers}
-            beam = ranked(grown)[:width]
-        best = beam[0]
-    return Found(with_kind(start, best, kind), values[best], best, len(values), exhaustive)
+    best: dict[int, tuple[int, ...]] = {}
+    whole = [n for n in wanted if _is_exhaustive(len(free), n, exhaustive_up_to)]
+    beam: list[tuple[int, ...]] = [()]
+    for n in range(max({*wanted} - {*whole}, default=0) + 1):
+        if n in whole:
+            beam = ranked(combinations(free, n))[:width]
+        elif n:
+            beam = ranked({tuple(sorted((*layers, i))) for layers in beam for i in free if i not in layers})[:width]
+        best[n] = beam[0]
+    best |= {n: ranked(combinations(free, n))[0] for n in whole if n not in best}
+    chosen, exhaustive = best[budget], budget in whole
+    found = {n: best[n] for n in wanted}
+    return Found(with_kind(start, chosen, kind), values[chosen], chosen, len(values), exhaustive, found)
+
+
+def by_importance(gains: Mapping[int, float], budget: int) -> tuple[int, ...]:
+    """The `budget` layers that gain most alone (`importance`), in order; ties go to the lower layers."""
+    return tuple(sorted(sorted(gains, key=lambda i: (-gains[i], i))[:budget]))
 
 
 def importance(start: Placement, evaluate: Evaluate, kind: str = "attn", replaced: str = "jet") -> dict[int, float]:

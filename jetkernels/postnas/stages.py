@@ -6,42 +6,44 @@ checkpoints when it is run again.
 
 from __future__ import annotations
 
-import json
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import nn
 
 from jetkernels._progress import progress
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.model.gguf_file import is_gguf
 from jetkernels.model.tokenizer import TOKENIZER_FILE
-from jetkernels.modules import JetBlock, JetBlockConfig
 
 from .base import from_pretrained, pretrained_path, small_base, train_base, weights_digest
-from .blocks import BLOCKS, equal_parameters
-from .candidates import Measured, Meter, measure_all, over_seeds
 from .data import TextCorpus
-from .design import DESIGNS, DesignedBlock
 from .final import train_final
-from .options import Facts, Integers, ScoreOptions, ShapeOptions, SizeOptions, TaskOptions, mark_of
+from .hybrid import is_hybrid, load_hybrid, read_path, save_hybrid
+from .linear_path import JET, LinearPath
+from .options import (
+    DistillOptions,
+    Facts,
+    PrecisionOptions,
+    SearchOptions,
+    ShapeOptions,
+    SizeOptions,
+    StartOptions,
+    TaskOptions,
+    mark_of,
+)
 from .placement import PlacementOptions, ScoreBook, export, search_placement, train_super_network
+from .precision import chosen_precision, computing
 from .report.base import write_base_report
-from .report.candidates import write_candidate_report, write_shape_report
 from .report.final import write_final_report
 from .report.placement import write_report
-from .selection import best_candidate, best_shape
-from .shapes import Shape, equal_cache_grid
-from .super_network import PATHS, Placement, SuperNetwork
+from .report.tables import not_exported
+from .super_network import SuperNetwork
 from .tasks import Score, Task
 from .training import ranks
-
-# What `SuperNetwork` takes as its linear paths.
-Paths = JetBlockConfig | Callable[[int], nn.Module]
 
 
 def base_tokenizer(folder: Path) -> Tokenizer:
@@ -71,33 +73,10 @@ def load_base(folder: Path, device: str) -> tuple[JetNemotronForCausalLM, Tokeni
     return from_pretrained(folder, dtype=torch.float32, device=device, progress=loading), tokenizer
 
 
-def placement_of(text: str) -> Placement:
-    """The placement of `ComparisonOptions.placement`: the layers themselves, or those in a folder's result.json.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    path = Path(text) / "result.json"
-    if not path.is_file():
-        named = tuple(text.split())
-        if not named or set(named) - set(PATHS):
-            raise ValueError(
-                f"--placement must be {', '.join(PATHS)} for each layer, or a folder of `search placement`, "
-                f"got {text[:200]!r}"
-            )
-        return named
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["placement"]
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, list) or not found or not all(kind in PATHS for kind in found):
-        raise ValueError(f"--placement: {path} must be a result of `search placement`")
-    return tuple(found)
-
-
-def scores_of(model: JetNemotronForCausalLM, tasks: Sequence[Task]) -> list[Score]:
+def scores_of(model: JetNemotronForCausalLM, tasks: Sequence[Task], precision: str = "fp32") -> list[Score]:
     """The score of a model in each task."""
-    return [task.score(lambda ids: model(ids.to(model.device)).logits) for task in tasks]
+    with computing(precision, model.device):
+        return [task.score(lambda ids: model(ids.to(model.device)).logits) for task in tasks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,48 +158,48 @@ class BaseStage(SizeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacementStage(ScoreOptions, ShapeOptions):
+class PlacementStage(SearchOptions, ShapeOptions, DistillOptions, StartOptions):
     """Stage 1: which layers keep full attention, which get a sliding window.
 
     Attributes:
         base: folder of the base, or a GGUF file.
-        full: layers that keep full attention.
-        window: layers that get sliding-window attention.
-        full_task: name of the task that places full attention.
-        window_task: name of the task that places windows.
-        width: of the beam.
-        exhaustive_up_to: placements that are all evaluated.
+        linear_path: name of the block beside the attention of each layer.
     """
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("linear_path",)
 
     base: Path
     steps: int = 600
-    full: int = 2
-    window: int = 0
-    full_task: str = "recall"
-    window_task: str = "language modelling"
-    width: int = 4
-    exhaustive_up_to: int = 64
+    linear_path: str = JET
 
     def run(self) -> str | None:
         """Writes the placement, its report and the model that it makes to `output`."""
         base, tokenizer = load_base(self.base, self.device)
         corpus = self.corpus(tokenizer)
-        network = SuperNetwork(base, self.shape.config(), self.window_size, self.seed, self.recompute)
+        path = LinearPath(self.shape, self.linear_path)
+        teacher = self.teacher(base)
+        network = SuperNetwork(
+            base, path.paths(), self.window_size, self.seed, self.recompute, self.train_attention, teacher
+        )
         options = PlacementOptions(
             full_layers=self.full,
             window_layers=self.window,
             full_task=self.full_task,
             window_task=self.window_task,
-            objective=self.objective,
+            full_objective=self.full_objective,
+            window_objective=self.window_objective,
             width=self.width,
             exhaustive_up_to=self.exhaustive_up_to,
+            budgets=self.budgets,
         )
         loader = self.loader(corpus, tokenizer)
+        self.begin(network, loader)
         facts, asked = self.facts(corpus, base), self.score_facts()
         tasks = self.tasks(corpus, tokenizer)
         options.check(network.num_layers, [task.name for task in tasks])
         output = self.output
-        losses = train_super_network(network, loader, self.recipe(), dict(facts), output / "super_network.ckpt")
+        trained = output / "super_network.ckpt"
+        losses = train_super_network(network, loader, self.recipe(), dict(facts), trained, layer_steps=self.layer_steps)
         book = ScoreBook(network, tasks, dict(facts + asked), output / "scores.ckpt")
         result = search_placement(book, options, losses)
         if ranks()[0]:
@@ -228,9 +207,12 @@ class PlacementStage(ScoreOptions, ShapeOptions):
         unseen = self.tasks(corpus, tokenizer, seed=1)
         fresh = ScoreBook(network, unseen, dict([*facts, *asked, ("examples seed", 1)]), output / "fresh_scores.ckpt")
         write_report(output, book, result, options, facts + asked, fresh)
-        export(network, result.placement, output / "model", tokenizer)
         placement = " ".join(result.placement)
         print(f"placement: {placement}")
+        if network.jet_config is None:
+            print(f"report: {output}/report.md. {not_exported(str(path))}")
+            return f"`{placement}`"
+        export(network, result.placement, output / "model", tokenizer)
         print(
             f"report: {output}/report.md; model: {output}/model "
             f"(try: jetkernels generate --model {output}/model --prompt 'def ')"
@@ -238,187 +220,13 @@ class PlacementStage(ScoreOptions, ShapeOptions):
         return f"`{placement}`"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison of candidates ends with.
-
-    Attributes:
-        rows: every seed of every candidate.
-        meter: that measured them.
-        tokenizer: of the base.
-        facts: what the report says about them.
-    """
-
-    rows: list[Measured]
-    meter: Meter
-    tokenizer: Tokenizer
-    facts: Facts
-
-
 @dataclass(frozen=True, kw_only=True)
-class ComparisonOptions(ScoreOptions):
-    """What stages 2, 3 and 4 share: candidates that are trained and measured in one placement.
-
-    Attributes:
-        base: folder of the base, or a GGUF file.
-        placement: folder of a placement stage, or the kind of each layer with blanks between.
-        task: name of the task whose objective is the quality.
-        seeds: of every candidate; the tables hold means.
-        speed_batch: sequences of the speed measurement.
-        speed_prompt: tokens of its prompts.
-        speed_tokens: generated tokens that are timed.
-    """
-
-    base: Path
-    placement: str
-    steps: int = 300
-    task: str = "language modelling"
-    seeds: int = 1
-    speed_batch: int = 4
-    speed_prompt: int = 64
-    speed_tokens: int = 32
-
-    @abstractmethod
-    def paths(self, name: str) -> Paths:
-        """The linear paths of a candidate."""
-
-    @property
-    def quality(self) -> str:
-        """What the quality is, in words."""
-        return f"{self.task}, {'minus the loss' if self.objective == 'loss' else 'accuracy'}"
-
-    def compare(self, names: Sequence[str]) -> Comparison:
-        """Trains and measures the candidates."""
-        base, tokenizer = load_base(self.base, self.device)
-        for name in names:
-            # One that cannot be built is refused before any is trained.
-            paths, size = self.paths(name), base.config.hidden_size
-            with torch.device("meta"):
-                JetBlock(size, paths) if isinstance(paths, JetBlockConfig) else paths(size)
-        corpus = self.corpus(tokenizer)
-        facts, placement = self.facts(corpus, base), placement_of(self.placement)
-        settings = ("task", "objective", "seeds", "speed_batch", "speed_prompt", "speed_tokens")
-        asked = [*self.score_facts(), *self.named(settings), ("placement", " ".join(placement))]
-        meter = Meter(
-            lambda name, seed: SuperNetwork(base, self.paths(name), self.window_size, seed, self.recompute),
-            placement,
-            self.loader(corpus, tokenizer),
-            self.recipe(),
-            self.tasks(corpus, tokenizer),
-            dict(facts),
-            self.task,
-            self.objective,
-            self.speed_batch,
-            self.speed_prompt,
-            self.speed_tokens,
-            folder=self.output / "training",
-        )
-        seeds = range(self.seed, self.seed + self.seeds)
-        rows = measure_all(names, meter, dict(facts + asked), self.output / "candidates.ckpt", seeds)
-        return Comparison(rows, meter, tokenizer, facts + asked)
-
-    def report(self, found: Comparison, title: str, pair: tuple[str, str] | None = None) -> str | None:
-        """Chooses the best candidate and writes the report to `output`; pair: two that are compared on their own."""
-        if ranks()[0]:
-            return None
-        best = best_candidate(over_seeds(found.rows))
-        write_candidate_report(self.output, title, found.rows, best, pair, self.quality, found.facts)
-        print(f"best: {best.name}; report: {self.output}/report.md")
-        return f"best {self.quality}: {best.name}, {best.quality:.4f}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlocksStage(ComparisonOptions, ShapeOptions):
-    """Stage 2: linear-attention blocks side by side, at equal cache.
-
-    Attributes:
-        equal: what the other blocks have like the JetBlock: the recurrent "state", or the "parameters".
-        only: names of the blocks that are compared; None: all.
-    """
-
-    TRAINING = (*ShapeOptions.TRAINING, "equal")
-
-    equal: str = "state"
-    only: Sequence[str] | None = None
-
-    def paths(self, name: str) -> Paths:
-        """The block of this name, in a shape that makes it equal to the JetBlock."""
-        kind = BLOCKS[name]
-        if self.equal == "state":
-            return lambda size: kind(size, self.shape)
-        return lambda size: kind(size, equal_parameters(kind, size, self.shape))
-
-    def run(self) -> str | None:
-        """Writes the report to `output`."""
-        found = self.compare(self.only or list(BLOCKS))
-        return self.report(found, f"Linear-attention blocks of equal {self.equal}", ("JetBlock", "Mamba2"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DesignStage(ComparisonOptions, ShapeOptions):
-    """Stage 3: the JetBlock with one choice of its design changed at a time.
-
-    Attributes:
-        only: names of the variants that are compared; None: all.
-    """
-
-    only: Sequence[str] | None = None
-
-    def paths(self, name: str) -> Paths:
-        """The variant of this name."""
-        return lambda size: DesignedBlock(size, self.shape, DESIGNS[name])
-
-    def run(self) -> str | None:
-        """Writes the report to `output`."""
-        return self.report(self.compare(self.only or list(DESIGNS)), "Design of the JetBlock")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapesStage(ComparisonOptions):
-    """Stage 4: K, V and H of the JetBlocks, at equal cache and sufficient generation speed.
-
-    Attributes:
-        state: elements of state per JetBlock, K*V*H.
-        heads: H to try.
-        keys: K to try; V follows.
-        min_throughput: generated tokens per second that a shape must reach; None: see min_share.
-        min_share: the same as a share of the fastest shape's.
-    """
-
-    state: int = 2048
-    heads: Integers = Integers((4, 8))
-    keys: Integers = Integers((8, 16, 32))
-    min_throughput: float | None = None
-    min_share: float = 0.9
-
-    def paths(self, name: str) -> Paths:
-        """The JetBlock of this shape."""
-        return Shape.from_name(name).config()
-
-    def run(self) -> str | None:
-        """Writes the report and the model of the chosen shape to `output`."""
-        grid = equal_cache_grid(self.state, self.heads, self.keys)
-        found = self.compare([shape.name for shape in grid])
-        if ranks()[0]:
-            return None
-        means = over_seeds(found.rows)
-        fastest = max(row.generation_per_second for row in means)
-        minimum = self.min_share * fastest if self.min_throughput is None else self.min_throughput
-        best = best_shape(means, minimum)
-        write_shape_report(self.output, found.rows, best, minimum, self.quality, found.facts)
-        network, _ = found.meter.train(best.name, self.seed)
-        export(network, found.meter.placement, self.output / "model", found.tokenizer)
-        print(f"best: {best.name} (KxVxH); report: {self.output}/report.md; model: {self.output}/model")
-        return f"chosen (KxVxH): {best.name}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinalStage(TaskOptions):
+class FinalStage(TaskOptions, PrecisionOptions):
     """Stage 5: trains the found hybrid, first its token mixers by distillation, then all of it.
 
     Attributes:
         base: folder of the base, the teacher, or a GGUF file.
-        model: folder of the hybrid that an earlier stage exported.
+        model: folder of the hybrid that an earlier stage exported, or kept where it could not.
         whole_steps: of the whole model, after `steps` of distillation.
     """
 
@@ -429,23 +237,35 @@ class FinalStage(TaskOptions):
     def run(self) -> str | None:
         """Writes the trained model and the report to `output`."""
         base, tokenizer = load_base(self.base, self.device)
-        student = JetNemotronForCausalLM.from_pretrained(self.model, dtype=torch.float32, device=self.device)
+        path = read_path(self.model) if is_hybrid(self.model) else None
+        if path is not None:
+            student = load_hybrid(self.model, base)
+        else:
+            student = JetNemotronForCausalLM.from_pretrained(self.model, dtype=torch.float32, device=self.device)
         student.model.recompute_layers = self.recompute
         corpus = self.corpus(tokenizer)
         loader = self.loader(corpus, tokenizer)
         tasks, facts = self.tasks(corpus, tokenizer), self.facts(corpus, base)
-        scores = {"base": scores_of(base, tasks), "hybrid before": scores_of(student, tasks)}
+        precision = chosen_precision(self.precision, base)
+        scores = {"base": scores_of(base, tasks, precision), "hybrid before": scores_of(student, tasks, precision)}
         recipe = self.recipe()
         whole = replace(recipe, steps=self.whole_steps)
-        losses = train_final(student, base, loader, recipe, whole, dict(facts), self.output)
+        losses = train_final(student, base, loader, recipe, whole, dict(facts), self.output, precision)
         if ranks()[0]:
             return None
-        student.save_pretrained(self.output / "model")
-        tokenizer.save_pretrained(self.output / "model")
-        scores["hybrid after"] = scores_of(student, tasks)
+        model, kinds = self.output / "model", student.config.layer_types
+        if path is None:
+            student.save_pretrained(model)
+            tokenizer.save_pretrained(model)
+        else:
+            window = student.config.section("swa")["window_size"]
+            save_hybrid(model, student, tuple(kinds), path, window)
+        scores["hybrid after"] = scores_of(student, tasks, precision)
         names = [task.name for task in tasks]
-        write_final_report(self.output, student.config.layer_types, names, scores, losses, facts)
-        print(f"report: {self.output}/report.md; model: {self.output}/model")
+        linear = None if path is None else str(path)
+        write_final_report(self.output, kinds, linear, names, scores, losses, facts)
+        what = f"model: {model}" if linear is None else f"weights: {model}. {not_exported(linear)}"
+        print(f"report: {self.output}/report.md; {what}")
         return "loss, base and hybrid: " + ", ".join(
             f"{name} {before.loss:.4f} and {after.loss:.4f}"
             for name, before, after in zip(names, scores["base"], scores["hybrid after"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
@@ -15,10 +15,13 @@ from jetkernels.model.attention import Attention, SlidingWindowAttention
 from jetkernels.model.layout import TokenLayout
 from jetkernels.model.mixers import JetMixer
 from jetkernels.model.token_mixer import Rotary, State, TokenMixer
-from jetkernels.modules import JetBlockConfig
+from jetkernels.modules import JetBlock, JetBlockConfig
 
 from .base import check_base
+from .blocks import LinearBlock, fair_start_
 from .data import seeded
+from .teacher import Teacher, dense_layout, feature_loss, watched
+from .warm_start import warm_start_
 
 # The paths of a layer, by the kind of layer that each of them makes of it.
 PATHS = ("jet", "attn", "swa")
@@ -70,16 +73,20 @@ class SuperNetwork(nn.Module):
         h += path_i(RMSNorm(h));  h += MLP(RMSNorm(h))
         path_i in {the layer's attention, the same over a window, its JetBlock}
 
-    Embeddings, MLPs, norms, head and attention are the base's own tensors and do not change; `jet[i]` are the
-    parameters. A windowed path has no parameters of its own: it is the attention, cut to the window.
+    Embeddings, MLPs, norms and head are the base's own tensors and do not change; `jet[i]` are the parameters, and with
+    `train_attention` those of `attention[i]`, which starts as a copy of the base's. A windowed path has no parameters
+    of its own: it is the attention, cut to the window.
 
     Args:
         base: full attention in every layer; its parameters stop requiring gradients.
         jet: sizes of the JetBlock paths; or hidden size -> another block for each layer, which is called as a JetBlock
             is (such a network can be trained and measured, but not exported).
         window_size: of the windowed paths, tokens, the current one included.
-        seed: of the JetBlocks' initial values.
+        seed: of the initial values (`blocks.fair_start_`; `warm_start_` gives JetBlocks others).
         recompute_layers: keep only the layers' inputs for the backward pass and compute the rest twice.
+        train_attention: train a copy of each layer's attention, as the paper's figure 4 has it; else the attention is
+            the base's own and does not change.
+        teacher: of this base; networks that share one share what it computes. None: one of its own.
     """
 
     def __init__(
@@ -89,12 +96,17 @@ class SuperNetwork(nn.Module):
         window_size: int = 64,
         seed: int = 0,
         recompute_layers: bool = False,
+        train_attention: bool = False,
+        teacher: Teacher | None = None,
     ):
         super().__init__()
         check_base(base.config)
         if window_size < 1:
             raise ValueError(f"window_size must be at least 1, got {window_size}")
-        self.base = base.requires_grad_(False)
+        self.teacher = teacher or Teacher(base)
+        if self.teacher.base is not base:
+            raise ValueError("teacher must be that of the base, got one of another model")
+        self.base = base
         self.jet_config = jet if isinstance(jet, JetBlockConfig) else None
         self.window_size = window_size
         self.recompute_layers = recompute_layers
@@ -105,12 +117,38 @@ class SuperNetwork(nn.Module):
                 blocks: list[nn.Module] = [JetMixer(config) for _ in range(self.num_layers)]
             else:
                 blocks = [jet(base.config.hidden_size) for _ in range(self.num_layers)]
+            for block, layer in zip(blocks, base.model.layers, strict=True):
+                if isinstance(block, (LinearBlock, JetBlock)):
+                    scale: Tensor = cast(Any, layer).input_layernorm.weight
+                    fair_start_(block, scale.float().square().mean().sqrt().item())
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
+        own = [copy.deepcopy(layer.self_attn) for layer in base.model.layers] if train_attention else []
+        self.attention = nn.ModuleList(cast(list[nn.Module], own)).requires_grad_(True)
 
     @property
     def num_layers(self) -> int:
         """Layers of the base, and so of every placement."""
         return self.base.config.num_hidden_layers
+
+    def warm_start_(self, input_ids: Tensor) -> None:
+        """Lets each JetBlock begin from the attention beside it (`warm_start.warm_start_`).
+
+        Args:
+            input_ids: token ids [B, T] of text as the base knows it; B*T at least the hidden size.
+
+        Raises:
+            ValueError: the linear paths are no JetBlocks; or see there.
+        """
+        if self.jet_config is None:
+            raise ValueError(f"a warm start must be that of JetBlocks, got {self.path_name}")
+        for block, layer, call in zip(self.jet, self.base.model.layers, self.teacher.attention(input_ids), strict=True):
+            attention = cast(Attention, layer.self_attn)
+            warm_start_(cast(JetMixer, block), attention, call.input.float(), call.output.float())
+
+    @property
+    def path_name(self) -> str:
+        """What the linear paths are."""
+        return "JetBlock" if self.jet_config is not None else type(self.jet[0]).__name__
 
     @property
     def state_elements(self) -> int:
@@ -145,13 +183,25 @@ class SuperNetwork(nn.Module):
         if kind == "jet":
             block = self.jet[i]
             return block if isinstance(block, TokenMixer) else BlockMixer(block)
-        attention = cast(Attention, self.base.model.layers[i].self_attn)
+        attention = cast(Attention, self.attention[i] if self.attention else self.base.model.layers[i].self_attn)
         if kind == "swa":
             # Shares every tensor, and differs in the window only.
             windowed = SlidingWindowAttention.__new__(SlidingWindowAttention)
             windowed.__dict__ = attention.__dict__ | {"window": self.window_size}
             return windowed
         return attention
+
+    def path_parameters(self, placement: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+        """What is trained, by name: in the paths of a placement, or in all of them."""
+        everything = [("jet", "attn")] * self.num_layers
+        used = everything if placement is None else [(kind,) for kind in self.check(placement)]
+        found: dict[str, nn.Parameter] = {}
+        for i, kinds in enumerate(used):
+            if "jet" in kinds:
+                found |= {f"{i}.{name}": p for name, p in self.jet[i].named_parameters()}
+            if self.attention and set(kinds) - {"jet"}:
+                found |= {f"attention.{i}.{name}": p for name, p in self.attention[i].named_parameters()}
+        return found
 
     def assemble(self, placement: Sequence[str]) -> JetNemotronForCausalLM:
         """The model that a placement makes, of the network's own tensors: for training and measuring."""
@@ -161,49 +211,66 @@ class SuperNetwork(nn.Module):
         model.model.recompute_layers = self.recompute_layers
         return model
 
-    def features(self, input_ids: Tensor, placement: Sequence[str]) -> list[Tensor]:
-        """The residual stream behind each layer, then behind the final norm.
-
-        Args:
-            input_ids: token ids [B, T].
-            placement: a path for each layer.
-
-        Returns: L + 1 tensors [B, T, C].
-        """
-        B, T = input_ids.shape
-        layout = TokenLayout.dense(B, T, [0] * B, None, input_ids.device)
-        found: list[Tensor] = []
-        last = self.assemble(placement).model(input_ids, layout, features=found)
-        return [*found, last]
-
-    def forward(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
-        """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes."""
-        return self.base.head(self.features(input_ids, placement)[-1])
+    def forward(self, input_ids: Tensor, placement: Sequence[str] | None) -> Tensor:
+        """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes; None: of the base."""
+        model = self.base if placement is None else self.assemble(placement)
+        with self.teacher.computing():
+            return self.base.head(model.model(input_ids, dense_layout(input_ids)))
 
     def random_placement(self, generator: torch.Generator) -> Placement:
-        """Each layer independently its attention or its JetBlock, even odds.
-
-        Never attention everywhere: it trains nothing.
-        """
+        """Each layer independently its attention or its linear path, even odds; never attention everywhere."""
         while True:
             jet = torch.randint(2, (self.num_layers,), generator=generator)
             if jet.any():
                 return tuple("jet" if flag else "attn" for flag in jet.tolist())
 
     def distillation_loss(self, input_ids: Tensor, placement: Sequence[str]) -> Tensor:
-        """Feature distillation: the mean squared difference to the base's features, over layers and final norm.
+        """Feature distillation: how far each layer's path is from the base's attention there (`feature_loss`).
 
-        Layers in front of the first JetBlock equal the base's and are left out of the average.
+        The path is given the stream that the layers in front of it left, the base's attention the base's own. Unless
+        attention is trained, layers in front of the first linear path equal the base's and are left out of the average.
+
+        Args:
+            input_ids: token ids [B, T].
+            placement: a path for each layer.
+
+        Returns: a scalar.
+
+        Raises:
+            ValueError: no layer has a linear path.
         """
         placement = self.check(placement)
         if "jet" not in placement:
             raise ValueError("placement must have a jet layer to be distilled, got attention everywhere")
-        with torch.no_grad():
-            wanted = self.features(input_ids, ("attn",) * self.num_layers)
-        first = placement.index("jet")
-        got = self.features(input_ids, placement)
-        losses = [F.mse_loss(g.float(), w.float()) for g, w in zip(got[first:], wanted[first:])]
+        wanted = self.teacher.attention(input_ids)
+        model = self.assemble(placement)
+        with self.teacher.computing(), watched(model) as got:
+            model.model(input_ids, dense_layout(input_ids))
+        first = 0 if self.attention else placement.index("jet")
+        losses = [feature_loss(g.output, w.output) for g, w in zip(got[first:], wanted[first:], strict=True)]
         return torch.stack(losses).mean()
+
+    def layer_losses(self, input_ids: Tensor, placement: Sequence[str] | None = None) -> Iterator[Tensor]:
+        """Feature distillation layer by layer: each path is given the base's own input of its layer (`feature_loss`).
+
+        No gradient goes through an MLP, no path depends on another, and all are trained by one forward of the base.
+        Full attention is left out: on the base's input it starts as the base's output.
+
+        Args:
+            input_ids: token ids [B, T].
+            placement: a path for each layer; None: the linear path of every layer.
+
+        Yields:
+            The loss of each layer divided by their number, so that their sum is the mean; to be given its gradients
+            before the next is computed.
+        """
+        kinds = ("jet",) * self.num_layers if placement is None else self.check(placement)
+        trained = [i for i, kind in enumerate(kinds) if kind == "jet" or (kind == "swa" and self.attention)]
+        calls = self.teacher.attention(input_ids)
+        for i in trained:
+            with self.teacher.computing():
+                got = self.mixer(i, kinds[i])(calls[i].input, **calls[i].told)
+            yield feature_loss(got, calls[i].output) / len(trained)
 
     def extract(self, placement: Sequence[str]) -> JetNemotronForCausalLM:
         """The model that a placement makes, with copies of the weights: what `save_pretrained` exports."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,6 +92,23 @@ def average_(tensors: list[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+class Losses(list[float]):
+    """The losses of a training, by step.
+
+    Attributes:
+        tokens: of a step, over all ranks.
+        seconds: that the steps took, those of earlier runs included.
+    """
+
+    tokens = 0
+    seconds = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole training."""
+        return len(self) * self.tokens / self.seconds if self.seconds else 0.0
+
+
 class Trainer:
     """AdamW over parameters, a step at a time: what every training of this library, the demo's too, is made of.
 
@@ -98,7 +116,8 @@ class Trainer:
 
     Args:
         parameters: what is trained. One without a gradient in a step is left alone in it.
-        step_loss: number of the step -> scalar loss of this rank's rows.
+        step_loss: number of the step -> scalar loss of this rank's rows; or scalars whose sum it is, each of which is
+            given its gradients before the next is asked for, so that the memory of one is held at a time.
         weight_decay: of matrices (`parameter_groups`).
         clip: largest norm of the gradient.
         fused: use PyTorch's fused AdamW, which rounds differently.
@@ -111,7 +130,7 @@ class Trainer:
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        step_loss: Callable[[int], Tensor],
+        step_loss: Callable[[int], Tensor | Iterable[Tensor]],
         *,
         weight_decay: float = 0.0,
         clip: float = 1.0,
@@ -122,7 +141,7 @@ class Trainer:
         self.clip = clip
         groups = parameter_groups(self.parameters, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
-        self.losses: list[float] = []
+        self.losses = Losses()
 
     def step(self, learning_rate: float) -> float:
         """One step; returns its loss, which also ends `losses`."""
@@ -130,8 +149,11 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.step_loss(len(self.losses))
-        loss.backward()
-        value = loss.detach().clone()
+        values = []
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            part.backward()
+            values.append(part.detach())
+        value = torch.stack(values).sum()
         if ranks()[1] > 1:
             average_([value, *(p.grad for p in self.parameters if p.grad is not None)])
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -140,74 +162,132 @@ class Trainer:
         return self.losses[-1]
 
 
-def train(
-    stage: str,
-    parameters: Mapping[str, nn.Parameter],
-    step_loss: Callable[[Tensor, int], Tensor],
-    loader: Loader,
-    recipe: Recipe,
-    facts: Mapping,
-    checkpoint: str | Path | None = None,
-    on_step: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Trains `parameters` in place and returns the loss of every step.
-
-    A run that was killed goes on from its last checkpoint and ends with the same parameters and losses, bitwise for the
-    same machine, threads and number of ranks: batches and random paths depend on the step number only.
-    Under an initialised process group each rank takes its rows of every batch, and gradients are averaged.
+class Training:
+    """A training that is killed and goes on; `train` runs one, `train_together` several.
 
     Args:
         stage: names the training; a checkpoint of another one is refused.
         parameters: what is trained, by name. One without a gradient in a step is left alone in it.
-        step_loss: (token ids [rows, length] on the CPU, step) -> scalar loss, mean over the rows.
+        step_loss: (token ids [rows, length] on the CPU, step) -> what `Trainer` takes, a mean over the rows.
         loader: of the rows.
         recipe: steps, learning rate and the like.
         facts: JSON values that the result depends on beside recipe and loader's sizes (model, data, options).
         checkpoint: file to resume from and to write to; None: no checkpoints.
         on_step: called after each step with its number and loss.
 
+    Attributes:
+        losses: of the steps so far.
+
     Raises:
         DifferentRun: the checkpoint is of a run that depends on something else.
         ValueError: the checkpoint is damaged, or of another stage.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        parameters: Mapping[str, nn.Parameter],
+        step_loss: Callable[[Tensor, int], Tensor | Iterable[Tensor]],
+        loader: Loader,
+        recipe: Recipe,
+        facts: Mapping,
+        checkpoint: str | Path | None = None,
+        on_step: Callable[[int, float], None] | None = None,
+    ):
+        self.stage, self.parameters, self.recipe, self.on_step = stage, parameters, recipe, on_step
+        self.checkpoint = checkpoint
+        rank, count = ranks()
+        # By the names that the command line has for them; positions are one fewer than tokens.
+        loading = {"batch": loader.batch_size, "length": loader.length - 1, "seed": loader.seed}
+        self.run = {"facts": dict(facts), "recipe": recipe.facts(), **loading, "names": sorted(parameters)}
+        self.trainer = Trainer(
+            parameters.values(),
+            lambda step: step_loss(loader.batch(step, rank, count), step),
+            weight_decay=recipe.weight_decay,
+            clip=recipe.clip,
+        )
+        self.losses = self.trainer.losses
+        self.losses.tokens = loader.batch_size * (loader.length - 1)
+        if checkpoint is not None and Path(checkpoint).exists():
+            self._load(checkpoint)
+
+    def _load(self, checkpoint: str | Path) -> None:
+        state = load_state(checkpoint, self.stage, self.run)
+        self.losses += state["losses"]
+        self.losses.seconds = state["seconds"]
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.trainer.optimizer.load_state_dict(state["optimizer"])
+
+    def _save(self) -> None:
+        if self.checkpoint is not None and ranks()[0] == 0:
+            saved = {
+                "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
+                "optimizer": self.trainer.optimizer.state_dict(),
+                "losses": list(self.losses),
+                "seconds": self.losses.seconds,
+            }
+            save_state(self.checkpoint, self.stage, self.run, saved)
+
+    @property
+    def done(self) -> bool:
+        """Whether every step has been made."""
+        return len(self.losses) >= self.recipe.steps
+
+    def step(self) -> float:
+        """The next step; returns its loss. RuntimeError where that is not finite."""
+        start, step = time.perf_counter(), len(self.losses)
+        loss = self.trainer.step(self.recipe.rate(step))
+        if not math.isfinite(loss):
+            raise RuntimeError(f"{self.stage}: the loss of step {step} must be finite, got {loss}")
+        self.losses.seconds += time.perf_counter() - start
+        if len(self.losses) % self.recipe.save_every == 0 or self.done:
+            self._save()
+        if self.on_step is not None:
+            self.on_step(step, loss)
+        return loss
+
+
+def train_together(trainings: Sequence[Training]) -> None:
+    """Runs trainings side by side, step by step: what a step computes of the rows alone can serve all of them."""
+    steps, first = sum(training.recipe.steps for training in trainings), trainings[0]
+    made = sum(len(training.losses) for training in trainings)
+    start, tokens = time.perf_counter(), 0
+    with progress(total=steps, initial=made, desc=first.stage, unit="step", disable=ranks()[0] > 0) as bar:
+        while left := [training for training in trainings if not training.done]:
+            least = min(len(training.losses) for training in left)
+            for training in left:
+                if len(training.losses) == least:  # one that was saved later waits for the others
+                    loss, tokens = training.step(), tokens + training.losses.tokens
+                    speed = tokens / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+                    bar.update()
+
+
+def train(
+    stage: str,
+    parameters: Mapping[str, nn.Parameter],
+    step_loss: Callable[[Tensor, int], Tensor | Iterable[Tensor]],
+    loader: Loader,
+    recipe: Recipe,
+    facts: Mapping,
+    checkpoint: str | Path | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Losses:
+    """Trains `parameters` in place and returns the loss of every step; the arguments are those of `Training`.
+
+    A run that was killed goes on from its last checkpoint and ends with the same parameters and losses, bitwise for the
+    same machine, threads and number of ranks: batches and random paths depend on the step number only.
+    Under an initialised process group each rank takes its rows of every batch, and gradients are averaged.
+
+    Raises:
+        DifferentRun, ValueError: as `Training` does.
         RuntimeError: a loss is not finite.
     """
-    rank, count = ranks()
-    # By the names that the command line has for them; positions are one fewer than tokens.
-    loading = {"batch": loader.batch_size, "length": loader.length - 1, "seed": loader.seed}
-    run = {"facts": dict(facts), "recipe": recipe.facts(), **loading, "names": sorted(parameters)}
-    trainer = Trainer(
-        parameters.values(),
-        lambda step: step_loss(loader.batch(step, rank, count), step),
-        weight_decay=recipe.weight_decay,
-        clip=recipe.clip,
-    )
-    losses = trainer.losses
-    if checkpoint is not None and Path(checkpoint).exists():
-        state = load_state(checkpoint, stage, run)
-        losses += state["losses"]
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state["parameters"][name])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-
-    def save() -> None:
-        if checkpoint is not None and rank == 0:
-            values = {name: p.detach().cpu() for name, p in parameters.items()}
-            saved = {"parameters": values, "optimizer": trainer.optimizer.state_dict(), "losses": losses}
-            save_state(checkpoint, stage, run, saved)
-
-    with progress(total=recipe.steps, initial=len(losses), desc=stage, unit="step", disable=rank > 0) as bar:
-        for step in range(len(losses), recipe.steps):
-            loss = trainer.step(recipe.rate(step))
-            if not math.isfinite(loss):
-                raise RuntimeError(f"{stage}: the loss of step {step} must be finite, got {loss}")
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            bar.update()
-            if len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
-                save()
-            if on_step is not None:
-                on_step(step, loss)
-    return losses
+    training = Training(stage, parameters, step_loss, loader, recipe, facts, checkpoint, on_step)
+    train_together([training])
+    return training.losses
 
 
 def join_ranks(device: torch.device) -> None:

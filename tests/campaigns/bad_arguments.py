@@ -18,9 +18,9 @@ from unittest import mock
 from support.postnas_cases import text_folder, tiny_base_folder
 
 from jetkernels.__main__ import main
-from jetkernels.cli import demo, throughput
+from jetkernels.cli import demo, search, throughput
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
-from jetkernels.postnas import stages as postnas_stages
+from jetkernels.postnas.pipeline import Pipeline
 
 VALUES = [
     "-1",
@@ -203,15 +203,15 @@ class World:
             "--examples": "2",
             "--questions": root / "questions.jsonl",
             "--window-size": "8",
-            "--objective": "loss",
         }
+        distilling = {"--layer-steps": "1", "--precision": "fp32", "--train-attention": None}
         sizes = {"--layers": "2", "--hidden-size": "32", "--intermediate-size": "48"}
         compared = (
             training
             | scoring
-            | {"--placement": "jet attn swa", "--task": "recall", "--seeds": "1", "--speed-batch": "1"}
+            | {"--placement": "jet attn swa", "--task": "recall", "--objective": "loss", "--seeds": "1"}
         )
-        compared |= {"--speed-prompt": "4", "--speed-tokens": "2"}
+        compared |= distilling | {"--together": "2", "--speed-batch": "1", "--speed-prompt": "4", "--speed-tokens": "2"}
         self.lines: list[tuple[list[str], dict]] = [
             (["info"], {"--json": None}),
             (["demo"], {"--minutes": "1", "--output": "out", "--device": "cpu", "--seed": "0"}),
@@ -227,19 +227,27 @@ class World:
                 ["search", "placement"],
                 training
                 | scoring
-                | {"--full": "1", "--window": "1", "--full-task": "copy", "--width": "2", "--shape": "8x16x2"},
+                | {"--full": "1", "--window": "1", "--full-task": "copy", "--width": "2", "--shape": "8x16x2"}
+                | {"--full-objective": "accuracy", "--window-objective": "loss", "--budgets": "1,2"}
+                | distilling
+                | {"--linear-path": "JetBlock", "--start": "random"},
             ),
             (["search", "blocks"], compared | {"--shape": "8x16x2", "--equal": "state", "--only": "JetBlock"}),
             (["search", "design"], compared | {"--shape": "8x16x2"}),
             (
                 ["search", "shapes"],
-                compared | {"--state": "128", "--heads": "1,2", "--keys": "8,16", "--min-share": "0.5"},
+                compared
+                | {"--state": "128", "--heads": "1,2", "--keys": "8,16", "--min-share": "0.5"}
+                | {"--block": "JetBlock", "--design": "reduction 2", "--start": "random"},
             ),
             (
                 ["search", "final"],
                 training | {"--base": base, "--model": root / "model", "--whole-steps": "1", "--examples": "2"},
             ),
-            (["search", "all"], training | sizes | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2"}),
+            (
+                ["search", "all"],
+                training | sizes | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2", "--block": "JetBlock"},
+            ),
         ]
 
     def files(self) -> dict[str, tuple[int, int]]:
@@ -290,9 +298,7 @@ def light():
     def small(cls, config, **options):
         return _ran() if config.vocab_size * config.hidden_size > 10**6 else random_model(cls, config, **options)
 
-    stages = [
-        getattr(postnas_stages, f"{name}Stage") for name in ("Base", "Placement", "Blocks", "Design", "Shapes", "Final")
-    ]
+    stages = [kind for _, _, kind in search.stages().values() if kind is not Pipeline]
     with contextlib.ExitStack() as stack:
         for owner, name, value in [
             (JetNemotronForCausalLM, "generate", short),

@@ -346,7 +346,7 @@ def test_checkpoint_files_are_whole_or_refused(tmp_path):
         (content[:-5] + bytes([content[-5] ^ 1]) + content[-4:], "does not have the digest"),
         (b"PK" + content, "is not a checkpoint of a search"),
         (b"", "is not a checkpoint of a search"),
-        (content.replace(b'"version": 2', b'"version": 9'), "must have format version 2, got 9"),
+        (content.replace(b'"version": 3', b'"version": 9'), "must have format version 3, got 9"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=sentence):

@@ -17,11 +17,13 @@ from jetkernels.__main__ import main
 from jetkernels.modules import JetBlock
 from jetkernels.postnas import Loader, Recipe, SuperNetwork, checkpoints
 from jetkernels.postnas.blocks import BLOCKS, equal_parameters
-from jetkernels.postnas.candidates import Measured, Meter, over_seeds, spread
+from jetkernels.postnas.candidates import Measured, Meter, measure_all, over_seeds, spread
+from jetkernels.postnas.comparisons import read_result
 from jetkernels.postnas.design import DESIGNS, Design, DesignedBlock
 from jetkernels.postnas.report.candidates import spread_sentence, write_candidate_report
 from jetkernels.postnas.selection import best_candidate
 from jetkernels.postnas.shapes import Shape
+from jetkernels.postnas.teacher import Teacher
 
 SHAPE = Shape(6, 16, 2)
 PLACEMENT = ("jet", "attn", "swa", "jet", "jet")
@@ -118,6 +120,46 @@ def test_a_meter_trains_the_same_candidate_twice_alike():
         Meter(lambda name, seed: None, ("jet",), None, None, [PlantedRows().task(1)], {}, "reading")
 
 
+def test_candidates_that_are_trained_together_are_those_trained_alone(tmp_path):
+    base, names, calls = planted_base(), ["GLA", "JetBlock", "Mamba2"], []
+    base.model.embed_tokens.register_forward_pre_hook(lambda *arguments: calls.append(1))
+    teacher = Teacher(base)
+
+    def meter(folder) -> Meter:
+        return Meter(
+            lambda name, seed: SuperNetwork(base, lambda size: BLOCKS[name](size, SHAPE), seed=seed, teacher=teacher),
+            ("jet", "attn", "jet", "attn", "jet"),
+            Loader([(PlantedRows(), 1.0)], 4, 21),
+            Recipe(4, warmup=1, save_every=1),
+            [PlantedRows().task(8)],
+            {},
+            "recall",
+            folder=folder,
+            layer_steps=3,
+        )
+
+    meter(tmp_path / "together").train_together(names, 0)
+    assert len(calls) == 4 + len(names)  # the base's features of each step, and each candidate's own last step
+    (tmp_path / "together" / "GLA-seed0.ckpt").rename(tmp_path / "elsewhere")
+    meter(tmp_path / "together").train_together(names, 0)
+    for name in names:
+        alone, losses = meter(tmp_path / "alone").train(name, 0)
+        together, same = meter(tmp_path / "together").train(name, 0)
+        assert losses == same and len(losses) == 4
+        assert all(torch.equal(a, b) for a, b in zip(alone.jet.parameters(), together.jet.parameters()))
+
+
+def test_candidates_are_prepared_in_groups_of_a_seed():
+    prepared = []
+
+    def prepare(names, seed):
+        prepared.append((seed, names))
+
+    measured = measure_all("abcde", lambda name, seed: row(name, seed, 1.0), {}, None, (0, 1), prepare, 3)
+    assert len(measured) == 10
+    assert prepared == [(0, ["a", "b", "c"]), (0, ["d", "e"]), (1, ["a", "b", "c"]), (1, ["d", "e"])]
+
+
 def comparison(stage, folder, **options) -> list[str]:
     """The command line of a comparison on little text and an untrained base, both made in `folder`."""
     text, base = text_folder(folder / "text"), tiny_base_folder(folder / "base")
@@ -180,6 +222,10 @@ def test_the_commands_compare_and_resume(tmp_path, capsys, stage, names):
         assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in report
     assert main(arguments) == 0
     assert (tmp_path / "out" / "report.md").read_text() == report
+    assert (
+        read_result(tmp_path / "out", "best") in names and f"Best: {read_result(tmp_path / 'out', 'best')}," in report
+    )
+    assert read_result(tmp_path / "out", "exportable") == "JetBlock"
     capsys.readouterr()
     if stage == "blocks":
         arguments[arguments.index(str(tmp_path / "out"))] = str(tmp_path / "equal")
@@ -242,9 +288,11 @@ def test_rows_are_averaged_over_seeds_and_their_spread_is_pooled():
 def test_a_report_without_both_of_a_pair_has_no_chart_of_it(tmp_path):
     rows = [row("JetBlock", 0, 1.0), row("GLA", 0, 2.0)]
     best = best_candidate(rows)
-    write_candidate_report(tmp_path, "Title", rows, best, ("JetBlock", "Mamba2"), "x", [])
+    write_candidate_report(tmp_path, "Title", rows, best, "JetBlock", ("JetBlock", "Mamba2"), "x", [])
     assert (
         best.name == "GLA"
+        and "(no model can be exported with it; best of those that can: JetBlock)"
+        in (tmp_path / "report.md").read_text()
         and not (tmp_path / "pair.png").exists()
         and "pair.png" not in (tmp_path / "report.md").read_text()
     )

@@ -9,7 +9,11 @@ from support.postnas_cases import TINY_JET, VOCAB, PlantedRows, killed_at_write,
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.postnas import Loader, Recipe, SuperNetwork, small_base
+from jetkernels.postnas.base import from_pretrained
 from jetkernels.postnas.final import logit_distillation_loss, train_final
+from jetkernels.postnas.hybrid import is_hybrid, load_hybrid, read_path, save_hybrid
+from jetkernels.postnas.linear_path import LinearPath
+from jetkernels.postnas.shapes import Shape
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -75,11 +79,56 @@ def test_another_vocabulary_is_refused():
         train_final(pair()[0], small_base(1, **SIZES), loader(), Recipe(0), Recipe(0), {})
 
 
-def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_path, capsys):
-    folders = {"text": text_folder(tmp_path / "text"), "output": tmp_path / "out"}
+def whole_search(folder, **changes) -> list[str]:
+    folders = {"text": text_folder(folder / "text"), "output": folder / "out"}
     sizes = {"layers": 3, "hidden_size": 32, "intermediate_size": 48, "base_steps": 2, "recompute": True, "full": 1}
     rows = {"shape": "8x16x2", "steps": 2, "batch": 2, "length": 80, "distances": 4, "examples": 2}
-    assert main(search_command("all", **folders, device="cpu", **sizes, **rows)) == 0
+    return search_command("all", **folders, device="cpu", **sizes, **rows, **changes)
+
+
+def test_a_block_that_no_config_can_say_is_carried_to_the_end_and_kept(tmp_path, capsys):
+    for _ in range(2):
+        assert main(whole_search(tmp_path, block="RetNet", seeds=1, layer_steps=1)) == 0
+    out, said = tmp_path / "out", "No model is exported: the config of a model cannot say that a layer is a RetNet."
+    assert not (out / "design").exists() and said in capsys.readouterr().out
+    assert "# Sizes of the RetNet" in (out / "shapes" / "report.md").read_text()
+    assert f"The linear ones are RetNet. {said}" in (out / "final" / "report.md").read_text()
+    assert "RetNet, chosen (KxVxH): " in (out / "report.md").read_text()
+    assert [path.name for path in sorted((out / "final" / "model").iterdir())] == ["hybrid.ckpt", "hybrid.json"]
+    base = from_pretrained(out / "base")
+    shapes, final = (load_hybrid(out / stage / "model", base) for stage in ("shapes", "final"))
+    assert sum(type(layer.self_attn).__name__ == "BlockMixer" for layer in final.model.layers) == 1
+    different = [n for n, p in final.state_dict().items() if not torch.equal(p, shapes.state_dict()[n])]
+    assert any(".block.v_proj" in name for name in different)
+    (out / "final" / "model" / "hybrid.json").write_text("{}")
+    arguments = {"base": out / "base", "model": out / "final" / "model", "output": tmp_path / "again", "device": "cpu"}
+    assert main(search_command("final", **arguments)) == 1
+    assert "hybrid.json must name shape, block and design" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_kept_hybrid_is_the_one_that_was_saved(tmp_path):
+    base = small_base(3, vocab_size=VOCAB, **SIZES)
+    path, placement = LinearPath(Shape(8, 8, 2), "GLA"), ("jet", "swa", "attn")
+    model = SuperNetwork(base, path.paths(), window_size=5, train_attention=True).assemble(placement)
+    model.model.layers[1].self_attn.v_proj.weight.add_(0.1)
+    save_hybrid(tmp_path, model, placement, path, 5)
+    ids = PlantedRows().rows(2, 12, torch.Generator().manual_seed(0))
+    loaded = load_hybrid(tmp_path, base)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert is_hybrid(tmp_path) and read_path(tmp_path) == path and loaded.config.layer_types == list(placement)
+    loaded.model.embed_tokens.weight.zero_()
+    assert base.model.embed_tokens.weight.abs().sum() > 0
+    with pytest.raises(ValueError, match="must be of a base of these sizes"):
+        load_hybrid(tmp_path, small_base(3, **SIZES))
+    weights = tmp_path / "hybrid.ckpt"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_hybrid(tmp_path, base)
+
+
+def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_path, capsys):
+    assert main(whole_search(tmp_path)) == 0
     overview = (tmp_path / "out" / "report.md").read_text()
     for stage in ("base", "placement", "blocks", "design", "shapes", "final"):
         assert "## Provenance" in (tmp_path / "out" / stage / "report.md").read_text(), stage

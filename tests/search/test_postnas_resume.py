@@ -14,7 +14,7 @@ from support.postnas_cases import killed_at_write, search_command, text_folder, 
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
-from jetkernels.postnas import checkpoints, join_ranks
+from jetkernels.postnas import checkpoints, join_ranks, small_base
 
 RESULTS = (
     "report.md",
@@ -36,12 +36,17 @@ def placement(inputs, output, **changes) -> list[str]:
     text, base = inputs
     folders = {"text": text, "base": base, "output": output}
     searched = {"full": 1, "window": 1, "window_size": 8, "examples": 4, "shape": "8x16x2", "device": "cpu"}
-    rows = {"steps": 6, "batch": 2, "length": 80, "distances": "4,16", "save_every": 2}
+    searched |= {"full_objective": "accuracy", "window_objective": "loss"}
+    rows = {"steps": 4, "layer_steps": 2, "batch": 2, "length": 80, "distances": "4,16", "save_every": 2}
     return search_command("placement", **folders | searched | rows | changes)
 
 
 def results(folder) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in RESULTS}
+    """What a run leaves, but for how fast it was."""
+    found = {name: (folder / name).read_bytes() for name in RESULTS}
+    found["report.md"], times = re.subn(rb"tokens at [\d,]+ tokens/s", b"tokens", found["report.md"])
+    assert times == 1
+    return found
 
 
 def run_of(path) -> dict:
@@ -61,6 +66,8 @@ def test_a_run_writes_report_and_a_model_that_generates(whole, capsys):
     report = (whole / "report.md").read_text()
     chosen = json.loads((whole / "result.json").read_text())["placement"]
     assert sorted(chosen) == ["attn", "jet", "swa"] and f"`{' '.join(chosen)}`" in report
+    assert "| full attention | recall, accuracy |" in report
+    assert "| sliding window | language modelling, minus the loss |" in report
     for column in ("recall, loss", "copy, accuracy", "language modelling, loss", "distance 16"):
         assert column in report
     assert "generated examples that the search has not seen" in report
@@ -105,6 +112,21 @@ def test_a_process_that_is_killed_goes_on(inputs, whole, tmp_path):
     assert results(tmp_path) == results(whole)
 
 
+def test_budgets_are_held_against_uniform_and_the_order_of_importance(inputs, tmp_path):
+    assert main(placement(inputs, tmp_path, budgets="1,2,3", window=0, exhaustive_up_to=0)) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "## Budgets of full layers" in report and "(budgets.png)" in report
+    assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / "result.json").read_text())
+    gains = result["importance"]["attn"]["recall"]
+    alone = min(gains, key=lambda i: (-gains[i], int(i)))
+    for how, layers in (("uniform", "1"), ("by importance", alone), ("found", str(result["full"]["chosen"][0]))):
+        assert f"| 1 | {how} | {layers} |" in report and f"| 3 | {how} | 0, 1, 2 |" in report
+    assert list(result["full"]["budgets"]) == ["1", "2", "3"]
+    assert [row["name"].split(",")[0] for row in result["compared"][-3:]] == ["uniform", "by importance", "found"]
+    assert main(placement(inputs, tmp_path / "other", budgets="4")) == 2
+
+
 def test_another_budget_does_not_train_again(inputs, whole, tmp_path, monkeypatch):
     (tmp_path / "super_network.ckpt").write_bytes((whole / "super_network.ckpt").read_bytes())
     monkeypatch.setattr("jetkernels.postnas.SuperNetwork.distillation_loss", lambda *arguments: pytest.fail("trained"))
@@ -122,7 +144,8 @@ def test_damaged_and_foreign_checkpoints_end_with_one_line(inputs, whole, tmp_pa
         (b"hello", "is not a checkpoint"),
     ):
         (tmp_path / name).write_bytes(content)
-        assert main(placement(inputs, tmp_path, steps=0 if name == "scores.ckpt" else 6)) == 1
+        untrained = {"steps": 0, "layer_steps": 0} if name == "scores.ckpt" else {}
+        assert main(placement(inputs, tmp_path, **untrained)) == 1
         error = capsys.readouterr().err
         assert sentence in error.splitlines()[-1] and name in error and "Traceback" not in error
         assert (tmp_path / name).read_bytes() == content
@@ -170,6 +193,7 @@ def test_what_differs_from_the_run_before_is_named_as_an_option(inputs, whole, t
         ({"length": 64, "distances": "48"}, "--length must be at least 96 for --distances 48, got 64"),
         ({"steps": "nan"}, "--steps must be an integer, got 'nan'"),
         ({"learning_rate": "nan"}, "--learning-rate must be a finite number, got nan"),
+        ({"linear_path": "RetNet", "shape": "7x8x2"}, "RetNet: K must be even (rotary positions), got 7"),
         ({"hidden_size": 8}, "unrecognized arguments: --hidden-size 8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -179,6 +203,50 @@ def test_wrong_arguments_end_with_one_line(inputs, tmp_path, capsys, changes, se
     error = capsys.readouterr().err
     assert sentence in error.splitlines()[-1] and "Traceback" not in error
     assert not list(tmp_path.iterdir()), "found out only after the training"
+
+
+def test_a_search_on_other_blocks_and_trained_attention_says_that_it_exports_none(inputs, tmp_path, capsys):
+    changes = {"linear_path": "GLA", "train_attention": True, "steps": 2, "window": 0}
+    for _ in range(2):
+        assert main(placement(inputs, tmp_path, **changes)) == 0
+        said = "No model is exported: the config of a model cannot say that a layer is a GLA."
+        report = (tmp_path / "report.md").read_text()
+        assert said in capsys.readouterr().out and said in report and not (tmp_path / "model").exists()
+    rows = json.loads((tmp_path / "result.json").read_text())["compared"]
+    assert [row["name"] for row in rows[:3]] == [
+        "base, attention everywhere",
+        "trained attention everywhere",
+        "GLA everywhere",
+    ]
+    assert rows[0]["placement"] is None and rows[0]["scores"] != rows[1]["scores"]
+    assert main(placement(inputs, tmp_path, **changes | {"linear_path": "JetBlock"})) == 1
+    assert "--linear-path was GLA, now it is JetBlock" in capsys.readouterr().err
+    assert main(placement(inputs, tmp_path, linear_path="LSTM")) == 2
+
+
+def test_precision_is_a_part_of_a_run(inputs, whole, tmp_path, capsys):
+    (tmp_path / "super_network.ckpt").write_bytes((whole / "super_network.ckpt").read_bytes())
+    assert main(placement(inputs, tmp_path, precision="bf16")) == 1  # auto is fp32 for so narrow a base
+    assert "--precision was fp32, now it is bf16; give those again" in capsys.readouterr().err
+    assert main(placement(inputs, tmp_path / "bf16", precision="bf16", window=0, examples=2)) == 0
+    assert losses(tmp_path / "bf16") != losses(whole)
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(whole), rel=0.1)
+
+
+def test_a_warm_start_is_another_run_and_goes_on_alike(inputs, whole, tmp_path, capsys):
+    base = small_base(3, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    base.save_pretrained(tmp_path / "base")
+    Tokenizer.byte_level().save_pretrained(tmp_path / "base")
+    warm = {"base": tmp_path / "base", "start": "warm", "shape": "16x16x2", "window": 0, "examples": 2}
+    for folder in ("one", "two"):
+        assert main(placement(inputs, tmp_path / folder, **warm)) == 0
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert main(placement(inputs, tmp_path / "one", **warm | {"start": "random"})) == 1
+    assert "--start was warm, now it is random" in capsys.readouterr().err
+    assert main(placement(inputs, tmp_path / "random", **warm | {"start": "random"})) == 0
+    assert losses(tmp_path / "random")[0] != losses(tmp_path / "one")[0]
+    assert main(placement(inputs, tmp_path / "none", **warm, linear_path="GLA")) == 2
+    assert "--start warm needs --linear-path JetBlock, got GLA" in capsys.readouterr().err
 
 
 def test_saving_more_often_is_no_other_run(inputs, whole, tmp_path):

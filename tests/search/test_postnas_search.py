@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.postnas_cases import LAYERS, PLANTED, TINY_JET, VOCAB, PlantedRows, planted_base
+from support.postnas_cases import LAYERS, PLANTED, TINY_JET, PlantedRows, planted_base
 
 from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.postnas import (
@@ -25,7 +25,7 @@ from jetkernels.postnas import (
     write_report,
 )
 from jetkernels.postnas.data import seeded
-from jetkernels.postnas.search import most_evaluations
+from jetkernels.postnas.search import by_importance, most_evaluations
 from jetkernels.postnas.tasks import objective_of
 
 
@@ -45,7 +45,7 @@ def test_beam_search_finds_planted_layers(width, planted):
     found = beam_search(("jet",) * 12, len(planted), planted_objective(planted), width=width, exhaustive_up_to=0)
     assert found.chosen == planted and found.value == len(planted) and not found.exhaustive
     assert found.placement == tuple("attn" if i in planted else "jet" for i in range(12))
-    assert found.evaluated <= most_evaluations(12, len(planted), width, 0)
+    assert found.evaluated <= most_evaluations(12, [len(planted)], width, 0)
 
 
 def test_exhaustive_search_looks_at_every_placement_once():
@@ -57,9 +57,33 @@ def test_exhaustive_search_looks_at_every_placement_once():
 
     found = beam_search(("jet",) * 6, 2, evaluate, exhaustive_up_to=15)
     assert found.exhaustive and found.evaluated == len(seen) == len(set(seen)) == math.comb(6, 2) == most_evaluations(
-        6, 2, 4, 15
+        6, [2], 4, 15
     )
     assert found.chosen == (1, 4)
+
+
+@pytest.mark.parametrize("exhaustive_up_to", [0, 12, 10**6])
+def test_one_beam_finds_every_budget(exhaustive_up_to):
+    """Layer i is worth the i-th weight; a beam of one finds the best of every size."""
+    weights, seen = (5.0, 1.0, 9.0, 3.0, 0.5, 7.0), []
+
+    def evaluate(placement):
+        seen.append(placement)
+        return sum(w for w, kind in zip(weights, placement) if kind == "attn")
+
+    found = beam_search(("jet",) * 6, 3, evaluate, width=1, exhaustive_up_to=exhaustive_up_to, budgets=(5, 1, 3))
+    assert found.budgets == {1: (2,), 3: (0, 2, 5), 5: (0, 1, 2, 3, 5)}
+    assert (found.chosen, found.value) == ((0, 2, 5), 21.0) and found.exhaustive == (exhaustive_up_to == 10**6)
+    assert found.evaluated == len(seen) == len(set(seen)) <= most_evaluations(6, [1, 3, 5], 1, exhaustive_up_to)
+    alone = beam_search(("jet",) * 6, 3, evaluate, width=1, exhaustive_up_to=exhaustive_up_to)
+    assert (alone.placement, alone.value, alone.budgets) == (found.placement, found.value, {3: (0, 2, 5)})
+    with pytest.raises(ValueError, match="budget must be between 0 and the 6 jet layers, got 7"):
+        beam_search(("jet",) * 6, 3, evaluate, budgets=(7,))
+
+
+def test_layers_by_importance_are_those_that_gain_most_alone():
+    gains = {0: 0.1, 1: 3.0, 2: 3.0, 3: -1.0, 4: 5.0}
+    assert [by_importance(gains, n) for n in (0, 1, 2, 3)] == [(), (4,), (1, 4), (1, 2, 4)]
 
 
 def test_a_budget_of_none_is_the_start():
@@ -108,7 +132,7 @@ def planted_search(seed: int, options: PlacementOptions, folder=None):
     base = planted_base()
     network = SuperNetwork(base, TINY_JET, window_size=20, seed=seed)
     loader = Loader([(PlantedRows(), 1.0)], batch_size=4, length=21, seed=seed)
-    losses = train_super_network(network, loader, Recipe(15, 1e-3, warmup=2), {})
+    losses = train_super_network(network, loader, Recipe(60, 5e-3, warmup=2), {})
     book = ScoreBook(network, [PlantedRows().task()], {})
     result = search_placement(book, options, losses)
     if folder is not None:
@@ -140,7 +164,7 @@ def test_windows_are_searched_after_full_attention_is_placed(tmp_path):
     """One full layer and one window, both of which reach the whole sequence here: together they must be the planted
     two.
     """
-    options = PlacementOptions(full_layers=1, window_layers=1, window_task="recall", objective="accuracy")
+    options = PlacementOptions(full_layers=1, window_layers=1, window_task="recall", full_objective="accuracy")
     _, book, result = planted_search(0, options, tmp_path)
     assert set(result.full.chosen) | set(result.window.chosen) == set(PLANTED)
     assert sorted(result.placement) == ["attn"] + ["jet"] * (LAYERS - 2) + ["swa"]
@@ -150,6 +174,39 @@ def test_windows_are_searched_after_full_attention_is_placed(tmp_path):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in report
 
 
+def test_each_search_has_an_objective_and_each_task_the_one_of_its_search():
+    options = PlacementOptions(2, 1, "recall", "text", full_objective="accuracy", window_objective="loss")
+    wanted = {("recall", "attn"): "accuracy", ("recall", "swa"): "accuracy", ("text", "attn"): "loss"}
+    wanted |= {("text", "swa"): "loss", ("copy", "attn"): "accuracy", ("copy", "swa"): "loss"}
+    assert {asked: options.objective(*asked) for asked in wanted} == wanted
+    one_task = PlacementOptions(2, 1, "recall", "recall", full_objective="accuracy", window_objective="loss")
+    assert [one_task.objective("recall", kind) for kind in ("attn", "swa")] == ["accuracy", "loss"]
+    with pytest.raises(ValueError, match="window_objective must be one of loss, accuracy, got 'speed'"):
+        PlacementOptions(2, window_objective="speed")
+
+
+def test_full_layers_go_by_accuracy_and_windows_by_the_loss():
+    """Scores of three layers: the best full layer by accuracy is 2, by loss 0; the best window by loss is 1."""
+
+    class Planted(ScoreBook):
+        def score(self, placement, task):
+            if "swa" in placement:
+                i = placement.index("swa")
+                return Score({0: 2.0, 1: 1.0, 2: 3.0}[i], {0: 0.9, 1: 0.1, 2: 0.5}[i])
+            loss, accuracy = {0: (0.5, 0.1), 1: (2.0, 0.2), 2: (1.0, 0.8)}.get(
+                placement.index("attn") if "attn" in placement else -1, (4.0, 0.0)
+            )
+            return Score(loss, accuracy)
+
+    network = SuperNetwork(small_base(3, hidden_size=32, intermediate_size=32), TINY_JET)
+    book = Planted(network, [PlantedRows().task(1)], {})
+    asked = {"window_task": "recall", "full_objective": "accuracy", "window_objective": "loss"}
+    result = search_placement(book, PlacementOptions(1, 1, **asked))
+    assert result.placement == ("jet", "swa", "attn") and (result.full.value, result.window.value) == (0.8, -1.0)
+    assert result.importance["attn"]["recall"] == {0: 0.1, 1: 0.2, 2: 0.8}
+    assert search_placement(book, PlacementOptions(1)).placement == ("attn", "jet", "jet")
+
+
 def test_attention_everywhere_is_the_base():
     base = planted_base()
     ids = PlantedRows().rows(3, 12, torch.Generator().manual_seed(0))
@@ -157,43 +214,6 @@ def test_attention_everywhere_is_the_base():
     torch.testing.assert_close(network(ids, ("attn",) * LAYERS), base(ids).logits, rtol=0, atol=0)
     with pytest.raises(ValueError, match="must have a jet layer"):
         network.distillation_loss(ids, ("attn",) * LAYERS)
-
-
-def test_distillation_teaches_the_paths_and_leaves_the_base_alone():
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    base = small_base(2, initializer_range=0.3, vocab_size=VOCAB, **sizes)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    network, placement = SuperNetwork(base, TINY_JET), ("jet", "jet")
-    ids = PlantedRows().rows(8, 20, torch.Generator().manual_seed(0))
-    loss = network.distillation_loss(ids, placement).item()
-    seen = []
-    losses = train_super_network(
-        network,
-        Loader([(PlantedRows(), 1.0)], 8, 21),
-        Recipe(60, 1e-2, warmup=2),
-        {},
-        on_step=lambda step, loss: seen.append((step, loss)),
-    )
-    assert seen == list(enumerate(losses))
-    assert len(losses) == 60 and network.distillation_loss(ids, placement).item() < 0.8 * loss
-    assert not any(p.requires_grad for p in base.parameters())
-    for name, value in before.items():
-        torch.testing.assert_close(base.state_dict()[name], value, rtol=0, atol=0)
-
-
-def test_recomputed_layers_give_the_same_gradients():
-    rows = PlantedRows().rows(2, 12, torch.Generator().manual_seed(0))
-    gradients = []
-    for recompute_layers in (False, True):
-        network = SuperNetwork(planted_base(), TINY_JET, recompute_layers=recompute_layers)
-        calls = []
-        network.jet[2].register_forward_pre_hook(lambda *arguments: calls.append(1))
-        network.distillation_loss(rows, ("jet", "attn", "jet", "jet", "attn")).backward()
-        gradients.append({name: p.grad for name, p in network.jet.named_parameters() if p.grad is not None})
-        assert len(calls) == 1 + recompute_layers
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
 
 
 def test_random_paths_reach_every_layer_and_never_train_nothing():

@@ -63,7 +63,7 @@ def test_planted_best_is_found_under_the_constraint(tmp_path, best):
     measure = planted(lambda s: 99.0 if s == decoy else 100.0, lambda s: {decoy: 3.0, best: 2.0}.get(s, 1.0))
     rows = measure_all(NAMES, measure, {})
     chosen = best_shape(rows, 100.0)
-    write_shape_report(tmp_path, rows, chosen, 100.0, "planted", [])
+    write_shape_report(tmp_path, rows, chosen, "JetBlock", 100.0, "planted", [])
     assert chosen.name == best.name and best_shape(rows, 90.0).name == decoy.name
     line = f"| {best.K} | {best.V} | {best.H} |"
     assert any(row.startswith(line) and "**yes**" in row for row in (tmp_path / "report.md").read_text().splitlines())

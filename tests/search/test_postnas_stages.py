@@ -8,9 +8,11 @@ import pytest
 
 from jetkernels.cli import search
 from jetkernels.cli.search_checks import told
+from jetkernels.postnas.comparisons import BlocksStage, write_result
 from jetkernels.postnas.options import Integers
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape
+from jetkernels.postnas.stages import PlacementStage
 
 KINDS = {name: kind for name, (_, _, kind) in search.stages().items()}
 REQUIRED = {"output": "out", "base": "base", "placement": "jet attn", "model": "model"}
@@ -19,9 +21,16 @@ REQUIRED = {"output": "out", "base": "base", "placement": "jet attn", "model": "
 @pytest.mark.parametrize("name", KINDS)
 def test_what_a_training_depends_on_are_options(name):
     kind, known = KINDS[name], {field.name for field in fields(KINDS[name])}
-    assert set(kind.TRAINING) <= known and len(set(kind.TRAINING)) == len(kind.TRAINING)
-    assert set(getattr(kind, "REPORTED", ())) <= known
-    assert {"output", "text", "save_every"}.isdisjoint(kind.TRAINING)
+    training = set(kind.training_options())
+    assert {"steps", "batch", "seed"} <= training <= known
+    assert set(getattr(kind, "NOT_REPORTED", ())) <= known
+    assert {"output", "text", "save_every"}.isdisjoint(training)
+
+
+def test_every_class_of_options_adds_to_what_a_training_depends_on():
+    training = set(PlacementStage.training_options())
+    assert {"shape", "linear_path", "train_attention"} <= training and "layers" not in training
+    assert {"equal", "shape", "train_attention"} <= set(BlocksStage.training_options())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -50,6 +59,27 @@ def test_the_pipeline_hands_its_options_on():
     assert (shapes.state, shapes.heads, shapes.keys, shapes.batch) == (12, (2, 4), (1, 2), 4)
     assert (final.steps, final.whole_steps, final.model, final.examples) == (7, 7, Path("run/shapes/model"), 8)
     assert "base" not in Pipeline(output=Path("run"), base=Path("mine")).stages()
+
+
+def test_the_pipeline_carries_on_what_its_stages_found(tmp_path):
+    def shapes(**changes):
+        stages = Pipeline(output=tmp_path, **changes).stages()
+        return stages["shapes"].block, stages["shapes"].design, "design" in stages, stages["shapes"].start
+
+    assert shapes() == ("JetBlock", "JetBlock", True, "random")
+    write_result(tmp_path / "blocks", "Mamba2", "JetBlock")
+    assert shapes() == ("JetBlock", "JetBlock", True, "random")
+    assert shapes(block="best", start="warm") == ("Mamba2", "JetBlock", False, "random")
+    assert shapes(block="GLA") == ("GLA", "JetBlock", False, "random")
+    write_result(tmp_path / "design", "dynamic, q", "reduction 2")
+    assert shapes(start="warm") == ("JetBlock", "reduction 2", True, "warm")
+    assert shapes(design="best", start="warm") == ("JetBlock", "dynamic, q", True, "random")
+    assert shapes(block="best") == ("Mamba2", "JetBlock", False, "random")
+    write_result(tmp_path / "blocks", "Mamba2", None)  # of a comparison without a JetBlock
+    assert shapes()[0] == "JetBlock"
+    (tmp_path / "blocks" / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="must be a result of a comparison of candidates"):
+        shapes()
 
 
 def test_options_are_named_as_checkpoints_have_them():

@@ -9,7 +9,7 @@ from jetkernels.model import JetNemotronForCausalLM
 
 from ..tasks import Score
 from .plots import curve
-from .tables import markdown_table, provenance, write_text
+from .tables import markdown_table, provenance, training_speed, write_text
 
 
 def write_base_report(
@@ -43,6 +43,6 @@ def write_base_report(
     ]
     if losses:
         curve(folder / "loss.png", losses, "base: text, recall and copying", "nats per token")
-        text.append("![training](loss.png)\n")
+        text.append(f"{training_speed(losses)}\n\n![training](loss.png)\n")
     text += ["## Provenance\n", provenance(facts)]
     write_text(folder / "report.md", "\n".join(text))

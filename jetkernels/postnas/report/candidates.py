@@ -28,6 +28,13 @@ def spread_sentence(rows: Sequence[Measured]) -> str:
     )
 
 
+def best_exported(best: str, exported: str | None) -> str:
+    """What to add where the best candidate is none that a model can be exported with; else nothing."""
+    if exported == best:
+        return ""
+    return f" (no model can be exported with it; best of those that can: {exported or 'none'})"
+
+
 def _task_columns(row: Measured) -> list[str]:
     return [f"{task}, {what}" for task in row.scores for what in ("loss", "accuracy")]
 
@@ -66,6 +73,7 @@ def write_candidate_report(
     title: str,
     rows: Sequence[Measured],
     best: Measured,
+    exported: str | None,
     pair: tuple[str, str] | None,
     quality: str,
     facts: Sequence[tuple[str, object]],
@@ -80,6 +88,7 @@ def write_candidate_report(
         title: of the report.
         rows: every seed of every candidate.
         best: the candidate that was chosen.
+        exported: name of the best of those that a model can be exported with; None: there is none.
         pair: names of two candidates that are compared on their own.
         quality: what it is, in words.
         facts: (name, value) of what the rows depend on.
@@ -91,8 +100,8 @@ def write_candidate_report(
     quality_against_speed(folder / "candidates.png", points, quality, curves)
     text = [
         f"# {title}\n",
-        f"Best: {best.name} ({quality} {best.quality:.4f}). Same placement, text and recipe for all; speeds on this "
-        "machine.\n",
+        f"Best: {best.name}, {quality} {best.quality:.4f}{best_exported(best.name, exported)}. Same placement, text "
+        "and recipe for all; speeds on this machine.\n",
         spread_sentence(rows),
         candidate_table(means),
         "![candidates](candidates.png)\n",
@@ -108,6 +117,7 @@ def write_shape_report(
     folder: str | Path,
     rows: Sequence[Measured],
     best: Measured,
+    path: str,
     minimum: float,
     quality: str,
     facts: Sequence[tuple[str, object]],
@@ -118,6 +128,7 @@ def write_shape_report(
         folder: where they go.
         rows: every seed of every shape; a row's name is that of its shape.
         best: the shape that was chosen.
+        path: what was given these shapes.
         minimum: tokens per second that a shape must generate.
         quality: what it is, in words.
         facts: (name, value) of what the rows depend on.
@@ -138,10 +149,10 @@ def write_shape_report(
     ]
     chosen = Shape.from_name(best.name)
     text = [
-        "# Sizes of the JetBlock\n",
+        f"# Sizes of the {path}\n",
         f"Chosen: K = {chosen.K}, V = {chosen.V}, H = {chosen.H}: the best quality among the shapes that generate at "
         f"least {minimum:,.1f} tokens/s on this machine. Every shape has {chosen.state:,} elements of state per "
-        "JetBlock layer.\n",
+        "layer.\n",
         spread_sentence(rows),
         markdown_table([*header, *_task_columns(rows[0])], table),
         "![shapes](shapes.png)\n",

@@ -7,51 +7,81 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..options import OBJECTIVE_NAMES
 from ..placement import PlacementOptions, PlacementResult, ScoreBook
-from ..search import uniform, with_kind
-from ..super_network import Placement
-from ..tasks import Score
-from .plots import curve, heat_map
-from .tables import markdown_table, provenance, write_text
+from ..search import by_importance, uniform, with_kind
+from ..super_network import Placement, SuperNetwork
+from ..tasks import Score, objective_of
+from .plots import FEATURE_LOSS, budget_curves, curve, heat_map
+from .tables import markdown_table, not_exported, provenance, training_speed, write_text
+
+# The name of a placement, and it; None stands for the base.
+Compared = tuple[str, Placement | None]
 
 
-def comparison(book: ScoreBook, result: PlacementResult) -> list[tuple[str, Placement]]:
+def placed(
+    network: SuperNetwork, result: PlacementResult, options: PlacementOptions, budget: int
+) -> list[tuple[str, Placement]]:
+    """The placements of so many full layers: at equal distances, those that gain most alone, and the found one."""
+    gains = result.importance["attn"][options.full_task]
+    layers = {
+        "uniform": uniform(network.num_layers, budget),
+        "by importance": by_importance(gains, budget),
+        "found": result.full.budgets[budget],
+    }
+    start = ("jet",) * network.num_layers
+    return [(f"{name}, {budget} full", with_kind(start, chosen, "attn")) for name, chosen in layers.items()]
+
+
+def comparison(book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[Compared]:
     """Placements that the found one is held against."""
-    layers = book.network.num_layers
-    rows = [("base, attention everywhere", ("attn",) * layers), ("JetBlock everywhere", ("jet",) * layers)]
+    network, layers = book.network, book.network.num_layers
+    everywhere = ("attn",) * layers
+    rows: list[Compared] = [("base, attention everywhere", None if network.attention else everywhere)]
+    if network.attention:
+        rows.append(("trained attention everywhere", everywhere))
+    rows.append((f"{network.path_name} everywhere", ("jet",) * layers))
     budget = len(result.full.chosen)
     if budget:
-        rows.append((f"uniform, {budget} full", with_kind(("jet",) * layers, uniform(layers, budget), "attn")))
-        rows.append((f"found, {budget} full", result.full.placement))
+        rows += placed(network, result, options, budget)
     if result.window is not None:
         rows.append((f"found, {budget} full and {len(result.window.chosen)} windowed", result.placement))
     return rows
 
 
 def _searches_section(result: PlacementResult, options: PlacementOptions) -> str:
-    searches = [("full attention", options.full_task, result.full)]
+    searches = [("full attention", options.full_task, options.full_objective, result.full)]
     if result.window is not None:
-        searches.append(("sliding window", options.window_task, result.window))
-    header = ["layers of", "chosen by task", "layers (0-based)", "objective", "placements evaluated", "search"]
+        searches.append(("sliding window", options.window_task, options.window_objective, result.window))
+    header = ["layers of", "chosen by", "layers (0-based)", "objective", "placements evaluated", "search"]
     rows = []
-    for what, task, found in searches:
+    for what, task, objective, found in searches:
+        by = f"{task}, {OBJECTIVE_NAMES[objective]}"
         how = "all there are" if found.exhaustive else f"beam of {options.width}"
-        rows.append([what, task, ", ".join(map(str, found.chosen)), found.value, found.evaluated, how])
+        rows.append([what, by, ", ".join(map(str, found.chosen)), found.value, found.evaluated, how])
     return markdown_table(header, rows)
 
 
-def _comparison_section(scored: Sequence[tuple[str, Placement, Mapping[str, Score]]], unseen: bool) -> list[str]:
-    """The found placement beside others, and the recall of each by distance; scored: (name, placement, scores)."""
+def _comparison_section(
+    scored: Sequence[tuple[str, Placement | None, Mapping[str, Score]]], path: str, unseen: bool
+) -> list[str]:
+    """The found placement beside others, and the recall of each by distance.
+
+    Args:
+        scored: (name, placement, scores).
+        path: what the linear paths are.
+        unseen: the search has not seen the examples.
+    """
     on = "generated examples that the search has not seen" if unseen else "the examples of the search"
     tasks = list(scored[0][2])
     header = ["placement", "layers", *(f"{task}, {what}" for task in tasks for what in ("loss", "accuracy"))]
     rows = [
-        [name, " ".join(placement), *(value for s in scores.values() for value in (s.loss, s.accuracy))]
-        for name, placement, scores in scored
+        [name, " ".join(placement or ()), *(value for s in of_tasks.values() for value in (s.loss, s.accuracy))]
+        for name, placement, of_tasks in scored
     ]
     text = [
         "## Held against\n\nLoss in nats per token of the right answer; all within the super network, "
-        f"JetBlock paths as trained there; on {on}.\n",
+        f"{path} paths as trained there; on {on}.\n",
         markdown_table(header, rows),
     ]
     recalled = [
@@ -66,18 +96,68 @@ def _comparison_section(scored: Sequence[tuple[str, Placement, Mapping[str, Scor
     return text
 
 
-def _importance_section(folder: Path, result: PlacementResult, layers: int, objective: str) -> str:
+def _budget_section(folder: Path, judge: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[str]:
+    """A table and a picture of the placements of every budget; nothing where there is only one."""
+    network, budgets = judge.network, [budget for budget in result.full.budgets if budget]
+    if len(budgets) < 2:
+        return []
+    fixed = comparison(judge, result, options)[0], (f"{network.path_name} everywhere", ("jet",) * network.num_layers)
+    named = [(budget, *pair) for budget in budgets for pair in placed(network, result, options, budget)]
+    scored = scores_of_each(judge, [*(placement for _, _, placement in named), *(placement for _, placement in fixed)])
+    rows: list[list[object]] = []
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for (budget, name, placement), of_tasks in zip(named, scored):
+        how, layers = name.split(",")[0], ", ".join(str(i) for i, kind in enumerate(placement) if kind == "attn")
+        rows.append([budget, how, layers, *(value for s in of_tasks.values() for value in (s.loss, s.accuracy))])
+        for title, value in _objectives(of_tasks, options).items():
+            panels.setdefault(title, {}).setdefault(how, {})[budget] = value
+    levels: dict[str, dict[str, float]] = {title: {} for title in panels}
+    for (name, _), of_tasks in zip(fixed, scored[len(named) :]):
+        for title, value in _objectives(of_tasks, options).items():
+            levels[title][name.split(",")[0]] = value
+    budget_curves(folder / "budgets.png", panels, levels)
+    header = ["full layers", "placement", "layers (0-based)"]
+    header += [f"{task}, {what}" for task in judge.tasks for what in ("loss", "accuracy")]
+    return [
+        "## Budgets of full layers\n\nOne beam found them on its way; by importance are the layers that gain most "
+        f"alone in {options.full_task}. No windows; within the super network.\n",
+        markdown_table(header, rows),
+        "![score against the number of full layers](budgets.png)\n",
+    ]
+
+
+def _objectives(scores: Mapping[str, Score], options: PlacementOptions) -> dict[str, float]:
+    """{task and objective in words: its value}, by the objectives of full attention."""
+    chosen = {task: options.objective(task, "attn") for task in scores}
+    return {
+        f"{task}, {OBJECTIVE_NAMES[objective]}": objective_of(task, scores[task], objective)
+        for task, objective in chosen.items()
+    }
+
+
+def scores_of_each(judge: ScoreBook, placements: Sequence[Placement | None]) -> list[dict[str, Score]]:
+    """{task: score} of each placement; task by task, so that placements share what they can."""
+    found: list[dict[str, Score]] = [{} for _ in placements]
+    for task in judge.tasks:
+        for scores, placement in zip(found, placements):
+            scores[task] = judge.score(placement, task)
+    return found
+
+
+def _importance_section(folder: Path, result: PlacementResult, network: SuperNetwork, options: PlacementOptions) -> str:
     """Tables and heat maps of each layer's gain; the pictures go to `folder`."""
     names = {"attn": "full attention", "swa": "sliding-window attention"}
-    what = "minus the loss, nats per token" if objective == "loss" else "accuracy"
-    parts = []
+    layers, path, parts = network.num_layers, network.path_name, []
     for kind, maps in result.importance.items():
+        labels = {task: f"{task}, {OBJECTIVE_NAMES[options.objective(task, kind)]}" for task in maps}
         drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
-        heat_map(folder / f"importance-{kind}.png", list(maps), drawn, f"gain from {names[kind]} in one layer")
-        shown = [[task, *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
+        picture = folder / f"importance-{kind}.png"
+        heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer")
+        shown = [[labels[task], *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
+        table = markdown_table(["task", *map(str, range(layers))], shown)
         parts.append(
-            f"## Importance of {names[kind]} per layer\n\nGain of the objective ({what}) when that layer alone changes "
-            f"from JetBlock to {names[kind]}.\n\n{markdown_table(['task', *map(str, range(layers))], shown)}\n"
+            f"## Importance of {names[kind]} per layer\n\nGain of the objective (losses in nats per token) when that "
+            f"layer alone changes from {path} to {names[kind]}.\n\n{table}\n"
             f"![importance](importance-{kind}.png)\n"
         )
     return "\n".join(parts)
@@ -93,7 +173,7 @@ def write_report(
 ) -> None:
     """Writes report.md, its plots and result.json.
 
-    The same search gives the same files, whether it was interrupted or not.
+    The same search gives the same files, whether it was interrupted or not, but for the tokens per second.
 
     Args:
         folder: where they go.
@@ -107,22 +187,24 @@ def write_report(
     """
     folder = Path(folder)
     judge = book if fresh is None else fresh
-    scored = [
-        (name, placement, {task: judge.score(placement, task) for task in judge.tasks})
-        for name, placement in comparison(book, result)
-    ]
+    compared = comparison(book, result, options)
+    of_each = scores_of_each(judge, [placement for _, placement in compared])
+    scored = [(name, placement, scores) for (name, placement), scores in zip(compared, of_each)]
     text = [
         "# Placement of attention layers\n",
         f"Placement: `{' '.join(result.placement)}`\n",
+        *([] if book.network.jet_config else [f"{not_exported(book.network.path_name)}\n"]),
         _searches_section(result, options),
-        *_comparison_section(scored, unseen=fresh is not None),
-        _importance_section(folder, result, book.network.num_layers, options.objective),
+        *_comparison_section(scored, book.network.path_name, unseen=fresh is not None),
+        *_budget_section(folder, judge, result, options),
+        _importance_section(folder, result, book.network, options),
     ]
     if result.losses:
         picture = "distillation.png"
-        curve(folder / picture, result.losses, "super network: feature distillation", "mean squared difference")
+        curve(folder / picture, result.losses, "super network: feature distillation", FEATURE_LOSS)
         text.append(
-            f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}.\n\n![distillation]({picture})\n"
+            f"## Training of the super network\n\nLast loss {result.losses[-1]:.6f}. {training_speed(result.losses)}"
+            f"\n\n![distillation]({picture})\n"
         )
     text += ["## Provenance\n", provenance([*facts, *asdict(options).items()])]
     write_text(folder / "report.md", "\n".join(text))

@@ -10,6 +10,8 @@ from typing import Any
 from jetkernels._optional import optional
 from jetkernels.files import write_atomic
 
+FEATURE_LOSS = "distillation: squared error of attention's output, relative"
+
 
 def _pyplot() -> Any:
     """matplotlib.pyplot, drawing to memory; ModuleNotFoundError where matplotlib is not installed."""
@@ -89,6 +91,31 @@ def curve(
     _save(figure, path)
 
 
+def budget_curves(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    levels: Mapping[str, Mapping[str, float]],
+) -> None:
+    """A PNG of scores against the number of full-attention layers, a panel per task.
+
+    Args:
+        path: of the file.
+        panels: {title: {how the layers were placed: {number of them: score}}}.
+        levels: {title: {name: score that does not depend on it}}, drawn as level lines.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False)
+    for panel, (title, lines) in zip(axes[0], panels.items()):
+        for name, scores in lines.items():
+            panel.plot(sorted(scores), [scores[budget] for budget in sorted(scores)], marker="o", label=name)
+        for i, (name, value) in enumerate(levels[title].items()):
+            panel.axhline(value, linestyle=":", color=f"{0.2 + 0.4 * i}", label=name)
+        panel.set_xticks(sorted({budget for scores in lines.values() for budget in scores}))
+        panel.set(xlabel="layers of full attention", ylabel=title)
+        panel.legend(fontsize=8)
+    _save(figure, path)
+
+
 def quality_against_speed(
     path: str | Path,
     points: Sequence[tuple[str, float, float]],
@@ -114,7 +141,7 @@ def quality_against_speed(
         left.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for name, losses in curves.items():
             left.plot(_smooth(losses), label=name, linewidth=1)
-        left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+        left.set(xlabel="step", ylabel=FEATURE_LOSS, yscale="log", title="training")
         left.legend(fontsize=8)
     for name, speed, value in points:
         right.scatter([speed], [value])
@@ -147,7 +174,7 @@ def pair_chart(
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.5))
     for name, of_name in zip(names, losses):
         left.plot(_smooth(of_name), label=name)
-    left.set(xlabel="step", ylabel="distillation: mean squared difference", yscale="log", title="training")
+    left.set(xlabel="step", ylabel=FEATURE_LOSS, yscale="log", title="training")
     relative = {what: (first / second, 1.0) for what, (first, second) in speeds.items()}
     for axes, values, title in ((middle, accuracies, "accuracy"), (right, relative, f"tokens/s, {names[1]} = 1")):
         for i, name in enumerate(names):

@@ -11,6 +11,8 @@ import torch
 from jetkernels._version import __version__
 from jetkernels.files import write_atomic
 
+from ..training import Losses
+
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; numbers that are floats get four digits behind the point."""
@@ -35,6 +37,18 @@ def provenance(facts: Sequence[tuple[str, object]]) -> str:
         ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
     ]
     return markdown_table(["what", "value"], [*facts, *machine])
+
+
+def training_speed(losses: Sequence[float]) -> str:
+    """How many tokens a training saw, and how fast; nothing where that is not known or it was none."""
+    if not isinstance(losses, Losses) or not losses.seconds:
+        return ""
+    return f"{len(losses) * losses.tokens:,} tokens at {losses.tokens_per_second:,.0f} tokens/s."
+
+
+def not_exported(path: str) -> str:
+    """Why there is no model; path: what its linear layers are."""
+    return f"No model is exported: the config of a model cannot say that a layer is a {path}."
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,0 +1,73 @@
+"""Hybrids whose linear layers no config of a model can say: kept for a later stage, not for `generate`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+from jetkernels.files import write_atomic
+from jetkernels.model import JetNemotronForCausalLM
+
+from .checkpoints import load_state, save_state
+from .linear_path import LinearPath
+from .shapes import Shape
+from .super_network import Placement, SuperNetwork
+
+DESCRIPTION, WEIGHTS, STAGE = "hybrid.json", "hybrid.ckpt", "hybrid"
+
+
+def is_hybrid(folder: Path) -> bool:
+    """Whether `save_hybrid` wrote to this folder."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def read_path(folder: Path) -> LinearPath:
+    """What the linear layers of a saved hybrid are; ValueError where the file does not say it."""
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        return LinearPath(Shape.from_name(description["shape"]), description["block"], description["design"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"hybrid: {folder / DESCRIPTION} must name shape, block and design; {error}") from None
+
+
+def save_hybrid(
+    folder: Path, model: JetNemotronForCausalLM, placement: Placement, path: LinearPath, window_size: int
+) -> None:
+    """Writes the weights of a hybrid, and what it takes to build it again beside its base.
+
+    Args:
+        folder: where they go.
+        model: as `SuperNetwork.assemble` made it.
+        placement: that it was made of.
+        path: what its linear layers are.
+        window_size: of its windowed layers.
+    """
+    description = {
+        "placement": list(placement),
+        "shape": path.shape.name,
+        "block": path.block,
+        "design": path.design,
+        "window_size": window_size,
+    }
+    save_state(folder / WEIGHTS, STAGE, description, {"weights": model.state_dict()})
+    write_atomic(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+
+
+def load_hybrid(folder: Path, base: JetNemotronForCausalLM) -> JetNemotronForCausalLM:
+    """The hybrid that `save_hybrid` wrote; it shares no tensor with the base.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: one is damaged, or the hybrid is not of this base's sizes.
+    """
+    path = read_path(folder)
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    weights = load_state(folder / WEIGHTS, STAGE, description)["weights"]
+    network = SuperNetwork(copy.deepcopy(base), path.paths(), description["window_size"])
+    model = network.assemble(description["placement"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"hybrid: {folder / WEIGHTS} must be of a base of these sizes; {error}") from None
+    return model
