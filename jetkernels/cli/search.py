@@ -194,6 +194,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=integer(1, 10**6), help="of each task, of recall at each distance (default %(default)s)"
     )
+    sentences = "questions which sentence of the text comes next; another task (default %(default)s)"
+    parser.add_argument("--continuations", type=integer(0, 10**6), help=sentences)
     parser.add_argument(
         "--questions", type=Path, action="append", help="JSON lines with query, choices, gold; another task"
     )

@@ -152,6 +152,7 @@ def _task_names(stage: StageOptions) -> list[str]:
     """Of all tasks that the options name; none twice."""
     names = list(TASKS)
     if isinstance(stage, TaskOptions):
+        names += ["continuations"] if stage.continuations else []
         names += [MultipleChoice.from_jsonl(path, Tokenizer.byte_level()).name for path in stage.questions]
         names += [word.partition(":")[0] for word in stage.harness]
     twice = [name for name in names if names.count(name) > 1]

@@ -18,7 +18,7 @@ from jetkernels.model.architectures import published_config
 from jetkernels.model.checkpoint import load_folder, read_folder_config
 
 from .data import Loader, RowSource, TextCorpus, Windows
-from .tasks import Copy, Recall
+from .tasks import Copy, KeyValueRecall, Recall
 from .training import Recipe, train
 
 # The shape of the small base: bytes, and the end of a text.
@@ -129,16 +129,13 @@ def small_base(layers: int = 6, seed: int = 0, **changes: Any) -> JetNemotronFor
     return JetNemotronForCausalLM.random(small_config(layers, **changes), seed=seed)
 
 
-def text_and_tasks(
-    corpus: TextCorpus, mark: int, task_share: float, recall: Recall | None = None
-) -> list[tuple[RowSource, float]]:
+def text_and_tasks(corpus: TextCorpus, task_share: float, recall: KeyValueRecall) -> list[tuple[RowSource, float]]:
     """Sources of training rows: windows of the text, and recall and copying, half each of `task_share`.
 
     Args:
         corpus: whose training text the rows are made of.
-        mark: token that marks a key of the recall task.
         task_share: of the rows; 0 for plain text alone.
-        recall: the recall task; None: that of the default distances.
+        recall: the recall task.
 
     Raises:
         ValueError: task_share is not in [0, 1).
@@ -147,7 +144,7 @@ def text_and_tasks(
         raise ValueError(f"task_share must be at least 0 and below 1, got {task_share}")
     sources: list[tuple[RowSource, float]] = [(Windows(corpus.training), 1 - task_share)]
     if task_share:
-        sources.append((recall or Recall(corpus.training, mark), task_share / 2))
+        sources.append((recall, task_share / 2))
         sources.append((Copy(corpus.training), task_share / 2))
     return sources
 
@@ -187,7 +184,7 @@ def train_base(
     """
     check_base(model.config)
     recall = Recall(corpus.training, mark, tuple(distances))
-    loader = Loader(text_and_tasks(corpus, mark, task_share, recall), batch_size, length + 1, seed)
+    loader = Loader(text_and_tasks(corpus, task_share, recall), batch_size, length + 1, seed)
     facts = {
         "config": model.config.to_dict(),
         "text": corpus.digest,

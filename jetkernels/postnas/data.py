@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jetkernels.model import Tokenizer
+from jetkernels.model.tokenizer import ENDS_OF_TEXT
 
 HELD_OUT = 20  # one file in 20, or the last 20th of a single file, is never trained on
 PIECE = 1 << 20  # characters that are encoded at once: the tokenizer takes about 160 bytes for each of them
@@ -95,7 +96,7 @@ def _encoded(raw: bytes, tokenizer: Tokenizer | None) -> Tensor:
 def end_of_text(tokenizer: Tokenizer) -> int:
     """The token for the end of a text; ValueError where the tokenizer has none."""
     if tokenizer.end_of_text_id is None:
-        raise ValueError("text: the tokenizer must have a token for the end of a text, such as <|endoftext|>")
+        raise ValueError(f"text: the tokenizer must have {' or '.join(ENDS_OF_TEXT)}, the end of a text")
     return tokenizer.end_of_text_id
 
 

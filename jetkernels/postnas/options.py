@@ -15,14 +15,14 @@ from typing import ClassVar
 import torch
 
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
-from jetkernels.model.tokenizer import ENDS_OF_TEXT
 
 from .base import SMALL, text_and_tasks, weights_digest
+from .continuations import continuations
 from .data import Loader, RowSource, TextCorpus
 from .precision import chosen_precision
 from .shapes import Shape
 from .super_network import SuperNetwork
-from .tasks import Copy, MultipleChoice, Recall, Task, language_modelling
+from .tasks import Copy, MultipleChoice, Task, language_modelling, recall_of
 from .teacher import Teacher
 from .training import Recipe, ranks
 
@@ -43,13 +43,6 @@ def plain(value: object) -> object:
     if isinstance(value, Shape):
         return value.name
     return str(Integers(value)) if isinstance(value, (list, tuple)) else value
-
-
-def mark_of(tokenizer: Tokenizer) -> int:
-    """The end of a text, which marks the recall task's keys; ValueError where a tokenizer has none."""
-    if tokenizer.end_of_text_id is None:
-        raise ValueError(f"the tokenizer must have {' or '.join(ENDS_OF_TEXT)}, which marks the recall task's keys")
-    return tokenizer.end_of_text_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +130,7 @@ class StageOptions(ABC):
 
     def sources(self, corpus: TextCorpus, tokenizer: Tokenizer) -> list[tuple[RowSource, float]]:
         """What training rows are drawn from, with the share of each."""
-        mark = mark_of(tokenizer)
-        return text_and_tasks(corpus, mark, self.task_share, Recall(corpus.training, mark, self.distances))
+        return text_and_tasks(corpus, self.task_share, recall_of(corpus.training, tokenizer, self.distances))
 
     def loader(self, corpus: TextCorpus, tokenizer: Tokenizer) -> Loader:
         """The training rows."""
@@ -154,7 +146,7 @@ class StageOptions(ABC):
             seed: another one gives other examples.
         """
         return [
-            Recall(corpus.held_out, mark_of(tokenizer), self.distances).task(count, self.length, seed),
+            recall_of(corpus.held_out, tokenizer, self.distances).task(count, self.length, seed),
             Copy(corpus.held_out).task(count, self.length, seed),
             language_modelling(corpus.held_out, count, self.length, seed),
         ]
@@ -243,12 +235,14 @@ class TaskOptions(StageOptions):
 
     Attributes:
         examples: of each task, of recall at each distance.
+        continuations: questions which sentence comes next, another task; 0: none.
         questions: files of multiple-choice questions, each a task.
         harness: NAME or NAME:METRIC of tasks of lm-evaluation-harness.
         harness_limit: questions of each of these; None: all.
     """
 
     examples: int = 64
+    continuations: int = 0
     questions: Sequence[Path] = field(default_factory=list)
     harness: Sequence[str] = field(default_factory=list)
     harness_limit: int | None = None
@@ -256,6 +250,8 @@ class TaskOptions(StageOptions):
     def tasks(self, corpus: TextCorpus, tokenizer: Tokenizer, seed: int = 0) -> list[Task]:
         """All tasks; another seed gives other examples of the generated ones."""
         tasks = self.held_out_tasks(corpus, tokenizer, self.examples, seed)
+        if self.continuations:
+            tasks.append(continuations(corpus.held_out, tokenizer, self.continuations, seed=seed))
         tasks += [MultipleChoice.from_jsonl(path, tokenizer) for path in self.questions]
         if self.harness:
             from .harness import HarnessTask
@@ -280,7 +276,7 @@ class ScoreOptions(TaskOptions):
         """What the scores depend on beside the training."""
         questions = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in self.questions]
         harness = [(name, f"harness, limit {self.harness_limit}") for name in self.harness]
-        return [*self.named(("window_size", "examples")), *questions, *harness]
+        return [*self.named(("window_size", "examples", "continuations")), *questions, *harness]
 
 
 @dataclass(frozen=True, kw_only=True)

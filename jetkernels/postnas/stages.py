@@ -20,7 +20,7 @@ from jetkernels.model.gguf_file import is_gguf
 from jetkernels.model.tokenizer import TOKENIZER_FILE
 
 from .base import from_pretrained, pretrained_path, small_base, train_base, weights_digest
-from .data import TextCorpus
+from .data import TextCorpus, end_of_text
 from .final import train_final
 from .hybrid import is_hybrid, load_hybrid, read_path, save_hybrid
 from .linear_path import JET, LinearPath
@@ -33,7 +33,6 @@ from .options import (
     SizeOptions,
     StartOptions,
     TaskOptions,
-    mark_of,
 )
 from .placement import PlacementOptions, ScoreBook, export, search_placement, train_super_network
 from .precision import chosen_precision, computing
@@ -57,7 +56,7 @@ def base_tokenizer(folder: Path) -> Tokenizer:
         raise FileNotFoundError(f"base: {folder} has no {TOKENIZER_FILE}")
     tokenizer = Tokenizer.from_pretrained(folder)
     try:
-        mark_of(tokenizer)
+        end_of_text(tokenizer)
     except ValueError as error:
         raise ValueError(f"base: {error} ({folder})") from None
     return tokenizer
@@ -119,7 +118,7 @@ class BaseStage(SizeOptions):
             length=self.length,
             task_share=self.task_share,
             distances=self.distances,
-            mark=mark_of(tokenizer),
+            mark=end_of_text(tokenizer),
             seed=self.seed,
             checkpoint=self.output / "base.ckpt",
         )

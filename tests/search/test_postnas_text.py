@@ -67,7 +67,7 @@ def test_the_end_of_text_stands_between_files(tmp_path, tokenizer, kind):
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a b")
-    with pytest.raises(ValueError, match="tokenizer must have a token for the end of a text"):
+    with pytest.raises(ValueError, match=r"tokenizer must have <\|endoftext\|> or .*, the end of a text"):
         TextCorpus.from_folder(tmp_path, bpe("a b", end="<unk>"))
 
 
