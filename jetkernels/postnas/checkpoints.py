@@ -67,10 +67,10 @@ def save_state(path: str | Path, stage: str, run: Mapping, state: Mapping) -> No
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    body = buffer.getvalue()
+    body = buffer.getbuffer()  # no copy: of a large network it would be a good part of the memory
     header = {"version": FORMAT_VERSION, "stage": stage, "run": run, "bytes": len(body)}
     header["sha256"] = hashlib.sha256(body).hexdigest()
-    write_atomic(path, MAGIC + json.dumps(header).encode() + b"\n" + body)
+    write_atomic(path, b"".join((MAGIC, json.dumps(header).encode(), b"\n", body)))
 
 
 def load_state(path: str | Path, stage: str, run: Mapping) -> dict:
@@ -85,9 +85,10 @@ def load_state(path: str | Path, stage: str, run: Mapping) -> dict:
     content = path.read_bytes()
     if not content.startswith(MAGIC):
         raise ValueError(f"resume: {path} is not a checkpoint of a search")
-    line, found, body = content[len(MAGIC) :].partition(b"\n")
+    end = content.find(b"\n", len(MAGIC))
+    body = memoryview(content)[end + 1 :]
     try:
-        header = json.loads(line)
+        header = json.loads(content[len(MAGIC) : max(end, 0)])
         got = {key: header[key] for key in ("version", "stage", "run", "bytes", "sha256")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"resume: {path} is damaged: its header cannot be read") from None
@@ -95,7 +96,7 @@ def load_state(path: str | Path, stage: str, run: Mapping) -> dict:
         raise ValueError(f"resume: {path} must have format version {FORMAT_VERSION}, got {got['version']}")
     if not isinstance(got["run"], dict):
         raise ValueError(f"resume: {path} is damaged: its header names no run")
-    if not found or len(body) != got["bytes"]:
+    if len(body) != got["bytes"]:
         raise ValueError(f"resume: {path} is damaged: must hold {got['bytes']} bytes of state, got {len(body)}")
     if hashlib.sha256(body).hexdigest() != got["sha256"]:
         raise ValueError(f"resume: {path} is damaged: its state does not have the digest that its header names")
