@@ -27,6 +27,7 @@ from .teacher import Teacher
 from .training import Recipe, ranks
 
 Facts = list[tuple[str, object]]
+LOGITS = 2**26  # that a task asks for at once, at most: 256 MiB in fp32
 # What the values of an objective are, in words.
 OBJECTIVE_NAMES = {"loss": "minus the loss", "accuracy": "accuracy"}
 
@@ -145,11 +146,13 @@ class StageOptions(ABC):
             count: examples of each task, of recall at each distance.
             seed: another one gives other examples.
         """
-        return [
+        tasks = [
             recall_of(corpus.held_out, tokenizer, self.distances).task(count, self.length, seed),
             Copy(corpus.held_out).task(count, self.length, seed),
             language_modelling(corpus.held_out, count, self.length, seed),
         ]
+        most = LOGITS // (self.length * tokenizer.backend.get_vocab_size())
+        return [replace(task, batch_size=max(1, min(task.batch_size, most))) for task in tasks]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from support.postnas_cases import text_folder
 
 from jetkernels.cli import search
 from jetkernels.cli.search_checks import told
+from jetkernels.model import Tokenizer
 from jetkernels.postnas.comparisons import BlocksStage, write_result
 from jetkernels.postnas.options import Integers
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape
-from jetkernels.postnas.stages import PlacementStage
+from jetkernels.postnas.stages import BaseStage, PlacementStage
 
 KINDS = {name: kind for name, (_, _, kind) in search.stages().items()}
 REQUIRED = {"output": "out", "base": "base", "placement": "jet attn", "model": "model"}
@@ -80,6 +82,20 @@ def test_the_pipeline_carries_on_what_its_stages_found(tmp_path):
     (tmp_path / "blocks" / "result.json").write_text("{}")
     with pytest.raises(ValueError, match="must be a result of a comparison of candidates"):
         shapes()
+
+
+def test_tasks_of_large_vocabularies_show_a_model_few_rows_at_once(tmp_path, monkeypatch):
+    stage = BaseStage(output=tmp_path, text=text_folder(tmp_path / "text"), length=100)
+    tokenizer = Tokenizer.byte_level()
+    corpus = stage.corpus(tokenizer)
+
+    def sizes():
+        return [task.batch_size for task in stage.held_out_tasks(corpus, tokenizer, 2)]
+
+    assert sizes() == [16, 16, 16]
+    for allowed, rows in ((5 * 100 * 257, 5), (100, 1)):
+        monkeypatch.setattr("jetkernels.postnas.options.LOGITS", allowed)
+        assert sizes() == [rows] * 3
 
 
 def test_options_are_named_as_checkpoints_have_them():
