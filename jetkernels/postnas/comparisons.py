@@ -20,6 +20,7 @@ from jetkernels.modules import JetBlock, JetBlockConfig
 
 from .blocks import BLOCKS, equal_parameters
 from .candidates import Measured, Meter, measure_all, over_seeds
+from .costs import Cost, write_cost
 from .data import Loader
 from .design import DESIGNS, DesignedBlock
 from .hybrid import save_hybrid
@@ -180,6 +181,9 @@ class ComparisonOptions(QualityOptions, DistillOptions):
         seeds = range(self.seed, self.seed + self.seeds)
         kept = self.output / "candidates.ckpt"
         rows = measure_all(names, meter, dict(facts + asked), kept, seeds, meter.train_together, self.together)
+        if ranks()[0] == 0:
+            tokens = sum(len(row.losses) for row in rows) * self.batch * self.length
+            write_cost(self.output, Cost(tokens, sum(row.training_seconds for row in rows)))
         return Comparison(rows, meter, tokenizer, facts + asked)
 
     def report(self, found: Comparison, title: str, pair: tuple[str, str] | None = None) -> str | None:

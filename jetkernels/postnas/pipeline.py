@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .comparisons import RESULT, BlocksStage, DesignStage, ShapesStage, read_result
+from .costs import read_cost
 from .linear_path import JET, LinearPath
 from .options import (
     DistillOptions,
     Integers,
+    OutcomeOptions,
     QualityOptions,
     SearchOptions,
     ShapeOptions,
@@ -29,7 +31,7 @@ Stage = TypeVar("Stage", bound=StageOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions, StartOptions):
+class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions, StartOptions, OutcomeOptions):
     """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
 
     `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;
@@ -47,7 +49,15 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         design: that stage 4 goes on with, of stage 3, likewise.
     """
 
-    NOT_REPORTED = ("base", "harness", "output", "questions", "save_every", "text")  # paths, and what changes no result
+    NOT_REPORTED = (
+        "base",
+        "harness",
+        "output",
+        "prompts",
+        "questions",
+        "save_every",
+        "text",
+    )  # paths, and what changes no result
 
     FOR_TRAINING = ("layers", "hidden_size", "intermediate_size", "base_steps")
 
@@ -76,13 +86,14 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         grid: dict[str, Any] = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
         grid |= {"block": path.block, "design": path.design, "start": self.start if path.config() else "random"}
         model = self.output / "shapes" / "model"
+        final = {"base": base, "model": model, "placement_folder": Path(placement), "whole_steps": self.steps}
         stages: dict[str, StageOptions] = {
             "base": self._base_stage(),
             "placement": self._stage("placement", PlacementStage, base=base, steps=2 * self.steps),
             "blocks": self._stage("blocks", BlocksStage, base=base, placement=placement),
             "design": self._stage("design", DesignStage, base=base, placement=placement),
             "shapes": self._stage("shapes", ShapesStage, base=base, placement=placement, **grid),
-            "final": self._stage("final", FinalStage, base=base, model=model, whole_steps=self.steps),
+            "final": self._stage("final", FinalStage, **final),
         }
         if self.base is not None:
             del stages["base"]
@@ -123,7 +134,7 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
             start = time.perf_counter()
             found = run_stage(stage)
             wait_for_ranks()
-            done.append(StageDone(name, found or "", time.perf_counter() - start))
+            done.append(StageDone(name, found or "", time.perf_counter() - start, read_cost(stage.output)))
         if ranks()[0] == 0:
             model, _ = load_base(self.base or self.output / "base", "cpu")
             tokens = (self.layer_steps + self.steps) * self.batch * self.length

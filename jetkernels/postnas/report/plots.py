@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from jetkernels._optional import optional
 from jetkernels.files import write_atomic
 
+from ..power_law import PowerLaw
+
+LINES, MARKERS = ("-", "--", "-.", ":"), "os^*DvXP"  # so that curves are told apart without their colours
 FEATURE_LOSS = "distillation: squared error of attention's output, relative"
 
 
@@ -91,6 +95,48 @@ def curve(
     _save(figure, path)
 
 
+def held_out_curve(
+    path: str | Path,
+    points: Sequence[tuple[int, float]],
+    base: float,
+    near: float,
+    law: PowerLaw | None,
+    distilled: int,
+) -> None:
+    """A PNG of the loss on held-out text over the tokens of a training.
+
+    Args:
+        path: of the file.
+        points: (tokens, loss).
+        base: loss of the base, a level line.
+        near: how far above it another line is drawn.
+        law: fitted to the distances from the base; None: none is drawn.
+        distilled: tokens of the first part of the training; where both parts are, a line stands between them.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    tokens = [n for n, _ in points]
+    axes.plot(tokens, [loss for _, loss in points], marker="o", color="C0", label="hybrid")
+    if law is not None:
+        along = [tokens[-1] * (i + 1) / 200 for i in range(200) if tokens[-1] * (i + 1) / 200 >= tokens[1]]
+        fitted = [base + law.distance(n) for n in along]
+        axes.plot(along, fitted, linestyle="--", color="C1", label="power law, fitted")
+    axes.axhline(base, linestyle=":", color="0.2", label=f"base {base:.2f}")
+    axes.axhline(base + near, linestyle="-.", color="0.6", label=f"base + {near} nats")
+    if 0 < distilled < tokens[-1]:
+        axes.axvline(distilled, color="0.8", linewidth=1, zorder=0)
+        axes.annotate(
+            " whole model from here on",
+            (distilled, 0.02),
+            xycoords=axes.get_xaxis_transform(),
+            fontsize=8,
+            color="0.4",
+        )
+    axes.set(xlabel="tokens", ylabel="nats per token", title="loss on held-out text")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
 def budget_curves(
     path: str | Path,
     panels: Mapping[str, Mapping[str, Mapping[int, float]]],
@@ -106,8 +152,9 @@ def budget_curves(
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False)
     for panel, (title, lines) in zip(axes[0], panels.items()):
-        for name, scores in lines.items():
-            panel.plot(sorted(scores), [scores[budget] for budget in sorted(scores)], marker="o", label=name)
+        for name, scores, style, marker in zip(lines, lines.values(), cycle(LINES), cycle(MARKERS)):
+            along = sorted(scores)
+            panel.plot(along, [scores[n] for n in along], linestyle=style, marker=marker, label=name)
         for i, (name, value) in enumerate(levels[title].items()):
             panel.axhline(value, linestyle=":", color=f"{0.2 + 0.4 * i}", label=name)
         panel.set_xticks(sorted({budget for scores in lines.values() for budget in scores}))
