@@ -272,6 +272,9 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--heads", type=several(1, 2**16), help="H to try (default %(default)s)")
     parser.add_argument("--keys", type=several(1, 2**16), help="K to try; V follows (default %(default)s)")
+    parser.add_argument(
+        "--blocks-folder", type=Path, help="of `search blocks`: its JetBlock is a line in the picture (default: none)"
+    )
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--min-throughput", type=number(0), help="generated tokens per second that a shape must reach")
     limit.add_argument(

@@ -336,6 +336,11 @@ class QualityOptions(ScoreOptions):
     objective: str = "loss"
     seeds: int = 1
 
+    @property
+    def quality(self) -> str:
+        """What the quality is, in words."""
+        return f"{self.task}, {OBJECTIVE_NAMES[self.objective]}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions(StageOptions):

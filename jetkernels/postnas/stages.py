@@ -25,7 +25,7 @@ from .completions import FIXED, complete, prompts_of, read_prompts
 from .costs import cost_of, write_cost
 from .data import TextCorpus, end_of_text
 from .final import AFTER, BASE, BEFORE, TEXT, Outcome, train_final
-from .hybrid import is_hybrid, load_hybrid, read_path, save_hybrid
+from .hybrid import is_hybrid, load_student, read_path, save_hybrid
 from .linear_path import JET, LinearPath
 from .options import (
     DistillOptions,
@@ -247,10 +247,7 @@ class FinalStage(TaskOptions, PrecisionOptions, OutcomeOptions):
         """Writes the trained model and the report to `output`."""
         base, tokenizer = load_base(self.base, self.device)
         path = read_path(self.model) if is_hybrid(self.model) else None
-        if path is not None:
-            student = load_hybrid(self.model, base)
-        else:
-            student = JetNemotronForCausalLM.from_pretrained(self.model, dtype=torch.float32, device=self.device)
+        student = load_student(self.model, base)
         student.model.recompute_layers = self.recompute
         corpus = self.corpus(tokenizer)
         loader = self.loader(corpus, tokenizer)

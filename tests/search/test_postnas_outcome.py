@@ -140,6 +140,20 @@ def test_the_reports_of_a_search_hold_base_and_hybrid_side_by_side(tmp_path, cap
     assert result["held out"][0][1] == result["scores"]["hybrid before"]["language modelling"][0]
     assert result["held out"][-1][1] == result["scores"]["hybrid after"]["language modelling"][0]
     assert "| 960 |" in overview and "| base |" in overview
+    way = [
+        line.split(" | ")
+        for line in overview.split("(tokens/s) |\n|---|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    ]
+    stages = ["base", "placement", "blocks", "design", "shapes", "final"]
+    assert [row[0].removeprefix("| ") for row in way] == stages and (out / "roadmap.png").stat().st_size
+    best = json.loads((out / "shapes" / "result.json").read_text())
+    assert way[4][1] == f"JetBlock, {best['best']}" and float(way[4][2]) == round(best["qualities"][best["best"]], 4)
+    jet = json.loads((out / "blocks" / "result.json").read_text())["qualities"]["JetBlock"]
+    assert (
+        f"The line in the picture is JetBlock of stage 2: language modelling, minus the loss {jet:.4f}."
+        in (out / "shapes" / "report.md").read_text()
+    )
+    assert "(tried.png)" in (out / "placement" / "report.md").read_text()
     # Stage 5 is judged by the examples on which stage 1 compared its placements.
     compared = json.loads((out / "placement" / "result.json").read_text())["compared"]
     assert compared[0]["scores"] == result["scores"]["base"]

@@ -27,8 +27,8 @@ from .tables import (
 )
 
 COMPLETIONS = (
-    f"## Completions\n\nAt most {NEW_TOKENS} tokens, the most likely one each time; all prompts that were tried, "
-    "windows of the held-out text last. A line's end is \u21b5.\n"
+    f"## Completions\n\nAt most {NEW_TOKENS} tokens, the most likely one each time, in fp32; all prompts that were "
+    "tried, windows of the held-out text last. A line's end is \u21b5.\n"
 )
 NEAR = 0.5  # nats above the base's loss on held-out text: what the training is asked to reach
 
@@ -128,7 +128,8 @@ def write_final_report(
     plain = {name: plain_scores(of) for name, of in scores.items()}
     said = "" if linear is None else f" The linear ones are {linear}. {not_exported(linear)}"
     points, base = outcome.curve, scores[BASE][TEXT].loss
-    law = fit_power_law([(tokens, loss - base) for tokens, loss in points])
+    near = points[-1][1] - base <= NEAR
+    law = None if near else fit_power_law([(tokens, loss - base) for tokens, loss in points])
     held_out_curve(folder / "held-out.png", points, base, NEAR, law, outcome.losses[0].all_tokens)
     distance, speed = distance_sentence(points, base, law), _speed_section(outcome)
     text = [

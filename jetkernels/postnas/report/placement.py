@@ -13,7 +13,7 @@ from ..placement import PlacementOptions, PlacementResult, ScoreBook
 from ..search import by_importance, uniform, with_kind
 from ..super_network import Placement, SuperNetwork
 from ..tasks import Score, objective_of
-from .plots import FEATURE_LOSS, budget_curves, curve, heat_map
+from .plots import FEATURE_LOSS, budget_curves, curve, heat_map, placements_tried
 from .tables import markdown_table, not_exported, plain_scores, provenance, training_speed, write_text
 
 # The name of a placement, and it; None stands for the base.
@@ -186,6 +186,29 @@ def budget_table(rows: Sequence[OfBudget]) -> str:
     )
 
 
+def _tried_section(folder: Path, book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[str]:
+    """A picture of every placement of full layers that was scored; nothing where no layer is full."""
+    task, objective = options.full_task, options.full_objective
+    tried = [
+        (placement.count("attn"), objective_of(task, score, objective))
+        for placement, score in book.known(task)
+        if "swa" not in placement
+    ]
+    budgets = [budget for budget in result.full.budgets if budget]
+    if not budgets:
+        return []
+    marked: dict[str, dict[int, float]] = {}
+    for budget in budgets:
+        for name, placement in placed(book.network, result, options, budget):
+            value = objective_of(task, book.score(placement, task), objective)
+            marked.setdefault(name.split(",")[0], {})[budget] = value
+    placements_tried(folder / "tried.png", tried, marked, f"{task}, {OBJECTIVE_NAMES[objective]}")
+    return [
+        "## Every placement tried\n\nOn the examples of the search, by which the found ones were chosen; with those of "
+        "the importance of layers.\n\n![every placement tried](tried.png)\n"
+    ]
+
+
 def _objectives(scores: Mapping[str, Score], options: PlacementOptions) -> dict[str, float]:
     """{task and objective in words: its value}, by the objectives of full attention."""
     chosen = {task: options.objective(task, "attn") for task in scores}
@@ -212,7 +235,8 @@ def _importance_section(folder: Path, result: PlacementResult, network: SuperNet
         labels = {task: f"{task}, {OBJECTIVE_NAMES[options.objective(task, kind)]}" for task in maps}
         drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
         picture = folder / f"importance-{kind}.png"
-        heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer")
+        label = "gain of the objective"
+        heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer", label)
         shown = [[labels[task], *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
         table = markdown_table(["task", *map(str, range(layers))], shown)
         parts.append(
@@ -258,6 +282,7 @@ def write_report(
         _searches_section(result, options),
         *_comparison_section(scored, book.network.path_name, unseen=fresh is not None),
         *_budget_section(folder, budgets, judge, result, options),
+        *_tried_section(folder, book, result, options),
         _importance_section(folder, result, book.network, options),
     ]
     if result.losses:
