@@ -128,6 +128,9 @@ def decode_speed(
         steps: that are timed, at most (`time_steps`); the speed is that of the median one.
         seconds: behind which none begins (`time_steps`).
     """
+    for name, value in (("context", context), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     decoder = Decoder(model, 1, context, WARM_UP_STEPS + steps)
     times = time_steps(decoder.step, model.device, steps, seconds)
     return 1 / statistics.median(times), decoder.cache.nbytes

@@ -119,6 +119,9 @@ def test_the_speed_behind_a_context_names_the_cache_that_holds_it():
     (_, small), (speed, large) = (decode_speed(base, context, 4, 1.0) for context in (10, 1000))
     # Keys and values of 16 elements, fp32, in two layers; the rest holds no tokens.
     assert large - small == 990 * 2 * 2 * 16 * 4 and speed > 0
+    for wrong in ((0, 4), (10, 0)):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            decode_speed(base, *wrong)
 
 
 def test_the_reports_of_a_search_hold_base_and_hybrid_side_by_side(tmp_path, capsys):

@@ -45,7 +45,8 @@ def _roadmap_section(folder: Path, milestones: Sequence[Milestone], quality: str
         "## The way\n",
         markdown_table(["behind", "model", quality, f"decode behind {context:,} tokens (tokens/s)"], rows),
         "Qualities are on the examples by which candidates were compared, those of blocks, design and shapes means "
-        "over their seeds. All speeds were measured for this report: one sequence, fp32, the cache preset.\n",
+        "over their seeds. All speeds were measured for this report: one sequence, fp32, the cache preset. "
+        "Behind stage 1 there is a row only where its model could be exported.\n",
         "![quality and speed behind each stage](roadmap.png)\n",
     ]
 
