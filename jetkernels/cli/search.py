@@ -272,6 +272,9 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--heads", type=several(1, 2**16), help="H to try (default %(default)s)")
     parser.add_argument("--keys", type=several(1, 2**16), help="K to try; V follows (default %(default)s)")
+    parser.add_argument(
+        "--blocks-folder", type=Path, help="of `search blocks`: its JetBlock is a line in the picture (default: none)"
+    )
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--min-throughput", type=number(0), help="generated tokens per second that a shape must reach")
     limit.add_argument(
@@ -282,9 +285,22 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
 def _add_final(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the base, the teacher")
     parser.add_argument("--model", type=Path, required=True, help="folder of the hybrid that an earlier stage left")
+    parser.add_argument(
+        "--placement-folder", type=Path, help="of `search placement`: the report compares its budgets (default: none)"
+    )
     parser.add_argument("--whole-steps", type=integer(), help="steps of the whole model, after --steps of distillation")
+    _add_outcome(parser)
     _add_precision(parser)
     _add_tasks(parser)
+
+
+def _add_outcome(parser: argparse.ArgumentParser) -> None:
+    every = "steps between two losses on held-out text in the final training (default %(default)s)"
+    parser.add_argument("--evaluate-every", type=integer(1), help=every)
+    prompts = "file of prompts that base and hybrid complete in the report, one a line (default: four of its own)"
+    parser.add_argument("--prompts", type=Path, help=prompts)
+    context = "tokens behind which decoding of base and hybrid is timed (default %(default)s)"
+    parser.add_argument("--context", type=integer(1, 2**24), help=context)
 
 
 def _add_all(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +318,7 @@ def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-steps", type=integer(), help="training steps of the small base, on 16 rows each (default %(default)s)"
     )
+    _add_outcome(parser)
     _add_sizes(parser)
     _add_training(parser)
     _add_scoring(parser)

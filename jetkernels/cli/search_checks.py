@@ -14,10 +14,12 @@ from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
 from jetkernels.postnas.base import pretrained_path, read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.comparisons import ComparisonOptions, ShapesStage, placement_of
+from jetkernels.postnas.completions import read_prompts
 from jetkernels.postnas.hybrid import is_hybrid, read_path
 from jetkernels.postnas.linear_path import JET, LinearPath
-from jetkernels.postnas.options import Integers, ShapeOptions, SizeOptions, StageOptions, TaskOptions
+from jetkernels.postnas.options import Integers, OutcomeOptions, ShapeOptions, SizeOptions, StageOptions, TaskOptions
 from jetkernels.postnas.pipeline import CARRIED, Pipeline
+from jetkernels.postnas.report.placement import read_budgets
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
 from jetkernels.postnas.stages import BaseStage, FinalStage, PlacementStage, base_tokenizer
 
@@ -127,6 +129,13 @@ def _base_config(stage: StageOptions) -> JetNemotronConfig:
     hidden = stage.batch * stage.length * config.hidden_size * config.num_hidden_layers
     needed = FP32 * (copies * memory.parameter_count(config) + logits + hidden)
     memory.require(f"the base and {stage.batch} rows of {stage.length:,} tokens", needed, stage.device)
+    if isinstance(stage, OutcomeOptions):
+        held = memory.cache_bytes(config, torch.float32, 1, stage.context)
+        memory.require(f"the cache of --context {stage.context:,}", held, stage.device)
+        if stage.prompts is not None:
+            read_prompts(stage.prompts)
+    if isinstance(stage, FinalStage) and stage.placement_folder is not None:
+        read_budgets(stage.placement_folder)
     if isinstance(stage, FinalStage) and is_hybrid(stage.model):
         read_path(stage.model)
     elif isinstance(stage, FinalStage):

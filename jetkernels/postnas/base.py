@@ -19,7 +19,7 @@ from jetkernels.model.checkpoint import load_folder, read_folder_config
 
 from .data import Loader, RowSource, TextCorpus, Windows
 from .tasks import Copy, KeyValueRecall, Recall
-from .training import Recipe, train
+from .training import Losses, Recipe, train
 
 # The shape of the small base: bytes, and the end of a text.
 SMALL: dict[str, Any] = {
@@ -167,7 +167,7 @@ def train_base(
     mark: int = END_OF_TEXT,
     seed: int = 0,
     checkpoint: str | Path | None = None,
-) -> list[float]:
+) -> Losses:
     """Trains a base in place on real text, with recall and copying rows made from it; returns the loss of every step.
 
     Args:

@@ -39,6 +39,7 @@ class Measured:
         quality: the objective, more is better.
         scores: {task: (loss, accuracy)}.
         losses: of the training, by step.
+        training_seconds: that it took.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Measured:
     quality: float
     scores: Mapping[str, tuple[float, float]]
     losses: Sequence[float] = ()
+    training_seconds: float = 0.0
 
 
 def measure_all(
@@ -227,4 +229,5 @@ class Meter:
             objective_of(self.objective_task, scores[self.objective_task], self.objective),
             {task: (score.loss, score.accuracy) for task, score in scores.items()},
             list(losses),
+            losses.seconds,
         )

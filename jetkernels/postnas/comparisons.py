@@ -20,11 +20,12 @@ from jetkernels.modules import JetBlock, JetBlockConfig
 
 from .blocks import BLOCKS, equal_parameters
 from .candidates import Measured, Meter, measure_all, over_seeds
+from .costs import Cost, write_cost
 from .data import Loader
 from .design import DESIGNS, DesignedBlock
 from .hybrid import save_hybrid
 from .linear_path import JET, LinearPath
-from .options import OBJECTIVE_NAMES, DistillOptions, Facts, Integers, QualityOptions, ShapeOptions, StartOptions
+from .options import DistillOptions, Facts, Integers, QualityOptions, ShapeOptions, StartOptions
 from .placement import export
 from .report.candidates import best_exported, write_candidate_report, write_shape_report
 from .report.tables import not_exported, write_text
@@ -65,9 +66,24 @@ def placement_of(text: str) -> Placement:
 RESULT = "result.json"
 
 
-def write_result(folder: Path, best: str, exported: str | None) -> None:
-    """Writes which candidate is the best, and which of those that a model can be exported with; None: there is none."""
-    write_text(folder / RESULT, json.dumps({"best": best, "exportable": exported}, indent=1) + "\n")
+def write_result(folder: Path, best: str, exported: str | None, means: Sequence[Measured] = ()) -> None:
+    """Writes what a comparison ends with.
+
+    Args:
+        folder: of the stage.
+        best: name of the best candidate.
+        exported: of the best of those that a model can be exported with; None: there is none.
+        means: one row per candidate (`over_seeds`).
+    """
+    values = {"best": best, "exportable": exported, "qualities": {row.name: row.quality for row in means}}
+    write_text(folder / RESULT, json.dumps(values, indent=1) + "\n")
+
+
+def read_quality(folder: Path, name: str) -> float | None:
+    """What `write_result` wrote of a candidate; None where it has none of this name, or there is no such file."""
+    if not (folder / RESULT).is_file():
+        return None
+    return json.loads((folder / RESULT).read_text(encoding="utf-8")).get("qualities", {}).get(name)
 
 
 def read_result(folder: Path, which: str) -> str | None:
@@ -135,11 +151,6 @@ class ComparisonOptions(QualityOptions, DistillOptions):
     def begin(self, network: SuperNetwork, loader: Loader) -> None:
         """Gives the paths of a network their first values: here they keep those that they were drawn with."""
 
-    @property
-    def quality(self) -> str:
-        """What the quality is, in words."""
-        return f"{self.task}, {OBJECTIVE_NAMES[self.objective]}"
-
     def compare(self, names: Sequence[str]) -> Comparison:
         """Trains and measures the candidates."""
         base, tokenizer = load_base(self.base, self.device)
@@ -180,6 +191,9 @@ class ComparisonOptions(QualityOptions, DistillOptions):
         seeds = range(self.seed, self.seed + self.seeds)
         kept = self.output / "candidates.ckpt"
         rows = measure_all(names, meter, dict(facts + asked), kept, seeds, meter.train_together, self.together)
+        if ranks()[0] == 0:
+            tokens = sum(len(row.losses) for row in rows) * self.batch * self.length
+            write_cost(self.output, Cost(tokens, sum(row.training_seconds for row in rows)))
         return Comparison(rows, meter, tokenizer, facts + asked)
 
     def report(self, found: Comparison, title: str, pair: tuple[str, str] | None = None) -> str | None:
@@ -191,7 +205,7 @@ class ComparisonOptions(QualityOptions, DistillOptions):
         held = [row for row in means if self.path_of(row.name).config() is not None]
         exported = best_candidate(held).name if held else None
         write_candidate_report(self.output, title, found.rows, best, exported, pair, self.quality, found.facts)
-        write_result(self.output, best.name, exported)
+        write_result(self.output, best.name, exported, means)
         print(f"best: {best.name}{best_exported(best.name, exported)}; report: {self.output}/report.md")
         return f"best {self.quality}: {best.name}, {best.quality:.4f}{best_exported(best.name, exported)}"
 
@@ -262,6 +276,7 @@ class ShapesStage(StartOptions, ComparisonOptions):
         keys: K to try; V follows.
         min_throughput: generated tokens per second that a shape must reach; None: see min_share.
         min_share: the same as a share of the fastest shape's.
+        blocks_folder: of stage 2, whose JetBlock is a line in the picture; None: no line.
     """
 
     TRAINING: ClassVar[tuple[str, ...]] = ("block", "design")
@@ -273,6 +288,7 @@ class ShapesStage(StartOptions, ComparisonOptions):
     keys: Integers = Integers((8, 16, 32))
     min_throughput: float | None = None
     min_share: float = 0.9
+    blocks_folder: Path | None = None
 
     def path_of(self, name: str) -> LinearPath:
         """The block of this shape."""
@@ -292,7 +308,10 @@ class ShapesStage(StartOptions, ComparisonOptions):
         minimum = self.min_share * fastest if self.min_throughput is None else self.min_throughput
         best = best_shape(means, minimum)
         path = self.path_of(best.name)
-        write_shape_report(self.output, found.rows, best, str(path), minimum, self.quality, found.facts)
+        reference = None if self.blocks_folder is None else read_quality(self.blocks_folder, JET)
+        level = None if reference is None else (f"{JET} of stage 2", reference)
+        write_shape_report(self.output, found.rows, best, str(path), minimum, self.quality, found.facts, level)
+        write_result(self.output, best.name, best.name if path.config() is not None else None, means)
         network, _ = found.meter.train(best.name, self.seed)
         placement, model = found.meter.placement, self.output / "model"
         if path.config() is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,9 +13,48 @@ from torch import Tensor
 from jetkernels.model import JetNemotronForCausalLM
 
 from .base import next_token_loss, weights_digest
+from .completions import Completion
 from .data import Loader
 from .precision import computing
+from .tasks import Score
 from .training import Losses, Recipe, train
+
+BASE, BEFORE, AFTER = "base", "hybrid before", "hybrid after"  # the models that are scored
+TEXT = "language modelling"  # the task whose loss is followed during the training
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What stage 5 ends with.
+
+    Attributes:
+        layer_types: of the hybrid.
+        linear: what its linear layers are, where no model can be exported with it; else None.
+        scores: {model: {task: score}}, of BASE, BEFORE and AFTER.
+        losses: of the distillation and of the training of the whole model, by step.
+        completions: of prompts, by base and hybrid.
+        context: tokens behind which both were timed.
+        speeds: {model: (decode tokens per second of one sequence, bytes of its cache)}, of BASE and AFTER.
+        files: folder of the trained hybrid.
+    """
+
+    layer_types: Sequence[str]
+    linear: str | None
+    scores: Mapping[str, Mapping[str, Score]]
+    losses: tuple[Losses, Losses]
+    completions: Sequence[Completion]
+    context: int
+    speeds: Mapping[str, tuple[float, int]]
+    files: Path
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """(tokens that were trained on, loss on held-out text), from the start to the end of both trainings."""
+        points = [(0, self.scores[BEFORE][TEXT].loss)]
+        for part in self.losses:
+            behind = points[-1][0]
+            points += [(behind + steps * part.tokens, loss) for steps, loss in part.held_out]
+        return points
 
 
 def logit_distillation_loss(
@@ -38,6 +78,8 @@ def train_final(
     facts: Mapping,
     folder: str | Path | None = None,
     precision: str = "fp32",
+    held_out: Callable[[], float] | None = None,
+    held_out_every: int = 50,
 ) -> tuple[Losses, Losses]:
     """Trains a hybrid in place and returns the losses of both parts, by step.
 
@@ -53,6 +95,8 @@ def train_final(
         facts: JSON values that the result depends on.
         folder: of the two checkpoints; None: none.
         precision: of products, "fp32" or "bf16" (`precision.computing`).
+        held_out: the student's loss on held-out rows, asked for on the way (`training.Training`); None: never.
+        held_out_every: steps between two of these.
 
     Raises:
         ValueError: student and base have different vocabularies.
@@ -78,6 +122,8 @@ def train_final(
         distillation,
         facts,
         paths[0],
+        held_out=held_out,
+        held_out_every=held_out_every,
     )
     student.requires_grad_(True)
     facts |= {"distillation steps": distillation.steps, "distilled": weights_digest(student)}
@@ -86,6 +132,16 @@ def train_final(
         with computing(precision, student.device):
             return next_token_loss(student, rows)
 
-    more = train("whole model", dict(student.named_parameters()), whole_loss, loader, whole, facts, paths[1])
+    more = train(
+        "whole model",
+        dict(student.named_parameters()),
+        whole_loss,
+        loader,
+        whole,
+        facts,
+        paths[1],
+        held_out=held_out,
+        held_out_every=held_out_every,
+    )
     student.eval()
     return losses, more

@@ -6,6 +6,8 @@ import copy
 import json
 from pathlib import Path
 
+import torch
+
 from jetkernels.files import write_atomic
 from jetkernels.model import JetNemotronForCausalLM
 
@@ -71,3 +73,15 @@ def load_hybrid(folder: Path, base: JetNemotronForCausalLM) -> JetNemotronForCau
     except RuntimeError as error:
         raise ValueError(f"hybrid: {folder / WEIGHTS} must be of a base of these sizes; {error}") from None
     return model
+
+
+def load_student(folder: Path, base: JetNemotronForCausalLM) -> JetNemotronForCausalLM:
+    """The hybrid that a stage left in a folder, in fp32 on the base's device: exported, or kept where it could not be.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: one is damaged, or a kept hybrid is not of this base's sizes.
+    """
+    if is_hybrid(folder):
+        return load_hybrid(folder, base)
+    return JetNemotronForCausalLM.from_pretrained(folder, dtype=torch.float32, device=base.device)

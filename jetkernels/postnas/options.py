@@ -266,6 +266,22 @@ class TaskOptions(StageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutcomeOptions(StageOptions):
+    """What the report of the final training holds beside the scores.
+
+    Attributes:
+        evaluate_every: steps between two losses on held-out text.
+        prompts: file of prompts that base and hybrid complete, one a line; None: `completions.FIXED`. Windows of the
+            held-out text come on top.
+        context: tokens behind which both are timed.
+    """
+
+    evaluate_every: int = 50
+    prompts: Path | None = None
+    context: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreOptions(TaskOptions):
     """How placements and candidates are scored.
 
@@ -322,6 +338,11 @@ class QualityOptions(ScoreOptions):
     task: str = "language modelling"
     objective: str = "loss"
     seeds: int = 1
+
+    @property
+    def quality(self) -> str:
+        """What the quality is, in words."""
+        return f"{self.task}, {OBJECTIVE_NAMES[self.objective]}"
 
 
 @dataclass(frozen=True, kw_only=True)

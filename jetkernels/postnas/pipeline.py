@@ -8,11 +8,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .comparisons import RESULT, BlocksStage, DesignStage, ShapesStage, read_result
+from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+
+from .comparisons import RESULT, BlocksStage, DesignStage, ShapesStage, placement_of, read_quality, read_result
+from .costs import read_cost
+from .hybrid import load_student
 from .linear_path import JET, LinearPath
 from .options import (
     DistillOptions,
     Integers,
+    OutcomeOptions,
     QualityOptions,
     SearchOptions,
     ShapeOptions,
@@ -20,8 +25,11 @@ from .options import (
     StageOptions,
     StartOptions,
 )
+from .precision import chosen_precision
 from .report.overview import StageDone, write_overview
-from .stages import BaseStage, FinalStage, PlacementStage, load_base
+from .roadmap import Milestone, speed_of
+from .stages import BaseStage, FinalStage, PlacementStage, load_base, scores_of
+from .tasks import objective_of
 from .training import ranks, wait_for_ranks
 
 CARRIED = ("exportable", "best")  # what a candidate may be called that is not known yet
@@ -29,7 +37,7 @@ Stage = TypeVar("Stage", bound=StageOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions, StartOptions):
+class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions, StartOptions, OutcomeOptions):
     """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
 
     `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;
@@ -47,7 +55,15 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         design: that stage 4 goes on with, of stage 3, likewise.
     """
 
-    NOT_REPORTED = ("base", "harness", "output", "questions", "save_every", "text")  # paths, and what changes no result
+    NOT_REPORTED = (
+        "base",
+        "harness",
+        "output",
+        "prompts",
+        "questions",
+        "save_every",
+        "text",
+    )  # paths, and what changes no result
 
     FOR_TRAINING = ("layers", "hidden_size", "intermediate_size", "base_steps")
 
@@ -74,15 +90,17 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
             path = LinearPath(shape, design=self._carried("design", self.design))
         keys = Integers(sorted({max(1, shape.K // 2), shape.K, 2 * shape.K}))
         grid: dict[str, Any] = {"state": shape.state, "heads": Integers((shape.H, 2 * shape.H)), "keys": keys}
+        grid |= {"blocks_folder": self.output / "blocks"}
         grid |= {"block": path.block, "design": path.design, "start": self.start if path.config() else "random"}
         model = self.output / "shapes" / "model"
+        final = {"base": base, "model": model, "placement_folder": Path(placement), "whole_steps": self.steps}
         stages: dict[str, StageOptions] = {
             "base": self._base_stage(),
             "placement": self._stage("placement", PlacementStage, base=base, steps=2 * self.steps),
             "blocks": self._stage("blocks", BlocksStage, base=base, placement=placement),
             "design": self._stage("design", DesignStage, base=base, placement=placement),
             "shapes": self._stage("shapes", ShapesStage, base=base, placement=placement, **grid),
-            "final": self._stage("final", FinalStage, base=base, model=model, whole_steps=self.steps),
+            "final": self._stage("final", FinalStage, **final),
         }
         if self.base is not None:
             del stages["base"]
@@ -108,6 +126,47 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         told = {field.name for field in fields(self)} & {field.name for field in fields(kind)}
         return kind(**{each: getattr(self, each) for each in told} | {"output": self.output / name} | others)
 
+    def _milestones(self, base: JetNemotronForCausalLM, tokenizer: Tokenizer) -> list[Milestone]:
+        """The model behind each stage, as far as its quality is known: not behind stage 1 where none was exported."""
+        task = next(task for task in self.tasks(self.corpus(tokenizer), tokenizer) if task.name == self.task)
+        precision = chosen_precision(self.precision, base)
+
+        def scored(model: JetNemotronForCausalLM) -> float:
+            return objective_of(task.name, scores_of(model, [task], precision)[0], self.objective)
+
+        def kept(stage: str, path: LinearPath, name: str) -> tuple[str, LinearPath, float | None]:
+            return stage, path, read_quality(self.output / stage, name)
+
+        stages, placed = self.stages(), self.output / "placement" / "model"
+        shapes = stages["shapes"]
+        assert isinstance(shapes, ShapesStage)
+        best = read_result(shapes.output, "best")
+        assert best is not None
+        chosen = shapes.path_of(best)
+        found: list[tuple[str, LinearPath | None, float | None]] = [
+            ("base", None, scored(base)),
+            (
+                "placement",
+                LinearPath(self.shape, self.linear_path),
+                scored(load_student(placed, base)) if placed.is_dir() else None,
+            ),
+            kept("blocks", LinearPath(self.shape, shapes.block), shapes.block),
+            kept("design", LinearPath(self.shape, shapes.block, shapes.design), shapes.design),
+            kept("shapes", chosen, best),
+            ("final", chosen, scored(load_student(self.output / "final" / "model", base))),
+        ]
+        placement = placement_of(str(self.output / "placement"))
+        return [
+            Milestone(
+                stage,
+                "attention everywhere" if path is None else f"{path}, {path.shape}",
+                quality,
+                speed_of(base, path, placement, self.window_size, self.context),
+            )
+            for stage, path, quality in found
+            if quality is not None and stage in (*stages, "base")
+        ]
+
     def run(self, run_stage: Callable[[StageOptions], str | None] = lambda stage: stage.run()) -> None:
         """Runs what is left to do of every stage, and writes report.md to `output`.
 
@@ -123,12 +182,14 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
             start = time.perf_counter()
             found = run_stage(stage)
             wait_for_ranks()
-            done.append(StageDone(name, found or "", time.perf_counter() - start))
+            done.append(StageDone(name, found or "", time.perf_counter() - start, read_cost(stage.output)))
         if ranks()[0] == 0:
-            model, _ = load_base(self.base or self.output / "base", "cpu")
+            base, tokenizer = load_base(self.base or self.output / "base", self.device)
             tokens = (self.layer_steps + self.steps) * self.batch * self.length
             none_trained = self.pretrained is not None or self.base is not None
             left_out = {*self.NOT_REPORTED, *(self.FOR_TRAINING if none_trained else ("pretrained",))}
             reported = sorted({field.name for field in fields(self)} - left_out)
-            write_overview(self.output, model, done, tokens, self.seeds, self.named(reported))
+            milestones = self._milestones(base, tokenizer)
+            facts = self.named(reported)
+            write_overview(self.output, base, done, tokens, self.seeds, milestones, self.quality, self.context, facts)
             print(f"report: {self.output}/report.md")

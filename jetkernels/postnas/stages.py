@@ -17,16 +17,20 @@ import torch
 from jetkernels._progress import progress
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
 from jetkernels.model.gguf_file import is_gguf
+from jetkernels.model.speed import decode_speed
 from jetkernels.model.tokenizer import TOKENIZER_FILE
 
 from .base import from_pretrained, pretrained_path, small_base, train_base, weights_digest
+from .completions import FIXED, complete, prompts_of, read_prompts
+from .costs import cost_of, write_cost
 from .data import TextCorpus, end_of_text
-from .final import train_final
-from .hybrid import is_hybrid, load_hybrid, read_path, save_hybrid
+from .final import AFTER, BASE, BEFORE, TEXT, Outcome, train_final
+from .hybrid import is_hybrid, load_student, read_path, save_hybrid
 from .linear_path import JET, LinearPath
 from .options import (
     DistillOptions,
     Facts,
+    OutcomeOptions,
     PrecisionOptions,
     SearchOptions,
     ShapeOptions,
@@ -38,7 +42,7 @@ from .placement import PlacementOptions, ScoreBook, export, search_placement, tr
 from .precision import chosen_precision, computing
 from .report.base import write_base_report
 from .report.final import write_final_report
-from .report.placement import write_report
+from .report.placement import read_budgets, write_report
 from .report.tables import not_exported
 from .super_network import SuperNetwork
 from .tasks import Score, Task
@@ -124,6 +128,7 @@ class BaseStage(SizeOptions):
         )
         if ranks()[0]:
             return None
+        write_cost(self.output, cost_of([losses]))
         return self._write(model, tokenizer, corpus, self.facts(corpus), losses)
 
     def _take(self, pretrained: str) -> str | None:
@@ -203,6 +208,7 @@ class PlacementStage(SearchOptions, ShapeOptions, DistillOptions, StartOptions):
         result = search_placement(book, options, losses)
         if ranks()[0]:
             return None
+        write_cost(output, cost_of([losses]))
         unseen = self.tasks(corpus, tokenizer, seed=1)
         fresh = ScoreBook(network, unseen, dict([*facts, *asked, ("examples seed", 1)]), output / "fresh_scores.ckpt")
         write_report(output, book, result, options, facts + asked, fresh)
@@ -220,38 +226,56 @@ class PlacementStage(SearchOptions, ShapeOptions, DistillOptions, StartOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinalStage(TaskOptions, PrecisionOptions):
+class FinalStage(TaskOptions, PrecisionOptions, OutcomeOptions):
     """Stage 5: trains the found hybrid, first its token mixers by distillation, then all of it.
 
     Attributes:
         base: folder of the base, the teacher, or a GGUF file.
         model: folder of the hybrid that an earlier stage exported, or kept where it could not.
+        placement_folder: of stage 1, whose scores by the number of full layers the report holds the hybrid against.
         whole_steps: of the whole model, after `steps` of distillation.
     """
 
+    EXAMPLES_SEED = 1  # the examples on which stage 1 compares placements: the search has chosen by none of them
+
     base: Path
     model: Path
+    placement_folder: Path | None = None
     whole_steps: int = 500
 
     def run(self) -> str | None:
         """Writes the trained model and the report to `output`."""
         base, tokenizer = load_base(self.base, self.device)
         path = read_path(self.model) if is_hybrid(self.model) else None
-        if path is not None:
-            student = load_hybrid(self.model, base)
-        else:
-            student = JetNemotronForCausalLM.from_pretrained(self.model, dtype=torch.float32, device=self.device)
+        student = load_student(self.model, base)
         student.model.recompute_layers = self.recompute
         corpus = self.corpus(tokenizer)
         loader = self.loader(corpus, tokenizer)
-        tasks, facts = self.tasks(corpus, tokenizer), self.facts(corpus, base)
+        tasks = self.tasks(corpus, tokenizer, self.EXAMPLES_SEED)
+        facts = [*self.facts(corpus, base), *self.named(("examples",))]
         precision = chosen_precision(self.precision, base)
-        scores = {"base": scores_of(base, tasks, precision), "hybrid before": scores_of(student, tasks, precision)}
+        text = next(task for task in tasks if task.name == TEXT)
+
+        def scored(model: JetNemotronForCausalLM) -> dict[str, Score]:
+            return dict(zip((task.name for task in tasks), scores_of(model, tasks, precision)))
+
+        scores = {BASE: scored(base), BEFORE: scored(student)}
         recipe = self.recipe()
-        whole = replace(recipe, steps=self.whole_steps)
-        losses = train_final(student, base, loader, recipe, whole, dict(facts), self.output, precision)
+        losses = train_final(
+            student,
+            base,
+            loader,
+            recipe,
+            replace(recipe, steps=self.whole_steps),
+            dict(facts),
+            self.output,
+            precision,
+            held_out=lambda: scores_of(student, [text], precision)[0].loss,
+            held_out_every=self.evaluate_every,
+        )
         if ranks()[0]:
             return None
+        write_cost(self.output, cost_of(losses))
         model, kinds = self.output / "model", student.config.layer_types
         if path is None:
             student.save_pretrained(model)
@@ -259,13 +283,27 @@ class FinalStage(TaskOptions, PrecisionOptions):
         else:
             window = student.config.section("swa")["window_size"]
             save_hybrid(model, student, tuple(kinds), path, window)
-        scores["hybrid after"] = scores_of(student, tasks, precision)
-        names = [task.name for task in tasks]
-        linear = None if path is None else str(path)
-        write_final_report(self.output, kinds, linear, names, scores, losses, facts)
+        scores[AFTER] = scored(student)
+        prompts = prompts_of(self.texts(), corpus.held_out, tokenizer)
+        outcome = Outcome(
+            layer_types=kinds,
+            linear=None if path is None else str(path),
+            scores=scores,
+            losses=losses,
+            completions=complete(base, student, prompts, tokenizer),
+            context=self.context,
+            speeds={name: decode_speed(one, self.context) for name, one in ((BASE, base), (AFTER, student))},
+            files=model,
+        )
+        budgets = [] if self.placement_folder is None else read_budgets(self.placement_folder)
+        write_final_report(self.output, outcome, budgets, [*facts, *self.named(("whole_steps", "evaluate_every"))])
+        linear = outcome.linear
         what = f"model: {model}" if linear is None else f"weights: {model}. {not_exported(linear)}"
         print(f"report: {self.output}/report.md; {what}")
         return "loss, base and hybrid: " + ", ".join(
-            f"{name} {before.loss:.4f} and {after.loss:.4f}"
-            for name, before, after in zip(names, scores["base"], scores["hybrid after"])
+            f"{name} {before.loss:.4f} and {scores[AFTER][name].loss:.4f}" for name, before in scores[BASE].items()
         )
+
+    def texts(self) -> Sequence[str]:
+        """The prompts that are no windows of the text."""
+        return FIXED if self.prompts is None else read_prompts(self.prompts)

@@ -98,15 +98,25 @@ class Losses(list[float]):
     Attributes:
         tokens: of a step, over all ranks.
         seconds: that the steps took, those of earlier runs included.
+        held_out: (steps made, loss on held-out rows), where it was measured on the way.
     """
 
     tokens = 0
     seconds = 0.0
 
+    def __init__(self, values: Iterable[float] = ()):
+        super().__init__(values)
+        self.held_out: list[tuple[int, float]] = []
+
+    @property
+    def all_tokens(self) -> int:
+        """Of the whole training."""
+        return len(self) * self.tokens
+
     @property
     def tokens_per_second(self) -> float:
         """Of the whole training."""
-        return len(self) * self.tokens / self.seconds if self.seconds else 0.0
+        return self.all_tokens / self.seconds if self.seconds else 0.0
 
 
 class Trainer:
@@ -174,6 +184,8 @@ class Training:
         facts: JSON values that the result depends on beside recipe and loader's sizes (model, data, options).
         checkpoint: file to resume from and to write to; None: no checkpoints.
         on_step: called after each step with its number and loss.
+        held_out: the loss on held-out rows, which `Losses.held_out` gets; its time is not counted. None: none.
+        held_out_every: steps between two of these; the last step has one in any case.
 
     Attributes:
         losses: of the steps so far.
@@ -193,7 +205,10 @@ class Training:
         facts: Mapping,
         checkpoint: str | Path | None = None,
         on_step: Callable[[int, float], None] | None = None,
+        held_out: Callable[[], float] | None = None,
+        held_out_every: int = 50,
     ):
+        self.held_out, self.held_out_every = held_out, held_out_every
         self.stage, self.parameters, self.recipe, self.on_step = stage, parameters, recipe, on_step
         self.checkpoint = checkpoint
         rank, count = ranks()
@@ -215,6 +230,7 @@ class Training:
         state = load_state(checkpoint, self.stage, self.run)
         self.losses += state["losses"]
         self.losses.seconds = state["seconds"]
+        self.losses.held_out = [(step, loss) for step, loss in state.get("held_out", ())]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
@@ -227,6 +243,7 @@ class Training:
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "losses": list(self.losses),
                 "seconds": self.losses.seconds,
+                "held_out": list(self.losses.held_out),
             }
             save_state(self.checkpoint, self.stage, self.run, saved)
 
@@ -242,6 +259,8 @@ class Training:
         if not math.isfinite(loss):
             raise RuntimeError(f"{self.stage}: the loss of step {step} must be finite, got {loss}")
         self.losses.seconds += time.perf_counter() - start
+        if self.held_out is not None and (len(self.losses) % self.held_out_every == 0 or self.done):
+            self.losses.held_out.append((len(self.losses), self.held_out()))
         if len(self.losses) % self.recipe.save_every == 0 or self.done:
             self._save()
         if self.on_step is not None:
@@ -274,6 +293,8 @@ def train(
     facts: Mapping,
     checkpoint: str | Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    held_out: Callable[[], float] | None = None,
+    held_out_every: int = 50,
 ) -> Losses:
     """Trains `parameters` in place and returns the loss of every step; the arguments are those of `Training`.
 
@@ -285,7 +306,9 @@ def train(
         DifferentRun, ValueError: as `Training` does.
         RuntimeError: a loss is not finite.
     """
-    training = Training(stage, parameters, step_loss, loader, recipe, facts, checkpoint, on_step)
+    training = Training(
+        stage, parameters, step_loss, loader, recipe, facts, checkpoint, on_step, held_out, held_out_every
+    )
     train_together([training])
     return training.losses
 

@@ -244,3 +244,12 @@ def test_exported_model_equals_the_searched_one_and_decodes_as_it_prefills(tmp_p
         assert cache.nbytes == model.new_cache(3, 18).nbytes
         steps = [decoding(ids[:, t : t + 1], cache=cache).logits for t in range(18)]
         torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=0, atol=1e-5)
+
+
+def test_a_book_knows_what_it_has_scored():
+    book = ScoreBook(SuperNetwork(planted_base(), TINY_JET), [PlantedRows().task(count=4)], {})
+    assert book.known("recall") == []
+    placements = [("jet",) * LAYERS, ("jet", "attn", "jet", "swa", "jet")]
+    scores = [book.score(placement, "recall") for placement in placements]
+    book.score(None, "recall")
+    assert book.known("recall") == list(zip(placements, scores)) and book.known("copy") == []

@@ -10,7 +10,7 @@ from support.postnas_cases import text_folder
 from jetkernels.cli import search
 from jetkernels.cli.search_checks import told
 from jetkernels.model import Tokenizer
-from jetkernels.postnas.comparisons import BlocksStage, write_result
+from jetkernels.postnas.comparisons import BlocksStage, read_quality, write_result
 from jetkernels.postnas.options import Integers
 from jetkernels.postnas.pipeline import Pipeline
 from jetkernels.postnas.shapes import Shape
@@ -73,6 +73,7 @@ def test_the_pipeline_carries_on_what_its_stages_found(tmp_path):
     assert shapes() == ("JetBlock", "JetBlock", True, "random")
     assert shapes(block="best", start="warm") == ("Mamba2", "JetBlock", False, "random")
     assert shapes(block="GLA") == ("GLA", "JetBlock", False, "random")
+    assert read_quality(tmp_path / "blocks", "Mamba2") is None and read_quality(tmp_path / "none", "Mamba2") is None
     write_result(tmp_path / "design", "dynamic, q", "reduction 2")
     assert shapes(start="warm") == ("JetBlock", "reduction 2", True, "warm")
     assert shapes(design="best", start="warm") == ("JetBlock", "dynamic, q", True, "random")

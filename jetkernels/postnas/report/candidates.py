@@ -60,12 +60,27 @@ def candidate_table(rows: Sequence[Measured]) -> str:
     return markdown_table(header, lines)
 
 
-def _pair_section(folder: Path, first: Measured, second: Measured) -> str:
-    """Two candidates against each other; the picture goes to `folder`."""
-    accuracies = {task: (first.scores[task][1], second.scores[task][1]) for task in first.scores}
-    speeds = {speed.removesuffix("_per_second"): (getattr(first, speed), getattr(second, speed)) for speed in SPEEDS}
-    pair_chart(folder / "pair.png", (first.name, second.name), (first.losses, second.losses), accuracies, speeds)
-    return f"## {first.name} against {second.name}\n\n![{first.name} against {second.name}](pair.png)\n"
+def _pair_section(folder: Path, rows: Sequence[Measured], pair: tuple[str, str]) -> str:
+    """Two candidates against each other, every seed of both; the picture goes to `folder`."""
+    first, second = ([row for row in rows if row.name == name] for name in pair)
+
+    accuracies = {
+        task: tuple([row.scores[task][1] for row in rows] for rows in (first, second)) for task in first[0].scores
+    }
+    speeds = {
+        speed.removesuffix("_per_second"): tuple([getattr(row, speed) for row in rows] for rows in (first, second))
+        for speed in SPEEDS
+    }
+    pair_chart(folder / "pair.png", pair, (first[0].losses, second[0].losses), accuracies, speeds)
+    return f"## {pair[0]} against {pair[1]}\n\n![{pair[0]} against {pair[1]}](pair.png)\n"
+
+
+def _points(rows: Sequence[Measured]) -> list[tuple[str, float, list[float]]]:
+    """(name, tokens/s, quality of every seed) of every candidate, for its picture."""
+    return [
+        (mean.name, mean.generation_per_second, [row.quality for row in rows if row.name == mean.name])
+        for mean in over_seeds(rows)
+    ]
 
 
 def write_candidate_report(
@@ -96,8 +111,7 @@ def write_candidate_report(
     folder = Path(folder)
     means = over_seeds(rows)
     curves = {row.name: row.losses for row in means if row.losses}
-    points = [(row.name, row.generation_per_second, row.quality) for row in means]
-    quality_against_speed(folder / "candidates.png", points, quality, curves)
+    quality_against_speed(folder / "candidates.png", _points(rows), quality, curves)
     text = [
         f"# {title}\n",
         f"Best: {best.name}, {quality} {best.quality:.4f}{best_exported(best.name, exported)}. Same placement, text "
@@ -106,9 +120,8 @@ def write_candidate_report(
         candidate_table(means),
         "![candidates](candidates.png)\n",
     ]
-    both = [row for name in pair or () for row in means if row.name == name]
-    if len(both) == 2:
-        text.append(_pair_section(folder, *both))
+    if pair is not None and {*pair} <= {row.name for row in rows}:
+        text.append(_pair_section(folder, rows, pair))
     text += ["## Provenance\n", provenance(facts)]
     write_text(folder / "report.md", "\n".join(text))
 
@@ -121,6 +134,7 @@ def write_shape_report(
     minimum: float,
     quality: str,
     facts: Sequence[tuple[str, object]],
+    level: tuple[str, float] | None = None,
 ) -> None:
     """Writes report.md with the grid as a table of the form of the paper's Table 2, and shapes.png.
 
@@ -132,6 +146,7 @@ def write_shape_report(
         minimum: tokens per second that a shape must generate.
         quality: what it is, in words.
         facts: (name, value) of what the rows depend on.
+        level: (name, quality) of what the shapes are compared with; a line in the picture.
     """
     means = over_seeds(rows)
     header = ["K", "V", "H", "parameters of a block", "cache (KiB)", "generation (tokens/s)", "fast enough", "chosen"]
@@ -155,10 +170,10 @@ def write_shape_report(
         "layer.\n",
         spread_sentence(rows),
         markdown_table([*header, *_task_columns(rows[0])], table),
+        *([] if level is None else [f"The line in the picture is {level[0]}: {quality} {level[1]:.4f}.\n"]),
         "![shapes](shapes.png)\n",
         "## Provenance\n",
         provenance(facts),
     ]
-    points = [(row.name, row.generation_per_second, row.quality) for row in means]
-    quality_against_speed(Path(folder) / "shapes.png", points, quality, minimum=minimum)
+    quality_against_speed(Path(folder) / "shapes.png", _points(rows), quality, minimum=minimum, level=level)
     write_text(Path(folder) / "report.md", "\n".join(text))

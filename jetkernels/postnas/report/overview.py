@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 from jetkernels.model import JetNemotronForCausalLM
 
+from ..costs import Cost
+from ..roadmap import Milestone
+from .final import summary
+from .plots import roadmap
 from .tables import markdown_table, provenance, write_text
 
 PAPER_TOKENS = 50e9  # of the paper's training with frozen MLPs and a distillation loss (docs/postnas.md)
@@ -20,11 +24,31 @@ class StageDone(NamedTuple):
         name: its folder's name.
         found: in a sentence.
         seconds: of the run that finished it.
+        cost: of its trainings.
     """
 
     name: str
     found: str
     seconds: float
+    cost: Cost
+
+
+def _spent(cost: Cost) -> list[str]:
+    return [f"{cost.tokens:,}", f"{cost.seconds:,.1f}", f"{cost.tokens_per_second:,.0f}"]
+
+
+def _roadmap_section(folder: Path, milestones: Sequence[Milestone], quality: str, context: int) -> list[str]:
+    points = [(each.stage, each.quality, each.tokens_per_second) for each in milestones]
+    roadmap(folder / "roadmap.png", points, quality, context)
+    rows = [[each.stage, each.what, each.quality, f"{each.tokens_per_second:,.1f}"] for each in milestones]
+    return [
+        "## The way\n",
+        markdown_table(["behind", "model", quality, f"decode behind {context:,} tokens (tokens/s)"], rows),
+        "Qualities are on the examples by which candidates were compared, those of blocks, design and shapes means "
+        "over their seeds. All speeds were measured for this report: one sequence, fp32, the cache preset. "
+        "Behind stage 1 there is a row only where its model could be exported.\n",
+        "![quality and speed behind each stage](roadmap.png)\n",
+    ]
 
 
 def write_overview(
@@ -33,29 +57,39 @@ def write_overview(
     stages: Sequence[StageDone],
     tokens: int,
     seeds: int,
+    milestones: Sequence[Milestone],
+    quality: str,
+    context: int,
     facts: Sequence[tuple[str, object]],
 ) -> None:
     """Writes report.md over all stages.
 
     Args:
-        folder: that holds the folders of the stages.
+        folder: that holds the folders of the stages, that of the final one among them.
         base: that was searched.
         stages: in their order.
         tokens: that each candidate is trained on.
         seeds: of each candidate.
+        milestones: models on the way, in their order.
+        quality: what theirs is, in words.
+        context: tokens behind which they were timed.
         facts: (name, value) of what the results depend on.
     """
     parameters, layers = sum(p.numel() for p in base.parameters()), base.config.num_hidden_layers
     minutes = [stage.seconds / 60 for stage in stages]
     rows = [
-        [f"[{stage.name}]({stage.name}/report.md)", stage.found, f"{spent:.1f}"]
+        [f"[{stage.name}]({stage.name}/report.md)", stage.found, f"{spent:.1f}", *_spent(stage.cost)]
         for stage, spent in zip(stages, minutes)
     ]
+    whole = Cost(sum(stage.cost.tokens for stage in stages), sum(stage.cost.seconds for stage in stages))
+    header = ["stage", "found", "minutes", "tokens trained on", "seconds of training", "tokens/s"]
     text = [
         "# From a full-attention model to a Jet hybrid\n",
-        markdown_table(["stage", "found", "minutes"], [*rows, ["all", "", f"{sum(minutes):.1f}"]]),
+        markdown_table(header, [*rows, ["all", "", f"{sum(minutes):.1f}", *_spent(whole)]]),
         "Minutes are those of the command that wrote this report; of a stage that was resumed, only what was left to "
-        "do.\n",
+        "do. Tokens and seconds of training are those of all its trainings, before and after it was resumed.\n",
+        *_roadmap_section(Path(folder), milestones, quality, context),
+        *summary(Path(folder) / "final"),
         "## What a search of this size shows\n",
         f"The base has {parameters:,} parameters in {layers} layers. Every candidate was trained on {tokens:,} "
         f"tokens, {tokens / PAPER_TOKENS:.0e} of those of the paper's distillation, with "

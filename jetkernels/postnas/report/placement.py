@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from ..options import OBJECTIVE_NAMES
 from ..placement import PlacementOptions, PlacementResult, ScoreBook
 from ..search import by_importance, uniform, with_kind
 from ..super_network import Placement, SuperNetwork
 from ..tasks import Score, objective_of
-from .plots import FEATURE_LOSS, budget_curves, curve, heat_map
-from .tables import markdown_table, not_exported, provenance, training_speed, write_text
+from .plots import FEATURE_LOSS, budget_curves, curve, heat_map, placements_tried
+from .tables import markdown_table, not_exported, plain_scores, provenance, training_speed, write_text
 
 # The name of a placement, and it; None stands for the base.
 Compared = tuple[str, Placement | None]
@@ -96,33 +97,115 @@ def _comparison_section(
     return text
 
 
-def _budget_section(folder: Path, judge: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[str]:
+class OfBudget(NamedTuple):
+    """A placement of so many full layers, no windows, and its scores.
+
+    Attributes:
+        budget: full layers.
+        how: they were placed: "uniform", "by importance" or "found".
+        layers: that are full, 0-based.
+        scores: {task: score}.
+    """
+
+    budget: int
+    how: str
+    layers: Sequence[int]
+    scores: Mapping[str, Score]
+
+
+def by_budget(judge: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[OfBudget]:
+    """The placements of every budget that was asked for."""
+    budgets = [budget for budget in result.full.budgets if budget]
+    named = [(budget, *pair) for budget in budgets for pair in placed(judge.network, result, options, budget)]
+    scored = scores_of_each(judge, [placement for _, _, placement in named])
+    return [
+        OfBudget(budget, name.split(",")[0], [i for i, kind in enumerate(placement) if kind == "attn"], scores)
+        for (budget, name, placement), scores in zip(named, scored)
+    ]
+
+
+def read_budgets(folder: Path) -> list[OfBudget]:
+    """What the report of stage 1 in `folder` has of its budgets.
+
+    Raises:
+        OSError: there is no result.json.
+        ValueError: it has none.
+    """
+    try:
+        rows = json.loads((folder / "result.json").read_text(encoding="utf-8"))["budgets"]
+        return [
+            OfBudget(
+                row["budget"], row["how"], row["layers"], {task: Score(*pair) for task, pair in row["scores"].items()}
+            )
+            for row in rows
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"--placement-folder: {folder / 'result.json'} must have scores by budget: run `search placement` again"
+        ) from None
+
+
+def _budget_section(
+    folder: Path, rows: Sequence[OfBudget], judge: ScoreBook, result: PlacementResult, options: PlacementOptions
+) -> list[str]:
     """A table and a picture of the placements of every budget; nothing where there is only one."""
-    network, budgets = judge.network, [budget for budget in result.full.budgets if budget]
-    if len(budgets) < 2:
+    if len({row.budget for row in rows}) < 2:
         return []
+    network = judge.network
     fixed = comparison(judge, result, options)[0], (f"{network.path_name} everywhere", ("jet",) * network.num_layers)
-    named = [(budget, *pair) for budget in budgets for pair in placed(network, result, options, budget)]
-    scored = scores_of_each(judge, [*(placement for _, _, placement in named), *(placement for _, placement in fixed)])
-    rows: list[list[object]] = []
     panels: dict[str, dict[str, dict[int, float]]] = {}
-    for (budget, name, placement), of_tasks in zip(named, scored):
-        how, layers = name.split(",")[0], ", ".join(str(i) for i, kind in enumerate(placement) if kind == "attn")
-        rows.append([budget, how, layers, *(value for s in of_tasks.values() for value in (s.loss, s.accuracy))])
-        for title, value in _objectives(of_tasks, options).items():
-            panels.setdefault(title, {}).setdefault(how, {})[budget] = value
+    for row in rows:
+        for title, value in _objectives(row.scores, options).items():
+            panels.setdefault(title, {}).setdefault(row.how, {})[row.budget] = value
     levels: dict[str, dict[str, float]] = {title: {} for title in panels}
-    for (name, _), of_tasks in zip(fixed, scored[len(named) :]):
+    for (name, _), of_tasks in zip(fixed, scores_of_each(judge, [placement for _, placement in fixed])):
         for title, value in _objectives(of_tasks, options).items():
             levels[title][name.split(",")[0]] = value
     budget_curves(folder / "budgets.png", panels, levels)
-    header = ["full layers", "placement", "layers (0-based)"]
-    header += [f"{task}, {what}" for task in judge.tasks for what in ("loss", "accuracy")]
     return [
         "## Budgets of full layers\n\nOne beam found them on its way; by importance are the layers that gain most "
         f"alone in {options.full_task}. No windows; within the super network.\n",
-        markdown_table(header, rows),
+        budget_table(rows),
         "![score against the number of full layers](budgets.png)\n",
+    ]
+
+
+def budget_table(rows: Sequence[OfBudget]) -> str:
+    """The scores of placements by their number of full layers."""
+    header = ["full layers", "placement", "layers (0-based)"]
+    header += [f"{task}, {what}" for task in rows[0].scores for what in ("loss", "accuracy")]
+    return markdown_table(
+        header,
+        [
+            [
+                *(row.budget, row.how, ", ".join(map(str, row.layers))),
+                *(value for s in row.scores.values() for value in (s.loss, s.accuracy)),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _tried_section(folder: Path, book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[str]:
+    """A picture of every placement of full layers that was scored; nothing where no layer is full."""
+    task, objective = options.full_task, options.full_objective
+    tried = [
+        (placement.count("attn"), objective_of(task, score, objective))
+        for placement, score in book.known(task)
+        if "swa" not in placement
+    ]
+    budgets = [budget for budget in result.full.budgets if budget]
+    if not budgets:
+        return []
+    marked: dict[str, dict[int, float]] = {}
+    for budget in budgets:
+        for name, placement in placed(book.network, result, options, budget):
+            value = objective_of(task, book.score(placement, task), objective)
+            marked.setdefault(name.split(",")[0], {})[budget] = value
+    placements_tried(folder / "tried.png", tried, marked, f"{task}, {OBJECTIVE_NAMES[objective]}")
+    return [
+        "## Every placement tried\n\nOn the examples of the search, by which the found ones were chosen; with those of "
+        "the importance of layers.\n\n![every placement tried](tried.png)\n"
     ]
 
 
@@ -152,7 +235,8 @@ def _importance_section(folder: Path, result: PlacementResult, network: SuperNet
         labels = {task: f"{task}, {OBJECTIVE_NAMES[options.objective(task, kind)]}" for task in maps}
         drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
         picture = folder / f"importance-{kind}.png"
-        heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer")
+        label = "gain of the objective"
+        heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer", label)
         shown = [[labels[task], *(gains.get(i, "full") for i in range(layers))] for task, gains in maps.items()]
         table = markdown_table(["task", *map(str, range(layers))], shown)
         parts.append(
@@ -190,13 +274,15 @@ def write_report(
     compared = comparison(book, result, options)
     of_each = scores_of_each(judge, [placement for _, placement in compared])
     scored = [(name, placement, scores) for (name, placement), scores in zip(compared, of_each)]
+    budgets = by_budget(judge, result, options)
     text = [
         "# Placement of attention layers\n",
         f"Placement: `{' '.join(result.placement)}`\n",
         *([] if book.network.jet_config else [f"{not_exported(book.network.path_name)}\n"]),
         _searches_section(result, options),
         *_comparison_section(scored, book.network.path_name, unseen=fresh is not None),
-        *_budget_section(folder, judge, result, options),
+        *_budget_section(folder, budgets, judge, result, options),
+        *_tried_section(folder, book, result, options),
         _importance_section(folder, result, book.network, options),
     ]
     if result.losses:
@@ -217,9 +303,10 @@ def write_report(
             {
                 "name": name,
                 "placement": placement,
-                "scores": {task: [score.loss, score.accuracy] for task, score in scores.items()},
+                "scores": plain_scores(scores),
             }
             for name, placement, scores in scored
         ],
+        "budgets": [row._asdict() | {"scores": plain_scores(row.scores)} for row in budgets],
     }
     write_text(folder / "result.json", json.dumps(values, indent=1) + "\n")

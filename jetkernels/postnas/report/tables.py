@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from jetkernels._version import __version__
 from jetkernels.files import write_atomic
 
+from ..tasks import Score
 from ..training import Losses
 
 
@@ -39,11 +42,35 @@ def provenance(facts: Sequence[tuple[str, object]]) -> str:
     return markdown_table(["what", "value"], [*facts, *machine])
 
 
+def plain_scores(scores: Mapping[str, Score]) -> dict[str, list[float]]:
+    """{task: [loss, accuracy]}, for JSON."""
+    return {task: [score.loss, score.accuracy] for task, score in scores.items()}
+
+
+def quoted(text: str) -> str:
+    """Text that a model wrote, as code in a cell of a table: line ends are arrows, unprintable characters boxes."""
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in text.replace("\n", "\u21b5").replace("\t", " "))
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    shown = shown.replace("|", "\\|")
+    if not shown.strip():
+        return f"({len(shown)} blanks)" if shown else "(nothing)"
+    return f"{fence} {shown} {fence}"
+
+
+def file_table(folder: Path) -> str:
+    """The files of a folder with their sizes and SHA-256: what a report names where weights are not kept with it."""
+    rows: list[list[object]] = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            rows.append([path.name, f"{path.stat().st_size:,}", f"`{hashlib.file_digest(file, 'sha256').hexdigest()}`"])
+    return markdown_table(["file", "bytes", "SHA-256"], rows)
+
+
 def training_speed(losses: Sequence[float]) -> str:
     """How many tokens a training saw, and how fast; nothing where that is not known or it was none."""
     if not isinstance(losses, Losses) or not losses.seconds:
         return ""
-    return f"{len(losses) * losses.tokens:,} tokens at {losses.tokens_per_second:,.0f} tokens/s."
+    return f"{losses.all_tokens:,} tokens in {losses.seconds:,.1f} s, {losses.tokens_per_second:,.0f} tokens/s."
 
 
 def not_exported(path: str) -> str:
