@@ -20,7 +20,7 @@ from jetkernels.postnas.linear_path import JET, LinearPath
 from jetkernels.postnas.options import Integers, OutcomeOptions, ShapeOptions, SizeOptions, StageOptions, TaskOptions
 from jetkernels.postnas.pipeline import CARRIED, Pipeline
 from jetkernels.postnas.report.placement import read_budgets
-from jetkernels.postnas.shapes import Shape, equal_cache_grid
+from jetkernels.postnas.shapes import Shape
 from jetkernels.postnas.stages import BaseStage, FinalStage, PlacementStage, base_tokenizer
 
 from . import memory
@@ -85,7 +85,7 @@ def check(stage: StageOptions) -> None:
             if not isinstance(beside, JetBlockConfig):
                 beside(config.hidden_size)
     if isinstance(stage, ShapesStage):
-        for one in equal_cache_grid(stage.state, stage.heads, stage.keys):
+        for one in stage.grid():
             path = LinearPath(one, stage.block, stage.design)
             if stage.start == "warm" and path.config() is None:
                 raise UsageError(f"--start warm needs a JetBlock that a model can be exported with, got {path}")

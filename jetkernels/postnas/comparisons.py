@@ -294,13 +294,25 @@ class ShapesStage(StartOptions, ComparisonOptions):
         """The block of this shape."""
         return LinearPath(Shape.from_name(name), self.block, self.design)
 
+    def grid(self) -> list[Shape]:
+        """The shapes that are compared: of `equal_cache_grid` those that the design's generator has a width for.
+
+        Raises:
+            ValueError: there is none, or see `equal_cache_grid`.
+        """
+        shapes, least = equal_cache_grid(self.state, self.heads, self.keys), DESIGNS[self.design].reduction
+        wide = [shape for shape in shapes if shape.H * shape.V >= least]
+        if not wide:
+            names = ", ".join(shape.name for shape in shapes)
+            raise ValueError(f"H*V must be at least {least} in some shape for the design {self.design}, got {names}")
+        return wide
+
     def run(self) -> str | None:
         """Writes the report and the model of the chosen shape to `output`.
 
         One that cannot be exported is kept for the final stage (`hybrid.save_hybrid`).
         """
-        grid = equal_cache_grid(self.state, self.heads, self.keys)
-        found = self.compare([shape.name for shape in grid])
+        found = self.compare([shape.name for shape in self.grid()])
         if ranks()[0]:
             return None
         means = over_seeds(found.rows)

@@ -5,6 +5,7 @@ end.
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from support.postnas_cases import search_command, text_folder, tiny_base_folder
@@ -14,6 +15,8 @@ from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.modules import JetBlockConfig
 from jetkernels.postnas.candidates import Measured, measure_all
 from jetkernels.postnas.checkpoints import load_state
+from jetkernels.postnas.comparisons import ShapesStage
+from jetkernels.postnas.options import Integers
 from jetkernels.postnas.report.candidates import write_shape_report
 from jetkernels.postnas.selection import best_shape
 from jetkernels.postnas.shapes import Shape, equal_cache_grid
@@ -33,6 +36,14 @@ def test_the_papers_grid_has_equal_caches():
         equal_cache_grid(7, (2,), (2,))
     with pytest.raises(ValueError, match="must be positive"):
         equal_cache_grid(8, (0,), (2,))
+
+
+def test_shapes_too_narrow_for_the_designs_generator_are_left_out(tmp_path):
+    stage = partial(ShapesStage, base=tmp_path, placement="jet", output=tmp_path, design="reduction 32")
+    names = [shape.name for shape in stage(state=256, heads=Integers((2, 4)), keys=Integers((4, 8, 16))).grid()]
+    assert names == ["8x16x2", "4x32x2", "8x8x4", "4x16x4"]  # not 16x8x2 and 16x4x4
+    with pytest.raises(ValueError, match="H\\*V must be at least 32 in some shape for the design reduction 32"):
+        stage(state=64, heads=Integers((2,)), keys=Integers((4,))).grid()
 
 
 @pytest.mark.parametrize("shape", [*PAPER, Shape(3, 7, 1), Shape(49, 50, 2), Shape(96, 31, 5)])
