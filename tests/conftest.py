@@ -129,6 +129,15 @@ def draws_follow_from_the_name(request):
 
 
 @pytest.fixture(autouse=True)
+def threads_stay():
+    """Bits of PyTorch's own products follow from their number, which a test may have changed."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None and sys.modules["torch"].get_num_threads() != before:
+        sys.modules["torch"].set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def nothing_stays_compiled():
     """torch.compile makes at most eight versions of a function, and those of earlier tests would count."""
     yield
