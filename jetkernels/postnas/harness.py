@@ -15,8 +15,8 @@ import torch
 
 from jetkernels._optional import optional
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
-from jetkernels.model.tokenizer import ENDS_OF_TEXT
 
+from .data import end_of_text
 from .tasks import Predict, Score, log_likelihoods
 
 _NEEDED_BY = "a task of lm-evaluation-harness"
@@ -70,9 +70,7 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The end of a text."""
-        if self.tokenizer.end_of_text_id is None:
-            raise ValueError(f"harness: the tokenizer must have {' or '.join(ENDS_OF_TEXT)}")
-        return self.tokenizer.end_of_text_id
+        return end_of_text(self.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Token ids of a text; the harness's options mean nothing here."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.model.attention import Attention
-from jetkernels.model.layout import TokenLayout
 from jetkernels.modules import JetBlock
 from jetkernels.modules.jet_block import TIME_STEPS
 
@@ -19,38 +14,6 @@ NEUTRAL = 1.2784645427610738  # silu(NEUTRAL) = 1
 RIDGE = 1e-3
 # Share of a constant that a linear function of the input must explain; below, a gate of it is far from constant.
 CONSTANT_ENOUGH = 0.5
-
-
-@torch.no_grad()
-def warm_start_blocks_(
-    blocks: Sequence[JetBlock] | nn.ModuleList, base: JetNemotronForCausalLM, input_ids: Tensor
-) -> None:
-    """`warm_start_` of a block for each layer of a base, in one pass of it.
-
-    Args:
-        blocks: one per layer, changed in place.
-        base: full attention in every layer.
-        input_ids: token ids [B, T], text as the base knows it; B*T at least the hidden size.
-
-    Raises:
-        ValueError: there are not as many blocks as layers, or see `warm_start_`.
-    """
-    (B, T), layers = input_ids.shape, base.model.layers
-    if len(blocks) != len(layers):
-        raise ValueError(f"warm start: blocks must be one per layer = {len(layers)}, got {len(blocks)}")
-    hooks = []
-    try:
-        for layer, block in zip(layers, blocks):
-
-            def start(attention: Any, args: tuple, kwargs: dict, y: Tensor, block: Any = block) -> None:
-                warm_start_(block, attention, args[0] if args else kwargs["hidden_states"], y)
-
-            attention = layer.get_submodule("self_attn")
-            hooks.append(attention.register_forward_hook(start, with_kwargs=True))
-        base.model(input_ids.to(base.device), TokenLayout.dense(B, T, [0] * B, None, base.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

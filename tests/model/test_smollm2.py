@@ -35,7 +35,7 @@ def test_logits_and_64_greedy_tokens_are_those_of_transformers(path, tokenizer):
     prompt = torch.tensor([tokenizer.encode("The capital of France is")])
     text = torch.tensor([tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))[:256]])
     for ids in (prompt, text):
-        torch.testing.assert_close(base(ids).logits, peer(ids).logits, rtol=0, atol=1e-3)
+        torch.testing.assert_close(base(ids).logits, peer(ids).logits, rtol=0, atol=2e-4)
     got = base.generate(prompt, max_new_tokens=64, stop_token_ids=[])[0, -64:].tolist()
     need = peer.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert got == need[0, -64:].tolist() and tokenizer.decode(got).startswith(" Paris.")
