@@ -289,6 +289,8 @@ def _add_final(parser: argparse.ArgumentParser) -> None:
         "--placement-folder", type=Path, help="of `search placement`: the report compares its budgets (default: none)"
     )
     parser.add_argument("--whole-steps", type=integer(), help="steps of the whole model, after --steps of distillation")
+    rate = "peak in these (default: --learning-rate)"
+    parser.add_argument("--whole-learning-rate", type=number(0, 1000, above=True), help=rate)
     _add_outcome(parser)
     _add_precision(parser)
     _add_tasks(parser)
@@ -318,6 +320,16 @@ def _add_all(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-steps", type=integer(), help="training steps of the small base, on 16 rows each (default %(default)s)"
     )
+    own = {
+        "placement-steps": "training steps of stage 1's super network (default: twice --steps)",
+        "final-steps": "steps of distillation in stage 5 (default: --steps)",
+        "whole-steps": "steps of the whole model in stage 5 (default: --steps)",
+    }
+    for name, what in own.items():
+        parser.add_argument(f"--{name}", type=integer(), help=what)
+    for part, otherwise in (("final", "--learning-rate"), ("whole", "that of its distillation")):
+        what = f"peak in these {part} steps (default: {otherwise})"
+        parser.add_argument(f"--{part}-learning-rate", type=number(0, 1000, above=True), help=what)
     _add_outcome(parser)
     _add_sizes(parser)
     _add_training(parser)

@@ -34,14 +34,20 @@ from .training import ranks, wait_for_ranks
 
 CARRIED = ("exportable", "best")  # what a candidate may be called that is not known yet
 Stage = TypeVar("Stage", bound=StageOptions)
+Value = TypeVar("Value")
+
+
+def _given(value: Value | None, otherwise: Value) -> Value:
+    return otherwise if value is None else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, DistillOptions, StartOptions, OutcomeOptions):
     """Every stage in order, each as its own command would run it, with that command's defaults where none is here.
 
-    `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths;
-    the grid of stage 4 keeps the state of `shape`.
+    `steps` are those of a candidate. The super network gets twice as many, since a step trains about half of its paths,
+    and both parts of stage 5 get as many, unless they are given their own. The grid of stage 4 keeps the state of
+    `shape`.
 
     Attributes:
         output: folder for the folders of the stages, and for the report over all.
@@ -49,6 +55,11 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         pretrained: what `BaseStage` takes as the base; None: a small one is trained.
         FOR_TRAINING: names of the options that mean nothing where no base is trained.
         base_steps: of the training of the small base.
+        placement_steps: of the super network.
+        final_steps: of the distillation of stage 5.
+        final_learning_rate: its peak in these.
+        whole_steps: of the whole model in stage 5.
+        whole_learning_rate: its peak in these; None: that of the distillation.
         linear_path: name of the block beside the attention of each layer in stage 1.
         block: that stages 3 and 4 go on with: a name; "best": that of stage 2; "exportable": the best of stage 2 that a
             model can be exported with. Stage 3 is left out where it is no JetBlock.
@@ -73,6 +84,11 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
     full: int = 1
     window: int = 1
     base_steps: int = 4000
+    placement_steps: int | None = None
+    final_steps: int | None = None
+    final_learning_rate: float | None = None
+    whole_steps: int | None = None
+    whole_learning_rate: float | None = None
     seeds: int = 2
     linear_path: str = PlacementStage.linear_path
     block: str = "exportable"
@@ -93,10 +109,16 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
         grid |= {"blocks_folder": self.output / "blocks"}
         grid |= {"block": path.block, "design": path.design, "start": self.start if path.config() else "random"}
         model = self.output / "shapes" / "model"
-        final = {"base": base, "model": model, "placement_folder": Path(placement), "whole_steps": self.steps}
+        final: dict[str, Any] = {"base": base, "model": model, "placement_folder": Path(placement)}
+        final |= {
+            "steps": _given(self.final_steps, self.steps),
+            "learning_rate": _given(self.final_learning_rate, self.learning_rate),
+            "whole_steps": _given(self.whole_steps, self.steps),
+        }
+        placed = _given(self.placement_steps, 2 * self.steps)
         stages: dict[str, StageOptions] = {
             "base": self._base_stage(),
-            "placement": self._stage("placement", PlacementStage, base=base, steps=2 * self.steps),
+            "placement": self._stage("placement", PlacementStage, base=base, steps=placed),
             "blocks": self._stage("blocks", BlocksStage, base=base, placement=placement),
             "design": self._stage("design", DesignStage, base=base, placement=placement),
             "shapes": self._stage("shapes", ShapesStage, base=base, placement=placement, **grid),

@@ -234,6 +234,7 @@ class FinalStage(TaskOptions, PrecisionOptions, OutcomeOptions):
         model: folder of the hybrid that an earlier stage exported, or kept where it could not.
         placement_folder: of stage 1, whose scores by the number of full layers the report holds the hybrid against.
         whole_steps: of the whole model, after `steps` of distillation.
+        whole_learning_rate: its peak in these; None: `learning_rate`.
     """
 
     EXAMPLES_SEED = 1  # the examples on which stage 1 compares placements: the search has chosen by none of them
@@ -242,6 +243,7 @@ class FinalStage(TaskOptions, PrecisionOptions, OutcomeOptions):
     model: Path
     placement_folder: Path | None = None
     whole_steps: int = 500
+    whole_learning_rate: float | None = None
 
     def run(self) -> str | None:
         """Writes the trained model and the report to `output`."""
@@ -266,7 +268,7 @@ class FinalStage(TaskOptions, PrecisionOptions, OutcomeOptions):
             base,
             loader,
             recipe,
-            replace(recipe, steps=self.whole_steps),
+            replace(recipe, steps=self.whole_steps, learning_rate=self.whole_learning_rate or self.learning_rate),
             dict(facts),
             self.output,
             precision,
@@ -296,7 +298,12 @@ class FinalStage(TaskOptions, PrecisionOptions, OutcomeOptions):
             files=model,
         )
         budgets = [] if self.placement_folder is None else read_budgets(self.placement_folder)
-        write_final_report(self.output, outcome, budgets, [*facts, *self.named(("whole_steps", "evaluate_every"))])
+        write_final_report(
+            self.output,
+            outcome,
+            budgets,
+            [*facts, *self.named(("whole_steps", "whole_learning_rate", "evaluate_every"))],
+        )
         linear = outcome.linear
         what = f"model: {model}" if linear is None else f"weights: {model}. {not_exported(linear)}"
         print(f"report: {self.output}/report.md; {what}")

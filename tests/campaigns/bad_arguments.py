@@ -242,11 +242,16 @@ class World:
             ),
             (
                 ["search", "final"],
-                training | {"--base": base, "--model": root / "model", "--whole-steps": "1", "--examples": "2"},
+                training
+                | {"--base": base, "--model": root / "model", "--whole-steps": "1", "--examples": "2"}
+                | {"--whole-learning-rate": "0.001"},
             ),
             (
                 ["search", "all"],
-                training | sizes | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2", "--block": "JetBlock"},
+                training
+                | sizes
+                | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2", "--block": "JetBlock"}
+                | {"--placement-steps": "1", "--final-steps": "1", "--final-learning-rate": "0.001"},
             ),
         ]
 

@@ -60,7 +60,16 @@ def test_the_pipeline_hands_its_options_on():
     assert (blocks.steps, blocks.seeds, blocks.placement, blocks.shape) == (7, 5, "run/placement", Shape(1, 6, 2))
     assert (shapes.state, shapes.heads, shapes.keys, shapes.batch) == (12, (2, 4), (1, 2), 4)
     assert (final.steps, final.whole_steps, final.model, final.examples) == (7, 7, Path("run/shapes/model"), 8)
+    assert (final.learning_rate, final.whole_learning_rate) == (whole.learning_rate, None)
     assert "base" not in Pipeline(output=Path("run"), base=Path("mine")).stages()
+
+
+def test_the_pipeline_gives_the_first_and_the_last_stage_steps_of_their_own():
+    own = {"placement_steps": 0, "final_steps": 2, "whole_steps": 3}
+    rates = {"final_learning_rate": 2e-3, "whole_learning_rate": 5e-4}
+    _, placement, blocks, _, shapes, final = Pipeline(output=Path("run"), steps=7, **own, **rates).stages().values()
+    assert (placement.steps, blocks.steps, shapes.steps, final.steps, final.whole_steps) == (0, 7, 7, 2, 3)
+    assert (placement.learning_rate, final.learning_rate, final.whole_learning_rate) == (3e-3, 2e-3, 5e-4)
 
 
 def test_the_pipeline_carries_on_what_its_stages_found(tmp_path):
