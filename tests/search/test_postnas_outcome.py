@@ -32,6 +32,8 @@ def test_a_power_law_is_found_again_and_what_does_not_fall_has_none():
         fit_power_law(points[:2]) is None
         and fit_power_law([(n, d) for (n, _), (_, d) in zip(points, points[::-1])]) is None
     )
+    assert fit_power_law([(100, 3.0), (100, 2.0), (100, 1.0)]) is None  # all at one number of tokens
+    assert fit_power_law([(10**6, 3.0), (10**6 + 1, 2.0), (10**6 + 2, 1.0)]) is None  # 1e2000000 at one token, or so
     noisy = fit_power_law([(n, d * math.exp(0.1 * (-1) ** i)) for i, (n, d) in enumerate(points)])
     assert 0.1 < noisy.error < 0.2  # the four deviate by 0.1, and two degrees of freedom are left
 
@@ -42,6 +44,8 @@ def test_the_distance_is_said_and_an_extrapolation_is_called_one():
     assert "+0.8000 nats" in far and "not reached" in far and "Extrapolation, not a measurement" in far
     assert "comes to 0.5 nats after 1.6e+03 tokens" in far
     assert "No power law" in distance_sentence([(0, 4.0), (9, 3.0)], 2.0, None)
+    left = distance_sentence([(0, 4.0), (100, 2.4), (200, 2.6)], 2.0, None)
+    assert "no longer within 0.5 nats, where it was after 100 tokens." in left and "not reached" not in left
     near = distance_sentence([(0, 4.0), (100, 2.5), (200, 2.4)], 2.0, law)
     assert "first measured within it after 100 tokens" in near and "Extrapolation" not in near
 
