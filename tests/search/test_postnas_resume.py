@@ -21,6 +21,7 @@ RESULTS = (
     "result.json",
     "importance-attn.png",
     "importance-swa.png",
+    "tried.png",
     "model/model.safetensors",
     "model/config.json",
 )

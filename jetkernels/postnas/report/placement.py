@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..options import OBJECTIVE_NAMES
 from ..placement import PlacementOptions, PlacementResult, ScoreBook
-from ..search import by_importance, uniform, with_kind
+from ..search import Found, by_importance, uniform, with_kind
 from ..super_network import Placement, SuperNetwork
 from ..tasks import Score, objective_of
 from .plots import FEATURE_LOSS, budget_curves, curve, heat_map, placements_tried
@@ -48,6 +48,11 @@ def comparison(book: ScoreBook, result: PlacementResult, options: PlacementOptio
     if result.window is not None:
         rows.append((f"found, {budget} full and {len(result.window.chosen)} windowed", result.placement))
     return rows
+
+
+def _plain(found: Found) -> dict[str, object]:
+    """For JSON; of the placements that were looked at, their number."""
+    return {name: value for name, value in asdict(found).items() if name != "values"} | {"evaluated": found.evaluated}
 
 
 def _searches_section(result: PlacementResult, options: PlacementOptions) -> str:
@@ -187,21 +192,19 @@ def budget_table(rows: Sequence[OfBudget]) -> str:
 
 
 def _tried_section(folder: Path, book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[str]:
-    """A picture of every placement of full layers that was scored; nothing where no layer is full."""
-    task, objective = options.full_task, options.full_objective
-    tried = [
-        (placement.count("attn"), objective_of(task, score, objective))
-        for placement, score in book.known(task)
-        if "swa" not in placement
-    ]
+    """A picture of the placements of full layers that the search looked at; nothing where no layer is full."""
     budgets = [budget for budget in result.full.budgets if budget]
     if not budgets:
         return []
+    task, objective = options.full_task, options.full_objective
+    value, layers = book.evaluate(task, objective), book.network.num_layers
+    alone = [(), *((i,) for i in range(layers))]
+    values = dict(result.full.values) | {full: value(with_kind(("jet",) * layers, full, "attn")) for full in alone}
+    tried = [(len(full), score) for full, score in values.items()]
     marked: dict[str, dict[int, float]] = {}
     for budget in budgets:
         for name, placement in placed(book.network, result, options, budget):
-            value = objective_of(task, book.score(placement, task), objective)
-            marked.setdefault(name.split(",")[0], {})[budget] = value
+            marked.setdefault(name.split(",")[0], {})[budget] = value(placement)
     placements_tried(folder / "tried.png", tried, marked, f"{task}, {OBJECTIVE_NAMES[objective]}")
     return [
         "## Every placement tried\n\nOn the examples of the search, by which the found ones were chosen; with those of "
@@ -296,8 +299,8 @@ def write_report(
     write_text(folder / "report.md", "\n".join(text))
     values = {
         "placement": result.placement,
-        "full": asdict(result.full),
-        "window": asdict(result.window) if result.window else None,
+        "full": _plain(result.full),
+        "window": _plain(result.window) if result.window else None,
         "importance": result.importance,
         "compared": [
             {
