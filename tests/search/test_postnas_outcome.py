@@ -13,6 +13,7 @@ from jetkernels.model import Tokenizer
 from jetkernels.model.speed import decode_speed
 from jetkernels.postnas import Loader, Recipe, small_base
 from jetkernels.postnas.base import next_token_loss
+from jetkernels.postnas.checkpoints import load_state
 from jetkernels.postnas.completions import FIXED, FROM_TEXT, NEW_TOKENS, complete, prompts_of, read_prompts
 from jetkernels.postnas.power_law import fit_power_law
 from jetkernels.postnas.report.final import distance_sentence
@@ -184,3 +185,23 @@ def test_what_the_report_cannot_use_is_refused_before_anything_is_trained(tmp_pa
     assert "must have scores by budget" in capsys.readouterr().err
     assert main(search_command("final", **folders, prompts=tmp_path / "none.txt")) == 1
     assert "none.txt" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
+def test_a_training_that_breaks_down_stops_and_keeps_its_last_checkpoint(tmp_path, what):
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    def step_loss(rows, step):
+        if step < 4:
+            return weight.square().sum()
+        if what == "loss":
+            return weight.sum() * math.nan
+        return (weight - weight.detach()).sqrt().sum()  # 0, with an infinite gradient
+
+    loader, recipe = Loader([(PlantedRows(), 1.0)], 2, 21), Recipe(5, 1e-2, warmup=1, save_every=1)
+    with pytest.raises(RuntimeError, match=f"some: the {what} of step 4 must be finite, got (nan|inf)"):
+        train("some", {"weight": weight}, step_loss, loader, recipe, {}, tmp_path / "some.ckpt")
+    run = json.loads((tmp_path / "some.ckpt").read_bytes().split(b"\n", 2)[1])["run"]
+    kept = load_state(tmp_path / "some.ckpt", "some", run)
+    assert len(kept["losses"]) == 4 and weight.isfinite().all()
+    torch.testing.assert_close(kept["parameters"]["weight"], weight.detach(), rtol=0, atol=0)
