@@ -178,7 +178,7 @@ def super_network_training(
     """What `train_super_network` runs."""
     device = network.base.device
     if placement is not None:
-        placement = network.check(placement)
+        placement = network.check_distilled(placement)
 
     def step_loss(rows: Tensor, step: int) -> Tensor | Iterator[Tensor]:
         input_ids = rows[:, :-1].to(device)

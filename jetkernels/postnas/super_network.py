@@ -166,6 +166,13 @@ class SuperNetwork(nn.Module):
             )
         return tuple(placement)
 
+    def check_distilled(self, placement: Sequence[str]) -> Placement:
+        """`check`, for a placement that is trained; ValueError too where no layer has a linear path."""
+        placement = self.check(placement)
+        if "jet" not in placement:
+            raise ValueError(f"placement must have a jet layer to be distilled, got {' '.join(placement)}")
+        return placement
+
     def config(self, placement: Sequence[str]) -> JetNemotronConfig:
         """The configuration of the model that a placement makes."""
         placement = self.check(placement)
@@ -228,7 +235,7 @@ class SuperNetwork(nn.Module):
         """Feature distillation: how far each layer's path is from the base's attention there (`feature_loss`).
 
         The path is given the stream that the layers in front of it left, the base's attention the base's own. Unless
-        attention is trained, layers in front of the first linear path equal the base's and are left out of the average.
+        attention is trained, layers in front of the first linear path have nothing to learn and are not in the average.
 
         Args:
             input_ids: token ids [B, T].
@@ -239,9 +246,7 @@ class SuperNetwork(nn.Module):
         Raises:
             ValueError: no layer has a linear path.
         """
-        placement = self.check(placement)
-        if "jet" not in placement:
-            raise ValueError("placement must have a jet layer to be distilled, got attention everywhere")
+        placement = self.check_distilled(placement)
         wanted = self.teacher.attention(input_ids)
         model = self.assemble(placement)
         with self.teacher.computing(), watched(model) as got:

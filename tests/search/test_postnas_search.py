@@ -212,8 +212,13 @@ def test_attention_everywhere_is_the_base():
     ids = PlantedRows().rows(3, 12, torch.Generator().manual_seed(0))
     network = SuperNetwork(base, TINY_JET)
     torch.testing.assert_close(network(ids, ("attn",) * LAYERS), base(ids).logits, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="must have a jet layer"):
-        network.distillation_loss(ids, ("attn",) * LAYERS)
+    loader = Loader([(PlantedRows(), 1.0)], batch_size=4, length=21)
+    for placement in (("attn",) * LAYERS, ("swa",) * LAYERS):
+        with pytest.raises(ValueError, match=f"must have a jet layer to be distilled, got {' '.join(placement)}"):
+            network.distillation_loss(ids, placement)
+        for layer_steps in (0, 1):
+            with pytest.raises(ValueError, match="must have a jet layer to be distilled"):
+                train_super_network(network, loader, Recipe(1), {}, placement=placement, layer_steps=layer_steps)
 
 
 def test_random_paths_reach_every_layer_and_never_train_nothing():
