@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from .checkpoints import load_state, save_state
 from .data import Loader
 
 FINAL_SHARE = 0.02  # of the peak learning rate, where a cosine ends
+# For which ranks wait for each other: rank 0 alone scores unseen examples and writes reports while the others wait for
+# the next stage. PyTorch's own 10 (nccl) or 30 minutes would end that. Of a rank that died torchrun ends the others.
+PATIENCE = timedelta(days=1)
 
 
 def cosine(done: float, whole: float = 1.0, final_share: float = FINAL_SHARE) -> float:
@@ -337,7 +341,7 @@ def join_ranks(device: torch.device) -> None:
         if device.index is not None:
             raise ValueError(f"device must be cuda, without a number, for several ranks, got {device}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def wait_for_ranks() -> None:
