@@ -25,6 +25,7 @@ from jetkernels.postnas import (
     write_report,
 )
 from jetkernels.postnas.data import seeded
+from jetkernels.postnas.report import plots
 from jetkernels.postnas.search import by_importance, most_evaluations
 from jetkernels.postnas.tasks import objective_of
 
@@ -276,3 +277,19 @@ def test_the_picture_of_placements_tried_has_those_of_its_own_search(tmp_path, m
     assert marked == {
         how: {2: pytest.approx(v)} for how, v in (("uniform", -0.6), ("by importance", -0.3), ("found", -0.3))
     }
+
+
+def test_the_heat_map_of_windows_is_blank_where_a_layer_is_full(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append((path.name, figure)))
+
+    class Planted(ScoreBook):
+        def _computed(self, placement, task):
+            return Score(sum({"jet": 0.1, "swa": 0.04, "attn": 0}[kind] * i for i, kind in enumerate(placement)), 0.5)
+
+    options = PlacementOptions(1, 1, window_task="recall")
+    book = Planted(SuperNetwork(planted_base(), TINY_JET), [PlantedRows().task(1)], {})
+    write_report(tmp_path, book, search_placement(book, options), options, [])
+    texts = {name: [text.get_text() for text in figure.axes[0].texts] for name, figure in figures}
+    assert texts["importance-attn.png"] == ["0", "0.1", "0.2", "0.3", "0.4"]
+    assert texts["importance-swa.png"] == ["0", "0.06", "0.12", "0.18"]  # layer 4 is full

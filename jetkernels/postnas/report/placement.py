@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ Compared = tuple[str, Placement | None]
 def placed(
     network: SuperNetwork, result: PlacementResult, options: PlacementOptions, budget: int
 ) -> list[tuple[str, Placement]]:
-    """The placements of so many full layers: at equal distances, those that gain most alone, and the found one."""
+    """(how, placement) of so many full layers: at equal distances, those that gain most alone, and the found one."""
     gains = result.importance["attn"][options.full_task]
     layers = {
         "uniform": uniform(network.num_layers, budget),
@@ -31,7 +32,7 @@ def placed(
         "found": result.full.budgets[budget],
     }
     start = ("jet",) * network.num_layers
-    return [(f"{name}, {budget} full", with_kind(start, chosen, "attn")) for name, chosen in layers.items()]
+    return [(how, with_kind(start, chosen, "attn")) for how, chosen in layers.items()]
 
 
 def comparison(book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[Compared]:
@@ -44,7 +45,7 @@ def comparison(book: ScoreBook, result: PlacementResult, options: PlacementOptio
     rows.append((f"{network.path_name} everywhere", ("jet",) * layers))
     budget = len(result.full.chosen)
     if budget:
-        rows += placed(network, result, options, budget)
+        rows += [(f"{how}, {budget} full", one) for how, one in placed(network, result, options, budget)]
     if result.window is not None:
         rows.append((f"found, {budget} full and {len(result.window.chosen)} windowed", result.placement))
     return rows
@@ -124,8 +125,8 @@ def by_budget(judge: ScoreBook, result: PlacementResult, options: PlacementOptio
     named = [(budget, *pair) for budget in budgets for pair in placed(judge.network, result, options, budget)]
     scored = scores_of_each(judge, [placement for _, _, placement in named])
     return [
-        OfBudget(budget, name.split(",")[0], [i for i, kind in enumerate(placement) if kind == "attn"], scores)
-        for (budget, name, placement), scores in zip(named, scored)
+        OfBudget(budget, how, [i for i, kind in enumerate(placement) if kind == "attn"], scores)
+        for (budget, how, placement), scores in zip(named, scored)
     ]
 
 
@@ -203,8 +204,8 @@ def _tried_section(folder: Path, book: ScoreBook, result: PlacementResult, optio
     tried = [(len(full), score) for full, score in values.items()]
     marked: dict[str, dict[int, float]] = {}
     for budget in budgets:
-        for name, placement in placed(book.network, result, options, budget):
-            marked.setdefault(name.split(",")[0], {})[budget] = value(placement)
+        for how, placement in placed(book.network, result, options, budget):
+            marked.setdefault(how, {})[budget] = value(placement)
     placements_tried(folder / "tried.png", tried, marked, f"{task}, {OBJECTIVE_NAMES[objective]}")
     return [
         "## Every placement tried\n\nOn the examples of the search, by which the found ones were chosen; with those of "
@@ -236,7 +237,7 @@ def _importance_section(folder: Path, result: PlacementResult, network: SuperNet
     layers, path, parts = network.num_layers, network.path_name, []
     for kind, maps in result.importance.items():
         labels = {task: f"{task}, {OBJECTIVE_NAMES[options.objective(task, kind)]}" for task in maps}
-        drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
+        drawn = [[gains.get(i, math.nan) for i in range(layers)] for gains in maps.values()]
         picture = folder / f"importance-{kind}.png"
         label = "gain of the objective"
         heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer", label)
