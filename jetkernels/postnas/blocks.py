@@ -136,8 +136,8 @@ def fair_start_(block: LinearBlock | JetBlock, input_rms: float = 1.0) -> None:
 
     Args:
         block: changed in place.
-        input_rms: of the layer input, by which the projections of it are divided. Behind a norm it is about the RMS of
-            the norm's weight.
+        input_rms: of the layer input, by which the projections of it are divided; above 0. Behind a norm it is about
+            the RMS of the norm's weight.
     """
     if isinstance(block, Jet):
         block = block.block

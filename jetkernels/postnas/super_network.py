@@ -120,7 +120,8 @@ class SuperNetwork(nn.Module):
             for block, layer in zip(blocks, base.model.layers, strict=True):
                 if isinstance(block, (LinearBlock, JetBlock)):
                     scale: Tensor = cast(Any, layer).input_layernorm.weight
-                    fair_start_(block, scale.float().square().mean().sqrt().item())
+                    # A norm without weight lets nothing through, and nothing is the same at any scale.
+                    fair_start_(block, scale.float().square().mean().sqrt().item() or 1.0)
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
         own = [copy.deepcopy(layer.self_attn) for layer in base.model.layers] if train_attention else []
         self.attention = nn.ModuleList(cast(list[nn.Module], own)).requires_grad_(True)
