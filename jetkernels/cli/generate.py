@@ -161,7 +161,7 @@ class Output:
 
     def __init__(self, tokenizer: Tokenizer | None, stop: set[int], stream: bool, as_json: bool):
         self.tokenizer, self.stop, self.stream, self.as_json = tokenizer, stop, stream, as_json
-        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.decoder = StreamDecoder(tokenizer, is_continuation=True) if tokenizer is not None else None
         self.times: list[float] = []
         self.tokens = 0
         # Draft tokens that were accepted, of each step of each row; rows of a batch lie side by side.
@@ -187,7 +187,7 @@ class Output:
 
     def text(self, ids: list[int]) -> str:
         """What is printed of token ids: text, or the ids where there is no tokenizer."""
-        return self.tokenizer.decode(ids) if self.tokenizer is not None else " ".join(map(str, ids))
+        return self.tokenizer.decode_continuation(ids) if self.tokenizer is not None else " ".join(map(str, ids))
 
     def done(self, number: int, prompt: Prompt, ids: list[int]) -> None:
         """A prompt's completion: ids up to the token that ended it, or all."""

@@ -16,7 +16,7 @@ from jetkernels.modules import checks
 _KEY = "tokenizer.ggml."
 # Kinds of tokens, `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_SPACE = "\u2581"  # how SentencePiece writes a space
+SPACE = "\u2581"  # how SentencePiece writes a space
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -129,9 +129,9 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], unknown: st
     prefix = fields.get(f"{_KEY}add_space_prefix", True)
     normalize, decode = library.normalizers, library.decoders
     backend.normalizer = normalize.Sequence(
-        [*([normalize.Prepend(_SPACE)] if prefix else []), normalize.Replace(" ", _SPACE)]
+        [*([normalize.Prepend(SPACE)] if prefix else []), normalize.Replace(" ", SPACE)]
     )
-    steps = [decode.Replace(_SPACE, " "), decode.ByteFallback(), decode.Fuse()]
+    steps = [decode.Replace(SPACE, " "), decode.ByteFallback(), decode.Fuse()]
     backend.decoder = decode.Sequence([*steps, *([decode.Strip(" ", 1, 0)] if prefix else [])])
     return backend
 

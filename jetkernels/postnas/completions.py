@@ -75,6 +75,6 @@ def complete(
 
     def continued(model: JetNemotronForCausalLM, ids: Tensor) -> str:
         whole = model.generate(ids[None].to(model.device), max_new_tokens=NEW_TOKENS)
-        return tokenizer.decode(whole[0, len(ids) :])
+        return tokenizer.decode_continuation(whole[0, len(ids) :])
 
     return [Completion(tokenizer.decode(ids), continued(base, ids), continued(hybrid, ids)) for ids in prompts]

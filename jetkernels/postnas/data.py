@@ -88,8 +88,9 @@ def _pieces(text: str) -> Iterator[str]:
 def _encoded(raw: bytes, tokenizer: Tokenizer | None) -> Tensor:
     """Token ids int64 of UTF-8 text; tokenizer None: the bytes' values."""
     if tokenizer is not None:
-        pieces = _pieces(raw.decode("utf-8"))
-        return torch.cat([torch.tensor(tokenizer.encode(piece), dtype=torch.int64) for piece in pieces])
+        first, *others = _pieces(raw.decode("utf-8"))
+        encoded = [tokenizer.encode(first), *map(tokenizer.encode_continuation, others)]
+        return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in encoded])
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() if raw else torch.empty(0, dtype=torch.int64)
 
 

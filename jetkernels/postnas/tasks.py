@@ -292,7 +292,7 @@ class WordRecall(KeyValueRecall):
     def __post_init__(self) -> None:
         text = self.tokenizer.decode(self.tokens[: self.READ])
         counts = Counter(re.findall(r"(?<= )[a-z]{4,}(?=[ ,.;])", text))
-        ids = [self.tokenizer.encode(f" {word}") for word, _ in counts.most_common()]
+        ids = [self.tokenizer.encode_continuation(f" {word}") for word, _ in counts.most_common()]
         words = [i[0] for i in ids if len(i) == 1][: self.WORDS]
         object.__setattr__(self, "words", torch.tensor(words, dtype=torch.int64))
         if len(self.words) < 2 * self.pairs:
@@ -301,7 +301,7 @@ class WordRecall(KeyValueRecall):
             )
 
     def _line(self) -> list[Tensor]:
-        return [torch.tensor(self.tokenizer.encode(part)) for part in self.LINE]
+        return [torch.tensor(self.tokenizer.encode_continuation(part)) for part in self.LINE]
 
     @property
     def pair_size(self) -> int:
@@ -318,7 +318,7 @@ class WordRecall(KeyValueRecall):
     @property
     def closing(self) -> Tensor:
         """The end of the line."""
-        return torch.tensor(self.tokenizer.encode("\n"))
+        return torch.tensor(self.tokenizer.encode_continuation("\n"))
 
     def told(self, generator: torch.Generator) -> list[Tensor]:
         """Lines with different words."""
@@ -486,5 +486,5 @@ class MultipleChoice:
             context = self.tokenizer.encode(query)
             if not context:
                 raise ValueError(f"choices: a query of {self.name} must encode to at least one token, got {query!r}")
-            questions.append((context, [self.tokenizer.encode(choice) for choice in choices], gold))
+            questions.append((context, [self.tokenizer.encode_continuation(choice) for choice in choices], gold))
         return TokenChoices(self.name, questions).score(predict)

@@ -157,6 +157,29 @@ def test_streamed_text_is_the_text(tmp_path):
         assert "".join(map(decoder.push, tokenizer.encode(text))) + decoder.finish() == text
 
 
+def test_behind_other_text_sentencepiece_puts_no_space(tmp_path):
+    """Neither when it is encoded nor is one lost when it is decoded; byte-level BPE has none to leave out."""
+    backend = tokenizers.Tokenizer.from_buffer(tokenizer_files(keys(sentencepiece_fields()))["tokenizer.json"])
+    tokenizer = Tokenizer(backend)
+    for text, tokens in (
+        (" the cat", ["\u2581the", "\u2581cat"]),
+        ("\nthe", ["<0x0A>", "t", "he"]),
+        (".", ["."]),
+        ("", []),
+    ):
+        ids = tokenizer.encode_continuation(text)
+        assert [backend.id_to_token(i) for i in ids] == tokens
+        assert tokenizer.decode_continuation(ids) == text
+        decoder = StreamDecoder(tokenizer, is_continuation=True)
+        assert "".join(map(decoder.push, ids)) + decoder.finish() == text
+    assert tokenizer.decode_continuation(tokenizer.encode_continuation("ü")[:1]) == "\ufffd"
+    assert tokenizer.encode("on") + tokenizer.encode_continuation(" the mat") == tokenizer.encode("on the mat")
+    plain = Tokenizer(trained_tokenizer("smollm"))
+    for text in TEXTS:
+        ids = plain.encode(text)
+        assert plain.encode_continuation(text) == ids and plain.decode_continuation(ids) == plain.decode(ids)
+
+
 # ---- files
 
 
