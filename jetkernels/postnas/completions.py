@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+from jetkernels.reading import lines_of, utf8_text
 
 from .data import Windows, seeded
 
@@ -45,10 +46,7 @@ def read_prompts(path: Path) -> list[str]:
         OSError: it cannot be read.
         ValueError: it is no UTF-8 text, or holds no prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"prompts: {path} must be UTF-8 text") from None
+    lines = lines_of(utf8_text(path.read_bytes(), f"prompts: {path}"))
     found = [line for line in lines if line.strip()]
     if not found:
         raise ValueError(f"prompts: {path} must hold a prompt a line, got none")

@@ -36,7 +36,7 @@ def seeded(*what: object) -> torch.Generator:
 
 def is_held_out(name: str) -> bool:
     """Whether the file of this name (relative, with slashes) is held out; depends on nothing but the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT == 0
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") % HELD_OUT == 0
 
 
 def text_files(folder: str | Path, suffix: str = "", without: Sequence[str] = ()) -> list[Path]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jetkernels.model import Tokenizer
+from jetkernels.reading import lines_of, utf8_text
 
 from .data import Windows, end_of_text, seeded
 
@@ -454,18 +455,20 @@ class MultipleChoice:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: a line is no such object, or there is none.
+            ValueError: it is no UTF-8 text, a line is no such object, or there is none.
         """
         documents = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(lines_of(utf8_text(Path(path).read_bytes(), f"choices: {path}")), 1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
-                query, choices, gold = values["query"], list(values["choices"]), values["gold"]
+                query, choices, gold = values["query"], values["choices"], values["gold"]
                 right = (
                     isinstance(query, str)
+                    and isinstance(choices, list)
                     and all(isinstance(c, str) and c for c in choices)
+                    and type(gold) is int
                     and 0 <= gold < len(choices)
                 )
             except (ValueError, KeyError, TypeError):

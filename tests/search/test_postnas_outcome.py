@@ -99,8 +99,8 @@ def test_completions_are_the_most_likely_tokens_of_each_model():
 
 def test_prompts_of_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("one\n\n two\n")
-    assert read_prompts(path) == ["one", " two"]
+    path.write_bytes("one\n\n two\r\nthree\u2028 \x0cfour\n".encode())
+    assert read_prompts(path) == ["one", " two", "three\u2028 \x0cfour"]
     path.write_text("\n")
     with pytest.raises(ValueError, match="must hold a prompt a line"):
         read_prompts(path)

@@ -111,6 +111,12 @@ def test_packed_files_are_read_and_damaged_ones_counted(tmp_path, tokenizer):
     assert (read.files, read.skipped) == (1, 4) and read.digest == expected.digest
 
 
+def test_names_of_files_need_not_be_unicode(tmp_path):
+    (tmp_path / "n\udce9.txt").write_text("a text")
+    assert TextCorpus.from_folder(tmp_path).files == 1
+    assert [data.is_held_out(name) for name in ("é23", "é24")] == [False, True]
+
+
 def test_large_files_are_encoded_in_pieces(tmp_path, tokenizer, monkeypatch):
     """Cut behind a newline; where there is none, anywhere; nothing is lost."""
     monkeypatch.setattr(data, "PIECE", 100)
