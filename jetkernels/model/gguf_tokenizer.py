@@ -150,8 +150,8 @@ def _merges_of_scores(
 ) -> list[tuple[str, str]]:
     """Every pair of tokens that makes a token, those that make the token of the highest score first."""
     scores = fields.get(f"{_KEY}scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ValueError(f"gguf: the file must have {_KEY}merges, or {_KEY}scores with an entry for each token")
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not isinstance(scores[0], (int, float)):
+        raise ValueError(f"gguf: the file must have {_KEY}merges, or {_KEY}scores with a number for each token")
     found = []
     for token, score in zip(tokens, scores):
         for i in range(1, len(token)):

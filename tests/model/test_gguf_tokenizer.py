@@ -225,6 +225,7 @@ def test_tokenizers_of_another_kind_are_refused(changes, sentence):
 
 
 def test_scores_or_merges_are_needed():
-    with pytest.raises(ValueError, match="must have tokenizer.ggml.merges, or tokenizer.ggml.scores with an entry for"):
-        tokenizer_files(keys(sentencepiece_fields(scores=[1.0])))
+    for scores in ([1.0], ["a"] * len(sentencepiece_fields()["tokens"])):
+        with pytest.raises(ValueError, match="must have tokenizer.ggml.merges, or tokenizer.ggml.scores with a number"):
+            tokenizer_files(keys(sentencepiece_fields(scores=scores)))
     assert tokenizer_files({}) == {}
