@@ -33,12 +33,14 @@ class Cut(NamedTuple):
         single_digits: whether each digit is a piece of its own, before all else.
         whole_words: whether a piece that is in the vocabulary is a token, whatever the merges say.
         composed: whether the text becomes Unicode's composed form (NFC) first.
+        begins: whether a text begins with a token for that where the file does not say (`add_bos_token`).
     """
 
     split: str | None = None
     single_digits: bool = False
     whole_words: bool = False
     composed: bool = False
+    begins: bool = False
 
 
 def _split(digits: str) -> str:
@@ -49,7 +51,7 @@ def _split(digits: str) -> str:
     )
 
 
-_LLAMA3 = Cut(_split(r"\p{N}{1,3}"), whole_words=True)
+_LLAMA3 = Cut(_split(r"\p{N}{1,3}"), whole_words=True, begins=True)
 # By `tokenizer.ggml.pre`.
 CUTS = {
     "gpt-2": Cut(),
@@ -81,7 +83,8 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, bytes]:
     known = {name: token for name, token in special.items() if token is not None}
     backend = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens, known.get("unk_token"))
     _add_tokens(backend, fields, tokens)
-    begins = known.get("bos_token") if fields.get(f"{_KEY}add_bos_token", kind == "llama") else None
+    by_itself = kind == "llama" or CUTS[fields[f"{_KEY}pre"]].begins
+    begins = known.get("bos_token") if fields.get(f"{_KEY}add_bos_token", by_itself) else None
     if begins is not None:
         # For callers that ask for special tokens; `Tokenizer.encode` does not.
         backend.post_processor = _library().processors.TemplateProcessing(

@@ -77,6 +77,18 @@ def test_a_word_of_the_vocabulary_is_a_token_in_llama_3():
         assert found.encode("xyzzy").tokens == tokens
 
 
+@pytest.mark.parametrize("cut", PUBLISHED_CUTS)
+def test_llama_3s_texts_begin_with_a_token_unless_the_file_says_no(cut):
+    fields = fields_of_tokenizer(trained_tokenizer(cut), cut)
+    for says, begins in ((None, cut == "llama-bpe"), (False, False), (True, True)):
+        told = keys(fields | {"add_bos_token": says})
+        if says is None:
+            del told["tokenizer.ggml.add_bos_token"]
+        files = tokenizer_files(told)
+        found = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        assert (found.encode("the").ids[0] == fields["bos_token_id"]) is begins
+
+
 def test_tokens_of_the_user_are_cut_out_and_shown():
     fields = fields_of_tokenizer(trained_tokenizer("qwen2"), "qwen2")
     fields["tokens"] = [*fields["tokens"], "<think>"]
