@@ -65,6 +65,9 @@ class Tokenizer:
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError, ImportError)):
                 raise
             raise ValueError(f"tokenizer: {path} is damaged: {error}") from None
+        # As transformers, which leaves both to the call: files saved behind a training may ask for them.
+        backend.no_truncation()
+        backend.no_padding()
         tokenizer = cls(backend)
         tokenizer.companions = found
         return tokenizer
@@ -97,6 +100,11 @@ class Tokenizer:
         """The id of the first of ENDS_OF_TEXT that there is; None if there is none."""
         ids = map(self.backend.token_to_id, ENDS_OF_TEXT)
         return next((i for i in ids if i is not None), None)
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether it is that of `byte_level`."""
+        return self.backend.to_str() == type(self).byte_level().backend.to_str()
 
     def encode(self, text: str) -> list[int]:
         """Token ids.

@@ -111,8 +111,7 @@ class StageOptions(ABC):
             ValueError: it is too short for a row, or has tokens that the base's vocabulary does not have.
         """
         # The byte-level tokenizer gives each byte its value: taking the bytes themselves is faster.
-        byte_level = tokenizer.backend.to_str() == Tokenizer.byte_level().backend.to_str()
-        encoder = None if byte_level else tokenizer
+        encoder = None if tokenizer.is_byte_level else tokenizer
         if self.text is None:
             corpus = TextCorpus.from_standard_library(encoder)
         else:

@@ -332,9 +332,9 @@ class WordRecall(KeyValueRecall):
 
 def recall_of(tokens: Tensor, tokenizer: Tokenizer, distances: Sequence[int]) -> KeyValueRecall:
     """The recall task that suits a tokenizer: of spans where a token is a byte, else of words."""
-    if tokenizer.backend.to_str() != Tokenizer.byte_level().backend.to_str():
-        return WordRecall(tokens, tokenizer, distances)
-    return Recall(tokens, end_of_text(tokenizer), distances)
+    if tokenizer.is_byte_level:
+        return Recall(tokens, end_of_text(tokenizer), distances)
+    return WordRecall(tokens, tokenizer, distances)
 
 
 @dataclass(frozen=True)
