@@ -162,8 +162,8 @@ class JetNemotronConfig:
         for name in ("attention_bias", "use_qk_norm", "tie_word_embeddings"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"config: {name} must be true or false, got {checks.shown(value)}")
-        scaling = self.rotary_scaling
-        self.rope_scaling = None if scaling is None else scaling.to_dict()
+        rotary = rotary_fields({"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling})
+        self.rope_scaling = rotary["rope_scaling"]  # type: ignore[assignment]  # a dict or None
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]:
