@@ -1,4 +1,4 @@
-"""Folders that others save into while they are read: all files of one save. And JSON that is what it should be."""
+"""Folders that others save into while they are read: all files of one save. And text and JSON, checked."""
 
 from __future__ import annotations
 
@@ -114,6 +114,21 @@ def reading(path: str | Path, load: Callable[[OpenFolder], T]) -> Iterator[T]:
         # Saves that are much quicker than this reader do not keep it in step.
         time.sleep(0.001 * attempt)
     raise OSError(f"read: {path} was replaced {TRIES} times while it was being opened; read it when nobody saves there")
+
+
+def utf8_text(raw: bytes, source: str) -> str:
+    """Text in UTF-8; ValueError for other bytes, which names `source` and the first of them."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source} must be UTF-8 text, got byte 0x{raw[error.start]:02x} at position {error.start:,}"
+        ) from None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a file, without the LF or CR LF that ends them; U+2028 and the like end none."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def parse_json(content: bytes, where: object) -> dict:

@@ -26,6 +26,7 @@ from jetkernels.cli.models import add_model_arguments, check_memory, load_model,
 from jetkernels.cli.options import UsageError, integer, integers, integers_of, number
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, StreamDecoder, Tokenizer
 from jetkernels.model.drafts import MOST_PROPOSED
+from jetkernels.reading import lines_of, utf8_text
 
 STANDARD_INPUT = "standard input"
 
@@ -78,37 +79,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object per prompt, one in each line")
 
 
-def _text(raw: bytes, source: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{source} must be UTF-8 text, got byte 0x{raw[error.start]:02x} at position {error.start:,}"
-        ) from None
-
-
 def _standard_input() -> str:
     if sys.stdin.isatty():
         print("reading from standard input; end with Ctrl-D", file=sys.stderr)
     # Decoded here: Python would use the encoding of the terminal.
     raw = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode("utf-8")
-    return _text(raw, STANDARD_INPUT)
+    return utf8_text(raw, STANDARD_INPUT)
 
 
 def _texts(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """(where it comes from, text) of every prompt that is text."""
     if arguments.prompt is not None:
         # What is not UTF-8 on a command line comes as halves of surrogate pairs.
-        return [("--prompt", _text(text.encode("utf-8", "surrogateescape"), "--prompt")) for text in arguments.prompt]
+        raw = [text.encode("utf-8", "surrogateescape") for text in arguments.prompt]
+        return [("--prompt", utf8_text(text, "--prompt")) for text in raw]
     if arguments.prompt_file is None:
         return [(STANDARD_INPUT, _standard_input())]
     if arguments.prompt_file == "-":
         source, text = STANDARD_INPUT, _standard_input()
     else:
         source = f"--prompt-file {arguments.prompt_file}"
-        text = _text(Path(arguments.prompt_file).read_bytes(), source)
-    lines = text.removesuffix("\n").split("\n")
-    return [(f"line {n} of {source}", line.removesuffix("\r")) for n, line in enumerate(lines, 1)]
+        text = utf8_text(Path(arguments.prompt_file).read_bytes(), source)
+    return [(f"line {n} of {source}", line) for n, line in enumerate(lines_of(text), 1)]
 
 
 def read_tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
@@ -161,7 +153,7 @@ class Output:
 
     def __init__(self, tokenizer: Tokenizer | None, stop: set[int], stream: bool, as_json: bool):
         self.tokenizer, self.stop, self.stream, self.as_json = tokenizer, stop, stream, as_json
-        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.decoder = StreamDecoder(tokenizer, is_continuation=True) if tokenizer is not None else None
         self.times: list[float] = []
         self.tokens = 0
         # Draft tokens that were accepted, of each step of each row; rows of a batch lie side by side.
@@ -187,7 +179,7 @@ class Output:
 
     def text(self, ids: list[int]) -> str:
         """What is printed of token ids: text, or the ids where there is no tokenizer."""
-        return self.tokenizer.decode(ids) if self.tokenizer is not None else " ".join(map(str, ids))
+        return self.tokenizer.decode_continuation(ids) if self.tokenizer is not None else " ".join(map(str, ids))
 
     def done(self, number: int, prompt: Prompt, ids: list[int]) -> None:
         """A prompt's completion: ids up to the token that ended it, or all."""

@@ -13,6 +13,7 @@ from jetkernels._progress import progress
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
 from jetkernels.model.checkpoint import read_folder_config
 from jetkernels.model.text_loss import text_loss
+from jetkernels.reading import utf8_text
 
 from . import memory
 from .options import UsageError, default_device, device, seed
@@ -144,10 +145,7 @@ def read_text(arguments: argparse.Namespace, config: JetNemotronConfig, prompt: 
     if arguments.model is None:
         raise UsageError("--loss-text goes with --model: random weights predict nothing")
     source = f"--loss-text {arguments.loss_text}"
-    try:
-        text = arguments.loss_text.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} must be UTF-8 text: {error}") from None
+    text = utf8_text(arguments.loss_text.read_bytes(), source)
     # Tokens of more characters are rare: a longer text is not read to its end.
     ids = Tokenizer.from_pretrained(arguments.model).encode(text[: 64 * MOST_TEXT])
     if len(ids) < LEAST_TEXT:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from jetkernels._optional import optional
 from jetkernels.model import JetNemotronConfig, Tokenizer
 from jetkernels.modules import JetBlock, JetBlockConfig
 from jetkernels.postnas import Copy, MultipleChoice, Recall, ranks
-from jetkernels.postnas.base import pretrained_path, read_config, small_config
+from jetkernels.postnas.base import PACKAGES, pretrained_path, read_config, small_config
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.comparisons import ComparisonOptions, ShapesStage, placement_of
 from jetkernels.postnas.completions import read_prompts
@@ -114,7 +115,7 @@ def _base_config(stage: StageOptions) -> JetNemotronConfig:
     """Of the base that is loaded or made."""
     folder = getattr(stage, "base", None)
     if isinstance(stage, BaseStage | Pipeline) and stage.pretrained is not None:
-        _check_pretrained(stage)
+        _check_pretrained(stage, stage.pretrained)
         folder = pretrained_path(stage.pretrained)
     if folder is not None:
         config = read_config(folder)
@@ -147,14 +148,17 @@ def _base_config(stage: StageOptions) -> JetNemotronConfig:
     return config
 
 
-def _check_pretrained(stage: BaseStage | Pipeline) -> None:
-    """Refuses what means nothing beside --pretrained."""
+def _check_pretrained(stage: BaseStage | Pipeline, pretrained: str) -> None:
+    """Refuses what means nothing beside --pretrained, and to write over it."""
     others = [name for name in stage.FOR_TRAINING if getattr(stage, name) != getattr(type(stage), name)]
     if getattr(stage, "base", None) is not None:
         others.append("base")
     if others:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise UsageError(f"--pretrained takes a model as it is and leaves nothing to {options}: give one or the other")
+    written = stage.output / "base" if isinstance(stage, Pipeline) else stage.output
+    if pretrained not in PACKAGES and written.resolve() == Path(pretrained).resolve():
+        raise UsageError(f"--output must leave --pretrained as it is, {written} is the same folder")
 
 
 def _task_names(stage: StageOptions) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jetkernels.modules import checks
 
-from .config import JetNemotronConfig, layer_count, refuse_other_models
+from .config import JetNemotronConfig, layer_count, refuse_other_models, stored_dtype
 from .rotary import rotary_fields
 
 # Keys that name the same thing here. The first four must be there.
@@ -59,7 +59,7 @@ def published_config(values: Mapping) -> JetNemotronConfig:
     Raises:
         ValueError: the model is another one: another model_type, biases that attention here does not have, sliding
             windows in use, rotary positions scaled in another way than Llama 3's, another activation; or a key is
-            missing.
+            missing, or two do not agree.
 
     Source: the published config.json files and the configs of transformers.
     """
@@ -85,5 +85,5 @@ def published_config(values: Mapping) -> JetNemotronConfig:
         **known,
         layer_types=["attn"] * layer_count(given["num_hidden_layers"]),
         efficient_attention_config={},
-        torch_dtype=given.get("torch_dtype") or given.get("dtype") or "float32",
+        torch_dtype=stored_dtype(given) or "float32",
     )

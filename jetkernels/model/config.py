@@ -36,6 +36,8 @@ _ONLY_VALUE = _PUBLISHED | {
     "quantization_config": None,
     "use_sliding_window": False,  # windows are those of swa layers, of efficient_attention_config.swa
 }
+# Either names the dtype of the weights, the former since version 5 of transformers.
+_DTYPES = ("dtype", "torch_dtype")
 # Keys that the published files do not have, with what they mean by that; with that value they are not written.
 UNPUBLISHED = {"attention_bias": True, "use_qk_norm": False}
 
@@ -160,8 +162,8 @@ class JetNemotronConfig:
         for name in ("attention_bias", "use_qk_norm", "tie_word_embeddings"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"config: {name} must be true or false, got {checks.shown(value)}")
-        scaling = self.rotary_scaling
-        self.rope_scaling = None if scaling is None else scaling.to_dict()
+        rotary = rotary_fields({"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling})
+        self.rope_scaling = rotary["rope_scaling"]  # type: ignore[assignment]  # a dict or None
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]:
@@ -253,18 +255,16 @@ class JetNemotronConfig:
             values.pop(key, None)
         if values.get("architectures") == _ARCHITECTURES:
             del values["architectures"]
-        dtypes = {str(d) for key in ("dtype", "torch_dtype") if (d := values.pop(key, None)) is not None}
-        if len(dtypes) > 1:
-            raise ValueError(
-                f"config: torch_dtype and dtype must agree, got {' and '.join(map(checks.shown, sorted(dtypes)))}"
-            )
+        dtype = stored_dtype(values)
+        for key in _DTYPES:
+            values.pop(key, None)
         layers = values.pop("num_hidden_layers", None)
         missing = [name for name in _REQUIRED if name not in values]
         if missing:
             raise ValueError(f"config: missing {', '.join(missing)}")
         names = {f.name for f in fields(cls)} - {"extra"}
         known: dict[str, Any] = {key: values.pop(key) for key in list(values) if key in names}
-        for dtype in dtypes:
+        if dtype is not None:
             known["torch_dtype"] = dtype
         config = cls(**known, extra=values)
         if layers is not None and layer_count(layers) != config.num_hidden_layers:
@@ -321,6 +321,20 @@ def layer_count(value: object, subject: str = "num_hidden_layers must be") -> in
     if type(value) is not int or not 1 <= value <= MAX_LAYERS:
         raise ValueError(f"config: {subject} 1 to {MAX_LAYERS}, got {checks.shown(value)}")
     return value
+
+
+def stored_dtype(values: Mapping) -> str | None:
+    """The dtype that a config.json says the weights have; None where it says none.
+
+    Raises:
+        ValueError: it says two.
+    """
+    dtypes = {str(values[key]) for key in _DTYPES if values.get(key) is not None}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"config: torch_dtype and dtype must agree, got {' and '.join(map(checks.shown, sorted(dtypes)))}"
+        )
+    return next(iter(dtypes), None)
 
 
 def refuse_other_models(values: Mapping) -> None:

@@ -5,10 +5,11 @@ Source: the GGUF specification in ggml, and the names and layouts of llama.cpp's
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from jetkernels.modules import checks
 from .architectures import DEFAULTS
 from .gguf_tokenizer import tokenizer_files
 from .rotary import RotaryScaling
-from .stored import StoredModel, short
+from .stored import FLOATING, StoredModel, short
 
 SUFFIX = ".gguf"
 # Keys behind the architecture's name -> keys of config.json.
@@ -76,10 +77,10 @@ def is_gguf(path: str | Path) -> bool:
 
 
 class GgufFile(StoredModel):
-    """A GGUF file of a Llama, a Qwen2 or a Qwen3. Quantised tensors become fp32, one when it is asked for.
+    """A GGUF file of a Llama, a Qwen2 or a Qwen3. Tensors become fp32, one when it is asked for; fp64 stays.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a pipe or a device.
         ValueError: it is damaged, or of another architecture, or says something of the model that is not understood.
         ModuleNotFoundError: the package gguf is not installed.
     """
@@ -88,6 +89,8 @@ class GgufFile(StoredModel):
         path = Path(path)
         super().__init__(path, path)
         self._gguf = optional("gguf", "gguf", "reading GGUF files")
+        if path.exists() and not path.is_file():  # a pipe would make the reader wait
+            raise OSError(errno.EINVAL, "must be a file, it is a pipe or a device", str(path))
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"gguf: {path} is not a GGUF file")
@@ -97,7 +100,6 @@ class GgufFile(StoredModel):
         except (ValueError, LookupError, TypeError, OverflowError, MemoryError, AttributeError) as error:
             raise ValueError(f"gguf: {path} is not a whole GGUF file: {short(error)}") from None
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._computed: dict[Any, bool] = {}  # type of tensor -> whether gguf knows its numbers
         self.architecture = self._fields.get("general.architecture")
         if not isinstance(self.architecture, str) or self.architecture not in DEFAULTS:
             raise ValueError(
@@ -124,17 +126,10 @@ class GgufFile(StoredModel):
     def facts(self, name: str) -> tuple[list[int], str]:
         """See `StoredModel.facts`."""
         tensor = self._tensors[self.holders[name]]
-        kind = tensor.tensor_type
-        if kind not in self._computed:
-            try:
-                self._numbers(tensor, rows=1)
-                self._computed[kind] = True
-            except NotImplementedError:
-                self._computed[kind] = False
-        return [int(size) for size in reversed(tensor.shape)], "F32" if self._computed[kind] else kind.name
+        return [int(size) for size in reversed(tensor.shape)], _kind(tensor.tensor_type)
 
     def stored(self, name: str) -> Tensor:
-        """See `StoredModel.stored`; fp32."""
+        """See `StoredModel.stored`; fp32, or fp64 where that is stored."""
         tensor = torch.from_numpy(self._numbers(self._tensors[self.holders[name]]))
         if self.architecture == "llama":
             for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
@@ -142,8 +137,9 @@ class GgufFile(StoredModel):
                     return _unpermuted(tensor, self.values[heads])
         return tensor
 
-    def _numbers(self, tensor: Any, rows: int | None = None) -> Any:
-        numbers = self._gguf.dequantize(tensor.data[:rows], tensor.tensor_type)
+    def _numbers(self, tensor: Any) -> Any:
+        wide = _kind(tensor.tensor_type) == "F64"
+        numbers = tensor.data if wide else self._gguf.dequantize(tensor.data, tensor.tensor_type)
         return numbers if numbers.flags.writeable else numbers.copy()
 
     def _config(self) -> dict[str, Any]:
@@ -180,11 +176,15 @@ class GgufFile(StoredModel):
 
     def _scaling(self, values: Mapping) -> dict[str, object] | None:
         """Llama 3's scaling, known by the factors that the frequencies are divided by."""
-        factors = torch.from_numpy(self._numbers(self._tensors[_FREQUENCY_FACTORS]))
+        stored = self._tensors[_FREQUENCY_FACTORS]
+        if _kind(stored.tensor_type) not in FLOATING:
+            raise ValueError(f"gguf: {_FREQUENCY_FACTORS} must be floating numbers, got {stored.tensor_type.name}")
+        factors = torch.from_numpy(self._numbers(stored)).float()
         if bool((factors == 1).all()):
             return None
         half = values["head_dim"] // 2
-        theta = values.get("rope_theta", DEFAULTS[values["model_type"]]["rope_theta"])
+        kind = values["model_type"]
+        theta = checks.number(f"gguf: {kind}.rope.freq_base", values.get("rope_theta", DEFAULTS[kind]["rope_theta"]))
         plain = theta ** -(torch.arange(half, dtype=torch.float64) / half)
         scaling = RotaryScaling(float(factors.max()), _LOW, _HIGH, _ORIGINAL)
         need = (plain / scaling.scale(plain)).float()
@@ -194,6 +194,18 @@ class GgufFile(StoredModel):
                 f"low_freq_factor {_LOW:g}, high_freq_factor {_HIGH:g}, {_ORIGINAL} original positions), got others"
             )
         return scaling.to_dict()
+
+
+@cache
+def _kind(quantization: Any) -> str:
+    """The kind of the numbers that a type of tensor becomes; the type's name where the package gguf knows none."""
+    gguf = optional("gguf", "gguf", "reading GGUF files")
+    block = torch.zeros(gguf.GGML_QUANT_SIZES[quantization][1], dtype=torch.uint8)
+    try:
+        gguf.dequantize(block.numpy(), quantization)
+    except NotImplementedError:
+        return quantization.name
+    return "F32"
 
 
 def _shortest(value: float) -> float:

@@ -16,7 +16,7 @@ from jetkernels.modules import checks
 _KEY = "tokenizer.ggml."
 # Kinds of tokens, `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_SPACE = "\u2581"  # how SentencePiece writes a space
+SPACE = "\u2581"  # how SentencePiece writes a space
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -33,12 +33,14 @@ class Cut(NamedTuple):
         single_digits: whether each digit is a piece of its own, before all else.
         whole_words: whether a piece that is in the vocabulary is a token, whatever the merges say.
         composed: whether the text becomes Unicode's composed form (NFC) first.
+        begins: whether a text begins with a token for that where the file does not say (`add_bos_token`).
     """
 
     split: str | None = None
     single_digits: bool = False
     whole_words: bool = False
     composed: bool = False
+    begins: bool = False
 
 
 def _split(digits: str) -> str:
@@ -49,7 +51,7 @@ def _split(digits: str) -> str:
     )
 
 
-_LLAMA3 = Cut(_split(r"\p{N}{1,3}"), whole_words=True)
+_LLAMA3 = Cut(_split(r"\p{N}{1,3}"), whole_words=True, begins=True)
 # By `tokenizer.ggml.pre`.
 CUTS = {
     "gpt-2": Cut(),
@@ -81,7 +83,8 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, bytes]:
     known = {name: token for name, token in special.items() if token is not None}
     backend = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens, known.get("unk_token"))
     _add_tokens(backend, fields, tokens)
-    begins = known.get("bos_token") if fields.get(f"{_KEY}add_bos_token", kind == "llama") else None
+    by_itself = kind == "llama" or CUTS[fields[f"{_KEY}pre"]].begins
+    begins = known.get("bos_token") if fields.get(f"{_KEY}add_bos_token", by_itself) else None
     if begins is not None:
         # For callers that ask for special tokens; `Tokenizer.encode` does not.
         backend.post_processor = _library().processors.TemplateProcessing(
@@ -129,9 +132,9 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], unknown: st
     prefix = fields.get(f"{_KEY}add_space_prefix", True)
     normalize, decode = library.normalizers, library.decoders
     backend.normalizer = normalize.Sequence(
-        [*([normalize.Prepend(_SPACE)] if prefix else []), normalize.Replace(" ", _SPACE)]
+        [*([normalize.Prepend(SPACE)] if prefix else []), normalize.Replace(" ", SPACE)]
     )
-    steps = [decode.Replace(_SPACE, " "), decode.ByteFallback(), decode.Fuse()]
+    steps = [decode.Replace(SPACE, " "), decode.ByteFallback(), decode.Fuse()]
     backend.decoder = decode.Sequence([*steps, *([decode.Strip(" ", 1, 0)] if prefix else [])])
     return backend
 
@@ -150,8 +153,8 @@ def _merges_of_scores(
 ) -> list[tuple[str, str]]:
     """Every pair of tokens that makes a token, those that make the token of the highest score first."""
     scores = fields.get(f"{_KEY}scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ValueError(f"gguf: the file must have {_KEY}merges, or {_KEY}scores with an entry for each token")
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not isinstance(scores[0], (int, float)):
+        raise ValueError(f"gguf: the file must have {_KEY}merges, or {_KEY}scores with a number for each token")
     found = []
     for token, score in zip(tokens, scores):
         for i in range(1, len(token)):

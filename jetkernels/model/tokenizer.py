@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from jetkernels.reading import reading
 
 from .checkpoint import TOKENIZER_FILES, check_folder, read_companions
 from .gguf_file import GgufFile, is_gguf
+from .gguf_tokenizer import SPACE
 
 if TYPE_CHECKING:
     import tokenizers
@@ -63,6 +65,9 @@ class Tokenizer:
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError, ImportError)):
                 raise
             raise ValueError(f"tokenizer: {path} is damaged: {error}") from None
+        # As transformers, which leaves both to the call: files saved behind a training may ask for them.
+        backend.no_truncation()
+        backend.no_padding()
         tokenizer = cls(backend)
         tokenizer.companions = found
         return tokenizer
@@ -96,6 +101,11 @@ class Tokenizer:
         ids = map(self.backend.token_to_id, ENDS_OF_TEXT)
         return next((i for i in ids if i is not None), None)
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether it is that of `byte_level`."""
+        return self.backend.to_str() == type(self).byte_level().backend.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Token ids.
 
@@ -114,10 +124,32 @@ class Tokenizer:
                 f"text must be Unicode, got the lone surrogate U+{ord(text[bad]):04X} at character {bad}"
             ) from None
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that stands behind other text.
+
+        `encode`, without the space that SentencePiece puts in front of a text.
+
+        Raises:
+            ValueError: the text is not Unicode.
+        """
+        # A newline has the space in front of it, and merges with nothing.
+        return self.encode("\n" + text)[len(self.encode("\n")) :] if self.space_in_front else self.encode(text)
+
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         return self.backend.decode(ids, skip_special_tokens=True)
+
+    def decode_continuation(self, ids: Sequence[int] | Tensor) -> str:
+        """`decode` of tokens that stand behind others: SentencePiece too keeps the space that they begin with."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        return self.decode([*self.space_in_front, *ids])
+
+    @cached_property
+    def space_in_front(self) -> list[int]:
+        """The token of the space that is put in front of each text, [] if none is."""
+        ids = self.encode("\n")
+        return ids[:1] if ids and self.backend.id_to_token(ids[0]) == SPACE else []
 
     def encode_batch(self, texts: Sequence[str], pad_token_id: int = 0) -> tuple[Tensor, Tensor]:
         """Texts -> ids and mask, both [B, T] int64, padded on the left."""
@@ -132,14 +164,19 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns tokens that arrive one by one into text, holding back characters whose bytes are not all there yet."""
+    """Turns tokens that arrive one by one into text, holding back characters whose bytes are not all there yet.
+
+    Args:
+        tokenizer: of the tokens.
+        is_continuation: whether they stand behind others (`Tokenizer.decode_continuation`).
+    """
 
     # More than the tokens that one character can be spread over; a longer incomplete tail is not text.
     MAX_PENDING = 8
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, is_continuation: bool = False):
         self.tokenizer = tokenizer
-        self.context: list[int] = []
+        self.context: list[int] = tokenizer.space_in_front if is_continuation else []
         self.pending: list[int] = []
 
     def push(self, token: int) -> str:

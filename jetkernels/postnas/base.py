@@ -77,7 +77,8 @@ def from_pretrained(
 
     Args:
         folder: of the checkpoint, or a GGUF file of a Llama, a Qwen2 or a Qwen3.
-        dtype: of the loaded model, a floating one or its name; None and "auto": the one of the weights.
+        dtype: of the loaded model, a floating one or its name; None and "auto": the one that config.json names,
+            fp32 where it names none, and of a GGUF file.
         device: of the loaded model.
         progress: wraps the list of tensors, as tqdm does.
 

@@ -91,6 +91,8 @@ class LinearBlock(nn.Module, ABC):
         """Mixes x [B, T, C]. Padded and packed batches are refused: a comparison of blocks uses neither."""
         if attention_mask is not None or cu_seqlens is not None:
             raise ValueError(f"{type(self).__name__}: attention_mask and cu_seqlens must be None")
+        if x.numel() == 0:  # no tokens: there is nothing to mix or to remember
+            return x.clone()
         if state is None:
             return self.mix(x, self.new_state(x.shape[0]))[0]
         if may_be_repeated(x):
@@ -134,8 +136,8 @@ def fair_start_(block: LinearBlock | JetBlock, input_rms: float = 1.0) -> None:
 
     Args:
         block: changed in place.
-        input_rms: of the layer input, by which the projections of it are divided. Behind a norm it is about the RMS of
-            the norm's weight.
+        input_rms: of the layer input, by which the projections of it are divided; above 0. Behind a norm it is about
+            the RMS of the norm's weight.
     """
     if isinstance(block, Jet):
         block = block.block
@@ -208,14 +210,19 @@ class RetNet(LinearBlock):
         """The recurrent state, and how many tokens came before."""
         return [*super().memory(), (1,)]
 
+    def new_state(self, batch_size: int) -> list[Tensor]:
+        """See `LinearBlock.new_state`; the number of tokens is fp32 at least: bf16 counts to 256 only."""
+        S, position = super().new_state(batch_size)
+        return [S, position.to(torch.promote_types(position.dtype, torch.float32))]
+
     def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """See `LinearBlock.mix`."""
         S, position = state
         T = x.shape[1]
         rotary = rotary_table(position + torch.arange(T, device=x.device), self.shape.K, self.THETA)
         q, k, v = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        gamma = 1 - 2.0 ** (-5 - torch.arange(self.shape.H, device=x.device, dtype=x.dtype))
-        g = gamma.log()[:, None].expand(*x.shape[:2], -1, -1)
+        gamma = 1 - 2.0 ** (-5 - torch.arange(self.shape.H, device=x.device, dtype=torch.float64))
+        g = gamma.log().to(x.dtype)[:, None].expand(*x.shape[:2], -1, -1)
         o, S = decayed_linear_attention(rotate(q, *rotary) * self.shape.K**-0.5, rotate(k, *rotary), v, g, S)
         return self.o_proj(F.silu(self.g_proj(x)) * head_norm(o).flatten(-2)), [S, position + T]
 
@@ -440,10 +447,10 @@ class Jet(LinearBlock):
         """See `LinearBlock.build`."""
         self.block = JetBlock(self.hidden_size, self.shape.config())
 
-    def memory(self) -> list[Sequence[int]]:
-        """The recurrent state, and the convolution's last inputs."""
-        config = self.block.config
-        return [*super().memory(), (config.value_dim, config.conv_size - 1)]
+    def new_state(self, batch_size: int) -> list[Tensor]:
+        """See `LinearBlock.new_state`: the recurrent state, and the convolution's last inputs."""
+        inner = self.block.new_state(batch_size)
+        return [inner.recurrent_state, inner.conv_state]
 
     def mix(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """See `LinearBlock.mix`."""
@@ -464,6 +471,8 @@ BLOCKS: dict[str, type[LinearBlock]] = {
 
 def equal_parameters(block: type[LinearBlock], hidden_size: int, shape: Shape) -> Shape:
     """`shape` with the V that brings the block's parameters closest to those of a JetBlock of `shape`."""
+    if block is Jet:
+        return shape
 
     def parameters(kind: type[LinearBlock], V: int) -> int:
         with torch.device("meta"):

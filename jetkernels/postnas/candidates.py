@@ -70,7 +70,7 @@ def measure_all(
     A resumed run takes finished rows, timings included, from the checkpoint.
 
     Args:
-        names: of the candidates.
+        names: of the candidates; one that is named twice is measured once.
         measure: name, seed -> row.
         facts: JSON values that the rows depend on; a checkpoint of other ones is refused.
         checkpoint: file that keeps the finished rows.
@@ -78,7 +78,8 @@ def measure_all(
         prepare: names, seed; called before the first of `together` candidates is measured.
         together: candidates that are prepared at once.
     """
-    run = dict(facts) | {"candidates": list(names), "runs": list(seeds)}
+    names = list(dict.fromkeys(names))
+    run = dict(facts) | {"candidates": names, "runs": list(seeds)}
     wanted = [(name, seed) for seed in seeds for name in names]
     rows: list[Measured] = []
     if checkpoint is not None and Path(checkpoint).exists():

@@ -159,7 +159,7 @@ class ComparisonOptions(QualityOptions, DistillOptions):
             paths, size = self.paths(name), base.config.hidden_size
             with torch.device("meta"):
                 JetBlock(size, paths) if isinstance(paths, JetBlockConfig) else paths(size)
-        corpus = self.corpus(tokenizer)
+        corpus = self.corpus(tokenizer, base.config.vocab_size)
         facts, placement = self.facts(corpus, base), placement_of(self.placement)
         settings = ("task", "objective", "seeds", "speed_batch", "speed_prompt", "speed_tokens")
         asked = [*self.score_facts(), *self.named(settings), ("placement", " ".join(placement))]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jetkernels.model import JetNemotronForCausalLM, Tokenizer
+from jetkernels.reading import lines_of, utf8_text
 
 from .data import Windows, seeded
 
@@ -45,10 +46,7 @@ def read_prompts(path: Path) -> list[str]:
         OSError: it cannot be read.
         ValueError: it is no UTF-8 text, or holds no prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"prompts: {path} must be UTF-8 text") from None
+    lines = lines_of(utf8_text(path.read_bytes(), f"prompts: {path}"))
     found = [line for line in lines if line.strip()]
     if not found:
         raise ValueError(f"prompts: {path} must hold a prompt a line, got none")
@@ -75,6 +73,6 @@ def complete(
 
     def continued(model: JetNemotronForCausalLM, ids: Tensor) -> str:
         whole = model.generate(ids[None].to(model.device), max_new_tokens=NEW_TOKENS)
-        return tokenizer.decode(whole[0, len(ids) :])
+        return tokenizer.decode_continuation(whole[0, len(ids) :])
 
     return [Completion(tokenizer.decode(ids), continued(base, ids), continued(hybrid, ids)) for ids in prompts]

@@ -30,7 +30,7 @@ def _documents(tokens: Tensor, end_of_text: int | None) -> list[list[int]]:
 
 def _sentences(text: str, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of each sentence, a space in front, every run of white space one space."""
-    return [tokenizer.encode(" " + " ".join(sentence.split())) for sentence in SENTENCE_END.split(text)]
+    return [tokenizer.encode_continuation(" " + " ".join(sentence.split())) for sentence in SENTENCE_END.split(text)]
 
 
 def continuations(

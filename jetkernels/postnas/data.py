@@ -36,7 +36,7 @@ def seeded(*what: object) -> torch.Generator:
 
 def is_held_out(name: str) -> bool:
     """Whether the file of this name (relative, with slashes) is held out; depends on nothing but the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT == 0
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") % HELD_OUT == 0
 
 
 def text_files(folder: str | Path, suffix: str = "", without: Sequence[str] = ()) -> list[Path]:
@@ -88,8 +88,9 @@ def _pieces(text: str) -> Iterator[str]:
 def _encoded(raw: bytes, tokenizer: Tokenizer | None) -> Tensor:
     """Token ids int64 of UTF-8 text; tokenizer None: the bytes' values."""
     if tokenizer is not None:
-        pieces = _pieces(raw.decode("utf-8"))
-        return torch.cat([torch.tensor(tokenizer.encode(piece), dtype=torch.int64) for piece in pieces])
+        first, *others = _pieces(raw.decode("utf-8"))
+        encoded = [tokenizer.encode(first), *map(tokenizer.encode_continuation, others)]
+        return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in encoded])
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() if raw else torch.empty(0, dtype=torch.int64)
 
 

@@ -115,7 +115,7 @@ class HarnessModel(TemplateLM):
             if token == self.tokenizer.end_of_text_id:
                 break
             answer.append(token)
-            text = self.tokenizer.decode(answer)
+            text = self.tokenizer.decode_continuation(answer)
             ends = [text.index(word) for word in until if word and word in text]
             if ends:
                 return text[: min(ends)]

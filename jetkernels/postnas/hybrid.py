@@ -10,6 +10,7 @@ import torch
 
 from jetkernels.files import write_atomic
 from jetkernels.model import JetNemotronForCausalLM
+from jetkernels.model.config import CONFIG_FILE
 
 from .checkpoints import load_state, save_state
 from .linear_path import LinearPath
@@ -20,8 +21,19 @@ DESCRIPTION, WEIGHTS, STAGE = "hybrid.json", "hybrid.ckpt", "hybrid"
 
 
 def is_hybrid(folder: Path) -> bool:
-    """Whether `save_hybrid` wrote to this folder."""
-    return (folder / DESCRIPTION).is_file()
+    """Whether `save_hybrid` wrote to this folder; ValueError where an exported model lies there too."""
+    found = (folder / DESCRIPTION).is_file()
+    if found:
+        _check_no_model(folder)
+    return found
+
+
+def _check_no_model(folder: Path) -> None:
+    if (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"hybrid: {folder} must hold a model or the weights of a hybrid, not both: take away {CONFIG_FILE} and "
+            f"model weights, or {DESCRIPTION} and {WEIGHTS}"
+        )
 
 
 def read_path(folder: Path) -> LinearPath:
@@ -44,7 +56,11 @@ def save_hybrid(
         placement: that it was made of.
         path: what its linear layers are.
         window_size: of its windowed layers.
+
+    Raises:
+        ValueError: an exported model lies in the folder.
     """
+    _check_no_model(folder)
     description = {
         "placement": list(placement),
         "shape": path.shape.name,

@@ -104,11 +104,14 @@ class StageOptions(ABC):
         facts = [*self.named(self.training_options()), ("text", corpus.digest)]
         return [*facts, ("base", weights_digest(base))] if base is not None else facts
 
-    def corpus(self, tokenizer: Tokenizer) -> TextCorpus:
-        """The text, encoded; rank 0 says what was read. ValueError where it is too short for a row."""
+    def corpus(self, tokenizer: Tokenizer, vocab_size: int) -> TextCorpus:
+        """The text, encoded; rank 0 says what was read.
+
+        Raises:
+            ValueError: it is too short for a row, or has tokens that the base's vocabulary does not have.
+        """
         # The byte-level tokenizer gives each byte its value: taking the bytes themselves is faster.
-        byte_level = tokenizer.backend.to_str() == Tokenizer.byte_level().backend.to_str()
-        encoder = None if byte_level else tokenizer
+        encoder = None if tokenizer.is_byte_level else tokenizer
         if self.text is None:
             corpus = TextCorpus.from_standard_library(encoder)
         else:
@@ -122,6 +125,11 @@ class StageOptions(ABC):
             raise ValueError(
                 f"--length {self.length} needs more tokens on either side than the text has; "
                 "give more --text, or a shorter length"
+            )
+        if (most := int(max(corpus.training.max(), corpus.held_out.max()))) >= vocab_size:
+            raise ValueError(
+                f"base: the tokens of the text must be below its vocabulary size {vocab_size}, got {most} from its "
+                f"tokenizer, which has {tokenizer.vocab_size}"
             )
         return corpus
 

@@ -150,7 +150,8 @@ class Pipeline(SizeOptions, SearchOptions, QualityOptions, ShapeOptions, Distill
 
     def _milestones(self, base: JetNemotronForCausalLM, tokenizer: Tokenizer) -> list[Milestone]:
         """The model behind each stage, as far as its quality is known: not behind stage 1 where none was exported."""
-        task = next(task for task in self.tasks(self.corpus(tokenizer), tokenizer) if task.name == self.task)
+        corpus = self.corpus(tokenizer, base.config.vocab_size)
+        task = next(task for task in self.tasks(corpus, tokenizer) if task.name == self.task)
         precision = chosen_precision(self.precision, base)
 
         def scored(model: JetNemotronForCausalLM) -> float:

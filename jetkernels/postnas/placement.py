@@ -123,12 +123,6 @@ class ScoreBook:
         loss, accuracy, groups = self.scores[key]
         return Score(loss, accuracy, {name: tuple(pair) for name, pair in groups.items()})
 
-    def known(self, task: str) -> list[tuple[Placement, Score]]:
-        """The placements that have a score in a task, the base left out, in the order of their scoring."""
-        found = [key.split("|", 1) for key in self.scores]
-        placements = [tuple(words.split()) for name, words in found if name == task and words != "base"]
-        return [(placement, self.score(placement, task)) for placement in placements]
-
     def _computed(self, placement: Placement | None, task: str) -> Score:
         network, device = self.network, self.network.base.device
         if placement is None:
@@ -184,7 +178,7 @@ def super_network_training(
     """What `train_super_network` runs."""
     device = network.base.device
     if placement is not None:
-        placement = network.check(placement)
+        placement = network.check_distilled(placement)
 
     def step_loss(rows: Tensor, step: int) -> Tensor | Iterator[Tensor]:
         input_ids = rows[:, :-1].to(device)

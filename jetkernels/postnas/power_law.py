@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 FEWEST_POINTS = 3
+LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,19 @@ class PowerLaw:
 
 
 def fit_power_law(points: Sequence[tuple[float, float]]) -> PowerLaw | None:
-    """The power law of least squares in ln(distance); None where the points do not fall, or are too few.
+    """The power law of least squares in ln(distance).
+
+    None where the points do not fall, are at fewer than FEWEST_POINTS different numbers of tokens, or fall so fast that
+    no float holds the scale.
 
     Args:
         points: (tokens, distance); those that are not positive are left out.
     """
     logs = [(math.log(tokens), math.log(distance)) for tokens, distance in points if tokens > 0 and distance > 0]
-    if len(logs) < FEWEST_POINTS:
+    if len({x for x, _ in logs}) < FEWEST_POINTS:
         return None
     slope, intercept = statistics.linear_regression(*zip(*logs))
-    if not slope < 0:
+    if not slope < 0 or intercept > LARGEST:
         return None
     rest = sum((y - intercept - slope * x) ** 2 for x, y in logs)
     return PowerLaw(math.exp(intercept), -slope, math.sqrt(rest / (len(logs) - 2)), len(logs))

@@ -40,14 +40,14 @@ class Prefixes:
 
     def __init__(self, network: SuperNetwork):
         self.network = network
-        self.kept: dict[bytes, _Streams] = {}
+        self.kept: dict[tuple[int, bytes], _Streams] = {}  # by the length of the rows and their ids
         self.kept_bytes = 0
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, placement: Placement) -> Tensor:
         """Token ids [B, T] -> logits [B, T, vocab] of the model that the placement makes."""
         network, base = self.network, self.network.base
-        key = input_ids.cpu().numpy().tobytes()
+        key = input_ids.shape[1], input_ids.cpu().numpy().tobytes()
         versions = tuple(parameter._version for parameter in network.parameters())
         known, start = self.kept.get(key), 0
         if known is not None and known.versions == versions:

@@ -16,13 +16,18 @@ Recurrence = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _in_one_dtype(recurrence: Recurrence) -> Recurrence:
-    """Runs it in the widest of its arguments' dtypes, under autocast too: errors of a state add up over the tokens."""
+    """Gives the results the widest of the arguments' dtypes, under autocast too, and computes in fp32 at least.
+
+    Errors of a state add up over the tokens.
+    """
 
     @wraps(recurrence)
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
+        wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(tensors[0].device.type, enabled=False):
-            return recurrence(*(t.to(dtype) for t in tensors))
+            o, state = recurrence(*(t.to(wide) for t in tensors))
+        return o.to(dtype), state.to(dtype)
 
     return call
 

@@ -20,17 +20,22 @@ class Found:
         placement: the best.
         value: its objective.
         chosen: layers (0-based) that got the kind searched for.
-        evaluated: placements looked at.
-        exhaustive: whether these were all there are.
+        values: {changed layers: objective}, of every placement looked at.
+        exhaustive: whether all placements of so many layers were among them.
         budgets: {number of layers: the best so many}, of every number that was asked for.
     """
 
     placement: Placement
     value: float
     chosen: tuple[int, ...]
-    evaluated: int
+    values: Mapping[tuple[int, ...], float]
     exhaustive: bool
     budgets: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def evaluated(self) -> int:
+        """Placements looked at."""
+        return len(self.values)
 
 
 def with_kind(placement: Sequence[str], layers: Iterable[int], kind: str) -> Placement:
@@ -119,7 +124,7 @@ def beam_search(
     best |= {n: ranked(combinations(free, n))[0] for n in whole if n not in best}
     chosen, exhaustive = best[budget], budget in whole
     found = {n: best[n] for n in wanted}
-    return Found(with_kind(start, chosen, kind), values[chosen], chosen, len(values), exhaustive, found)
+    return Found(with_kind(start, chosen, kind), values[chosen], chosen, values, exhaustive, found)
 
 
 def by_importance(gains: Mapping[int, float], budget: int) -> tuple[int, ...]:

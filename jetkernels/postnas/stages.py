@@ -109,10 +109,10 @@ class BaseStage(SizeOptions):
 
     def _train(self) -> str | None:
         tokenizer = Tokenizer.byte_level()
-        corpus = self.corpus(tokenizer)
         model = small_base(
             self.layers, self.seed, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size
         ).to(self.device)
+        corpus = self.corpus(tokenizer, model.config.vocab_size)
         model.model.recompute_layers = self.recompute
         losses = train_base(
             model,
@@ -136,8 +136,8 @@ class BaseStage(SizeOptions):
             return None
         path = pretrained_path(pretrained)
         tokenizer = base_tokenizer(path)
-        corpus = self.corpus(tokenizer)
         model = from_pretrained(path, device=self.device, progress=partial(progress, desc="loading base"))
+        corpus = self.corpus(tokenizer, model.config.vocab_size)
         facts = [*self.named(("pretrained", "device", "distances", "length")), ("text", corpus.digest)]
         return self._write(model, tokenizer, corpus, [*facts, ("base", weights_digest(model))], None)
 
@@ -179,7 +179,7 @@ class PlacementStage(SearchOptions, ShapeOptions, DistillOptions, StartOptions):
     def run(self) -> str | None:
         """Writes the placement, its report and the model that it makes to `output`."""
         base, tokenizer = load_base(self.base, self.device)
-        corpus = self.corpus(tokenizer)
+        corpus = self.corpus(tokenizer, base.config.vocab_size)
         path = LinearPath(self.shape, self.linear_path)
         teacher = self.teacher(base)
         network = SuperNetwork(
@@ -251,7 +251,7 @@ class FinalStage(TaskOptions, PrecisionOptions, OutcomeOptions):
         path = read_path(self.model) if is_hybrid(self.model) else None
         student = load_student(self.model, base)
         student.model.recompute_layers = self.recompute
-        corpus = self.corpus(tokenizer)
+        corpus = self.corpus(tokenizer, base.config.vocab_size)
         loader = self.loader(corpus, tokenizer)
         tasks = self.tasks(corpus, tokenizer, self.EXAMPLES_SEED)
         facts = [*self.facts(corpus, base), *self.named(("examples",))]

@@ -120,7 +120,8 @@ class SuperNetwork(nn.Module):
             for block, layer in zip(blocks, base.model.layers, strict=True):
                 if isinstance(block, (LinearBlock, JetBlock)):
                     scale: Tensor = cast(Any, layer).input_layernorm.weight
-                    fair_start_(block, scale.float().square().mean().sqrt().item())
+                    # A norm without weight lets nothing through, and nothing is the same at any scale.
+                    fair_start_(block, scale.float().square().mean().sqrt().item() or 1.0)
         self.jet = nn.ModuleList(blocks).to(device=base.device, dtype=base.dtype)
         own = [copy.deepcopy(layer.self_attn) for layer in base.model.layers] if train_attention else []
         self.attention = nn.ModuleList(cast(list[nn.Module], own)).requires_grad_(True)
@@ -165,6 +166,13 @@ class SuperNetwork(nn.Module):
                 f"placement must name one of {', '.join(PATHS)} for {self.num_layers} layers, got {list(placement)}"
             )
         return tuple(placement)
+
+    def check_distilled(self, placement: Sequence[str]) -> Placement:
+        """`check`, for a placement that is trained; ValueError too where no layer has a linear path."""
+        placement = self.check(placement)
+        if "jet" not in placement:
+            raise ValueError(f"placement must have a jet layer to be distilled, got {' '.join(placement)}")
+        return placement
 
     def config(self, placement: Sequence[str]) -> JetNemotronConfig:
         """The configuration of the model that a placement makes."""
@@ -228,7 +236,7 @@ class SuperNetwork(nn.Module):
         """Feature distillation: how far each layer's path is from the base's attention there (`feature_loss`).
 
         The path is given the stream that the layers in front of it left, the base's attention the base's own. Unless
-        attention is trained, layers in front of the first linear path equal the base's and are left out of the average.
+        attention is trained, layers in front of the first linear path have nothing to learn and are not in the average.
 
         Args:
             input_ids: token ids [B, T].
@@ -239,9 +247,7 @@ class SuperNetwork(nn.Module):
         Raises:
             ValueError: no layer has a linear path.
         """
-        placement = self.check(placement)
-        if "jet" not in placement:
-            raise ValueError("placement must have a jet layer to be distilled, got attention everywhere")
+        placement = self.check_distilled(placement)
         wanted = self.teacher.attention(input_ids)
         model = self.assemble(placement)
         with self.teacher.computing(), watched(model) as got:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jetkernels.model import Tokenizer
+from jetkernels.reading import lines_of, utf8_text
 
 from .data import Windows, end_of_text, seeded
 
@@ -292,7 +293,7 @@ class WordRecall(KeyValueRecall):
     def __post_init__(self) -> None:
         text = self.tokenizer.decode(self.tokens[: self.READ])
         counts = Counter(re.findall(r"(?<= )[a-z]{4,}(?=[ ,.;])", text))
-        ids = [self.tokenizer.encode(f" {word}") for word, _ in counts.most_common()]
+        ids = [self.tokenizer.encode_continuation(f" {word}") for word, _ in counts.most_common()]
         words = [i[0] for i in ids if len(i) == 1][: self.WORDS]
         object.__setattr__(self, "words", torch.tensor(words, dtype=torch.int64))
         if len(self.words) < 2 * self.pairs:
@@ -301,7 +302,7 @@ class WordRecall(KeyValueRecall):
             )
 
     def _line(self) -> list[Tensor]:
-        return [torch.tensor(self.tokenizer.encode(part)) for part in self.LINE]
+        return [torch.tensor(self.tokenizer.encode_continuation(part)) for part in self.LINE]
 
     @property
     def pair_size(self) -> int:
@@ -318,7 +319,7 @@ class WordRecall(KeyValueRecall):
     @property
     def closing(self) -> Tensor:
         """The end of the line."""
-        return torch.tensor(self.tokenizer.encode("\n"))
+        return torch.tensor(self.tokenizer.encode_continuation("\n"))
 
     def told(self, generator: torch.Generator) -> list[Tensor]:
         """Lines with different words."""
@@ -331,9 +332,9 @@ class WordRecall(KeyValueRecall):
 
 def recall_of(tokens: Tensor, tokenizer: Tokenizer, distances: Sequence[int]) -> KeyValueRecall:
     """The recall task that suits a tokenizer: of spans where a token is a byte, else of words."""
-    if tokenizer.backend.to_str() != Tokenizer.byte_level().backend.to_str():
-        return WordRecall(tokens, tokenizer, distances)
-    return Recall(tokens, end_of_text(tokenizer), distances)
+    if tokenizer.is_byte_level:
+        return Recall(tokens, end_of_text(tokenizer), distances)
+    return WordRecall(tokens, tokenizer, distances)
 
 
 @dataclass(frozen=True)
@@ -454,18 +455,20 @@ class MultipleChoice:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: a line is no such object, or there is none.
+            ValueError: it is no UTF-8 text, a line is no such object, or there is none.
         """
         documents = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(lines_of(utf8_text(Path(path).read_bytes(), f"choices: {path}")), 1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
-                query, choices, gold = values["query"], list(values["choices"]), values["gold"]
+                query, choices, gold = values["query"], values["choices"], values["gold"]
                 right = (
                     isinstance(query, str)
+                    and isinstance(choices, list)
                     and all(isinstance(c, str) and c for c in choices)
+                    and type(gold) is int
                     and 0 <= gold < len(choices)
                 )
             except (ValueError, KeyError, TypeError):
@@ -486,5 +489,5 @@ class MultipleChoice:
             context = self.tokenizer.encode(query)
             if not context:
                 raise ValueError(f"choices: a query of {self.name} must encode to at least one token, got {query!r}")
-            questions.append((context, [self.tokenizer.encode(choice) for choice in choices], gold))
+            questions.append((context, [self.tokenizer.encode_continuation(choice) for choice in choices], gold))
         return TokenChoices(self.name, questions).score(predict)

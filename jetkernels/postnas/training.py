@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from .checkpoints import load_state, save_state
 from .data import Loader
 
 FINAL_SHARE = 0.02  # of the peak learning rate, where a cosine ends
+# For which ranks wait for each other: rank 0 alone scores unseen examples and writes reports while the others wait for
+# the next stage. PyTorch's own 10 (nccl) or 30 minutes would end that. Of a rank that died torchrun ends the others.
+PATIENCE = timedelta(days=1)
 
 
 def cosine(done: float, whole: float = 1.0, final_share: float = FINAL_SHARE) -> float:
@@ -131,6 +135,7 @@ class Trainer:
         weight_decay: of matrices (`parameter_groups`).
         clip: largest norm of the gradient.
         fused: use PyTorch's fused AdamW, which rounds differently.
+        name: of the training, for errors.
 
     Attributes:
         optimizer: the AdamW.
@@ -145,7 +150,9 @@ class Trainer:
         weight_decay: float = 0.0,
         clip: float = 1.0,
         fused: bool | None = None,
+        name: str = "training",
     ):
+        self.name = name
         self.parameters = list(parameters)
         self.step_loss = step_loss
         self.clip = clip
@@ -154,7 +161,11 @@ class Trainer:
         self.losses = Losses()
 
     def step(self, learning_rate: float) -> float:
-        """One step; returns its loss, which also ends `losses`."""
+        """One step; returns its loss, which also ends `losses`.
+
+        Raises:
+            RuntimeError: the loss or the norm of the gradient is not finite; no parameter has changed.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -166,7 +177,10 @@ class Trainer:
         value = torch.stack(values).sum()
         if ranks()[1] > 1:
             average_([value, *(p.grad for p in self.parameters if p.grad is not None)])
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for what, number in (("loss", value.item()), ("norm of the gradient", norm.item())):
+            if not math.isfinite(number):
+                raise RuntimeError(f"{self.name}: the {what} of step {len(self.losses)} must be finite, got {number}")
         self.optimizer.step()
         self.losses.append(value.item())
         return self.losses[-1]
@@ -220,6 +234,7 @@ class Training:
             lambda step: step_loss(loader.batch(step, rank, count), step),
             weight_decay=recipe.weight_decay,
             clip=recipe.clip,
+            name=stage,
         )
         self.losses = self.trainer.losses
         self.losses.tokens = loader.batch_size * (loader.length - 1)
@@ -253,11 +268,9 @@ class Training:
         return len(self.losses) >= self.recipe.steps
 
     def step(self) -> float:
-        """The next step; returns its loss. RuntimeError where that is not finite."""
+        """The next step; returns its loss; raises what `Trainer.step` raises."""
         start, step = time.perf_counter(), len(self.losses)
         loss = self.trainer.step(self.recipe.rate(step))
-        if not math.isfinite(loss):
-            raise RuntimeError(f"{self.stage}: the loss of step {step} must be finite, got {loss}")
         self.losses.seconds += time.perf_counter() - start
         if self.held_out is not None and (len(self.losses) % self.held_out_every == 0 or self.done):
             self.losses.held_out.append((len(self.losses), self.held_out()))
@@ -304,7 +317,7 @@ def train(
 
     Raises:
         DifferentRun, ValueError: as `Training` does.
-        RuntimeError: a loss is not finite.
+        RuntimeError: a loss or a gradient is not finite.
     """
     training = Training(
         stage, parameters, step_loss, loader, recipe, facts, checkpoint, on_step, held_out, held_out_every
@@ -328,7 +341,7 @@ def join_ranks(device: torch.device) -> None:
         if device.index is not None:
             raise ValueError(f"device must be cuda, without a number, for several ranks, got {device}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def wait_for_ranks() -> None:

@@ -84,7 +84,7 @@ def _constant(hidden_states: Tensor) -> Tensor:
     x = hidden_states.flatten(0, 1).double()
     mean, second = x.mean(0), x.mT @ x / len(x)
     second.diagonal().add_(RIDGE * second.diagonal().mean())
-    w = torch.linalg.solve(second, mean)
+    w = torch.linalg.solve_ex(second, mean).result  # NaN where all is zero
     explained = mean @ w
     if not explained >= CONSTANT_ENOUGH:
         raise ValueError(

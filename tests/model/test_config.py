@@ -1,6 +1,7 @@
 """JetNemotronConfig and JetBlockConfig: what is written is what is computed, and anything else is refused by name."""
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -103,6 +104,13 @@ def test_llama_3s_rotations_are_read_and_written(key):
     with pytest.raises(ValueError, match="rope_scaling and rope_parameters must ask for one scaling"):
         config(rope_scaling=LLAMA3, rope_parameters=LLAMA3 | {"factor": 4.0})
     assert config(rope_scaling=LLAMA3, rope_parameters=LLAMA3) == config(rope_scaling=LLAMA3)
+
+
+def test_a_config_made_in_python_has_one_rotary_base():
+    read = config(rope_scaling=LLAMA3)
+    assert dataclasses.replace(read, rope_scaling=LLAMA3 | {"rope_theta": 1e6}) == read
+    with pytest.raises(ValueError, match=r"rope_theta and rope_scaling\.rope_theta must agree, got 1000000\.0 and 5"):
+        dataclasses.replace(read, rope_scaling=LLAMA3 | {"rope_theta": 5.0})
 
 
 @pytest.mark.parametrize(

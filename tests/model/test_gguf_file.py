@@ -1,5 +1,7 @@
 """Models in GGUF files: what is read is what transformers reads, and what the file was made from."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,20 @@ def test_dtypes_and_quantised_weights(llama):
         from_pretrained(llama, dtype="int8")
 
 
+def test_fp64_is_read_as_it_is(tmp_path):
+    weight = np.linspace(0, 1, 64) / 3
+    path = write_gguf(tmp_path / "model.gguf", drawn("llama"), tensors={"output_norm.weight": weight})
+    assert from_pretrained(path, dtype="float64").model.norm.weight.tolist() == weight.tolist()
+    assert torch.equal(from_pretrained(path).model.norm.weight, torch.from_numpy(weight).float())
+
+
+def test_small_tensors_may_be_quantised(tmp_path):
+    weight = np.full(64, 2.0, np.float32)
+    block = gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+    path = write_gguf(tmp_path / "model.gguf", drawn("llama"), tensors={"output_norm.weight": block})
+    torch.testing.assert_close(from_pretrained(path).model.norm.weight, torch.full((64,), 2.0), rtol=1e-2, atol=0)
+
+
 def test_numbers_too_large_for_a_dtype_are_refused(tmp_path):
     weight = np.full(64, 1e6, np.float32)
     path = write_gguf(tmp_path / "model.gguf", drawn("llama"), tensors={"output_norm.weight": weight})
@@ -110,6 +126,7 @@ def test_saved_it_is_a_base_with_its_tokenizer(llama, tmp_path):
         ({"rope.dimension_count": 8}, "llama.rope.dimension_count must be 16, got 8"),
         ({"attention.value_length": 32}, "llama.attention.value_length must be 16, got 32"),
         ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type must be 'none', got 'yarn'"),
+        ({"rope.freq_base": "x"}, "rope_theta must be a number, got 'x'"),
         ({"rope.scaling.factor": 4.0}, "llama.rope.scaling.factor is not understood, got 4.0"),
         ({"expert_count": 8}, "llama.expert_count must be 0, got 8"),
         ({"attention.sliding_window": 64}, "llama.attention.sliding_window is not understood, got 64"),
@@ -131,6 +148,7 @@ def test_keys_of_other_models_are_refused(fields, sentence, tmp_path):
         ({"blk.0.attn_q.bias": np.ones(64, np.float32)}, r"unexpected model\.layers\.0\.self_attn\.q_proj\.bias"),
         ({"output_norm.weight": np.ones(32, np.float32)}, r"model\.norm\.weight must be \[64\], got \[32\]"),
         ({"output_norm.weight": np.ones(64, np.int32)}, r"model\.norm\.weight in .* must be one of .*, got I32"),
+        ({"rope_freqs.weight": np.ones(8, np.int32)}, r"rope_freqs\.weight must be floating numbers, got I32"),
         ({"token_embd.weight": None}, "the file must have the tensor token_embd.weight"),
     ],
 )
@@ -138,6 +156,13 @@ def test_tensors_of_other_models_are_refused(tensors, sentence, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", drawn("llama"), tensors=tensors)
     with pytest.raises(ValueError, match=sentence):
         from_pretrained(path)
+
+
+def test_factors_of_a_base_that_is_no_number_are_refused(tmp_path):
+    factors = {"rope_freqs.weight": np.full(8, 2, np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", drawn("llama"), fields={"rope.freq_base": "x"}, tensors=factors)
+    with pytest.raises(ValueError, match="llama.rope.freq_base must be a number, got 'x'"):
+        read_config(path)
 
 
 def test_what_is_no_such_file_is_named(llama, tmp_path):
@@ -162,6 +187,9 @@ def test_what_is_no_such_file_is_named(llama, tmp_path):
         JetNemotronForCausalLM.from_pretrained(llama)
     from_pretrained(llama).save_pretrained(tmp_path / "folder.gguf")
     assert from_pretrained(tmp_path / "folder.gguf").config.num_hidden_layers == 2
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(OSError, match=r"must be a file, it is a pipe or a device: .*pipe\.gguf"):
+        from_pretrained(tmp_path / "pipe.gguf")
     with pytest.raises(FileNotFoundError, match=r"bare\.gguf has no tokenizer$"):
         Tokenizer.from_pretrained(write_gguf(tmp_path / "bare.gguf", drawn("llama"), tokenizer={}))
 

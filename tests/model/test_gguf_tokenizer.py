@@ -77,6 +77,18 @@ def test_a_word_of_the_vocabulary_is_a_token_in_llama_3():
         assert found.encode("xyzzy").tokens == tokens
 
 
+@pytest.mark.parametrize("cut", PUBLISHED_CUTS)
+def test_llama_3s_texts_begin_with_a_token_unless_the_file_says_no(cut):
+    fields = fields_of_tokenizer(trained_tokenizer(cut), cut)
+    for says, begins in ((None, cut == "llama-bpe"), (False, False), (True, True)):
+        told = keys(fields | {"add_bos_token": says})
+        if says is None:
+            del told["tokenizer.ggml.add_bos_token"]
+        files = tokenizer_files(told)
+        found = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        assert (found.encode("the").ids[0] == fields["bos_token_id"]) is begins
+
+
 def test_tokens_of_the_user_are_cut_out_and_shown():
     fields = fields_of_tokenizer(trained_tokenizer("qwen2"), "qwen2")
     fields["tokens"] = [*fields["tokens"], "<think>"]
@@ -157,6 +169,29 @@ def test_streamed_text_is_the_text(tmp_path):
         assert "".join(map(decoder.push, tokenizer.encode(text))) + decoder.finish() == text
 
 
+def test_behind_other_text_sentencepiece_puts_no_space(tmp_path):
+    """Neither when it is encoded nor is one lost when it is decoded; byte-level BPE has none to leave out."""
+    backend = tokenizers.Tokenizer.from_buffer(tokenizer_files(keys(sentencepiece_fields()))["tokenizer.json"])
+    tokenizer = Tokenizer(backend)
+    for text, tokens in (
+        (" the cat", ["\u2581the", "\u2581cat"]),
+        ("\nthe", ["<0x0A>", "t", "he"]),
+        (".", ["."]),
+        ("", []),
+    ):
+        ids = tokenizer.encode_continuation(text)
+        assert [backend.id_to_token(i) for i in ids] == tokens
+        assert tokenizer.decode_continuation(ids) == text
+        decoder = StreamDecoder(tokenizer, is_continuation=True)
+        assert "".join(map(decoder.push, ids)) + decoder.finish() == text
+    assert tokenizer.decode_continuation(tokenizer.encode_continuation("ü")[:1]) == "\ufffd"
+    assert tokenizer.encode("on") + tokenizer.encode_continuation(" the mat") == tokenizer.encode("on the mat")
+    plain = Tokenizer(trained_tokenizer("smollm"))
+    for text in TEXTS:
+        ids = plain.encode(text)
+        assert plain.encode_continuation(text) == ids and plain.decode_continuation(ids) == plain.decode(ids)
+
+
 # ---- files
 
 
@@ -202,6 +237,7 @@ def test_tokenizers_of_another_kind_are_refused(changes, sentence):
 
 
 def test_scores_or_merges_are_needed():
-    with pytest.raises(ValueError, match="must have tokenizer.ggml.merges, or tokenizer.ggml.scores with an entry for"):
-        tokenizer_files(keys(sentencepiece_fields(scores=[1.0])))
+    for scores in ([1.0], ["a"] * len(sentencepiece_fields()["tokens"])):
+        with pytest.raises(ValueError, match="must have tokenizer.ggml.merges, or tokenizer.ggml.scores with a number"):
+            tokenizer_files(keys(sentencepiece_fields(scores=scores)))
     assert tokenizer_files({}) == {}

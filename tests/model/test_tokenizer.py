@@ -83,6 +83,16 @@ def test_a_tokenizer_takes_its_files_along(tmp_path):
     assert found.keys() == {"tokenizer.json", "tokenizer_config.json"} and found["tokenizer_config.json"] == b"{}"
 
 
+def test_texts_are_encoded_whole_whatever_the_file_says(tmp_path):
+    tokenizer = Tokenizer.byte_level()
+    tokenizer.backend.enable_truncation(4)
+    tokenizer.backend.enable_padding(length=6)
+    assert tokenizer.encode("abcdefg") == [*b"abcd", 0, 0]
+    tokenizer.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.encode("abcdefg") == list(b"abcdefg") and again.encode("a") == list(b"a")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {}, "merges": ["a"]}}']
 )

@@ -291,8 +291,14 @@ def test_multiple_choice_takes_the_likeliest_choice(tmp_path):
     assert task.name == "letters" and score.accuracy == 0.5
     assert score.loss == pytest.approx(-(math.log(0.6) + 2 * math.log(0.4)) / 3)
     assert isinstance(score, Score)
-    path.write_text('{"query": "q", "choices": ["a"], "gold": 1}')
-    with pytest.raises(ValueError, match="line 1 of .* must be an object with query, choices and gold"):
+    path.write_text('{"query": "q\u2028\x85", "choices": ["a"], "gold": 0}', encoding="utf-8")
+    assert MultipleChoice.from_jsonl(path, Tokenizer.byte_level()).documents == [("q\u2028\x85", ["a"], 0)]
+    for choices, gold in ((["a"], 1), (["a", "b"], 1.0), (["a", "b"], True), ("ab", 1)):
+        path.write_text(json.dumps({"query": "q", "choices": choices, "gold": gold}))
+        with pytest.raises(ValueError, match="line 1 of .* must be an object with query, choices and gold"):
+            MultipleChoice.from_jsonl(path, Tokenizer.byte_level())
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"letters\.jsonl must be UTF-8 text, got byte 0xff"):
         MultipleChoice.from_jsonl(path, Tokenizer.byte_level())
 
 

@@ -1,5 +1,6 @@
 """Each block against a token loop written from its own paper's recurrence, in fp64; splits of a sequence; gradients."""
 
+import copy
 import math
 
 import pytest
@@ -281,6 +282,33 @@ def test_rwkv7_in_chunks_is_exact_to_fp32_at_every_decay_it_can_have(strength):
     o, last = rwkv7_recurrence(*(t.float() for t in (r, g, k, v, kappa, a, state)))
     for got, want in ((o, torch.stack(expected, 1)), (last, S)):
         assert (got - want).norm() < 2e-6 * want.norm()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_block_in_bf16_errs_by_roundings_however_many_tokens_came(name):
+    """Against the same weights in fp64, past the 256 to which bf16 counts; in one call and token by token."""
+    block = BLOCKS[name](32, Shape(8, 8, 2)).to(torch.bfloat16)
+    x = torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = copy.deepcopy(block).double()(x.double())
+    state = block.new_state(1)
+    steps = torch.cat([block(token, state=state) for token in x.split(1, 1)], 1)
+    for got in (block(x), steps):
+        assert got.dtype == torch.bfloat16
+        for part, want in zip(got.double().split(60, 1), expected.split(60, 1)):
+            assert (part - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, C), (2, 0, C), (0, 0, C)], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_tokens_give_no_outputs_and_change_no_state(name, shape):
+    block, x = block_of(name), torch.zeros(shape).requires_grad_()
+    state = [torch.ones_like(t) for t in block.new_state(shape[0])]
+    assert block(x).shape == shape
+    y = block(x.detach(), state=state)
+    assert y.shape == shape and all(t.eq(1).all() for t in state)
+    block(x).sum().backward()
+    assert x.grad.shape == shape
 
 
 @pytest.mark.parametrize("name", BLOCKS)

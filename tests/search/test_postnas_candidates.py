@@ -258,6 +258,11 @@ def test_blocks_of_equal_parameters_are_as_close_as_a_whole_v_allows(name):
     assert (found == shape) == (name == "JetBlock")
 
 
+def test_a_jet_block_equals_itself_at_the_narrowest_generator_too():
+    """At half of this V its generator would have no width."""
+    assert equal_parameters(BLOCKS["JetBlock"], 32, Shape(8, 4, 2)) == Shape(8, 4, 2)
+
+
 def row(name, seed, quality, speed=1.0) -> Measured:
     return Measured(name, seed, 10, 8, 20, speed, speed, speed, quality, {"recall": (-quality, quality / 10)}, [0.5])
 

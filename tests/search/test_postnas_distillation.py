@@ -183,6 +183,17 @@ def test_paths_start_at_one_scale_whatever_that_of_their_layers_input(paths):
     assert outputs == pytest.approx([FIRST_OUTPUT] * 3, rel=0.3)
 
 
+@pytest.mark.parametrize("paths", [TINY_JET, lambda size: BLOCKS["GLA"](size, Shape(8, 8, 2))], ids=["JetBlock", "GLA"])
+def test_a_layer_behind_a_norm_without_weight_has_paths_too(paths):
+    base = small_base(2, hidden_size=64, intermediate_size=64)
+    base.model.layers[1].input_layernorm.weight.data.zero_()
+    network = SuperNetwork(base, paths)
+    ids = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))
+    network.distillation_loss(ids, ("jet", "jet")).backward()
+    assert all(p.grad.isfinite().all() for p in network.jet.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in network.jet[0].parameters())
+
+
 def test_what_is_trained_are_the_paths_in_use():
     network = SuperNetwork(planted_base(), TINY_JET, train_attention=True)
     named = network.path_parameters(("jet", "attn", "swa", "jet", "attn"))

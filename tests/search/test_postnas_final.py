@@ -8,10 +8,10 @@ from support.postnas_cases import TINY_JET, VOCAB, PlantedRows, killed_at_write,
 
 from jetkernels.__main__ import main
 from jetkernels.model import JetNemotronForCausalLM
-from jetkernels.postnas import Loader, Recipe, SuperNetwork, small_base
+from jetkernels.postnas import Loader, Recipe, SuperNetwork, export, small_base
 from jetkernels.postnas.base import from_pretrained
 from jetkernels.postnas.final import logit_distillation_loss, train_final
-from jetkernels.postnas.hybrid import is_hybrid, load_hybrid, read_path, save_hybrid
+from jetkernels.postnas.hybrid import is_hybrid, load_hybrid, load_student, read_path, save_hybrid
 from jetkernels.postnas.linear_path import LinearPath
 from jetkernels.postnas.shapes import Shape
 
@@ -141,3 +141,18 @@ def test_one_command_runs_every_stage_and_ends_with_a_model_that_generates(tmp_p
         main(["generate", "--model", str(model), "--prompt", "def ", "--max-new-tokens", "3", "--device", "cpu"]) == 0
     )
     assert JetNemotronForCausalLM.from_pretrained(model).config.layer_types.count("attn") == 1
+
+
+def test_a_folder_is_of_a_model_or_of_a_hybrid_that_none_can_say(tmp_path):
+    """What a run of other options left in a folder must not pass for what this one wrote."""
+    base = small_base(2, vocab_size=VOCAB, **SIZES)
+    path, placement = LinearPath(Shape(8, 8, 2), "GLA"), ("jet", "attn")
+    kept = SuperNetwork(base, path.paths()).assemble(placement)
+    save_hybrid(tmp_path / "kept", kept, placement, path, 5)
+    for folder in ("kept", "exported"):
+        export(SuperNetwork(base, TINY_JET), placement, tmp_path / folder)
+    with pytest.raises(ValueError, match=r"kept must hold a model or the weights of a hybrid, not both"):
+        load_student(tmp_path / "kept", base)
+    with pytest.raises(ValueError, match=r"exported must hold a model or the weights of a hybrid, not both"):
+        save_hybrid(tmp_path / "exported", kept, placement, path, 5)
+    assert not is_hybrid(tmp_path / "exported") and not (tmp_path / "exported" / "hybrid.ckpt").exists()

@@ -13,6 +13,7 @@ from jetkernels.model import Tokenizer
 from jetkernels.model.speed import decode_speed
 from jetkernels.postnas import Loader, Recipe, small_base
 from jetkernels.postnas.base import next_token_loss
+from jetkernels.postnas.checkpoints import load_state
 from jetkernels.postnas.completions import FIXED, FROM_TEXT, NEW_TOKENS, complete, prompts_of, read_prompts
 from jetkernels.postnas.power_law import fit_power_law
 from jetkernels.postnas.report.final import distance_sentence
@@ -32,6 +33,8 @@ def test_a_power_law_is_found_again_and_what_does_not_fall_has_none():
         fit_power_law(points[:2]) is None
         and fit_power_law([(n, d) for (n, _), (_, d) in zip(points, points[::-1])]) is None
     )
+    assert fit_power_law([(100, 3.0), (100, 2.0), (100, 1.0)]) is None  # all at one number of tokens
+    assert fit_power_law([(10**6, 3.0), (10**6 + 1, 2.0), (10**6 + 2, 1.0)]) is None  # 1e2000000 at one token, or so
     noisy = fit_power_law([(n, d * math.exp(0.1 * (-1) ** i)) for i, (n, d) in enumerate(points)])
     assert 0.1 < noisy.error < 0.2  # the four deviate by 0.1, and two degrees of freedom are left
 
@@ -42,6 +45,8 @@ def test_the_distance_is_said_and_an_extrapolation_is_called_one():
     assert "+0.8000 nats" in far and "not reached" in far and "Extrapolation, not a measurement" in far
     assert "comes to 0.5 nats after 1.6e+03 tokens" in far
     assert "No power law" in distance_sentence([(0, 4.0), (9, 3.0)], 2.0, None)
+    left = distance_sentence([(0, 4.0), (100, 2.4), (200, 2.6)], 2.0, None)
+    assert "no longer within 0.5 nats, where it was after 100 tokens." in left and "not reached" not in left
     near = distance_sentence([(0, 4.0), (100, 2.5), (200, 2.4)], 2.0, law)
     assert "first measured within it after 100 tokens" in near and "Extrapolation" not in near
 
@@ -99,8 +104,8 @@ def test_completions_are_the_most_likely_tokens_of_each_model():
 
 def test_prompts_of_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("one\n\n two\n")
-    assert read_prompts(path) == ["one", " two"]
+    path.write_bytes("one\n\n two\r\nthree\u2028 \x0cfour\n".encode())
+    assert read_prompts(path) == ["one", " two", "three\u2028 \x0cfour"]
     path.write_text("\n")
     with pytest.raises(ValueError, match="must hold a prompt a line"):
         read_prompts(path)
@@ -180,3 +185,23 @@ def test_what_the_report_cannot_use_is_refused_before_anything_is_trained(tmp_pa
     assert "must have scores by budget" in capsys.readouterr().err
     assert main(search_command("final", **folders, prompts=tmp_path / "none.txt")) == 1
     assert "none.txt" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
+def test_a_training_that_breaks_down_stops_and_keeps_its_last_checkpoint(tmp_path, what):
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    def step_loss(rows, step):
+        if step < 4:
+            return weight.square().sum()
+        if what == "loss":
+            return weight.sum() * math.nan
+        return (weight - weight.detach()).sqrt().sum()  # 0, with an infinite gradient
+
+    loader, recipe = Loader([(PlantedRows(), 1.0)], 2, 21), Recipe(5, 1e-2, warmup=1, save_every=1)
+    with pytest.raises(RuntimeError, match=f"some: the {what} of step 4 must be finite, got (nan|inf)"):
+        train("some", {"weight": weight}, step_loss, loader, recipe, {}, tmp_path / "some.ckpt")
+    run = json.loads((tmp_path / "some.ckpt").read_bytes().split(b"\n", 2)[1])["run"]
+    kept = load_state(tmp_path / "some.ckpt", "some", run)
+    assert len(kept["losses"]) == 4 and weight.isfinite().all()
+    torch.testing.assert_close(kept["parameters"]["weight"], weight.detach(), rtol=0, atol=0)

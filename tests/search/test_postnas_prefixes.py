@@ -55,6 +55,15 @@ def test_what_was_trained_in_between_is_computed_anew():
     torch.testing.assert_close(after, network(rows(0), placement), rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_the_same_tokens_in_rows_of_another_length_are_other_rows():
+    network = SuperNetwork(planted_base(), TINY_JET)
+    prefixes, (placement, other) = Prefixes(network), PLACEMENTS[:2]
+    prefixes.logits(rows(0), placement)
+    shorter = rows(0).view(6, 6)
+    torch.testing.assert_close(prefixes.logits(shorter, other), network(shorter, other), rtol=0, atol=0)
+
+
 def test_no_more_is_kept_than_allowed(monkeypatch):
     network = SuperNetwork(planted_base(), TINY_JET)
     calls, prefixes = counted(network), Prefixes(network)

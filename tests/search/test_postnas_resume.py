@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ RESULTS = (
     "result.json",
     "importance-attn.png",
     "importance-swa.png",
+    "tried.png",
     "model/model.safetensors",
     "model/config.json",
 )
@@ -259,6 +261,15 @@ def test_several_ranks_need_a_device_each(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="must be cuda, without a number, for several ranks, got cuda:1"):
         join_ranks(torch.device("cuda:1"))
+
+
+def test_ranks_wait_for_what_rank_0_does_alone(monkeypatch):
+    """Longer than the half hour after which gloo gives up by itself."""
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda name, timeout: asked.append((name, timeout)))
+    join_ranks(torch.device("cpu"))
+    assert asked == [("gloo", timedelta(days=1))]
 
 
 def test_search_base_trains_resumes_and_is_a_base(inputs, tmp_path, capsys):

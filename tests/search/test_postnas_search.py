@@ -25,6 +25,7 @@ from jetkernels.postnas import (
     write_report,
 )
 from jetkernels.postnas.data import seeded
+from jetkernels.postnas.report import plots
 from jetkernels.postnas.search import by_importance, most_evaluations
 from jetkernels.postnas.tasks import objective_of
 
@@ -212,8 +213,13 @@ def test_attention_everywhere_is_the_base():
     ids = PlantedRows().rows(3, 12, torch.Generator().manual_seed(0))
     network = SuperNetwork(base, TINY_JET)
     torch.testing.assert_close(network(ids, ("attn",) * LAYERS), base(ids).logits, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="must have a jet layer"):
-        network.distillation_loss(ids, ("attn",) * LAYERS)
+    loader = Loader([(PlantedRows(), 1.0)], batch_size=4, length=21)
+    for placement in (("attn",) * LAYERS, ("swa",) * LAYERS):
+        with pytest.raises(ValueError, match=f"must have a jet layer to be distilled, got {' '.join(placement)}"):
+            network.distillation_loss(ids, placement)
+        for layer_steps in (0, 1):
+            with pytest.raises(ValueError, match="must have a jet layer to be distilled"):
+                train_super_network(network, loader, Recipe(1), {}, placement=placement, layer_steps=layer_steps)
 
 
 def test_random_paths_reach_every_layer_and_never_train_nothing():
@@ -246,10 +252,44 @@ def test_exported_model_equals_the_searched_one_and_decodes_as_it_prefills(tmp_p
         torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=0, atol=1e-5)
 
 
-def test_a_book_knows_what_it_has_scored():
-    book = ScoreBook(SuperNetwork(planted_base(), TINY_JET), [PlantedRows().task(count=4)], {})
-    assert book.known("recall") == []
-    placements = [("jet",) * LAYERS, ("jet", "attn", "jet", "swa", "jet")]
-    scores = [book.score(placement, "recall") for placement in placements]
-    book.score(None, "recall")
-    assert book.known("recall") == list(zip(placements, scores)) and book.known("copy") == []
+def test_the_picture_of_placements_tried_has_those_of_its_own_search(tmp_path, monkeypatch):
+    """Not what an earlier search or an earlier report left in the book. Layer 4 gains most alone, so the greedy
+    search never looks at the uniform pair (1, 3).
+    """
+    drawn = []
+    monkeypatch.setattr(
+        "jetkernels.postnas.report.placement.placements_tried",
+        lambda path, tried, marked, score: drawn.append((tried, marked)),
+    )
+
+    class Planted(ScoreBook):
+        def _computed(self, placement, task):
+            return Score(sum(0.1 * i for i, kind in enumerate(placement) if kind == "jet"), 0.5)
+
+    options = PlacementOptions(2, width=1, exhaustive_up_to=0)
+    book = Planted(SuperNetwork(planted_base(), TINY_JET), [PlantedRows().task(1)], {})
+    for full, objective in ((3, "accuracy"), (2, "loss"), (2, "loss")):
+        options = PlacementOptions(full, full_objective=objective, width=1, exhaustive_up_to=0)
+        write_report(tmp_path, book, search_placement(book, options), options, [])
+    tried, marked = drawn[1]
+    assert drawn[2] == drawn[1] and [n for n, _ in tried] == [1] * 5 + [2] * 4 + [0]
+    assert [value for n, value in tried if n == 2] == pytest.approx([-0.6, -0.5, -0.4, -0.3])
+    assert marked == {
+        how: {2: pytest.approx(v)} for how, v in (("uniform", -0.6), ("by importance", -0.3), ("found", -0.3))
+    }
+
+
+def test_the_heat_map_of_windows_is_blank_where_a_layer_is_full(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append((path.name, figure)))
+
+    class Planted(ScoreBook):
+        def _computed(self, placement, task):
+            return Score(sum({"jet": 0.1, "swa": 0.04, "attn": 0}[kind] * i for i, kind in enumerate(placement)), 0.5)
+
+    options = PlacementOptions(1, 1, window_task="recall")
+    book = Planted(SuperNetwork(planted_base(), TINY_JET), [PlantedRows().task(1)], {})
+    write_report(tmp_path, book, search_placement(book, options), options, [])
+    texts = {name: [text.get_text() for text in figure.axes[0].texts] for name, figure in figures}
+    assert texts["importance-attn.png"] == ["0", "0.1", "0.2", "0.3", "0.4"]
+    assert texts["importance-swa.png"] == ["0", "0.06", "0.12", "0.18"]  # layer 4 is full

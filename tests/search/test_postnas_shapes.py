@@ -83,6 +83,12 @@ def test_planted_best_is_found_under_the_constraint(tmp_path, best):
         best_shape(rows, 101.0)
 
 
+def test_a_candidate_that_is_named_twice_is_measured_once():
+    """Two rows of one seed would pass for two seeds that agree to the last digit."""
+    rows = measure_all(["4x4x1", "2x8x1", "4x4x1"], planted(lambda s: 1.0, lambda s: float(s.K)), {}, seeds=(0, 1))
+    assert [(row.name, row.seed) for row in rows] == [(name, s) for s in (0, 1) for name in ("4x4x1", "2x8x1")]
+
+
 def test_a_killed_search_keeps_the_rows_it_has(tmp_path):
     seen = []
 

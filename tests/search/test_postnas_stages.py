@@ -97,7 +97,7 @@ def test_the_pipeline_carries_on_what_its_stages_found(tmp_path):
 def test_tasks_of_large_vocabularies_show_a_model_few_rows_at_once(tmp_path, monkeypatch):
     stage = BaseStage(output=tmp_path, text=text_folder(tmp_path / "text"), length=100)
     tokenizer = Tokenizer.byte_level()
-    corpus = stage.corpus(tokenizer)
+    corpus = stage.corpus(tokenizer, 257)
 
     def sizes():
         return [task.batch_size for task in stage.held_out_tasks(corpus, tokenizer, 2)]

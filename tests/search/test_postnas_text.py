@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 from itertools import pairwise
 
@@ -40,6 +41,30 @@ def bpe(*texts: str, vocabulary: int = 400, end: str = "<|endoftext|>") -> Token
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend)
+
+
+def sentencepiece(*texts: str) -> Tokenizer:
+    """SentencePiece's BPE, trained on the texts, as Llama 2 has it: a space is put in front of each text."""
+    size = {"vocab_size": 700, "show_progress": False}
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.train_from_iterator(
+        [" ".join(text.split()) for text in texts], tokenizers.trainers.BpeTrainer(special_tokens=special, **size)
+    )
+    values = json.loads(backend.to_str())
+    values |= {"pre_tokenizer": None, "added_tokens": values["added_tokens"][:3]}  # the bytes are no special tokens
+    backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return Tokenizer(backend)
+
+
+@pytest.fixture(scope="module")
+def spaced() -> Tokenizer:
+    return sentencepiece(*(story(seed) for seed in range(5)), "The stone is river. " * 50)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +109,12 @@ def test_packed_files_are_read_and_damaged_ones_counted(tmp_path, tokenizer):
     (packed / "e.gz").write_bytes(whole[:10] + b"\xff" * 20)
     read, expected = (TextCorpus.from_folder(folder, tokenizer) for folder in (packed, plain))
     assert (read.files, read.skipped) == (1, 4) and read.digest == expected.digest
+
+
+def test_names_of_files_need_not_be_unicode(tmp_path):
+    (tmp_path / "n\udce9.txt").write_text("a text")
+    assert TextCorpus.from_folder(tmp_path).files == 1
+    assert [data.is_held_out(name) for name in ("é23", "é24")] == [False, True]
 
 
 def test_large_files_are_encoded_in_pieces(tmp_path, tokenizer, monkeypatch):
@@ -131,6 +162,29 @@ def test_pairs_are_encoded_as_the_tokenizer_encodes_the_line(tokenizer):
     recall = WordRecall(torch.tensor(tokenizer.encode(story(0))), tokenizer, (0,))
     for line in recall.told(torch.Generator().manual_seed(0)):
         assert tokenizer.encode(tokenizer.decode(line)) == line.tolist() and len(line) == recall.pair_size
+
+
+def test_tasks_of_words_have_no_space_too_many(spaced, tmp_path, monkeypatch):
+    """What is put behind other tokens is encoded as it would be there."""
+    text = ". ".join(story(seed) for seed in range(5))
+    recall = WordRecall(torch.tensor(spaced.encode(text)), spaced, (0,))
+    words = {spaced.decode([i]) for i in recall.words.tolist()}
+    assert words == {*NAMES, "that"}
+    told = recall.told(torch.Generator().manual_seed(0))
+    for line in told:
+        key, value = spaced.decode_continuation(line).removeprefix("\nThe ").removesuffix(".").split(" is ")
+        assert {key, value} <= words and key != value
+        assert len(line) == recall.pair_size and spaced.decode(line[recall.answer]) in words
+    tokens = torch.tensor(spaced.encode(" ".join(text.split())))
+    task = continuations(tokens, spaced, 6, context=8, size=5, choices=3)
+    whole = tokens.tolist()
+    for context, choices, gold in task.questions:
+        for choice in [[*context, *choices[gold]], *choices]:
+            assert any(whole[at : at + len(choice)] == choice for at in range(len(whole)))
+    monkeypatch.setattr(data, "PIECE", 100)
+    (tmp_path / "a.txt").write_text(text)
+    corpus = TextCorpus.from_folder(tmp_path, spaced)
+    assert torch.cat([corpus.training, corpus.held_out]).tolist() == spaced.encode(text)
 
 
 def test_recall_of_words_needs_words(tokenizer):

@@ -240,5 +240,6 @@ def test_what_cannot_start_is_named_and_left_alone(layers):
     )
     noise = torch.randn(24, TOKENS, C, generator=torch.Generator().manual_seed(0))
     refused(r"must be nearly constant for a neutral gate; the nearest explains 0\.0\d of a constant", noise, noise)
+    refused("must be nearly constant for a neutral gate; the nearest explains nan", 0 * noise, noise)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
     assert math.isfinite(rms(block(layer.x)))

@@ -1,6 +1,7 @@
 """`jetkernels search base --pretrained`: from a package, a folder or a GGUF file to the base of a search."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -147,6 +148,27 @@ def test_options_of_a_training_are_refused(options, sentence, file, text, tmp_pa
 def test_models_that_are_not_there_are_named(changes, sentence, text, tmp_path, capsys):
     assert main(search_command("base", text=text, output=tmp_path / "base", **ROWS | changes)) == 1
     assert sentence in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_more_tokens_than_the_base_is_refused_before_anything_is_written(text, tmp_path, capsys):
+    published_folder(tmp_path / "published", PUBLISHED["Qwen3-0.6B"])
+    Tokenizer(trained_tokenizer("qwen2")).save_pretrained(tmp_path / "published")
+    words = search_command("base", pretrained=tmp_path / "published", text=text, output=tmp_path / "base", **ROWS)
+    assert main(words) == 1
+    says = (
+        r"base: the tokens of the text must be below its vocabulary size 50, got \d+ from its tokenizer, which has 700"
+    )
+    assert re.search(says, capsys.readouterr().err) and not list((tmp_path / "base").glob("*"))
+
+
+def test_the_model_is_not_written_over(text, tmp_path, capsys):
+    published_folder(tmp_path / "base", PUBLISHED["Qwen3-0.6B"])
+    Tokenizer(trained_tokenizer("qwen2")).save_pretrained(tmp_path / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    for stage, output in (("base", tmp_path / "base"), ("base", tmp_path / "link"), ("all", tmp_path)):
+        assert main(search_command(stage, pretrained=tmp_path / "base", text=text, output=output, **ROWS)) == 2
+        assert "--output must leave --pretrained as it is" in capsys.readouterr().err
+    assert json.loads((tmp_path / "base" / "config.json").read_text()) == PUBLISHED["Qwen3-0.6B"]
 
 
 def test_a_tokenizer_is_needed(text, tmp_path, capsys):

@@ -237,6 +237,7 @@ def test_frequencies_that_older_llama_files_hold_are_not_read(tmp_path):
         ("Qwen2.5-0.5B", {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ("Qwen2.5-0.5B", {"num_attention_heads": None}, "must have num_attention_heads"),
         ("Qwen2.5-0.5B", {"num_hidden_layers": None}, "must have num_hidden_layers"),
+        ("Qwen2.5-0.5B", {"dtype": "bfloat16"}, "torch_dtype and dtype must agree, got 'bfloat16' and 'float32'"),
         ("Qwen3-0.6B", {"attention_bias": True}, "attention_bias must be False, got True: in qwen3 it is one of the"),
         ("Qwen3-0.6B", {"layer_types": ["sliding_attention"] * 2}, "layer_types must all be full_attention"),
         ("TinyLlama-1.1B", {"attention_bias": True}, "attention_bias must be False, got True: in llama it is one of"),

@@ -137,7 +137,8 @@ def write_gguf(path: Path, model, kind: str = "F32", tokenizer: dict | None = No
             continue
         of = gguf.GGMLQuantizationType[kind if rows.ndim > 1 and rows.dtype == np.float32 else "F32"]
         data = gguf.quantize(rows, of) if rows.dtype == np.float32 else rows
-        writer.add_tensor(name, data, raw_dtype=of if rows.dtype == np.float32 else None)
+        of = gguf.GGMLQuantizationType.Q8_0 if rows.dtype == np.uint8 else of  # quantised already
+        writer.add_tensor(name, data, raw_dtype=of if rows.dtype in (np.float32, np.uint8) else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -23,8 +23,8 @@ def spread_sentence(rows: Sequence[Measured]) -> str:
     return (
         f"Means over {seeds} seeds (initial values and training rows). The quality of one candidate moves from seed to "
         f"seed by {deviation:.4f} (standard deviation, pooled over the candidates), so the standard error of a "
-        f"difference between two rows is {deviation * math.sqrt(2 / seeds):.4f}; differences of less than twice that "
-        "show nothing.\n"
+        f"difference between two rows, taken as independent, is {deviation * math.sqrt(2 / seeds):.4f}; differences of "
+        "less than twice that show nothing.\n"
     )
 
 

@@ -47,7 +47,11 @@ def distance_sentence(curve: Sequence[tuple[int, float]], base: float, law: Powe
     if loss - base <= NEAR and reached is not None:
         where = f"first measured within it after {reached:,} tokens" if reached else "within it from the start"
         return f"{said}, within {NEAR} nats ({where}).\n"
-    said += f"; {NEAR} nats are not reached."
+    if reached is None:
+        said += f"; {NEAR} nats are not reached."
+    else:
+        when = f"after {reached:,} tokens" if reached else "at the start"
+        said += f", no longer within {NEAR} nats, where it was {when}."
     if law is None:
         return f"{said} No power law is fitted: the distances do not fall, or are too few.\n"
     return (

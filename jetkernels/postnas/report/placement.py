@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from ..options import OBJECTIVE_NAMES
 from ..placement import PlacementOptions, PlacementResult, ScoreBook
-from ..search import by_importance, uniform, with_kind
+from ..search import Found, by_importance, uniform, with_kind
 from ..super_network import Placement, SuperNetwork
 from ..tasks import Score, objective_of
 from .plots import FEATURE_LOSS, budget_curves, curve, heat_map, placements_tried
@@ -23,7 +24,7 @@ Compared = tuple[str, Placement | None]
 def placed(
     network: SuperNetwork, result: PlacementResult, options: PlacementOptions, budget: int
 ) -> list[tuple[str, Placement]]:
-    """The placements of so many full layers: at equal distances, those that gain most alone, and the found one."""
+    """(how, placement) of so many full layers: at equal distances, those that gain most alone, and the found one."""
     gains = result.importance["attn"][options.full_task]
     layers = {
         "uniform": uniform(network.num_layers, budget),
@@ -31,7 +32,7 @@ def placed(
         "found": result.full.budgets[budget],
     }
     start = ("jet",) * network.num_layers
-    return [(f"{name}, {budget} full", with_kind(start, chosen, "attn")) for name, chosen in layers.items()]
+    return [(how, with_kind(start, chosen, "attn")) for how, chosen in layers.items()]
 
 
 def comparison(book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[Compared]:
@@ -44,10 +45,15 @@ def comparison(book: ScoreBook, result: PlacementResult, options: PlacementOptio
     rows.append((f"{network.path_name} everywhere", ("jet",) * layers))
     budget = len(result.full.chosen)
     if budget:
-        rows += placed(network, result, options, budget)
+        rows += [(f"{how}, {budget} full", one) for how, one in placed(network, result, options, budget)]
     if result.window is not None:
         rows.append((f"found, {budget} full and {len(result.window.chosen)} windowed", result.placement))
     return rows
+
+
+def _plain(found: Found) -> dict[str, object]:
+    """For JSON; of the placements that were looked at, their number."""
+    return {name: value for name, value in asdict(found).items() if name != "values"} | {"evaluated": found.evaluated}
 
 
 def _searches_section(result: PlacementResult, options: PlacementOptions) -> str:
@@ -119,8 +125,8 @@ def by_budget(judge: ScoreBook, result: PlacementResult, options: PlacementOptio
     named = [(budget, *pair) for budget in budgets for pair in placed(judge.network, result, options, budget)]
     scored = scores_of_each(judge, [placement for _, _, placement in named])
     return [
-        OfBudget(budget, name.split(",")[0], [i for i, kind in enumerate(placement) if kind == "attn"], scores)
-        for (budget, name, placement), scores in zip(named, scored)
+        OfBudget(budget, how, [i for i, kind in enumerate(placement) if kind == "attn"], scores)
+        for (budget, how, placement), scores in zip(named, scored)
     ]
 
 
@@ -187,21 +193,19 @@ def budget_table(rows: Sequence[OfBudget]) -> str:
 
 
 def _tried_section(folder: Path, book: ScoreBook, result: PlacementResult, options: PlacementOptions) -> list[str]:
-    """A picture of every placement of full layers that was scored; nothing where no layer is full."""
-    task, objective = options.full_task, options.full_objective
-    tried = [
-        (placement.count("attn"), objective_of(task, score, objective))
-        for placement, score in book.known(task)
-        if "swa" not in placement
-    ]
+    """A picture of the placements of full layers that the search looked at; nothing where no layer is full."""
     budgets = [budget for budget in result.full.budgets if budget]
     if not budgets:
         return []
+    task, objective = options.full_task, options.full_objective
+    value, layers = book.evaluate(task, objective), book.network.num_layers
+    alone = [(), *((i,) for i in range(layers))]
+    values = dict(result.full.values) | {full: value(with_kind(("jet",) * layers, full, "attn")) for full in alone}
+    tried = [(len(full), score) for full, score in values.items()]
     marked: dict[str, dict[int, float]] = {}
     for budget in budgets:
-        for name, placement in placed(book.network, result, options, budget):
-            value = objective_of(task, book.score(placement, task), objective)
-            marked.setdefault(name.split(",")[0], {})[budget] = value
+        for how, placement in placed(book.network, result, options, budget):
+            marked.setdefault(how, {})[budget] = value(placement)
     placements_tried(folder / "tried.png", tried, marked, f"{task}, {OBJECTIVE_NAMES[objective]}")
     return [
         "## Every placement tried\n\nOn the examples of the search, by which the found ones were chosen; with those of "
@@ -233,7 +237,7 @@ def _importance_section(folder: Path, result: PlacementResult, network: SuperNet
     layers, path, parts = network.num_layers, network.path_name, []
     for kind, maps in result.importance.items():
         labels = {task: f"{task}, {OBJECTIVE_NAMES[options.objective(task, kind)]}" for task in maps}
-        drawn = [[gains.get(i, 0.0) for i in range(layers)] for gains in maps.values()]
+        drawn = [[gains.get(i, math.nan) for i in range(layers)] for gains in maps.values()]
         picture = folder / f"importance-{kind}.png"
         label = "gain of the objective"
         heat_map(picture, list(labels.values()), drawn, f"gain from {names[kind]} in one layer", label)
@@ -296,8 +300,8 @@ def write_report(
     write_text(folder / "report.md", "\n".join(text))
     values = {
         "placement": result.placement,
-        "full": asdict(result.full),
-        "window": asdict(result.window) if result.window else None,
+        "full": _plain(result.full),
+        "window": _plain(result.window) if result.window else None,
         "importance": result.importance,
         "compared": [
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -46,14 +47,14 @@ def heat_map(path: str | Path, rows: Sequence[str], values: Sequence[Sequence[fl
     Args:
         path: of the file.
         rows: their names.
-        values: of each row, by layer.
+        values: of each row, by layer; NaN where there is none, which stays blank.
         title: of the picture.
         label: what the values are.
     """
     pyplot, colours = _pyplot(), optional("matplotlib.colors", "all", "a plot")
     columns = len(values[0])
     figure, axes = pyplot.subplots(figsize=(4.5 + 0.55 * columns, 1.6 + 0.6 * len(rows)))
-    largest = max(abs(value) for row in values for value in row) or 1.0
+    largest = max((abs(value) for row in values for value in row if not math.isnan(value)), default=0.0) or 1.0
     norm = colours.SymLogNorm(linthresh=largest / 20, vmin=-largest, vmax=largest)
     image = axes.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm)
     ticks = [share * largest for share in (-1, -0.2, -0.05, 0, 0.05, 0.2, 1)]
@@ -65,6 +66,8 @@ def heat_map(path: str | Path, rows: Sequence[str], values: Sequence[Sequence[fl
     axes.set(xlabel="layer (0-based)", title=title)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
+            if math.isnan(value):
+                continue
             dark = not 0.2 < norm(value) < 0.8
             axes.text(x, y, f"{value:.2g}", ha="center", va="center", color="white" if dark else "black", fontsize=7)
     _save(figure, path)
