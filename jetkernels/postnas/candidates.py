@@ -64,6 +64,7 @@ def measure_all(
     seeds: Sequence[int] = (0,),
     prepare: Callable[[Sequence[str], int], None] | None = None,
     together: int = 1,
+    forget: Callable[[str, int], None] | None = None,
 ) -> list[Measured]:
     """Measures every candidate with every seed, seed by seed.
 
@@ -77,6 +78,7 @@ def measure_all(
         seeds: each of them gives a row of every candidate.
         prepare: names, seed; called before the first of `together` candidates is measured.
         together: candidates that are prepared at once.
+        forget: name, seed; called on rank 0 when the row is in the checkpoint, on every rank done with.
     """
     names = list(dict.fromkeys(names))
     run = dict(facts) | {"candidates": names, "runs": list(seeds)}
@@ -99,6 +101,10 @@ def measure_all(
                     asdict(row) | {"scores": {task: list(pair) for task, pair in row.scores.items()}} for row in rows
                 ]
                 save_state(checkpoint, "candidates", run, {"rows": plain})
+            if forget is not None:
+                wait_for_ranks()  # one that is behind still reads what is to go
+                if ranks()[0] == 0:
+                    forget(name, seed)
             bar.update()
     return rows
 
@@ -171,14 +177,28 @@ class Meter:
     def training(self, name: str, seed: int) -> tuple[SuperNetwork, Training]:
         """The super network of a candidate, and the training of its blocks for the placement."""
         network = self.new_network(name, seed)
-        file = f"{name.replace(' ', '-').replace(',', '')}-seed{seed}.ckpt"
-        checkpoint = self.folder / file if self.folder is not None else None
         facts = dict(self.facts) | {"candidate": name}
         loader = replace(self.loader, seed=seed)
         training = super_network_training(
-            network, loader, self.recipe, facts, checkpoint, placement=self.placement, layer_steps=self.layer_steps
+            network,
+            loader,
+            self.recipe,
+            facts,
+            self.checkpoint(name, seed),
+            placement=self.placement,
+            layer_steps=self.layer_steps,
         )
         return network, training
+
+    def checkpoint(self, name: str, seed: int) -> Path | None:
+        """Of a candidate's training."""
+        file = f"{name.replace(' ', '-').replace(',', '')}-seed{seed}.ckpt"
+        return None if self.folder is None else self.folder / file
+
+    def forget(self, name: str, seed: int) -> None:
+        """Deletes the checkpoint of a candidate's training, if there is one."""
+        if (checkpoint := self.checkpoint(name, seed)) is not None:
+            checkpoint.unlink(missing_ok=True)
 
     def train(self, name: str, seed: int) -> tuple[SuperNetwork, Losses]:
         """The super network of a candidate, trained, and the losses."""

@@ -151,6 +151,10 @@ class ComparisonOptions(QualityOptions, DistillOptions):
     def begin(self, network: SuperNetwork, loader: Loader) -> None:
         """Gives the paths of a network their first values: here they keep those that they were drawn with."""
 
+    def forget(self, meter: Meter) -> Callable[[str, int], None]:
+        """What deletes the checkpoint of a training, at several times the size of its blocks, when its row is kept."""
+        return meter.forget
+
     def compare(self, names: Sequence[str]) -> Comparison:
         """Trains and measures the candidates."""
         base, tokenizer = load_base(self.base, self.device)
@@ -190,7 +194,16 @@ class ComparisonOptions(QualityOptions, DistillOptions):
         )
         seeds = range(self.seed, self.seed + self.seeds)
         kept = self.output / "candidates.ckpt"
-        rows = measure_all(names, meter, dict(facts + asked), kept, seeds, meter.train_together, self.together)
+        rows = measure_all(
+            names,
+            meter,
+            dict(facts + asked),
+            kept,
+            seeds,
+            meter.train_together,
+            self.together,
+            forget=self.forget(meter),
+        )
         if ranks()[0] == 0:
             tokens = sum(len(row.losses) for row in rows) * self.batch * self.length
             write_cost(self.output, Cost(tokens, sum(row.training_seconds for row in rows)))
@@ -294,6 +307,10 @@ class ShapesStage(StartOptions, ComparisonOptions):
         """The block of this shape."""
         return LinearPath(Shape.from_name(name), self.block, self.design)
 
+    def forget(self, meter: Meter) -> Callable[[str, int], None]:
+        """Leaves what the exported model may come from: the first seed of each shape."""
+        return lambda name, seed: None if seed == self.seed else meter.forget(name, seed)
+
     def grid(self) -> list[Shape]:
         """The shapes that are compared: of `equal_cache_grid` those that the design's generator has a width for.
 
@@ -325,6 +342,9 @@ class ShapesStage(StartOptions, ComparisonOptions):
         write_shape_report(self.output, found.rows, best, str(path), minimum, self.quality, found.facts, level)
         write_result(self.output, best.name, best.name if path.config() is not None else None, means)
         network, _ = found.meter.train(best.name, self.seed)
+        for row in means:
+            if row.name != best.name:
+                found.meter.forget(row.name, self.seed)
         placement, model = found.meter.placement, self.output / "model"
         if path.config() is not None:
             export(network, placement, model, found.tokenizer)

@@ -160,11 +160,27 @@ def test_candidates_are_prepared_in_groups_of_a_seed():
     assert prepared == [(0, ["a", "b", "c"]), (0, ["d", "e"]), (1, ["a", "b", "c"]), (1, ["d", "e"])]
 
 
+def kept_rows(path) -> list[dict]:
+    """The rows in a checkpoint of a comparison, whatever run it is of."""
+    run = json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
+    return checkpoints.load_state(path, "candidates", run)["rows"]
+
+
 def comparison(stage, folder, **options) -> list[str]:
     """The command line of a comparison on little text and an untrained base, both made in `folder`."""
     text, base = text_folder(folder / "text"), tiny_base_folder(folder / "base")
     rows = {"batch": 2, "length": 80, "distances": 4, "examples": 2, "speed_tokens": 2, "speed_prompt": 4}
     return search_command(stage, text=text, base=base, device="cpu", **rows, **options)
+
+
+def test_a_candidate_is_forgotten_when_its_row_is_kept(tmp_path):
+    forgotten = []
+
+    def forget(name, seed):
+        forgotten.append((name, seed, [each["name"] for each in kept_rows(tmp_path / "rows.ckpt")]))
+
+    measure_all("ab", lambda name, seed: row(name, seed, 1.0), {}, tmp_path / "rows.ckpt", (3,), forget=forget)
+    assert forgotten == [("a", 3, ["a"]), ("b", 3, ["a", "b"])]
 
 
 @pytest.mark.parametrize("moment", [1, 2, 4, 6, 9])
@@ -174,9 +190,7 @@ def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path,
     arguments = [*comparison("blocks", tmp_path, **candidates, steps=4, save_every=2, seeds=2), "--output"]
 
     def rows(folder):
-        path = folder / "candidates.ckpt"
-        run = json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
-        found = checkpoints.load_state(path, "candidates", run)["rows"]
+        found = kept_rows(folder / "candidates.ckpt")
         return [(row["name"], row["seed"], row["quality"], row["scores"], row["losses"]) for row in found]
 
     with killed_at_write(moment):
@@ -188,6 +202,7 @@ def test_a_comparison_killed_at_any_write_ends_with_the_same_qualities(tmp_path,
     for folder in ("out", "whole"):
         assert main([*arguments, str(tmp_path / folder)]) == 0
     assert rows(tmp_path / "out") == rows(tmp_path / "whole") and len(rows(tmp_path / "out")) == 4
+    assert not list((tmp_path / "out" / "training").iterdir())
 
 
 @torch.no_grad()

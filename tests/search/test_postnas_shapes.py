@@ -146,15 +146,18 @@ def test_two_gloo_ranks_measure_the_grid_of_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert main([*arguments, str(tmp_path / "one")]) == 0
-    names = [f"{shape}-seed{seed}.ckpt" for shape in ("8x16x1", "8x8x2") for seed in (0, 1)]
-    for name in names:
-        losses = []
-        for folder in ("one", "two"):
-            path = tmp_path / folder / "training" / name
-            run = json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
-            losses.append(load_state(path, "super network", run)["losses"])
-        assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5), name
+    losses = {}
+    for folder in ("one", "two"):
+        path = tmp_path / folder / "candidates.ckpt"
+        run = json.loads(path.read_bytes().split(b"\n", 2)[1])["run"]
+        rows = load_state(path, "candidates", run)["rows"]
+        losses[folder] = {(row["name"], row["seed"]): row["losses"] for row in rows}
+    assert set(losses["one"]) == {(shape, seed) for shape in ("8x16x1", "8x8x2") for seed in (0, 1)}
+    for pair, values in losses["one"].items():
+        assert len(values) == 3 and losses["two"][pair] == pytest.approx(values, rel=0, abs=1e-5), pair
     chosen = JetNemotronForCausalLM.from_pretrained(tmp_path / "two" / "model").config.jet
+    kept = [path.name for path in (tmp_path / "two" / "training").iterdir()]
+    assert kept == [f"{chosen.head_dim}x{chosen.head_v_dim}x{chosen.num_heads}-seed0.ckpt"]
     shape = f"| {chosen.head_dim} | {chosen.head_v_dim} | {chosen.num_heads} |"
     lines = (tmp_path / "two" / "report.md").read_text().splitlines()
     assert [line.startswith(shape) for line in lines if "**yes**" in line] == [True]
