@@ -35,8 +35,9 @@ def compared(folder: Path) -> dict[str, dict]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
+    """Mean and sample standard deviation; one value has none."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def attention(row: dict) -> str:

@@ -108,7 +108,12 @@ class GgufFile(StoredModel):
             )
         if self._fields.get("split.count", 1) not in (0, 1):
             raise ValueError(f"gguf: {path} is one of {self._fields['split.count']} parts of a model; join them first")
-        names = {_our_name(name): name for name in self._tensors if name != _FREQUENCY_FACTORS}
+        names: dict[str, str] = {}
+        for name in self._tensors:
+            if name == _FREQUENCY_FACTORS:
+                continue
+            if (other := names.setdefault(_our_name(name), name)) != name:
+                raise ValueError(f"gguf: {path} must have {_our_name(name)} once, got {other} and {name}")
         self.holders = names
         try:
             self.values = self._config()

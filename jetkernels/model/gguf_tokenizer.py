@@ -81,9 +81,12 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, bytes]:
     tokens = _strings(fields, "tokens")
     special = {name: _token(tokens, fields, key) for name, key in _SPECIAL.items()}
     known = {name: token for name, token in special.items() if token is not None}
-    backend = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens, known.get("unk_token"))
+    if kind == "gpt2":
+        cut = _cut(fields)
+        backend, by_itself = _byte_level(fields, tokens, cut), cut.begins
+    else:
+        backend, by_itself = _sentencepiece(fields, tokens, known.get("unk_token")), True
     _add_tokens(backend, fields, tokens)
-    by_itself = kind == "llama" or CUTS[fields[f"{_KEY}pre"]].begins
     begins = known.get("bos_token") if fields.get(f"{_KEY}add_bos_token", by_itself) else None
     if begins is not None:
         # For callers that ask for special tokens; `Tokenizer.encode` does not.
@@ -98,13 +101,16 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: text.encode("utf-8") for name, text in files.items()}
 
 
-def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], unknown: str | None) -> Any:
+def _cut(fields: Mapping[str, Any]) -> Cut:
+    name = fields.get(f"{_KEY}pre")
+    if not isinstance(name, str) or name not in CUTS:
+        raise ValueError(f"gguf: {_KEY}pre must be one of {', '.join(CUTS)}, got {checks.shown(name)}")
+    return CUTS[name]
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], cut: Cut) -> Any:
     """Byte-level BPE; every text has tokens, so that the unknown one is not needed."""
     library = _library()
-    name = fields.get(f"{_KEY}pre")
-    if name not in CUTS:
-        raise ValueError(f"gguf: {_KEY}pre must be one of {', '.join(CUTS)}, got {checks.shown(name)}")
-    cut = CUTS[name]
     merges = [_pair(merge) for merge in _strings(fields, "merges")]
     backend = _merging(_vocabulary(tokens), merges, ignore_merges=cut.whole_words)
     pre, pieces = library.pre_tokenizers, []

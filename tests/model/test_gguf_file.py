@@ -149,6 +149,7 @@ def test_keys_of_other_models_are_refused(fields, sentence, tmp_path):
         ({"output_norm.weight": np.ones(32, np.float32)}, r"model\.norm\.weight must be \[64\], got \[32\]"),
         ({"output_norm.weight": np.ones(64, np.int32)}, r"model\.norm\.weight in .* must be one of .*, got I32"),
         ({"rope_freqs.weight": np.ones(8, np.int32)}, r"rope_freqs\.weight must be floating numbers, got I32"),
+        ({"model.norm.weight": np.ones(64, np.float32)}, r"must have model\.norm\.weight once, got .*norm.weight and "),
         ({"token_embd.weight": None}, "the file must have the tensor token_embd.weight"),
     ],
 )

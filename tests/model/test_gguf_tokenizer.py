@@ -218,6 +218,7 @@ def test_saved_files_are_a_tokenizer_of_transformers(kind, tmp_path):
     [
         ({"model": "bert"}, "tokenizer.ggml.model must be gpt2 or llama, got 'bert'"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre must be one of gpt-2, smollm, .*, got 'tekken'"),
+        ({"pre": ["qwen2"]}, r"tokenizer.ggml.pre must be one of .*, got \['qwen2'\]"),
         ({"pre": None}, "tokenizer.ggml.pre must be one of .*, got None"),
         ({"merges": ["ab"]}, "tokenizer.ggml.merges must be pairs with a space between, got 'ab'"),
         ({"merges": ["a nosuchtoken"]}, "tokenizer.ggml.merges must be of tokenizer.ggml.tokens"),

@@ -13,6 +13,7 @@ from support.postnas_cases import (
     tiny_base_folder,
 )
 
+from benchmarks import postnas_seeds
 from jetkernels.__main__ import main
 from jetkernels.modules import JetBlock
 from jetkernels.postnas import Loader, Recipe, SuperNetwork, checkpoints
@@ -20,6 +21,7 @@ from jetkernels.postnas.blocks import BLOCKS, equal_parameters
 from jetkernels.postnas.candidates import Measured, Meter, measure_all, over_seeds, spread
 from jetkernels.postnas.comparisons import read_result
 from jetkernels.postnas.design import DESIGNS, Design, DesignedBlock
+from jetkernels.postnas.report import plots
 from jetkernels.postnas.report.candidates import spread_sentence, write_candidate_report
 from jetkernels.postnas.selection import best_candidate
 from jetkernels.postnas.shapes import Shape
@@ -303,6 +305,16 @@ def test_rows_are_averaged_over_seeds_and_their_spread_is_pooled():
     sentence = spread_sentence(rows)
     assert "over 3 seeds" in sentence and "by 2.0000" in sentence and f"is {2 * (2 / 3) ** 0.5:.4f}" in sentence
     assert "was not measured" in spread_sentence(rows[:2])
+
+
+def test_one_seed_has_no_deviation(tmp_path, monkeypatch):
+    """0 would say that seeds agree."""
+    assert postnas_seeds.spread([1.0]) == "1.0000" and postnas_seeds.spread([1.0, 3.0]) == "2.0000 ± 1.4142"
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    for qualities in ([1.0], [1.0, 3.0]):
+        plots.quality_against_speed(tmp_path / "x.png", [("a", 1.0, qualities)], "quality")
+    assert [figure.axes[0].containers[0].has_yerr for figure in figures] == [False, True]
 
 
 def test_a_report_without_both_of_a_pair_has_no_chart_of_it(tmp_path):

@@ -236,7 +236,7 @@ def quality_against_speed(
     named = []
     for (name, speed, values), colour in zip(points, cycle(colours)):
         value, deviation = _mean(values)
-        right.errorbar([speed], [value], [deviation], fmt="o", color=colour, capsize=3)
+        right.errorbar([speed], [value], [deviation] if len(values) > 1 else None, fmt="o", color=colour, capsize=3)
         named.append((value, speed, name))
     # Beside the axes, in the order of their quality, at equal distances: points may lie on each other, names do not.
     for i, (value, speed, name) in enumerate(sorted(named)):
