@@ -11,10 +11,16 @@ tokenizer), stopped (whether it ended by itself).
 With --draft N tokens are proposed at each step, what followed the last ones where they stood before in the text, and
 those are kept that would have come anyway. How many were accepted per step is printed, with --json as
 accepted_per_step, too.
+
+With --tensor-parallel each process of torchrun computes a part of every layer, and the first one prints:
+
+torchrun --standalone --nproc-per-node 2 -m jetkernels generate --tensor-parallel ...
 """
 
 import argparse
+import gc
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -77,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft", type=integer(1, MOST_PROPOSED), help="tokens that are proposed at each step, at temperature 0"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object per prompt, one in each line")
+    parser.add_argument(
+        "--tensor-parallel", action="store_true", help="divide the model over the processes of torchrun"
+    )
 
 
 def _standard_input() -> str:
@@ -233,11 +242,56 @@ def complete(
     return first
 
 
+def _join(arguments: argparse.Namespace, config: JetNemotronConfig) -> None:
+    """Joins the processes of torchrun; all but the first fall silent."""
+    from jetkernels.parallel import config_of_rank  # torch.distributed takes half a second to import
+    from jetkernels.postnas import join_ranks, ranks
+
+    if arguments.quantize is not None:
+        raise UsageError("--tensor-parallel divides weights that are not quantised: give it, or --quantize")
+    if arguments.prompt is None and arguments.prompt_ids is None and arguments.prompt_file in (None, "-"):
+        raise UsageError("--tensor-parallel needs --prompt, --prompt-ids or --prompt-file: processes share no input")
+    join_ranks(torch.device(arguments.device))
+    rank, count = ranks()
+    if count == 1:
+        line = "torchrun --standalone --nproc-per-node 2 -m jetkernels generate --tensor-parallel ..."
+        raise UsageError(f"--tensor-parallel needs several processes, got one: {line}")
+    config_of_rank(config, count)  # refused before weights are read
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # until the process ends
+
+
+def _leave() -> None:
+    """Ends what `_join` began: a process that ends while gloo's threads are there is aborted."""
+    import torch.distributed as dist
+
+    gc.collect()  # of the model, which holds the group
+    dist.destroy_process_group()
+
+
+def _divide(model: JetNemotronForCausalLM) -> None:
+    """Gives each process its part of the model."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from jetkernels.parallel import tensor_parallel_
+
+    tensor_parallel_(model, init_device_mesh(model.device.type, (dist.get_world_size(),)))
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Completes the prompts and prints the completions."""
     if arguments.draft is not None and arguments.temperature > 0:
         raise UsageError(f"--draft needs --temperature 0 (the most likely tokens), got {arguments.temperature}")
     config = read_config(arguments)
+    if arguments.tensor_parallel:
+        _join(arguments, config)
+    _complete_all(arguments, config)
+    if arguments.tensor_parallel:
+        _leave()
+
+
+def _complete_all(arguments: argparse.Namespace, config: JetNemotronConfig) -> None:
     tokenizer = read_tokenizer(arguments)
     if (
         arguments.prompt is None
@@ -252,6 +306,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_memory(arguments, config, min(arguments.batch, len(prompts)), longest + arguments.max_new_tokens)
     start = time.perf_counter()
     model = load_model(arguments, config, max((prompt.ids for prompt in prompts), key=len))
+    if arguments.tensor_parallel:
+        _divide(model)
     print(f"model ready in {time.perf_counter() - start:.1f} s on {model.device}, {model.dtype}", file=sys.stderr)
     stream = len(prompts) == 1 and not arguments.json
     output = Output(tokenizer, set(config.stop_token_ids), stream, arguments.json)

@@ -418,35 +418,64 @@ class JetBlock(FusedProjections):
         state: JetBlockState | JetBlockDraft | None,
         call: RepeatableCall | None,
     ) -> Tensor:
-        """Convolution and delta rule of whole sequences: layer input [B, T, C], projected to p -> o [B, T, H, V].
+        """`_recur` from a state, which is updated in place, or a draft.
 
         call: of the state, if it may be repeated.
         """
-        g, beta = self._gates(p.a, p.b)
-        draft, state = (state, state.state) if isinstance(state, JetBlockDraft) else (None, state)
-        conv_before, recurrent_before = (None, None) if state is None else state if call is None else call.before
-        leaves_state = state is not None and draft is None
-        conv = self.dynamic_conv1d
-        convolve, u = (conv, x) if p.hidden is None else (conv.convolve, F.silu(p.hidden))
-        v, conv_after = convolve(p.v, u, conv_before, cu_seqlens, output_final_state=leaves_state)
-        tokens = F.silu(p.q), F.silu(p.k), v.unflatten(-1, p.gate.shape[-2:]), g, beta
-        if draft is not None:
-            return draft.verify(p.v, tokens)
+        if isinstance(state, JetBlockDraft):
+            tokens, _ = self._tokens(x, p, cu_seqlens, state.state.conv_state, False)
+            return state.verify(p.v, tokens)
+        before = state if call is None else JetBlockState(*call.before)
+        o, after = self._recur(x, p, cu_seqlens, before, output_final_state=state is not None)
+        if after is None:
+            return o
+        if call is not None:
+            call.finish(after, o)
+        elif state is not None:
+            for held, new in zip(state, after):
+                held.copy_(new)
+        return o
+
+    def _recur(
+        self,
+        x: Tensor,
+        p: _Projections,
+        cu_seqlens: Tensor | None,
+        before: JetBlockState | None,
+        output_final_state: bool,
+    ) -> tuple[Tensor, JetBlockState | None]:
+        """Convolution and delta rule of whole sequences: layer input [B, T, C], projected to p -> o [B, T, H, V].
+
+        Also gives the state behind them, if it is wanted. Gradients go through both states.
+        """
+        conv_before, recurrent_before = (None, None) if before is None else before
+        tokens, conv_after = self._tokens(x, p, cu_seqlens, conv_before, output_final_state)
         o, recurrent_after = chunk_gated_delta_rule(
             *tokens,
             initial_state=recurrent_before,
-            output_final_state=leaves_state,
+            output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=cu_seqlens,
         )
-        if conv_after is None or recurrent_after is None:
-            return o
-        if call is not None:
-            call.finish((conv_after, recurrent_after), o)
-        elif state is not None:
-            state.conv_state.copy_(conv_after)
-            state.recurrent_state.copy_(recurrent_after)
-        return o
+        after = None
+        if conv_after is not None and recurrent_after is not None:
+            after = JetBlockState(conv_after, recurrent_after)
+        return o, after
+
+    def _tokens(
+        self,
+        x: Tensor,
+        p: _Projections,
+        cu_seqlens: Tensor | None,
+        conv_before: Tensor | None,
+        output_final_state: bool,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+        """What the delta rule is given of each token (q, k, v, g, beta), and the convolution's state behind them."""
+        g, beta = self._gates(p.a, p.b)
+        conv = self.dynamic_conv1d
+        convolve, u = (conv, x) if p.hidden is None else (conv.convolve, F.silu(p.hidden))
+        v, conv_after = convolve(p.v, u, conv_before, cu_seqlens, output_final_state=output_final_state)
+        return (F.silu(p.q), F.silu(p.k), v.unflatten(-1, p.gate.shape[-2:]), g, beta), conv_after
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: parameter.data for name, parameter in self._gate_parameters().items()}

@@ -18,8 +18,12 @@ PYTHON_ARROWS = {
     "jetkernels/model": {"jetkernels/ops", "jetkernels/modules"},
     "jetkernels/hf": {"jetkernels", "jetkernels/modules", "jetkernels/model"},
     "jetkernels/integrations": {"jetkernels", "jetkernels/ops"},
+    "jetkernels/parallel": {"jetkernels/modules", "jetkernels/model"},
     "jetkernels/postnas": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
-    "jetkernels/cli": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/postnas"},
+    "jetkernels/cli": {
+        *("jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/parallel"),
+        "jetkernels/postnas",
+    },
     "jetkernels": {"jetkernels/ops", "jetkernels/cli"},
 }
 MACHINE = {"csrc/common", "csrc/cpu", "csrc/hopper"}
