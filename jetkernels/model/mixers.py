@@ -61,10 +61,16 @@ class JetMixer(JetBlock, TokenMixer):
         return super().forward(hidden_states, attention_mask, cu_seqlens, state)
 
     def step(
-        self, x: Tensor, state: JetBlockState, *, lengths: Tensor | None = None, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        state: JetBlockState,
+        state_indices: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
-        """See `TokenMixer.step`; neither lengths nor rotary are used."""
-        return super().step(x, state)
+        """See `TokenMixer.step` and `JetBlock.step`; neither lengths nor rotary are used."""
+        return super().step(x, state, state_indices)
 
 
 # Kind of layer, as in `layer_types` of a config -> the class of its token mixer.

@@ -312,16 +312,18 @@ class JetBlock(FusedProjections):
         o = self._mix(x, p, cu_seqlens, state, call)
         return apply(self.o_proj, "o_proj", self.o_norm(o, p.gate).flatten(-2))
 
-    def step(self, x: Tensor, state: JetBlockState) -> Tensor:
+    def step(self, x: Tensor, state: JetBlockState, state_indices: Tensor | None = None) -> Tensor:
         """One more token of each sequence; nothing is read from the device. Carries no gradient.
 
         Args:
             x: [N, C].
-            state: of the N sequences, updated in place.
+            state: of the N sequences, updated in place; or, with state_indices, pools of P rows.
+            state_indices: [N] int32 or int64, the row of each sequence in both pools; a negative index touches no
+                state, and what its row of the result holds is not defined.
 
         Returns: [N, C].
         """
-        self._check_step(state, x)
+        self._check_step(state, x, state_indices)
         p = self._project(x)
         hidden, norm, conv = p.hidden, self.o_norm, self.dynamic_conv1d
         weights = None if hidden is None else conv.plain_weights()
@@ -334,7 +336,7 @@ class JetBlock(FusedProjections):
             or not is_plain(norm_weight := norm.weight)
             or not _are_of_one_op(p, parameters := (self.A_log, self.dt_bias, norm_weight))
         ):
-            return self._step_unfused(x, p, state)
+            return self._step_unfused(x, p, state, state_indices)
         y = jet_block_step_(
             p.q,
             p.k,
@@ -347,22 +349,27 @@ class JetBlock(FusedProjections):
             *parameters,
             state.conv_state,
             state.recurrent_state,
+            state_indices,
             eps=norm.eps,
         )
         return apply(self.o_proj, "o_proj", y)
 
-    def _step_unfused(self, x: Tensor, p: _Projections, state: JetBlockState) -> Tensor:
+    def _step_unfused(self, x: Tensor, p: _Projections, state: JetBlockState, state_indices: Tensor | None) -> Tensor:
         """The same where a part of it is a module of its own."""
         conv = self.dynamic_conv1d
-        if p.hidden is None:
+        if p.hidden is None and state_indices is not None:
+            v = conv.step_(p.v, x, state.conv_state, state_indices)
+        elif p.hidden is None:
             v, after = conv(p.v[:, None], x[:, None], state.conv_state, output_final_state=True)
             state.conv_state.copy_(after)
             v = v[:, 0]
         else:
-            v = conv.convolve_step_(p.v, F.silu(p.hidden), state.conv_state)
+            v = conv.convolve_step_(p.v, F.silu(p.hidden), state.conv_state, state_indices)
         q, k, v = (t[:, None] for t in (F.silu(p.q), F.silu(p.k), v.unflatten(-1, p.gate.shape[1:])))
         g, beta = (t[:, None] for t in self._gates(p.a, p.b))
-        o = recurrent_gated_delta_rule_(q, k, v, g, beta, state.recurrent_state, use_qk_l2norm_in_kernel=True)
+        o = recurrent_gated_delta_rule_(
+            q, k, v, g, beta, state.recurrent_state, state_indices, use_qk_l2norm_in_kernel=True
+        )
         return apply(self.o_proj, "o_proj", self.o_norm(o[:, 0], p.gate).flatten(-2))
 
     def projections(self) -> dict[str, nn.Module]:
@@ -395,9 +402,16 @@ class JetBlock(FusedProjections):
             return delta_gates(a, b, A_log, dt_bias)
         return -A_log.exp() * F.softplus(a.to(wide) + dt_bias), torch.sigmoid(b.to(wide))
 
-    def _check_step(self, state: JetBlockState, q: Tensor) -> None:
+    def _check_step(self, state: JetBlockState, q: Tensor, state_indices: Tensor | None) -> None:
         """What the recurrent op would refuse when the convolution's state has moved already."""
         N, S = q.shape[0], state.recurrent_state
+        if state_indices is not None:
+            N = state.conv_state.shape[0]
+            if state_indices.shape != q.shape[:1] or state_indices.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"JetBlock: state_indices must be [{q.shape[0]}] int32 or int64, got {state_indices.dtype} "
+                    f"{list(state_indices.shape)}"
+                )
         if state.conv_state.shape[0] != N:
             # The step op would take it for a pool of states, and the first of them.
             raise ValueError(f"JetBlock: state must be of B = {N} sequences, got {state.conv_state.shape[0]}")

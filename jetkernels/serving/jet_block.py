@@ -1,0 +1,146 @@
+"""A JetBlock on pools of states: decode, prompts read in pieces, draft tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.types import Device
+
+from jetkernels.modules import JetBlock, JetBlockConfig, JetBlockState
+from jetkernels.modules.dynamic_conv import commit_conv_state_
+from jetkernels.modules.projections import apply
+from jetkernels.ops import recurrent_gated_delta_rule_commit_, recurrent_gated_delta_rule_verify
+
+from .batch import RaggedBatch
+
+
+def new_pools(
+    config: JetBlockConfig, rows: int, *, device: Device = None, dtype: torch.dtype | None = None
+) -> JetBlockState:
+    """Pools with a row for each of so many requests: conv_state [P, D, W-1] and recurrent_state [P, H, K, V].
+
+    An engine may hand over views of its own memory instead, with any strides that do not overlap.
+    """
+    return JetBlockState.zeros(config, rows, device=device, dtype=dtype)
+
+
+class DraftPools(NamedTuple):
+    """What `commit_` needs of T draft tokens, by the rows of the pools.
+
+    Attributes:
+        inputs: [P, T, D], of the convolution, in the layer's dtype.
+        keys: [P, T, H, K], fp32 (fp64 in an fp64 layer), as the next two.
+        updates: [P, T, H, V].
+        g: [P, T, H].
+    """
+
+    inputs: Tensor
+    keys: Tensor
+    updates: Tensor
+    g: Tensor
+
+
+def new_draft_pools(
+    config: JetBlockConfig, rows: int, tokens: int, *, device: Device = None, dtype: torch.dtype | None = None
+) -> DraftPools:
+    """For `tokens` draft tokens of each row; `dtype` is the layer's."""
+    dtype = dtype or torch.get_default_dtype()
+    wide = torch.promote_types(dtype, torch.float32)
+    H, shape = config.num_heads, (rows, tokens)
+    return DraftPools(
+        torch.zeros(*shape, config.value_dim, device=device, dtype=dtype),
+        torch.zeros(*shape, H, config.head_dim, device=device, dtype=wide),
+        torch.zeros(*shape, H, config.head_v_dim, device=device, dtype=wide),
+        torch.zeros(*shape, H, device=device, dtype=wide),
+    )
+
+
+@torch.no_grad()
+def forward_(block: JetBlock, x: Tensor, pools: JetBlockState, batch: RaggedBatch) -> Tensor:
+    """The layer for the tokens of a step; rows of the pools that the batch does not name are neither read nor written.
+
+    Args:
+        block: the layer.
+        x: [total, C], its inputs.
+        pools: updated in place.
+        batch: of the tokens.
+
+    Returns: [total, C]. Of a sequence whose row is negative the values are not defined.
+
+    Raises:
+        ValueError: shapes do not fit each other; nothing has been computed.
+    """
+    batch.check(x.shape[0])
+    D = batch.num_decodes
+    parts = [block.step(x[:D], pools, batch.state_indices[:D])] if D else []
+    if D < batch.num_sequences:
+        parts.append(_read_prompts_(block, x[D:], pools, batch))
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(x)
+
+
+def _read_prompts_(block: JetBlock, x: Tensor, pools: JetBlockState, batch: RaggedBatch) -> Tensor:
+    """`forward_` of the sequences behind those that decode; x: their tokens."""
+    D, has = batch.num_decodes, batch.has_initial_state
+    rows = batch.state_indices[D:].to(torch.int64)
+    cu_seqlens = batch.query_start_loc[D:] - D  # the first D sequences have a token each
+    before = None
+    if has is not None:
+        held = JetBlockState(*(pool.index_select(0, rows) for pool in pools))
+        # Not a product: a row that was used before may hold anything.
+        before = JetBlockState(*(torch.where(_column(has[D:], t), t, 0) for t in held))
+    x = x[None]
+    p = block._project(x)
+    o, after = block._recur(x, p, cu_seqlens, before, output_final_state=True)
+    assert after is not None
+    for pool, new in zip(pools, after):
+        pool.index_copy_(0, rows, new.to(pool.dtype))
+    return apply(block.o_proj, "o_proj", block.o_norm(o, p.gate).flatten(-2))[0]
+
+
+def _column(x: Tensor, like: Tensor) -> Tensor:
+    """[N] as [N, 1, ...] of as many dimensions."""
+    return x.view(-1, *[1] * (like.dim() - 1))
+
+
+@torch.no_grad()
+def verify_(block: JetBlock, x: Tensor, pools: JetBlockState, drafts: DraftPools, state_indices: Tensor) -> Tensor:
+    """The layer for draft tokens, of which any prefix may count later (`commit_`); the pools are only read.
+
+    Args:
+        block: the layer.
+        x: [N, T, C], its inputs, T at most the tokens that `drafts` has room for.
+        pools: of the states.
+        drafts: rows of these sequences are overwritten.
+        state_indices: [N] int64, rows of the pools, none negative.
+
+    Returns: [N, T, C].
+    """
+    T = x.shape[1]
+    state = pools.recurrent_state
+    p = block._project(x)
+    tokens, _ = block._tokens(x, p, None, pools.conv_state.index_select(0, state_indices), False)
+    wide = torch.promote_types(state.dtype, torch.float32)
+    keys, updates = (torch.empty(t.shape, dtype=wide, device=t.device) for t in (tokens[1], tokens[2]))
+    o = recurrent_gated_delta_rule_verify(*tokens, state, keys, updates, state_indices, use_qk_l2norm_in_kernel=True)
+    for pool, new in zip(drafts, (p.v, keys, updates, tokens[3]), strict=True):
+        pool[:, :T].index_copy_(0, state_indices, new.to(pool.dtype))
+    return apply(block.o_proj, "o_proj", block.o_norm(o, p.gate).flatten(-2))
+
+
+@torch.no_grad()
+def commit_(pools: JetBlockState, drafts: DraftPools, state_indices: Tensor, num_accepted: Tensor) -> None:
+    """Advances rows of the pools by the first draft tokens of each, as `forward_` of them alone would have.
+
+    Args:
+        pools: updated in place.
+        drafts: as `verify_` left them.
+        state_indices: [N] int64, rows of the pools, none negative.
+        num_accepted: [N] int64, each from 0 to the tokens that were verified.
+    """
+    x, keys, updates, g = (pool.index_select(0, state_indices) for pool in drafts)
+    conv = pools.conv_state.index_select(0, state_indices)
+    commit_conv_state_(conv, x, num_accepted)
+    pools.conv_state.index_copy_(0, state_indices, conv)
+    recurrent_gated_delta_rule_commit_(keys, updates, g, num_accepted, pools.recurrent_state, state_indices)
