@@ -16,6 +16,7 @@ from jetkernels.postnas.base import PACKAGES, pretrained_path, read_config, smal
 from jetkernels.postnas.checkpoints import DifferentRun
 from jetkernels.postnas.comparisons import ComparisonOptions, ShapesStage, placement_of
 from jetkernels.postnas.completions import read_prompts
+from jetkernels.postnas.design import DESIGNS
 from jetkernels.postnas.hybrid import is_hybrid, read_path
 from jetkernels.postnas.linear_path import JET, LinearPath
 from jetkernels.postnas.options import Integers, OutcomeOptions, ShapeOptions, SizeOptions, StageOptions, TaskOptions
@@ -43,9 +44,16 @@ def shape(text: str) -> Shape:
 
 
 def several(least: int, most: int) -> Callable[[str], Integers]:
-    """Integers from least to most, separated by commas."""
+    """Integers from least to most, separated by commas, none twice."""
     parse = integers(least, most)
-    return lambda text: Integers(integers_of(parse(text)))
+
+    def different(text: str) -> Integers:
+        found = Integers(integers_of(parse(text)))
+        if len({*found}) < len(found):
+            raise argparse.ArgumentTypeError(f"must be different integers, got {text[:60]}")
+        return found
+
+    return different
 
 
 def check(stage: StageOptions) -> None:
@@ -90,6 +98,10 @@ def check(stage: StageOptions) -> None:
             path = LinearPath(one, stage.block, stage.design)
             if stage.start == "warm" and path.config() is None:
                 raise UsageError(f"--start warm needs a JetBlock that a model can be exported with, got {path}")
+    if isinstance(stage, Pipeline) and stage.block in (*CARRIED, JET):
+        least, got = max(design.reduction for design in DESIGNS.values()), stage.shape.H * stage.shape.V
+        if got < least:
+            raise UsageError(f"--shape must have H*V of at least {least} for the designs of stage 3, got {got}")
     if isinstance(stage, Pipeline) and stage.design not in (*CARRIED, JET) and stage.block != JET:
         raise UsageError(f"--design {stage.design!r} needs --block {JET}, got {stage.block}")
 

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -83,7 +83,8 @@ def read_quality(folder: Path, name: str) -> float | None:
     """What `write_result` wrote of a candidate; None where it has none of this name, or there is no such file."""
     if not (folder / RESULT).is_file():
         return None
-    return json.loads((folder / RESULT).read_text(encoding="utf-8")).get("qualities", {}).get(name)
+    qualities = _read(folder).get("qualities", {})
+    return qualities.get(name) if isinstance(qualities, dict) else None
 
 
 def read_result(folder: Path, which: str) -> str | None:
@@ -93,11 +94,19 @@ def read_result(folder: Path, which: str) -> str | None:
         OSError: there is no such file.
         ValueError: it holds something else.
     """
-    try:
-        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))[which]
-    except (ValueError, KeyError, TypeError):
-        found = 0
+    found = _read(folder)[which]
     if found is not None and not isinstance(found, str):
+        raise ValueError(f"{folder / RESULT} must be a result of a comparison of candidates")
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What `write_result` wrote."""
+    try:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"best", "exportable"} <= {*found}:
         raise ValueError(f"{folder / RESULT} must be a result of a comparison of candidates")
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,11 +39,20 @@ def _check_no_model(folder: Path) -> None:
 
 def read_path(folder: Path) -> LinearPath:
     """What the linear layers of a saved hybrid are; ValueError where the file does not say it."""
+    return _read(folder)[1]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], LinearPath]:
+    """The description of a saved hybrid, and what its linear layers are."""
+    needed = ("placement", "shape", "block", "design", "window_size")
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        return LinearPath(Shape.from_name(description["shape"]), description["block"], description["design"])
+        shape, block, design = (description[name] for name in needed[1:4])
+        if missing := [name for name in needed if name not in description]:
+            raise KeyError(*missing)
+        return description, LinearPath(Shape.from_name(shape), block, design)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"hybrid: {folder / DESCRIPTION} must name shape, block and design; {error}") from None
+        raise ValueError(f"hybrid: {folder / DESCRIPTION} must name {', '.join(needed)}; {error!r}") from None
 
 
 def save_hybrid(
@@ -79,8 +89,7 @@ def load_hybrid(folder: Path, base: JetNemotronForCausalLM) -> JetNemotronForCau
         OSError: a file is missing.
         ValueError: one is damaged, or the hybrid is not of this base's sizes.
     """
-    path = read_path(folder)
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    description, path = _read(folder)
     weights = load_state(folder / WEIGHTS, STAGE, description)["weights"]
     network = SuperNetwork(copy.deepcopy(base), path.paths(), description["window_size"])
     model = network.assemble(description["placement"])

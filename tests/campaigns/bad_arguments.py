@@ -250,7 +250,7 @@ class World:
                 ["search", "all"],
                 training
                 | sizes
-                | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x2", "--block": "JetBlock"}
+                | {"--base-steps": "1", "--seeds": "1", "--shape": "8x16x4", "--block": "JetBlock"}
                 | {"--placement-steps": "1", "--final-steps": "1", "--final-learning-rate": "0.001"},
             ),
         ]

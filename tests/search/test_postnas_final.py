@@ -103,7 +103,16 @@ def test_a_block_that_no_config_can_say_is_carried_to_the_end_and_kept(tmp_path,
     (out / "final" / "model" / "hybrid.json").write_text("{}")
     arguments = {"base": out / "base", "model": out / "final" / "model", "output": tmp_path / "again", "device": "cpu"}
     assert main(search_command("final", **arguments)) == 1
-    assert "hybrid.json must name shape, block and design" in capsys.readouterr().err
+    names = "placement, shape, block, design, window_size"
+    assert f"hybrid.json must name {names}; KeyError('shape')" in capsys.readouterr().err
+
+
+def test_a_shape_that_a_design_does_not_fit_is_refused_before_the_first_stage(tmp_path, capsys):
+    text = text_folder(tmp_path / "text")
+    words = search_command("all", text=text, output=tmp_path / "out", device="cpu", shape="8x8x2")
+    assert main(words) == 2
+    said = "--shape must have H*V of at least 32 for the designs of stage 3, got 16"
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @torch.no_grad()
@@ -121,6 +130,13 @@ def test_a_kept_hybrid_is_the_one_that_was_saved(tmp_path):
     assert base.model.embed_tokens.weight.abs().sum() > 0
     with pytest.raises(ValueError, match="must be of a base of these sizes"):
         load_hybrid(tmp_path, small_base(3, **SIZES))
+    description = json.loads((tmp_path / "hybrid.json").read_text())
+    for name in ("placement", "window_size"):
+        rest = {key: value for key, value in description.items() if key != name}
+        (tmp_path / "hybrid.json").write_text(json.dumps(rest))
+        with pytest.raises(ValueError, match=f"must name placement, .* KeyError\\('{name}'\\)"):
+            load_hybrid(tmp_path, base)
+    (tmp_path / "hybrid.json").write_text(json.dumps(description))
     weights = tmp_path / "hybrid.ckpt"
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is damaged"):

@@ -185,6 +185,7 @@ def test_what_differs_from_the_run_before_is_named_as_an_option(inputs, whole, t
         ({"full": 4}, "--full must be between 0 and the 3 layers of the base, got 4"),
         ({"window": 3}, "--window must be between 0 and the 2 layers that --full leaves, got 3"),
         ({"full_task": "reading"}, "--full-task must be one of recall, copy, language modelling, got 'reading'"),
+        ({"distances": "4,16,4"}, "--distances must be different integers, got 4,16,4"),
         ({"distances": "4,x"}, "--distances must be integers separated by commas, got '4,x'"),
         ({"base": "nowhere"}, "there is no folder nowhere"),
         ({"text": "nowhere"}, "nowhere is not a folder"),
