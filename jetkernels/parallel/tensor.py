@@ -54,8 +54,8 @@ _MLP: dict[str, Placement] = {"gate_proj.weight": ROWS, "up_proj.weight": ROWS, 
 PLACEMENTS: dict[type[nn.Module], Mapping[str, Placement]] = {JetBlock: _JET_BLOCK, Attention: _ATTENTION, MLP: _MLP}
 
 
-def _jet_of_rank(jet: JetBlockConfig, ranks: int) -> JetBlockConfig:
-    """H divided; the generator's width, which stays, is that of the parameters whatever its reduction says."""
+def jet_of_rank(jet: JetBlockConfig, ranks: int) -> JetBlockConfig:
+    """The sizes with the heads of one of `ranks` ranks; what the generator's reduction says of its width is not so."""
     reduction = max(1, jet.dconv_generator_reduction // ranks)
     return dataclasses.replace(jet, num_heads=jet.num_heads // ranks, dconv_generator_reduction=reduction)
 
@@ -77,7 +77,7 @@ def config_of_rank(config: JetNemotronConfig, ranks: int) -> JetNemotronConfig:
             raise ValueError(f"tensor parallel: {name} must be a multiple of the {ranks} ranks, got {size}")
     changed = {name: size // ranks for name, size in changed.items()} | {"head_dim": config.head_size}
     if jet is not None:
-        own = {"jet": _jet_of_rank(jet, ranks).to_dict()}
+        own = {"jet": jet_of_rank(jet, ranks).to_dict()}
         changed["efficient_attention_config"] = dict(config.efficient_attention_config) | own
     return dataclasses.replace(config, **changed)
 
@@ -183,7 +183,7 @@ class HeadParallel(ParallelStyle):
         share._group = device_mesh.get_group()
         share._placements = {path: placements[path] for path in own_parameters}
         if isinstance(module, JetBlock):
-            module.config = _jet_of_rank(module.config, device_mesh.size())
+            module.config = jet_of_rank(module.config, device_mesh.size())
         if isinstance(module, FusedProjections):
             with torch.no_grad(), share._local():
                 module.fuse()

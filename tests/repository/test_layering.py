@@ -19,7 +19,9 @@ PYTHON_ARROWS = {
     "jetkernels/hf": {"jetkernels", "jetkernels/modules", "jetkernels/model"},
     "jetkernels/integrations": {"jetkernels", "jetkernels/ops"},
     "jetkernels/parallel": {"jetkernels/modules", "jetkernels/model"},
-    "jetkernels/serving": {"jetkernels/ops", "jetkernels/modules"},
+    "jetkernels/serving": {
+        *("jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/parallel", "jetkernels/hf"),
+    },
     "jetkernels/postnas": {"jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model"},
     "jetkernels/cli": {
         *("jetkernels", "jetkernels/ops", "jetkernels/modules", "jetkernels/model", "jetkernels/parallel"),

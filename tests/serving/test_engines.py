@@ -1,0 +1,212 @@
+"""The plugins of vLLM and SGLang on stand-ins for these: every token is that of the model alone."""
+
+import random
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from serving.stand_ins import CONTEXT, GDNAttentionMetadata, install_sglang, install_vllm, vllm_config
+from support.model_cases import small_block, small_model, stir_, tokens
+
+from jetkernels.modules import JetBlock
+from jetkernels.serving import plugins
+from jetkernels.serving.shares import JetBlockOfRank
+
+BLOCKS = 7  # of an engine's memory; the first belongs to nobody
+
+
+def steps(lengths, seed, most=20):
+    """[(sequence, tokens, whether it decodes)] of each step of an engine, those that decode first."""
+    draw, read = random.Random(seed), [0] * len(lengths)
+    while left := [i for i, n in enumerate(lengths) if read[i] < n]:
+        chosen = draw.sample(left, draw.randint(1, len(left)))
+        counts = {i: min(draw.choice([1, 1, draw.randint(2, most)]), lengths[i] - read[i]) for i in chosen}
+        decodes = [i for i in chosen if counts[i] == 1 and read[i]]
+        yield [(i, counts[i], i in decodes) for i in [*decodes, *(i for i in chosen if i not in decodes)]], list(read)
+        for i in chosen:
+            read[i] += counts[i]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    pytest.importorskip("transformers", reason="needs the package transformers")
+    registry = install_vllm(monkeypatch)
+    plugins.vllm()
+    plugins.vllm()
+    where, _, name = registry.models["JetNemotronForCausalLM"].partition(":")
+    yield getattr(import_module(where), name)
+    sys.modules.pop("jetkernels.serving.for_vllm", None)
+
+
+def hf_config(config):
+    from jetkernels.hf import JetNemotronConfig
+
+    return JetNemotronConfig.from_dict(config.to_dict())
+
+
+def pages_of(layer, dtype_bytes=16):
+    """The memory of a layer's blocks, as an engine hands it over, full of NaN."""
+    nbytes = sum(torch.Size(s).numel() * d.itemsize for s, d in zip(layer.get_state_shape(), layer.get_state_dtype()))
+    room = -(-nbytes // 64) * 64 + 64  # a page is wider than the states in it
+    layer.bind_kv_cache(torch.full((BLOCKS, 1, 1, room), -1, dtype=torch.int8))
+    assert all(state.isnan().all() for state in layer.kv_cache)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("padded", [0, 3])
+def test_vllm_gives_the_tokens_of_the_model(vllm, tied, padded):
+    changes = {"tie_word_embeddings": tied, "use_qk_norm": tied, "attention_bias": not tied}
+    own = small_model("jet", "swa", "jet", "attn", **changes).eval()
+    config = vllm_config(hf_config(own.config))
+    engine = vllm(vllm_config=config)
+    filled = engine.load_weights(own.state_dict().items())
+    assert filled == {name for name, _ in engine.named_parameters()}
+    assert not any(p.isnan().any() for p in engine.parameters())
+    jets = CONTEXT.no_compile_layers
+    assert list(jets) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+    shapes, dtypes = engine.get_mamba_state_shape_from_config(config), engine.get_mamba_state_dtype_from_config(config)
+    for layer in jets.values():
+        assert (layer.get_state_shape(), layer.get_state_dtype(), layer.mamba_type.name) == (shapes, dtypes, "GDN_ATTN")
+        pages_of(layer)
+    # Memory is measured without metadata: nothing is written.
+    CONTEXT.attn_metadata, CONTEXT.sequences = None, [("profile", 8)]
+    assert engine(torch.zeros(8, dtype=torch.int64), torch.arange(8)).shape == (8, own.config.hidden_size)
+    assert all(state.isnan().all() for layer in jets.values() for state in layer.kv_cache)
+
+    ids = [tokens(n, seed=n) for n in (33, 1, 50, 21)]
+    expected = [own(row[None]).logits[0] for row in ids]
+    rows, got = [3, 1, 6, 2], [[] for _ in ids]
+    for batch, read in steps([len(row) for row in ids], seed=padded):
+        prefills = sum(not decodes for *_, decodes in batch)
+        decodes = len(batch) - prefills
+        extra = 0 if prefills else padded  # of a captured graph
+        CONTEXT.sequences = [(i, n) for i, n, _ in batch] + [(f"padding {k}", 1) for k in range(extra)]
+        counts = [n for _, n in CONTEXT.sequences]
+        starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+        if extra:
+            starts[len(batch) + 1 :] = starts[len(batch)]  # as gdn_attn pads them
+        metadata = GDNAttentionMetadata(
+            num_prefills=prefills,
+            num_decodes=decodes,
+            num_actual_tokens=sum(counts),
+            has_initial_state=torch.tensor([read[i] > 0 for i, *_ in batch]) if prefills else None,
+            non_spec_query_start_loc=starts,
+            non_spec_state_indices_tensor=torch.tensor([rows[i] for i, *_ in batch] + [0] * extra, dtype=torch.int32),
+        )
+        CONTEXT.attn_metadata = dict.fromkeys(jets, metadata)
+        parts = [ids[i][read[i] : read[i] + n] for i, n, _ in batch] + [torch.zeros(1, dtype=torch.int64)] * extra
+        positions = torch.cat(
+            [torch.arange(read[i], read[i] + n) for i, n, _ in batch] + [torch.zeros(1, dtype=torch.int64)] * extra
+        )
+        with torch.no_grad():
+            logits = engine.compute_logits(engine(torch.cat(parts), positions))
+        for (i, *_), y in zip(batch, logits.split(counts)):
+            got[i].append(y)
+        for layer in jets.values():
+            assert all(state[0].isnan().all() for state in layer.kv_cache), "block 0 is nobody's"
+    for y, want in zip(got, expected):
+        torch.testing.assert_close(torch.cat(y), want.detach(), rtol=0, atol=1e-4)
+    copies = engine.get_mamba_state_copy_func()
+    for copy, state in zip(copies, jets["model.layers.0.self_attn"].kv_cache, strict=True):
+        spec = copy(state, [5, 2, 6], 1, 1)
+        assert (spec.start_addr, spec.num_elements) == (state[2].data_ptr(), state[2].numel())
+
+
+def test_vllm_refuses_what_is_not_computed(vllm):
+    config = vllm_config(hf_config(small_model("jet").config))
+    for name, said in (("quant_config", "no quantised weights"), ("speculative_config", "drafts are not verified")):
+        setattr(config, name, object())
+        with pytest.raises(NotImplementedError, match=said):
+            vllm(vllm_config=config)
+        setattr(config, name, None)
+    vllm(vllm_config=config)
+    with pytest.raises(ValueError, match="must be made once"):
+        vllm(vllm_config=config)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_parts_of_the_ranks_add_up(ranks):
+    """Also where the generator's width is no whole part of the channels of a rank."""
+    block = small_block(num_heads=4, dconv_generator_reduction=5, dtype=torch.float64)
+    x = torch.randn(2, 40, block.hidden_size, dtype=torch.float64)
+    total = 0
+    for rank in range(ranks):
+        part = JetBlockOfRank(block.hidden_size, block.config, rank, ranks, dtype=torch.float64)
+        assert dict(part.named_parameters()).keys() == dict(block.named_parameters()).keys()
+        for (_, parameter), whole in zip(part.named_parameters(), block.parameters(), strict=True):
+            parameter.weight_loader(parameter, whole.detach())
+        total = total + part(x)
+    torch.testing.assert_close(total, block(x), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="num_heads must be a multiple of the 3 ranks, got 4"):
+        JetBlockOfRank(block.hidden_size, block.config, 0, 3)
+    with pytest.raises(ValueError, match=r"q_proj.weight must be \[.*\] on each of"):
+        part.q_proj.weight.weight_loader(part.q_proj.weight, torch.zeros(3, 3))
+
+
+@pytest.fixture
+def sglang(monkeypatch):
+    registry = install_sglang(monkeypatch)
+    plugins.sglang()
+    plugins.sglang()
+    (((kind, layer, _),),) = registry._hooks.values()
+    assert kind.name == "REPLACE" and list(registry._hooks) == ["sglang.srt.models.jet_nemotron.JetBlock"]
+    yield layer
+    sys.modules.pop("jetkernels.serving.for_sglang", None)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_sglang_gives_what_the_block_gives(sglang, graphs):
+    from sglang.srt.configs.jet_nemotron import JetNemotronConfig
+
+    sizes = small_block().config.to_dict() | {"mode": "chunk", "dconv_implementation": "triton"}
+    config = JetNemotronConfig(20, ["attn", "jet", "jet"], {"jet": sizes})
+    layer = stir_(sglang(config, layer_id=1, prefix="model.layers.1.self_attn"))
+    assert isinstance(layer, JetBlock)
+    params = config.mamba2_cache_params
+    assert params.layers == [1, 2] and params.dtype.temporal == torch.float32
+    (D, held), (H, K, V) = params.shape.conv[0], params.shape.temporal
+    assert (D, held, H, K, V) == (layer.config.value_dim, 3, 2, 6, 9)
+    cache = SimpleNamespace(
+        conv=[torch.full((BLOCKS, D, held), torch.nan)], temporal=torch.full((BLOCKS, H, K, V), torch.nan)
+    )
+    pool = SimpleNamespace(mamba2_layer_cache=lambda layer_id: cache if layer_id == 1 else None)
+
+    xs = [torch.randn(n, 20, generator=torch.Generator().manual_seed(n)) for n in (30, 2, 45)]
+    expected = [JetBlock.forward(layer, x[None])[0].detach() for x in xs]
+    slots, got = [4, 1, 5], [[] for _ in xs]
+    for every, read in steps([len(x) for x in xs], seed=1):
+        # A step of SGLang is all decode or all extend.
+        for chosen in ([s for s in every if s[2]], [s for s in every if not s[2]]):
+            extra = 2 if chosen and chosen[0][2] else 0
+            if not chosen:
+                continue
+            counts = [n for _, n, _ in chosen] + [1] * extra
+            metadata = SimpleNamespace(
+                mamba_cache_indices=torch.tensor(
+                    [slots[i] for i, *_ in chosen] + [-1 if graphs else 0] * extra, dtype=torch.int32
+                ),
+                query_start_loc=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+            )
+            CONTEXT.backend = SimpleNamespace(
+                linear_attn_backend=SimpleNamespace(forward_metadata=metadata, req_to_token_pool=pool)
+            )
+            mode = SimpleNamespace(is_decode_or_idle=lambda: bool(extra), is_target_verify=lambda: False)
+            batch = SimpleNamespace(
+                forward_mode=mode, extend_prefix_lens=None if extra else torch.tensor([read[i] for i, *_ in chosen])
+            )
+            x = torch.cat(
+                [xs[i][read[i] : read[i] + n] for i, n, _ in chosen] + [torch.full((1, 20), torch.nan)] * extra
+            )
+            for (i, *_), y in zip(chosen, layer(positions=None, hidden_states=x, forward_batch=batch).split(counts)):
+                got[i].append(y)
+            others = [slot for slot in range(BLOCKS) if slot not in slots]
+            assert cache.conv[0][others].isnan().all() and cache.temporal[others].isnan().all()
+    for y, want in zip(got, expected):
+        torch.testing.assert_close(torch.cat(y), want, rtol=0, atol=1e-5)
+    mode.is_target_verify = lambda: True
+    with pytest.raises(NotImplementedError, match="drafts are not verified"):
+        layer(None, x, batch)
+    with pytest.raises(NotImplementedError, match="no quantised weights"):
+        sglang(config, 1, quant_config=object())
