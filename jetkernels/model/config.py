@@ -164,6 +164,7 @@ class JetNemotronConfig:
                 raise ValueError(f"config: {name} must be true or false, got {checks.shown(value)}")
         rotary = rotary_fields({"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling})
         self.rope_scaling = rotary["rope_scaling"]  # type: ignore[assignment]  # a dict or None
+        _ = self.rotary_scaling  # kept from here on: torch.compile does not enter the lock of a cached property
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]:
