@@ -18,6 +18,7 @@ torchrun --standalone --nproc-per-node 2 -m jetkernels generate --tensor-paralle
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -242,8 +243,8 @@ def complete(
     return first
 
 
-def _join(arguments: argparse.Namespace, config: JetNemotronConfig) -> None:
-    """Joins the processes of torchrun; all but the first fall silent."""
+def _join(arguments: argparse.Namespace, config: JetNemotronConfig) -> int:
+    """Joins the processes of torchrun; returns the number of this one."""
     from jetkernels.parallel import config_of_rank  # torch.distributed takes half a second to import
     from jetkernels.postnas import join_ranks, ranks
 
@@ -257,8 +258,7 @@ def _join(arguments: argparse.Namespace, config: JetNemotronConfig) -> None:
         line = "torchrun --standalone --nproc-per-node 2 -m jetkernels generate --tensor-parallel ..."
         raise UsageError(f"--tensor-parallel needs several processes, got one: {line}")
     config_of_rank(config, count)  # refused before weights are read
-    if rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # until the process ends
+    return rank
 
 
 def _leave() -> None:
@@ -284,11 +284,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.draft is not None and arguments.temperature > 0:
         raise UsageError(f"--draft needs --temperature 0 (the most likely tokens), got {arguments.temperature}")
     config = read_config(arguments)
-    if arguments.tensor_parallel:
-        _join(arguments, config)
-    _complete_all(arguments, config)
-    if arguments.tensor_parallel:
-        _leave()
+    if not arguments.tensor_parallel:
+        _complete_all(arguments, config)
+        return
+    with contextlib.ExitStack() as silence:
+        if _join(arguments, config):  # an error is said when this has ended
+            nothing = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silence.enter_context(contextlib.redirect_stdout(nothing))
+            silence.enter_context(contextlib.redirect_stderr(nothing))
+        _complete_all(arguments, config)
+    _leave()
 
 
 def _complete_all(arguments: argparse.Namespace, config: JetNemotronConfig) -> None:

@@ -1,7 +1,8 @@
 """Layers with parameters, named as in the published Jet-Nemotron checkpoints."""
 
 from .dynamic_conv import DynamicShortConvolution, KernelGenerator
-from .jet_block import JetBlock, JetBlockConfig
+from .jet_block import JetBlock
+from .jet_block_config import JetBlockConfig
 from .jet_block_state import JetBlockDraft, JetBlockState
 from .norm import GatedRMSNorm, RMSNorm
 from .quantized import Quantized, QuantizedLinear, quantize_

@@ -13,7 +13,7 @@ from jetkernels.ops import recurrent_gated_delta_rule_commit_, recurrent_gated_d
 from .dynamic_conv import commit_conv_state_
 
 if TYPE_CHECKING:
-    from .jet_block import JetBlockConfig
+    from .jet_block_config import JetBlockConfig
 
 
 class JetBlockState(NamedTuple):

@@ -20,11 +20,11 @@ from jetkernels.model import JetNemotronForCausalLM
 from jetkernels.model.attention import Attention, causal_attention, rotate
 from jetkernels.model.layout import TokenLayout
 from jetkernels.model.mixers import JetMixer
-from jetkernels.model.network import JetNemotronModel
 from jetkernels.model.token_mixer import Rotary
 from jetkernels.modules import JetBlockState
 from jetkernels.modules.projections import apply
-from jetkernels.modules.stand_in import HasStandIn
+
+from .divided import Divided, refuse_divided
 
 
 def _or_all(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -121,7 +121,7 @@ class _HandOn(Function):
         return (gradients[0], None, *found)
 
 
-class _Part(HasStandIn):
+class _Part(Divided):
     """Comes in front of the class of a token mixer: the sequence begins on another rank."""
 
     _ranks: ContextParallel
@@ -163,7 +163,7 @@ class _PartOfAttention(_Part):
         return apply(self.o_proj, "o_proj", o.transpose(1, 2).flatten(-2))
 
 
-class _PartOfModel(HasStandIn):
+class _PartOfModel(Divided):
     _ranks: ContextParallel
 
     def forward(self, input_ids: Tensor | None, layout: TokenLayout, *args: Any, **options: Any) -> Tensor:
@@ -194,8 +194,9 @@ def context_parallel_(model: JetNemotronForCausalLM, group: dist.ProcessGroup | 
     Returns: the model.
 
     Raises:
-        ValueError: a layer is of another kind; nothing has changed.
+        ValueError: a layer is of another kind, or the model is divided already; nothing has changed.
     """
+    refuse_divided("context parallel", model)
     kinds: dict[type, type[_Part]] = {JetMixer: _PartOfJetMixer, Attention: _PartOfAttention}
     mixers = [layer.self_attn for layer in model.model.layers]
     for i, mixer in enumerate(mixers):
@@ -208,8 +209,8 @@ def context_parallel_(model: JetNemotronForCausalLM, group: dist.ProcessGroup | 
         mixer.__class__ = type(f"ContextParallel{type(mixer).__name__}", (own, type(mixer)), {"__module__": __name__})
         cast(_Part, mixer)._ranks = ranks
     whole: Any = model.model
-    bases = (_PartOfModel, JetNemotronModel)
-    whole.__class__ = type("ContextParallelModel", bases, {"__module__": __name__})
+    name, bases = f"ContextParallel{type(whole).__name__}", (_PartOfModel, type(whole))
+    whole.__class__ = type(name, bases, {"__module__": __name__})
     whole._ranks = ranks
     return model
 

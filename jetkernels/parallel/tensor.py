@@ -27,9 +27,9 @@ from jetkernels.model.mixers import JetMixer
 from jetkernels.model.token_mixer import State
 from jetkernels.modules import JetBlock, JetBlockConfig
 from jetkernels.modules.joined import FusedProjections
-from jetkernels.modules.stand_in import HasStandIn
 
 from .collectives import sum_gradients, sum_over_ranks
+from .divided import Divided, refuse_divided
 
 ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
 # What each rank has of the parameters of a layer. Row d*W+w of a JetBlock's w2 belongs to channel d, so that the rows
@@ -82,7 +82,7 @@ def config_of_rank(config: JetNemotronConfig, ranks: int) -> JetNemotronConfig:
     return dataclasses.replace(config, **changed)
 
 
-class _Share(HasStandIn):
+class _Share(Divided):
     """Comes in front of the class of a layer whose parameters are distributed.
 
     The layer computes with this rank's tensors as with its own, and the ranks' outputs are summed.
@@ -148,8 +148,6 @@ def _checked_kind(module: nn.Module) -> type[nn.Module]:
     if kind is None:
         names = ", ".join(cls.__name__ for cls in PLACEMENTS)
         raise ValueError(f"HeadParallel: the module must be one of {names}, got {name}")
-    if isinstance(module, _Share):
-        raise ValueError(f"HeadParallel: the module must not be divided yet, got {name}")
     held = [path for path, _ in (*module.named_parameters(), *module.named_buffers())]
     if other := [path for path in held if path not in PLACEMENTS[kind]]:
         raise ValueError(f"HeadParallel: a {name} must have no adapter, nor be quantised, got {', '.join(other)} in it")
@@ -163,6 +161,7 @@ class HeadParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        refuse_divided("HeadParallel", module)
         kind = _checked_kind(module)
         if device_mesh.ndim != 1:
             raise ValueError(f"HeadParallel: device_mesh must have one dimension, got {device_mesh.ndim}")
@@ -211,9 +210,10 @@ def tensor_parallel_(model: JetNemotronForCausalLM, mesh: DeviceMesh) -> JetNemo
     Returns: the model.
 
     Raises:
-        ValueError: something cannot be divided by the number of ranks, or a layer holds more than its own parameters;
-            nothing has changed.
+        ValueError: something cannot be divided by the number of ranks, a layer holds more than its own parameters, or
+            the model is divided already; nothing has changed.
     """
+    refuse_divided("tensor parallel", model)
     config_of_rank(model.config, mesh.size())
     for name in tensor_parallel_plan(model):
         _checked_kind(model.get_submodule(name))

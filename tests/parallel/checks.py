@@ -272,6 +272,12 @@ def check_context_parallel_refuses() -> None:
         divided(ids, cache=divided.new_cache(2, 8))
     with pytest.raises(ValueError, match="whole sequences .* got a packed or padded batch"):
         divided(ids, attention_mask=torch.ones(2, 8).tril())
+    with pytest.raises(ValueError, match="tensor parallel: the model must not be divided yet, got a ContextParallel"):
+        tensor_parallel_(divided, mesh())
+    with pytest.raises(ValueError, match="context parallel: the model must not be divided yet, got a ContextParallel"):
+        context_parallel_(divided)
+    with pytest.raises(ValueError, match="context parallel: the model must not be divided yet, got a TensorParallel"):
+        context_parallel_(tensor_parallel_(model(), mesh()))
     with pytest.raises(ValueError, match="a token for each of the"):
         split_sequence(ids[:, : dist.get_world_size() - 1])
 

@@ -46,7 +46,7 @@ def hf_config(config):
     return JetNemotronConfig.from_dict(config.to_dict())
 
 
-def pages_of(layer, dtype_bytes=16):
+def pages_of(layer):
     """The memory of a layer's blocks, as an engine hands it over, full of NaN."""
     nbytes = sum(torch.Size(s).numel() * d.itemsize for s, d in zip(layer.get_state_shape(), layer.get_state_dtype()))
     room = -(-nbytes // 64) * 64 + 64  # a page is wider than the states in it
