@@ -14,7 +14,7 @@ OWN_TESTS = {
     "CONTRIBUTING.md": "tests/repository/test_contributing.py",
     "docs/drafts.md": "tests/model/test_drafts.py",
     "docs/integrations.md": "tests/integrations/test_page.py",
-    "docs/scaling.md": "tests/parallel/test_parallel.py",
+    "docs/scaling.md": "tests/parallel/test_divided_model.py",
     "docs/transformers.md": "tests/hf/test_hf_document.py",
 }
 
