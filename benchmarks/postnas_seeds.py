@@ -70,6 +70,26 @@ def budget_section(full: int, folders: list[Path]) -> str:
     )
 
 
+def curve_section(folders: list[Path]) -> str:
+    """What `--budgets` gave: each number of full layers, found, by importance and uniform, over the seeds; or nothing."""
+    seeds = [json.loads((folder / "result.json").read_text()).get("budgets") or [] for folder in folders]
+    if not all(seeds):
+        return ""
+    tasks = list(seeds[0][0]["scores"])
+    rows = []
+    for same in zip(*seeds, strict=True):
+        budget, how = same[0]["budget"], same[0]["how"]
+        layers = " / ".join(", ".join(map(str, row["layers"])) for row in same)
+        rows.append([budget, how, layers, *(spread([row["scores"][task][0] for row in same]) for task in tasks)])
+    return "\n".join(
+        [
+            "## By the number of full layers\n",
+            "Layers of the seeds, one behind the other; the first is 0.\n",
+            markdown_table(["full layers", "placed", "layers", *(f"{task}, loss" for task in tasks)], rows),
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True)
@@ -116,6 +136,7 @@ def main() -> int:
             budget_section(full, [arguments.output / f"seed{seed}" / f"full{full}" for seed in range(arguments.seeds)])
             for full in budgets
         ),
+        curve_section([arguments.output / f"seed{seed}" / f"full{budgets[-1]}" for seed in range(arguments.seeds)]),
         "## Provenance\n",
         provenance([("base", described), ("options of `search placement`", " ".join(options) or "defaults")]),
     ]
