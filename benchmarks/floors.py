@@ -60,6 +60,11 @@ def chunk(shape: Shape, B: int, T: int) -> Work:
     return chunk_token(shape).times(B * T) + Work(B * state_bytes(shape), 0)
 
 
+def prefill(shape: Shape, N: int, T: int) -> Work:
+    """Of N sequences on a pool in fp32: states read and written."""
+    return chunk_token(shape).times(N * T) + Work(2 * N * state_bytes(shape), 0)
+
+
 def chunk_backward_token(shape: Shape) -> Work:
     """One token of its backward, which recomputes what it needs of the forward: dO, dQ, dK, dV, dg, dbeta beside it."""
     K, V = shape.K, shape.V

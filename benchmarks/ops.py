@@ -28,6 +28,8 @@ POINTWISE_ROWS = (1, 64, 8192)
 TRAINING_TOKENS = (2048, 8192)
 ATTENTION_CACHES = ((1, 4096), (1, 65536), (16, 4096), (16, 65536), (128, 4096))
 BLOCK_STEP_ROWS = (1, 16, 128)
+V_FIRST_BATCHES = (1, 16, 128)
+PREFILL_SIZES = ((1, 8192), (16, 512), (64, 128))
 CHUNK_SIZES = ((1, 2048), (1, 8192), (1, 32768), (4, 8192), (8, 4096))
 CHUNK_BACKWARD_SIZES = ((1, 8192), (1, 32768), (8, 4096))
 
@@ -54,13 +56,17 @@ def _pool(shape: Shape, B: int, dtype: torch.dtype, draw: Draw) -> tuple[Tensor,
     return state, torch.randperm(B, generator=draw.generator, device=draw.device, dtype=torch.int32)
 
 
-def recurrent(shape: Shape, B: int, pool: torch.dtype, T: int = 1) -> Case:
+def recurrent(shape: Shape, B: int, pool: torch.dtype, T: int = 1, v_first: bool = False) -> Case:
+    """v_first: in a pool [P, H, V, K], as vLLM and SGLang keep it."""
+
     def make(draw: Draw) -> tuple:
         inputs = delta_rule_inputs(shape, B, T, BF16, draw)
-        return (*inputs.values(), *_pool(shape, B, pool, draw), shape.K**-0.5, True)
+        state, rows = _pool(shape, B, pool, draw)
+        state = state.mT.contiguous().mT if v_first else state
+        return (*inputs.values(), state, rows, shape.K**-0.5, True)
 
-    size = f"{B} x {T}" if T > 1 else f"{B}"
-    return Case(RECURRENT, shape, size, f"bf16, {NAMES[pool]} pool", floors.recurrent(shape, B, T, pool.itemsize), make)
+    size, kind = f"{B} x {T}" if T > 1 else f"{B}", f"{NAMES[pool]} pool{', V first' if v_first else ''}"
+    return Case(RECURRENT, shape, size, f"bf16, {kind}", floors.recurrent(shape, B, T, pool.itemsize), make)
 
 
 def _resume_buffers(shape: Shape, B: int, T: int, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -101,6 +107,20 @@ def chunk(shape: Shape, B: int, T: int) -> Case:
         return (*delta_rule_inputs(shape, B, T, BF16, draw).values(), None, None, shape.K**-0.5, True)
 
     return Case("chunk_gated_delta_rule", shape, f"{B} x {T}", "bf16", floors.chunk(shape, B, T), make)
+
+
+def prefill(shape: Shape, N: int, T: int, v_first: bool = False) -> Case:
+    """N sequences of T tokens that go on from their rows of an fp32 pool."""
+
+    def make(draw: Draw) -> tuple:
+        inputs = delta_rule_inputs(shape, 1, N * T, BF16, draw)
+        state, rows = _pool(shape, N, FP32, draw)
+        state = state.mT.contiguous().mT if v_first else state
+        cu_seqlens = torch.arange(0, (N + 1) * T, T, device=draw.device, dtype=torch.int32)
+        return (*inputs.values(), state, rows, cu_seqlens, None, None, None, shape.K**-0.5, True)
+
+    dtype = f"bf16, fp32 pool{', V first' if v_first else ''}"
+    return Case("prefill_gated_delta_rule", shape, f"{N} x {T}", dtype, floors.prefill(shape, N, T), make)
 
 
 def conv(shape: Shape, B: int, T: int) -> Case:
@@ -257,6 +277,8 @@ def measured(shapes: list[Shape]) -> list[Case]:
     cases = [recurrent(s, B, pool) for s in shapes for pool in (FP32, BF16) for B in DECODE_BATCHES]
     cases += [chunk(s, B, T) for s in shapes for B, T in CHUNK_SIZES]
     cases += [chunk_backward(s, B, T) for s in shapes for B, T in CHUNK_BACKWARD_SIZES]
+    cases += [prefill(s, N, T, s.Hk < s.H) for s in shapes for N, T in PREFILL_SIZES]
+    cases += [recurrent(s, B, FP32, v_first=True) for s in shapes if s.Hk < s.H for B in V_FIRST_BATCHES]
     cases += [conv(s, 1, T) for s in shapes for T in CONV_LENGTHS]
     cases += [conv_step(s, B) for s in shapes for B in STEP_ROWS]
     for op in (verify, commit):
@@ -280,6 +302,8 @@ def small(shape: Shape) -> list[Case]:
         *(op(shape, 2, pool) for op in (verify, commit) for pool in (FP32, BF16)),
         chunk(shape, 1, 130),
         chunk_backward(shape, 1, 130),
+        *(recurrent(shape, 3, pool, v_first=True) for pool in (FP32, BF16)),
+        *(prefill(shape, 3, 70, v_first) for v_first in (False, True)),
         conv(shape, 1, 130),
         conv_step(shape, 5),
         *([attention_step(shape, 3, 70)] if shape.A else []),

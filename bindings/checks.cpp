@@ -36,6 +36,7 @@ int64_t item_size(const Tensor& t) {
     case ScalarType::Long: return 8;
     case ScalarType::Float:
     case ScalarType::Int: return 4;
+    case ScalarType::Bool: return 1;
     default: return 2;  // bfloat16, float16: the checks before let nothing else through
   }
 }
@@ -198,12 +199,7 @@ std::vector<int64_t> Checks::state_rows(const OptionalTensor& state_indices, con
     if (P < N) fail("the state pool must have at least N = ", N, " rows without state_indices, got P = ", P);
     return {};
   }
-  const Tensor& t = *state_indices;
-  shape("state_indices", t, {"N"});
-  dtype("state_indices", t, {ScalarType::Int, ScalarType::Long});
-  device("state_indices", t, like_name, like);
-  if (!host_may_read(t)) return {};
-  std::vector<int64_t> rows = host_values(t);
+  std::vector<int64_t> rows = indices("state_indices", *state_indices, "N", like_name, like);
   std::vector<int64_t> owner(static_cast<std::size_t>(P), -1);
   for (std::size_t n = 0; n < rows.size(); ++n) {
     const int64_t row = rows[n];
@@ -215,13 +211,17 @@ std::vector<int64_t> Checks::state_rows(const OptionalTensor& state_indices, con
   return rows;
 }
 
-std::vector<int64_t> Checks::counts(const char* name, const Tensor& t, const char* most, const char* like_name,
-                                    const Tensor& like) {
-  shape(name, t, {"N"});
+std::vector<int64_t> Checks::indices(const char* name, const Tensor& t, const char* symbol, const char* like_name,
+                                     const Tensor& like) {
+  shape(name, t, {symbol});
   dtype(name, t, {ScalarType::Int, ScalarType::Long});
   device(name, t, like_name, like);
-  if (!host_may_read(t)) return {};
-  std::vector<int64_t> values = host_values(t);
+  return host_may_read(t) ? host_values(t) : std::vector<int64_t>();
+}
+
+std::vector<int64_t> Checks::counts(const char* name, const Tensor& t, const char* most, const char* like_name,
+                                    const Tensor& like) {
+  std::vector<int64_t> values = indices(name, t, "N", like_name, like);
   for (std::size_t n = 0; n < values.size(); ++n)
     if (values[n] < 0 || values[n] > size(most))
       fail(name, "[", n, "] must be in 0..", most, " = ", size(most), ", got ", values[n]);

@@ -179,8 +179,11 @@ class Checks {
   // and no row may be named twice. Returns them (negative: no row); empty when they may not be read or are absent.
   std::vector<int64_t> state_rows(const OptionalTensor& state_indices, const char* like_name, const Tensor& like);
 
-  // Checks `t` [N] of int32 or int64, and that each value is in 0..`most` (a bound symbol) where the host may read it.
-  // Returns the values, or nothing.
+  // Checks `t` [symbol] of int32 or int64. Returns the values where the host may read them, or nothing.
+  std::vector<int64_t> indices(const char* name, const Tensor& t, const char* symbol, const char* like_name,
+                               const Tensor& like);
+
+  // The same for [N], and that each value is in 0..`most` (a bound symbol).
   std::vector<int64_t> counts(const char* name, const Tensor& t, const char* most, const char* like_name,
                               const Tensor& like);
 

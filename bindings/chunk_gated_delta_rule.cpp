@@ -9,7 +9,6 @@
 #include "bindings/launch_scope.h"
 #include "bindings/registration.h"
 #include "bindings/torch_parallel.h"
-#include "csrc/gated_delta_rule/chunk/kernel_takes.h"
 
 namespace jet::bindings {
 
@@ -43,13 +42,6 @@ ChunkGatedDeltaRuleParams params(const Checks& checks, const ChunkArguments& x, 
 
 Tensor new_state(const Checks& checks, const Tensor& q) {
   return allocate(q, {checks.size("N"), checks.size("H"), checks.size("K"), checks.size("V")}, real_dtype(q));
-}
-
-// `t` itself where the kernels can read it, else a contiguous copy.
-Tensor readable(const Tensor& t) {
-  if (chunk_kernel_reads(token_tensor(t), t.size(0), t.size(1), t.size(2))) return t;
-  Tensor copy = allocate(t, t.sizes());
-  return torch::stable::copy_(copy, t);
 }
 
 // On the device; `p` holds sizes, gates and outputs.

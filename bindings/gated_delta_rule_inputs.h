@@ -10,6 +10,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/checks.h"
+#include "csrc/gated_delta_rule/chunk/kernel_takes.h"
 #include "csrc/gated_delta_rule/inputs.h"
 
 namespace jet::bindings {
@@ -70,6 +71,13 @@ inline ScalarType real_dtype(const Tensor& q) {
 inline void make_gates_real(Tokens& x, GatedDeltaRuleInputs& in) {
   x.g = in_dtype(x.g, real_dtype(x.q)), x.beta = in_dtype(x.beta, real_dtype(x.q));
   in.g = gate_tensor(x.g), in.beta = gate_tensor(x.beta);
+}
+
+// q, k or v itself where the kernels of the chunked rule can read it, else a contiguous copy.
+inline Tensor readable(const Tensor& t) {
+  if (chunk_kernel_reads(token_tensor(t), t.size(0), t.size(1), t.size(2))) return t;
+  Tensor copy = allocate(t, t.sizes());
+  return torch::stable::copy_(copy, t);
 }
 
 // The heads and head dims of `values` [..,H,V] and `keys` [..,Hk,K], whose shapes have been checked.

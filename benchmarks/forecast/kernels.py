@@ -359,7 +359,7 @@ def recurrent(build: Build, shape: Shape, item: int, N: int) -> Timed:
     H, K, V = shape.H, shape.K, shape.V
     tile, slices = recurrent_tiles(item, N, shape)
     state = "f" if item == 4 else "NS_4bf16E"
-    graph, registers = build.find(rf"recurrent_kernel.*RecurrentConfigI{state}Li{tile}E.*ModeE0E")
+    graph, registers = build.find(rf"recurrent_kernel.*RecurrentConfigI{state}Li{tile}E.*ModeE0ELb0E")
     accesses = tile * item // 16 // 2 * slices  # of a thread, 16 bytes wide
     loops = (Work(r"STG\.E\.128.*STRONG", accesses), Work(r"LDG\.E\.128", accesses))
     values = {

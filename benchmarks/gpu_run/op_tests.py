@@ -32,6 +32,8 @@ OP_OF_TEST = {  # the first that is in a test's name
     "rms_norm": "rms_norm",
     "delta_gates": "delta_gates",
     "swiglu": "swiglu",
+    "test_prefill_kernels": "prefill_gated_delta_rule",
+    "prefill_gated_delta_rule": "prefill_gated_delta_rule",
     "gated_delta_rule_verify": "recurrent_gated_delta_rule_verify",
     "gated_delta_rule_commit": "recurrent_gated_delta_rule_commit",
     "draft": "recurrent_gated_delta_rule_verify",

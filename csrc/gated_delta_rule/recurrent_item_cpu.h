@@ -137,21 +137,6 @@ inline void for_slices(const Parallel& parallel, long N, long H, long V, const C
   Slices<T, Carve>(parallel, N, H, V, carve)(f);
 }
 
-template <class St>
-struct StateType {
-  using Type = St;
-};
-
-// f(StateType) for a pool that is used in fp32
-template <class F>
-inline void with_fp32_pool(Dtype pool, const F& f) {
-  if (pool == Dtype::f32) return f(StateType<float>());
-#if defined(__AVX512F__)
-  if (has_bf16_instructions()) return f(StateType<NativeBf16>());
-#endif
-  f(StateType<bf16>());
-}
-
 // Whether columns of a pool can be worked on in place, in whole vectors.
 template <class T>
 JET_INLINE bool whole_vectors(const StatePool& pool, long columns) {

@@ -85,4 +85,19 @@ inline void store_state(const T* stripe, const StateStrides& s, long K, long v0,
   for (long i = 0; i < K; ++i) store_row(stripe + i * Simd<T>::stripe, columns, state + i * s.k + v0 * s.v, s.v);
 }
 
+template <class St>
+struct StateType {
+  using Type = St;
+};
+
+// f(StateType) for a pool that is used in fp32
+template <class F>
+inline void with_fp32_pool(Dtype pool, const F& f) {
+  if (pool == Dtype::f32) return f(StateType<float>());
+#if defined(__AVX512F__)
+  if (has_bf16_instructions()) return f(StateType<NativeBf16>());
+#endif
+  f(StateType<bf16>());
+}
+
 }  // namespace jet::cpu::JET_CPU_ISA

@@ -63,11 +63,8 @@ def _example(op: str, device: torch.device) -> list[Any]:
         made |= dict.fromkeys("qkv", bf16(_B, _H, _K))
     if op.endswith("rms_norm"):
         made["weight"] = bf16(_D)
-    if op == "linear":
-        made["weight"] = bf16(_D, _D)
-    if op in ("linear_int8", "linear_int4"):
-        weight = bf16(_D, _D).to(torch.int8) if op == "linear_int8" else bf16(_D, _D // 2).to(torch.uint8)
-        made |= {"weight": weight, "scale": fp32(_D, 1)}
+    if op == "prefill_gated_delta_rule":
+        made["cu_seqlens"] = torch.tensor([0, _T], device=device)
     if op == "jet_block_step":
         made |= {
             "q": bf16(_B, _H, _K),

@@ -13,6 +13,7 @@ from jetkernels.ops.jet_block_step import jet_block_step_
 from jetkernels.ops.linear import linear
 from jetkernels.ops.linear_int4 import linear_int4
 from jetkernels.ops.linear_int8 import linear_int8
+from jetkernels.ops.prefill_gated_delta_rule import prefill_gated_delta_rule_
 from jetkernels.ops.recurrent_gated_delta_rule import fused_recurrent_gated_delta_rule, recurrent_gated_delta_rule_
 from jetkernels.ops.recurrent_gated_delta_rule_commit import recurrent_gated_delta_rule_commit_
 from jetkernels.ops.recurrent_gated_delta_rule_verify import recurrent_gated_delta_rule_verify
@@ -35,6 +36,7 @@ __all__ = [
     "linear",
     "linear_int4",
     "linear_int8",
+    "prefill_gated_delta_rule_",
     "recurrent_gated_delta_rule_",
     "recurrent_gated_delta_rule_commit_",
     "recurrent_gated_delta_rule_verify",

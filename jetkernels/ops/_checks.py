@@ -155,9 +155,9 @@ class Checks:
             return
         self.index("state_indices", state_indices, like_name, like)
 
-    def index(self, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
-        """[N] of int32 or int64."""
-        self.shape(name, t, "N")
+    def index(self, name: str, t: Tensor, like_name: str, like: Tensor, symbol: str = "N") -> None:
+        """[symbol] of int32 or int64."""
+        self.shape(name, t, symbol)
         self.dtype(name, t, *_INDEX)
         self.device(name, t, like_name, like)
 

@@ -1,7 +1,7 @@
 """The arguments of flash-linear-attention's gated delta rule, as the ops take them.
 
-``chunk_gated_delta_rule`` and ``fused_recurrent_gated_delta_rule`` share this file. A call that uses none of these
-arguments only pays for a glance at them (:func:`is_plain`).
+``chunk_gated_delta_rule`` and ``fused_recurrent_gated_delta_rule`` share this file, and the functions on a pool what it
+has of gates. A call that uses none of these arguments only pays for a glance at them (:func:`is_plain`).
 """
 
 import re
@@ -102,6 +102,15 @@ def resolve(
         if initial_state.dtype in _NARROW and isinstance(resolved.q, Tensor):
             initial_state = initial_state.to(real_dtype(resolved.q))
     return resolved, initial_state, v_first
+
+
+def resolve_gates(function: str, tokens: Unchecked, **given: Any) -> Unchecked:
+    """The tokens with the gates computed, for the arguments of gates alone; g and beta must be there."""
+    options = Options(**given)
+    _check_options(function, options)
+    if tokens[3] is None or tokens[4] is None:
+        return tokens  # the op refuses them
+    return _gates(function, Tokens(*tokens), options)
 
 
 def _k_first(function: str, state: Tensor, tokens: Tokens) -> Tensor:

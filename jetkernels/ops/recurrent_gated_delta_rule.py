@@ -41,6 +41,12 @@ def recurrent_gated_delta_rule_(
     state_indices: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
 ) -> Tensor:
     """Gated delta rule token by token, updating ``state`` in place.
 
@@ -50,14 +56,19 @@ def recurrent_gated_delta_rule_(
         q: [N, T, Hk, K], any T >= 0; one dtype with k and v.
         k: [N, T, Hk, K].
         v: [N, T, H, V].
-        g: [N, T, H], as in :func:`chunk_gated_delta_rule`.
+        g: [N, T, H], as in :func:`chunk_gated_delta_rule`, but never ``None``, like beta.
         beta: [N, T, H], as in :func:`chunk_gated_delta_rule`.
         state: [P, H, K, V] pool of states, fp32 or bf16 (fp64 with fp64 inputs); any strides without
-            overlap. Arithmetic is fp32 (fp64 with fp64 inputs).
+            overlap, so that a pool [P, H, V, K] goes in as ``pool.mT``. Arithmetic is fp32 (fp64 with fp64 inputs).
         state_indices: [N] int32 or int64, the pool row of each sequence; a negative index touches no state and gives
             a zero output row. ``None`` means row n for sequence n.
         scale: factor on the output; ``None`` means ``K ** -0.5``.
         use_qk_l2norm_in_kernel: l2-normalise q and k first, as in :func:`chunk_gated_delta_rule`.
+        use_gate_in_kernel: g is raw, as in :func:`chunk_gated_delta_rule`, like the next four.
+        A_log: [H].
+        dt_bias: [H].
+        use_beta_sigmoid_in_kernel: beta is raw.
+        allow_neg_eigval: the writing strength is twice as much.
 
     Returns:
         o [N, T, H, V] in v's dtype.
@@ -67,11 +78,23 @@ def recurrent_gated_delta_rule_(
             CPU, and on CUDA under ``JETKERNELS_CHECK=1``); the pool overlaps itself or another argument. The pool is
             untouched then. With gradients on, an input that requires one: the op writes in place and is not
             differentiable.
+        TypeError, ValueError: an argument of the raw gates is wrong.
         NotImplementedError: an input has a tangent (forward mode).
     """
+    tokens: _gated_arguments.Unchecked = (q, k, v, g, beta)
+    if not (use_gate_in_kernel is use_beta_sigmoid_in_kernel is allow_neg_eigval is False and A_log is dt_bias is None):
+        tokens = _gated_arguments.resolve_gates(
+            "recurrent_gated_delta_rule_",
+            tokens,
+            use_gate_in_kernel=use_gate_in_kernel,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+            allow_neg_eigval=allow_neg_eigval,
+        )
     scale = _register.default_scale(q) if scale is None else scale
     try:
-        return _op(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm_in_kernel)
+        return _op(*tokens, state, state_indices, scale, use_qk_l2norm_in_kernel)
     except RuntimeError as error:
         raise _register.refusal(error, "recurrent_gated_delta_rule_") from None
 

@@ -226,25 +226,29 @@ def sweep_backward(heads, stages, grad_o, grad_final_state, state_shape):
     return ds1, du, ds.clone().view(state_shape)
 
 
-@plain_op
-def chunk_gated_delta_rule(*inputs):
-    """jet::chunk_gated_delta_rule.
-
-    The fields of `Inputs` -> o [B,T,H,V] in v's dtype, final_state [N,H,K,V] in fp32 (fp64 if q is fp64).
-    """
-    a = Inputs(*inputs)
+def forward(a):
+    """jet::chunk_gated_delta_rule of `Inputs`, and the states [M,Z,K,V] at the start of every chunk or None."""
     heads = Heads(a.q, a.v, a.cu_seqlens)
     state_shape = (heads.layout.sequences, heads.heads, a.q.shape[3], a.v.shape[3])
     if heads.empty:
         final = a.v.new_zeros(state_shape, dtype=heads.dtype)
         if a.initial_state is not None:
             final.copy_(a.initial_state)
-        return torch.zeros_like(a.v, memory_format=torch.contiguous_format), final
+        return torch.zeros_like(a.v, memory_format=torch.contiguous_format), final, None
     stages = Stages(heads, a)
     states, u, final_state = sweep(heads, stages, a.initial_state, state_shape)
     # O = scale diag(e^c) Q S0 + P U   [C, V]
     o = multiply(stages.q_in, states).add_(multiply_lower(stages.p, u))
-    return heads.join(o, heads.heads, a.v.dtype), final_state
+    return heads.join(o, heads.heads, a.v.dtype), final_state, states
+
+
+@plain_op
+def chunk_gated_delta_rule(*inputs):
+    """jet::chunk_gated_delta_rule.
+
+    The fields of `Inputs` -> o [B,T,H,V] in v's dtype, final_state [N,H,K,V] in fp32 (fp64 if q is fp64).
+    """
+    return forward(Inputs(*inputs))[:2]
 
 
 def gate_gradients(y, read, stored, through):

@@ -456,7 +456,7 @@ def test_cost_of_segments():
 def test_machine_code_of_sweep(K):
     stem = f"csrc.gated_delta_rule.chunk.sweep_{'narrow' if K <= 128 else 'wide'}"
     sweeps = {name: facts for name, facts in report(stem).items() if f"SweepConfigILi{K}E" in name}
-    assert len(sweeps) == 2, "with outputs and without"
+    assert len(sweeps) == 3, "with outputs, without, and on a pool"
     for name, facts in sweeps.items():
         assert facts.spill_bytes == 0 and facts.stack_bytes == 0, name
         code = disassembly(stem)[name]
@@ -465,7 +465,7 @@ def test_machine_code_of_sweep(K):
         products = [line for line in code.instructions if line.startswith("HGMMA")]
         # HGMMA D, A, B, C: A in registers
         assert products and all(line.split(",")[1].strip().startswith("R") for line in products), name
-        if "SweepPassE0" in name:
+        if "SweepPassE0" in name or "SweepPassE3" in name:
             steps = K // 16
             assert len(products) == 2 * steps + 3 * 4, f"{name}: S K, S Q, then R T', U P', U K"
             assert code.uses("UTMASTG"), name
@@ -496,5 +496,9 @@ def test_machine_code_of_join():
 
 def test_machine_code_of_replay():
     stem = "csrc.gated_delta_rule.chunk.launch"
-    (facts,) = (facts for name, facts in report(stem).items() if "replay" in name)
-    assert facts.spill_bytes == 0 and facts.stack_bytes == 0 and facts.registers <= 64
+    kernels = {name: facts for name, facts in report(stem).items() if "replay" in name}
+    assert len(kernels) == 2, "with a pool and without"
+    for name, facts in kernels.items():
+        assert facts.spill_bytes == 0 and facts.stack_bytes == 0 and facts.registers <= (80 if "Lb1" in name else 64), (
+            name
+        )

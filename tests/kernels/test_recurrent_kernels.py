@@ -51,6 +51,11 @@ def random(dtype=BF16, state_dtype=F32, shape=DeltaShape("", B=3, T=1, K=64, V=3
     return recurrent_call(shape, dtype, state_dtype, **more)
 
 
+def v_first(call: RecurrentCall) -> RecurrentCall:
+    """The same with a pool that lies as [P, H, V, K]."""
+    return call._replace(state=call.state.mT.contiguous().mT)
+
+
 # ---- semantics
 
 
@@ -101,8 +106,8 @@ def calls(draw) -> RecurrentCall:
         draw(st.sampled_from((torch.int32, torch.int64))),
     )
     gates = {name: getattr(call, name).to(draw(st.sampled_from((F32, BF16, F16)))) for name in ("g", "beta")}
-    call = call._replace(**gates)
-    return with_layouts(call, draw(layouts)[:5])
+    call = with_layouts(call._replace(**gates), draw(layouts)[:5])
+    return v_first(call) if draw(st.booleans()) else call
 
 
 @each_device
@@ -142,6 +147,30 @@ def test_pool_with_strides(backend, state_dtype, V):
     backend("recurrent_gated_delta_rule", *call._replace(state=pool))
     assert storage[0].isnan().all() and storage[1:6, :, 2].isnan().all()
     assert storage[1:6, :, :2, :8].isnan().all() and storage[1:6, :, :2, V + 8 :].isnan().all()
+
+
+@each_device
+@each_pair
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.B < 50], ids=ids)
+def test_a_pool_with_v_first_gives_the_same_bits(backend, dtype, state_dtype, shape):
+    call = random(dtype, state_dtype, shape)
+    for out, expected in zip(run(backend, v_first(call)), run(backend, call)):
+        assert_bitwise(out, expected)
+    drafts = [draft_properties.verify(backend, c) for c in (v_first(call), call)]
+    for out, expected in zip(*drafts):
+        assert_bitwise(out, expected, "draft")
+    pools = [
+        draft_properties.commit(backend, c, draft, some_prefixes(shape))
+        for c, draft in zip((v_first(call), call), drafts)
+    ]
+    assert_bitwise(*pools, "committed pool")
+
+
+@each_device
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.B >= 50], ids=ids)
+def test_large_batches_with_v_first(backend, shape):
+    for out, expected in zip(run(backend, v_first(random(BF16, BF16, shape))), run(backend, random(BF16, BF16, shape))):
+        assert_bitwise(out, expected)
 
 
 @each_device
@@ -346,10 +375,11 @@ COSTS = (
 
 @simulated
 @each_pool
+@pytest.mark.parametrize("order", (lambda call: call, v_first), ids=("K before V", "V before K"))
 @pytest.mark.parametrize("shape", COSTS, ids=ids)
-def test_traffic_is_the_minimum(state_dtype, shape):
+def test_traffic_is_the_minimum(state_dtype, order, shape):
     """The states once in and once out, every other input and output once, whole sectors, no bank conflicts."""
-    call = random(BF16, state_dtype, shape, P=shape.B)
+    call = order(random(BF16, state_dtype, shape, P=shape.B))
     out, _ = run(EARLY, call)
     (launch,) = hoppersim.launches()
     counters = launch["counters"]

@@ -20,6 +20,7 @@ WRITTEN = {
     "recurrent_gated_delta_rule": ("state",),
     "recurrent_gated_delta_rule_verify": ("keys", "updates"),
     "recurrent_gated_delta_rule_commit": ("state",),
+    "prefill_gated_delta_rule": ("state",),
     "dynamic_conv_step": ("conv_state",),
     "jet_block_step": ("conv_state", "state"),
     "attention_step": ("key", "value"),

@@ -25,6 +25,7 @@ from support.arguments import (
     inputs_of,
     linear_inputs,
     norm_inputs,
+    prefill_call,
     swiglu_inputs,
 )
 from support.device_backends import EARLY, has_hopper, hoppersim, simulated
@@ -60,6 +61,8 @@ def call(op: str, dtype: torch.dtype, H: int, K: int, V: int, D: int, R: int) ->
         return linear_inputs(op, 3, 2 * D, P=R, dtype=dtype)
     if op in POINTWISE_OPS:
         return swiglu_inputs(3, D, dtype=dtype) if op == "swiglu" else gates_inputs(3, H, dtype=dtype)
+    if op == "prefill_gated_delta_rule":
+        return prefill_call(DeltaShape("", 1, 3, 1, H, K, V, (0, 2, 3)), dtype)
     shape = DeltaShape("", 2, 3, 1, H, K, V) if "delta" in op else ConvShape("", 2, 3, D, R)
     return (inputs_of if op in SEQUENCE_OPS else call_of)(op, shape, dtype)
 
@@ -185,8 +188,10 @@ def test_only_the_thread_that_asks_is_asked():
 
 KERNELS = [op for op in FORWARD if op not in LINEAR_OPS]
 TAKEN = {op: ({}, {"H": 4, "V": 64, "D": 32}) for op in KERNELS}
+CHUNK_LEFT = ({"K": 80}, {"V": 24}, {"dtype": torch.float32}, {"dtype": torch.float64})
 LEFT = {
-    "chunk_gated_delta_rule": ({"K": 80}, {"V": 24}, {"dtype": torch.float32}, {"dtype": torch.float64}),
+    "chunk_gated_delta_rule": CHUNK_LEFT,
+    "prefill_gated_delta_rule": CHUNK_LEFT,
     "dynamic_conv": ({"D": 12}, {"R": 4}, {"dtype": torch.float32}),
     "dynamic_conv_step": ({"D": 12}, {"R": 4}, {"dtype": torch.float32}),
     "apply_dynamic_conv": ({"D": 12}, {"dtype": torch.float32}),

@@ -13,6 +13,7 @@ OPS = Path(__file__).parent
 FILES = (
     "sequence_ops",
     "chunk_gated_delta_rule",
+    "prefill_gated_delta_rule",
     "recurrent_gated_delta_rule",
     "recurrent_gated_delta_rule_verify",
     "dynamic_conv_step",
@@ -23,7 +24,8 @@ FILES = (
     "pool_ops",
 )
 PROPERTIES = (
-    "equals_the_reference equals_the_definition gradients_equal any_rows any_number any_shape every_element many_heads"
+    "equals_the_reference equals_the_definition rows_in_order gradients_equal any_rows any_number any_shape "
+    "every_element many_heads"
 )
 CHOSEN = f"ops] and ({' or '.join(PROPERTIES.split())})"  # "ops]": an id ends with the name of its backend
 

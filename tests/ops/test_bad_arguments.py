@@ -31,6 +31,9 @@ OF_VALUES = (
     "cu_seqlens[",
     "must not decrease",
     "num_accepted[",
+    "mark_tokens[",
+    "mark_indices[",
+    "must name each token",
     "must be <= 0",
     "share memory",
 )
@@ -75,6 +78,8 @@ def spoiled(t: Tensor, rng: random.Random) -> Tensor:
     """Other numbers: out of range, decreasing, above 0, NaN."""
     if t.is_floating_point():
         return torch.full_like(t, rng.choice((0.5, float("inf"), -float("inf"), float("nan"))))
+    if t.dtype == torch.bool:
+        return ~t
     limits = torch.iinfo(t.dtype)
     numbers = [n for n in (-(2**31), -1, 0, 1, 2, 3, 5, 6, 2**31 - 1) if limits.min <= n <= limits.max]
     return torch.tensor([rng.choice(numbers) for _ in range(t.numel())], dtype=t.dtype).view(t.shape)

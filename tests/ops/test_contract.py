@@ -234,11 +234,14 @@ GATED_DELTA_RULE = (
     "chunk_size=64, autotune_interval=None, use_cache=None, transpose_state_layout=None, gk=None, gv=None, "
     "cp_context=None"
 )
+GATES = "use_gate_in_kernel=False, A_log=None, dt_bias=None, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False"
 SIGNATURES = {
     "chunk_gated_delta_rule": GATED_DELTA_RULE,
     "fused_recurrent_gated_delta_rule": GATED_DELTA_RULE,
+    "prefill_gated_delta_rule_": "q, k, v, g, beta, state, cu_seqlens, state_indices=None, has_initial_state=None, "
+    "mark_tokens=None, mark_indices=None, scale=None, use_qk_l2norm_in_kernel=False, " + GATES,
     "recurrent_gated_delta_rule_": "q, k, v, g, beta, state, state_indices=None, scale=None, "
-    "use_qk_l2norm_in_kernel=False",
+    "use_qk_l2norm_in_kernel=False, " + GATES,
     "recurrent_gated_delta_rule_verify": "q, k, v, g, beta, state, keys, updates, state_indices=None, scale=None, "
     "use_qk_l2norm_in_kernel=False",
     "recurrent_gated_delta_rule_commit_": "keys, updates, g, num_accepted, state, state_indices=None",

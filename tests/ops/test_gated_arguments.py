@@ -315,3 +315,25 @@ def test_vmap(function):
     found = torch.func.vmap(lambda q: function(q, k, v, g, beta)[0])(queries)
     for one, q in zip(found, queries):
         torch.testing.assert_close(one, function(q, k, v, g, beta)[0])
+
+
+@pytest.mark.parametrize("function", ("recurrent_gated_delta_rule_", "prefill_gated_delta_rule_"))
+@pytest.mark.parametrize("negative", (False, True), ids=("beta below 1", "beta below 2"))
+def test_raw_gates_on_a_pool(function, negative):
+    torch.manual_seed(0)
+    N, H, K, V = 3, 4, 8, 5
+    q, k, v, a, b = (torch.randn(N, 1, H, *sizes) for sizes in ((K,), (K,), (V,), (), ()))
+    A_log, dt_bias, pool = torch.randn(H), torch.randn(H), torch.randn(N, H, K, V)
+    more: tuple = ()
+    if function == "prefill_gated_delta_rule_":
+        q, k, v, a, b = (t.transpose(0, 1) for t in (q, k, v, a, b))
+        more = (torch.arange(N + 1),)
+    raw = {"use_gate_in_kernel": True, "A_log": A_log, "dt_bias": dt_bias, "use_beta_sigmoid_in_kernel": True}
+    g, beta = jetkernels.delta_gates(a, b, A_log, dt_bias)
+    pools = pool.clone(), pool.clone()
+    run = getattr(jetkernels, function)
+    o = run(q, k, v, a, b, pools[0], *more, **raw, allow_neg_eigval=negative)
+    expected = run(q, k, v, g, 2 * beta if negative else beta, pools[1], *more)
+    assert torch.equal(o, expected) and torch.equal(*pools)
+    with pytest.raises(ValueError, match=f"^{function}: A_log is used with use_gate_in_kernel=True only"):
+        run(q, k, v, g, beta, pool, *more, A_log=A_log)

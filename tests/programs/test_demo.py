@@ -22,6 +22,7 @@ UNUSED = (
     "dynamic_conv_step",
     "linear_int4",
     "linear_int8",
+    "prefill_gated_delta_rule",
     "recurrent_gated_delta_rule",
     "recurrent_gated_delta_rule_commit",
     "recurrent_gated_delta_rule_verify",

@@ -332,14 +332,14 @@ def test_every_part_names_its_cases(tmp_path):
         jobs = module.jobs({"output": str(tmp_path), "device": "cuda"})
         names = [case for job in jobs for case in job.cases]
         assert len(set(names)) == len(names) and len({job.name for job in jobs}) == len(jobs) and module.describe()
-    assert len(smoke.cases()) == 31 and not set(sizes.cases()) & set(key.cases())
+    assert len(smoke.cases()) == 35 and not set(sizes.cases()) & set(key.cases())
     recurrent = {f"recurrent_gated_delta_rule{more}" for more in ("", "_verify", "_commit")}
     convolution = {"dynamic_conv", "dynamic_conv_step", "apply_dynamic_conv"}
     norms, pointwise = {"rms_norm", "add_rms_norm", "gated_rms_norm"}, {"swiglu", "delta_gates"}
     steps = {"jet_block_step", "attention_step"}
     trained = norms | pointwise | {"chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv"}
     backwards = {f"{op}_backward" for op in trained}
-    every = {"chunk_gated_delta_rule"} | recurrent | convolution | norms | pointwise | steps | backwards
+    every = {"chunk_gated_delta_rule", "prefill_gated_delta_rule"} | recurrent | convolution | norms | pointwise | steps | backwards
     assert {case.op for case in smoke.cases().values()} == every
     assert set(model.OPS) <= every
     # Of every op that has a kernel some test is known by its name.

@@ -139,6 +139,26 @@ class CommitCall(NamedTuple):
         return self.state
 
 
+class PrefillCall(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor
+    state_indices: Tensor | None
+    cu_seqlens: Tensor
+    has_initial_state: Tensor | None
+    mark_tokens: Tensor | None
+    mark_indices: Tensor | None
+    scale: float
+    l2norm_qk: bool
+
+    @property
+    def pool(self) -> Tensor:
+        return self.state
+
+
 class StepCall(NamedTuple):
     x: Tensor
     hidden: Tensor
@@ -196,8 +216,12 @@ POOL_OPS: dict[str, type] = {
     "recurrent_gated_delta_rule_verify": VerifyCall,
     "recurrent_gated_delta_rule_commit": CommitCall,
 }
-# Those two write to two tensors.
-IN_PLACE_OPS: dict[str, type] = POOL_OPS | {"jet_block_step": BlockStepCall, "attention_step": AttentionCall}
+# The last two write to two tensors; the first has sequences of many lengths.
+IN_PLACE_OPS: dict[str, type] = POOL_OPS | {
+    "prefill_gated_delta_rule": PrefillCall,
+    "jet_block_step": BlockStepCall,
+    "attention_step": AttentionCall,
+}
 NORM_OPS: dict[str, type] = {
     "rms_norm": NormInputs,
     "add_rms_norm": AddNormInputs,
@@ -404,6 +428,34 @@ def commit_call(call: RecurrentCall, accepted: Sequence[int], dtype: torch.dtype
     return CommitCall(keys, call.v.to(high), call.g, number, call.state, call.state_indices)
 
 
+def prefill_call(
+    shape: DeltaShape,
+    dtype: torch.dtype = F32,
+    state_dtype: torch.dtype | None = None,
+    rows: Sequence[int] | None = None,
+    goes_on: Sequence[bool] | None = None,
+    marks: dict[int, int] | None = None,
+    seed: int = 0,
+) -> PrefillCall:
+    """Of packed sequences, with a pool of two rows more than there are sequences and marks.
+
+    Args:
+        shape: its ``cu_seqlens`` are the sequences.
+        dtype: of q, k and v.
+        state_dtype: of the pool.
+        rows: of the pool, one per sequence.
+        goes_on: has_initial_state.
+        marks: {number of tokens: row of the pool}.
+        seed: of the values.
+    """
+    *tokens, _, cu_seqlens, scale, l2norm = delta_inputs(shape, dtype, seed)
+    P = shape.N + 2 + len(marks or ())
+    state = torch.randn(P, shape.H, shape.K, shape.V, dtype=F64).to(state_dtype or accumulator(dtype))
+    known = None if goes_on is None else torch.tensor(goes_on, dtype=torch.bool)
+    at = (None, None) if marks is None else tuple(torch.tensor(list(x)) for x in (marks.keys(), marks.values()))
+    return with_rows(PrefillCall(*tokens, state, None, cu_seqlens, known, *at, scale, l2norm), rows)
+
+
 def some_prefixes(shape: DeltaShape) -> list[int]:
     """How many tokens of a draft each sequence accepts: all, none, half, all, ..."""
     return [(shape.T, 0, shape.T // 2)[n % 3] for n in range(shape.B)]
@@ -536,6 +588,10 @@ def example(op: str, dtype: torch.dtype = F32, indexed: bool = True) -> NamedTup
     if op in SEQUENCE_OPS:
         shape = delta if SEQUENCE_OPS[op] is DeltaInputs else conv
         return inputs_of(op, shape._replace(B=1, T=5, cu_seqlens=(0, 0, 2, 5)) if indexed else shape, dtype)
+    if op == "prefill_gated_delta_rule":
+        packed = delta._replace(B=1, T=72, cu_seqlens=(0, 67, 67, 72))
+        more = {"rows": (2, -1, 0), "goes_on": (True, True, False), "marks": {64: 3, 72: 5}} if indexed else {}
+        return prefill_call(packed, dtype, **more)
     if op == "jet_block_step":
         call = block_step_call(K=4, V=3, dtype=dtype, rows=(2, -1, 0) if indexed else None)
         return call if indexed else call._replace(bias=None)

@@ -24,6 +24,7 @@ from jetkernels.plain import dynamic_conv as plain_dynamic_conv
 from jetkernels.plain import dynamic_conv_step as plain_dynamic_conv_step
 from jetkernels.plain import gated_rms_norm as plain_gated_rms_norm
 from jetkernels.plain import jet_block_step as plain_jet_block_step
+from jetkernels.plain import prefill_gated_delta_rule as plain_prefill_gated_delta_rule
 from jetkernels.plain import recurrent_gated_delta_rule as plain_recurrent_gated_delta_rule
 from jetkernels.plain import recurrent_gated_delta_rule_commit as plain_recurrent_gated_delta_rule_commit
 from jetkernels.plain import recurrent_gated_delta_rule_verify as plain_recurrent_gated_delta_rule_verify
@@ -38,6 +39,7 @@ from reference.dynamic_conv_step import dynamic_conv_step
 from reference.gated_rms_norm import gated_rms_norm
 from reference.jet_block_step import jet_block_step
 from reference.linear import linear, linear_int4, linear_int8
+from reference.prefill_gated_delta_rule import prefill_gated_delta_rule
 from reference.recurrent_gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from reference.rms_norm import rms_norm
 from reference.swiglu import swiglu
@@ -49,6 +51,7 @@ REFERENCE: dict[str, Callable] = {
     "apply_dynamic_conv": apply_dynamic_conv,
     "recurrent_gated_delta_rule": recurrent_gated_delta_rule,
     "dynamic_conv_step": dynamic_conv_step,
+    "prefill_gated_delta_rule": prefill_gated_delta_rule,
     "attention_step": attention_step,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -157,6 +160,7 @@ class PlainBackend(OpsBackend):
                 plain_apply_dynamic_conv,
                 plain_attention_step,
                 plain_jet_block_step,
+                plain_prefill_gated_delta_rule,
                 plain_recurrent_gated_delta_rule_verify,
                 plain_recurrent_gated_delta_rule_commit,
                 plain_rms_norm,

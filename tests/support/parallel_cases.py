@@ -18,6 +18,7 @@ from support.arguments import (
     inputs_of,
     linear_inputs,
     norm_inputs,
+    prefill_call,
     swiglu_inputs,
 )
 from support.shapes import AttentionShape, ConvShape, DeltaShape
@@ -51,6 +52,8 @@ def calls(size: str, dtype: torch.dtype) -> dict[str, tuple]:
     backward = {f"{op}_backward": (*cotangents(inputs), *inputs) for op, inputs in found.items()}
     found |= {op: linear_inputs(op, rows, conv.D, P=4 * conv.D, G=2, dtype=dtype) for op in LINEAR_OPS}
     found |= {op: call_of(op, shapes[op], dtype) for op in POOL_OPS}
+    ends = (0, 1) if tiny else (0, TOKENS // 2, TOKENS)
+    found["prefill_gated_delta_rule"] = prefill_call(tokens._replace(B=1, T=ends[-1], cu_seqlens=ends), dtype)
     found["jet_block_step"] = block_step_call(*((1, 2, 16, 32, 24) if tiny else (rows, 4, 48, 66, 40)), dtype=dtype)
     found["attention_step"] = attention_call(attention, dtype)
     return found | backward

@@ -1,10 +1,13 @@
-// Forward of the chunked gated delta rule on a CPU. One work item is a sequence and a few value heads; it walks over
-// the chunks with their states in L2. Per chunk the V columns are processed in stripes one register tile wide, whose
-// part of the state, V and U stays in L1, and each stage is one pass over the tile: R is never stored, T is never
-// formed. With AMX, 16-bit inputs have the products with the state and with U in its tiles (tiles_cpu.h).
+// Forward of the chunked gated delta rule on a CPU, on states of its own or on a pool. One work item is a sequence and
+// a few value heads; it walks over the chunks with their states in L2. Per chunk the V columns are processed in stripes
+// one register tile wide, whose part of the state, V and U stays in L1, and each stage is one pass over the tile: R is
+// never stored, T is never formed. With AMX, 16-bit inputs have the products with the state and with U in its tiles
+// (tiles_cpu.h).
 #include <type_traits>
+#include <vector>
 
 #include "csrc/cpu/isa.h"
+#include "csrc/gated_delta_rule/chunk/prefill_gated_delta_rule.h"
 #include "csrc/gated_delta_rule/chunk/stages_cpu.h"
 #include "csrc/gated_delta_rule/chunk/tiles_cpu.h"
 
@@ -101,6 +104,78 @@ struct Scratchpad {
   }
 };
 
+// Where the states of a call come from and go to: columns [v, v + columns) of head h, into a stripe and back. Asked for
+// at both ends of a sequence and at marks alone, so that one code of the chunks serves all.
+template <class T>
+struct States {
+  virtual bool has_row(long) const { return true; }  // else the outputs of sequence n are zeros
+  virtual void load(long n, long h, long v, long columns, T* stripe) const = 0;
+  virtual void store(long n, long h, long v, long columns, const T* stripe) const = 0;
+  // After so many tokens of sequence n, which are whole chunks or all of it.
+  virtual long mark(long, long) const { return -1; }
+  virtual void store_mark(long, long, long, long, const T*) const {}
+
+ protected:
+  ~States() = default;
+};
+
+template <class T>
+struct OwnStates final : States<T> {
+  const ChunkGatedDeltaRuleParams& p;
+
+  explicit OwnStates(const ChunkGatedDeltaRuleParams& p) : p(p) {}
+  void load(long n, long h, long v, long columns, T* stripe) const override {
+    load_state(at<T>(p.initial_state, n, h), p.initial_state.strides, p.in.K, v, columns, stripe);
+  }
+  void store(long n, long h, long v, long columns, const T* stripe) const override {
+    const StateStrides dense = contiguous_state(p.in);
+    store_state(stripe, dense, p.in.K, v, columns, at(static_cast<T*>(p.final_state), dense, n, h));
+  }
+};
+
+template <class T, class St>
+class PooledStates final : public States<T> {
+ public:
+  explicit PooledStates(const PrefillGatedDeltaRuleParams& p) : p_(p.states), K_(p.forward.in.K) {
+    if (p_.M == 0) return;
+    long chunks = 0;
+    for (long n = 0; n < p.forward.N; ++n) {
+      first_chunk_.push_back(chunks);
+      chunks += (sequence(p.forward, n).length + C - 1) / C;
+    }
+    marks_.assign(chunks, -1);
+    for (long m = 0, row; m < p_.M; ++m) {
+      if ((row = index_at(p_.mark_rows, m)) < 0) continue;
+      const long token = index_at(p_.mark_tokens, m);  // which the checks have found to be a mark
+      long n = 0;
+      while (sequence(p.forward, n).begin + sequence(p.forward, n).length < token) ++n;
+      marks_[first_chunk_[n] + (token - sequence(p.forward, n).begin - 1) / C] = row;
+    }
+  }
+
+  bool has_row(long n) const override { return row_of(p_.pool, n) >= 0; }
+  void load(long n, long h, long v, long columns, T* stripe) const override {
+    const bool is_there = p_.has_initial_state == nullptr || p_.has_initial_state[n];
+    load_state(is_there ? state(row_of(p_.pool, n), h) : nullptr, p_.pool.strides, K_, v, columns, stripe);
+  }
+  void store(long n, long h, long v, long columns, const T* stripe) const override {
+    store_mark(row_of(p_.pool, n), h, v, columns, stripe);
+  }
+  long mark(long n, long tokens) const override {
+    return marks_.empty() ? -1 : marks_[first_chunk_[n] + (tokens - 1) / C];
+  }
+  void store_mark(long row, long h, long v, long columns, const T* stripe) const override {
+    store_state(stripe, p_.pool.strides, K_, v, columns, state(row, h));
+  }
+
+ private:
+  St* state(long row, long h) const { return at(static_cast<St*>(p_.pool.data), p_.pool.strides, row, h); }
+
+  const PrefillStates& p_;
+  const long K_;
+  std::vector<long> first_chunk_, marks_;  // [N]; [chunks] the row that the state behind a chunk goes to, or -1
+};
+
 // What a worker does at a time: columns [v0, v1) of heads [h0, h1) of one sequence.
 struct Item {
   long n, h0, h1, v0, v1;
@@ -111,24 +186,40 @@ class Forward {
   static constexpr long W = Simd<T>::stripe;
 
  public:
-  Forward(const ChunkGatedDeltaRuleParams& p, const Item& item, const Scratchpad<In, T>& scratchpad, bool in_tiles)
-      : p_(p), in_(p.in), item_(item), seq_(sequence(p, item.n)), pad_(scratchpad), in_tiles_(in_tiles) {}
+  Forward(const ChunkGatedDeltaRuleParams& p, const States<T>& states, const Item& item,
+          const Scratchpad<In, T>& scratchpad, bool in_tiles)
+      : p_(p),
+        in_(p.in),
+        states_(states),
+        item_(item),
+        seq_(sequence(p, item.n)),
+        pad_(scratchpad),
+        in_tiles_(in_tiles) {}
 
   void run() {
-    const StateStrides dense = contiguous_state(in_);
-    for_stripes([&](long h, long v, T* state) {
-      load_state(at<T>(p_.initial_state, item_.n, h), p_.initial_state.strides, in_.K, v, columns(v), state);
-    });
-    for (long t = 0; t < seq_.length; t += C)
+    if (!states_.has_row(item_.n)) return write_zeros();
+    for_stripes([&](long h, long v, T* state) { states_.load(item_.n, h, v, columns(v), state); });
+    for (long t = 0; t < seq_.length; t += C) {
       for (long h = item_.h0; h < item_.h1; ++h) chunk(t, h);
-    for_stripes([&](long h, long v, T* state) {
-      store_state(state, dense, in_.K, v, columns(v), at(static_cast<T*>(p_.final_state), dense, item_.n, h));
-    });
+      const long row = states_.mark(item_.n, t + tokens(t));
+      if (row >= 0) for_stripes([&](long h, long v, T* state) { states_.store_mark(row, h, v, columns(v), state); });
+    }
+    for_stripes([&](long h, long v, T* state) { states_.store(item_.n, h, v, columns(v), state); });
   }
 
  private:
   long columns(long v) const { return smaller(W, in_.V - v); }
   long tokens(long t) const { return smaller(C, seq_.length - t); }
+
+  In* output(long t, long h, long v) const {
+    return static_cast<In*>(p_.o) + ((seq_.b * in_.T + seq_.begin + t) * in_.H + h) * in_.V + v;
+  }
+
+  void write_zeros() const {
+    for (long t = 0; t < seq_.length; ++t)
+      for (long h = item_.h0; h < item_.h1; ++h)
+        __builtin_memset(output(t, h, item_.v0), 0, (item_.v1 - item_.v0) * sizeof(In));
+  }
 
   template <class F>
   void for_stripes(const F& f) const {
@@ -158,7 +249,7 @@ class Forward {
     for (long v = item_.v0; v < item_.v1; v += W, state += in_.K * W) {
       const In* next_v = at<In>(in_.v, seq_.b, next_begin, next_h) + v * in_.v.strides.d;
       const In* values = at<In>(in_.v, seq_.b, begin, h) + v * in_.v.strides.d;
-      In* o = static_cast<In*>(p_.o) + ((seq_.b * in_.T + begin) * in_.H + h) * in_.V + v;
+      In* o = output(t, h, v);
       const auto load_u = [&] {  // diag(beta) V
         for (long i = 0; i < c.L; ++i) {
           T* row = pad_.u + i * W;
@@ -195,6 +286,7 @@ class Forward {
 
   const ChunkGatedDeltaRuleParams& p_;
   const GatedDeltaRuleInputs& in_;
+  const States<T>& states_;
   const Item item_;
   const Sequence seq_;
   Scratchpad<In, T> pad_;
@@ -223,7 +315,7 @@ Cut cut(const ChunkGatedDeltaRuleParams& p, long threads) {
 }
 
 template <class In, class T>
-void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
+void forward(const ChunkGatedDeltaRuleParams& p, const States<T>& states, const Parallel& caller) {
   const GatedDeltaRuleInputs& in = p.in;
   const Parallel parallel = for_work(caller, chunk_work(p));
   if (p.N * in.H == 0) return;
@@ -240,7 +332,7 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
     Carver from(scratch.of(worker));
     Scratchpad<In, T> pad;
     pad.carve(from, in.K, stripes, in_tiles);
-    const auto work = [&] { Forward<In, T>(p, item, pad, in_tiles).run(); };
+    const auto work = [&] { Forward<In, T>(p, states, item, pad, in_tiles).run(); };
     if (in_tiles) {
       [[maybe_unused]] const typename TilesFor<In>::Registers registers;
       work();
@@ -250,17 +342,30 @@ void forward(const ChunkGatedDeltaRuleParams& p, const Parallel& caller) {
   });
 }
 
+void forward_in_fp32(const ChunkGatedDeltaRuleParams& p, const States<float>& states, const Parallel& parallel) {
+  switch (p.in.q.dtype) {
+    case Dtype::f32: return forward<float, float>(p, states, parallel);
+    case Dtype::bf16: return forward<bf16, float>(p, states, parallel);
+    default: return forward<f16, float>(p, states, parallel);
+  }
+}
+
 }  // namespace
 
 void chunk_gated_delta_rule_cpu(const ChunkGatedDeltaRuleParams& p, const Parallel& parallel) {
-  switch (p.in.q.dtype) {
-    case Dtype::f32: return forward<float, float>(p, parallel);
-    case Dtype::f64: JET_CPU_FP64(forward<double, double>(p, parallel));
-    case Dtype::bf16: return forward<bf16, float>(p, parallel);
-    case Dtype::f16: return forward<f16, float>(p, parallel);
-  }
+  if (p.in.q.dtype == Dtype::f64) JET_CPU_FP64((forward<double, double>(p, OwnStates<double>(p), parallel)));
+  forward_in_fp32(p, OwnStates<float>(p), parallel);
+}
+
+void prefill_gated_delta_rule_cpu(const PrefillGatedDeltaRuleParams& p, const Parallel& parallel) {
+  if (p.states.pool.dtype == Dtype::f64)
+    JET_CPU_FP64((forward<double, double>(p.forward, PooledStates<double, double>(p), parallel)));
+  with_fp32_pool(p.states.pool.dtype, [&](auto state) {
+    forward_in_fp32(p.forward, PooledStates<float, typename decltype(state)::Type>(p), parallel);
+  });
 }
 
 }  // namespace jet::cpu::JET_CPU_ISA
 
 JET_CPU_LAUNCHER(chunk_gated_delta_rule_cpu, ChunkGatedDeltaRuleParams, params.in.q.dtype)
+JET_CPU_LAUNCHER(prefill_gated_delta_rule_cpu, PrefillGatedDeltaRuleParams, params.forward.in.q.dtype)

@@ -60,7 +60,7 @@ inline ChunkPlan plan_of(const ChunkGatedDeltaRuleParams& p, const ChunkSegments
 }
 
 // In launch.cu.
-void launch_plan(const ChunkPlan& plan, cudaStream_t stream);
+void launch_plan(const ChunkPlan& plan, cudaStream_t stream, const PrefillStates& states = {});
 void launch_join(int64_t K, const JoinArguments& p, cudaStream_t stream);
 
 // Not where sweep.cuh is included: that would instantiate the kernels of both files.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "csrc/gated_delta_rule/chunk/image.h"
+#include "csrc/gated_delta_rule/chunk/prefill_gated_delta_rule.h"
 #include "csrc/hopper/convert.h"
 
 namespace jet::hopper {
@@ -21,6 +22,9 @@ struct ChunkPlan {
                        // 0: none is
   int row_chunks;      // of each row of T tokens
   int row_segments;    // likewise
+  // Of a prefill with marks: [most_chunks] in the workspace, the row of the pool that the state behind a chunk goes to,
+  // or -1. Written by chunk_plan_kernel.
+  int* marks = nullptr;
 };
 
 // A sequence: tokens begin .. begin + length - 1 of batch row `row`, chunks first_chunk .. first_chunk + chunks - 1 of
@@ -101,6 +105,17 @@ __device__ inline int64_t sequence_of_segment(const ChunkPlan& plan, int64_t seg
   if (plan.cu_seqlens.data == nullptr) return quotient(segment, plan.row_segments);
   if (segment >= plan.N + plan.first_cut[plan.N]) return -1;
   return last_at_most(plan.N, segment, [&](int64_t n) { return n + plan.first_cut[n]; });
+}
+
+// The row of sequence n, negative if it has none.
+__device__ inline int64_t row_of(const StatePool& pool, int64_t n) {
+  const int64_t row = pool.rows.data == nullptr ? n : load_index(pool.rows, n);
+  return row < pool.P ? row : -1;
+}
+
+// Where a sequence of a prefill begins: at its row of the pool, or, negative, at zeros.
+__device__ inline int64_t initial_row(const PrefillStates& states, int64_t n) {
+  return states.has_initial_state == nullptr || states.has_initial_state[n] ? row_of(states.pool, n) : -1;
 }
 
 // Of join.cuh.

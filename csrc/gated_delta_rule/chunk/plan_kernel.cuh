@@ -27,8 +27,21 @@ __device__ inline int64_t sum_of_threads(int64_t x, int64_t* of_warp, int64_t& t
   return x;
 }
 
-// first_chunk[n] = chunks, first_cut[n] = cuts of the sequences before n
-static __global__ void __launch_bounds__(kPlanThreads) chunk_plan_kernel(const __grid_constant__ ChunkPlan plan) {
+// The chunk behind which mark m lies, -1 if none: it is not behind a whole chunk, nor at the end of a sequence, or its
+// sequence has no row.
+__device__ inline int64_t chunk_of_mark(const ChunkPlan& plan, const PrefillStates& states, int64_t m) {
+  const int64_t token = load_index(states.mark_tokens, m);
+  if (token < 1 || token > plan.T) return -1;
+  const int64_t n = last_at_most(plan.N, token - 1, [&](int64_t i) { return offset_of(plan, i); });
+  const int64_t local = token - offset_of(plan, n), length = offset_of(plan, n + 1) - offset_of(plan, n);
+  if (row_of(states.pool, n) < 0 || local > length || (local % C != 0 && local != length)) return -1;
+  const int64_t chunk = plan.first_chunk[n] + (local - 1) / C;
+  return chunk < plan.most_chunks ? chunk : -1;
+}
+
+// first_chunk[n] = chunks, first_cut[n] = cuts of the sequences before n; marks
+static __global__ void __launch_bounds__(kPlanThreads)
+    chunk_plan_kernel(const __grid_constant__ ChunkPlan plan, const __grid_constant__ PrefillStates states) {
   __shared__ int64_t of_warp[kPlanThreads / 32];
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
@@ -46,6 +59,15 @@ static __global__ void __launch_bounds__(kPlanThreads) chunk_plan_kernel(const _
     chunks_before += all_chunks, cuts_before += all_cuts;
   }
   if (threadIdx.x == 0) plan.first_chunk[0] = 0, plan.first_cut[0] = 0;
+  if (plan.marks == nullptr) return;
+  for (int64_t i = threadIdx.x; i < plan.most_chunks; i += kPlanThreads) plan.marks[i] = -1;
+  __syncthreads();
+  for (int64_t m = threadIdx.x; m < states.M; m += kPlanThreads) {
+    const int64_t row = load_index(states.mark_rows, m);
+    if (row < 0 || row >= states.pool.P) continue;
+    const int64_t chunk = chunk_of_mark(plan, states, m);
+    if (chunk >= 0) plan.marks[chunk] = static_cast<int>(row);
+  }
 }
 
 }  // namespace jet::hopper

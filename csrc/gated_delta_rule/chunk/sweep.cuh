@@ -44,13 +44,41 @@ __device__ void load_state(typename Config::State& s, const SweepWork& work, con
       s[r] = accumulator_column(me.thread, r) == me.column + accumulator_row(me.thread, r) ? 1 : 0;
   } else if (work.initial == InitialState::memory) {
     const int64_t next_k = work.strides.k, v_8 = 8 * work.strides.v;
-    const float* at = work.initial_state + k * next_k + v * work.strides.v;
+    const auto load = [&](const auto* from) {
+      const auto* at = from + k * next_k + v * work.strides.v;
+#pragma unroll
+      for (int r = 0; r < Config::MmaState::registers; r += 4, at += 8 * next_k) {
+        s[r] = at[0], s[r + 1] = at[next_k];
+        s[r + 2] = at[v_8], s[r + 3] = at[next_k + v_8];
+      }
+    };
+    if ((Config::pooled || Config::cuts) && work.is_bf16)
+      load(static_cast<const __nv_bfloat16*>(work.initial_state));
+    else
+      load(static_cast<const float*>(work.initial_state));
+  }
+}
+
+// The same to a row of a pool.
+template <class Config>
+__device__ void store_mark(const typename Config::State& s, const StatePool& pool, const SweepWork& work,
+                           const SweepThread& me, int row) {
+  if (!has_columns(work, me)) return;
+  const StateStrides& strides = pool.strides;
+  const int64_t next_k = strides.k, v_8 = 8 * strides.v;
+  const int64_t first = row * strides.n + work.h * strides.h + accumulator_column(me.thread, 0) * next_k +
+                        (me.column + accumulator_row(me.thread, 0)) * strides.v;
+  const auto store = [&](auto* at) {
 #pragma unroll
     for (int r = 0; r < Config::MmaState::registers; r += 4, at += 8 * next_k) {
-      s[r] = at[0], s[r + 1] = at[next_k];
-      s[r + 2] = at[v_8], s[r + 3] = at[next_k + v_8];
+      at[0] = s[r], at[next_k] = s[r + 1];
+      at[v_8] = s[r + 2], at[next_k + v_8] = s[r + 3];
     }
-  }
+  };
+  if (pool.dtype == Dtype::bf16)
+    store(static_cast<__nv_bfloat16*>(pool.data) + first);
+  else
+    store(static_cast<float*>(pool.data) + first);
 }
 
 template <class Config>
@@ -373,6 +401,8 @@ __device__ void sweep_chunks(const SweepArguments& p, const SweepMaps& maps, con
     shared.ring.full[stage].wait(parity);  // is complete; a thread must have seen that before it reads what was copied
     shared.normalised[stage].wait(parity);
     sweep_chunk<Config>(s, y, p, maps, work, shared, shared.stage[stage], me, chunk);
+    if (Config::pooled && p.plan.marks != nullptr)
+      if (const int row = shared.mark[stage]; row >= 0) store_mark<Config>(s, p.prefill.pool, work, me, row);
     __syncwarp();
     if (me.thread % 32 == 0) shared.ring.empty[chunk % Config::stages].arrive();
   }
@@ -445,7 +475,9 @@ template <bool narrow>
 void launch_sweep_part(const SweepArguments& p, const SweepMaps& maps, bool outputs, cudaStream_t stream) {
   HopperHeadDims::dispatch(p.K, [&](auto K) {
     if constexpr ((K <= kMostNarrowK) == narrow) {
-      if (outputs)
+      if (outputs && p.prefill.pool.data != nullptr)
+        launch_sweep_kernel<SweepConfig<K, SweepPass::pooled>>(p, maps, stream);
+      else if (outputs)
         launch_sweep_kernel<SweepConfig<K, SweepPass::outputs>>(p, maps, stream);
       else
         launch_sweep_kernel<SweepConfig<K, SweepPass::cuts>>(p, maps, stream);

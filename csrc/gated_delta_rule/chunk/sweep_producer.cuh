@@ -126,6 +126,8 @@ __device__ void normalise_chunks(const SweepArguments& p, const SweepWork& work,
       normalise_rows<Config, bf16>(stage, count, thread);
     else
       normalise_rows<Config, f16>(stage, count, thread);
+    if constexpr (Config::pooled)
+      if (p.plan.marks != nullptr && thread == 0) shared.mark[at.stage] = p.plan.marks[work.first_chunk + chunk];
     fence_proxy_async();
     shared.normalised[at.stage].arrive();
   }

@@ -28,12 +28,15 @@ enum class SweepPass {
   outputs,
   cuts,    // over the segments before a cut, for their effect on the state alone
   states,  // for the backward: S0 and U' of every chunk
+  pooled,  // outputs of a prefill: marks, and initial states in bf16 too. Apart, as the other one's schedule would
+           // change
 };
 
 template <int K_, SweepPass pass>
 struct SweepConfig {
   static constexpr int K = K_;
-  static constexpr bool outputs = pass == SweepPass::outputs, cuts = pass == SweepPass::cuts,
+  static constexpr bool pooled = pass == SweepPass::pooled;
+  static constexpr bool outputs = pass == SweepPass::outputs || pooled, cuts = pass == SweepPass::cuts,
                         states = pass == SweepPass::states;
   static constexpr bool reverse = false;
   using Operand = f16;
@@ -82,6 +85,7 @@ struct SweepArguments {
   int image_bytes;
   const float* initial_state;  // null: zeros
   StateStrides initial_state_strides;
+  PrefillStates prefill{};                // with a pool: its rows are the initial states
   float* final_state;                     // [N, H, K, V]
   float *states, *transfers;              // [cuts, H, K, V], [cuts, H, K, K]: workspace.h
   float* transposed_transfers = nullptr;  // for the backward
@@ -104,7 +108,8 @@ struct SweepWork {
   int chunks, h, hk;
   int values, column, groups;  // column: of the slice; groups: warpgroups that have value columns, 0: nothing to do
   InitialState initial;
-  const float* initial_state;  // strides k, v
+  bool is_bf16;               // initial_state, else it is fp32
+  const void* initial_state;  // strides k, v
   StateStrides strides;
   float* final_state;  // [K, values] or null
   float* transposed;   // of a transfer matrix, [values, K] or null
@@ -126,7 +131,16 @@ __device__ inline SweepWork segment_work(const SweepArguments& p, const Sequence
   work.first_chunk = sequence.first_chunk + begin, work.chunks = end - begin;
   work.h = h, work.hk = h / static_cast<int>(quotient(p.H, p.Hk));
   work.values = values, work.column = column, work.groups = values - column > kRows ? 2 : 1;
-  if (!from_call || p.initial_state == nullptr) return work;
+  if (!from_call) return work;
+  if (const StatePool& pool = p.prefill.pool; pool.data != nullptr) {
+    const int64_t row = initial_row(p.prefill, n);
+    if (row < 0) return work;
+    work.initial = InitialState::memory, work.strides = pool.strides, work.is_bf16 = pool.dtype == Dtype::bf16;
+    work.initial_state =
+        static_cast<const char*>(pool.data) + (row * pool.strides.n + h * pool.strides.h) * (work.is_bf16 ? 2 : 4);
+    return work;
+  }
+  if (p.initial_state == nullptr) return work;
   work.initial = InitialState::memory, work.strides = p.initial_state_strides;
   work.initial_state = p.initial_state + n * p.initial_state_strides.n + h * p.initial_state_strides.h;
   return work;
@@ -185,8 +199,9 @@ struct SweepShared {
   SweepStage<Config> stage[Config::stages];
   alignas(kTileAlign) char o[kGroups][ValueTile::bytes];
   alignas(kTileAlign) char state[kGroups][Config::states ? Config::StateImage::bytes : 16];
-  Ring<Config::stages> ring;            // full: the copies have arrived
-  Mbarrier normalised[Config::stages];  // k and q are Kn and Qn
+  Ring<Config::stages> ring;                      // full: the copies have arrived
+  Mbarrier normalised[Config::stages];            // k and q are Kn and Qn
+  int mark[Config::pooled ? Config::stages : 1];  // ChunkPlan::marks of the chunk
   SweepWork work;
 
   // Of a transfer matrix's values nothing is ever loaded.

@@ -3,7 +3,8 @@
 //
 // A CTA of 2 K threads has one sequence and one key head, and walks over slices of `tile` columns of the states S [K,
 // V] of the value heads that read it. A thread keeps `rows` x `columns` of a slice in registers, loaded and stored in
-// 16-byte accesses; while it waits, the other CTAs of the multiprocessor work. Per token:
+// 16-byte accesses along V, or where states lie as [V, K] along K, of 8 bytes in the narrow tile of bf16; while it
+// waits, the other CTAs of the multiprocessor work. Per token:
 //   p = S^T k, r = S^T q          [tile]: partial sums per thread, then per warp by shuffles, then over the warps
 //   u = beta (v - e^g p)
 //   o = scale (e^g r + <q, k> u)  = scale S'^T q of the updated state S' = e^g S + k u^T, without a second pass
@@ -28,21 +29,49 @@ struct RecurrentThread {
 template <class Config>
 using RecurrentState = float[Config::rows][Config::columns];
 
-// A thread's part of a slice as it is in memory, 16 bytes of each row. In fp32 that is the state.
+// A thread's part of a slice as it is in memory: 16 bytes of each row, or [V, K] in bf16 the words of each column. In
+// fp32 it is the state.
 template <class Config>
-using RecurrentRaw = float[Config::rows][4];
+using RecurrentRaw = float[Config::ahead && Config::v_first ? Config::columns : Config::rows]
+                          [Config::ahead && Config::v_first ? Config::rows / 2 : 4];
 
-// Waits for nothing.
+__device__ inline void load_words(float& a, float& b, float& c, float& d, const void* from, bool asked) {
+  asm volatile(
+      "{\n.reg .pred asked;\nsetp.ne.s32 asked, %5, 0;\n@asked ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=f"(a), "=f"(b), "=f"(c), "=f"(d)
+      : "l"(from), "r"(int{asked})
+      : "memory");
+}
+
+__device__ inline void load_words(float& a, float& b, const void* from, bool asked) {
+  asm volatile("{\n.reg .pred asked;\nsetp.ne.s32 asked, %3, 0;\n@asked ld.global.cg.v2.f32 {%0, %1}, [%2];\n}\n"
+               : "=f"(a), "=f"(b)
+               : "l"(from), "r"(int{asked})
+               : "memory");
+}
+
+// Waits for nothing. `stride`: of rows, or [V, K] of columns.
 template <class Config>
 __device__ void load_state(RecurrentRaw<Config>& raw, const typename Config::State* from, int64_t stride,
                            bool asked = true) {
+  if constexpr (!Config::v_first) {
 #pragma unroll
-  for (int j = 0; j < Config::rows; ++j)
-    asm volatile(
-        "{\n.reg .pred asked;\nsetp.ne.s32 asked, %5, 0;\n@asked ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
-        : "=f"(raw[j][0]), "=f"(raw[j][1]), "=f"(raw[j][2]), "=f"(raw[j][3])
-        : "l"(from + j * stride), "r"(int{asked})
-        : "memory");
+    for (int j = 0; j < Config::rows; ++j)
+      load_words(raw[j][0], raw[j][1], raw[j][2], raw[j][3], from + j * stride, asked);
+  } else if constexpr (!Config::ahead) {
+#pragma unroll
+    for (int c = 0; c < Config::columns; ++c)
+#pragma unroll
+      for (int j = 0; j < Config::rows; j += 4)
+        load_words(raw[j][c], raw[j + 1][c], raw[j + 2][c], raw[j + 3][c], from + c * stride + j, asked);
+  } else {
+#pragma unroll
+    for (int c = 0; c < Config::columns; ++c)
+      if constexpr (Config::rows == 8)
+        load_words(raw[c][0], raw[c][1], raw[c][2], raw[c][3], from + c * stride, asked);
+      else
+        load_words(raw[c][0], raw[c][1], from + c * stride, asked);
+  }
 }
 
 // Where the next slice is loaded to.
@@ -56,7 +85,15 @@ __device__ RecurrentRaw<Config>& place_of_next(RecurrentState<Config>& s, Recurr
 
 template <class Config>
 __device__ void unpack_state(RecurrentState<Config>& s, const RecurrentRaw<Config>& raw) {
-  if constexpr (Config::ahead)
+  if constexpr (Config::ahead && Config::v_first) {
+#pragma unroll
+    for (int c = 0; c < Config::columns; ++c)
+#pragma unroll
+      for (int w = 0; w < Config::rows / 2; ++w) {
+        const float2 pair = unpack<bf16>(__float_as_uint(raw[c][w]));
+        s[2 * w][c] = pair.x, s[2 * w + 1][c] = pair.y;
+      }
+  } else if constexpr (Config::ahead) {
 #pragma unroll
     for (int j = 0; j < Config::rows; ++j)
 #pragma unroll
@@ -64,10 +101,33 @@ __device__ void unpack_state(RecurrentState<Config>& s, const RecurrentRaw<Confi
         const float2 pair = unpack<bf16>(__float_as_uint(raw[j][w]));
         s[j][2 * w] = pair.x, s[j][2 * w + 1] = pair.y;
       }
+  }
+}
+
+template <class Config>
+__device__ void store_columns(typename Config::State* to, int64_t stride, const RecurrentState<Config>& s) {
+#pragma unroll
+  for (int c = 0; c < Config::columns; ++c) {
+    typename Config::State* const column = to + c * stride;
+    if constexpr (!Config::ahead) {
+#pragma unroll
+      for (int j = 0; j < Config::rows; j += 4)
+        __stcg(reinterpret_cast<float4*>(column + j), make_float4(s[j][c], s[j + 1][c], s[j + 2][c], s[j + 3][c]));
+    } else {
+      uint32_t words[Config::rows / 2];
+#pragma unroll
+      for (int w = 0; w < Config::rows / 2; ++w) words[w] = pack<bf16>(s[2 * w][c], s[2 * w + 1][c]);
+      if constexpr (Config::rows == 8)
+        __stcg(reinterpret_cast<uint4*>(column), make_uint4(words[0], words[1], words[2], words[3]));
+      else
+        __stcg(reinterpret_cast<uint2*>(column), make_uint2(words[0], words[1]));
+    }
+  }
 }
 
 template <class Config>
 __device__ void store_state(typename Config::State* to, int64_t stride, const RecurrentState<Config>& s) {
+  if constexpr (Config::v_first) return store_columns<Config>(to, stride, s);
 #pragma unroll
   for (int j = 0; j < Config::rows; ++j) {
     uint32_t words[4];
@@ -246,14 +306,20 @@ __global__ void __launch_bounds__(Config::threads_at_a_time)
   const TokensInFlight<Config, Config::first_tokens> first(p, at, 0, T);
   const int64_t row = load_row(p.pool, at.n);
   const StateStrides& strides = p.pool.strides;
-  State* state =
-      static_cast<State*>(p.pool.data) + row * strides.n + at.h * strides.h + me.i * strides.k + at.column + me.c;
+  State* state = static_cast<State*>(p.pool.data) + row * strides.n + at.h * strides.h;
+  if constexpr (Config::v_first)
+    state += me.i + (at.column + me.c) * strides.v;
+  else
+    state += me.i * strides.k + at.column + me.c;
   RecurrentState<Config> s;
   RecurrentRaw<Config> ahead;
   RecurrentRaw<Config>& next = place_of_next<Config>(s, ahead);
+  const auto load_slice = [&](bool asked) {
+    load_state<Config>(next, state, Config::v_first ? strides.v : strides.k, asked);
+  };
   // In every slice of a CTA with more than one.
   const bool has_columns = !Config::partial || me.c < at.columns<Config>(p);
-  load_state<Config>(next, state, strides.k, row >= 0 && has_columns);
+  load_slice(row >= 0 && has_columns);
   first.store(p, shared, at, 0, T, 0);
   if (row < 0) return write_zeros<Config>(p, at);
   griddepcontrol_launch_dependents();
@@ -284,8 +350,11 @@ __global__ void __launch_bounds__(Config::threads_at_a_time)
       const bool next_head = p.width.quotient(following) * p.V == following;
       const auto load_following = [&] {
         if (following >= p.columns) return;
-        state += next_head ? strides.h - p.V + Config::tile : Config::tile;
-        load_state<Config>(next, state, strides.k);
+        if constexpr (Config::v_first)
+          state += (next_head ? strides.h - p.V * strides.v : 0) + Config::tile * strides.v;
+        else
+          state += next_head ? strides.h - p.V + Config::tile : Config::tile;
+        load_slice(true);
       };
       if (t == 0) unpack_state<Config>(s, next);
       if constexpr (Config::ahead) load_following();
@@ -293,7 +362,7 @@ __global__ void __launch_bounds__(Config::threads_at_a_time)
       for (int i = 0; i < count; ++i, half ^= 1)
         recurrent_token<Config>(s, p, shared, at, me, factors.of_lane(i), gates[i * p.heads], column, t + i, i, half);
       if constexpr (Config::mode != RecurrentMode::verify)
-        if (t + count == T && has_columns) store_state<Config>(here, strides.k, s);
+        if (t + count == T && has_columns) store_state<Config>(here, Config::v_first ? strides.v : strides.k, s);
       if constexpr (!Config::ahead) load_following();
       if (next_head) ++gates;
     }

@@ -76,14 +76,16 @@ struct RecurrentTiles {
 };
 
 // For N sequences.
-inline RecurrentTiles choose_recurrent_tiles(Dtype pool, int64_t N, int64_t T, int64_t H, int64_t Hk, int64_t V,
-                                             int multiprocessors) {
+inline RecurrentTiles choose_recurrent_tiles(Dtype pool, StateOrder order, int64_t N, int64_t T, int64_t H, int64_t Hk,
+                                             int64_t V, int multiprocessors) {
   // Columns of the multiprocessor that has most to do.
   const auto most = [&](int64_t columns) {
     return (N * H * V / columns + multiprocessors - 1) / multiprocessors * columns;
   };
   const int64_t full = 3 * multiprocessors;  // CTAs: enough for one to work while others wait for memory
-  int tile = V % 64 == 0 ? 64 : 32;          // 64: whole 256-byte rows in fp32
+  // 64: whole 256-byte rows in fp32. States [V, K] have no such rows, and four threads side by side along K where a
+  // tile of 64 has two: in fp32 whole sectors.
+  int tile = V % 64 == 0 && (order == StateOrder::k_first || pool == Dtype::bf16) ? 64 : 32;
   // While all CTAs run at once, halves spread better: 1, 3, 4, 6 sequences of the 2B model. Below 128-byte rows of fp32
   // nothing is won.
   if (tile == 64 && N * H * (V / 64) < full && most(32) < most(64)) tile = 32;

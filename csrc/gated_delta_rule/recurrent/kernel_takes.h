@@ -9,14 +9,20 @@ namespace jet {
 
 constexpr int64_t kRecurrentMaxV = 1024;  // columns whose v, for a few tokens, is kept in shared memory
 
-inline bool recurrent_kernel_takes(int64_t K, int64_t V, const StatePool& pool) {
-  const bool shape = HopperHeadDims::has(K) && V % 16 == 0 && V <= kRecurrentMaxV;
-  // 16-byte accesses to the states
+// States [K, V] or, as other engines have them, [V, K], in accesses of 16 bytes.
+enum class StateOrder { k_first, v_first, other };
+
+inline StateOrder state_order(const StatePool& pool) {
   const int64_t unit = pool.dtype == Dtype::f32 ? 4 : 8;
   const StateStrides& s = pool.strides;
-  const bool aligned = reinterpret_cast<uintptr_t>(pool.data) % 16 == 0 && s.v == 1 && s.k % unit == 0 &&
-                       s.h % unit == 0 && s.n % unit == 0;
-  return shape && aligned && pool.dtype != Dtype::f64;
+  if (reinterpret_cast<uintptr_t>(pool.data) % 16 != 0 || s.h % unit != 0 || s.n % unit != 0) return StateOrder::other;
+  if (s.v == 1 && s.k % unit == 0) return StateOrder::k_first;
+  return s.k == 1 && s.v % unit == 0 ? StateOrder::v_first : StateOrder::other;
+}
+
+inline bool recurrent_kernel_takes(int64_t K, int64_t V, const StatePool& pool) {
+  const bool shape = HopperHeadDims::has(K) && V % 16 == 0 && V <= kRecurrentMaxV;
+  return shape && state_order(pool) != StateOrder::other && pool.dtype != Dtype::f64;
 }
 
 inline bool recurrent_kernel_takes(const RecurrentGatedDeltaRuleParams& p) {

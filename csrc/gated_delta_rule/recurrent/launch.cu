@@ -14,8 +14,9 @@ template <RecurrentMode mode>
 void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
   if (p.N * p.H == 0 || p.T == 0) return;
   require(HopperHeadDims::has(p.K), op, "K", "a head dim of head_dims.h", p.K);
-  const RecurrentTiles tiles =
-      choose_recurrent_tiles(p.pool.dtype, p.N, p.T, p.H, p.Hk, p.V, current_device_properties().multiprocessors);
+  const StateOrder order = state_order(p.pool);
+  const RecurrentTiles tiles = choose_recurrent_tiles(p.pool.dtype, order, p.N, p.T, p.H, p.Hk, p.V,
+                                                      current_device_properties().multiprocessors);
   p.tokens = p.T < kMaxTokens ? p.T : kMaxTokens;
   p.slices = tiles.slices, p.columns = tiles.slices * tiles.tile;
   p.heads = p.columns > p.V && p.V % tiles.tile == 0 ? p.columns / p.V : 1;
@@ -24,13 +25,17 @@ void launch_recurrent(const char* op, RecurrentArguments& p, void* stream) {
   const int64_t ctas = p.N * p.head_groups.d * p.parts.d;
   require(ctas < (int64_t{1} << 31), op, "N * H * V / 32", "below 2^31", ctas);
   const auto launch_kernel = [&](auto state, auto tile) {
-    using Config = RecurrentConfig<typename decltype(state)::type, tile, mode>;
-    launch(op,
-           {.grid = dim3(static_cast<unsigned>(ctas)),
-            .threads = 2 * p.K,
-            .shared_bytes = 4 * static_cast<int>(RecurrentShared::floats(p, tile)),
-            .programmatic = true},
-           static_cast<cudaStream_t>(stream), recurrent_kernel<Config>, p);
+    const auto launch_order = [&](auto v_first) {
+      using Config = RecurrentConfig<typename decltype(state)::type, tile, mode, v_first>;
+      launch(op,
+             {.grid = dim3(static_cast<unsigned>(ctas)),
+              .threads = 2 * p.K,
+              .shared_bytes = 4 * static_cast<int>(RecurrentShared::floats(p, tile)),
+              .programmatic = true},
+             static_cast<cudaStream_t>(stream), recurrent_kernel<Config>, p);
+    };
+    if (order == StateOrder::k_first) return launch_order(std::false_type());
+    if constexpr (tile == 32 || sizeof(typename decltype(state)::type) == 2) launch_order(std::true_type());
   };
   const auto with_state = [&](auto tile) {
     if (p.pool.dtype == Dtype::f32) return launch_kernel(std::type_identity<float>(), tile);

@@ -10,19 +10,21 @@ namespace jet::hopper {
 // recurrent_gated_delta_rule.h, .._verify.h, .._commit.h; a JetBlock's step, whose activations are done here
 enum class RecurrentMode { step, verify, commit, jet_block };
 
-template <class State_, int tile_, RecurrentMode mode_>
+// v_first: states that lie as [V, K], their rows side by side in memory.
+template <class State_, int tile_, RecurrentMode mode_, bool v_first_ = false>
 struct RecurrentConfig {
   using State = State_;  // float or bf16
   static constexpr RecurrentMode mode = mode_;
+  static constexpr bool v_first = v_first_;
   static constexpr int tile = tile_;  // columns of a slice
   // A slice may be wider than what is left of a head, where 64 does not divide V.
   static constexpr bool partial = tile < 64;
-  static constexpr int columns = 16 / sizeof(State);  // of a thread: one 16-byte access
-  static constexpr int lanes = tile / columns;        // threads side by side in a row
+  static constexpr int columns = v_first ? 4 : 16 / sizeof(State);  // of a thread: one 16-byte access
+  static constexpr int lanes = tile / columns;                      // threads side by side in a row
   static constexpr int rows = lanes / 2;  // of a thread, so that K / rows * lanes = 2 K threads cover a slice
   // Whether the next slice is loaded while this one is worked on. In fp32 it would take 32 registers, and a CTA less on
   // a multiprocessor.
-  static constexpr bool ahead = columns == 8;
+  static constexpr bool ahead = sizeof(State) == 2;
   // That share the registers of a multiprocessor. 768: 80 registers each, four CTAs at K = 96, three at K = 128; 640:
   // 96, three and two.
   static constexpr int threads_at_a_time = ahead ? 640 : 768;

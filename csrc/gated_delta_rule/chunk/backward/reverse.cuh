@@ -22,7 +22,7 @@ template <int K_, class Element>
 struct ReverseConfig {
   static constexpr int K = K_;
   using Operand = Element;
-  static constexpr bool outputs = true, cuts = false, states = true, reverse = true;
+  static constexpr bool outputs = true, cuts = false, states = true, pooled = false, reverse = true;
   static constexpr int stages = K <= 96 ? 3 : 2;  // what fits
   // As in sweep, k16 steps of dS^T held as A operands.
   static constexpr int state_steps = K <= 128 ? K / 16 : K == 192 ? 4 : 2;
