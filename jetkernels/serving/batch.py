@@ -27,16 +27,22 @@ class RaggedBatch:
     Attributes:
         num_decodes: how many of them have one token and a state; known to the host.
         query_start_loc: [N+1] int32 or int64, where each begins among the tokens.
-        state_indices: [N] int32 or int64, rows of the pools. A negative one, of a sequence that decodes, touches no
-            state (`rows_of`). A prompt has a row.
+        state_indices: [N] int32 or int64, rows of the pools; a negative one touches no state (`rows_of`). Where there is
+            such a one, row 0 belongs to nobody.
         has_initial_state: [N] bool, whether something of the sequence has been read before: only then is its row read.
             None: of those that decode, and of no prompt.
+        mark_tokens: [M] int32 or int64, numbers of tokens of the step, of prompts, after which the states are kept in
+            rows of their own, for prompts that begin alike: a multiple of 64 behind where its prompt begins in this
+            step, or its end.
+        mark_indices: [M] int32 or int64, these rows, none negative; given with mark_tokens.
     """
 
     num_decodes: int
     query_start_loc: Tensor
     state_indices: Tensor
     has_initial_state: Tensor | None = None
+    mark_tokens: Tensor | None = None
+    mark_indices: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -57,5 +63,8 @@ class RaggedBatch:
                 f"got {self.num_decodes}"
             )
         has = self.has_initial_state
+        if (self.mark_tokens is None) != (self.mark_indices is None):
+            given = "mark_tokens" if self.mark_indices is None else "mark_indices"
+            raise ValueError(f"RaggedBatch: mark_tokens and mark_indices go together, got only {given}")
         if has is not None and (has.shape != (N,) or has.dtype != torch.bool):
             raise ValueError(f"RaggedBatch: has_initial_state must be [{N}] bool, got {has.dtype} {list(has.shape)}")

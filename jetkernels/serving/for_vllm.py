@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.mamba_utils import MambaCopySpec
+from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -32,7 +33,7 @@ from jetkernels.model import JetNemotronConfig
 from jetkernels.modules import JetBlockState
 
 from .batch import RaggedBatch, rows_of
-from .jet_block import forward_
+from .jet_block import DraftPools, commit_, forward_, put_, take, verify_
 from .shares import JetBlockOfRank
 
 # What an attention layer and an MLP keep as one parameter: name in the checkpoint -> (parameter, part).
@@ -40,7 +41,7 @@ _Packed = dict[str, tuple[str, Any]]
 _ATTENTION: _Packed = {"q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v")}
 _MLP: _Packed = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
-Shapes = tuple[tuple[int, int], tuple[int, int, int]]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def _sizes(vllm_config: VllmConfig) -> JetNemotronConfig:
@@ -48,33 +49,47 @@ def _sizes(vllm_config: VllmConfig) -> JetNemotronConfig:
     return vllm_config.model_config.hf_config.network_config()
 
 
-def _state_shapes(config: JetNemotronConfig, ranks: int) -> Shapes:
+def _draft_tokens(vllm_config: VllmConfig) -> int:
+    """The most tokens that a request has in a step that verifies: one that is sure, and the drafts. 0: no drafts."""
+    return 0 if vllm_config.speculative_config is None else vllm_config.num_speculative_tokens + 1
+
+
+def _state_shapes(config: JetNemotronConfig, ranks: int, tokens: int) -> Shapes:
+    """The convolution's state and the rule's; with drafts the fields of `DraftPools`, and how many tokens they have."""
     jet = config.jet
-    H = jet.num_heads // ranks
-    return (H * jet.head_v_dim, jet.conv_size - 1), (H, jet.head_dim, jet.head_v_dim)
+    H, K, V = jet.num_heads // ranks, jet.head_dim, jet.head_v_dim
+    states = ((H * V, jet.conv_size - 1), (H, K, V))
+    drafts = ((tokens, H * V), (tokens, H, K), (tokens, H, V), (tokens, H), (1,))
+    return states + drafts if tokens else states
 
 
-def copy_whole(state: Tensor, block_ids: list[int], cur_block_idx: int, num_accepted_tokens: int) -> MambaCopySpec:
-    """A state of a block, as prefix caching copies it; there are no drafts to skip."""
-    held = state[block_ids[cur_block_idx + num_accepted_tokens - 1]]
-    return MambaCopySpec(start_addr=held.data_ptr(), num_elements=held.numel())
+def _state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+    dtype, wide = vllm_config.model_config.dtype, torch.float32
+    drafts = (dtype, wide, wide, wide, torch.int32)
+    return (dtype, wide, *drafts) if _draft_tokens(vllm_config) else (dtype, wide)
 
 
 class JetBlockLayer(JetBlockOfRank, MambaBase):
-    """A JetBlock whose states are in vLLM's pages.
+    """A JetBlock whose states are in vLLM's pages, and with drafts also what commits them.
 
     Raises:
-        NotImplementedError: weights are quantised, or there are speculative tokens.
+        NotImplementedError: weights are quantised, or prefixes are cached where there are drafts.
     """
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = ""):
         if vllm_config.quant_config is not None:
             raise NotImplementedError("jetkernels: JetBlocks in vLLM take no quantised weights")
-        if vllm_config.speculative_config is not None:
-            raise NotImplementedError("jetkernels: drafts are not verified in vLLM")
+        self.tokens = _draft_tokens(vllm_config)
+        if self.tokens and vllm_config.cache_config.mamba_cache_mode == "align":
+            raise NotImplementedError(
+                "jetkernels: vLLM cannot cache prefixes of a JetBlock where there are drafts: add "
+                "--no-enable-prefix-caching"
+            )
+        # Captured graphs are then replayed with other lengths than they were captured with.
+        self.even = not getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
         config, self.ranks = _sizes(vllm_config), get_tensor_model_parallel_world_size()
-        self.shapes = _state_shapes(config, self.ranks)
-        self.dtypes = (vllm_config.model_config.dtype, torch.float32)
+        self.shapes = _state_shapes(config, self.ranks, self.tokens)
+        self.dtypes = _state_dtypes(vllm_config)
         super().__init__(config.hidden_size, config.jet, get_tensor_model_parallel_rank(), self.ranks)
         self.prefix = prefix
         layers = get_current_vllm_config().compilation_config.static_forward_context
@@ -88,12 +103,16 @@ class JetBlockLayer(JetBlockOfRank, MambaBase):
         return MambaAttentionBackendEnum.GDN_ATTN
 
     def get_state_shape(self) -> Shapes:
-        """(D, W-1) and (H, K, V): K first, as the kernels want it."""
+        """(D, W-1) and (H, K, V), K first as the kernels want it; with drafts what `_state_shapes` says."""
         return self.shapes
 
-    def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
-        """The model's, and fp32."""
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """Of the states, in the same order."""
         return self.dtypes
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
+        """A block holds the drafts of a request: they need no blocks of their own."""
+        return replace(super().get_kv_cache_spec(vllm_config), num_speculative_blocks=0)
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """[total, C] -> [total, C]."""
@@ -109,18 +128,61 @@ class JetBlockLayer(JetBlockOfRank, MambaBase):
         if mine is None:  # memory is being measured
             output.zero_()
             return
-        total, rows = mine.num_actual_tokens, rows_of(mine.non_spec_state_indices_tensor)
-        starts, has = mine.non_spec_query_start_loc, mine.has_initial_state
-        if mine.num_prefills:
-            batch = RaggedBatch(mine.num_decodes, starts, rows, has)
+        if mine.spec_sequence_masks is None:
+            total = mine.num_actual_tokens
+            if not mine.num_prefills:
+                # All are decodes; a captured graph has more of them than there are, on block 0.
+                total = min(total, len(mine.non_spec_state_indices_tensor))
+            output[:total] = self._read(hidden_states[:total], mine)
         else:
-            # All are decodes; a captured graph has more of them than there are, on block 0.
-            total = min(total, len(rows))
-            batch = RaggedBatch(total, starts[: total + 1], rows[:total])
-        conv_state, recurrent_state = cast(tuple[Tensor, Tensor], self.kv_cache)
-        y = forward_(self, hidden_states[:total], JetBlockState(conv_state, recurrent_state), batch)
-        output[:total] = tensor_model_parallel_all_reduce(y) if self.ranks > 1 else y
+            total = len(mine.spec_token_indx) + len(mine.non_spec_token_indx)
+            for at, compute in ((mine.non_spec_token_indx, self._read), (mine.spec_token_indx, self._verify)):
+                if len(at):
+                    output[at] = compute(hidden_states[at], mine)
         output[total:].zero_()
+
+    def _read(self, x: Tensor, mine: Any) -> Tensor:
+        """Requests without drafts."""
+        rows, starts = rows_of(mine.non_spec_state_indices_tensor), mine.non_spec_query_start_loc
+        if mine.num_prefills:
+            batch = RaggedBatch(mine.num_decodes, starts, rows, mine.has_initial_state)
+        else:
+            rows = rows[: len(x)]
+            batch = RaggedBatch(len(x), starts[: len(x) + 1], rows)
+        pools, kept = self._pools()
+        if kept is not None:
+            # The last token of a prompt that came alone was verified, and counts; drafts behind it would not.
+            drafts, pending = kept
+            accepted = take(pending, rows)[:, 0].clamp(max=1)
+            goes_on = rows >= 0 if batch.has_initial_state is None else (rows >= 0) & batch.has_initial_state
+            commit_(pools, drafts, rows, torch.where(goes_on, accepted, 0).to(torch.int64))
+            put_(pending, rows, torch.zeros_like(rows)[:, None])
+        return self._reduced(forward_(self, x, pools, batch))
+
+    def _verify(self, x: Tensor, mine: Any) -> Tensor:
+        """Requests whose tokens may be drafts: those of the step before are committed first."""
+        pools, kept = self._pools()
+        assert kept is not None
+        drafts, pending = kept
+        starts, rows = mine.spec_query_start_loc, rows_of(mine.spec_state_indices_tensor[:, 0])
+        # After a prompt nothing is pending, whatever vLLM counts as accepted.
+        accepted = torch.minimum(mine.num_accepted_tokens, take(pending, rows)[:, 0]).to(torch.int64)
+        commit_(pools, drafts, rows, torch.where(rows >= 0, accepted, 0))
+        tokens = (self.even and mine.uniform_spec_sequence_length) or self.tokens
+        steps = torch.arange(tokens, device=x.device)
+        y = verify_(self, x[(starts[:-1, None] + steps).clamp(max=len(x) - 1)], pools, drafts, rows)
+        put_(pending, rows, starts.diff()[:, None])
+        place = torch.arange(len(x), device=x.device)
+        n = (torch.searchsorted(starts, place, right=True) - 1).clamp(max=len(rows) - 1)
+        return self._reduced(y[n, (place - starts[n]).clamp(max=tokens - 1)])
+
+    def _pools(self) -> tuple[JetBlockState, tuple[DraftPools, Tensor] | None]:
+        conv_state, recurrent_state, *kept = cast(tuple[Tensor, ...], self.kv_cache)
+        pools = JetBlockState(conv_state, recurrent_state)
+        return pools, (DraftPools(*kept[:4]), kept[4]) if kept else None
+
+    def _reduced(self, y: Tensor) -> Tensor:
+        return tensor_model_parallel_all_reduce(y) if self.ranks > 1 else y
 
 
 class AttentionLayer(nn.Module):
@@ -279,17 +341,18 @@ class JetNemotronForCausalLM(nn.Module, HasInnerState, IsHybrid):
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Shapes:
         """Of one rank, without the dimension of the blocks."""
-        return _state_shapes(_sizes(vllm_config), vllm_config.parallel_config.tensor_parallel_size)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        return _state_shapes(_sizes(vllm_config), ranks, _draft_tokens(vllm_config))
 
     @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
         """In the same order."""
-        return vllm_config.model_config.dtype, torch.float32
+        return _state_dtypes(vllm_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Any, Any]:
-        """In the same order."""
-        return copy_whole, copy_whole
+        """In the same order, for prefix caching: both are copied whole, as there are no drafts then."""
+        return get_temporal_copy_spec, get_temporal_copy_spec
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Takes the tensors of a published checkpoint; returns the names of the parameters that have been filled."""

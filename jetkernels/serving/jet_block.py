@@ -11,7 +11,11 @@ from torch.types import Device
 from jetkernels.modules import JetBlock, JetBlockConfig, JetBlockState
 from jetkernels.modules.dynamic_conv import commit_conv_state_
 from jetkernels.modules.projections import apply
-from jetkernels.ops import recurrent_gated_delta_rule_commit_, recurrent_gated_delta_rule_verify
+from jetkernels.ops import (
+    prefill_gated_delta_rule_,
+    recurrent_gated_delta_rule_commit_,
+    recurrent_gated_delta_rule_verify,
+)
 
 from .batch import RaggedBatch
 
@@ -24,6 +28,18 @@ def new_pools(
     An engine may hand over views of its own memory instead, with any strides that do not overlap.
     """
     return JetBlockState.zeros(config, rows, device=device, dtype=dtype)
+
+
+def take(pool: Tensor, state_indices: Tensor) -> Tensor:
+    """Rows [N, ...] of a pool, a copy; row 0 in the place of those that are negative."""
+    return pool.index_select(0, state_indices.clamp(min=0))
+
+
+def put_(pool: Tensor, state_indices: Tensor, new: Tensor) -> None:
+    """`new` [N, ...] to rows of a pool; where there are negative ones, row 0 keeps what it has."""
+    is_row = (state_indices >= 0).view(-1, *[1] * (pool.dim() - 1))
+    new = torch.where(is_row, new.to(pool.dtype), pool[:1])
+    pool.index_copy_(0, state_indices.clamp(min=0).to(torch.int64), new)
 
 
 class DraftPools(NamedTuple):
@@ -84,24 +100,49 @@ def _read_prompts_(block: JetBlock, x: Tensor, pools: JetBlockState, batch: Ragg
     """`forward_` of the sequences behind those that decode; x: their tokens."""
     D, has = batch.num_decodes, batch.has_initial_state
     rows = batch.state_indices[D:].to(torch.int64)
+    has = rows.new_zeros(rows.shape, dtype=torch.bool) if has is None else has[D:]
     cu_seqlens = batch.query_start_loc[D:] - D  # the first D sequences have a token each
-    before = None
-    if has is not None:
-        held = JetBlockState(*(pool.index_select(0, rows) for pool in pools))
-        # Not a product: a row that was used before may hold anything.
-        before = JetBlockState(*(torch.where(_column(has[D:], t), t, 0) for t in held))
+    # Not a product: a row that was used before may hold anything.
+    before = torch.where(has.view(-1, 1, 1), take(pools.conv_state, rows), 0)
     x = x[None]
     p = block._project(x)
-    o, after = block._recur(x, p, cu_seqlens, before, output_final_state=True)
+    tokens, after = block._tokens(x, p, cu_seqlens, before, True)
     assert after is not None
-    for pool, new in zip(pools, after):
-        pool.index_copy_(0, rows, new.to(pool.dtype))
+    mark_tokens = None if batch.mark_tokens is None else batch.mark_tokens - D
+    o = prefill_gated_delta_rule_(
+        *tokens,
+        pools.recurrent_state,
+        cu_seqlens,
+        rows,
+        has,
+        mark_tokens,
+        batch.mark_indices,
+        use_qk_l2norm_in_kernel=True,
+    )
+    if mark_tokens is not None and batch.mark_indices is not None:
+        marked = _inputs_before(mark_tokens.to(torch.int64), cu_seqlens, p.v[0], before)
+        pools.conv_state.index_copy_(0, batch.mark_indices.to(torch.int64), marked.to(pools.conv_state.dtype))
+    put_(pools.conv_state, rows, after)
     return apply(block.o_proj, "o_proj", block.o_norm(o, p.gate).flatten(-2))[0]
 
 
-def _column(x: Tensor, like: Tensor) -> Tensor:
-    """[N] as [N, 1, ...] of as many dimensions."""
-    return x.view(-1, *[1] * (like.dim() - 1))
+def _inputs_before(tokens: Tensor, cu_seqlens: Tensor, x: Tensor, before: Tensor) -> Tensor:
+    """States of the convolution behind so many tokens of the packed row.
+
+    Args:
+        tokens: [M] int64, none at the beginning of a sequence.
+        cu_seqlens: [N+1].
+        x: [T, D], the convolution's inputs.
+        before: [N, D, W-1], its states before the sequences.
+
+    Returns: [M, D, W-1].
+    """
+    n = torch.searchsorted(cu_seqlens.to(torch.int64), tokens) - 1
+    back = torch.arange(-before.shape[2], 0, device=x.device)
+    local = (tokens - cu_seqlens[n])[:, None] + back  # [M, W-1], negative where the input is of an earlier call
+    inputs = x[(tokens[:, None] + back).clamp(min=0)].mT
+    held = before[n].gather(2, (local + before.shape[2]).clamp(max=before.shape[2] - 1)[:, None].expand_as(inputs))
+    return torch.where(local[:, None] >= 0, inputs, held)
 
 
 @torch.no_grad()
@@ -113,19 +154,20 @@ def verify_(block: JetBlock, x: Tensor, pools: JetBlockState, drafts: DraftPools
         x: [N, T, C], its inputs, T at most the tokens that `drafts` has room for.
         pools: of the states.
         drafts: rows of these sequences are overwritten.
-        state_indices: [N] int64, rows of the pools, none negative.
+        state_indices: [N], rows of the pools; a sequence with a negative one is none, and its outputs are not defined.
+            Where there is such a one, row 0 belongs to nobody.
 
     Returns: [N, T, C].
     """
     T = x.shape[1]
     state = pools.recurrent_state
     p = block._project(x)
-    tokens, _ = block._tokens(x, p, None, pools.conv_state.index_select(0, state_indices), False)
+    tokens, _ = block._tokens(x, p, None, take(pools.conv_state, state_indices), False)
     wide = torch.promote_types(state.dtype, torch.float32)
     keys, updates = (torch.empty(t.shape, dtype=wide, device=t.device) for t in (tokens[1], tokens[2]))
     o = recurrent_gated_delta_rule_verify(*tokens, state, keys, updates, state_indices, use_qk_l2norm_in_kernel=True)
     for pool, new in zip(drafts, (p.v, keys, updates, tokens[3]), strict=True):
-        pool[:, :T].index_copy_(0, state_indices, new.to(pool.dtype))
+        put_(pool[:, :T], state_indices, new)
     return apply(block.o_proj, "o_proj", block.o_norm(o, p.gate).flatten(-2))
 
 
@@ -136,11 +178,11 @@ def commit_(pools: JetBlockState, drafts: DraftPools, state_indices: Tensor, num
     Args:
         pools: updated in place.
         drafts: as `verify_` left them.
-        state_indices: [N] int64, rows of the pools, none negative.
+        state_indices: as `verify_` had them.
         num_accepted: [N] int64, each from 0 to the tokens that were verified.
     """
-    x, keys, updates, g = (pool.index_select(0, state_indices) for pool in drafts)
-    conv = pools.conv_state.index_select(0, state_indices)
+    x, keys, updates, g = (take(pool, state_indices) for pool in drafts)
+    conv = take(pools.conv_state, state_indices)
     commit_conv_state_(conv, x, num_accepted)
-    pools.conv_state.index_copy_(0, state_indices, conv)
+    put_(pools.conv_state, state_indices, conv)
     recurrent_gated_delta_rule_commit_(keys, updates, g, num_accepted, pools.recurrent_state, state_indices)

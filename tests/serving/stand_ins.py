@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from math import prod
 from types import ModuleType, SimpleNamespace
@@ -48,6 +49,15 @@ def forget(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delattr(jetkernels.serving, name, raising=False)
 
 
+@dataclass(frozen=True)
+class MambaSpec:
+    """Of vllm.v1.kv_cache_interface, a few fields."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    num_speculative_blocks: int = 0
+
+
 class MambaBase:
     """Of vllm.model_executor.layers.mamba.abstract."""
 
@@ -59,6 +69,9 @@ class MambaBase:
             states.append(pages[:, offset : offset + nbytes].view(dtype).view(-1, *shape))
             offset += nbytes
         self.kv_cache = tuple(states)
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> MambaSpec:
+        return MambaSpec(tuple(self.get_state_shape()), self.get_state_dtype(), vllm_config.num_speculative_tokens)
 
 
 def _loads(parameter: nn.Parameter, sizes: dict) -> nn.Parameter:
@@ -191,12 +204,77 @@ class GDNAttentionMetadata:
     has_initial_state: Tensor | None = None
     non_spec_query_start_loc: Tensor | None = None
     non_spec_state_indices_tensor: Tensor | None = None
+    num_decode_tokens: int = 0
+    prefill_query_start_loc: Tensor | None = None
+    prefill_state_indices: Tensor | None = None
+    prefill_has_initial_state: Tensor | None = None
+    spec_sequence_masks: Tensor | None = None
+    spec_query_start_loc: Tensor | None = None
+    spec_state_indices_tensor: Tensor | None = None
+    spec_token_indx: Tensor | None = None
+    non_spec_token_indx: Tensor | None = None
+    num_accepted_tokens: Tensor | None = None
+    uniform_spec_sequence_length: int | None = None
+    flashinfer_checkpoint_plan: Any = None
 
 
-@dataclass
-class MambaCopySpec:
-    start_addr: int
-    num_elements: int
+class QwenGatedDeltaNetAttention(nn.Module):
+    """Of vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn, what `_forward_core` uses."""
+
+    def __init__(self, prefix: str, Hk: int, H: int, K: int, V: int, blocks: int):
+        super().__init__()
+        self.prefix, self.activation = prefix, "silu"
+        D = 2 * Hk * K + H * V
+        self.conv1d = nn.Conv1d(D, D, 4, groups=D, bias=False)
+        self.A_log, self.dt_bias = (nn.Parameter(torch.randn(H)) for _ in range(2))
+        # Pages: the convolution's state [W-1, D] in front of the other one.
+        pages = torch.full((blocks, 3 * D + H * V * K + 7), torch.nan)
+        conv, rule = pages[:, : 3 * D], pages[:, 3 * D : 3 * D + H * V * K]
+        self.kv_cache = (conv.unflatten(1, (3, D)), rule.unflatten(1, (H, V, K)))
+
+    def _forward_core(self, mixed_qkv, b, a, core_attn_out) -> None:
+        raise AssertionError("vLLM's own")
+
+
+def _causal_conv(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    """[T, D] behind [D, W-1], which is updated -> [T, D]."""
+    padded = torch.cat([state.mT, x])
+    state.copy_(padded[-state.shape[1] :].mT)
+    return F.silu(sum(padded[j : j + len(x)] * weight[:, j] for j in range(weight.shape[1])))
+
+
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias,
+    conv_states,
+    query_start_loc,
+    cache_indices=None,
+    has_initial_state=None,
+    activation="silu",
+    metadata=None,
+):
+    out, bounds = torch.empty_like(x), query_start_loc.tolist()
+    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        state = conv_states[int(cache_indices[n])]
+        if not has_initial_state[n]:
+            state.zero_()
+        out[:, begin:end] = _causal_conv(x[:, begin:end].mT, weight, state).mT
+    return out
+
+
+def causal_conv1d_update(
+    x, conv_state, weight, bias=None, activation=None, conv_state_indices=None, validate_data=False
+):
+    rows = conv_state_indices.tolist()
+    return torch.stack(
+        [_causal_conv(x[n : n + 1], weight, conv_state[row])[0] if row else x[n] for n, row in enumerate(rows)]
+    )
+
+
+def get_temporal_copy_spec(state, block_ids, cur_block_idx, num_accepted_tokens):
+    """Of vllm.model_executor.layers.mamba.mamba_utils; its runner knows the function by its identity."""
+    raise AssertionError("vLLM's own")
 
 
 class HasInnerState(Protocol):
@@ -216,7 +294,8 @@ def vllm_config(hf_config: Any, dtype: torch.dtype = torch.float32) -> SimpleNam
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config, dtype=dtype),
         parallel_config=SimpleNamespace(tensor_parallel_size=CONTEXT.ranks),
-        cache_config=None,
+        cache_config=SimpleNamespace(mamba_cache_mode="none"),
+        num_speculative_tokens=0,
         quant_config=None,
         speculative_config=None,
         compilation_config=SimpleNamespace(static_forward_context=CONTEXT.no_compile_layers),
@@ -256,7 +335,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> type:
     )
     put(f"{layers}.logits_processor", LogitsProcessor=LogitsProcessor)
     put(f"{layers}.mamba.abstract", MambaBase=MambaBase)
-    put(f"{layers}.mamba.mamba_utils", MambaCopySpec=MambaCopySpec)
+    put(f"{layers}.mamba.mamba_utils", get_temporal_copy_spec=get_temporal_copy_spec)
     put(f"{layers}.mamba.gdn.olmo_gdn_linear_attn")
     put(f"{layers}.rotary_embedding", get_rope=Rotary)
     put(
@@ -273,7 +352,27 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> type:
         CONTEXT.no_compile_layers[layer_name]._full_forward(hidden_states=hidden_states, output=output)
 
     monkeypatch.setattr(torch.ops, "vllm", SimpleNamespace(olmo_hybrid_gdn_full_forward=full_forward), raising=False)
-    forget(monkeypatch, "for_vllm")
+
+    class PluggableLayer(nn.Module):
+        @classmethod
+        def register_oot(cls, layer: type, name: str) -> None:
+            assert name not in replaced
+            replaced[name] = layer
+
+    replaced: dict[str, type] = {}
+    put("vllm.model_executor.custom_op", PluggableLayer=PluggableLayer, op_registry_oot=replaced)
+    put(
+        f"{layers}.mamba.gdn.qwen_gdn_linear_attn",
+        QwenGatedDeltaNetAttention=QwenGatedDeltaNetAttention,
+    )
+    put(f"{layers}.mamba.mamba_utils", is_conv_state_dim_first=lambda: False)
+    put(
+        f"{layers}.mamba.ops.causal_conv1d",
+        causal_conv1d_fn=causal_conv1d_fn,
+        causal_conv1d_update=causal_conv1d_update,
+    )
+    for name in ("for_vllm", "gated_delta_net_for_vllm"):
+        forget(monkeypatch, name)
     return ModelRegistry
 
 
@@ -319,6 +418,19 @@ class SglangConfig:
         raise AssertionError("SGLang's own")
 
 
+class LinearAttnKernelBase(ABC):
+    """Of sglang.srt.layers.attention.linear.kernels.kernel_backend."""
+
+    uses_state_checkpoints: bool = False
+    supports_track_state_snapshot: bool = False
+
+    @abstractmethod
+    def decode(self, q, k, v, a, b, *, A_log, dt_bias, ssm_states, cache_indices, query_start_loc, **kwargs): ...
+
+    @abstractmethod
+    def extend(self, q, k, v, g, beta, *, ssm_states, cache_indices, query_start_loc, **kwargs): ...
+
+
 class HookType(enum.Enum):
     AFTER = "after"
     REPLACE = "replace"
@@ -352,5 +464,9 @@ def install_sglang(monkeypatch: pytest.MonkeyPatch) -> type:
     )
     put("sglang.srt.model_executor.forward_context", get_attn_backend=lambda: CONTEXT.backend)
     put("sglang.srt.plugins.hook_registry", HookRegistry=HookRegistry, HookType=HookType)
-    forget(monkeypatch, "for_sglang")
+    kernels = "sglang.srt.layers.attention.linear.kernels"
+    put(f"{kernels}.kernel_backend", LinearAttnKernelBase=LinearAttnKernelBase)
+    put(f"{kernels}.gdn_triton", TritonGDNKernel=type("TritonGDNKernel", (), {}))
+    for name in ("for_sglang", "gated_delta_net_for_sglang"):
+        forget(monkeypatch, name)
     return HookRegistry

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from serving.stand_ins import CONTEXT, GDNAttentionMetadata, install_sglang, install_vllm, vllm_config
+from serving.stand_ins import (
+    CONTEXT,
+    GDNAttentionMetadata,
+    get_temporal_copy_spec,
+    install_sglang,
+    install_vllm,
+    vllm_config,
+)
 from support.model_cases import small_block, small_model, stir_, tokens
 
 from jetkernels.modules import JetBlock
@@ -51,7 +58,7 @@ def pages_of(layer):
     nbytes = sum(torch.Size(s).numel() * d.itemsize for s, d in zip(layer.get_state_shape(), layer.get_state_dtype()))
     room = -(-nbytes // 64) * 64 + 64  # a page is wider than the states in it
     layer.bind_kv_cache(torch.full((BLOCKS, 1, 1, room), -1, dtype=torch.int8))
-    assert all(state.isnan().all() for state in layer.kv_cache)
+    assert all(state.isnan().all() for state in layer.kv_cache if state.is_floating_point())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -108,19 +115,99 @@ def test_vllm_gives_the_tokens_of_the_model(vllm, tied, padded):
             assert all(state[0].isnan().all() for state in layer.kv_cache), "block 0 is nobody's"
     for y, want in zip(got, expected):
         torch.testing.assert_close(torch.cat(y), want.detach(), rtol=0, atol=1e-4)
-    copies = engine.get_mamba_state_copy_func()
-    for copy, state in zip(copies, jets["model.layers.0.self_attn"].kv_cache, strict=True):
-        spec = copy(state, [5, 2, 6], 1, 1)
-        assert (spec.start_addr, spec.num_elements) == (state[2].data_ptr(), state[2].numel())
+    assert engine.get_mamba_state_copy_func() == (get_temporal_copy_spec,) * 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_vllm_verifies_drafts(vllm, seed):
+    """Requests with drafts, of which any may be wrong, beside prompts: every token that counts is the model's."""
+    own, most = small_model("jet", "jet").eval(), 3
+    config = vllm_config(hf_config(own.config))
+    config.speculative_config, config.num_speculative_tokens = object(), most
+    engine = vllm(vllm_config=config)
+    engine.load_weights(own.state_dict().items())
+    jets, shapes = CONTEXT.no_compile_layers, engine.get_mamba_state_shape_from_config(config)
+    for layer in jets.values():
+        assert layer.get_state_shape() == shapes and len(shapes) == len(layer.get_state_dtype()) == 7
+        assert layer.get_state_dtype() == engine.get_mamba_state_dtype_from_config(config)
+        assert layer.get_kv_cache_spec(config).num_speculative_blocks == 0
+        pages_of(layer)
+    draw, lengths = random.Random(seed), (40, 3, 25, 31)
+    ids = [tokens(n, seed=n) for n in lengths]
+    expected = [own(row[None]).logits[0] for row in ids]
+    rows, read, accepted = [3, 1, 6, 2], [0] * 4, [1] * 4
+    prompt, got = [draw.randint(1, n) for n in lengths], [[] for _ in ids]
+    while left := [i for i in range(4) if read[i] < lengths[i]]:
+        batch = []  # (request, tokens, how many of them count, whether the others are drafts)
+        for i in draw.sample(left, draw.randint(1, len(left))):
+            if read[i] < prompt[i]:
+                count = draw.randint(1, prompt[i] - read[i])
+                # A token alone may come as one to verify, and more of the prompt behind it.
+                alone = count == 1 and read[i] > 0 and draw.random() < 0.5
+                batch.append((i, ids[i][read[i] : read[i] + count], count, alone))
+                continue
+            drafts = draw.randint(0, most)
+            prompt[i] = 0
+            right = draw.randint(0, min(drafts, lengths[i] - read[i] - 1))
+            wrong = (ids[i][read[i]].repeat(drafts - right) + 1) % own.config.vocab_size
+            batch.append((i, torch.cat([ids[i][read[i] : read[i] + 1 + right], wrong]), 1 + right, True))
+        extra = 2 if all(verifies for *_, verifies in batch) and draw.random() < 0.5 else 0  # of a captured graph
+        CONTEXT.attn_metadata = dict.fromkeys(jets, drafts_metadata(batch, rows, read, accepted, extra))
+        x = torch.cat([x for _, x, _, _ in batch] + [torch.zeros(extra, dtype=torch.int64)])
+        with torch.no_grad():
+            logits = engine.compute_logits(engine(x, torch.zeros_like(x)))
+        for (i, _, count, verifies), y in zip(batch, logits.split([len(x) for _, x, _, _ in batch] + [1] * extra)):
+            got[i].append(y[:count])
+            read[i] += count
+            accepted[i] = count if verifies else 1
+        for layer in jets.values():
+            assert all(state[0].isnan().all() for state in layer.kv_cache if state.is_floating_point())
+            assert (layer.kv_cache[-1][0] == -1).all(), "block 0 is nobody's"
+    for y, want in zip(got, expected):
+        torch.testing.assert_close(torch.cat(y), want.detach(), rtol=0, atol=1e-4)
+
+
+def drafts_metadata(batch, rows, read, accepted, extra):
+    """As vLLM's builder makes it of requests with drafts and others."""
+    counts = [len(x) for _, x, _, _ in batch]
+    places = torch.arange(sum(counts)).split(counts)
+    spec, plain = ([n for n, (*_, verifies) in enumerate(batch) if verifies == wanted] for wanted in (True, False))
+
+    def offsets(which, more=0):
+        ends = torch.tensor([0, *(counts[n] for n in which)]).cumsum(0).to(torch.int32)
+        return torch.cat([ends, ends[-1:].repeat(more)])
+
+    def of_requests(values, which, fill=0, more=0):
+        return torch.tensor([values[batch[n][0]] for n in which] + [fill] * more, dtype=torch.int32)
+
+    metadata = GDNAttentionMetadata(num_prefills=len(plain), num_decodes=0, num_actual_tokens=sum(counts))
+    if plain:
+        metadata.has_initial_state = of_requests(read, plain) > 0
+        metadata.non_spec_query_start_loc = offsets(plain)
+        metadata.non_spec_state_indices_tensor = of_requests(rows, plain)
+    if spec:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        metadata.spec_sequence_masks = torch.tensor([verifies for *_, verifies in batch])
+        metadata.spec_query_start_loc = offsets(spec, extra)
+        metadata.spec_state_indices_tensor = of_requests(rows, spec, 0, extra)[:, None]
+        metadata.spec_token_indx = torch.cat([nothing, *(places[n] for n in spec)])
+        metadata.non_spec_token_indx = torch.cat([nothing, *(places[n] for n in plain)])
+        metadata.num_accepted_tokens = of_requests(accepted, spec, 1, extra)
+        same = {counts[n] for n in spec}
+        metadata.uniform_spec_sequence_length = same.pop() if len(same) == 1 else None
+    return metadata
 
 
 def test_vllm_refuses_what_is_not_computed(vllm):
     config = vllm_config(hf_config(small_model("jet").config))
-    for name, said in (("quant_config", "no quantised weights"), ("speculative_config", "drafts are not verified")):
-        setattr(config, name, object())
-        with pytest.raises(NotImplementedError, match=said):
-            vllm(vllm_config=config)
-        setattr(config, name, None)
+    config.quant_config = object()
+    with pytest.raises(NotImplementedError, match="no quantised weights"):
+        vllm(vllm_config=config)
+    config.quant_config, config.speculative_config = None, object()
+    config.num_speculative_tokens, config.cache_config.mamba_cache_mode = 2, "align"
+    with pytest.raises(NotImplementedError, match="cannot cache prefixes of a JetBlock where there are drafts"):
+        vllm(vllm_config=config)
+    config.speculative_config, config.num_speculative_tokens = None, 0
     vllm(vllm_config=config)
     with pytest.raises(ValueError, match="must be made once"):
         vllm(vllm_config=config)

@@ -99,6 +99,39 @@ def test_drafts_that_count_are_as_if_they_had_been_read(accepted, seed):
         torch.testing.assert_close(pool, want)
 
 
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4), decodes=st.integers(0, 2), seed=st.integers(0, 99)
+)
+def test_states_at_marks_are_those_of_shorter_prompts(lengths, decodes, seed):
+    draw, block = random.Random(seed), small_block(dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    starts = [0, *torch.tensor([1] * decodes + lengths).cumsum(0).tolist()]
+    N, prompts = decodes + len(lengths), list(zip(starts[decodes:-1], starts[decodes + 1 :]))
+    legal = {t: n for n, (begin, end) in enumerate(prompts) for t in (*range(begin + 64, end, 64), end)}
+    marks = draw.sample(sorted(legal), draw.randint(0, len(legal)))
+    rows = draw.sample(range(N + len(marks)), N + len(marks))
+    pools = new_pools(block.config, len(rows), dtype=torch.float64)
+    for pool in pools:
+        pool.normal_(generator=generator)
+    fresh = type(pools)(*(pool.clone() for pool in pools))
+    x = torch.randn(starts[-1], block.hidden_size, dtype=torch.float64, generator=generator)
+    has = torch.tensor([True] * decodes + [draw.random() < 0.5 for _ in lengths])
+    of = {"state_indices": torch.tensor(rows[:N]), "has_initial_state": has}
+    at = {
+        "mark_tokens": torch.tensor(marks, dtype=torch.int64),
+        "mark_indices": torch.tensor(rows[N:], dtype=torch.int64),
+    }
+    forward_(block, x, pools, RaggedBatch(decodes, torch.tensor(starts), **of, **at))
+    for token, row in zip(marks, rows[N:]):
+        n = legal[token]
+        begin, alone = prompts[n][0], type(fresh)(*(pool.clone() for pool in fresh))
+        one = slice(decodes + n, decodes + n + 1)
+        short = RaggedBatch(0, torch.tensor([0, token - begin]), of["state_indices"][one], has[one])
+        forward_(block, x[begin:token], alone, short)
+        for pool, want in zip(pools, alone):
+            torch.testing.assert_close(pool[row], want[rows[decodes + n]])
+
+
 def test_a_batch_without_tokens_and_wrong_ones():
     block, pools = small_block(), new_pools(small_block().config, P)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -113,6 +146,8 @@ def test_a_batch_without_tokens_and_wrong_ones():
         forward_(block, x, pools, RaggedBatch(3, torch.tensor([0, 1, 2]), rows))
     with pytest.raises(ValueError, match=r"has_initial_state must be \[2\] bool, got torch.int64 \[2\]"):
         forward_(block, x, pools, RaggedBatch(0, torch.tensor([0, 1, 2]), rows, torch.tensor([1, 0])))
+    with pytest.raises(ValueError, match="mark_tokens and mark_indices go together, got only mark_tokens"):
+        forward_(block, x, pools, RaggedBatch(0, torch.tensor([0, 1, 2]), rows, mark_tokens=rows))
     assert not any(pool.any() for pool in pools)
 
 
