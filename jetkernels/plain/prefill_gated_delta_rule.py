@@ -32,7 +32,9 @@ def prefill_gated_delta_rule(*arguments):
     cu_seqlens [N+1], has_initial_state [N] or None, mark_tokens, mark_indices [M] or None, scale, l2norm_qk
     -> o [1,T,H,V] in v's dtype; zeros for the sequences whose index is negative.
     """
-    *tokens, state, state_indices, cu_seqlens, has_initial_state, mark_tokens, mark_indices, scale, l2norm_qk = arguments
+    *tokens, state, state_indices, cu_seqlens, has_initial_state, mark_tokens, mark_indices, scale, l2norm_qk = (
+        arguments
+    )
     v = tokens[2]
     n = cu_seqlens.shape[0] - 1
     if n == 0 or state.numel() == 0:
@@ -42,7 +44,7 @@ def prefill_gated_delta_rule(*arguments):
     begin = old.to(accumulation_dtype(v))
     if has_initial_state is not None:
         begin = torch.where(has_initial_state.view(-1, 1, 1, 1), begin, 0)
-    o, final, states = forward(Inputs(*tokens, begin, cu_seqlens, scale, l2norm_qk))
+    o, final, states = forward(Inputs._make([*tokens, begin, cu_seqlens, scale, l2norm_qk]))
     cu = cu_seqlens.to(torch.int64).contiguous()
     if mark_tokens is not None and states is not None and mark_tokens.shape[0]:
         chunk, is_mark, of, at_end = chunks_of_marks(cu, mark_tokens.to(torch.int64))

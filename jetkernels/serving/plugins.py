@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-
 # Of vLLM's: architecture -> its file.
 MODELS = {
     "Qwen3NextForCausalLM": "qwen3_next",

@@ -184,9 +184,7 @@ def test_sglang(dispatcher, packed):
         torch.testing.assert_close(torch.cat(o), want, **TOLERANCE)
     ring = dict.fromkeys(("replayssm_d", "replayssm_k", "replayssm_g", "replayssm_write_pos"), x)
     with pytest.raises(NotImplementedError, match="--enable-linear-replayssm is not served"):
-        dispatcher.decode_kernel.packed_decode(
-            x, a, b, **raw, scale=1, num_v_heads=H, head_v_dim=V, **more, **ring
-        )
+        dispatcher.decode_kernel.packed_decode(x, a, b, **raw, scale=1, num_v_heads=H, head_v_dim=V, **more, **ring)
 
 
 def test_sglang_keeps_states_for_its_radix_cache(dispatcher):
