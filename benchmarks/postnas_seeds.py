@@ -71,7 +71,7 @@ def budget_section(full: int, folders: list[Path]) -> str:
 
 
 def curve_section(folders: list[Path]) -> str:
-    """What `--budgets` gave: each number of full layers, found, by importance and uniform, over the seeds; or nothing."""
+    """What `--budgets` gave: each number of full layers, found, by importance and uniform; nothing without it."""
     seeds = [json.loads((folder / "result.json").read_text()).get("budgets") or [] for folder in folders]
     if not all(seeds):
         return ""

@@ -27,8 +27,8 @@ class RaggedBatch:
     Attributes:
         num_decodes: how many of them have one token and a state; known to the host.
         query_start_loc: [N+1] int32 or int64, where each begins among the tokens.
-        state_indices: [N] int32 or int64, rows of the pools; a negative one touches no state (`rows_of`). Where there is
-            such a one, row 0 belongs to nobody.
+        state_indices: [N] int32 or int64, rows of the pools; a negative one touches no state (`rows_of`). Where there
+            is such a one, row 0 belongs to nobody.
         has_initial_state: [N] bool, whether something of the sequence has been read before: only then is its row read.
             None: of those that decode, and of no prompt.
         mark_tokens: [M] int32 or int64, numbers of tokens of the step, of prompts, after which the states are kept in

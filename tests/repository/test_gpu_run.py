@@ -339,15 +339,8 @@ def test_every_part_names_its_cases(tmp_path):
     steps = {"jet_block_step", "attention_step"}
     trained = norms | pointwise | {"chunk_gated_delta_rule", "dynamic_conv", "apply_dynamic_conv"}
     backwards = {f"{op}_backward" for op in trained}
-    every = (
-        {"chunk_gated_delta_rule", "prefill_gated_delta_rule"}
-        | recurrent
-        | convolution
-        | norms
-        | pointwise
-        | steps
-        | backwards
-    )
+    chunked = {"chunk_gated_delta_rule", "prefill_gated_delta_rule"}
+    every = chunked | recurrent | convolution | norms | pointwise | steps | backwards
     assert {case.op for case in smoke.cases().values()} == every
     assert set(model.OPS) <= every
     # Of every op that has a kernel some test is known by its name.
