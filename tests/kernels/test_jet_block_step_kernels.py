@@ -83,6 +83,15 @@ def test_views_of_one_projection(backend):
 
 @each_device
 @pytest.mark.parametrize("state_dtype", (F32, BF16), ids=ids)
+def test_a_pool_with_v_first_gives_the_same_bits(backend, state_dtype):
+    call = random(BF16, state_dtype, H=3, V=64)
+    v_first = call._replace(state=call.state.mT.contiguous().mT)
+    for out, ref in zip(properties.run(backend, v_first), properties.run(backend, call)):
+        assert_bitwise(out, ref)
+
+
+@each_device
+@pytest.mark.parametrize("state_dtype", (F32, BF16), ids=ids)
 def test_which_rows_are_read_and_written(backend, state_dtype):
     call = random(BF16, state_dtype)
     properties.negative_index_is_not_a_row(backend, call)
