@@ -12,6 +12,7 @@ from support.memory import poisoned_allocations
 from support.pool_properties import run
 from support.shapes import DeltaShape
 from support.strategies import seeds
+from torch import Tensor
 
 CHUNK = 64
 
@@ -77,8 +78,16 @@ def check(backend: OpsBackend, call: PrefillCall, state_ceiling: float | None = 
             assert_bitwise(out[:, begin:end], torch.zeros_like(out[:, begin:end]), "output of a negative index")
 
 
+def assert_same(backend: OpsBackend, out: Tensor, expected: Tensor, what: str) -> None:
+    """To the bit; in plain PyTorch, whose order of summation depends on the number of tokens, up to rounding."""
+    if backend.is_plain:
+        assert_error(what, out, expected, TOLERANCE[out.dtype].output)
+    else:
+        assert_bitwise(out, expected, what)
+
+
 def equals_the_op_without_a_pool(backend: OpsBackend, call: PrefillCall) -> None:
-    """To the bit, with a pool in the dtype of the arithmetic; also at marks, where the sequence is cut there."""
+    """With a pool in the dtype of the arithmetic; also at marks, where the sequence is cut there."""
     out, pool = run(backend, call)
     rows = rows_of(call)
     begin = torch.stack(
@@ -90,13 +99,13 @@ def equals_the_op_without_a_pool(backend: OpsBackend, call: PrefillCall) -> None
     o, final = backend("chunk_gated_delta_rule", *call[:5], begin, call.cu_seqlens, call.scale, call.l2norm_qk)
     for n, (row, (first, last)) in enumerate(zip(rows, bounds_of(call))):
         if row >= 0:
-            assert_bitwise(out[:, first:last], o[:, first:last], f"output of sequence {n}")
-            assert_bitwise(pool[row], final[n], f"state of sequence {n}")
+            assert_same(backend, out[:, first:last], o[:, first:last], f"output of sequence {n}")
+            assert_same(backend, pool[row], final[n], f"state of sequence {n}")
     for token, (n, row) in marks_of(call).items():
         first = bounds_of(call)[n][0]
         part = (t[:, first:token] for t in call[:5])
         _, state = backend("chunk_gated_delta_rule", *part, begin[n : n + 1], None, call.scale, call.l2norm_qk)
-        assert_bitwise(pool[row], state[0], f"state at mark {token}")
+        assert_same(backend, pool[row], state[0], f"state at mark {token}")
 
 
 def layout_does_not_matter(backend: OpsBackend, call: PrefillCall) -> None:
@@ -153,7 +162,7 @@ def every_element_is_written(backend: OpsBackend, call: PrefillCall) -> None:
 
 
 def pieces_equal_the_whole(backend: OpsBackend, call: PrefillCall, cut: int) -> None:
-    """A sequence cut behind whole chunks, in two calls: to the bit."""
+    """A sequence cut behind whole chunks, in two calls."""
     out, pool = run(backend, call)
     state = call.state.clone()
     parts = []
@@ -163,8 +172,8 @@ def pieces_equal_the_whole(backend: OpsBackend, call: PrefillCall, cut: int) -> 
         if first:
             part = part._replace(has_initial_state=None)
         parts.append(backend("prefill_gated_delta_rule", *part))
-    assert_bitwise(torch.cat(parts, 1), out, "output")
-    assert_bitwise(state, pool, "pool")
+    assert_same(backend, torch.cat(parts, 1), out, "output")
+    assert_same(backend, state, pool, "pool")
 
 
 @st.composite
