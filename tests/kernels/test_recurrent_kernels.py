@@ -435,7 +435,9 @@ def test_small_batches_spread_over_the_device(state_dtype, B, ctas):
 
 def test_no_spills_and_no_local_memory():
     kernels = report("csrc.gated_delta_rule.recurrent.launch")
-    assert len(kernels) == 16, "three ops and a step of a JetBlock, two pool dtypes, two tiles"
+    assert len(kernels) == 28, (
+        "three ops and a step of a JetBlock; pools by dtype, order and tile, but no fp32 V-first of 64"
+    )
     for name, facts in kernels.items():
         assert facts.spill_bytes == 0 and facts.stack_bytes == 0, name
         assert facts.registers <= 96, name
