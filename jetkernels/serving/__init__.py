@@ -12,4 +12,5 @@ from .jet_block import forward_ as forward_
 from .jet_block import new_draft_pools as new_draft_pools
 from .jet_block import new_pools as new_pools
 from .jet_block import verify_ as verify_
+from .jet_block import verify_with_states_ as verify_with_states_
 from .shares import JetBlockOfRank as JetBlockOfRank

@@ -16,13 +16,14 @@ from sglang.srt.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from sglang.srt.layers.attention.linear.utils import select_verify_intermediate_state_indices
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor
 
 from jetkernels.modules import JetBlockConfig, JetBlockState
 
 from .batch import RaggedBatch
-from .jet_block import forward_
+from .jet_block import forward_, verify_with_states_
 from .shares import JetBlockOfRank
 
 
@@ -70,22 +71,46 @@ class JetBlockLayer(JetBlockOfRank):
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: Any) -> Tensor:  # type: ignore[override]
         """[total, C] -> [total, C]; the states are those of the engine's pools.
 
+        Of draft tokens the states behind each go where SGLang takes them from, when it knows how many count.
+
         Raises:
-            NotImplementedError: the tokens are drafts.
+            NotImplementedError: draft tokens are a tree, of differing numbers, or to be kept as a buffer of updates.
         """
         mode = forward_batch.forward_mode
-        if mode.is_target_verify():
-            raise NotImplementedError("jetkernels: drafts are not verified in SGLang")
         backend = get_attn_backend().linear_attn_backend
         metadata = backend.forward_metadata
         held = backend.req_to_token_pool.mamba2_layer_cache(self.layer_id)
         pools = JetBlockState(held.conv[0], held.temporal)
         slots = metadata.mamba_cache_indices
-        rows = torch.where(slots > 0, slots, -1)  # both 0 and -1 are padding
-        N = len(slots)
-        if mode.is_decode_or_idle():
-            batch = RaggedBatch(min(N, len(hidden_states)), metadata.query_start_loc, rows)
+        state_indices = torch.where(slots > 0, slots, -1)  # both 0 and -1 are padding
+        if mode.is_target_verify():
+            y = self._verify_(hidden_states, pools, held, state_indices, backend, forward_batch)
+        elif mode.is_decode_or_idle():
+            decodes = min(len(slots), len(hidden_states))
+            y = forward_(self, hidden_states, pools, RaggedBatch(decodes, metadata.query_start_loc, state_indices))
         else:
-            batch = RaggedBatch(0, metadata.query_start_loc, rows, forward_batch.extend_prefix_lens > 0)
-        y = forward_(self, hidden_states, pools, batch)
+            has = forward_batch.extend_prefix_lens > 0
+            y = forward_(self, hidden_states, pools, RaggedBatch(0, metadata.query_start_loc, state_indices, has))
         return tensor_model_parallel_all_reduce(y) if self.ranks > 1 else y
+
+    def _verify_(
+        self, x: Tensor, pools: JetBlockState, held: Any, state_indices: Tensor, backend: Any, batch: Any
+    ) -> Tensor:
+        for refused, what in (
+            (backend.topk > 1, "trees of drafts (--speculative-eagle-topk above 1)"),
+            (batch.spec_info.ragged_verify_layout is not None, "drafts of differing numbers in one step"),
+            (held.intermediate_ssm is None, "drafts kept as updates (--enable-linear-replayssm-spec)"),
+        ):
+            if refused:
+                raise NotImplementedError(f"jetkernels: JetBlocks in SGLang do not verify {what}")
+        T = batch.spec_info.draft_token_num
+        state_indices = state_indices[: len(x) // T]
+        rows = select_verify_intermediate_state_indices(
+            backend.verify_intermediate_state_indices,
+            batch.req_pool_indices,
+            state_indices >= 0,
+            backend.req_to_token_pool.size,
+        )
+        after = JetBlockState(held.intermediate_conv_window[0], held.intermediate_ssm)
+        x = x.view(-1, T, x.shape[1])
+        return verify_with_states_(self, x, pools, after, state_indices, rows[: len(x)]).flatten(0, 1)

@@ -145,6 +145,23 @@ def _inputs_before(tokens: Tensor, cu_seqlens: Tensor, x: Tensor, before: Tensor
     return torch.where(local[:, None] >= 0, inputs, held)
 
 
+class _Verified(NamedTuple):
+    y: Tensor  # [N, T, C], the layer's outputs
+    drafts: DraftPools  # of these sequences alone
+
+
+def _verify(block: JetBlock, x: Tensor, pools: JetBlockState, state_indices: Tensor) -> _Verified:
+    """`verify_` without its last step: nothing is written."""
+    state = pools.recurrent_state
+    p = block._project(x)
+    tokens, _ = block._tokens(x, p, None, take(pools.conv_state, state_indices), False)
+    wide = torch.promote_types(state.dtype, torch.float32)
+    keys, updates = (torch.empty(t.shape, dtype=wide, device=t.device) for t in (tokens[1], tokens[2]))
+    o = recurrent_gated_delta_rule_verify(*tokens, state, keys, updates, state_indices, use_qk_l2norm_in_kernel=True)
+    y = apply(block.o_proj, "o_proj", block.o_norm(o, p.gate).flatten(-2))
+    return _Verified(y, DraftPools(p.v, keys, updates, tokens[3]))
+
+
 @torch.no_grad()
 def verify_(block: JetBlock, x: Tensor, pools: JetBlockState, drafts: DraftPools, state_indices: Tensor) -> Tensor:
     """The layer for draft tokens, of which any prefix may count later (`commit_`); the pools are only read.
@@ -159,16 +176,51 @@ def verify_(block: JetBlock, x: Tensor, pools: JetBlockState, drafts: DraftPools
 
     Returns: [N, T, C].
     """
+    verified = _verify(block, x, pools, state_indices)
+    for pool, new in zip(drafts, verified.drafts, strict=True):
+        put_(pool[:, : x.shape[1]], state_indices, new)
+    return verified.y
+
+
+@torch.no_grad()
+def verify_with_states_(
+    block: JetBlock, x: Tensor, pools: JetBlockState, after: JetBlockState, state_indices: Tensor, rows: Tensor
+) -> Tensor:
+    """`verify_` for an engine that keeps the states behind each draft token, and itself copies those that count.
+
+    K * V numbers a head and token are written, where `verify_` writes K + 2 V + 1 with the convolution's input.
+
+    Args:
+        block: the layer.
+        x: [N, T, C], its inputs.
+        pools: of the states; only read.
+        after: conv_state [R, S, D, W-1] and recurrent_state [R, S, H, K, V], R and S one dimension of memory, S at
+            least T; the first T of these rows are overwritten. Windows of a row may overlap, as those of one sequence.
+        state_indices: [N], rows of `pools`, as in `verify_`.
+        rows: [N], rows of `after`, each another where state_indices is not negative; where it is, what the row holds
+            afterwards is not defined.
+
+    Returns: [N, T, C].
+    """
     T = x.shape[1]
-    state = pools.recurrent_state
-    p = block._project(x)
-    tokens, _ = block._tokens(x, p, None, take(pools.conv_state, state_indices), False)
-    wide = torch.promote_types(state.dtype, torch.float32)
-    keys, updates = (torch.empty(t.shape, dtype=wide, device=t.device) for t in (tokens[1], tokens[2]))
-    o = recurrent_gated_delta_rule_verify(*tokens, state, keys, updates, state_indices, use_qk_l2norm_in_kernel=True)
-    for pool, new in zip(drafts, (p.v, keys, updates, tokens[3]), strict=True):
-        put_(pool[:, :T], state_indices, new)
-    return apply(block.o_proj, "o_proj", block.o_norm(o, p.gate).flatten(-2))
+    verified = _verify(block, x, pools, state_indices)
+    rows, drafts = rows.to(torch.int64), verified.drafts
+    inputs = torch.cat([take(pools.conv_state, state_indices).mT, drafts.inputs], 1)  # [N, W-1+T, D]
+    for t in range(T):
+        window = inputs[:, t + 1 : t + 1 + after.conv_state.shape[-1]].mT
+        after.conv_state[:, t].index_copy_(0, rows, window.to(after.conv_state.dtype))
+
+    # Each of the T states is that before the drafts, advanced by some of them: N T sequences for one commit.
+    states = after.recurrent_state
+    before = take(pools.recurrent_state, state_indices).to(states.dtype)
+    states[:, :T].index_copy_(0, rows, before[:, None].expand(-1, T, -1, -1, -1))
+    tokens = torch.arange(T, device=x.device)
+    places = torch.where(state_indices[:, None] >= 0, rows[:, None] * states.shape[1] + tokens, -1).flatten()
+    keys, updates, g = (t.repeat_interleave(T, 0) for t in drafts[1:])
+    num_accepted = (tokens + 1).repeat(len(rows))
+    pool = states.view(-1, *states.shape[2:])
+    recurrent_gated_delta_rule_commit_(keys, updates, g, num_accepted, pool, places)
+    return verified.y
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import jetkernels.serving
 from jetkernels.model.attention import causal_attention, rotary_table, rotate
 
-CONTEXT = SimpleNamespace(attn_metadata=None, no_compile_layers={}, rank=0, ranks=1)
+CONTEXT = SimpleNamespace(attn_metadata=None, no_compile_layers={}, rank=0, ranks=1, rows_by_request=False)
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
@@ -418,6 +418,14 @@ class SglangConfig:
         raise AssertionError("SGLang's own")
 
 
+def select_verify_intermediate_state_indices(default_indices, req_pool_indices, valid, pool_size):
+    """Of sglang.srt.layers.attention.linear.utils: rows for the states behind drafts, by place or by request."""
+    if not CONTEXT.rows_by_request:
+        return default_indices
+    requests = req_pool_indices[: valid.shape[0]]
+    return torch.where(valid, requests, torch.full_like(requests, pool_size)).to(torch.int32)
+
+
 class LinearAttnKernelBase(ABC):
     """Of sglang.srt.layers.attention.linear.kernels.kernel_backend."""
 
@@ -461,6 +469,10 @@ def install_sglang(monkeypatch: pytest.MonkeyPatch) -> type:
         get_tensor_model_parallel_rank=lambda: CONTEXT.rank,
         get_tensor_model_parallel_world_size=lambda: CONTEXT.ranks,
         tensor_model_parallel_all_reduce=lambda x: x,
+    )
+    put(
+        "sglang.srt.layers.attention.linear.utils",
+        select_verify_intermediate_state_indices=select_verify_intermediate_state_indices,
     )
     put("sglang.srt.model_executor.forward_context", get_attn_backend=lambda: CONTEXT.backend)
     put("sglang.srt.plugins.hook_registry", HookRegistry=HookRegistry, HookType=HookType)

@@ -243,57 +243,136 @@ def sglang(monkeypatch):
     sys.modules.pop("jetkernels.serving.for_sglang", None)
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_sglang_gives_what_the_block_gives(sglang, graphs):
-    from sglang.srt.configs.jet_nemotron import JetNemotronConfig
+class SglangLayer:
+    """A JetBlock of SGLang's second layer on pools full of NaN, called as the engine calls it."""
 
-    sizes = small_block().config.to_dict() | {"mode": "chunk", "dconv_implementation": "triton"}
-    config = JetNemotronConfig(20, ["attn", "jet", "jet"], {"jet": sizes})
-    layer = stir_(sglang(config, layer_id=1, prefix="model.layers.1.self_attn"))
-    assert isinstance(layer, JetBlock)
-    params = config.mamba2_cache_params
+    SLOTS, DRAFTS, REQUESTS = (4, 1, 5), 3, 6  # SLOTS of three requests; the engine takes so many at once
+
+    def __init__(self, layer_class):
+        from sglang.srt.configs.jet_nemotron import JetNemotronConfig
+
+        sizes = small_block().config.to_dict() | {"mode": "chunk", "dconv_implementation": "triton"}
+        self.config = JetNemotronConfig(20, ["attn", "jet", "jet"], {"jet": sizes})
+        self.layer = stir_(layer_class(self.config, layer_id=1, prefix="model.layers.1.self_attn"))
+        shape = self.config.mamba2_cache_params.shape
+        (D, held), (H, K, V) = shape.conv[0], shape.temporal
+        nan, rows = lambda *shape: torch.full(shape, torch.nan), self.REQUESTS + 1
+        # SGLang keeps the windows of a request's drafts in one row of memory, where they overlap.
+        inputs = nan(rows, D, self.DRAFTS + held - 1)
+        windows = inputs.as_strided((rows, self.DRAFTS, D, held), (*inputs.stride()[:1], 1, *inputs.stride()[1:]))
+        self.cache = SimpleNamespace(
+            conv=[nan(BLOCKS, D, held)],
+            temporal=nan(BLOCKS, H, K, V),
+            intermediate_conv_window=[windows],
+            intermediate_ssm=nan(rows, self.DRAFTS, H, K, V),
+        )
+        self.backend = SimpleNamespace(
+            forward_metadata=None,
+            req_to_token_pool=SimpleNamespace(
+                mamba2_layer_cache=lambda layer_id: self.cache if layer_id == 1 else None, size=self.REQUESTS
+            ),
+            topk=1,
+            verify_intermediate_state_indices=torch.arange(self.REQUESTS, dtype=torch.int32),
+        )
+        self.forward_batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(is_decode_or_idle=lambda: self.mode == "decode"),
+            spec_info=SimpleNamespace(draft_token_num=self.DRAFTS, ragged_verify_layout=None),
+        )
+        self.forward_batch.forward_mode.is_target_verify = lambda: self.mode == "verify"
+
+    def __call__(self, mode: str, requests, xs, read=(), padding: int = -1, extra: int = 0):
+        """Outputs of each request; `extra` more, of a captured graph or of a batch filled up, have slot `padding`."""
+        self.mode = mode
+        counts = [len(x) for x in xs] + [self.DRAFTS if mode == "verify" else 1] * extra
+        self.backend.forward_metadata = SimpleNamespace(
+            mamba_cache_indices=torch.tensor([self.SLOTS[i] for i in requests] + [padding] * extra, dtype=torch.int32),
+            query_start_loc=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        )
+        self.forward_batch.extend_prefix_lens = torch.tensor(read) if mode == "extend" else None
+        self.forward_batch.req_pool_indices = torch.tensor([5 - i for i in requests] + [0] * extra)
+        CONTEXT.backend = SimpleNamespace(linear_attn_backend=self.backend)
+        x = torch.cat([*xs, torch.full((sum(counts) - sum(map(len, xs)), 20), torch.nan)])
+        y = self.layer(positions=None, hidden_states=x, forward_batch=self.forward_batch)
+        others = [slot for slot in range(BLOCKS) if slot not in self.SLOTS]
+        assert self.cache.conv[0][others].isnan().all() and self.cache.temporal[others].isnan().all()
+        return y.split(counts)[: len(xs)]
+
+    def accept(self, requests, counts, by_request: bool) -> None:
+        """What SGLang does when it knows how many drafts count: the state behind the last of them is the request's."""
+        for place, (i, count) in enumerate(zip(requests, counts, strict=True)):
+            row = 5 - i if by_request else place
+            self.cache.temporal[self.SLOTS[i]] = self.cache.intermediate_ssm[row, count - 1]
+            self.cache.conv[0][self.SLOTS[i]] = self.cache.intermediate_conv_window[0][row, count - 1]
+
+
+def some_inputs(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randn(n, 20, generator=torch.Generator().manual_seed(n)) for n in lengths]
+
+
+@pytest.mark.parametrize("padding", [0, -1])
+def test_sglang_gives_what_the_block_gives(sglang, padding):
+    engine = SglangLayer(sglang)
+    assert isinstance(engine.layer, JetBlock)
+    params = engine.config.mamba2_cache_params
     assert params.layers == [1, 2] and params.dtype.temporal == torch.float32
-    (D, held), (H, K, V) = params.shape.conv[0], params.shape.temporal
-    assert (D, held, H, K, V) == (layer.config.value_dim, 3, 2, 6, 9)
-    cache = SimpleNamespace(
-        conv=[torch.full((BLOCKS, D, held), torch.nan)], temporal=torch.full((BLOCKS, H, K, V), torch.nan)
-    )
-    pool = SimpleNamespace(mamba2_layer_cache=lambda layer_id: cache if layer_id == 1 else None)
+    assert params.shape.conv[0] == (engine.layer.config.value_dim, 3) and params.shape.temporal == (2, 6, 9)
 
-    xs = [torch.randn(n, 20, generator=torch.Generator().manual_seed(n)) for n in (30, 2, 45)]
-    expected = [JetBlock.forward(layer, x[None])[0].detach() for x in xs]
-    slots, got = [4, 1, 5], [[] for _ in xs]
+    xs = some_inputs(30, 2, 45)
+    got = [[] for _ in xs]
     for every, read in steps([len(x) for x in xs], seed=1):
         # A step of SGLang is all decode or all extend.
-        for chosen in ([s for s in every if s[2]], [s for s in every if not s[2]]):
-            extra = 2 if chosen and chosen[0][2] else 0
-            if not chosen:
-                continue
-            counts = [n for _, n, _ in chosen] + [1] * extra
-            metadata = SimpleNamespace(
-                mamba_cache_indices=torch.tensor(
-                    [slots[i] for i, *_ in chosen] + [-1 if graphs else 0] * extra, dtype=torch.int32
-                ),
-                query_start_loc=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-            )
-            CONTEXT.backend = SimpleNamespace(
-                linear_attn_backend=SimpleNamespace(forward_metadata=metadata, req_to_token_pool=pool)
-            )
-            mode = SimpleNamespace(is_decode_or_idle=lambda: bool(extra), is_target_verify=lambda: False)
-            batch = SimpleNamespace(
-                forward_mode=mode, extend_prefix_lens=None if extra else torch.tensor([read[i] for i, *_ in chosen])
-            )
-            x = torch.cat(
-                [xs[i][read[i] : read[i] + n] for i, n, _ in chosen] + [torch.full((1, 20), torch.nan)] * extra
-            )
-            for (i, *_), y in zip(chosen, layer(positions=None, hidden_states=x, forward_batch=batch).split(counts)):
-                got[i].append(y)
-            others = [slot for slot in range(BLOCKS) if slot not in slots]
-            assert cache.conv[0][others].isnan().all() and cache.temporal[others].isnan().all()
-    for y, want in zip(got, expected):
-        torch.testing.assert_close(torch.cat(y), want, rtol=0, atol=1e-5)
-    mode.is_target_verify = lambda: True
-    with pytest.raises(NotImplementedError, match="drafts are not verified"):
-        layer(None, x, batch)
+        for mode in ("decode", "extend"):
+            chosen = [(i, n) for i, n, decodes in every if decodes == (mode == "decode")]
+            if chosen:
+                requests = [i for i, _ in chosen]
+                pieces = [xs[i][read[i] : read[i] + n] for i, n in chosen]
+                extra = 2 if mode == "decode" else 0
+                ys = engine(mode, requests, pieces, [read[i] for i in requests], padding, extra)
+                for i, y in zip(requests, ys, strict=True):
+                    got[i].append(y)
+    for y, x in zip(got, xs, strict=True):
+        torch.testing.assert_close(torch.cat(y), JetBlock.forward(engine.layer, x[None])[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("by_request", [False, True])
+def test_sglang_verifies_drafts(sglang, by_request, seed, monkeypatch):
+    """Wrong drafts behind right ones, of some of the requests, in graphs filled up with others."""
+    monkeypatch.setattr(CONTEXT, "rows_by_request", by_request)
+    engine, draw = SglangLayer(sglang), random.Random(seed)
+    xs = some_inputs(30, 22, 45)
+    read = [draw.randint(1, 9) for _ in xs]
+    got = [[y] for y in engine("extend", range(3), [x[:n] for x, n in zip(xs, read)], [0] * 3)]
+    while left := [i for i, x in enumerate(xs) if read[i] < len(x)]:
+        requests = draw.sample(left, draw.randint(1, len(left)))
+        counts = [draw.randint(1, min(engine.DRAFTS, len(xs[i]) - read[i])) for i in requests]
+        pieces = [
+            torch.cat([xs[i][read[i] : read[i] + n], torch.full((engine.DRAFTS - n, 20), 7.0)])
+            for i, n in zip(requests, counts)
+        ]
+        before = engine.cache.temporal.clone()
+        ys = engine("verify", requests, pieces, padding=draw.choice([0, -1]), extra=draw.randint(0, 2))
+        torch.testing.assert_close(engine.cache.temporal, before, rtol=0, atol=0, equal_nan=True)
+        engine.accept(requests, counts, by_request)
+        for i, n, y in zip(requests, counts, ys, strict=True):
+            got[i].append(y[:n])
+            read[i] += n
+    for y, x in zip(got, xs, strict=True):
+        torch.testing.assert_close(torch.cat(y), JetBlock.forward(engine.layer, x[None])[0], rtol=0, atol=1e-5)
+
+
+def test_sglang_refuses_what_is_not_computed(sglang):
+    engine = SglangLayer(sglang)
     with pytest.raises(NotImplementedError, match="no quantised weights"):
-        sglang(config, 1, quant_config=object())
+        sglang(engine.config, 1, quant_config=object())
+    x = some_inputs(3)
+    for place, name, value, said in (
+        (engine.backend, "topk", 2, "trees of drafts"),
+        (engine.forward_batch.spec_info, "ragged_verify_layout", object(), "drafts of differing numbers"),
+        (engine.cache, "intermediate_ssm", None, "drafts kept as updates"),
+    ):
+        own = getattr(place, name)
+        setattr(place, name, value)
+        with pytest.raises(NotImplementedError, match=said):
+            engine("verify", [0], x)
+        setattr(place, name, own)
