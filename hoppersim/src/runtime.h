@@ -27,6 +27,9 @@ constexpr int kSharedWithoutOptIn = 48 * 1024;
 constexpr int kMultiprocessorsPerCluster = 16;  // of a GPC: bounds how many CTAs of a cluster can be resident
 constexpr uint32_t kPortableCluster = 8, kLargestCluster = 16;
 
+// The driver that is simulated: of CUDA 13.2, the first for which CuTe has no workaround.
+constexpr int kDriverVersion = 13020;
+
 // PTX text of one fat binary; parsed when first needed, because registration runs in static constructors.
 struct LoadedModule {
   explicit LoadedModule(std::string ptx) : text(std::move(ptx)) {}

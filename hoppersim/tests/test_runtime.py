@@ -155,6 +155,13 @@ def test_device_is_an_h200(library):
     assert values.tolist() == [1, 90, 132, 227 * 1024, 65536, 2048]
 
 
+def test_versions(library):
+    values = np.zeros(2, np.int32)
+    assert library.call("versions", values) == SUCCESS
+    runtime, driver = values.tolist()
+    assert 12000 <= runtime <= driver and driver >= 13020, "CuTe has workarounds for older drivers"
+
+
 def test_kernel_attributes(fresh):
     values = np.zeros(5, np.int32)
     assert fresh.call("attributes", values) == SUCCESS
@@ -255,10 +262,10 @@ def test_library_without_ptx():
         "-",
         "-o",
         str(path),
-        f"-L{hoppersim.BUILD}",
+        f"-L{hoppersim.library_folder()}",
         "-lhoppersim",
         "-Xlinker",
-        f"-rpath={hoppersim.BUILD}",
+        f"-rpath={hoppersim.library_folder()}",
     ]
     subprocess.run(command, input=source, text=True, check=True)
     with pytest.raises(hoppersim.Fault) as caught:
