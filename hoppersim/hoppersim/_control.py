@@ -11,7 +11,7 @@ def simulate(
     timing: str = "early",
     seed: int = 0,
     host_threads: int = 2,
-    max_instructions: int = 20_000_000_000,
+    max_instructions: int | None = None,
     check_global: bool = True,
 ):
     """Options of the launches in the block; raises at its end the Fault that the CUDA runtime only reported.
@@ -19,13 +19,15 @@ def simulate(
     That is the first finding, or the first call that is not modelled ("unsupported runtime call").
 
     ``timing``: asynchronous effects at once ("early") or as late as allowed ("late"). ``seed``: order of warps and
-    CTAs, 0 in order.
+    CTAs, 0 in order. ``max_instructions``: a cluster that executes as many without one that stores, copies, multiplies,
+    arrives or passes a barrier is reported as a live-lock; by default about two minutes of it.
     """
     simulator = native()
     before = simulator.options()
     simulator.raise_fault()
     simulator.clear_launches()
-    simulator.set_options(timing, seed, host_threads, max_instructions, check_global)
+    limit = simulator.MAX_INSTRUCTIONS if max_instructions is None else max_instructions
+    simulator.set_options(timing, seed, host_threads, limit, check_global)
     try:
         yield
     except Exception as error:
