@@ -47,7 +47,7 @@ struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  // A cluster that executes as many without progress (Instruction::progress) is reported as a live-lock, and one that
+  // A cluster that executes as many without progress (class_progresses) is reported as a live-lock, and one that
   // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
   uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;  // global accesses must fall into registered or cudaMalloc'ed ranges
@@ -192,7 +192,7 @@ struct Launch {
   Options options;
   Counters counters;
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
-  std::atomic<uint64_t> progress{0};  // turns in which a cluster made some
+  std::atomic<uint64_t> progress{0};  // changes when a cluster has made some
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
