@@ -16,6 +16,8 @@ def simulate(
 ):
     """Options of the launches in the block; raises at its end the Fault that the CUDA runtime only reported.
 
+    That is the first finding, or the first call that is not modelled ("unsupported runtime call").
+
     ``timing``: asynchronous effects at once ("early") or as late as allowed ("late"). ``seed``: order of warps and
     CTAs, 0 in order.
     """
