@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -34,10 +35,14 @@ struct LoadedModule {
   const Module& parsed();
   const Function& function(const std::string& name);  // throws Fault("unknown kernel")
   std::vector<uint8_t>* global(const std::string& name);
+  // Launches take the kernel of this text, until restore(); variables stay where they are.
+  void replace(const std::string& name, const std::string& changed_text);
+  void restore(const std::string& name);
 
   std::string text;
   std::mutex mutex;
   std::unique_ptr<Module> module;
+  std::map<std::string, std::unique_ptr<Function>> replaced;
 };
 
 struct Kernel {
