@@ -3,6 +3,7 @@
 Its README says what a pass proves. Environment: ``HOPPERSIM_BUILD`` names the folder for what is built.
 """
 
+from . import mutate as mutate
 from ._compile import Library as Library
 from ._compile import compile_cuda as compile_cuda
 from ._compile import cutlass_include as cutlass_include
