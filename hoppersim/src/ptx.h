@@ -153,6 +153,9 @@ std::vector<std::string>& counter_class_names();
 // is the kernel's `problem`, and the other kernels can be launched.
 std::unique_ptr<Module> parse_ptx(const std::string& text);
 
+// One kernel of a changed text of a module that is loaded: its variables are those of `module`.
+std::unique_ptr<Function> parse_kernel(const std::string& text, const std::string& name, const Module& module);
+
 // Each unit offers: fills `execute` (and `data`) if the instruction is its own, else returns false. parse_ptx asks them
 // in this order; an instruction that none takes is an error of the kernel.
 bool bind_core(Instruction& instruction);   // alu, control, plain memory, bar, atomics, shuffles, fences  (core*.cpp)

@@ -123,6 +123,16 @@ struct TextModule {
   LoadedModule loaded;
 };
 
+// The modules whose kernels have this name. Copies of one source have the same text; anything else is ambiguous.
+std::vector<LoadedModule*> modules_with(const std::string& kernel) {
+  std::vector<LoadedModule*> modules;
+  for (const Kernel* k : kernels_named(kernel)) modules.push_back(k->module);
+  if (modules.empty()) throw Fault("unknown kernel", kernel);
+  for (const LoadedModule* m : modules)
+    if (m->text != modules[0]->text) throw Fault("unknown kernel", kernel + " is the name of different kernels");
+  return modules;
+}
+
 PyObject* fault_type = nullptr;
 
 void translate_fault(std::exception_ptr pointer) {
@@ -165,6 +175,16 @@ PYBIND11_MODULE(_hoppersim, m) {
   m.def("remove_range", [](uintptr_t begin) { global_ranges().remove(reinterpret_cast<const void*>(begin)); });
   m.def("set_registers", [](const std::string& kernel, int registers) {
     for (Kernel* k : kernels_named(kernel)) k->registers = registers;
+  });
+
+  m.def(
+      "module_text", [](const std::string& kernel) { return modules_with(kernel)[0]->text; },
+      "The PTX of the module that a registered kernel is in.");
+  m.def("replace_kernel", [](const std::string& kernel, const std::string& text) {
+    for (LoadedModule* module : modules_with(kernel)) module->replace(kernel, text);
+  });
+  m.def("restore_kernel", [](const std::string& kernel) {
+    for (LoadedModule* module : modules_with(kernel)) module->restore(kernel);
   });
 
   py::class_<TextModule>(m, "TextModule")
