@@ -255,10 +255,10 @@ def test_library_without_ptx():
         "-",
         "-o",
         str(path),
-        f"-L{hoppersim.BUILD}",
+        f"-L{hoppersim.library_folder()}",
         "-lhoppersim",
         "-Xlinker",
-        f"-rpath={hoppersim.BUILD}",
+        f"-rpath={hoppersim.library_folder()}",
     ]
     subprocess.run(command, input=source, text=True, check=True)
     with pytest.raises(hoppersim.Fault) as caught:
