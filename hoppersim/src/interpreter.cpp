@@ -347,10 +347,6 @@ std::string where(const Warp& warp, const Instruction& i, int lane) {
   return text;
 }
 
-void fault(const char* kind, const Warp& warp, const Instruction& i, const std::string& text, int lane) {
-  throw Fault(kind, text + "; " + where(warp, i, lane));
-}
-
 bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask) {
   const uint32_t missing = members & warp.alive & ~mask;
   if (missing == 0) return true;

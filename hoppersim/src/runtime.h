@@ -101,6 +101,7 @@ struct Runtime {
   std::mutex mutex;  // one launch at a time: streams are in order, and so is everything else
   Options options;
   std::deque<LaunchRecord> launches;  // since the last clear, the oldest dropped
+  Reports reports;                    // of the launches since the last clear
   std::optional<Fault> fault;         // the first since Python took one
   std::string fault_text;             // storage of what cudaGetErrorString returns for it
 };
@@ -108,6 +109,8 @@ Runtime& runtime();
 
 // Kept until Python asks. The first wins, but a finding wins over a call that is not modelled.
 void keep_fault(const Fault& fault);
+// Adds a launch's reports, and the fault that ended it if any, to the runtime's; the caller holds its mutex.
+void keep_reports(Reports& from, Fault* fault);
 cudaError_t set_last_error(cudaError_t error);  // returns its argument; success leaves the last error alone
 
 // The kernel behind a host stub (as nvcc's host code registers it) or a cudaKernel_t; null if there is none.

@@ -122,6 +122,15 @@ int unsupported_runtime_call(const char* what) {
   return set_last_error(static_cast<cudaError_t>(unsupported_driver_call(what)));
 }
 
+void keep_reports(Reports& from, Fault* fault) {
+  Runtime& r = runtime();
+  for (const Report& report : from.list) r.reports.add(report);
+  if (fault == nullptr) return;
+  fault->report.raised = true;
+  r.reports.add(fault->report);
+  if (r.options.go_on) fault->collected = r.reports.errors();
+}
+
 cudaError_t set_last_error(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;

@@ -135,7 +135,14 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
   launch.dynamic_shared = static_cast<uint32_t>(shape.dynamic_shared);
   launch.parameters = std::move(parameters);
   launch.options = r.options;
-  run(launch);
+  try {
+    run(launch);
+  } catch (Fault& fault) {
+    fault.report.kernel = kernel.name;
+    keep_reports(launch.reports, &fault);
+    throw;
+  }
+  keep_reports(launch.reports, nullptr);
   r.launches.push_back({kernel.name, launch.grid, launch.block, launch.cluster, launch.function->static_shared,
                         launch.dynamic_shared, std::move(launch.counters)});
   if (r.launches.size() > kLaunchesKept) r.launches.pop_front();
