@@ -5,6 +5,7 @@
 // position.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -65,13 +66,17 @@ struct Fault : std::runtime_error {
   std::vector<Report> collected;  // all errors of simulate(go_on=True); empty: this one
 };
 
+constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100;
+
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
 
 struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  uint64_t max_instructions = 20'000'000'000ull;  // a launch that runs longer is reported as a live-lock
+  // A cluster that executes as many without progress (Instruction::progress) is reported as a live-lock, and one that
+  // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
+  uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
   std::vector<std::string> allow, warn_as_error;  // kinds that are dropped, and warnings that are errors
   bool strict = false;                            // every warning is an error
@@ -218,6 +223,7 @@ struct Launch {
   Counters counters;
   Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
+  std::atomic<uint64_t> progress{0};  // turns in which a cluster made some
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
@@ -225,7 +231,11 @@ struct Launch {
 void run(Launch& launch);
 
 // ---- For everybody who reports
-// "kernel gemm, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
+// "CTA (0, 1, 0)"; in a cluster "CTA (0, 1, 0), rank 1 of its cluster"
+std::string name_of(const Cta& cta);
+// "CTA (0, 1, 0), warp 3", by the index of its clock.
+std::string name_of_warp(const Cluster& cluster, size_t clock_index);
+// "kernel gemm, ptx line 120: cp.async.bulk…, CTA (0, 1, 0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
 [[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text,
                         int lane = -1);

@@ -248,8 +248,8 @@ static void check_proxy(Warp& warp, const Instruction& i, Cta& cta, uint32_t off
     auto knows = [&](const Clock& clock) { return writer < clock.size() && clock[writer] >= granule.sequence; };
     const bool ordered = knows(warp.clock);
     if (ordered && knows(cta.fenced)) continue;
-    const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which warp " +
-                             std::to_string(writer) + " of the cluster wrote";
+    const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which " +
+                             name_of_warp(*cta.cluster, writer) + " wrote";
     if (!ordered) return report("unsynchronised shared memory", warp, i, what + " and no barrier orders the two");
     return report("missing proxy fence", warp, i, what + " without a fence.proxy.async after it");
   }

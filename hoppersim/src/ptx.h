@@ -94,6 +94,7 @@ struct Instruction {
   bool (*execute)(Warp&, const Instruction&, uint32_t mask) = nullptr;
   uint32_t data[4] = {};        // decoded by the unit that owns `execute`
   uint16_t counter_class = 0;   // index into counter_class_names()
+  bool progress = false;        // it does something for others, not only looks and computes (progresses, core.cpp)
   bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
   const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
   uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them

@@ -196,6 +196,7 @@ PYBIND11_MODULE(_hoppersim, m) {
   m.attr("Fault") = py::reinterpret_borrow<py::object>(fault_type);
   py::register_exception_translator(&translate_fault);
 
+  m.attr("MAX_INSTRUCTIONS") = kMaxInstructions;
   m.def("options", &get_options);
   m.def("set_options", &set_options, py::arg("timing"), py::arg("seed"), py::arg("host_threads"),
         py::arg("max_instructions"), py::arg("check_global"), py::arg("allow"), py::arg("warn_as_error"),

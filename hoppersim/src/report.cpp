@@ -73,7 +73,7 @@ const std::vector<Kind> table = {
     {"operands differ between lanes", error, false, "the same of `tensormap.cp_fenceproxy`"},
     {"setmaxnreg", error, false, "a `setmaxnreg.dec` to more registers than the warp has, or an `inc` to fewer"},
     {"dead-lock", error, false, "nothing can run; with every warp's position and each barrier's state"},
-    {"live-lock", error, false, "the launch exceeds `max_instructions`; with the same"},
+    {"live-lock", error, false, "what runs only looks and computes for `max_instructions`; with the same"},
     {"trap", error, false, "the kernel stopped itself"},
     {"device assertion", error, false, "an `assert` of the kernel failed"},
     {"branch index out of range", error, false, "a `brx` beyond its table"},
