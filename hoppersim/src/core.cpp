@@ -247,6 +247,7 @@ void PtxParser::emit(Instruction&& i) {
                 "kernel " + function_->name + ", line " + std::to_string(i.line) + ": " + i.text);
   }
   i.counter_class = class_index(class_of(i));
+  i.source = source_;
   function_->code.push_back(std::move(i));
 }
 

@@ -56,6 +56,7 @@ class ClusterRun {
   void complete_one();
   [[noreturn]] void stuck(const char* kind);
   std::string report() const;
+  Origin first_position() const;
 
   Launch& launch_;
   Cluster cluster_;
@@ -249,15 +250,29 @@ void ClusterRun::stuck(const char* kind) {
       const Instruction& i = launch_.function->code[group.pc];
       const bool whole = group.mask == warp->alive;
       if (warp->state != Warp::State::done && group.converging && i.aligned && !whole) {
-        throw Fault("divergent aligned instruction", where(*warp, i) + ": lanes " + hex32(group.mask) + " of " +
-                                                         hex32(warp->alive) + " are here and the others never come\n" +
-                                                         report());
+        throw Fault("divergent aligned instruction",
+                    where(*warp, i) + ": lanes " + hex32(group.mask) + " of " + hex32(warp->alive) +
+                        " are here and the others never come\n" + report(),
+                    origin(*launch_.function, i));
       }
     }
   }
-  const std::string text = "kernel " + launch_.function->name + "\n" + report();
+  const std::string text = "kernel " + launch_.function->title + "\n" + report();
   async_check_deadlock(cluster_, text);
-  throw Fault(kind, text);
+  throw Fault(kind, text, first_position());
+}
+
+// Of the first warp that waits for an mbarrier, else of the first that has not exited.
+Origin ClusterRun::first_position() const {
+  const Instruction* first = nullptr;
+  for (const Warp* warp : warps_) {
+    for (const Group& group : warp->groups) {
+      const Instruction& i = launch_.function->code[group.pc];
+      if (i.opcode == "mbarrier") return origin(*launch_.function, i);
+      if (first == nullptr) first = &i;
+    }
+  }
+  return first != nullptr ? origin(*launch_.function, *first) : Origin{launch_.function->title, "", "", 0};
 }
 
 std::string ClusterRun::report() const {
@@ -268,8 +283,8 @@ std::string ClusterRun::report() const {
       if (warp->state == Warp::State::done) text += name + " warp " + std::to_string(warp->id) + ": exited\n";
       for (const Group& group : warp->groups) {
         const Instruction& i = launch_.function->code[group.pc];
-        text += name + " warp " + std::to_string(warp->id) + " lanes " + hex32(group.mask) + " at ptx line " +
-                std::to_string(i.line) + ": " + i.text;
+        text += name + " warp " + std::to_string(warp->id) + " lanes " + hex32(group.mask) + " at " +
+                position(*launch_.function, i);
         text += group.can_resume ? "; waits for " + group.waiting_for + "\n" : "; can run\n";
       }
     }
@@ -336,15 +351,41 @@ void Counters::add(const Counters& o) {
   barrier_waits += o.barrier_waits;
 }
 
+Origin origin(const Function& function, const Instruction& i) {
+  return {function.title, function.lines->text(i.source), i.text, i.line};
+}
+
+std::string position(const Function& function, const Instruction& i) {
+  const std::string source = function.lines->text(i.source);
+  return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
+}
+
+std::vector<std::pair<const char*, uint64_t>> Counters::numbers() const {
+  return {{"warp_instructions", warp_instructions},
+          {"tensor_flop", tensor_flop},
+          {"global_read_bytes", global_read_bytes},
+          {"global_write_bytes", global_write_bytes},
+          {"global_read_sectors", global_read_sectors},
+          {"global_write_sectors", global_write_sectors},
+          {"bulk_read_bytes", bulk_read_bytes},
+          {"bulk_write_bytes", bulk_write_bytes},
+          {"shared_accesses", shared_accesses},
+          {"shared_wavefronts", shared_wavefronts},
+          {"shared_ideal_wavefronts", shared_ideal_wavefronts},
+          {"wgmma_wavefronts", wgmma_wavefronts},
+          {"barrier_waits", barrier_waits}};
+}
+
 std::string where(const Warp& warp, const Instruction& i, int lane) {
-  std::string text = "kernel " + warp.cta->cluster->launch->function->name + ", ptx line " + std::to_string(i.line) +
-                     ": " + i.text + ", cta " + coordinates(warp.cta->ctaid) + ", warp " + std::to_string(warp.id);
+  const Function& function = *warp.cta->cluster->launch->function;
+  std::string text = "kernel " + function.title + ", " + position(function, i) + ", cta " +
+                     coordinates(warp.cta->ctaid) + ", warp " + std::to_string(warp.id);
   if (lane >= 0) text += ", lane " + std::to_string(lane);
   return text;
 }
 
 void fault(const char* kind, const Warp& warp, const Instruction& i, const std::string& text, int lane) {
-  throw Fault(kind, text + "; " + where(warp, i, lane));
+  throw Fault(kind, text + "; " + where(warp, i, lane), origin(*warp.cta->cluster->launch->function, i));
 }
 
 bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask) {

@@ -31,11 +31,19 @@ struct Function;     // ptx.h
 struct MapProxy;     // tensor_map_proxy.h
 struct Instruction;  // ptx.h
 
+// Where a finding was made; what is not known is empty or 0.
+struct Origin {
+  std::string kernel, source, instruction;  // demangled name; "gemm.cu:7" (source_lines.h); as written in the PTX
+  int ptx_line = 0;
+};
+
 // A finding that stops the launch. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy
 // fence".
 struct Fault : std::runtime_error {
-  Fault(std::string kind, const std::string& text) : std::runtime_error(kind + ": " + text), kind(std::move(kind)) {}
+  Fault(std::string kind, const std::string& text, Origin at = {})
+      : std::runtime_error(kind + ": " + text), kind(std::move(kind)), at(std::move(at)) {}
   std::string kind;
+  Origin at;
 };
 
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
@@ -60,6 +68,7 @@ struct Counters {
   uint64_t wgmma_wavefronts = 0;         // of operand tiles in shared memory, by the model of tensor.cpp
   uint64_t barrier_waits = 0;            // unsuccessful mbarrier try_wait / test_wait
   void add(const Counters& other);
+  std::vector<std::pair<const char*, uint64_t>> numbers() const;  // all but `instructions`, by name
 };
 
 // Vector clock over the warps of a cluster (index = cluster rank * warps per CTA + warp): which generic writes are
@@ -84,12 +93,13 @@ struct SharedMemory {
 };
 
 struct Mbarrier {
-  uint32_t expected = 0;  // arrivals per phase
-  int32_t pending = 0;    // arrivals still missing in this phase
-  int64_t tx = 0;         // transaction bytes still missing (may be negative for a moment)
-  uint32_t phase = 0;     // completed phases; the parity waited for is that of a completed phase
-  Clock clock;            // merged clocks of the arrivals
-  Clock completed_clock;  // clock that a successful wait acquires
+  uint32_t expected = 0;                     // arrivals per phase
+  int32_t pending = 0;                       // arrivals still missing in this phase
+  int64_t tx = 0;                            // transaction bytes still missing (may be negative for a moment)
+  uint32_t phase = 0;                        // completed phases; the parity waited for is that of a completed phase
+  Clock clock;                               // merged clocks of the arrivals
+  Clock completed_clock;                     // clock that a successful wait acquires
+  const Instruction* expected_by = nullptr;  // the last expect_tx
 };
 
 struct Cta;
@@ -194,8 +204,11 @@ struct Launch {
 void run(Launch& launch);
 
 // ---- For everybody who reports
-// "kernel gemm, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
+// "kernel gemm, gemm.cu:7, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
+Origin origin(const Function& function, const Instruction& instruction);
+// "gemm.cu:7, ptx line 120: wgmma…"; the first only where -lineinfo told it.
+std::string position(const Function& function, const Instruction& instruction);
 [[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text,
                         int lane = -1);
 

@@ -18,21 +18,13 @@ Triple triple_of(const Dim3& d) { return {d.x, d.y, d.z}; }
 py::dict dict_of(const Counters& c) {
   py::dict d;
   d["instructions"] = c.instructions;
-  d["warp_instructions"] = c.warp_instructions;
-  d["tensor_flop"] = c.tensor_flop;
-  d["global_read_bytes"] = c.global_read_bytes, d["global_write_bytes"] = c.global_write_bytes;
-  d["global_read_sectors"] = c.global_read_sectors, d["global_write_sectors"] = c.global_write_sectors;
-  d["bulk_read_bytes"] = c.bulk_read_bytes, d["bulk_write_bytes"] = c.bulk_write_bytes;
-  d["shared_accesses"] = c.shared_accesses, d["shared_wavefronts"] = c.shared_wavefronts;
-  d["shared_ideal_wavefronts"] = c.shared_ideal_wavefronts;
-  d["wgmma_wavefronts"] = c.wgmma_wavefronts;
-  d["barrier_waits"] = c.barrier_waits;
+  for (const auto& [name, value] : c.numbers()) d[name] = value;
   return d;
 }
 
 py::dict dict_of(const LaunchRecord& r) {
   py::dict d;
-  d["kernel"] = r.kernel;
+  d["kernel"] = r.kernel, d["mangled"] = r.mangled, d["occupancy"] = r.occupancy;
   d["grid"] = triple_of(r.grid), d["block"] = triple_of(r.block), d["cluster"] = triple_of(r.cluster);
   d["static_shared"] = r.static_shared, d["dynamic_shared"] = r.dynamic_shared;
   d["counters"] = dict_of(r.counters);
@@ -129,6 +121,8 @@ void translate_fault(std::exception_ptr pointer) {
   } catch (const Fault& fault) {
     py::object instance = py::reinterpret_borrow<py::object>(fault_type)(fault.what());
     instance.attr("kind") = fault.kind;
+    instance.attr("kernel") = fault.at.kernel, instance.attr("source") = fault.at.source;
+    instance.attr("instruction") = fault.at.instruction, instance.attr("ptx_line") = fault.at.ptx_line;
     PyErr_SetObject(fault_type, instance.ptr());
   }
 }
@@ -136,9 +130,11 @@ void translate_fault(std::exception_ptr pointer) {
 }  // namespace
 
 PYBIND11_MODULE(_hoppersim, m) {
-  fault_type = PyErr_NewExceptionWithDoc("hoppersim.Fault",
-                                         "A finding that stopped a launch: `kind` is stable, the text says where.",
-                                         PyExc_RuntimeError, nullptr);
+  fault_type =
+      PyErr_NewExceptionWithDoc("hoppersim.Fault",
+                                "A finding that stopped a launch: `kind` is stable, the text says where, as do "
+                                "`kernel`, `source` (file:line), `ptx_line` and `instruction`.",
+                                PyExc_RuntimeError, nullptr);
   m.attr("Fault") = py::reinterpret_borrow<py::object>(fault_type);
   py::register_exception_translator(&translate_fault);
 

@@ -69,9 +69,10 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
 int occupancy(Kernel& kernel, int threads, size_t dynamic_shared);
 
 struct LaunchRecord {
-  std::string kernel;
+  std::string kernel, mangled;
   Dim3 grid, block, cluster;
   uint32_t static_shared = 0, dynamic_shared = 0;
+  int occupancy = 0, registers = 0;  // resident CTAs per multiprocessor; registers per thread, 0: not known
   Counters counters;
 };
 
@@ -81,8 +82,18 @@ struct Runtime {
   std::deque<LaunchRecord> launches;  // since the last clear, the oldest dropped
   std::optional<Fault> fault;         // the first since Python took one
   std::string fault_text;             // storage of what cudaGetErrorString returns for it
+  std::string report_path;            // of runtime_report.cpp; empty: none is wanted
 };
 Runtime& runtime();
+
+// runtime_environment.cpp; a value that cannot be used ends the process with a message and status 2.
+void read_environment(Options& options, std::string& report_path);
+
+// runtime_report.cpp
+void report_module();
+void report_launch(const LaunchRecord& record, bool finished);
+void report_refusal(const std::string& kernel, const std::string& error);  // a launch that hardware would refuse
+void report_fault(const Fault& fault);
 
 void keep_fault(const Fault& fault);
 cudaError_t set_last_error(cudaError_t error);  // returns its argument; success leaves the last error alone

@@ -97,11 +97,16 @@ cudaError_t entry_point(const char* name, void** function, cudaDriverEntryPointQ
 }  // namespace
 
 Runtime& runtime() {
-  static auto* r = new Runtime;  // libraries may launch from exit handlers
+  static auto* r = [] {  // never destroyed: libraries may launch from exit handlers
+    auto* made = new Runtime;
+    read_environment(made->options, made->report_path);
+    return made;
+  }();
   return *r;
 }
 
 void keep_fault(const Fault& fault) {
+  report_fault(fault);
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
   if (r.fault) return;

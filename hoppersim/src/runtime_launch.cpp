@@ -30,9 +30,13 @@ cudaError_t launch(const void* stub_or_handle, const LaunchShape& shape, void** 
   if (kernel == nullptr) return set_last_error(cudaErrorInvalidDeviceFunction);
   try {
     Dim3 cluster;
-    if (const cudaError_t refused = check_launch(*kernel, shape, &cluster)) return set_last_error(refused);
+    if (const cudaError_t refused = check_launch(*kernel, shape, &cluster)) {
+      report_refusal(kernel->function().title, cudaGetErrorName(refused));
+      return set_last_error(refused);
+    }
     run_kernel(*kernel, shape, cluster, gather_parameters(kernel->function(), arguments));
-  } catch (const Fault& fault) {
+  } catch (Fault& fault) {
+    if (fault.at.kernel.empty()) fault.at.kernel = demangled(kernel->name);
     keep_fault(fault);
     return set_last_error(cudaErrorLaunchFailure);
   }
@@ -125,9 +129,21 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
   launch.dynamic_shared = static_cast<uint32_t>(shape.dynamic_shared);
   launch.parameters = std::move(parameters);
   launch.options = r.options;
-  run(launch);
-  r.launches.push_back({kernel.name, launch.grid, launch.block, launch.cluster, launch.function->static_shared,
-                        launch.dynamic_shared, std::move(launch.counters)});
+  LaunchRecord record;
+  record.kernel = launch.function->title, record.mangled = kernel.name;
+  record.grid = launch.grid, record.block = launch.block, record.cluster = launch.cluster;
+  record.static_shared = launch.function->static_shared, record.dynamic_shared = launch.dynamic_shared;
+  record.occupancy = occupancy(kernel, static_cast<int>(volume(shape.block)), shape.dynamic_shared);
+  record.registers = kernel.registers;
+  try {
+    run(launch);
+  } catch (const Fault&) {
+    report_launch(record, false);
+    throw;
+  }
+  record.counters = std::move(launch.counters);
+  report_launch(record, true);
+  r.launches.push_back(std::move(record));
   if (r.launches.size() > kLaunchesKept) r.launches.pop_front();
 }
 

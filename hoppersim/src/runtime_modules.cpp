@@ -132,7 +132,10 @@ using namespace hoppersim;
 
 extern "C" {
 
-void** __cudaRegisterFatBinary(void* wrapper) { return reinterpret_cast<void**>(new LoadedModule(ptx_of(wrapper))); }
+void** __cudaRegisterFatBinary(void* wrapper) {
+  report_module();
+  return reinterpret_cast<void**>(new LoadedModule(ptx_of(wrapper)));
+}
 
 void __cudaRegisterFatBinaryEnd(void**) {}
 

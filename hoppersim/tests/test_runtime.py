@@ -19,7 +19,9 @@ STATIC_SHARED = 4096  # of the kernel with_static_shared
 
 @pytest.fixture(scope="module")
 def library():
-    return hoppersim.compile_cuda(SOURCE)
+    made = hoppersim.compile_cuda(SOURCE)
+    made.cdll.cudaGetLastError()  # of launches in other tests
+    return made
 
 
 @pytest.fixture
@@ -255,10 +257,10 @@ def test_library_without_ptx():
         "-",
         "-o",
         str(path),
-        f"-L{hoppersim.BUILD}",
+        f"-L{hoppersim.library_folder()}",
         "-lhoppersim",
         "-Xlinker",
-        f"-rpath={hoppersim.BUILD}",
+        f"-rpath={hoppersim.library_folder()}",
     ]
     subprocess.run(command, input=source, text=True, check=True)
     with pytest.raises(hoppersim.Fault) as caught:
