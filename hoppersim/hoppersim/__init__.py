@@ -6,8 +6,10 @@ Its README says what a pass proves. Environment: ``HOPPERSIM_BUILD`` names the f
 from ._compile import Library as Library
 from ._compile import compile_cuda as compile_cuda
 from ._compile import cutlass_include as cutlass_include
+from ._control import kinds as _kinds
 from ._control import last_counters as last_counters
 from ._control import launches as launches
+from ._control import reports as reports
 from ._control import simulate as simulate
 from ._launch import Module as Module
 from ._launch import registered as registered
@@ -21,4 +23,6 @@ from ._native import nvcc as nvcc
 def __getattr__(name: str):
     if name == "Fault":  # the exception type: built on first use
         return _native().Fault
+    if name == "KINDS":
+        return _kinds()
     raise AttributeError(name)

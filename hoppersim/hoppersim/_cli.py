@@ -5,6 +5,7 @@ import json
 import sys
 
 from . import _summary
+from ._control import kinds, named
 from ._run import CannotRun, Run, resolve, run
 
 _DESCRIPTION = """\
@@ -15,11 +16,11 @@ The program is taken as it is. It must be linked with the shared CUDA runtime an
   hoppersim run ./program
 
 -lineinfo gives the lines of the CUDA source. The program's standard input is empty; the output of the first run is
-passed on, that of a later one is shown if it ends with another status. Kernels stop at their first finding."""
+passed on, that of a later one is shown if it ends with another status. A kernel stops at its first error (--go-on)."""
 _STATUSES = """\
 exit status:
-  0  nothing was found, and the program returned 0 in every run
-  1  findings, or the program itself failed in some run (its status is told)
+  0  no errors (warnings are told), and the program returned 0 in every run
+  1  errors, or the program itself failed in some run (its status is told)
   2  it could not be run, or a kernel holds what is not simulated; the reason is told"""
 
 
@@ -46,6 +47,21 @@ def _parser() -> argparse.ArgumentParser:
         default="both",
         help="asynchronous copies and wgmma take effect at once, as late as allowed, or both in turn (default: both)",
     )
+    runner.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help='do not report this kind, such as "missing proxy fence"; may be given several times. '
+        "`hoppersim kinds` lists those that can be allowed",
+    )
+    runner.add_argument("--strict", action="store_true", help="warnings are errors: they stop the kernel, and count")
+    runner.add_argument(
+        "--go-on",
+        action="store_true",
+        help="collect errors and run on, where the kind leaves the machine in a defined state; what a kernel computes "
+        "after its first error may be wrong for that reason, and so may later findings",
+    )
     runner.add_argument("--json", metavar="FILE", help="write everything that was found and counted as JSON")
     runner.add_argument(
         "--max-instructions",
@@ -55,7 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     runner.add_argument("program", metavar="PROGRAM", help="path of the program, or a name on PATH")
     runner.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    commands.add_parser("kinds", help="list the kinds of reports: severity, whether it can be allowed, meaning")
     return parser
+
+
+def _kinds() -> int:
+    for name, kind in kinds().items():
+        print(f"{name}\n  {kind.severity}{', can be allowed' * kind.goes_on}: {kind.meaning}")
+    return 0
 
 
 def _positive(text: str) -> int:
@@ -71,7 +94,13 @@ _positive.__name__ = "number above zero"  # argparse names it in its error
 def _all_runs(options: argparse.Namespace) -> list[Run]:
     command = [options.program, *options.arguments]
     resolve(options.program)
-    extra = {"HOPPERSIM_MAX_INSTRUCTIONS": str(options.max_instructions)} if options.max_instructions else {}
+    named("--allow", options.allow, goes_on=True)
+    extra = {
+        "HOPPERSIM_ALLOW": ",".join(options.allow),
+        "HOPPERSIM_STRICT": str(int(options.strict)),
+        "HOPPERSIM_GO_ON": str(int(options.go_on)),
+        "HOPPERSIM_MAX_INSTRUCTIONS": str(options.max_instructions or ""),
+    }
     timings = ["early", "late"] if options.timing == "both" else [options.timing]
     runs: list[Run] = []
     for seed in range(options.seeds):
@@ -131,8 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return _run(options)
-    except (CannotRun, OSError, RuntimeError) as error:
+        return _kinds() if options.command == "kinds" else _run(options)
+    except (CannotRun, OSError, RuntimeError, ValueError) as error:
         print(f"hoppersim: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ class CannotRun(Exception):
 
 @dataclass
 class Run:
-    """What one run told; the lists hold the lines that src/runtime_report.cpp writes."""
+    """What one run told; the lists hold the lines that src/runtime_file.cpp writes."""
 
     seed: int
     timing: str

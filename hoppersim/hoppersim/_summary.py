@@ -56,8 +56,8 @@ def told_status(status: int) -> str:
 
 
 def exit_status(runs: list[Run]) -> int:
-    """0: nothing found and the program returned 0. 1: findings, or it failed. 2: it could not be simulated."""
-    kinds = {finding["kind"] for run in runs for finding in run.findings}
+    """0: no errors and the program returned 0. 1: errors, or it failed. 2: it could not be simulated."""
+    kinds = {finding["kind"] for run in runs for finding in run.findings if finding["severity"] == "error"}
     if kinds and kinds <= NOT_SIMULATED:
         return 2
     return 1 if kinds or any(run.status for run in runs) else 0
@@ -76,7 +76,7 @@ def text_of_findings(runs: list[Run]) -> str:
         first = f"first with seed {f['seed']}, timing {f['timing']}"
         place = short_path(f["source"]) or (f"ptx line {f['ptx_line']}" if f["ptx_line"] else "")
         paragraphs.append(
-            f"{f['kind']}: in {f['runs']} of {len(runs)} runs, {first}\n"
+            f"{'warning: ' * (f['severity'] == 'warning')}{f['kind']}: in {f['runs']} of {len(runs)} runs, {first}\n"
             + f"  at     {place or 'no line: compile with -lineinfo'}\n"
             + f"  kernel {f['kernel']}\n"
             + "\n".join(f"  {line}" for line in short_path(f["text"].removeprefix(f"{f['kind']}: ")).splitlines())

@@ -56,7 +56,7 @@ class ClusterRun {
   void complete_one();
   [[noreturn]] void stuck(const char* kind);
   std::string report() const;
-  Origin first_position() const;
+  const Instruction* first_position() const;
 
   Launch& launch_;
   Cluster cluster_;
@@ -250,29 +250,29 @@ void ClusterRun::stuck(const char* kind) {
       const Instruction& i = launch_.function->code[group.pc];
       const bool whole = group.mask == warp->alive;
       if (warp->state != Warp::State::done && group.converging && i.aligned && !whole) {
-        throw Fault("divergent aligned instruction",
-                    where(*warp, i) + ": lanes " + hex32(group.mask) + " of " + hex32(warp->alive) +
-                        " are here and the others never come\n" + report(),
-                    origin(*launch_.function, i));
+        throw fault_in("divergent aligned instruction",
+                       where(*warp, i) + ": lanes " + hex32(group.mask) + " of " + hex32(warp->alive) +
+                           " are here and the others never come\n" + report(),
+                       *launch_.function, &i);
       }
     }
   }
   const std::string text = "kernel " + launch_.function->title + "\n" + report();
   async_check_deadlock(cluster_, text);
-  throw Fault(kind, text, first_position());
+  throw fault_in(kind, text, *launch_.function, first_position());
 }
 
 // Of the first warp that waits for an mbarrier, else of the first that has not exited.
-Origin ClusterRun::first_position() const {
+const Instruction* ClusterRun::first_position() const {
   const Instruction* first = nullptr;
   for (const Warp* warp : warps_) {
     for (const Group& group : warp->groups) {
       const Instruction& i = launch_.function->code[group.pc];
-      if (i.opcode == "mbarrier") return origin(*launch_.function, i);
+      if (i.opcode == "mbarrier") return &i;
       if (first == nullptr) first = &i;
     }
   }
-  return first != nullptr ? origin(*launch_.function, *first) : Origin{launch_.function->title, "", "", 0};
+  return first;
 }
 
 std::string ClusterRun::report() const {
@@ -351,10 +351,6 @@ void Counters::add(const Counters& o) {
   barrier_waits += o.barrier_waits;
 }
 
-Origin origin(const Function& function, const Instruction& i) {
-  return {function.title, function.lines->text(i.source), i.text, i.line};
-}
-
 std::string position(const Function& function, const Instruction& i) {
   const std::string source = function.lines->text(i.source);
   return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
@@ -382,10 +378,6 @@ std::string where(const Warp& warp, const Instruction& i, int lane) {
                      coordinates(warp.cta->ctaid) + ", warp " + std::to_string(warp.id);
   if (lane >= 0) text += ", lane " + std::to_string(lane);
   return text;
-}
-
-void fault(const char* kind, const Warp& warp, const Instruction& i, const std::string& text, int lane) {
-  throw Fault(kind, text + "; " + where(warp, i, lane), origin(*warp.cta->cluster->launch->function, i));
 }
 
 bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask) {

@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -31,19 +32,39 @@ struct Function;     // ptx.h
 struct MapProxy;     // tensor_map_proxy.h
 struct Instruction;  // ptx.h
 
-// Where a finding was made; what is not known is empty or 0.
-struct Origin {
-  std::string kernel, source, instruction;  // demangled name; "gemm.cu:7" (source_lines.h); as written in the PTX
-  int ptx_line = 0;
+enum class Severity { error, warning };
+
+// A finding. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy fence"; report.h lists
+// them.
+struct Report {
+  std::string kind, text;  // the text begins with the kind and says where
+  Severity severity = Severity::error;
+  std::string kernel, mangled;  // its name as C++ has it, and as the PTX
+  std::string source;           // "gemm.cu:7, inlined at …" (source_lines.h); empty: not known
+  std::string instruction;
+  int line = 0;               // of the PTX text, 0: of no instruction
+  std::vector<uint32_t> cta;  // its coordinates; empty: of no CTA
+  int warp = -1, lane = -1;
+  uint64_t count = 1;   // how often it was found
+  bool raised = false;  // as a Fault
 };
 
-// A finding that stops the launch. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy
-// fence".
+// Reports, each kind and PTX line of a kernel once. Filled by several host threads.
+struct Reports {
+  std::mutex mutex;
+  std::vector<Report> list;
+  void add(const Report& report);
+  std::vector<Report> errors() const;
+};
+
+// A finding that stops the launch.
 struct Fault : std::runtime_error {
-  Fault(std::string kind, const std::string& text, Origin at = {})
-      : std::runtime_error(kind + ": " + text), kind(std::move(kind)), at(std::move(at)) {}
-  std::string kind;
-  Origin at;
+  Fault(const std::string& kind, const std::string& text) : std::runtime_error(kind + ": " + text) {
+    report.kind = kind, report.text = what();
+  }
+  explicit Fault(Report r) : std::runtime_error(r.text), report(std::move(r)) {}
+  Report report;
+  std::vector<Report> collected;  // all errors of simulate(go_on=True); empty: this one
 };
 
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
@@ -54,6 +75,9 @@ struct Options {
   int host_threads = 2;
   uint64_t max_instructions = 20'000'000'000ull;  // a launch that runs longer is reported as a live-lock
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
+  std::vector<std::string> allow, warn_as_error;  // kinds that are dropped, and warnings that are errors
+  bool strict = false;                            // every warning is an error
+  bool go_on = false;                             // errors that leave the machine in a defined state are collected
 };
 
 struct Counters {
@@ -196,6 +220,7 @@ struct Launch {
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
+  Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
@@ -206,7 +231,8 @@ void run(Launch& launch);
 // ---- For everybody who reports
 // "kernel gemm, gemm.cu:7, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
-Origin origin(const Function& function, const Instruction& instruction);
+// A fault of that kernel, at the instruction unless null.
+Fault fault_in(const char* kind, const std::string& text, const Function& function, const Instruction* instruction);
 // "gemm.cu:7, ptx line 120: wgmma…"; the first only where -lineinfo told it.
 std::string position(const Function& function, const Instruction& instruction);
 [[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text,

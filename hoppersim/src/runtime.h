@@ -80,22 +80,25 @@ struct Runtime {
   std::mutex mutex;  // one launch at a time: streams are in order, and so is everything else
   Options options;
   std::deque<LaunchRecord> launches;  // since the last clear, the oldest dropped
+  Reports reports;                    // of the launches since the last clear
   std::optional<Fault> fault;         // the first since Python took one
   std::string fault_text;             // storage of what cudaGetErrorString returns for it
-  std::string report_path;            // of runtime_report.cpp; empty: none is wanted
+  std::string report_path;            // of runtime_file.cpp; empty: none is wanted
 };
 Runtime& runtime();
 
 // runtime_environment.cpp; a value that cannot be used ends the process with a message and status 2.
 void read_environment(Options& options, std::string& report_path);
 
-// runtime_report.cpp
-void report_module();
-void report_launch(const LaunchRecord& record, bool finished);
-void report_refusal(const std::string& kernel, const std::string& error);  // a launch that hardware would refuse
-void report_fault(const Fault& fault);
+// runtime_file.cpp
+void tell_module();
+void tell_launch(const LaunchRecord& record, bool finished);
+void tell_refusal(const std::string& kernel, const std::string& error);  // a launch that hardware would refuse
+void tell(const Report& report);
 
 void keep_fault(const Fault& fault);
+// Adds a launch's reports, and the fault that ended it if any, to the runtime's; the caller holds its mutex.
+void keep_reports(Reports& from, Fault* fault);
 cudaError_t set_last_error(cudaError_t error);  // returns its argument; success leaves the last error alone
 
 // The kernel behind a host stub (as nvcc's host code registers it) or a cudaKernel_t; null if there is none.

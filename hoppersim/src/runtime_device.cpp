@@ -106,12 +106,25 @@ Runtime& runtime() {
 }
 
 void keep_fault(const Fault& fault) {
-  report_fault(fault);
+  if (!fault.report.raised) tell(fault.report);  // of no launch
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
   if (r.fault) return;
   r.fault.emplace(fault);
   r.fault_text = std::string("hoppersim: ") + fault.what();
+}
+
+void keep_reports(Reports& from, Fault* fault) {
+  Runtime& r = runtime();
+  for (const Report& report : from.list) {
+    tell(report);
+    r.reports.add(report);
+  }
+  if (fault == nullptr) return;
+  fault->report.raised = true;
+  tell(fault->report);
+  r.reports.add(fault->report);
+  if (r.options.go_on) fault->collected = r.reports.errors();
 }
 
 cudaError_t set_last_error(cudaError_t error) {

@@ -1,7 +1,9 @@
 // Options of a program that is run unmodified (`hoppersim run`): environment variables, read when its kernels register.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
+#include "report.h"
 #include "runtime.h"
 
 namespace hoppersim {
@@ -28,6 +30,27 @@ void read_number(const char* variable, Number& into) {
   });
 }
 
+void read_switch(const char* variable, bool& into) {
+  with_variable(variable, [&](const std::string& value) {
+    if (value != "0" && value != "1") refuse(variable, value, "0 or 1");
+    into = value == "1";
+  });
+}
+
+// Kinds with a comma between them.
+void read_allowed(const char* variable, std::vector<std::string>& into) {
+  with_variable(variable, [&](const std::string& value) {
+    for (size_t at = 0, end = 0; end != std::string::npos; at = end + 1) {
+      end = value.find(',', at);
+      const std::string name = value.substr(at, end - at);
+      const bool known = std::any_of(kinds().begin(), kinds().end(),
+                                     [&](const Kind& kind) { return kind.name == name && kind.goes_on; });
+      if (!known) refuse(variable, value, "kinds of reports after which a launch can go on");
+      into.push_back(name);
+    }
+  });
+}
+
 }  // namespace
 
 void read_environment(Options& options, std::string& report_path) {
@@ -38,6 +61,9 @@ void read_environment(Options& options, std::string& report_path) {
   read_number("HOPPERSIM_SEED", options.seed);
   read_number("HOPPERSIM_MAX_INSTRUCTIONS", options.max_instructions);
   read_number("HOPPERSIM_HOST_THREADS", options.host_threads);
+  read_allowed("HOPPERSIM_ALLOW", options.allow);
+  read_switch("HOPPERSIM_STRICT", options.strict);
+  read_switch("HOPPERSIM_GO_ON", options.go_on);
   with_variable("HOPPERSIM_REPORT", [&](const std::string& value) { report_path = value; });
 }
 

@@ -31,12 +31,12 @@ cudaError_t launch(const void* stub_or_handle, const LaunchShape& shape, void** 
   try {
     Dim3 cluster;
     if (const cudaError_t refused = check_launch(*kernel, shape, &cluster)) {
-      report_refusal(kernel->function().title, cudaGetErrorName(refused));
+      tell_refusal(kernel->function().title, cudaGetErrorName(refused));
       return set_last_error(refused);
     }
     run_kernel(*kernel, shape, cluster, gather_parameters(kernel->function(), arguments));
   } catch (Fault& fault) {
-    if (fault.at.kernel.empty()) fault.at.kernel = demangled(kernel->name);
+    if (fault.report.kernel.empty()) fault.report.kernel = demangled(kernel->name), fault.report.mangled = kernel->name;
     keep_fault(fault);
     return set_last_error(cudaErrorLaunchFailure);
   }
@@ -137,12 +137,15 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
   record.registers = kernel.registers;
   try {
     run(launch);
-  } catch (const Fault&) {
-    report_launch(record, false);
+  } catch (Fault& fault) {
+    fault.report.kernel = record.kernel, fault.report.mangled = kernel.name;
+    keep_reports(launch.reports, &fault);
+    tell_launch(record, false);
     throw;
   }
+  keep_reports(launch.reports, nullptr);
   record.counters = std::move(launch.counters);
-  report_launch(record, true);
+  tell_launch(record, true);
   r.launches.push_back(std::move(record));
   if (r.launches.size() > kLaunchesKept) r.launches.pop_front();
 }

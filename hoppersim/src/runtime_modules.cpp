@@ -133,7 +133,7 @@ using namespace hoppersim;
 extern "C" {
 
 void** __cudaRegisterFatBinary(void* wrapper) {
-  report_module();
+  tell_module();
   return reinterpret_cast<void**>(new LoadedModule(ptx_of(wrapper)));
 }
 

@@ -28,10 +28,14 @@ def program(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("run") / "program", "-cudart", "shared")
 
 
-def hoppersim_run(*arguments, module: str = "hoppersim", **variables) -> subprocess.CompletedProcess:
+def hoppersim_command(*arguments, **variables) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE), **variables}
-    command = [sys.executable, "-m", module, "run", *map(str, arguments)]
+    command = [sys.executable, "-m", "hoppersim", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def hoppersim_run(*arguments, **variables) -> subprocess.CompletedProcess:
+    return hoppersim_command("run", *arguments, **variables)
 
 
 def test_a_clean_program(program, tmp_path):
@@ -131,12 +135,28 @@ _readelf = shutil.which("readelf")
 
 
 def test_help_names_every_option():
-    done = subprocess.run(
-        [sys.executable, "-m", "hoppersim", "run", "--help"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
-    )
+    done = hoppersim_run("--help")
     assert done.returncode == 0
-    for option in ("--seeds N", "--timing", "--json FILE", "--max-instructions N", "exit status", "-cudart shared"):
-        assert option in done.stdout
+    options = ("--seeds N", "--timing", "--allow KIND", "--strict", "--go-on", "--json FILE", "--max-instructions N")
+    for text in (*options, "exit status", "-cudart shared", "-lineinfo"):
+        assert text in done.stdout
+
+
+def test_allowed_kinds_and_going_on(program, tmp_path):
+    kind = "uninitialised shared memory"
+    done = hoppersim_run("--seeds", 1, "--allow", kind, program, "bug")
+    assert done.returncode == 0 and "No findings." in done.stdout
+    done = hoppersim_run("--seeds", 1, "--go-on", "--json", tmp_path / "told.json", program, "bug")
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert done.returncode == 1 and [finding["kind"] for finding in told["findings"]] == [kind]
+    assert told["launches"][0]["finished"] and told["launches"][0]["global_write_bytes"] == 256
+    for wrong in ("dead-lock", "no such kind"):
+        done = hoppersim_run("--allow", wrong, program)
+        assert done.returncode == 2 and wrong in done.stderr
+
+
+def test_the_command_lists_the_kinds():
+    done = hoppersim_command("kinds")
+    assert done.returncode == 0
+    for name, kind in hoppersim.KINDS.items():
+        assert f"{name}\n  {kind.severity}{', can be allowed' if kind.goes_on else ''}: {kind.meaning}\n" in done.stdout

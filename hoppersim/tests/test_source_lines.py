@@ -42,19 +42,20 @@ def test_launches_name_kernels_as_c_plus_plus_does(with_lines):
 def test_a_fault_tells_the_line_and_where_it_was_called(with_lines):
     with pytest.raises(hoppersim.Fault) as caught:
         with_lines.call("run", np.ones(32, np.float32))
-    fault = caught.value
-    assert fault.kind == "out-of-bounds global" and fault.kernel == "named::add<float, 1>(float*)"
+    (report,) = caught.value.reports
+    assert report["kind"] == "out-of-bounds global" and report["kernel"] == "named::add<float, 1>(float*)"
+    assert report["mangled"] == "_ZN5named3addIfLi1EEEvPT_"
     path = with_lines.source
-    assert fault.source == f"{path}:3, inlined at {path}:7"
-    assert f"kernel named::add<float, 1>(float*), {fault.source}, ptx line {fault.ptx_line}: " in str(fault)
-    assert fault.instruction.startswith("ld.") and fault.instruction in str(fault)
+    assert report["source"] == f"{path}:3, inlined at {path}:7"
+    where = f"kernel {report['kernel']}, {report['source']}, ptx line {report['line']}: {report['instruction']}"
+    assert where in str(caught.value) and report["instruction"].startswith("ld.")
 
 
 def test_without_lineinfo_there_is_no_source():
     library = hoppersim.compile_cuda(TEXT)
     with pytest.raises(hoppersim.Fault) as caught:
         library.call("run", np.ones(32, np.float32))
-    assert caught.value.source == "" and ", ptx line" in str(caught.value)
+    assert caught.value.reports[0]["source"] is None and ", ptx line" in str(caught.value)
 
 
 PTX = """
@@ -86,8 +87,9 @@ def test_bytes_that_never_come_are_told_at_their_expect_tx(timing):
     with hoppersim.simulate(timing=timing), pytest.raises(hoppersim.Fault) as caught:
         hoppersim.Module(PTX).launch("wait_for_ever", 1, 1)
     assert caught.value.kind == "expect_tx too large"
-    assert caught.value.source == "/a//b.cu:20, inlined at kernel.cu:5"
-    assert caught.value.instruction.startswith("mbarrier.arrive.expect_tx")
+    (report,) = caught.value.reports
+    assert report["source"] == "/a//b.cu:20, inlined at kernel.cu:5"
+    assert report["instruction"].startswith("mbarrier.arrive.expect_tx")
     assert "at /a//b.cu:30, ptx line 16: mbarrier.try_wait" in str(caught.value)
 
 
@@ -95,4 +97,4 @@ def test_a_dead_lock_is_told_at_the_wait_for_an_mbarrier():
     text = PTX.replace("mbarrier.arrive.expect_tx.shared.b64 _, [bar], 64;", "")
     with pytest.raises(hoppersim.Fault) as caught:
         hoppersim.Module(text).launch("wait_for_ever", 1, 1)
-    assert caught.value.kind == "dead-lock" and caught.value.source == "/a//b.cu:30"
+    assert caught.value.kind == "dead-lock" and caught.value.reports[0]["source"] == "/a//b.cu:30"

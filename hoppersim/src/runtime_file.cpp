@@ -62,11 +62,11 @@ bool wanted() { return !runtime().report_path.empty(); }
 
 }  // namespace
 
-void report_module() {
+void tell_module() {
   if (wanted()) Line("module").write();
 }
 
-void report_launch(const LaunchRecord& r, bool finished) {
+void tell_launch(const LaunchRecord& r, bool finished) {
   if (!wanted()) return;
   Line line("launch");
   line.add("kernel", r.kernel).add("mangled", r.mangled).add("finished", static_cast<uint64_t>(finished));
@@ -77,16 +77,18 @@ void report_launch(const LaunchRecord& r, bool finished) {
   line.write();
 }
 
-void report_refusal(const std::string& kernel, const std::string& error) {
+void tell_refusal(const std::string& kernel, const std::string& error) {
   if (wanted()) Line("refusal").add("kernel", kernel).add("error", error).write();
 }
 
-void report_fault(const Fault& fault) {
+void tell(const Report& report) {
   if (!wanted()) return;
   Line line("finding");
-  line.add("kind", fault.kind).add("kernel", fault.at.kernel).add("source", fault.at.source);
-  line.add("ptx_line", static_cast<uint64_t>(fault.at.ptx_line)).add("instruction", fault.at.instruction);
-  line.add("text", std::string(fault.what())).write();
+  line.add("kind", report.kind).add("severity", report.severity == Severity::error ? "error" : "warning");
+  line.add("kernel", report.kernel).add("source", report.source);
+  line.add("ptx_line", static_cast<uint64_t>(report.line)).add("instruction", report.instruction);
+  line.add("text", report.text).add("count", report.count);
+  line.write();
 }
 
 }  // namespace hoppersim
