@@ -19,10 +19,13 @@ def kinds() -> dict[str, Kind]:
     return {name: Kind(*facts) for name, *facts in native().kinds()}
 
 
-def _named(option: str, names) -> list[str]:
+def named(option: str, names, *, goes_on: bool = False) -> list[str]:
+    """The kinds that an option names; a ValueError if there is no such kind, or one that must go on does not."""
     names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in kinds()]:
         raise ValueError(f"{option}: no kind {unknown}; the kinds are {', '.join(kinds())}")
+    if fatal := [name for name in names if goes_on and not kinds()[name].goes_on]:
+        raise ValueError(f"{option}: a launch cannot go on after {fatal}")
     return names
 
 
@@ -50,17 +53,13 @@ def simulate(
     copies, multiplies, arrives or passes a barrier is reported as a live-lock; by default about two minutes of it.
     """
     simulator = native()
-    allow, warn_as_error = _named("allow", allow), _named("warn_as_error", warn_as_error)
-    if fatal := [name for name in allow if not kinds()[name].goes_on]:
-        raise ValueError(f"allow: a launch cannot go on after {fatal}")
+    allow, warn_as_error = named("allow", allow, goes_on=True), named("warn_as_error", warn_as_error)
     before = simulator.options()
     simulator.raise_fault()
     simulator.clear_launches()
     limit = simulator.MAX_INSTRUCTIONS if max_instructions is None else max_instructions
     simulator.clear_reports()
-    simulator.set_options(
-        timing, seed, host_threads, limit, check_global, allow, warn_as_error, strict, go_on
-    )
+    simulator.set_options(timing, seed, host_threads, limit, check_global, allow, warn_as_error, strict, go_on)
     try:
         yield
     except Exception as error:
@@ -80,8 +79,8 @@ def simulate(
 def reports() -> list[dict]:
     """What was found since the last ``simulate`` block began, each kind and PTX line of a kernel once.
 
-    Keys: kind, severity, kernel, line (of the PTX), instruction, cta, warp, lane (None where there is none), text,
-    count (how often it was found).
+    Keys: kind, severity, kernel, mangled (its name in the PTX), source (file:line, by -lineinfo), line (of the PTX),
+    instruction, cta, warp, lane (None where there is none), text, count (how often it was found).
     """
     return native().reports()
 

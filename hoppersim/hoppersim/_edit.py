@@ -25,7 +25,7 @@ def _lines_of(text: str, kernel: str) -> dict[int, str]:
 def ptx_of(kernel: str) -> dict[int, str]:
     """Lines of the PTX of a registered kernel, by the numbers that reports give them.
 
-    ``kernel``: its mangled name, as `launches()` tells it.
+    ``kernel``: its mangled name (`launches()` has it).
     """
     return _lines_of(native().module_text(kernel), kernel)
 

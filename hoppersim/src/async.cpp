@@ -170,20 +170,26 @@ void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> 
 
 // ---- For the scheduler
 
-static std::string in_kernel(const Cluster& cluster) { return "kernel " + cluster.launch->function->name + ", "; }
+// A byte count that never came out right: told at the last expect_tx of the mbarrier.
+[[noreturn]] static void miscounted(const char* kind, const Cluster& cluster, const Cta& cta, uint32_t offset,
+                                    const Mbarrier& barrier, const std::string& text) {
+  const Function& function = *cluster.launch->function;
+  std::string last = "no expect_tx";
+  if (barrier.expected_by) last = "last expect_tx at " + position(function, *barrier.expected_by);
+  throw fault_in(kind, "kernel " + function.title + ", " + describe(cta, offset, barrier) + "; " + last + text,
+                 function, barrier.expected_by);
+}
 
 void async_check_deadlock(Cluster& cluster, const std::string& report) {
   const auto& loads = copies_of(cluster).loads;
   for (const auto& cta : cluster.ctas) {
     for (const auto& [offset, barrier] : cta->mbarriers) {
-      if (barrier.tx < 0)
-        throw Fault("expect_tx too small", in_kernel(cluster) + describe(*cta, offset, barrier) + "\n" + report);
+      if (barrier.tx < 0) miscounted("expect_tx too small", cluster, *cta, offset, barrier, "\n" + report);
       const bool outstanding = std::any_of(loads.begin(), loads.end(), [&, offset = offset](const auto& load) {
         return load->cta == cta.get() && load->barrier == offset && !load->landed;
       });
       if (barrier.pending == 0 && barrier.tx > 0 && !outstanding)
-        throw Fault("expect_tx too large",
-                    in_kernel(cluster) + describe(*cta, offset, barrier) + "; all its copies are complete\n" + report);
+        miscounted("expect_tx too large", cluster, *cta, offset, barrier, "; all its copies are complete\n" + report);
     }
   }
 }
@@ -191,8 +197,7 @@ void async_check_deadlock(Cluster& cluster, const std::string& report) {
 void async_finish(Cluster& cluster) {
   for (const auto& cta : cluster.ctas)
     for (const auto& [offset, barrier] : cta->mbarriers)
-      if (barrier.tx < 0)
-        throw Fault("expect_tx too small", in_kernel(cluster) + "at its end " + describe(*cta, offset, barrier));
+      if (barrier.tx < 0) miscounted("expect_tx too small", cluster, *cta, offset, barrier, "; the kernel has ended");
   for (const auto& load : copies_of(cluster).loads) {
     report("exit with a load in flight", load->issue,
            std::string(load->landed ? "nobody has waited for " : "not complete when the kernel ended; expected at ") +

@@ -221,6 +221,7 @@ void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count, bool 
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   barrier.tx += bytes;
+  barrier.expected_by = issue.instruction;
   if (barrier.tx > kMaxCount) fault("transaction count out of range", issue, describe(cta, offset, barrier));
 }
 

@@ -257,6 +257,7 @@ void PtxParser::emit(Instruction&& i) {
   }
   i.counter_class = class_index(class_of(i));
   i.progress = progresses(i);
+  i.source = source_;
   function_->code.push_back(std::move(i));
 }
 

@@ -40,7 +40,9 @@ enum class Severity { error, warning };
 struct Report {
   std::string kind, text;  // the text begins with the kind and says where
   Severity severity = Severity::error;
-  std::string kernel, instruction;
+  std::string kernel, mangled;  // its name as C++ has it, and as the PTX
+  std::string source;           // "gemm.cu:7, inlined at …" (source_lines.h); empty: not known
+  std::string instruction;
   int line = 0;               // of the PTX text, 0: of no instruction
   std::vector<uint32_t> cta;  // its coordinates; empty: of no CTA
   int warp = -1, lane = -1;
@@ -95,6 +97,7 @@ struct Counters {
   uint64_t wgmma_wavefronts = 0;         // of operand tiles in shared memory, by the model of tensor.cpp
   uint64_t barrier_waits = 0;            // unsuccessful mbarrier try_wait / test_wait
   void add(const Counters& other);
+  std::vector<std::pair<const char*, uint64_t>> numbers() const;  // all but `instructions`, by name
 };
 
 // Vector clock over the warps of a cluster (index = cluster rank * warps per CTA + warp): which generic writes are
@@ -119,12 +122,13 @@ struct SharedMemory {
 };
 
 struct Mbarrier {
-  uint32_t expected = 0;  // arrivals per phase
-  int32_t pending = 0;    // arrivals still missing in this phase
-  int64_t tx = 0;         // transaction bytes still missing (may be negative for a moment)
-  uint32_t phase = 0;     // completed phases; the parity waited for is that of a completed phase
-  Clock clock;            // merged clocks of the arrivals
-  Clock completed_clock;  // clock that a successful wait acquires
+  uint32_t expected = 0;                     // arrivals per phase
+  int32_t pending = 0;                       // arrivals still missing in this phase
+  int64_t tx = 0;                            // transaction bytes still missing (may be negative for a moment)
+  uint32_t phase = 0;                        // completed phases; the parity waited for is that of a completed phase
+  Clock clock;                               // merged clocks of the arrivals
+  Clock completed_clock;                     // clock that a successful wait acquires
+  const Instruction* expected_by = nullptr;  // the last expect_tx
 };
 
 struct Cta;
@@ -235,8 +239,12 @@ void run(Launch& launch);
 std::string name_of(const Cta& cta);
 // "CTA (0, 1, 0), warp 3", by the index of its clock.
 std::string name_of_warp(const Cluster& cluster, size_t clock_index);
-// "kernel gemm, ptx line 120: cp.async.bulk…, CTA (0, 1, 0), warp 3, lane 0"
+// "kernel gemm, gemm.cu:7, ptx line 120: cp.async.bulk…, CTA (0, 1, 0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
+// A fault of that kernel, at the instruction unless null.
+Fault fault_in(const char* kind, const std::string& text, const Function& function, const Instruction* instruction);
+// "gemm.cu:7, ptx line 120: wgmma…"; the first only where -lineinfo told it.
+std::string position(const Function& function, const Instruction& instruction);
 [[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text,
                         int lane = -1);
 

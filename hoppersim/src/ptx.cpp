@@ -37,6 +37,7 @@ uint32_t round_up(uint64_t value, uint64_t align) { return static_cast<uint32_t>
 
 PtxParser::PtxParser(const std::string& text) : text_(without_comments(text)), module_(std::make_unique<Module>()) {
   text_.resize(std::strlen(text_.c_str()));  // the text in a fat binary ends in zeros
+  lines_ = std::make_shared<SourceLines>(text_);
 }
 
 void PtxParser::syntax(const std::string& text) const {
@@ -269,6 +270,9 @@ void PtxParser::entry() {
     if (!accept(";")) skip_block();
     return;
   }
+  function_->title = demangled(function_->name);
+  function_->lines = lines_;
+  source_ = -1;
   scopes_.assign(1, {});
   external_.clear();
   external_align_ = 16;
@@ -378,7 +382,9 @@ void PtxParser::statement() {
 }
 
 void PtxParser::body_directive() {
-  if (accept(".loc") || accept(".file")) {
+  if (accept(".loc")) {
+    source_ = lines_->add(until("\n"), caller_);
+  } else if (accept(".file")) {
     skip_line();
   } else if (accept(".pragma")) {
     until(";");

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "source_lines.h"
 
 namespace hoppersim {
 
@@ -81,6 +82,7 @@ struct Operand {
 
 struct Instruction {
   int line = 0;                        // in the PTX text
+  int source = -1;                     // place in Function::lines, -1: not known
   std::string text;                    // as written, for reports
   std::string opcode;                  // first part: "wgmma", "ld", "add", …
   std::vector<std::string> modifiers;  // the rest, in order: "mma_async", "sync", "aligned", "m64n128k16", "f32", …
@@ -107,6 +109,8 @@ struct Parameter {
 
 struct Function {
   std::string name;
+  std::string title;                         // the name demangled, for reports
+  std::shared_ptr<const SourceLines> lines;  // of the module
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
   uint32_t register_words = 0;  // per lane

@@ -114,6 +114,9 @@ class PtxParser {
   int line_ = 1;
   std::unique_ptr<Module> module_;
   std::unique_ptr<Function> function_;
+  std::shared_ptr<SourceLines> lines_;
+  int source_ = -1;  // place of the statements being read
+  int caller_ = -1;  // place of the call being expanded
   std::vector<Scope> scopes_;
   std::unordered_map<std::string, Symbol> globals_;
   std::unordered_map<std::string, SharedVariable> shared_;

@@ -21,21 +21,13 @@ Triple triple_of(const Dim3& d) { return {d.x, d.y, d.z}; }
 py::dict dict_of(const Counters& c) {
   py::dict d;
   d["instructions"] = c.instructions;
-  d["warp_instructions"] = c.warp_instructions;
-  d["tensor_flop"] = c.tensor_flop;
-  d["global_read_bytes"] = c.global_read_bytes, d["global_write_bytes"] = c.global_write_bytes;
-  d["global_read_sectors"] = c.global_read_sectors, d["global_write_sectors"] = c.global_write_sectors;
-  d["bulk_read_bytes"] = c.bulk_read_bytes, d["bulk_write_bytes"] = c.bulk_write_bytes;
-  d["shared_accesses"] = c.shared_accesses, d["shared_wavefronts"] = c.shared_wavefronts;
-  d["shared_ideal_wavefronts"] = c.shared_ideal_wavefronts;
-  d["wgmma_wavefronts"] = c.wgmma_wavefronts;
-  d["barrier_waits"] = c.barrier_waits;
+  for (const auto& [name, value] : c.numbers()) d[name] = value;
   return d;
 }
 
 py::dict dict_of(const LaunchRecord& r) {
   py::dict d;
-  d["kernel"] = r.kernel;
+  d["kernel"] = r.kernel, d["mangled"] = r.mangled, d["occupancy"] = r.occupancy;
   d["grid"] = triple_of(r.grid), d["block"] = triple_of(r.block), d["cluster"] = triple_of(r.cluster);
   d["static_shared"] = r.static_shared, d["dynamic_shared"] = r.dynamic_shared;
   d["counters"] = dict_of(r.counters);
@@ -57,6 +49,8 @@ py::dict dict_of(const Report& r) {
   py::dict d;
   d["kind"] = r.kind, d["severity"] = name_of(r.severity);
   d["kernel"] = unless(r.kernel.empty(), py::str(r.kernel));
+  d["mangled"] = unless(r.mangled.empty(), py::str(r.mangled));
+  d["source"] = unless(r.source.empty(), py::str(r.source));
   d["line"] = unless(r.line == 0, py::int_(r.line));
   d["instruction"] = unless(r.instruction.empty(), py::str(r.instruction));
   d["cta"] = unless(r.cta.empty(), py::tuple(py::cast(r.cta)));

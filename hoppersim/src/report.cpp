@@ -121,11 +121,17 @@ std::vector<Report> Reports::errors() const {
   return result;
 }
 
-static Fault fault_at(const char* kind, const Warp& warp, const Instruction& i, const std::string& text, int lane) {
-  Fault fault(kind, text + "; " + where(warp, i, lane));
+Fault fault_in(const char* kind, const std::string& text, const Function& function, const Instruction* i) {
+  Fault fault(kind, text);
   Report& r = fault.report;
-  r.kernel = warp.cta->cluster->launch->function->name;
-  r.line = i.line, r.instruction = i.text;
+  r.kernel = function.title, r.mangled = function.name;
+  if (i != nullptr) r.line = i->line, r.instruction = i->text, r.source = function.lines->text(i->source);
+  return fault;
+}
+
+static Fault fault_at(const char* kind, const Warp& warp, const Instruction& i, const std::string& text, int lane) {
+  Fault fault = fault_in(kind, text + "; " + where(warp, i, lane), *warp.cta->cluster->launch->function, &i);
+  Report& r = fault.report;
   r.cta.assign(warp.cta->ctaid, warp.cta->ctaid + 3);
   r.warp = warp.id, r.lane = lane;
   return fault;

@@ -91,9 +91,10 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
 int occupancy(Kernel& kernel, int threads, size_t dynamic_shared);
 
 struct LaunchRecord {
-  std::string kernel;
+  std::string kernel, mangled;
   Dim3 grid, block, cluster;
   uint32_t static_shared = 0, dynamic_shared = 0;
+  int occupancy = 0, registers = 0;  // resident CTAs per multiprocessor; registers per thread, 0: not known
   Counters counters;
 };
 
@@ -104,8 +105,18 @@ struct Runtime {
   Reports reports;                    // of the launches since the last clear
   std::optional<Fault> fault;         // the first since Python took one
   std::string fault_text;             // storage of what cudaGetErrorString returns for it
+  std::string report_path;            // of runtime_file.cpp; empty: none is wanted
 };
 Runtime& runtime();
+
+// runtime_environment.cpp; a value that cannot be used ends the process with a message and status 2.
+void read_environment(Options& options, std::string& report_path);
+
+// runtime_file.cpp
+void tell_module();
+void tell_launch(const LaunchRecord& record, bool finished);
+void tell_refusal(const std::string& kernel, const std::string& error);  // a launch that hardware would refuse
+void tell(const Report& report);
 
 // Kept until Python asks. The first wins, but a finding wins over a call that is not modelled.
 void keep_fault(const Fault& fault);

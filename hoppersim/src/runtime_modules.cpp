@@ -50,7 +50,9 @@ const Function& LoadedModule::function(const std::string& name) {
 }
 
 void LoadedModule::replace(const std::string& name, const std::string& changed_text) {
-  replaced[name] = parse_kernel(changed_text, name, parsed());
+  auto changed = parse_kernel(changed_text, name, parsed());
+  if (changed->problem) throw Fault(*changed->problem);
+  replaced[name] = std::move(changed);
 }
 
 void LoadedModule::restore(const std::string& name) { replaced.erase(name); }
@@ -98,7 +100,10 @@ using namespace hoppersim;
 
 extern "C" {
 
-void** __cudaRegisterFatBinary(void* wrapper) { return reinterpret_cast<void**>(new LoadedModule(wrapper)); }
+void** __cudaRegisterFatBinary(void* wrapper) {
+  tell_module();
+  return reinterpret_cast<void**>(new LoadedModule(wrapper));
+}
 
 void __cudaRegisterFatBinaryEnd(void**) {}
 

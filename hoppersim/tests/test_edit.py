@@ -19,7 +19,7 @@ def scaled(library) -> np.ndarray:
     x = np.ones(4, np.float32)
     with hoppersim.simulate():
         library.call("run_scale", x, 4, 0.0)
-        scaled.kernel = hoppersim.launches()[0]["kernel"]
+        scaled.kernel = hoppersim.launches()[0]["mangled"]
     return x
 
 
