@@ -202,6 +202,7 @@ void ClusterRun::run_warp(Warp& warp, int quantum) {
       std::erase_if(warp.groups, [](const Group& g) { return g.mask == 0; });
       if (warp.groups.empty()) {
         warp.state = Warp::State::done;
+        warp_ended(warp);
         return;
       }
       merge_groups(warp);
