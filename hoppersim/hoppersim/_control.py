@@ -44,6 +44,8 @@ def simulate(
 ):
     """Options of the launches in the block; raises at its end the Fault that the CUDA runtime only reported.
 
+    That is the first finding, or the first call that is not modelled ("unsupported runtime call").
+
     ``timing``: asynchronous effects at once ("early") or as late as allowed ("late"). ``seed``: order of warps and
     CTAs, 0 in order. ``allow``: kinds that are not reported. ``warn_as_error``: kinds of warnings that are errors;
     ``strict``: all are. ``go_on``: errors after which the machine is in a defined state are collected, and raised as

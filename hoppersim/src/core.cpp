@@ -243,8 +243,8 @@ bool bind_core(Instruction& i) {
 void PtxParser::emit(Instruction&& i) {
   i.aligned = i.has("aligned") || (i.opcode == "bar" && !i.has("warp"));
   if (!bind_core(i) && !bind_async(i) && !bind_tensor(i)) {
-    throw Fault("unsupported instruction",
-                "kernel " + function_->name + ", line " + std::to_string(i.line) + ": " + i.text);
+    line_ = i.line;
+    not_modelled(i.text);
   }
   i.counter_class = class_index(class_of(i));
   i.source = source_;

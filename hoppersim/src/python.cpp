@@ -97,7 +97,9 @@ void raise_fault() {
     std::lock_guard<std::mutex> lock(r.mutex);
     fault.swap(r.fault);
   }
-  if (fault) throw *fault;
+  if (!fault) return;
+  cudaGetLastError();  // it was this
+  throw *fault;
 }
 
 // Raises the errors that were collected and not raised, if there are any, as one fault: the text is the first's.
@@ -146,7 +148,7 @@ struct TextModule {
   }
 
   py::bytes global_bytes(const std::string& name) {
-    const std::vector<uint8_t>* bytes = loaded.global(name);
+    const VariableBytes* bytes = loaded.global(name);
     if (bytes == nullptr) throw py::key_error(name);
     return {reinterpret_cast<const char*>(bytes->data()), bytes->size()};
   }

@@ -81,6 +81,8 @@ const std::vector<Kind> table = {
     {"ptx syntax", error, false, "the PTX text is malformed"},
     {"launch", error, false, "grid, block, parameters or shared memory that are not a launch at all"},
     {"launch refused", error, false, "what the CUDA runtime would refuse"},
+    {"unsupported runtime call", error, false,
+     "a function of the runtime or the driver, or one of its options, that is not modelled was called"},
     {"no ptx", error, false, "the fat binary holds no plain PTX"},
     {"unknown kernel", error, false, "the module has no kernel of that name"},
 };

@@ -109,9 +109,22 @@ void keep_fault(const Fault& fault) {
   if (!fault.report.raised) tell(fault.report);  // of no launch
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
-  if (r.fault) return;
-  r.fault.emplace(fault);
-  r.fault_text = std::string("hoppersim: ") + fault.what();
+  Report kept = fault.report;
+  if (r.fault) {
+    if (r.fault->report.kind != kUnsupportedCall || kept.kind == kUnsupportedCall) return;
+    kept.text += std::string("\nbefore it: ") + r.fault->what();
+  }
+  r.fault.emplace(std::move(kept)).collected = fault.collected;
+  r.fault_text = std::string("hoppersim: ") + r.fault->what();
+}
+
+int unsupported_driver_call(const char* what) {
+  keep_fault(Fault(kUnsupportedCall, std::string(what) + " is not modelled by the simulator"));
+  return cudaErrorNotSupported;
+}
+
+int unsupported_runtime_call(const char* what) {
+  return set_last_error(static_cast<cudaError_t>(unsupported_driver_call(what)));
 }
 
 void keep_reports(Reports& from, Fault* fault) {
@@ -146,10 +159,11 @@ const char* cudaGetErrorName(cudaError_t error) {
   return e ? e->name : "unrecognized error code";
 }
 
-// A launch failure is told with the fault that the simulator found.
+// A launch failure is told with the fault that the simulator found, an unsupported call with its name.
 const char* cudaGetErrorString(cudaError_t error) {
   Runtime& r = runtime();
-  if (error == cudaErrorLaunchFailure && r.fault) return r.fault_text.c_str();
+  if (r.fault && error == (r.fault->report.kind == kUnsupportedCall ? cudaErrorNotSupported : cudaErrorLaunchFailure))
+    return r.fault_text.c_str();
   const ErrorName* e = find_error(error);
   return e ? e->text : "unrecognized error code";
 }
@@ -159,12 +173,12 @@ cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_last_error(cudaErrorInvalidDevice); }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = kDriverVersion, cudaSuccess; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return set_last_error(cudaErrorInvalidDevice);
   const auto found = attributes().find(attribute);
-  if (found == attributes().end()) return set_last_error(cudaErrorNotSupported);
+  if (found == attributes().end()) return unsupported_call("cudaDeviceGetAttribute of attribute", attribute);
   *value = found->second;
   return cudaSuccess;
 }
@@ -205,9 +219,6 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cu
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-  return set_last_error(cudaErrorNotSupported);
-}
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return new_handle(event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return new_handle(event); }
@@ -215,8 +226,6 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete_handle(event); }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-// A simulator has no time of the hardware to tell.
-cudaError_t cudaEventElapsedTime(float*, cudaEvent_t, cudaEvent_t) { return set_last_error(cudaErrorNotSupported); }
 
 cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
                                     cudaDriverEntryPointQueryResult* status) {
