@@ -6,12 +6,8 @@ from collections import Counter
 
 from ._run import Run
 
-NOT_SIMULATED = {
-    "unsupported instruction",
-    "ptx syntax",
-    "no ptx",
-    "unknown kernel",
-}  # said of the simulator, not of the program
+# Said of the simulator, not of the program.
+NOT_SIMULATED = {"unsupported instruction", "unsupported runtime call", "ptx syntax", "no ptx", "unknown kernel"}
 _SIZES = ["", "K", "M", "G", "T", "P"]
 
 

@@ -343,7 +343,8 @@ void check_launch(const Launch& launch) {
   if (launch.function == nullptr) throw Fault("launch", "no function");
   if (const auto& problem = launch.function->problem) {
     const std::string text = std::string(problem->what()).substr(problem->report.kind.size() + 2);
-    throw Fault(problem->report.kind, "kernel " + launch.function->name + ", " + text);
+    throw fault_in(problem->report.kind.c_str(), "kernel " + launch.function->title + ", " + text, *launch.function,
+                   nullptr);
   }
   if (g.x == 0 || g.y == 0 || g.z == 0 || c.x == 0 || c.y == 0 || c.z == 0 || g.x % c.x || g.y % c.y || g.z % c.z) {
     throw Fault("launch", "grid is no multiple of the cluster");

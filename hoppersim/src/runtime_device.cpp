@@ -109,14 +109,12 @@ void keep_fault(const Fault& fault) {
   if (!fault.report.raised) tell(fault.report);  // of no launch
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
-  std::string before;
+  Report kept = fault.report;
   if (r.fault) {
-    if (r.fault->report.kind != kUnsupportedCall || fault.report.kind == kUnsupportedCall) return;
-    before = std::string("\nbefore it: ") + r.fault->what();
+    if (r.fault->report.kind != kUnsupportedCall || kept.kind == kUnsupportedCall) return;
+    kept.text += std::string("\nbefore it: ") + r.fault->what();
   }
-  Report report = fault.report;
-  report.text += before;
-  r.fault.emplace(std::move(report));
+  r.fault.emplace(std::move(kept)).collected = fault.collected;
   r.fault_text = std::string("hoppersim: ") + r.fault->what();
 }
 

@@ -182,5 +182,6 @@ def test_the_sources_report_the_kinds():
         ):
             named.setdefault(kind, set()).add(call == "report")
     assert {kind: {k.goes_on} for kind, k in hoppersim.KINDS.items() if kind in named} == named
-    elsewhere = {"device assertion", "live-lock", "dead-lock", "unsupported runtime call"}  # named by a variable
+    # Arguments that a condition chooses, a constant.
+    elsewhere = {"device assertion", "live-lock", "dead-lock", "unsupported runtime call"}
     assert set(hoppersim.KINDS) - set(named) <= elsewhere

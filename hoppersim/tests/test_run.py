@@ -13,7 +13,7 @@ import pytest
 import hoppersim
 
 SOURCE = Path(__file__).parent / "kernels" / "program.cu"
-FLAGS = ["-arch=sm_90a", "--no-compress", "-lineinfo"]
+FLAGS = ["-arch=sm_90a", "-lineinfo"]
 PACKAGE = Path(hoppersim.__file__).parent.parent
 
 
