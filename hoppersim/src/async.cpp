@@ -19,6 +19,10 @@ void fault(const char* kind, const Issue& issue, const std::string& text) {
   fault(kind, *issue.warp, *issue.instruction, text, issue.lane);
 }
 
+void report(const char* kind, const Issue& issue, const std::string& text) {
+  report(kind, *issue.warp, *issue.instruction, text, issue.lane);
+}
+
 void schedule(Warp& warp, std::string what, std::function<void()> effect) {
   Cluster& cluster = *warp.cta->cluster;
   if (cluster.launch->options.timing == Timing::early) {
@@ -55,7 +59,7 @@ SharedPlace place_of(Warp& warp, const Instruction& i, const Operand& operand, s
   if (local && place.cta != warp.cta)
     fault("address of another CTA", warp, i, "the instruction needs shared memory of its own CTA", lane);
   if (place.cta != warp.cta && cta_ended(*place.cta))
-    fault("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
+    report("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
   return place;
 }
 
@@ -90,12 +94,12 @@ static void check_destination(const Issue& issue, const Cta& cta, const Range& r
   uint8_t any = 0;
   for (uint32_t b = 0; b < range.size; ++b) any |= cta.shared.flags[range.offset + b];
   if (any & SharedMemory::in_flight && !reduces)
-    fault("overwritten while a copy is in flight", issue,
-          "another copy to the same shared memory has not been waited for");
+    report("overwritten while a copy is in flight", issue,
+           "another copy to the same shared memory has not been waited for");
   for (uint32_t g = range.offset / 16; range.size && g <= (range.offset + range.size - 1) / 16; ++g)
     if (cta.shared.granules[g].async_readers)
-      fault("overwritten while read", issue,
-            "an outstanding wgmma or bulk store still reads shared offset " + std::to_string(g * 16));
+      return report("overwritten while read", issue,
+                    "an outstanding wgmma or bulk store still reads shared offset " + std::to_string(g * 16));
 }
 
 std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier, std::vector<Range> ranges,
@@ -112,7 +116,8 @@ std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier,
 
 void land(Load& load, const void* data) {
   const Issue& issue = load.issue;
-  if (cta_ended(*load.cta)) fault("exit with a copy in flight", issue, "the destination CTA has ended");
+  if (load.abandoned) return;
+  if (cta_ended(*load.cta)) report("exit with a load in flight", issue, "the destination CTA has ended");
   int64_t bytes = 0;
   for (const Range& range : load.ranges) {
     set_in_flight(*load.cta, range, false);
@@ -188,17 +193,19 @@ void async_finish(Cluster& cluster) {
     for (const auto& [offset, barrier] : cta->mbarriers)
       if (barrier.tx < 0)
         throw Fault("expect_tx too small", in_kernel(cluster) + "at its end " + describe(*cta, offset, barrier));
-  for (const auto& load : copies_of(cluster).loads)
-    fault("exit with a copy in flight", load->issue,
-          std::string(load->landed ? "nobody has waited for " : "not complete when the kernel ended; expected at ") +
-              describe(*load->cta, load->barrier, load->cta->mbarriers[load->barrier]));
+  for (const auto& load : copies_of(cluster).loads) {
+    report("exit with a load in flight", load->issue,
+           std::string(load->landed ? "nobody has waited for " : "not complete when the kernel ended; expected at ") +
+               describe(*load->cta, load->barrier, load->cta->mbarriers[load->barrier]));
+    load->abandoned = true;
+  }
   for (const auto& cta : cluster.ctas) {
     for (const auto& warp : cta->warps) {
       for (const auto& store : copies_of(*warp).stores)
         if (!store->released)
-          fault("exit with a copy in flight", store->issue, "the bulk group of this store was not waited for");
+          report("exit with a copy in flight", store->issue, "the bulk group of this store was not waited for");
       for (const ThreadCopy& copy : copies_of(*warp).thread_copies)
-        fault("exit with a copy in flight", copy.issue, "this cp.async was not waited for");
+        report("exit with a load in flight", copy.issue, "this cp.async was not waited for");
     }
   }
   while (!cluster.pending.empty()) {

@@ -15,6 +15,7 @@
 
 #include "machine.h"
 #include "ptx.h"
+#include "report.h"
 
 namespace hoppersim {
 
@@ -45,6 +46,7 @@ struct Load {
   Cta* source_cta = nullptr;  // shared to shared: the source counts as read until the load is observed
   Range source{};
   bool landed = false;
+  bool abandoned = false;  // reported at the end of the kernel: it never lands
 };
 
 struct Store {
@@ -103,6 +105,7 @@ std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier);
 
 // ---- Copies (async.cpp)
 [[noreturn]] void fault(const char* kind, const Issue& issue, const std::string& text);
+void report(const char* kind, const Issue& issue, const std::string& text);  // report.h
 void set_in_flight(Cta& cta, const Range& range, bool in_flight);
 void hold_source(Cta& cta, const Range& range, int change);  // change: +1 or -1 outstanding readers
 // Marks the destination as in flight; faults when another copy is on its way there (reductions may

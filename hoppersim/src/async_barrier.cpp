@@ -144,8 +144,9 @@ Question question(Warp& warp, const Instruction& i, int lane) {
 void sleep(Warp& warp, const Instruction& i, std::vector<Question> questions) {
   const Question& first = questions.front();
   char place[64];
-  std::snprintf(place, sizeof place, "mbarrier at shared offset 0x%x of cta %d, ", first.offset, first.cta->rank);
-  warp.waiting_for = place + std::string(first.parity ? "parity " : "phase ") + std::to_string(first.phase);
+  std::snprintf(place, sizeof place, "mbarrier at shared offset 0x%x of ", first.offset);
+  warp.waiting_for =
+      place + name_of(*first.cta) + (first.parity ? ", parity " : ", phase ") + std::to_string(first.phase);
   warp.state = Warp::State::waiting;
   const bool blocking = i.data[0];
   const uint64_t completed = copies_of(*warp.cta->cluster).completed_phases;
@@ -192,11 +193,11 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
 }  // namespace
 
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
-  char text[200];
+  char text[280];
   std::snprintf(
       text, sizeof text,
-      "mbarrier at shared offset 0x%x of cta %d: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing",
-      offset, cta.rank, barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected,
+      "mbarrier at shared offset 0x%x of %s: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing",
+      offset, name_of(cta).c_str(), barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected,
       static_cast<long long>(barrier.tx));
   return text;
 }
@@ -205,7 +206,7 @@ Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset) {
   const auto found = cta.mbarriers.find(offset);
   if (found == cta.mbarriers.end())
     fault("uninitialised mbarrier", issue,
-          "no mbarrier at shared offset " + std::to_string(offset) + " of cta " + std::to_string(cta.rank));
+          "no mbarrier at shared offset " + std::to_string(offset) + " of " + name_of(cta));
   return found->second;
 }
 

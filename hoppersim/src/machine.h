@@ -5,12 +5,14 @@
 // position.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -31,12 +33,40 @@ struct Function;     // ptx.h
 struct MapProxy;     // tensor_map_proxy.h
 struct Instruction;  // ptx.h
 
-// A finding that stops the launch. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy
-// fence".
-struct Fault : std::runtime_error {
-  Fault(std::string kind, const std::string& text) : std::runtime_error(kind + ": " + text), kind(std::move(kind)) {}
-  std::string kind;
+enum class Severity { error, warning };
+
+// A finding. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy fence"; report.h lists
+// them.
+struct Report {
+  std::string kind, text;  // the text begins with the kind and says where
+  Severity severity = Severity::error;
+  std::string kernel, instruction;
+  int line = 0;               // of the PTX text, 0: of no instruction
+  std::vector<uint32_t> cta;  // its coordinates; empty: of no CTA
+  int warp = -1, lane = -1;
+  uint64_t count = 1;   // how often it was found
+  bool raised = false;  // as a Fault
 };
+
+// Reports, each kind and PTX line of a kernel once. Filled by several host threads.
+struct Reports {
+  std::mutex mutex;
+  std::vector<Report> list;
+  void add(const Report& report);
+  std::vector<Report> errors() const;
+};
+
+// A finding that stops the launch.
+struct Fault : std::runtime_error {
+  Fault(const std::string& kind, const std::string& text) : std::runtime_error(kind + ": " + text) {
+    report.kind = kind, report.text = what();
+  }
+  explicit Fault(Report r) : std::runtime_error(r.text), report(std::move(r)) {}
+  Report report;
+  std::vector<Report> collected;  // all errors of simulate(go_on=True); empty: this one
+};
+
+constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100;
 
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
 
@@ -44,8 +74,13 @@ struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  uint64_t max_instructions = 20'000'000'000ull;  // a launch that runs longer is reported as a live-lock
+  // A cluster that executes as many without progress (Instruction::progress) is reported as a live-lock, and one that
+  // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
+  uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
+  std::vector<std::string> allow, warn_as_error;  // kinds that are dropped, and warnings that are errors
+  bool strict = false;                            // every warning is an error
+  bool go_on = false;                             // errors that leave the machine in a defined state are collected
 };
 
 struct Counters {
@@ -186,7 +221,9 @@ struct Launch {
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
+  Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
+  std::atomic<uint64_t> progress{0};  // turns in which a cluster made some
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
@@ -194,7 +231,11 @@ struct Launch {
 void run(Launch& launch);
 
 // ---- For everybody who reports
-// "kernel gemm, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
+// "CTA (0, 1, 0)"; in a cluster "CTA (0, 1, 0), rank 1 of its cluster"
+std::string name_of(const Cta& cta);
+// "CTA (0, 1, 0), warp 3", by the index of its clock.
+std::string name_of_warp(const Cluster& cluster, size_t clock_index);
+// "kernel gemm, ptx line 120: cp.async.bulk…, CTA (0, 1, 0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
 [[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text,
                         int lane = -1);

@@ -43,6 +43,10 @@ void PtxParser::syntax(const std::string& text) const {
   throw Fault("ptx syntax", "line " + std::to_string(line_) + ": " + text);
 }
 
+void PtxParser::not_modelled(const std::string& text) const {
+  throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": " + text);
+}
+
 void PtxParser::skip_space() {
   while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) line_ += text_[at_++] == '\n';
 }
@@ -202,9 +206,8 @@ void PtxParser::variable(const std::string& space, bool external) {
     expect(";");
     return;
   }
-  if (v.align > 16)
-    throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": alignment of variable " + v.name);
-  std::vector<uint8_t>& bytes = module_->globals[v.name];
+  if (v.align > kVariableAlignment) not_modelled("alignment of variable " + v.name);
+  VariableBytes& bytes = module_->globals[v.name];
   bytes.assign(std::max<uint64_t>(v.unsized ? 0 : v.bytes(), 1), 0);
   if (accept("=")) initialiser(v, bytes);
   expect(";");
@@ -219,7 +222,7 @@ void PtxParser::variable(const std::string& space, bool external) {
 }
 
 // Numbers and addresses of variables, flat or nested in braces.
-void PtxParser::initialiser(const Variable& v, std::vector<uint8_t>& bytes) {
+void PtxParser::initialiser(const Variable& v, VariableBytes& bytes) {
   std::string list = until(";");
   std::erase_if(list, [](char c) { return c == '{' || c == '}'; });
   const size_t width = bits_of(v.type) / 8;
@@ -236,8 +239,7 @@ void PtxParser::initialiser(const Variable& v, std::vector<uint8_t>& bytes) {
       }
       if (symbol.rfind("generic(", 0) == 0) symbol = symbol.substr(8, symbol.size() - 9);
       const auto found = globals_.find(symbol);
-      if (found == globals_.end() || width != 8)
-        throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": initialiser " + item);
+      if (found == globals_.end() || width != 8) not_modelled("initialiser " + item);
       value.immediate = found->second.value + offset;
     } else if (v.type == Type::f32 && value.type == Type::f64) {
       value.immediate = to_bits(static_cast<float>(from_bits<double>(value.immediate)));
@@ -308,6 +310,22 @@ void PtxParser::function_declaration() {
   if (callee.body != 0 || !callees_.count(name)) callees_[name] = callee;
 }
 
+// What fails to parse is the function's problem, not the module's; false for that.
+template <class Parse>
+bool PtxParser::attempt(Parse parse) {
+  std::optional<Fault> problem;
+  try {
+    parse();
+    return true;
+  } catch (const Fault& fault) {
+    problem = fault;
+  } catch (const std::logic_error& error) {  // of std::stoul and its kin
+    problem.emplace("ptx syntax", "line " + std::to_string(line_) + ": " + error.what());
+  }
+  if (!function_->problem) function_->problem = problem;
+  return false;
+}
+
 // Statements until the brace that closes the scope above `stop_depth` scopes.
 void PtxParser::body(int stop_depth) {
   while (true) {
@@ -330,7 +348,7 @@ void PtxParser::body(int stop_depth) {
 void PtxParser::statement() {
   if (accept(";")) return;
   if (text_[at_] == '.') {
-    body_directive();
+    if (!attempt([&] { body_directive(); })) until(";");
     return;
   }
   const size_t begin = at_;
@@ -354,7 +372,8 @@ void PtxParser::statement() {
     at_ = begin;
     line_ = line;
   }
-  instruction(until(";"));
+  const std::string text = until(";");
+  attempt([&] { instruction(text); });
   expect(";");
 }
 
@@ -374,14 +393,13 @@ void PtxParser::body_directive() {
   } else if (accept(".param")) {
     declare_local();
   } else {
-    syntax("unknown directive '" + text_.substr(at_, 40) + "'");
+    not_modelled("directive " + until(";"));
   }
 }
 
 void PtxParser::declare_registers() {
   const Variable first = declaration();
-  if (first.count != 1 && !first.range)
-    throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": vector register " + first.name);
+  if (first.count != 1 && !first.range) not_modelled("vector register " + first.name);
   Variable v = first;
   while (true) {
     RegisterRange range{v.name, static_cast<uint32_t>(v.count), 0, 1, first.type == Type::pred, first.type};
@@ -437,11 +455,14 @@ void PtxParser::declare_shared(const Variable& v, bool external) {
 void PtxParser::close_scope() {
   Scope scope = std::move(scopes_.back());
   scopes_.pop_back();
+  if (function_->problem) return;  // instructions are missing, and nothing will run
   for (LabelUse& use : scope.uses) {
     const auto label = scope.labels.find(use.name);
     if (label == scope.labels.end()) {
-      if (scopes_.empty() || scope.callee)
-        throw Fault("ptx syntax", "line " + std::to_string(use.line) + ": no label " + use.name);
+      if (scopes_.empty() || scope.callee) {
+        attempt([&] { throw Fault("ptx syntax", "line " + std::to_string(use.line) + ": no label " + use.name); });
+        return;
+      }
       scopes_.back().uses.push_back(use);
       continue;
     }
@@ -462,6 +483,7 @@ void PtxParser::finish_function() {
   for (Instruction& i : function_->code) {
     for (Operand& operand : i.operands) resolve_external(operand, begin);
   }
+  if (function_->problem) function_->code.clear();
   Instruction end;  // falling off the end leaves the kernel
   end.line = line_;
   end.text = end.opcode = "exit";

@@ -66,6 +66,7 @@ class PtxParser {
   };
 
   [[noreturn]] void syntax(const std::string& text) const;
+  [[noreturn]] void not_modelled(const std::string& text) const;
   // Text.
   void skip_space();
   bool at_end();
@@ -78,7 +79,7 @@ class PtxParser {
   // Module level.
   void directive();
   void variable(const std::string& space, bool external);
-  void initialiser(const Variable& variable, std::vector<uint8_t>& bytes);
+  void initialiser(const Variable& variable, VariableBytes& bytes);
   void entry();
   void function_declaration();
   std::vector<Variable> parameter_list();
@@ -86,6 +87,8 @@ class PtxParser {
   // Bodies.
   void body(int stop_depth);
   void statement();
+  template <class Parse>
+  bool attempt(Parse parse);
   void body_directive();
   void declare_registers();
   void declare_local();

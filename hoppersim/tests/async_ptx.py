@@ -50,7 +50,7 @@ def _expanded(line: str, number: int) -> str:
 def launch(
     module: hoppersim.Module, args, *, threads: int = 32, cluster: int = 1, timing: str = "early", seed: int = 0
 ) -> dict:
-    with hoppersim.simulate(timing=timing, seed=seed):
+    with hoppersim.simulate(timing=timing, seed=seed, strict=True):
         return module.launch("k", cluster, threads, args, cluster=(cluster, 1, 1))
 
 
