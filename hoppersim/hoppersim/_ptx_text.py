@@ -77,6 +77,7 @@ class Kernel:
         self._line_starts = [0, *(i + 1 for i, c in enumerate(self.text) if c == "\n")]
         self.statements = list(self._parse())
         self.instructions = [s for s in self.statements if s.kind == "instruction"]
+        self.labels = {(s.text.rstrip(" :"), s.scope): s for s in self.statements if s.kind == "label"}
         self.definitions: dict[str, list[Statement]] = defaultdict(list)  # of registers outside of inner scopes too
         for s in self.instructions:
             for name in written(s):
@@ -116,6 +117,13 @@ class Kernel:
                 scopes.pop()
                 if not scopes:
                     return
+
+    def target(self, branch: Statement) -> Statement | None:
+        """The label that it goes to; None for `brx` and where no such label is."""
+        if not branch.is_a("bra"):
+            return None
+        name = branch.operands[0]
+        return self.labels.get((name, branch.scope)) or self.labels.get((name, 0))
 
     def edit(self, *changes: tuple[Statement, str]) -> dict[int, str | None]:
         """The lines that change when each statement, with its semicolon, is replaced by a text."""

@@ -194,16 +194,17 @@ def _early_release(kernel: Kernel, s: Statement):
     """An arrive made before the last read of what it releases: wgmma's wait, or a load from shared memory."""
     if not s.is_a("mbarrier.arrive") or "expect_tx" in s.opcode:
         return
-    before = [o for o in kernel.statements if o.begin < s.begin]
+    before = [o for o in kernel.instructions if o.begin < s.begin]
     reads = ("wgmma.wait_group", "ld.shared", "ldmatrix")
-    place = next((o for o in reversed(before) if o.kind == "instruction" and o.is_a(*reads)), None)
+    place = next((o for o in reversed(before) if o.is_a(*reads)), None)
     if place is None:
         return
-    labels = {o.text.split(":")[0].strip(): o for o in before if o.kind == "label"}
-    loops = [
-        labels[o.operands[0]] for o in before if o.begin > place.begin and o.is_a("bra") and o.operands[0] in labels
-    ]
-    place = min([place, *loops], key=lambda o: o.begin)  # before the loop that reads
+    for o in reversed(before):  # out of the loop that reads, and before what jumps over it
+        target = kernel.target(o)
+        if target and o.begin > place.begin > target.begin:
+            place = target
+        elif target and o.begin < place.begin < target.begin < s.begin:
+            place = o
     if any(o.is_a("mbarrier.try_wait") for o in before if o.begin > place.begin):
         return
     condition, wanted = _condition(kernel, s), registers_in(", ".join(s.operands[1:]))
@@ -224,9 +225,9 @@ def _condition(kernel: Kernel, s: Statement) -> tuple[bool, str] | None:
     """When the instruction runs: its guard, or that of the nearest branch around it, turned."""
     if s.guard:
         return s.guard
-    labels = {o.text.split(":")[0].strip(): o.begin for o in kernel.statements if o.kind == "label"}
     for o in reversed([o for o in kernel.instructions if o.begin < s.begin][-40:]):
-        if o.is_a("bra") and o.guard and labels.get(o.operands[0], 0) > s.begin:
+        target = kernel.target(o)
+        if target and o.guard and target.begin > s.begin:
             return (not o.guard[0], o.guard[1])
     return None
 
