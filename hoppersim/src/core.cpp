@@ -257,6 +257,7 @@ void PtxParser::emit(Instruction&& i) {
     not_modelled(i.text);
   }
   i.counter_class = class_index(class_of(i));
+  i.source = source_;
   function_->code.push_back(std::move(i));
 }
 

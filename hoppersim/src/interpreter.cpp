@@ -54,6 +54,7 @@ class ClusterRun {
   [[gnu::noinline]] void check_live_lock();
   [[noreturn]] void stuck(const char* kind);
   std::string report() const;
+  const Instruction* first_position() const;
 
   Launch& launch_;
   Cluster cluster_;
@@ -219,6 +220,7 @@ void ClusterRun::run_warp(Warp& warp, int quantum) {
       std::erase_if(warp.groups, [](const Group& g) { return g.mask == 0; });
       if (warp.groups.empty()) {
         warp.state = Warp::State::done;
+        warp_ended(warp);
         return;
       }
       merge_groups(warp);
@@ -280,13 +282,14 @@ void ClusterRun::stuck(const char* kind) {
       const Instruction& i = launch_.function->code[group.pc];
       const bool whole = group.mask == warp->alive;
       if (warp->state != Warp::State::done && group.converging && i.aligned && !whole) {
-        throw Fault("divergent aligned instruction", where(*warp, i) + ": lanes " + hex32(group.mask) + " of " +
-                                                         hex32(warp->alive) + " are here and the others never come\n" +
-                                                         report());
+        throw fault_in("divergent aligned instruction",
+                       where(*warp, i) + ": lanes " + hex32(group.mask) + " of " + hex32(warp->alive) +
+                           " are here and the others never come\n" + report(),
+                       *launch_.function, &i);
       }
     }
   }
-  std::string text = "kernel " + launch_.function->name;
+  std::string text = "kernel " + launch_.function->title;
   if (std::string(kind) == "live-lock")
     text += ": " + std::to_string(cluster_.executed - progressed_) + " instructions without one that stores, copies, " +
             "multiplies, arrives or passes a barrier, " + std::to_string(cluster_.executed) +
@@ -294,7 +297,20 @@ void ClusterRun::stuck(const char* kind) {
             std::to_string(launch_.options.max_instructions) + ")";
   text += "\n" + report();
   async_check_deadlock(cluster_, text);
-  throw Fault(kind, text);
+  throw fault_in(kind, text, *launch_.function, first_position());
+}
+
+// Of the first warp that waits for an mbarrier, else of the first that has not exited.
+const Instruction* ClusterRun::first_position() const {
+  const Instruction* first = nullptr;
+  for (const Warp* warp : warps_) {
+    for (const Group& group : warp->groups) {
+      const Instruction& i = launch_.function->code[group.pc];
+      if (i.opcode == "mbarrier") return &i;
+      if (first == nullptr) first = &i;
+    }
+  }
+  return first;
 }
 
 std::string ClusterRun::report() const {
@@ -305,8 +321,8 @@ std::string ClusterRun::report() const {
       if (warp->state == Warp::State::done) text += name + ", warp " + std::to_string(warp->id) + ": exited\n";
       for (const Group& group : warp->groups) {
         const Instruction& i = launch_.function->code[group.pc];
-        text += name + ", warp " + std::to_string(warp->id) + ", lanes " + hex32(group.mask) + " at ptx line " +
-                std::to_string(i.line) + ": " + i.text;
+        text += name + ", warp " + std::to_string(warp->id) + ", lanes " + hex32(group.mask) + " at " +
+                position(*launch_.function, i);
         text += group.can_resume ? "; waits for " + group.waiting_for + "\n" : "; can run\n";
       }
     }
@@ -343,8 +359,9 @@ void check_launch(const Launch& launch) {
   const Dim3 g = launch.grid, c = launch.cluster;
   if (launch.function == nullptr) throw Fault("launch", "no function");
   if (const auto& problem = launch.function->problem) {
-    const std::string text = std::string(problem->what()).substr(problem->kind.size() + 2);
-    throw Fault(problem->kind, "kernel " + launch.function->name + ", " + text);
+    const std::string text = std::string(problem->what()).substr(problem->report.kind.size() + 2);
+    throw fault_in(problem->report.kind.c_str(), "kernel " + launch.function->title + ", " + text, *launch.function,
+                   nullptr);
   }
   if (g.x == 0 || g.y == 0 || g.z == 0 || c.x == 0 || c.y == 0 || c.z == 0 || g.x % c.x || g.y % c.y || g.z % c.z) {
     throw Fault("launch", "grid is no multiple of the cluster");
@@ -389,15 +406,33 @@ std::string name_of_warp(const Cluster& cluster, size_t clock_index) {
   return name_of(*cluster.ctas[clock_index / warps]) + ", warp " + std::to_string(clock_index % warps);
 }
 
-std::string where(const Warp& warp, const Instruction& i, int lane) {
-  std::string text = "kernel " + warp.cta->cluster->launch->function->name + ", ptx line " + std::to_string(i.line) +
-                     ": " + i.text + ", " + name_of(*warp.cta) + ", warp " + std::to_string(warp.id);
-  if (lane >= 0) text += ", lane " + std::to_string(lane);
-  return text;
+std::string position(const Function& function, const Instruction& i) {
+  const std::string source = function.lines->text(i.source);
+  return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
 }
 
-void fault(const char* kind, const Warp& warp, const Instruction& i, const std::string& text, int lane) {
-  throw Fault(kind, text + "; " + where(warp, i, lane));
+std::vector<std::pair<const char*, uint64_t>> Counters::numbers() const {
+  return {{"warp_instructions", warp_instructions},
+          {"tensor_flop", tensor_flop},
+          {"global_read_bytes", global_read_bytes},
+          {"global_write_bytes", global_write_bytes},
+          {"global_read_sectors", global_read_sectors},
+          {"global_write_sectors", global_write_sectors},
+          {"bulk_read_bytes", bulk_read_bytes},
+          {"bulk_write_bytes", bulk_write_bytes},
+          {"shared_accesses", shared_accesses},
+          {"shared_wavefronts", shared_wavefronts},
+          {"shared_ideal_wavefronts", shared_ideal_wavefronts},
+          {"wgmma_wavefronts", wgmma_wavefronts},
+          {"barrier_waits", barrier_waits}};
+}
+
+std::string where(const Warp& warp, const Instruction& i, int lane) {
+  const Function& function = *warp.cta->cluster->launch->function;
+  std::string text = "kernel " + function.title + ", " + position(function, i) + ", " + name_of(*warp.cta) + ", warp " +
+                     std::to_string(warp.id);
+  if (lane >= 0) text += ", lane " + std::to_string(lane);
+  return text;
 }
 
 bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask) {

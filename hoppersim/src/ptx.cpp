@@ -37,6 +37,7 @@ uint32_t round_up(uint64_t value, uint64_t align) { return static_cast<uint32_t>
 
 PtxParser::PtxParser(const std::string& text) : text_(without_comments(text)), module_(std::make_unique<Module>()) {
   text_.resize(std::strlen(text_.c_str()));  // the text in a fat binary ends in zeros
+  lines_ = std::make_shared<SourceLines>(text_);
 }
 
 void PtxParser::syntax(const std::string& text) const {
@@ -110,6 +111,14 @@ void PtxParser::skip_block() {
 std::unique_ptr<Module> PtxParser::parse() {
   while (!at_end()) directive();
   return std::move(module_);
+}
+
+std::unique_ptr<Function> PtxParser::parse_kernel(const std::string& name, const Module& loaded) {
+  only_ = name, loaded_ = &loaded;
+  while (!at_end()) directive();
+  const auto found = module_->functions.find(name);
+  if (found == module_->functions.end()) throw Fault("unknown kernel", name);
+  return std::move(found->second);
 }
 
 void PtxParser::directive() {
@@ -190,6 +199,14 @@ void PtxParser::variable(const std::string& space, bool external) {
     expect(";");
     return;
   }
+  if (loaded_ != nullptr) {
+    const auto found = loaded_->globals.find(v.name);
+    if (found == loaded_->globals.end()) syntax("variable " + v.name + " is not one of the loaded module");
+    globals_[v.name] = {Symbol::Kind::global, reinterpret_cast<uint64_t>(found->second.data())};
+    until(";");
+    expect(";");
+    return;
+  }
   if (v.align > kVariableAlignment) not_modelled("alignment of variable " + v.name);
   VariableBytes& bytes = module_->globals[v.name];
   bytes.assign(std::max<uint64_t>(v.unsized ? 0 : v.bytes(), 1), 0);
@@ -248,6 +265,14 @@ std::vector<PtxParser::Variable> PtxParser::parameter_list() {
 void PtxParser::entry() {
   function_ = std::make_unique<Function>();
   function_->name = word();
+  if (!only_.empty() && function_->name != only_) {
+    until("{;");
+    if (!accept(";")) skip_block();
+    return;
+  }
+  function_->title = demangled(function_->name);
+  function_->lines = lines_;
+  source_ = -1;
   scopes_.assign(1, {});
   external_.clear();
   external_align_ = 16;
@@ -357,7 +382,9 @@ void PtxParser::statement() {
 }
 
 void PtxParser::body_directive() {
-  if (accept(".loc") || accept(".file")) {
+  if (accept(".loc")) {
+    source_ = lines_->add(until("\n"), caller_);
+  } else if (accept(".file")) {
     skip_line();
   } else if (accept(".pragma")) {
     until(";");
@@ -472,5 +499,9 @@ void PtxParser::finish_function() {
 }
 
 std::unique_ptr<Module> parse_ptx(const std::string& text) { return PtxParser(text).parse(); }
+
+std::unique_ptr<Function> parse_kernel(const std::string& text, const std::string& name, const Module& module) {
+  return PtxParser(text).parse_kernel(name, module);
+}
 
 }  // namespace hoppersim

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "source_lines.h"
 
 namespace hoppersim {
 
@@ -81,6 +82,7 @@ struct Operand {
 
 struct Instruction {
   int line = 0;                        // in the PTX text
+  int source = -1;                     // place in Function::lines, -1: not known
   std::string text;                    // as written, for reports
   std::string opcode;                  // first part: "wgmma", "ld", "add", …
   std::vector<std::string> modifiers;  // the rest, in order: "mma_async", "sync", "aligned", "m64n128k16", "f32", …
@@ -106,6 +108,8 @@ struct Parameter {
 
 struct Function {
   std::string name;
+  std::string title;                         // the name demangled, for reports
+  std::shared_ptr<const SourceLines> lines;  // of the module
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
   uint32_t register_words = 0;  // per lane
@@ -155,6 +159,9 @@ bool class_progresses(const std::string& name);
 // Throws Fault("unsupported instruction" | "ptx syntax", …) naming text and line. What is wrong in the body of a kernel
 // is the kernel's `problem`, and the other kernels can be launched.
 std::unique_ptr<Module> parse_ptx(const std::string& text);
+
+// One kernel of a changed text of a module that is loaded: its variables are those of `module`.
+std::unique_ptr<Function> parse_kernel(const std::string& text, const std::string& name, const Module& module);
 
 // Each unit offers: fills `execute` (and `data`) if the instruction is its own, else returns false. parse_ptx asks them
 // in this order; an instruction that none takes is an error of the kernel.

@@ -342,13 +342,15 @@ void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
   bind(callee.results, results);
   bind(callee.arguments, arguments);
   const size_t at = at_;
-  const int line = line_;
+  const int line = line_, source = source_, caller = caller_;
+  caller_ = source_;
   at_ = callee.body;
   line_ = callee.line;
   scopes_.push_back(std::move(scope));
   ++depth_;
   body(static_cast<int>(scopes_.size()) - 1);
   --depth_;
+  source_ = source, caller_ = caller;
   at_ = at;
   line_ = line;
 }

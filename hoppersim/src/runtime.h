@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -38,11 +39,15 @@ struct LoadedModule {
   const Module& parsed();
   const Function& function(const std::string& name);  // throws Fault("unknown kernel")
   VariableBytes* global(const std::string& name);
+  // Launches take the kernel of this text, until restore(); variables stay where they are.
+  void replace(const std::string& name, const std::string& changed_text);
+  void restore(const std::string& name);
 
   const void* image = nullptr;
   std::string text;
   std::mutex mutex;
   std::unique_ptr<Module> module;
+  std::map<std::string, std::unique_ptr<Function>> replaced;
 };
 
 // The PTX text for this device of a fat binary, of its wrapper, or of PTX text; throws Fault("no ptx").
@@ -86,9 +91,10 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
 int occupancy(Kernel& kernel, int threads, size_t dynamic_shared);
 
 struct LaunchRecord {
-  std::string kernel;
+  std::string kernel, mangled;
   Dim3 grid, block, cluster;
   uint32_t static_shared = 0, dynamic_shared = 0;
+  int occupancy = 0, registers = 0;  // resident CTAs per multiprocessor; registers per thread, 0: not known
   Counters counters;
 };
 
@@ -96,13 +102,26 @@ struct Runtime {
   std::mutex mutex;  // one launch at a time: streams are in order, and so is everything else
   Options options;
   std::deque<LaunchRecord> launches;  // since the last clear, the oldest dropped
+  Reports reports;                    // of the launches since the last clear
   std::optional<Fault> fault;         // the first since Python took one
   std::string fault_text;             // storage of what cudaGetErrorString returns for it
+  std::string report_path;            // of runtime_file.cpp; empty: none is wanted
 };
 Runtime& runtime();
 
+// runtime_environment.cpp; a value that cannot be used ends the process with a message and status 2.
+void read_environment(Options& options, std::string& report_path);
+
+// runtime_file.cpp
+void tell_module();
+void tell_launch(const LaunchRecord& record, bool finished);
+void tell_refusal(const std::string& kernel, const std::string& error);  // a launch that hardware would refuse
+void tell(const Report& report);
+
 // Kept until Python asks. The first wins, but a finding wins over a call that is not modelled.
 void keep_fault(const Fault& fault);
+// Adds a launch's reports, and the fault that ended it if any, to the runtime's; the caller holds its mutex.
+void keep_reports(Reports& from, Fault* fault);
 cudaError_t set_last_error(cudaError_t error);  // returns its argument; success leaves the last error alone
 
 // The kernel behind a host stub (as nvcc's host code registers it) or a cudaKernel_t; null if there is none.

@@ -97,19 +97,24 @@ cudaError_t entry_point(const char* name, void** function, cudaDriverEntryPointQ
 }  // namespace
 
 Runtime& runtime() {
-  static auto* r = new Runtime;  // libraries may launch from exit handlers
+  static auto* r = [] {  // never destroyed: libraries may launch from exit handlers
+    auto* made = new Runtime;
+    read_environment(made->options, made->report_path);
+    return made;
+  }();
   return *r;
 }
 
 void keep_fault(const Fault& fault) {
+  if (!fault.report.raised) tell(fault.report);  // of no launch
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
-  std::string before;
+  Report kept = fault.report;
   if (r.fault) {
-    if (r.fault->kind != kUnsupportedCall || fault.kind == kUnsupportedCall) return;
-    before = std::string("\nbefore it: ") + r.fault->what();
+    if (r.fault->report.kind != kUnsupportedCall || kept.kind == kUnsupportedCall) return;
+    kept.text += std::string("\nbefore it: ") + r.fault->what();
   }
-  r.fault.emplace(fault.kind, std::string(fault.what()).substr(fault.kind.size() + 2) + before);
+  r.fault.emplace(std::move(kept)).collected = fault.collected;
   r.fault_text = std::string("hoppersim: ") + r.fault->what();
 }
 
@@ -120,6 +125,19 @@ int unsupported_driver_call(const char* what) {
 
 int unsupported_runtime_call(const char* what) {
   return set_last_error(static_cast<cudaError_t>(unsupported_driver_call(what)));
+}
+
+void keep_reports(Reports& from, Fault* fault) {
+  Runtime& r = runtime();
+  for (const Report& report : from.list) {
+    tell(report);
+    r.reports.add(report);
+  }
+  if (fault == nullptr) return;
+  fault->report.raised = true;
+  tell(fault->report);
+  r.reports.add(fault->report);
+  if (r.options.go_on) fault->collected = r.reports.errors();
 }
 
 cudaError_t set_last_error(cudaError_t error) {
@@ -144,7 +162,7 @@ const char* cudaGetErrorName(cudaError_t error) {
 // A launch failure is told with the fault that the simulator found, an unsupported call with its name.
 const char* cudaGetErrorString(cudaError_t error) {
   Runtime& r = runtime();
-  if (r.fault && error == (r.fault->kind == kUnsupportedCall ? cudaErrorNotSupported : cudaErrorLaunchFailure))
+  if (r.fault && error == (r.fault->report.kind == kUnsupportedCall ? cudaErrorNotSupported : cudaErrorLaunchFailure))
     return r.fault_text.c_str();
   const ErrorName* e = find_error(error);
   return e ? e->text : "unrecognized error code";

@@ -53,7 +53,7 @@ CUresult with_module(Use use) {
   try {
     return use();
   } catch (const Fault& fault) {
-    if (fault.kind == "unknown kernel") return CUDA_ERROR_NOT_FOUND;
+    if (fault.report.kind == "unknown kernel") return CUDA_ERROR_NOT_FOUND;
     keep_fault(fault);
     return CUDA_ERROR_INVALID_IMAGE;
   }

@@ -71,9 +71,13 @@ cudaError_t check_cluster(Kernel& kernel, const LaunchShape& shape, Dim3* cluste
 cudaError_t launch_kernel(Kernel& kernel, const LaunchShape& shape, void** arguments) {
   try {
     Dim3 cluster;
-    if (const cudaError_t refused = check_launch(kernel, shape, &cluster)) return set_last_error(refused);
+    if (const cudaError_t refused = check_launch(kernel, shape, &cluster)) {
+      tell_refusal(kernel.function().title, cudaGetErrorName(refused));
+      return set_last_error(refused);
+    }
     run_kernel(kernel, shape, cluster, gather_parameters(kernel.function(), arguments));
-  } catch (const Fault& fault) {
+  } catch (Fault& fault) {
+    if (fault.report.kernel.empty()) fault.report.kernel = demangled(kernel.name), fault.report.mangled = kernel.name;
     keep_fault(fault);
     return set_last_error(cudaErrorLaunchFailure);
   }
@@ -135,9 +139,24 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
   launch.dynamic_shared = static_cast<uint32_t>(shape.dynamic_shared);
   launch.parameters = std::move(parameters);
   launch.options = r.options;
-  run(launch);
-  r.launches.push_back({kernel.name, launch.grid, launch.block, launch.cluster, launch.function->static_shared,
-                        launch.dynamic_shared, std::move(launch.counters)});
+  LaunchRecord record;
+  record.kernel = launch.function->title, record.mangled = kernel.name;
+  record.grid = launch.grid, record.block = launch.block, record.cluster = launch.cluster;
+  record.static_shared = launch.function->static_shared, record.dynamic_shared = launch.dynamic_shared;
+  record.occupancy = occupancy(kernel, static_cast<int>(volume(shape.block)), shape.dynamic_shared);
+  record.registers = kernel.registers;
+  try {
+    run(launch);
+  } catch (Fault& fault) {
+    fault.report.kernel = record.kernel, fault.report.mangled = kernel.name;
+    keep_reports(launch.reports, &fault);
+    tell_launch(record, false);
+    throw;
+  }
+  keep_reports(launch.reports, nullptr);
+  record.counters = std::move(launch.counters);
+  tell_launch(record, true);
+  r.launches.push_back(std::move(record));
   if (r.launches.size() > kLaunchesKept) r.launches.pop_front();
 }
 
