@@ -180,11 +180,12 @@ struct Warp {
   std::shared_ptr<void> tensor;  // owned by wgmma: outstanding operations (tensor.cpp)
   uint32_t tid[3][kLanes];
   int clock_index() const;
-  Group* current = nullptr;       // the group that executes
-  uint32_t exists = 0xffffffffu;  // lanes the launch gave this warp
-  uint32_t carry = 0;             // CC.CF of each lane
-  uint32_t register_limit = 0;    // last setmaxnreg, 0: none yet
-  uint64_t since_merge = 0;       // instructions since groups last changed: a spinning group must let the others run
+  Group* current = nullptr;                    // the group that executes
+  uint32_t exists = 0xffffffffu;               // lanes the launch gave this warp
+  uint32_t carry = 0;                          // CC.CF of each lane
+  std::vector<const Instruction*> setmaxnreg;  // that it has executed
+  uint32_t registers_held = 0;                 // per thread, of the CTA's pool
+  uint64_t since_merge = 0;  // instructions since groups last changed: a spinning group must let the others run
 };
 
 struct Cta {
@@ -204,8 +205,9 @@ struct Cta {
   };
   NamedBarrier named[16];
   std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint64_t>>
-      acquired_maps;  // tensor map and warp: generation of the map, clock of the warp
-  Clock fenced;       // generic writes that a proxy fence has made visible to the async proxy
+      acquired_maps;            // tensor map and warp: generation of the map, clock of the warp
+  uint32_t free_registers = 0;  // of the pool of setmaxnreg, in registers per thread of one warp
+  Clock fenced;                 // generic writes that a proxy fence has made visible to the async proxy
   struct RemoteAccess {
     const Warp* warp;
     const Instruction* instruction;
@@ -243,6 +245,8 @@ struct Launch {
   const Function* function = nullptr;
   Dim3 grid, block, cluster;
   uint32_t dynamic_shared = 0;
+  uint32_t registers = 256;         // per thread at the start, for setmaxnreg
+  bool registers_known = false;     // exactly; else it is the most that the launch bound allows
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
