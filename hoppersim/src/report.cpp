@@ -23,7 +23,7 @@ const std::vector<Kind> table = {
     {"unsynchronised shared memory", error, true,
      "the same, and no barrier orders the write before the issuing warp; or an mbarrier is used and none orders its initialisation before that; order made by flags in memory alone is not seen"},
     {"missing tensormap fence", error, true,
-     "a copy uses a tensor map written during the launch without the release and the acquire described above"},
+     "a copy uses a tensor map written during the launch without a release by the writer and an acquire in the CTA that uses it (`fence.proxy.tensormap::generic`)"},
     {"uninitialised shared memory", error, true, "bytes are read that nothing has written"},
     {"exit with a load in flight", error, true,
      "the kernel ends, or the destination CTA has, with copies into shared memory that nobody waited for (`cp.async` too)"},
