@@ -122,13 +122,13 @@ struct SharedMemory {
 };
 
 struct Mbarrier {
-  uint32_t expected = 0;  // arrivals per phase
-  int32_t pending = 0;    // arrivals still missing in this phase
-  int64_t tx = 0;         // transaction bytes still missing (may be negative for a moment)
-  uint32_t phase = 0;     // completed phases; the parity waited for is that of a completed phase
-  Clock clock;            // merged clocks of the arrivals
-  Clock completed_clock;  // clock that a successful wait acquires
-  Clock weak;             // Warp::weak of the arrivals
+  uint32_t expected = 0;       // arrivals per phase
+  int32_t pending = 0;         // arrivals still missing in this phase
+  int64_t tx = 0;              // transaction bytes still missing (may be negative for a moment)
+  uint32_t phase = 0;          // completed phases; the parity waited for is that of a completed phase
+  Clock clock;                 // merged clocks of the arrivals
+  Clock completed_clock;       // clock that a successful wait acquires
+  Clock weak, completed_weak;  // Warp::weak of the arrivals, likewise
   // What happened to it, as a warp (clock index) and its clock then; sequence 0: not yet.
   struct Event {
     size_t warp = 0;
@@ -199,7 +199,7 @@ struct Cta {
     uint32_t expected = 0, arrived = 0;  // threads
     uint64_t generation = 0;
     Clock clock, completed_clock;
-    Clock weak;  // Warp::weak of the arrivals at barrier.cluster
+    Clock weak, completed_weak;  // Warp::weak of the arrivals at barrier.cluster
     uint32_t true_count = 0, completed_true_count = 0,
              completed_count = 0;  // barrier.red: threads whose predicate held, of how many
   };
