@@ -35,7 +35,7 @@ def simulate(
     timing: str = "early",
     seed: int = 0,
     host_threads: int = 2,
-    max_instructions: int = 20_000_000_000,
+    max_instructions: int | None = None,
     check_global: bool = True,
     allow=(),
     warn_as_error=(),
@@ -49,17 +49,17 @@ def simulate(
     ``timing``: asynchronous effects at once ("early") or as late as allowed ("late"). ``seed``: order of warps and
     CTAs, 0 in order. ``allow``: kinds that are not reported. ``warn_as_error``: kinds of warnings that are errors;
     ``strict``: all are. ``go_on``: errors after which the machine is in a defined state are collected, and raised as
-    one Fault at the end of the block.
+    one Fault at the end of the block. ``max_instructions``: a cluster that executes as many without one that stores,
+    copies, multiplies, arrives or passes a barrier is reported as a live-lock; by default about two minutes of it.
     """
     simulator = native()
     allow, warn_as_error = named("allow", allow, goes_on=True), named("warn_as_error", warn_as_error)
     before = simulator.options()
     simulator.raise_fault()
     simulator.clear_launches()
+    limit = simulator.MAX_INSTRUCTIONS if max_instructions is None else max_instructions
     simulator.clear_reports()
-    simulator.set_options(
-        timing, seed, host_threads, max_instructions, check_global, allow, warn_as_error, strict, go_on
-    )
+    simulator.set_options(timing, seed, host_threads, limit, check_global, allow, warn_as_error, strict, go_on)
     try:
         yield
     except Exception as error:

@@ -32,11 +32,6 @@ void schedule(Warp& warp, std::string what, std::function<void()> effect) {
   }
 }
 
-bool cta_ended(const Cta& cta) {
-  return std::all_of(cta.warps.begin(), cta.warps.end(),
-                     [](const auto& warp) { return warp->state == Warp::State::done; });
-}
-
 void check_global(const Issue& issue, uint64_t address, size_t size, bool write) {
   if (!size || !issue.warp->cta->cluster->launch->options.check_global) return;
   if (global_ranges().contains(address, size, write)) return;
@@ -58,8 +53,7 @@ SharedPlace place_of(Warp& warp, const Instruction& i, const Operand& operand, s
   const SharedPlace place = shared_place(warp, i, operand_value(warp, operand, lane), size, space_of(i, "shared"));
   if (local && place.cta != warp.cta)
     fault("address of another CTA", warp, i, "the instruction needs shared memory of its own CTA", lane);
-  if (place.cta != warp.cta && cta_ended(*place.cta))
-    report("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
+  if (place.cta != warp.cta) access_remote(warp, i, *place.cta, lane);
   return place;
 }
 
@@ -108,6 +102,7 @@ std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier,
     check_destination(issue, cta, range, reduces);
     set_in_flight(cta, range, true);
   }
+  check_initialised(issue, cta, barrier, true);
   auto load =
       std::make_shared<Load>(Load{issue, &cta, barrier, barrier_at(issue, cta, barrier).phase, std::move(ranges)});
   copies_of(*cta.cluster).loads.push_back(load);
@@ -117,7 +112,7 @@ std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier,
 void land(Load& load, const void* data) {
   const Issue& issue = load.issue;
   if (load.abandoned) return;
-  if (cta_ended(*load.cta)) report("exit with a load in flight", issue, "the destination CTA has ended");
+  if (load.cta->ended) report("exit with a load in flight", issue, "the destination CTA has ended");
   int64_t bytes = 0;
   for (const Range& range : load.ranges) {
     set_in_flight(*load.cta, range, false);

@@ -98,6 +98,8 @@ bool has_any(const Instruction& i, std::initializer_list<const char*> names);
 
 // ---- mbarriers (async_barrier.cpp)
 Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset);
+// The initialisation of the mbarrier must come before its use by this warp, or by the async proxy on its behalf.
+void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async);
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count, bool release);
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 void complete_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
@@ -121,7 +123,6 @@ void observe(Cta& cta, uint32_t barrier);
 void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> used,
                  std::function<void(std::vector<uint8_t>&)> write);
 void check_global(const Issue& issue, uint64_t address, size_t size, bool write);
-bool cta_ended(const Cta& cta);
 
 bool bind_mbarrier(Instruction& instruction);
 bool bind_thread_copy(Instruction& instruction);

@@ -49,6 +49,7 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
     Mbarrier& barrier = warp.cta->mbarriers[place.offset];
     barrier.expected = static_cast<uint32_t>(count);
     barrier.pending = static_cast<int32_t>(count);
+    barrier.initialised = {static_cast<size_t>(warp.clock_index()), ++warp.clock[warp.clock_index()]};
   });
   return true;
 }
@@ -57,6 +58,7 @@ bool invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, issue.lane);
     barrier_at(issue, *place.cta, place.offset);
+    check_initialised(issue, *place.cta, place.offset, false);
     for (const auto& load : copies_of(*warp.cta->cluster).loads)
       if (load->cta == place.cta && load->barrier == place.offset)
         fault("mbarrier misuse", issue, "invalidated before its copies were waited for");
@@ -73,6 +75,7 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[1], 8, flags & kLocal, issue.lane);
     Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    check_initialised(issue, *place.cta, place.offset, false);
     set_register(warp, i.operands[0], issue.lane, state_of(barrier));
     uint32_t count = 1;
     if (flags & kExpect) {
@@ -100,6 +103,8 @@ bool change_bytes(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, i.data[1] & kLocal, issue.lane);
     const auto bytes = static_cast<uint32_t>(operand_value(warp, i.operands[1], issue.lane));
+    merge(barrier_at(issue, *place.cta, place.offset).weak, warp.clock);  // the phase ends after it
+    check_initialised(issue, *place.cta, place.offset, false);
     (i.data[0] ? complete_bytes : expect_bytes)(issue, *place.cta, place.offset, bytes);
   });
   return true;
@@ -129,6 +134,7 @@ Question question(Warp& warp, const Instruction& i, int lane) {
   const Issue issue{&warp, &i, lane};
   const SharedPlace place = place_of(warp, i, i.operands[1], 8, true, lane);
   const Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+  check_initialised(issue, *place.cta, place.offset, false);
   const uint64_t value = operand_value(warp, i.operands[2], lane);
   const bool parity = i.data[1];
   if (parity && (value & 0xffffffffu) > 1)
@@ -144,8 +150,9 @@ Question question(Warp& warp, const Instruction& i, int lane) {
 void sleep(Warp& warp, const Instruction& i, std::vector<Question> questions) {
   const Question& first = questions.front();
   char place[64];
-  std::snprintf(place, sizeof place, "mbarrier at shared offset 0x%x of cta %d, ", first.offset, first.cta->rank);
-  warp.waiting_for = place + std::string(first.parity ? "parity " : "phase ") + std::to_string(first.phase);
+  std::snprintf(place, sizeof place, "mbarrier at shared offset 0x%x of ", first.offset);
+  warp.waiting_for =
+      place + name_of(*first.cta) + (first.parity ? ", parity " : ", phase ") + std::to_string(first.phase);
   warp.state = Warp::State::waiting;
   const bool blocking = i.data[0];
   const uint64_t completed = copies_of(*warp.cta->cluster).completed_phases;
@@ -168,7 +175,8 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     questions.push_back(q);
     if (!q.done()) continue;
     const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
-    if (!i.has("relaxed")) merge(warp.clock, barrier.completed_clock);
+    merge(i.has("relaxed") ? warp.weak : warp.clock, barrier.completed_clock);
+    merge(warp.weak, barrier.weak);
     observe(*q.cta, q.offset);
   }
   WarpCopies& copies = copies_of(warp);
@@ -192,11 +200,11 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
 }  // namespace
 
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
-  char text[200];
+  char text[280];
   std::snprintf(
       text, sizeof text,
-      "mbarrier at shared offset 0x%x of cta %d: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing",
-      offset, cta.rank, barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected,
+      "mbarrier at shared offset 0x%x of %s: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing",
+      offset, name_of(cta).c_str(), barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected,
       static_cast<long long>(barrier.tx));
   return text;
 }
@@ -205,14 +213,38 @@ Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset) {
   const auto found = cta.mbarriers.find(offset);
   if (found == cta.mbarriers.end())
     fault("uninitialised mbarrier", issue,
-          "no mbarrier at shared offset " + std::to_string(offset) + " of cta " + std::to_string(cta.rank));
+          "no mbarrier at shared offset " + std::to_string(offset) + " of " + name_of(cta));
   return found->second;
+}
+
+void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async) {
+  const Mbarrier& barrier = barrier_at(issue, cta, offset);
+  const Warp& warp = *issue.warp;
+  auto came_before = [&](const Mbarrier::Event& e) { return e.known(warp.clock) || e.known(warp.weak); };
+  const bool ordered = barrier.initialised.known(warp.clock) || barrier.fenced.known(warp.weak);
+  const bool visible = !async || came_before(barrier.async_fenced) || barrier.initialised.known(cta.fenced);
+  if (ordered && visible) return;
+  const std::string what = (async ? "completes on" : "uses") + std::string(" the mbarrier at shared offset ") +
+                           std::to_string(offset) + " of cta " + std::to_string(cta.rank) + ", which warp " +
+                           std::to_string(barrier.initialised.warp) + " of the cluster initialised, and no ";
+  if (ordered) {
+    report("mbarrier not fenced for the async proxy", issue,
+           what + "fence.mbarrier_init or fence.proxy.async by a warp that knows of that came since");
+  } else if (came_before(barrier.initialised)) {
+    report("missing mbarrier_init fence", issue,
+           what + "fence.mbarrier_init came between that and the relaxed barrier that orders the two");
+  } else if (&cta != warp.cta) {
+    report("missing mbarrier_init fence", issue, what + "fence.mbarrier_init and barrier.cluster order the two");
+  } else {
+    report("unsynchronised shared memory", issue, what + "barrier orders the two");
+  }
 }
 
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count, bool release) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   if (static_cast<int64_t>(count) > barrier.pending) fault("too many arrivals", issue, describe(cta, offset, barrier));
-  if (release) merge(barrier.clock, issue.warp->clock);
+  merge(release ? barrier.clock : barrier.weak, issue.warp->clock);
+  merge(barrier.weak, issue.warp->weak);
   barrier.pending -= static_cast<int32_t>(count);
   settle(issue, cta, offset, barrier);
 }

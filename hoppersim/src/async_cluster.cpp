@@ -1,4 +1,4 @@
-// mapa, getctarank, barrier.cluster, griddepcontrol.
+// mapa, getctarank, barrier.cluster, griddepcontrol; the ends of the CTAs of a cluster.
 #include <algorithm>
 #include <bit>
 
@@ -64,10 +64,13 @@ bool cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
   barrier.arrived += static_cast<uint32_t>(std::popcount(mask));
   for (int lane = 0; lane < kLanes; ++lane)
     if (mask >> lane & 1) copies.cluster_generation[lane] = barrier.generation;
-  if (!i.has("relaxed")) {
+  if (i.has("relaxed")) {
+    merge(barrier.weak, warp.clock);
+  } else {
     merge(barrier.clock, warp.clock);
-    ++warp.clock[warp.clock_index()];
   }
+  merge(barrier.weak, warp.weak);
+  ++warp.clock[warp.clock_index()];
   try_complete(*warp.cta->cluster);
   return true;
 }
@@ -92,12 +95,35 @@ bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   copies.cluster_waiting &= ~mask;
   merge(warp.clock, cluster.barrier.completed_clock);
+  merge(warp.weak, cluster.barrier.weak);
   return true;
 }
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
 }  // namespace
+
+void access_remote(Warp& warp, const Instruction& i, Cta& target, int lane) {
+  if (target.ended)
+    return report("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
+  target.remote_accesses[warp.clock_index()] = {&warp, &i, lane, ++warp.clock[warp.clock_index()]};
+}
+
+void warp_ended(Warp& warp) {
+  Cta& cta = *warp.cta;
+  merge(cta.exit_clock, warp.clock);
+  merge(cta.exit_clock, warp.weak);
+  cta.ended = std::all_of(cta.warps.begin(), cta.warps.end(),
+                          [](const auto& other) { return other->state == Warp::State::done; });
+  if (!cta.ended) return;
+  for (const auto& [index, access] : cta.remote_accesses) {
+    if (cta.exit_clock[static_cast<size_t>(index)] >= access.sequence) continue;
+    report("access to an ended CTA", *access.warp, *access.instruction,
+           "no barrier orders it before the end of the CTA of rank " + std::to_string(cta.rank) +
+               ", whose shared memory this is: it may come later",
+           access.lane);
+  }
+}
 
 bool bind_cluster(Instruction& i) {
   const size_t operands = i.operands.size();

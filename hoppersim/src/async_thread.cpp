@@ -108,6 +108,7 @@ bool arrive_after(Warp& warp, const Instruction& i, uint32_t mask) {
     const Issue issue{&warp, &i, lane};
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, lane);
     Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    check_initialised(issue, *place.cta, place.offset, false);
     if (!i.data[0]) ++barrier.pending;
     std::vector<ThreadCopy> items;
     std::vector<Range> ranges;

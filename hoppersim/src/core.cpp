@@ -97,6 +97,15 @@ std::string class_of(const Instruction& i) {
   return "alu";
 }
 
+// What a warp that waits for others in a loop does not do: loads, tests, sleeps, arithmetic, and atomics, with which it
+// may try to take a lock.
+bool progresses(const Instruction& i) {
+  static const char* const names[] = {"st",   "red", "cp",       "mbarrier",  "wgmma", "mma",    "wmma",
+                                      "exit", "ret", "stmatrix", "tensormap", "bar",   "barrier"};
+  if (i.has("warp") || i.has("test_wait") || i.has("try_wait") || i.has("pending_count")) return false;
+  return std::any_of(std::begin(names), std::end(names), [&](const char* name) { return i.opcode == name; });
+}
+
 uint16_t class_index(const std::string& name) {
   std::vector<std::string>& names = counter_class_names();
   const size_t index = static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
@@ -247,6 +256,7 @@ void PtxParser::emit(Instruction&& i) {
     not_modelled(i.text);
   }
   i.counter_class = class_index(class_of(i));
+  i.progress = progresses(i);
   i.source = source_;
   function_->code.push_back(std::move(i));
 }

@@ -98,9 +98,24 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
-// What the warp knows of (its own writes and those it has synchronised with) becomes visible to the async proxy.
-bool fence_proxy(Warp& warp, const Instruction&, uint32_t) {
-  for (const auto& cta : warp.cta->cluster->ctas) merge(cta->fenced, warp.clock);
+// What the warp knows of (its own writes and those it has synchronised with) becomes visible to the async proxy:
+// of the shared memory of every CTA, or (data[0]) of its own only.
+bool fence_proxy(Warp& warp, const Instruction& i, uint32_t) {
+  for (const auto& cta : warp.cta->cluster->ctas)
+    if (!i.data[0] || cta.get() == warp.cta) merge(cta->fenced, warp.clock);
+  return true;
+}
+
+// Orders the initialisations of mbarriers that the warp knows of before a later arrival, a relaxed one too;
+// mbarrier_init (data[0]): also before their use by the async proxy.
+bool fence_memory(Warp& warp, const Instruction& i, uint32_t) {
+  const auto index = static_cast<size_t>(warp.clock_index());
+  const Mbarrier::Event now{index, ++warp.clock[index]};
+  for (auto& [offset, barrier] : warp.cta->mbarriers) {
+    if (!barrier.initialised.known(warp.clock)) continue;
+    if (!barrier.fenced.sequence) barrier.fenced = now;
+    if (i.data[0] && !barrier.async_fenced.sequence) barrier.async_fenced = now;
+  }
   return true;
 }
 
@@ -134,7 +149,13 @@ bool bind_fence(Instruction& i) {
     if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return m == k; }))
       unsupported(i, "modifier " + m);
   }
-  const bool async = i.has("proxy") && (i.has("async") || i.has("async::generic"));
+  if (!i.has("proxy")) {
+    i.data[0] = i.has("mbarrier_init");
+    i.execute = fence_memory;
+    return true;
+  }
+  const bool async = i.has("async") || i.has("async::generic");
+  i.data[0] = i.has("shared::cta");
   i.execute = async && !i.has("global") ? fence_proxy : nothing;
   return true;
 }

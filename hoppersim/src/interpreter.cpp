@@ -23,11 +23,6 @@ constexpr uint64_t kGroupPatience = 20000;  // instructions after which the grou
 constexpr uint64_t kLatePatience =
     20000;  // rounds in which some warp only polls, until a late operation completes anyway
 
-// Text such as "(1,0,0)".
-std::string coordinates(const uint32_t* c) {
-  return "(" + std::to_string(c[0]) + "," + std::to_string(c[1]) + "," + std::to_string(c[2]) + ")";
-}
-
 std::string hex32(uint32_t value) {
   char text[16];
   std::snprintf(text, sizeof text, "0x%x", value);
@@ -54,6 +49,7 @@ class ClusterRun {
   void merge_groups(Warp& warp);
   bool wake(Warp& warp);
   void complete_one();
+  void check_live_lock();
   [[noreturn]] void stuck(const char* kind);
   std::string report() const;
   const Instruction* first_position() const;
@@ -62,6 +58,8 @@ class ClusterRun {
   Cluster cluster_;
   std::vector<Warp*> warps_;
   uint64_t rounds_ = 0;
+  uint64_t progressed_ = 0, noted_ = 0;  // instructions executed at the last progress, and at the last that was noted
+  uint64_t others_ = 0;                  // the launch's progress when this cluster last made or saw some
 };
 
 void ClusterRun::build(uint64_t index) {
@@ -128,7 +126,7 @@ void ClusterRun::run(const std::atomic<bool>& stop) {
     }
     if (!left) break;
     ++rounds_;
-    if (cluster_.executed > launch_.options.max_instructions) stuck("live-lock");
+    check_live_lock();
     if (!progress || rounds_ % kLatePatience == 0) {
       if (!cluster_.pending.empty()) {
         complete_one();
@@ -140,12 +138,27 @@ void ClusterRun::run(const std::atomic<bool>& stop) {
   if (!stop) async_finish(cluster_);
 }
 
+// While other clusters make progress this one may be waiting for them.
+void ClusterRun::check_live_lock() {
+  const uint64_t limit = launch_.options.max_instructions;
+  if (progressed_ != noted_) {
+    noted_ = progressed_;
+    others_ = ++launch_.progress;
+  }
+  if (cluster_.executed / kLiveLockTotal > limit) stuck("live-lock");
+  if (cluster_.executed - progressed_ <= limit) return;
+  if (launch_.progress == others_) stuck("live-lock");
+  others_ = launch_.progress;
+  progressed_ = noted_ = cluster_.executed;
+}
+
 // Late operations complete one at a time, oldest first with seed 0, else any.
 void ClusterRun::complete_one() {
   const size_t index = launch_.options.seed == 0 ? 0 : cluster_.random() % cluster_.pending.size();
   const Pending next = std::move(cluster_.pending[index]);
   cluster_.pending.erase(cluster_.pending.begin() + static_cast<std::ptrdiff_t>(index));
   next.complete();
+  progressed_ = cluster_.executed;
 }
 
 // Wakes the groups whose condition holds; true if one can run.
@@ -189,6 +202,7 @@ void ClusterRun::run_warp(Warp& warp, int quantum) {
       std::erase_if(warp.groups, [](const Group& g) { return g.mask == 0; });
       if (warp.groups.empty()) {
         warp.state = Warp::State::done;
+        warp_ended(warp);
         return;
       }
       merge_groups(warp);
@@ -235,6 +249,7 @@ void ClusterRun::step(Warp& warp, Group& group) {
     group.ticket = 0;
     ++cluster_.executed;
     ++cluster_.class_counts[i.counter_class];
+    if (i.progress) progressed_ = cluster_.executed;
   } else {
     group.can_resume = std::move(warp.can_resume);
     group.waiting_for = std::move(warp.waiting_for);
@@ -257,7 +272,13 @@ void ClusterRun::stuck(const char* kind) {
       }
     }
   }
-  const std::string text = "kernel " + launch_.function->title + "\n" + report();
+  std::string text = "kernel " + launch_.function->title;
+  if (std::string(kind) == "live-lock")
+    text += ": " + std::to_string(cluster_.executed - progressed_) + " instructions without one that stores, copies, " +
+            "multiplies, arrives or passes a barrier, " + std::to_string(cluster_.executed) +
+            " in all. If it is at work all the same, raise simulate(max_instructions=" +
+            std::to_string(launch_.options.max_instructions) + ")";
+  text += "\n" + report();
   async_check_deadlock(cluster_, text);
   throw fault_in(kind, text, *launch_.function, first_position());
 }
@@ -278,12 +299,12 @@ const Instruction* ClusterRun::first_position() const {
 std::string ClusterRun::report() const {
   std::string text;
   for (const auto& cta : cluster_.ctas) {
-    const std::string name = "cta " + coordinates(cta->ctaid);
+    const std::string name = name_of(*cta);
     for (const auto& warp : cta->warps) {
-      if (warp->state == Warp::State::done) text += name + " warp " + std::to_string(warp->id) + ": exited\n";
+      if (warp->state == Warp::State::done) text += name + ", warp " + std::to_string(warp->id) + ": exited\n";
       for (const Group& group : warp->groups) {
         const Instruction& i = launch_.function->code[group.pc];
-        text += name + " warp " + std::to_string(warp->id) + " lanes " + hex32(group.mask) + " at " +
+        text += name + ", warp " + std::to_string(warp->id) + ", lanes " + hex32(group.mask) + " at " +
                 position(*launch_.function, i);
         text += group.can_resume ? "; waits for " + group.waiting_for + "\n" : "; can run\n";
       }
@@ -291,13 +312,13 @@ std::string ClusterRun::report() const {
     for (int id = 0; id < 16; ++id) {
       const Cta::NamedBarrier& b = cta->named[id];
       if (b.arrived == 0) continue;
-      text += name + " barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrived of " +
+      text += name + ", barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrived of " +
               (b.expected ? std::to_string(b.expected) : "all") + "\n";
     }
     std::map<uint32_t, const Mbarrier*> mbarriers;
     for (const auto& [offset, m] : cta->mbarriers) mbarriers[offset] = &m;
     for (const auto& [offset, m] : mbarriers) {
-      text += name + " mbarrier " + hex32(offset) + ": phase " + std::to_string(m->phase) + ", " +
+      text += name + ", mbarrier " + hex32(offset) + ": phase " + std::to_string(m->phase) + ", " +
               std::to_string(m->pending) + " of " + std::to_string(m->expected) + " arrivals missing, " +
               std::to_string(m->tx) + " bytes missing\n";
     }
@@ -356,6 +377,18 @@ void Counters::add(const Counters& o) {
   barrier_waits += o.barrier_waits;
 }
 
+std::string name_of(const Cta& cta) {
+  const uint32_t* c = cta.ctaid;
+  std::string text = "CTA (" + std::to_string(c[0]) + ", " + std::to_string(c[1]) + ", " + std::to_string(c[2]) + ")";
+  if (cta.cluster->ctas.size() > 1) text += ", rank " + std::to_string(cta.rank) + " of its cluster";
+  return text;
+}
+
+std::string name_of_warp(const Cluster& cluster, size_t clock_index) {
+  const size_t warps = cluster.ctas[0]->warps.size();
+  return name_of(*cluster.ctas[clock_index / warps]) + ", warp " + std::to_string(clock_index % warps);
+}
+
 std::string position(const Function& function, const Instruction& i) {
   const std::string source = function.lines->text(i.source);
   return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
@@ -379,8 +412,8 @@ std::vector<std::pair<const char*, uint64_t>> Counters::numbers() const {
 
 std::string where(const Warp& warp, const Instruction& i, int lane) {
   const Function& function = *warp.cta->cluster->launch->function;
-  std::string text = "kernel " + function.title + ", " + position(function, i) + ", cta " +
-                     coordinates(warp.cta->ctaid) + ", warp " + std::to_string(warp.id);
+  std::string text = "kernel " + function.title + ", " + position(function, i) + ", " + name_of(*warp.cta) + ", warp " +
+                     std::to_string(warp.id);
   if (lane >= 0) text += ", lane " + std::to_string(lane);
   return text;
 }

@@ -5,6 +5,7 @@
 // position.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -67,13 +68,17 @@ struct Fault : std::runtime_error {
   std::vector<Report> collected;  // all errors of simulate(go_on=True); empty: this one
 };
 
+constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100;
+
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
 
 struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  uint64_t max_instructions = 20'000'000'000ull;  // a launch that runs longer is reported as a live-lock
+  // A cluster that executes as many without progress (Instruction::progress) is reported as a live-lock, and one that
+  // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
+  uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
   std::vector<std::string> allow, warn_as_error;  // kinds that are dropped, and warnings that are errors
   bool strict = false;                            // every warning is an error
@@ -117,18 +122,28 @@ struct SharedMemory {
 };
 
 struct Mbarrier {
-  uint32_t expected = 0;                     // arrivals per phase
-  int32_t pending = 0;                       // arrivals still missing in this phase
-  int64_t tx = 0;                            // transaction bytes still missing (may be negative for a moment)
-  uint32_t phase = 0;                        // completed phases; the parity waited for is that of a completed phase
-  Clock clock;                               // merged clocks of the arrivals
-  Clock completed_clock;                     // clock that a successful wait acquires
+  uint32_t expected = 0;  // arrivals per phase
+  int32_t pending = 0;    // arrivals still missing in this phase
+  int64_t tx = 0;         // transaction bytes still missing (may be negative for a moment)
+  uint32_t phase = 0;     // completed phases; the parity waited for is that of a completed phase
+  Clock clock;            // merged clocks of the arrivals
+  Clock completed_clock;  // clock that a successful wait acquires
+  Clock weak;             // Warp::weak of the arrivals
+  // What happened to it, as a warp (clock index) and its clock then; sequence 0: not yet.
+  struct Event {
+    size_t warp = 0;
+    uint64_t sequence = 0;
+    bool known(const Clock& clock) const { return sequence && warp < clock.size() && clock[warp] >= sequence; }
+  };
+  Event initialised;
+  Event fenced, async_fenced;  // the first fence, fence.mbarrier_init, by a warp that knew of the initialisation
   const Instruction* expected_by = nullptr;  // the last expect_tx
 };
 
 struct Cta;
 struct Cluster;
 struct Launch;
+struct Warp;
 
 // ---- Warp
 // Lanes with equal pc form a group; the group with the lowest pc that can run is run (independent thread scheduling).
@@ -159,6 +174,7 @@ struct Warp {
   std::vector<uint8_t> register_in_flight;  // per register: outstanding wgmma accumulators that write it
   std::vector<std::vector<uint8_t>> local;  // per lane
   Clock clock;
+  Clock weak;                    // what came before by relaxed arrivals: in time, without order of memory
   std::shared_ptr<void> async;   // owned by the asynchronous units (wgmma groups, cp.async and bulk groups)
   std::shared_ptr<void> copies;  // async.h: cp.async and bulk groups of the lanes, arrivals at the cluster barrier
   std::shared_ptr<void> tensor;  // owned by wgmma: outstanding operations (tensor.cpp)
@@ -182,6 +198,7 @@ struct Cta {
     uint32_t expected = 0, arrived = 0;  // threads
     uint64_t generation = 0;
     Clock clock, completed_clock;
+    Clock weak;  // Warp::weak of the arrivals at barrier.cluster
     uint32_t true_count = 0, completed_true_count = 0,
              completed_count = 0;  // barrier.red: threads whose predicate held, of how many
   };
@@ -189,6 +206,15 @@ struct Cta {
   std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint64_t>>
       acquired_maps;  // tensor map and warp: generation of the map, clock of the warp
   Clock fenced;       // generic writes that a proxy fence has made visible to the async proxy
+  struct RemoteAccess {
+    const Warp* warp;
+    const Instruction* instruction;
+    int lane;
+    uint64_t sequence;  // clock of the warp
+  };
+  std::map<int, RemoteAccess> remote_accesses;  // the last of each warp of other CTAs to this shared memory
+  Clock exit_clock;                             // what came before the exits of its warps
+  bool ended = false;
 };
 
 // An asynchronous operation that has been issued and not yet taken effect (Timing::late) or completed.
@@ -222,6 +248,7 @@ struct Launch {
   Counters counters;
   Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
+  std::atomic<uint64_t> progress{0};  // turns in which a cluster made some
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
@@ -229,7 +256,11 @@ struct Launch {
 void run(Launch& launch);
 
 // ---- For everybody who reports
-// "kernel gemm, gemm.cu:7, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
+// "CTA (0, 1, 0)"; in a cluster "CTA (0, 1, 0), rank 1 of its cluster"
+std::string name_of(const Cta& cta);
+// "CTA (0, 1, 0), warp 3", by the index of its clock.
+std::string name_of_warp(const Cluster& cluster, size_t clock_index);
+// "kernel gemm, gemm.cu:7, ptx line 120: cp.async.bulk…, CTA (0, 1, 0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
 // A fault of that kernel, at the instruction unless null.
 Fault fault_in(const char* kind, const std::string& text, const Function& function, const Instruction* instruction);
@@ -254,6 +285,12 @@ struct SharedPlace {
 };
 // A shared::cluster or generic address -> the CTA of the cluster and the offset in it; faults when it names none.
 SharedPlace shared_place(Warp& warp, const Instruction& instruction, uint64_t address, size_t size, Space space);
+
+// ---- Exits of the CTAs of a cluster (async_cluster.cpp)
+// A thread accesses the shared memory of another CTA: that must come before the end of the CTA.
+void access_remote(Warp& warp, const Instruction& instruction, Cta& target, int lane);
+// All lanes of the warp have exited.
+void warp_ended(Warp& warp);
 
 // Plain (generic-proxy) access by one lane. `data` has `size` bytes.
 void read_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, void* data, int lane);

@@ -195,6 +195,7 @@ void read_memory(Warp& warp, const Instruction& i, Space space, uint64_t address
   check_alignment(warp, i, address, size, lane);
   if (space == Space::shared) {
     const SharedPlace place = shared_place(warp, i, address, size, space);
+    if (place.cta != warp.cta) access_remote(warp, i, *place.cta, lane);
     check_readable(warp, i, place.cta->shared, place.offset, size, lane);
     std::memcpy(data, &place.cta->shared.bytes[place.offset], size);
   } else if (space == Space::local) {
@@ -215,6 +216,7 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
   check_alignment(warp, i, address, size, lane);
   if (space == Space::shared) {
     const SharedPlace place = shared_place(warp, i, address, size, space);
+    if (place.cta != warp.cta) access_remote(warp, i, *place.cta, lane);
     SharedMemory& shared = place.cta->shared;
     check_writable(warp, i, shared, place.offset, size, lane);
     uint8_t any = 0;
@@ -248,10 +250,10 @@ static void check_proxy(Warp& warp, const Instruction& i, Cta& cta, uint32_t off
     auto knows = [&](const Clock& clock) { return writer < clock.size() && clock[writer] >= granule.sequence; };
     const bool ordered = knows(warp.clock);
     if (ordered && knows(cta.fenced)) continue;
-    const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which warp " +
-                             std::to_string(writer) + " of the cluster wrote";
+    const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which " +
+                             name_of_warp(*cta.cluster, writer) + " wrote";
     if (!ordered) return report("unsynchronised shared memory", warp, i, what + " and no barrier orders the two");
-    return report("missing proxy fence", warp, i, what + " without a fence.proxy.async after it");
+    return report("missing proxy fence", warp, i, what + " without a fence.proxy.async of that memory after it");
   }
 }
 

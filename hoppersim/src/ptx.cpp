@@ -113,6 +113,14 @@ std::unique_ptr<Module> PtxParser::parse() {
   return std::move(module_);
 }
 
+std::unique_ptr<Function> PtxParser::parse_kernel(const std::string& name, const Module& loaded) {
+  only_ = name, loaded_ = &loaded;
+  while (!at_end()) directive();
+  const auto found = module_->functions.find(name);
+  if (found == module_->functions.end()) throw Fault("unknown kernel", name);
+  return std::move(found->second);
+}
+
 void PtxParser::directive() {
   bool external = false;
   while (true) {
@@ -191,6 +199,14 @@ void PtxParser::variable(const std::string& space, bool external) {
     expect(";");
     return;
   }
+  if (loaded_ != nullptr) {
+    const auto found = loaded_->globals.find(v.name);
+    if (found == loaded_->globals.end()) syntax("variable " + v.name + " is not one of the loaded module");
+    globals_[v.name] = {Symbol::Kind::global, reinterpret_cast<uint64_t>(found->second.data())};
+    until(";");
+    expect(";");
+    return;
+  }
   if (v.align > kVariableAlignment) not_modelled("alignment of variable " + v.name);
   VariableBytes& bytes = module_->globals[v.name];
   bytes.assign(std::max<uint64_t>(v.unsized ? 0 : v.bytes(), 1), 0);
@@ -249,6 +265,11 @@ std::vector<PtxParser::Variable> PtxParser::parameter_list() {
 void PtxParser::entry() {
   function_ = std::make_unique<Function>();
   function_->name = word();
+  if (!only_.empty() && function_->name != only_) {
+    until("{;");
+    if (!accept(";")) skip_block();
+    return;
+  }
   function_->title = demangled(function_->name);
   function_->lines = lines_;
   source_ = -1;
@@ -478,5 +499,9 @@ void PtxParser::finish_function() {
 }
 
 std::unique_ptr<Module> parse_ptx(const std::string& text) { return PtxParser(text).parse(); }
+
+std::unique_ptr<Function> parse_kernel(const std::string& text, const std::string& name, const Module& module) {
+  return PtxParser(text).parse_kernel(name, module);
+}
 
 }  // namespace hoppersim

@@ -96,6 +96,7 @@ struct Instruction {
   bool (*execute)(Warp&, const Instruction&, uint32_t mask) = nullptr;
   uint32_t data[4] = {};        // decoded by the unit that owns `execute`
   uint16_t counter_class = 0;   // index into counter_class_names()
+  bool progress = false;        // it does something for others, not only looks and computes (progresses, core.cpp)
   bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
   const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
   uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
@@ -156,6 +157,9 @@ std::vector<std::string>& counter_class_names();
 // Throws Fault("unsupported instruction" | "ptx syntax", …) naming text and line. What is wrong in the body of a kernel
 // is the kernel's `problem`, and the other kernels can be launched.
 std::unique_ptr<Module> parse_ptx(const std::string& text);
+
+// One kernel of a changed text of a module that is loaded: its variables are those of `module`.
+std::unique_ptr<Function> parse_kernel(const std::string& text, const std::string& name, const Module& module);
 
 // Each unit offers: fills `execute` (and `data`) if the instruction is its own, else returns false. parse_ptx asks them
 // in this order; an instruction that none takes is an error of the kernel.

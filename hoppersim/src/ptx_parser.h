@@ -53,6 +53,7 @@ class PtxParser {
  public:
   explicit PtxParser(const std::string& text);
   std::unique_ptr<Module> parse();
+  std::unique_ptr<Function> parse_kernel(const std::string& name, const Module& loaded);
 
  private:
   struct Variable {
@@ -122,7 +123,9 @@ class PtxParser {
   std::unordered_map<std::string, Callee> callees_;
   std::set<std::string> external_;  // external shared names the function uses
   uint32_t external_align_ = 16;
-  int depth_ = 0;  // of expanded calls
+  int depth_ = 0;                   // of expanded calls
+  std::string only_;                // parse_kernel: other entries are passed over
+  const Module* loaded_ = nullptr;  // parse_kernel: where the variables are
 };
 
 Type type_named(const std::string& name);

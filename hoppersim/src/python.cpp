@@ -156,6 +156,16 @@ struct TextModule {
   LoadedModule loaded;
 };
 
+// The modules whose kernels have this name. Copies of one source have the same text; anything else is ambiguous.
+std::vector<LoadedModule*> modules_with(const std::string& kernel) {
+  std::vector<LoadedModule*> modules;
+  for (const Kernel* k : kernels_named(kernel)) modules.push_back(k->module);
+  if (modules.empty()) throw Fault("unknown kernel", kernel);
+  for (const LoadedModule* m : modules)
+    if (m->text != modules[0]->text) throw Fault("unknown kernel", kernel + " is the name of different kernels");
+  return modules;
+}
+
 PyObject* fault_type = nullptr;
 
 void translate_fault(std::exception_ptr pointer) {
@@ -180,6 +190,7 @@ PYBIND11_MODULE(_hoppersim, m) {
   m.attr("Fault") = py::reinterpret_borrow<py::object>(fault_type);
   py::register_exception_translator(&translate_fault);
 
+  m.attr("MAX_INSTRUCTIONS") = kMaxInstructions;
   m.def("options", &get_options);
   m.def("set_options", &set_options, py::arg("timing"), py::arg("seed"), py::arg("host_threads"),
         py::arg("max_instructions"), py::arg("check_global"), py::arg("allow"), py::arg("warn_as_error"),
@@ -210,6 +221,16 @@ PYBIND11_MODULE(_hoppersim, m) {
   m.def("remove_range", [](uintptr_t begin) { global_ranges().remove(reinterpret_cast<const void*>(begin)); });
   m.def("set_registers", [](const std::string& kernel, int registers) {
     for (Kernel* k : kernels_named(kernel)) k->registers = registers;
+  });
+
+  m.def(
+      "module_text", [](const std::string& kernel) { return modules_with(kernel)[0]->text; },
+      "The PTX of the module that a registered kernel is in.");
+  m.def("replace_kernel", [](const std::string& kernel, const std::string& text) {
+    for (LoadedModule* module : modules_with(kernel)) module->replace(kernel, text);
+  });
+  m.def("restore_kernel", [](const std::string& kernel) {
+    for (LoadedModule* module : modules_with(kernel)) module->restore(kernel);
   });
 
   py::class_<TextModule>(m, "TextModule")

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -38,11 +39,15 @@ struct LoadedModule {
   const Module& parsed();
   const Function& function(const std::string& name);  // throws Fault("unknown kernel")
   VariableBytes* global(const std::string& name);
+  // Launches take the kernel of this text, until restore(); variables stay where they are.
+  void replace(const std::string& name, const std::string& changed_text);
+  void restore(const std::string& name);
 
   const void* image = nullptr;
   std::string text;
   std::mutex mutex;
   std::unique_ptr<Module> module;
+  std::map<std::string, std::unique_ptr<Function>> replaced;
 };
 
 // The PTX text for this device of a fat binary, of its wrapper, or of PTX text; throws Fault("no ptx").

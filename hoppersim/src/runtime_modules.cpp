@@ -42,11 +42,20 @@ const Module& LoadedModule::parsed() {
 }
 
 const Function& LoadedModule::function(const std::string& name) {
+  if (const auto changed = replaced.find(name); changed != replaced.end()) return *changed->second;
   const auto& functions = parsed().functions;
   const auto found = functions.find(name);
   if (found == functions.end()) throw Fault("unknown kernel", name);
   return *found->second;
 }
+
+void LoadedModule::replace(const std::string& name, const std::string& changed_text) {
+  auto changed = parse_kernel(changed_text, name, parsed());
+  if (changed->problem) throw Fault(*changed->problem);
+  replaced[name] = std::move(changed);
+}
+
+void LoadedModule::restore(const std::string& name) { replaced.erase(name); }
 
 VariableBytes* LoadedModule::global(const std::string& name) {
   parsed();

@@ -76,6 +76,7 @@ setp.ne.u32 %p0, %tid, 0;
 @%p0 bra READY;
 mbarrier.init.shared::cta.b64 [%bar], 1;
 mbarrier.init.shared::cta.b64 [%bar1], 1;
+fence.mbarrier_init.release.cluster;
 READY:
 bar.sync 0;
 """

@@ -13,7 +13,7 @@ import hoppersim
 from hoppersim import tensor_map
 
 RNG = np.random.default_rng(0)
-BAR = "mbarrier.init.shared::cta.b64 [%bar], 1;\n"
+BAR = "mbarrier.init.shared::cta.b64 [%bar], 1;\nfence.mbarrier_init.release.cluster;\n"
 EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], {};\n"
 LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%buffer], [%a0], {}, [%bar];\n"
 WAIT = "WAIT(%bar,0)\n"

@@ -132,7 +132,7 @@ def test_relaxed_arrival_orders_nothing():
     assert finding(ordered(".relaxed.cta"), threads=64).kind == "unsynchronised shared memory"
 
 
-BAR = "mbarrier.init.shared::cta.b64 [%bar], 1;\n"
+BAR = "mbarrier.init.shared::cta.b64 [%bar], 1;\nfence.mbarrier_init.release.cluster;\n"
 LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%buffer], [%a0], 64, [%bar];\n"
 EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], {};\n"
 WAIT = "WAIT(%bar,0)\n"

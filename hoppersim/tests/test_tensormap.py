@@ -21,6 +21,7 @@ REPLACE = "tensormap.replace.tile.global_address.global.b1024.b64 [%a0], %a1;\n"
 RELEASE = "fence.proxy.tensormap::generic.release.gpu;\n"
 ACQUIRE = "fence.proxy.tensormap::generic.acquire.gpu [%a0], 128;\n"
 LOAD = """mbarrier.init.shared::cta.b64 [%bar], 1;
+fence.mbarrier_init.release.cluster;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], 64;
 cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%buffer], [%a0, {0}], [%bar];
 WAIT(%bar,0)
