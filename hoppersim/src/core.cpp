@@ -256,8 +256,9 @@ void unsupported(const Instruction& i, const std::string& why) {
 }
 
 bool bind_core(Instruction& i) {
-  return bind_move(i) || bind_memory(i) || bind_control(i) || bind_integer(i) || bind_bits(i) || bind_float(i) ||
-         bind_half(i) || bind_compare(i) || bind_convert(i) || bind_atomic(i) || bind_barrier(i) || bind_warp(i);
+  return bind_move(i) || bind_memory(i) || bind_control(i) || bind_setmaxnreg(i) || bind_integer(i) || bind_bits(i) ||
+         bind_float(i) || bind_half(i) || bind_compare(i) || bind_convert(i) || bind_atomic(i) || bind_barrier(i) ||
+         bind_warp(i);
 }
 
 void PtxParser::emit(Instruction&& i) {

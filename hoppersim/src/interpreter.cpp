@@ -101,6 +101,7 @@ void ClusterRun::build_warps(Cta& cta) {
     warp->id = static_cast<int>(first / kLanes);
     const uint32_t lanes = std::min<uint32_t>(threads - first, kLanes);
     warp->alive = warp->exists = lanes == 32 ? kAll : (1u << lanes) - 1;
+    warp->registers_held = launch_.registers;
     warp->groups.reserve(kLanes + 1);  // `current` must stay valid while groups split
     warp->groups.push_back({0, warp->alive});
     warp->registers.assign(size_t(launch_.function->register_words) * kLanes, 0xcdcdcdcd);
@@ -298,6 +299,7 @@ void ClusterRun::stuck(const char* kind) {
             " in all. If it is at work all the same, raise simulate(max_instructions=" +
             std::to_string(launch_.options.max_instructions) + ")";
   text += "\n" + report();
+  check_register_pool(cluster_, text);
   async_check_deadlock(cluster_, text);
   throw fault_in(kind, text, *launch_.function, first_position());
 }

@@ -16,6 +16,8 @@ SOURCE = r"""
 #include <cstring>
 
 __device__ int variable[4];
+__managed__ int managed[2] = {3, 4};
+__global__ void add_to_managed() { managed[threadIdx.x] += 10; }
 __global__ void fill(int* x, int n, int value) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) x[i] = value + i;
@@ -144,6 +146,13 @@ int streams(int* out) {
   return cudaGetLastError();
 }
 
+int managed_variable(int* out) {
+  out[0] = managed[0], managed[1] = 7;
+  add_to_managed<<<1, 2>>>();
+  out[1] = managed[0], out[2] = managed[1];
+  return cudaDeviceSynchronize();
+}
+
 int name_of_kernel() {
   const char* name = nullptr;
   cudaFuncGetName(&name, reinterpret_cast<const void*>(fill));
@@ -236,6 +245,12 @@ def test_streams(library):
     values = np.zeros(6, np.int32)
     assert library.call("streams", values) == SUCCESS
     assert values.tolist() == [0, -5, 1, -5, 0, 1]
+
+
+def test_managed_variables(library):
+    values = np.zeros(3, np.int32)
+    assert library.call("managed_variable", values) == SUCCESS
+    assert values.tolist() == [3, 13, 17]
 
 
 def test_name_of_a_kernel(library):
