@@ -56,6 +56,11 @@ const char* const kSpecials[] = {"%tid.x",
                                  "%dynamic_smem_size",
                                  "%total_smem_size",
                                  "%aggr_smem_size",
+                                 "%reserved_smem_offset_begin",
+                                 "%reserved_smem_offset_end",
+                                 "%reserved_smem_offset_cap",
+                                 "%reserved_smem_offset_0",
+                                 "%reserved_smem_offset_1",
                                  "WARP_SZ"};
 static_assert(std::size(kSpecials) == size_t(Special::count));
 
@@ -88,9 +93,9 @@ std::string class_of(const Instruction& i) {
     return "special";
   if (o == "cvt") return "cvt";
   if (o == "add" || o == "sub" || o == "mul" || o == "div") return floating ? "float" : "alu";
-  static const char* const own[] = {"mma",        "ldmatrix",  "stmatrix",       "shfl",      "vote",
-                                    "match",      "redux",     "elect",          "membar",    "mapa",
-                                    "setmaxnreg", "tensormap", "griddepcontrol", "nanosleep", "prefetch"};
+  static const char* const own[] = {"mma",       "wmma",           "ldmatrix",  "stmatrix", "shfl", "vote",
+                                    "match",     "redux",          "elect",     "membar",   "mapa", "setmaxnreg",
+                                    "tensormap", "griddepcontrol", "nanosleep", "prefetch"};
   for (const char* name : own) {
     if (o == name) return o;
   }
@@ -172,8 +177,13 @@ uint64_t special_value(const Warp& warp, Special id, int lane) {
     case Special::lanemask_ge: return ~(lane_bit - 1);
     case Special::lanemask_gt: return ~(lane_bit | (lane_bit - 1));
     case Special::dynamic_smem_size: return launch.dynamic_shared;
-    case Special::total_smem_size:
+    case Special::total_smem_size: return cta.shared.bytes.size() - kSharedBase;
     case Special::aggr_smem_size: return cta.shared.bytes.size();
+    case Special::reserved_smem_offset_begin: return 0;
+    case Special::reserved_smem_offset_end:
+    case Special::reserved_smem_offset_cap: return kSharedBase;
+    case Special::reserved_smem_offset_0:
+    case Special::reserved_smem_offset_1: return kReservedForKernels;
     case Special::warp_size: return kLanes;
     default: return 0;  // gridid
   }

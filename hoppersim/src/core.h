@@ -53,6 +53,11 @@ enum class Special : uint32_t {
   dynamic_smem_size,
   total_smem_size,
   aggr_smem_size,
+  reserved_smem_offset_begin,
+  reserved_smem_offset_end,
+  reserved_smem_offset_cap,
+  reserved_smem_offset_0,
+  reserved_smem_offset_1,
   warp_size,
   count
 };

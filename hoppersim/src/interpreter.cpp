@@ -78,6 +78,8 @@ void ClusterRun::build(uint64_t index) {
     cta->ctaid[1] = static_cast<uint32_t>(cy * size.y + rank / size.x % size.y);
     cta->ctaid[2] = static_cast<uint32_t>(cz * size.z + rank / (size.x * size.y));
     cta->shared.resize(kSharedBase + launch_.function->static_shared + launch_.dynamic_shared);
+    cta->shared.clear(launch_.function->shared_begin,
+                      kSharedBase);  // cooperative groups take the reserved part as zero
     build_warps(*cta);
     cluster_.ctas.push_back(std::move(cta));
   }
@@ -396,23 +398,6 @@ void Counters::add(const Counters& o) {
   barrier_waits += o.barrier_waits;
 }
 
-std::string name_of(const Cta& cta) {
-  const uint32_t* c = cta.ctaid;
-  std::string text = "CTA (" + std::to_string(c[0]) + ", " + std::to_string(c[1]) + ", " + std::to_string(c[2]) + ")";
-  if (cta.cluster->ctas.size() > 1) text += ", rank " + std::to_string(cta.rank) + " of its cluster";
-  return text;
-}
-
-std::string name_of_warp(const Cluster& cluster, size_t clock_index) {
-  const size_t warps = cluster.ctas[0]->warps.size();
-  return name_of(*cluster.ctas[clock_index / warps]) + ", warp " + std::to_string(clock_index % warps);
-}
-
-std::string position(const Function& function, const Instruction& i) {
-  const std::string source = function.lines->text(i.source);
-  return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
-}
-
 std::vector<std::pair<const char*, uint64_t>> Counters::numbers() const {
   return {{"warp_instructions", warp_instructions},
           {"tensor_flop", tensor_flop},
@@ -427,14 +412,6 @@ std::vector<std::pair<const char*, uint64_t>> Counters::numbers() const {
           {"shared_ideal_wavefronts", shared_ideal_wavefronts},
           {"wgmma_wavefronts", wgmma_wavefronts},
           {"barrier_waits", barrier_waits}};
-}
-
-std::string where(const Warp& warp, const Instruction& i, int lane) {
-  const Function& function = *warp.cta->cluster->launch->function;
-  std::string text = "kernel " + function.title + ", " + position(function, i) + ", " + name_of(*warp.cta) + ", warp " +
-                     std::to_string(warp.id);
-  if (lane >= 0) text += ", lane " + std::to_string(lane);
-  return text;
 }
 
 bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask) {

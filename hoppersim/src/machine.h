@@ -27,7 +27,8 @@ constexpr uint64_t kLocalWindow = 1ull << 53;   // generic address = kLocalWindo
 constexpr uint32_t kRankStride = 1u << 24;      // shared::cluster address = cluster rank * kRankStride + offset
 constexpr uint32_t kSharedBase =
     1024;  // the first KiB belongs to the system, as on the device: address 0 is never valid
-constexpr int kSharedLimit = 227 * 1024;  // dynamic + static bytes a CTA of sm_90 may have
+constexpr uint32_t kReservedForKernels = 512;  // … but what lies from here on, if the kernel asks for it by a register
+constexpr int kSharedLimit = 227 * 1024;       // dynamic + static bytes a CTA of sm_90 may have
 
 struct Function;     // ptx.h
 struct MapProxy;     // tensor_map_proxy.h
@@ -119,6 +120,7 @@ struct SharedMemory {
   };
   std::vector<Granule> granules;
   void resize(size_t size);
+  void clear(size_t begin, size_t end);  // written, with zeros
 };
 
 struct Mbarrier {

@@ -31,10 +31,11 @@ std::string hex(uint64_t value) {
 }
 
 void check_shared(const Warp& warp, const Instruction& i, const Cta& cta, uint64_t offset, size_t size, int lane) {
-  if (offset >= kSharedBase && offset + size <= cta.shared.bytes.size()) return;
+  const uint32_t begin = cta.cluster->launch->function->shared_begin;
+  if (offset >= begin && offset + size <= cta.shared.bytes.size()) return;
   fault("out-of-bounds shared", warp, i,
-        std::to_string(size) + " bytes at shared address " + hex(offset) + "; the CTA has " + hex(kSharedBase) +
-            " to " + hex(cta.shared.bytes.size()),
+        std::to_string(size) + " bytes at shared address " + hex(offset) + "; the CTA has " + hex(begin) + " to " +
+            hex(cta.shared.bytes.size()),
         lane);
 }
 
@@ -129,6 +130,11 @@ void SharedMemory::resize(size_t size) {
   bytes.assign(size, 0xa5);
   flags.assign(size, 0);
   granules.assign((size + 15) / 16, {});
+}
+
+void SharedMemory::clear(size_t begin, size_t end) {
+  std::fill(bytes.data() + begin, bytes.data() + end, 0);
+  std::fill(flags.data() + begin, flags.data() + end, written);
 }
 
 void GlobalRanges::add(const void* begin, size_t size, bool writable) {

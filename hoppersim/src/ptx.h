@@ -116,6 +116,7 @@ struct Function {
   uint32_t predicate_count = 0;
   uint32_t static_shared = 0, local_bytes = 0;
   bool external_shared = false;
+  uint32_t shared_begin = kSharedBase;       // kReservedForKernels when it names %reserved_smem_offset_…
   uint32_t min_ctas = 0, max_registers = 0;  // .minnctapersm, .maxnreg; 0: not declared
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset

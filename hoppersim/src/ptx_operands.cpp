@@ -148,6 +148,7 @@ Operand PtxParser::name(const std::string& text) {
   if (special >= 0) {
     result.kind = Operand::Kind::special;
     result.index = static_cast<uint32_t>(special);
+    if (text.rfind("%reserved_smem_offset_", 0) == 0) function_->shared_begin = kReservedForKernels;
     return result;
   }
   not_modelled("unknown name " + text);

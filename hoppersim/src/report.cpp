@@ -109,6 +109,31 @@ Severity severity_of(const char* kind, const Options& options) {
 
 }  // namespace
 
+std::string name_of(const Cta& cta) {
+  const uint32_t* c = cta.ctaid;
+  std::string text = "CTA (" + std::to_string(c[0]) + ", " + std::to_string(c[1]) + ", " + std::to_string(c[2]) + ")";
+  if (cta.cluster->ctas.size() > 1) text += ", rank " + std::to_string(cta.rank) + " of its cluster";
+  return text;
+}
+
+std::string name_of_warp(const Cluster& cluster, size_t clock_index) {
+  const size_t warps = cluster.ctas[0]->warps.size();
+  return name_of(*cluster.ctas[clock_index / warps]) + ", warp " + std::to_string(clock_index % warps);
+}
+
+std::string position(const Function& function, const Instruction& i) {
+  const std::string source = function.lines->text(i.source);
+  return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
+}
+
+std::string where(const Warp& warp, const Instruction& i, int lane) {
+  const Function& function = *warp.cta->cluster->launch->function;
+  std::string text = "kernel " + function.title + ", " + position(function, i) + ", " + name_of(*warp.cta) + ", warp " +
+                     std::to_string(warp.id);
+  if (lane >= 0) text += ", lane " + std::to_string(lane);
+  return text;
+}
+
 const std::vector<Kind>& kinds() { return table; }
 
 void Reports::add(const Report& report) {

@@ -26,6 +26,7 @@ constexpr int kSharedPerMultiprocessor = 228 * 1024;
 constexpr int kSharedReservedPerBlock = 1024;
 constexpr int kSharedWithoutOptIn = 48 * 1024;
 constexpr int kMultiprocessorsPerCluster = 16;  // of a GPC: bounds how many CTAs of a cluster can be resident
+constexpr size_t kMemoryBytes = 141ull * 1000 * 1000 * 1000;
 constexpr uint32_t kPortableCluster = 8, kLargestCluster = 16;
 
 // The driver that is simulated: of CUDA 13.2, the first for which CuTe has no workaround.

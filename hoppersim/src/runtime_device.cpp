@@ -14,8 +14,9 @@ namespace {
 thread_local cudaError_t last_error = cudaSuccess;
 
 constexpr int kL2Bytes = 50 * 1024 * 1024;
-constexpr size_t kMemoryBytes = 141ull * 1000 * 1000 * 1000;
 constexpr int kMaxThreadsPerBlockAxis[3] = {1024, 1024, 64};
+constexpr int kClockRate = 1'980'000, kMemoryClockRate = 3'201'000;  // kHz
+constexpr int kMemoryBusWidth = 6144;
 constexpr int kMaxGrid[3] = {2147483647, 65535, 65535};
 
 const std::unordered_map<int, int>& attributes() {
@@ -43,6 +44,36 @@ const std::unordered_map<int, int>& attributes() {
       {cudaDevAttrComputeCapabilityMinor, 0},
       {cudaDevAttrConcurrentKernels, 1},
       {cudaDevAttrUnifiedAddressing, 1},
+      {cudaDevAttrMaxPitch, 2147483647},
+      {cudaDevAttrTextureAlignment, 512},
+      {cudaDevAttrTexturePitchAlignment, 32},
+      {cudaDevAttrSurfaceAlignment, 512},
+      {cudaDevAttrGpuOverlap, 1},
+      {cudaDevAttrAsyncEngineCount, 3},
+      {cudaDevAttrKernelExecTimeout, 0},
+      {cudaDevAttrIntegrated, 0},
+      {cudaDevAttrCanMapHostMemory, 1},
+      {cudaDevAttrComputeMode, 0},
+      {cudaDevAttrEccEnabled, 1},
+      {cudaDevAttrTccDriver, 0},
+      {cudaDevAttrPciBusId, 0},
+      {cudaDevAttrPciDeviceId, 0},
+      {cudaDevAttrPciDomainId, 0},
+      {cudaDevAttrClockRate, kClockRate},
+      {cudaDevAttrMemoryClockRate, kMemoryClockRate},
+      {cudaDevAttrGlobalMemoryBusWidth, kMemoryBusWidth},
+      {cudaDevAttrGlobalL1CacheSupported, 1},
+      {cudaDevAttrLocalL1CacheSupported, 1},
+      {cudaDevAttrIsMultiGpuBoard, 0},
+      {cudaDevAttrHostNativeAtomicSupported, 0},
+      {cudaDevAttrSingleToDoublePrecisionPerfRatio, 2},
+      {cudaDevAttrPageableMemoryAccess, 0},  // kernels are held to what was allocated or registered
+      {cudaDevAttrConcurrentManagedAccess, 1},
+      {cudaDevAttrComputePreemptionSupported, 1},
+      {cudaDevAttrCanUseHostPointerForRegisteredMem, 1},
+      {cudaDevAttrHostRegisterSupported, 1},
+      {cudaDevAttrMemoryPoolsSupported, 1},  // of cudaMallocAsync; the pools themselves are not modelled
+      {cudaDevAttrClusterLaunch, 1},
       {cudaDevAttrManagedMemory, 1},
       {cudaDevAttrStreamPrioritiesSupported, 1},
       {cudaDevAttrCooperativeLaunch, 0},  // no grid-wide barrier here
@@ -59,6 +90,7 @@ constexpr ErrorName kErrors[] = {
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInvalidPitchValue, "cudaErrorInvalidPitchValue", "invalid pitch argument"},
     {cudaErrorInvalidSymbol, "cudaErrorInvalidSymbol", "invalid device symbol"},
     {cudaErrorMissingConfiguration, "cudaErrorMissingConfiguration", "missing launch configuration"},
     {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction", "invalid device function"},
@@ -66,6 +98,10 @@ constexpr ErrorName kErrors[] = {
     {cudaErrorInvalidKernelImage, "cudaErrorInvalidKernelImage", "device kernel image is invalid"},
     {cudaErrorSymbolNotFound, "cudaErrorSymbolNotFound", "named symbol not found"},
     {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources", "too many resources requested for launch"},
+    {cudaErrorHostMemoryAlreadyRegistered, "cudaErrorHostMemoryAlreadyRegistered",
+     "part or all of the requested memory range is already mapped"},
+    {cudaErrorHostMemoryNotRegistered, "cudaErrorHostMemoryNotRegistered",
+     "pointer does not correspond to a registered memory region"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported by the simulated runtime"},
     {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "invalid cluster size"},
@@ -76,7 +112,18 @@ const ErrorName* find_error(cudaError_t error) {
   return nullptr;
 }
 
-// Handles only need to be distinct and not null.
+struct StreamFacts {
+  unsigned flags = 0;
+  int priority = 0;
+};
+constexpr int kLowestPriority = 0, kHighestPriority = -5;
+// Of the legacy and the per-thread default stream too, whose handles are small numbers.
+StreamFacts facts_of(cudaStream_t stream) {
+  const auto* facts = reinterpret_cast<const StreamFacts*>(stream);
+  return stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread ? StreamFacts{} : *facts;
+}
+
+// Handles of events only need to be distinct and not null.
 template <class Handle>
 cudaError_t new_handle(Handle* handle) {
   *handle = reinterpret_cast<Handle>(new char);
@@ -172,6 +219,8 @@ cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_last_error(cudaErrorInvalidDevice); }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaGetDeviceFlags(unsigned* flags) { return *flags = cudaDeviceMapHost, cudaSuccess; }
+cudaError_t cudaChooseDevice(int* device, const cudaDeviceProp*) { return *device = 0, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = kDriverVersion, cudaSuccess; }
 
@@ -203,16 +252,45 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->maxThreadsPerMultiProcessor = kThreadsPerMultiprocessor;
   p->maxBlocksPerMultiProcessor = kBlocksPerMultiprocessor;
   p->l2CacheSize = kL2Bytes;
-  p->memoryBusWidth = 6144;
+  p->memoryBusWidth = kMemoryBusWidth;
   p->concurrentKernels = p->unifiedAddressing = p->managedMemory = p->streamPrioritiesSupported = 1;
   p->clusterLaunch = 1;
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return new_handle(stream); }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return new_handle(stream); }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return new_handle(stream); }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete_handle(stream); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
+  priority = std::clamp(priority, kHighestPriority, kLowestPriority);
+  *stream = reinterpret_cast<cudaStream_t>(new StreamFacts{flags, priority});
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  return cudaStreamCreateWithPriority(stream, flags, kLowestPriority);
+}
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete reinterpret_cast<StreamFacts*>(stream);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
+  return *flags = facts_of(stream).flags, cudaSuccess;
+}
+cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
+  return *priority = facts_of(stream).priority, cudaSuccess;
+}
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  return *id = reinterpret_cast<uint64_t>(stream), cudaSuccess;
+}
+cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  if (least) *least = kLowestPriority;
+  if (greatest) *greatest = kHighestPriority;
+  return cudaSuccess;
+}
+// All before it has run.
+cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) { return function(data), cudaSuccess; }
+cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void* data, unsigned) {
+  return function(stream, cudaSuccess, data), cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
@@ -224,6 +302,7 @@ cudaError_t cudaEventCreate(cudaEvent_t* event) { return new_handle(event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return new_handle(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete_handle(event); }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t, cudaStream_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 

@@ -82,6 +82,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* st
   return with_kernel(stub, [&](Kernel& k) { return get_attributes(k, attributes); });
 }
 
+cudaError_t cudaFuncGetName(const char** name, const void* stub) {
+  return with_kernel(stub, [&](Kernel& k) { return *name = k.name.c_str(), cudaSuccess; });
+}
+
 cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return cudaSuccess; }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* stub, int threads,

@@ -13,10 +13,16 @@ struct Variable {
   std::string name;
 };
 
+struct ManagedVariable {
+  Variable variable;
+  void** host_pointer;  // through which host code reaches it
+};
+
 struct Registry {
   std::mutex mutex;
   std::unordered_map<const void*, std::unique_ptr<Kernel>> kernels;  // by host stub
   std::unordered_map<const void*, Variable> variables;               // by host shadow
+  std::vector<ManagedVariable> managed;
 };
 
 // Never destroyed: libraries unregister from exit handlers that may run after this library's static destructors.
@@ -115,6 +121,7 @@ void __cudaUnregisterFatBinary(void** handle) {
     i = i->second->module == module ? r.kernels.erase(i) : std::next(i);
   for (auto i = r.variables.begin(); i != r.variables.end();)
     i = i->second.module == module ? r.variables.erase(i) : std::next(i);
+  std::erase_if(r.managed, [&](const ManagedVariable& m) { return m.variable.module == module; });
   delete module;
 }
 
@@ -134,7 +141,28 @@ void __cudaRegisterVar(void** handle, char* shadow, char*, const char* name, int
   r.variables[shadow] = {reinterpret_cast<LoadedModule*>(handle), name};
 }
 
-char __cudaInitModule(void**) { return 1; }
+void __cudaRegisterManagedVar(void** handle, void** host_pointer, char* shadow, const char* name, int, size_t, int,
+                              int) {
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  r.variables[shadow] = {reinterpret_cast<LoadedModule*>(handle), name};
+  r.managed.push_back({r.variables[shadow], host_pointer});
+}
+
+// Host code calls it before it touches a managed variable.
+char __cudaInitModule(void** handle) {
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  try {
+    for (const ManagedVariable& m : r.managed) {
+      if (m.variable.module != reinterpret_cast<LoadedModule*>(handle)) continue;
+      if (VariableBytes* bytes = m.variable.module->global(m.variable.name)) *m.host_pointer = bytes->data();
+    }
+  } catch (const Fault& fault) {
+    keep_fault(fault);
+  }
+  return 1;
+}
 
 cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* stub) {
   Kernel* kernel = find_kernel(stub);

@@ -395,7 +395,7 @@ void check_wgmma_exit(const Warp& warp, const Instruction& i) {
 
 bool bind_tensor(Instruction& i) {
   if (i.opcode == "wgmma") return bind_wgmma(i);
-  return bind_mma(i) || bind_matrix_move(i);
+  return bind_mma(i) || bind_matrix_move(i) || bind_wmma(i);
 }
 
 }  // namespace hoppersim

@@ -42,5 +42,6 @@ struct MatrixDescriptor {
 // tensor_mma.cpp: mma.sync and the matrix moves.
 bool bind_mma(Instruction& instruction);
 bool bind_matrix_move(Instruction& instruction);
+bool bind_wmma(Instruction& instruction);  // tensor_wmma.cpp
 
 }  // namespace hoppersim
