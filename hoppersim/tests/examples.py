@@ -1,5 +1,6 @@
-"""The programs of examples/, and what the documents show of their reports. Run as a program it writes the documents:
-PYTHONPATH=hoppersim python hoppersim/tests/examples.py (and the table of kinds).
+"""The programs of examples/, and what the documents show of their reports. Run as a program it writes them,
+and the table of kinds:
+PYTHONPATH=hoppersim python hoppersim/tests/examples.py
 """
 
 import os
