@@ -12,11 +12,12 @@ _DESCRIPTION = """\
 Runs a CUDA program on the simulated Hopper GPU, once for each seed and timing, and reports the hazards of its kernels.
 The program is taken as it is. It must be linked with the shared CUDA runtime and hold PTX for sm_90a:
 
-  nvcc -arch=sm_90a -cudart shared -lineinfo program.cu -o program
+  nvcc -gencode arch=compute_90a,code=compute_90a -cudart shared -lineinfo program.cu -o program
   hoppersim run ./program
 
--lineinfo gives the lines of the CUDA source. The program's standard input is empty; the output of the first run is
-passed on, that of a later one is shown if it ends with another status. A kernel stops at its first error (--go-on)."""
+-lineinfo gives the lines of the CUDA source; machine code beside the PTX does no harm. The program's standard input is
+empty; the output of the first run is passed on, that of a later one is shown if it ends with another status. A kernel
+stops at its first error (--go-on)."""
 _STATUSES = """\
 exit status:
   0  no errors (warnings are told), and the program returned 0 in every run
@@ -67,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-instructions",
         type=_positive,
         metavar="N",
-        help="report a launch whose cluster executes more instructions of warps as a live-lock",
+        help="report a live-lock when a cluster executes more instructions of warps without getting on: without a "
+        "store, copy, product, arrival or barrier",
     )
     runner.add_argument("program", metavar="PROGRAM", help="path of the program, or a name on PATH")
     runner.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")

@@ -65,17 +65,25 @@ def short_path(source: str) -> str:
     return source.replace(here, "")
 
 
+_LINES = 6  # of a finding: a dead-lock tells every warp
+
+
 def text_of_findings(runs: list[Run]) -> str:
     """A paragraph for each finding."""
     paragraphs = []
     for f in findings(runs):
         first = f"first with seed {f['seed']}, timing {f['timing']}"
         place = short_path(f["source"]) or (f"ptx line {f['ptx_line']}" if f["ptx_line"] else "")
+        text = f["text"].removeprefix(f"{f['kind']}: ").replace(f"; kernel {f['kernel']}, {f['source']}, ", "; ")
+        told = [line.removeprefix(f"kernel {f['kernel']}").removeprefix(", ") for line in text.splitlines()]
+        told = [line for line in told if line]
+        if len(told) > _LINES:
+            told[_LINES:] = [f"… {len(told) - _LINES} more lines (--json FILE has them)"]
         paragraphs.append(
             f"{'warning: ' * (f['severity'] == 'warning')}{f['kind']}: in {f['runs']} of {len(runs)} runs, {first}\n"
             + f"  at     {place or 'no line: compile with -lineinfo'}\n"
             + f"  kernel {f['kernel']}\n"
-            + "\n".join(f"  {line}" for line in short_path(f["text"].removeprefix(f"{f['kind']}: ")).splitlines())
+            + "\n".join(f"  {line}" for line in short_path("\n".join(told)).splitlines())
         )
     return "\n\n".join(paragraphs)
 

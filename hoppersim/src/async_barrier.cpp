@@ -24,6 +24,8 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   barrier.pending = static_cast<int32_t>(barrier.expected);
   merge(barrier.completed_clock, barrier.clock);
   barrier.clock.clear();
+  merge(barrier.completed_weak, barrier.weak);
+  barrier.weak.clear();
   ++copies.completed_phases;
 }
 
@@ -176,7 +178,7 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     if (!q.done()) continue;
     const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
     merge(i.has("relaxed") ? warp.weak : warp.clock, barrier.completed_clock);
-    merge(warp.weak, barrier.weak);
+    merge(warp.weak, barrier.completed_weak);
     observe(*q.cta, q.offset);
   }
   WarpCopies& copies = copies_of(warp);

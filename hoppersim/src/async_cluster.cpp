@@ -47,6 +47,8 @@ bool try_complete(Cluster& cluster) {
   ++barrier.generation;
   merge(barrier.completed_clock, barrier.clock);
   barrier.clock.clear();
+  merge(barrier.completed_weak, barrier.weak);
+  barrier.weak.clear();
   barrier.arrived = 0;
   for (const auto& cta : cluster.ctas)
     for (const auto& warp : cta->warps) copies_of(*warp).cluster_arrived = 0;
@@ -95,7 +97,7 @@ bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   copies.cluster_waiting &= ~mask;
   merge(warp.clock, cluster.barrier.completed_clock);
-  merge(warp.weak, cluster.barrier.weak);
+  merge(warp.weak, cluster.barrier.completed_weak);
   return true;
 }
 

@@ -97,15 +97,6 @@ std::string class_of(const Instruction& i) {
   return "alu";
 }
 
-// What a warp that waits for others in a loop does not do: loads, tests, sleeps, arithmetic, and atomics, with which it
-// may try to take a lock.
-bool progresses(const Instruction& i) {
-  static const char* const names[] = {"st",   "red", "cp",       "mbarrier",  "wgmma", "mma",    "wmma",
-                                      "exit", "ret", "stmatrix", "tensormap", "bar",   "barrier"};
-  if (i.has("warp") || i.has("test_wait") || i.has("try_wait") || i.has("pending_count")) return false;
-  return std::any_of(std::begin(names), std::end(names), [&](const char* name) { return i.opcode == name; });
-}
-
 uint16_t class_index(const std::string& name) {
   std::vector<std::string>& names = counter_class_names();
   const size_t index = static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
@@ -118,6 +109,16 @@ uint16_t class_index(const std::string& name) {
 std::vector<std::string>& counter_class_names() {
   static std::vector<std::string> names;
   return names;
+}
+
+// What a warp that waits for others in a loop does not do: it loads, tests, sleeps, computes, and tries to take a lock
+// with an atomic.
+bool class_progresses(const std::string& name) {
+  static const char* const first[] = {"st.",  "red.",     "cp.",       "mbarrier.", "wgmma.", "mma",
+                                      "wmma", "stmatrix", "tensormap", "bar",       "barrier"};
+  static const char* const looks[] = {"bar.warp", "mbarrier.test_wait", "mbarrier.try_wait", "mbarrier.pending_count"};
+  if (std::find(std::begin(looks), std::end(looks), name) != std::end(looks)) return false;
+  return std::any_of(std::begin(first), std::end(first), [&](const char* text) { return name.rfind(text, 0) == 0; });
 }
 
 int special_id(const std::string& name) {
@@ -245,8 +246,9 @@ void unsupported(const Instruction& i, const std::string& why) {
 }
 
 bool bind_core(Instruction& i) {
-  return bind_move(i) || bind_memory(i) || bind_control(i) || bind_integer(i) || bind_bits(i) || bind_float(i) ||
-         bind_half(i) || bind_compare(i) || bind_convert(i) || bind_atomic(i) || bind_barrier(i) || bind_warp(i);
+  return bind_move(i) || bind_memory(i) || bind_control(i) || bind_setmaxnreg(i) || bind_integer(i) || bind_bits(i) ||
+         bind_float(i) || bind_half(i) || bind_compare(i) || bind_convert(i) || bind_atomic(i) || bind_barrier(i) ||
+         bind_warp(i);
 }
 
 void PtxParser::emit(Instruction&& i) {
@@ -256,7 +258,6 @@ void PtxParser::emit(Instruction&& i) {
     not_modelled(i.text);
   }
   i.counter_class = class_index(class_of(i));
-  i.progress = progresses(i);
   i.source = source_;
   function_->code.push_back(std::move(i));
 }

@@ -151,6 +151,9 @@ bool converged(Warp& warp, const Instruction& instruction, uint32_t members, uin
 
 [[noreturn]] void unsupported(const Instruction& instruction, const std::string& why = "");
 
+// Nothing can run: throws if that is because a setmaxnreg.inc waits for registers that nobody can release any more.
+void check_register_pool(const Cluster& cluster, const std::string& report);
+
 // Each family binds its own instructions; false: not mine.
 bool bind_integer(Instruction& instruction);
 bool bind_bits(Instruction& instruction);
@@ -162,6 +165,8 @@ bool bind_move(Instruction& instruction);
 bool bind_memory(Instruction& instruction);
 bool bind_atomic(Instruction& instruction);
 bool bind_control(Instruction& instruction);
+bool bind_setmaxnreg(Instruction& instruction);
+void check_setmaxnreg_exit(const Warp& warp, const Instruction& instruction);
 bool bind_barrier(Instruction& instruction);
 bool bind_warp(Instruction& instruction);
 

@@ -1,4 +1,4 @@
-// bra, brx, ret, exit, trap, calls of external functions, nanosleep, setmaxnreg.
+// bra, brx, ret, exit, trap, calls of external functions, nanosleep.
 #include "async.h"
 #include "core.h"
 #include "tensor.h"
@@ -43,7 +43,10 @@ bool branch_indexed(Warp& warp, const Instruction& i, uint32_t mask) {
 bool leave(Warp& warp, const Instruction& i, uint32_t mask) {
   warp.alive &= ~mask;
   warp.current->mask &= ~mask;
-  if (warp.alive == 0) check_wgmma_exit(warp, i);
+  if (warp.alive == 0) {
+    check_wgmma_exit(warp, i);
+    check_setmaxnreg_exit(warp, i);
+  }
   return true;
 }
 
@@ -58,18 +61,6 @@ bool external_call(Warp& warp, const Instruction& i, uint32_t mask) {
 }
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
-
-// The register counts are the hardware's business; the rules are checked, and that a warp neither releases upwards nor
-// asks downwards.
-bool set_register_limit(Warp& warp, const Instruction& i, uint32_t) {
-  const uint32_t limit = static_cast<uint32_t>(i.operands[0].immediate), now = warp.register_limit;
-  const bool down = i.has("dec");
-  if (now != 0 && (down ? limit > now : limit < now)) {
-    fault("setmaxnreg", warp, i, "the warp has " + std::to_string(now) + " registers per thread");
-  }
-  warp.register_limit = limit;
-  return true;
-}
 
 }  // namespace
 
@@ -88,13 +79,6 @@ bool bind_control(Instruction& i) {
     i.execute = external_call;
   } else if (i.opcode == "nanosleep" || i.opcode == "pmevent") {
     i.execute = nothing;
-  } else if (i.opcode == "setmaxnreg") {
-    const uint64_t limit = i.operands.empty() ? 0 : i.operands[0].immediate;
-    if (i.operands.size() != 1 || i.operands[0].kind != Operand::Kind::immediate || limit < 24 || limit > 256 ||
-        limit % 8 != 0 || !i.aligned) {
-      unsupported(i, "the count must be a multiple of 8 in 24..256");
-    }
-    i.execute = set_register_limit;
   } else {
     return false;
   }

@@ -18,6 +18,7 @@ namespace hoppersim {
 
 namespace {
 
+constexpr uint64_t kLiveLockLooks = 8;      // how often the limit of a live-lock is looked at
 constexpr int kQuantum = 128;               // instructions a warp runs before the next has its turn
 constexpr uint64_t kGroupPatience = 20000;  // instructions after which the groups of a warp take turns
 constexpr uint64_t kLatePatience =
@@ -49,7 +50,8 @@ class ClusterRun {
   void merge_groups(Warp& warp);
   bool wake(Warp& warp);
   void complete_one();
-  void check_live_lock();
+  uint64_t progress() const;
+  [[gnu::noinline]] void check_live_lock();
   [[noreturn]] void stuck(const char* kind);
   std::string report() const;
   const Instruction* first_position() const;
@@ -58,8 +60,9 @@ class ClusterRun {
   Cluster cluster_;
   std::vector<Warp*> warps_;
   uint64_t rounds_ = 0;
-  uint64_t progressed_ = 0, noted_ = 0;  // instructions executed at the last progress, and at the last that was noted
-  uint64_t others_ = 0;                  // the launch's progress when this cluster last made or saw some
+  uint64_t completed_ = 0;                // late operations
+  uint64_t looked_ = 0, progressed_ = 0;  // instructions executed when check_live_lock looked, and saw progress
+  uint64_t made_ = 0, seen_ = 0;          // progress() and the launch's progress then
 };
 
 void ClusterRun::build(uint64_t index) {
@@ -96,6 +99,7 @@ void ClusterRun::build_warps(Cta& cta) {
     warp->id = static_cast<int>(first / kLanes);
     const uint32_t lanes = std::min<uint32_t>(threads - first, kLanes);
     warp->alive = warp->exists = lanes == 32 ? kAll : (1u << lanes) - 1;
+    warp->registers_held = launch_.registers;
     warp->groups.reserve(kLanes + 1);  // `current` must stay valid while groups split
     warp->groups.push_back({0, warp->alive});
     warp->registers.assign(size_t(launch_.function->register_words) * kLanes, 0xcdcdcdcd);
@@ -138,18 +142,33 @@ void ClusterRun::run(const std::atomic<bool>& stop) {
   if (!stop) async_finish(cluster_);
 }
 
-// While other clusters make progress this one may be waiting for them.
+// Instructions of classes that make progress, exits, and copies that have landed.
+uint64_t ClusterRun::progress() const {
+  uint64_t count = completed_;
+  const std::vector<std::string>& names = counter_class_names();
+  for (size_t k = 0; k < cluster_.class_counts.size(); ++k) {
+    if (cluster_.class_counts[k] != 0 && class_progresses(names[k])) count += cluster_.class_counts[k];
+  }
+  for (const Warp* warp : warps_) count += std::popcount(warp->exists & ~warp->alive);
+  return count;
+}
+
+// While other clusters make progress this one may be waiting for them. Looks now and then only.
 void ClusterRun::check_live_lock() {
   const uint64_t limit = launch_.options.max_instructions;
-  if (progressed_ != noted_) {
-    noted_ = progressed_;
-    others_ = ++launch_.progress;
-  }
   if (cluster_.executed / kLiveLockTotal > limit) stuck("live-lock");
-  if (cluster_.executed - progressed_ <= limit) return;
-  if (launch_.progress == others_) stuck("live-lock");
-  others_ = launch_.progress;
-  progressed_ = noted_ = cluster_.executed;
+  if (cluster_.executed - looked_ <= limit / kLiveLockLooks) return;
+  looked_ = cluster_.executed;
+  const uint64_t now = progress();
+  if (now != made_) {
+    made_ = now;
+    ++launch_.progress;
+  }
+  if (launch_.progress != seen_) {
+    seen_ = launch_.progress;
+    progressed_ = cluster_.executed;
+  }
+  if (cluster_.executed - progressed_ > limit) stuck("live-lock");
 }
 
 // Late operations complete one at a time, oldest first with seed 0, else any.
@@ -158,7 +177,7 @@ void ClusterRun::complete_one() {
   const Pending next = std::move(cluster_.pending[index]);
   cluster_.pending.erase(cluster_.pending.begin() + static_cast<std::ptrdiff_t>(index));
   next.complete();
-  progressed_ = cluster_.executed;
+  ++completed_;
 }
 
 // Wakes the groups whose condition holds; true if one can run.
@@ -249,7 +268,6 @@ void ClusterRun::step(Warp& warp, Group& group) {
     group.ticket = 0;
     ++cluster_.executed;
     ++cluster_.class_counts[i.counter_class];
-    if (i.progress) progressed_ = cluster_.executed;
   } else {
     group.can_resume = std::move(warp.can_resume);
     group.waiting_for = std::move(warp.waiting_for);
@@ -279,6 +297,7 @@ void ClusterRun::stuck(const char* kind) {
             " in all. If it is at work all the same, raise simulate(max_instructions=" +
             std::to_string(launch_.options.max_instructions) + ")";
   text += "\n" + report();
+  check_register_pool(cluster_, text);
   async_check_deadlock(cluster_, text);
   throw fault_in(kind, text, *launch_.function, first_position());
 }

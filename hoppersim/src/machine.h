@@ -76,7 +76,7 @@ struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  // A cluster that executes as many without progress (Instruction::progress) is reported as a live-lock, and one that
+  // A cluster that executes as many without progress (class_progresses) is reported as a live-lock, and one that
   // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
   uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
@@ -122,13 +122,13 @@ struct SharedMemory {
 };
 
 struct Mbarrier {
-  uint32_t expected = 0;  // arrivals per phase
-  int32_t pending = 0;    // arrivals still missing in this phase
-  int64_t tx = 0;         // transaction bytes still missing (may be negative for a moment)
-  uint32_t phase = 0;     // completed phases; the parity waited for is that of a completed phase
-  Clock clock;            // merged clocks of the arrivals
-  Clock completed_clock;  // clock that a successful wait acquires
-  Clock weak;             // Warp::weak of the arrivals
+  uint32_t expected = 0;       // arrivals per phase
+  int32_t pending = 0;         // arrivals still missing in this phase
+  int64_t tx = 0;              // transaction bytes still missing (may be negative for a moment)
+  uint32_t phase = 0;          // completed phases; the parity waited for is that of a completed phase
+  Clock clock;                 // merged clocks of the arrivals
+  Clock completed_clock;       // clock that a successful wait acquires
+  Clock weak, completed_weak;  // Warp::weak of the arrivals, likewise
   // What happened to it, as a warp (clock index) and its clock then; sequence 0: not yet.
   struct Event {
     size_t warp = 0;
@@ -180,11 +180,12 @@ struct Warp {
   std::shared_ptr<void> tensor;  // owned by wgmma: outstanding operations (tensor.cpp)
   uint32_t tid[3][kLanes];
   int clock_index() const;
-  Group* current = nullptr;       // the group that executes
-  uint32_t exists = 0xffffffffu;  // lanes the launch gave this warp
-  uint32_t carry = 0;             // CC.CF of each lane
-  uint32_t register_limit = 0;    // last setmaxnreg, 0: none yet
-  uint64_t since_merge = 0;       // instructions since groups last changed: a spinning group must let the others run
+  Group* current = nullptr;                    // the group that executes
+  uint32_t exists = 0xffffffffu;               // lanes the launch gave this warp
+  uint32_t carry = 0;                          // CC.CF of each lane
+  std::vector<const Instruction*> setmaxnreg;  // that it has executed
+  uint32_t registers_held = 0;                 // per thread, of the CTA's pool
+  uint64_t since_merge = 0;  // instructions since groups last changed: a spinning group must let the others run
 };
 
 struct Cta {
@@ -198,14 +199,15 @@ struct Cta {
     uint32_t expected = 0, arrived = 0;  // threads
     uint64_t generation = 0;
     Clock clock, completed_clock;
-    Clock weak;  // Warp::weak of the arrivals at barrier.cluster
+    Clock weak, completed_weak;  // Warp::weak of the arrivals at barrier.cluster
     uint32_t true_count = 0, completed_true_count = 0,
              completed_count = 0;  // barrier.red: threads whose predicate held, of how many
   };
   NamedBarrier named[16];
   std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint64_t>>
-      acquired_maps;  // tensor map and warp: generation of the map, clock of the warp
-  Clock fenced;       // generic writes that a proxy fence has made visible to the async proxy
+      acquired_maps;            // tensor map and warp: generation of the map, clock of the warp
+  uint32_t free_registers = 0;  // of the pool of setmaxnreg, in registers per thread of one warp
+  Clock fenced;                 // generic writes that a proxy fence has made visible to the async proxy
   struct RemoteAccess {
     const Warp* warp;
     const Instruction* instruction;
@@ -243,12 +245,14 @@ struct Launch {
   const Function* function = nullptr;
   Dim3 grid, block, cluster;
   uint32_t dynamic_shared = 0;
+  uint32_t registers = 256;         // per thread at the start, for setmaxnreg
+  bool registers_known = false;     // exactly; else it is the most that the launch bound allows
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
   Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
-  std::atomic<uint64_t> progress{0};  // turns in which a cluster made some
+  std::atomic<uint64_t> progress{0};  // changes when a cluster has made some
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 

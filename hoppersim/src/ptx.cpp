@@ -290,6 +290,8 @@ void PtxParser::entry() {
       return i < numbers.size() && !numbers[i].empty() ? static_cast<uint32_t>(std::stoul(numbers[i])) : 1u;
     };
     if (name == ".maxntid" || name == ".reqntid") function_->max_threads = at(0) * at(1) * at(2);
+    if (name == ".minnctapersm") function_->min_ctas = at(0);
+    if (name == ".maxnreg") function_->max_registers = at(0);
     if (name == ".reqnctapercluster")
       function_->cluster_x = at(0), function_->cluster_y = at(1), function_->cluster_z = at(2);
   }

@@ -96,7 +96,6 @@ struct Instruction {
   bool (*execute)(Warp&, const Instruction&, uint32_t mask) = nullptr;
   uint32_t data[4] = {};        // decoded by the unit that owns `execute`
   uint16_t counter_class = 0;   // index into counter_class_names()
-  bool progress = false;        // it does something for others, not only looks and computes (progresses, core.cpp)
   bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
   const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
   uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
@@ -117,6 +116,7 @@ struct Function {
   uint32_t predicate_count = 0;
   uint32_t static_shared = 0, local_bytes = 0;
   bool external_shared = false;
+  uint32_t min_ctas = 0, max_registers = 0;  // .minnctapersm, .maxnreg; 0: not declared
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset
   std::vector<Instruction> code;
@@ -153,6 +153,9 @@ uint64_t operand_value(const Warp& warp, const Operand& operand,
 void set_register(Warp& warp, const Operand& reg, int lane, uint64_t bits);  // register, predicate or sink
 uint32_t predicate_mask(const Warp& warp, const Operand& predicate);         // with negation; immediate: all or nothing
 std::vector<std::string>& counter_class_names();
+// Whether the instructions of a class do something for others; false where they only look and compute, and for
+// "control".
+bool class_progresses(const std::string& name);
 
 // Throws Fault("unsupported instruction" | "ptx syntax", …) naming text and line. What is wrong in the body of a kernel
 // is the kernel's `problem`, and the other kernels can be launched.

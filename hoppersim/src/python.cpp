@@ -105,7 +105,9 @@ void raise_fault() {
 // Raises the errors that were collected and not raised, if there are any, as one fault: the text is the first's.
 void raise_collected() {
   Runtime& r = runtime();
+  std::unique_lock<std::mutex> lock(r.mutex);
   std::vector<Report> errors = r.reports.errors();
+  lock.unlock();
   const auto left = std::find_if(errors.begin(), errors.end(), [](const Report& e) { return !e.raised; });
   if (left == errors.end()) return;
   Fault fault(*left);
@@ -200,8 +202,14 @@ PYBIND11_MODULE(_hoppersim, m) {
     for (const Kind& k : kinds()) result.append(py::make_tuple(k.name, name_of(k.severity), k.meaning, k.goes_on));
     return result;
   });
-  m.def("reports", [] { return list_of(runtime().reports.list); });
-  m.def("clear_reports", [] { runtime().reports.list.clear(); });
+  m.def("reports", [] {
+    std::lock_guard<std::mutex> lock(runtime().mutex);
+    return list_of(runtime().reports.list);
+  });
+  m.def("clear_reports", [] {
+    std::lock_guard<std::mutex> lock(runtime().mutex);
+    runtime().reports.list.clear();
+  });
   m.def("raise_collected", &raise_collected);
   m.def("launches", &launches, "Records of the launches since clear_launches(), oldest first.");
   m.def("clear_launches", [] {

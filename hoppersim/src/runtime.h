@@ -63,7 +63,7 @@ struct Kernel {
   const Function& function() { return module->function(name); }
   int dynamic_shared_limit();
   int threads_limit();
-  int registers_assumed();  // known ones, else the most that .maxntid lets the compiler use
+  int registers_assumed();  // known ones, else the most that the launch bound and .maxnreg let the compiler use
 };
 
 struct LaunchShape {

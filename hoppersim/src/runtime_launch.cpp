@@ -9,6 +9,11 @@ namespace {
 
 constexpr size_t kLaunchesKept = 4096;
 
+// That a thread may have so that `ctas` of so many threads fit.
+int most_registers(int threads, int ctas) {
+  return std::min(255, kRegistersPerMultiprocessor / ctas / ((threads + 31) / 32 * 32) / 8 * 8);
+}
+
 uint64_t volume(const Dim3& d) { return uint64_t{d.x} * d.y * d.z; }
 
 Dim3 from(dim3 d) { return {d.x, d.y, d.z}; }
@@ -103,7 +108,9 @@ int Kernel::threads_limit() {
 
 int Kernel::registers_assumed() {
   if (registers > 0) return registers;
-  return std::min(255, kRegistersPerMultiprocessor / ((threads_limit() + 31) / 32 * 32) / 8 * 8);
+  const int most = most_registers(threads_limit(), static_cast<int>(std::max(1u, function().min_ctas)));
+  const int declared = static_cast<int>(function().max_registers);
+  return declared > 0 ? std::min(declared, most) : most;
 }
 
 cudaError_t check_launch(Kernel& kernel, const LaunchShape& shape, Dim3* cluster) {
@@ -130,6 +137,16 @@ int occupancy(Kernel& kernel, int threads, size_t dynamic_shared) {
                    kSharedPerMultiprocessor / (shared + kSharedReservedPerBlock)});
 }
 
+// The registers that the warps start with, for setmaxnreg. Without a declared bound ptxas ignores setmaxnreg; then they
+// may have what the multiprocessor has.
+static void set_registers(Kernel& kernel, Launch& launch) {
+  const Function& f = *launch.function;
+  const bool bound = f.max_threads != 0 || f.max_registers != 0;
+  const int registers = bound ? kernel.registers_assumed() : most_registers(static_cast<int>(volume(launch.block)), 1);
+  launch.registers = static_cast<uint32_t>((registers + 7) / 8 * 8);  // allocated in units of 8
+  launch.registers_known = bound && (kernel.registers > 0 || f.max_registers != 0);
+}
+
 void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vector<uint8_t> parameters) {
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
@@ -145,6 +162,7 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
   record.static_shared = launch.function->static_shared, record.dynamic_shared = launch.dynamic_shared;
   record.occupancy = occupancy(kernel, static_cast<int>(volume(shape.block)), shape.dynamic_shared);
   record.registers = kernel.registers;
+  set_registers(kernel, launch);
   try {
     run(launch);
   } catch (Fault& fault) {

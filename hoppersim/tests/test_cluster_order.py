@@ -73,6 +73,14 @@ def test_after_the_last_barrier(timing, seed):
 
 @both_timings
 @seeds
+def test_a_barrier_that_the_other_cta_does_not_come_to(timing, seed):
+    """Rank 1 ends behind the first barrier; the second is complete without it."""
+    body = BEGIN + RELAXED.replace(".aligned", "") + "@!%p5 bra DONE;\n" + ACCESSES["ld"] + RELAXED + "DONE:\n"
+    assert kind_of(body, timing=timing, seed=seed) == "access to an ended CTA"
+
+
+@both_timings
+@seeds
 @pytest.mark.parametrize("arrive", ["arrive", "arrive, relaxed"])
 def test_an_mbarrier_keeps_it_alive(arrive, timing, seed):
     """Rank 0 stores and arrives at rank 1, which waits for that before it ends."""

@@ -10,7 +10,7 @@ from async_ptx import both_timings, kernel
 import hoppersim
 
 SOURCES = Path(__file__).parents[1] / "src"
-README = Path(__file__).parents[1] / "README.md"
+HAZARDS = Path(__file__).parents[1] / "docs" / "hazards.md"
 seeds = pytest.mark.parametrize("seed", range(10))
 
 STORE = """
@@ -167,8 +167,8 @@ def test_go_on_through_the_runtime():
     assert report["kind"] == "uninitialised shared memory" and report["count"] == 2 and report["lane"] == 1
 
 
-def test_the_readme_lists_the_kinds():
-    rows = re.findall(r"^\| `([^`]+)` \| (error|warning)(, goes on)? \| (.+) \|$", README.read_text(), re.M)
+def test_the_document_lists_the_kinds():
+    rows = re.findall(r"^\| `([^`]+)` \| (error|warning)(, goes on)? \| (.+) \|$", HAZARDS.read_text(), re.M)
     expected = [(name, k.severity, ", goes on" * k.goes_on, k.meaning) for name, k in hoppersim.KINDS.items()]
     assert rows == expected
 
