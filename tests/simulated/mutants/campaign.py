@@ -14,7 +14,7 @@ from hoppersim import mutate
 
 from .calls import Call
 from .children import Lost, in_children
-from .equivalent import reason_why_equivalent
+from .known import EQUIVALENT, ESCAPES, reason
 
 TOLERANCE = 1e-2  # of results, relative to the element or to the RMS of its tensor
 PATIENCE = 20  # times the instructions of the kernel as it is: more is a live-lock
@@ -117,9 +117,10 @@ def examine(target: Target, mutant: mutate.Mutant, runs: Sequence[tuple[str, int
             return Outcome(*about, "noticed", number, by)
         if number == 0 and notice(target, mutant.reach, "early", 0) != "trap":
             return Outcome(*about, "not reached")
-        if number == 0 and (why := reason_why_equivalent(target.name, hoppersim.ptx_of(target.kernel), mutant)):
+        if number == 0 and (why := reason(EQUIVALENT, target.name, hoppersim.ptx_of(target.kernel), mutant)):
             return Outcome(*about, "equivalent", None, why)
-    return Outcome(*about, "escaped")
+    why = reason(ESCAPES, target.name, hoppersim.ptx_of(target.kernel), mutant)
+    return Outcome(*about, "escaped", None, why)
 
 
 def _about(target: Target, mutant: mutate.Mutant) -> tuple:

@@ -1,13 +1,13 @@
-"""Mutants that are no bugs: each with the reason why the altered kernel is right too."""
+"""Mutants that are no bugs, with the reason why the altered kernel is right too, and escapes that are understood."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hoppersim.mutate import Mutant
 
 
-class Equivalent(NamedTuple):
+class Known(NamedTuple):
     """Regular expressions of a kernel's name, what is done to it and the instruction; which of the kernel's
     instructions that match (from 1; all without); and the reason.
     """
@@ -21,7 +21,7 @@ class Equivalent(NamedTuple):
 
 
 EQUIVALENT = (
-    Equivalent(
+    Known(
         "attention_step_kernel",
         "wait",
         "removed|one more group may be left",
@@ -29,7 +29,7 @@ EQUIVALENT = (
         (),
         "the loop has waited for every group with a copy in it; the groups left are empty",
     ),
-    Equivalent(
+    Known(
         r"chunk_sweep_kernel<SweepConfig<64, [03]",
         "wait",
         "removed|one more group may be left",
@@ -37,7 +37,7 @@ EQUIVALENT = (
         (2,),
         "a wait for all groups comes before the next access to what this one covers",
     ),
-    Equivalent(
+    Known(
         "chunk_sweep_kernel|chunk_reverse_kernel",
         "fence",
         "removed",
@@ -45,7 +45,7 @@ EQUIVALENT = (
         (1,),
         "behind the barrier that follows, the warps that normalise fence before they release their chunk to a wgmma",
     ),
-    Equivalent(
+    Known(
         "hidden_gradient_kernel",
         "fence",
         "removed",
@@ -53,7 +53,7 @@ EQUIVALENT = (
         (2, 4),
         "no register of its products is touched between the fence of the products before and these",
     ),
-    Equivalent(
+    Known(
         "pingpong_dynamic_conv_kernel|input_gradient_kernel",
         "fence",
         "removed",
@@ -64,9 +64,13 @@ EQUIVALENT = (
 )
 
 
-def reason_why_equivalent(kernel: str, lines: Mapping[int, str], mutant: Mutant) -> str:
-    """Of a mutant of a kernel with these lines; empty for a bug."""
-    for one in EQUIVALENT:
+# Of bugs that no run notices: why.
+ESCAPES: tuple[Known, ...] = ()
+
+
+def reason(known: Sequence[Known], kernel: str, lines: Mapping[int, str], mutant: Mutant) -> str:
+    """Of the first that this mutant of a kernel with these lines is; empty where there is none."""
+    for one in known:
         if not re.search(one.kernel, kernel) or one.kind != mutant.kind or not re.fullmatch(one.what, mutant.what):
             continue
         places = [line for line, text in lines.items() if re.search(one.instruction, text)]
