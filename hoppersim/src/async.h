@@ -96,7 +96,8 @@ bool has_any(const Instruction& i, std::initializer_list<const char*> names);
 
 // ---- mbarriers (async_barrier.cpp)
 Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset);
-void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count, bool release);
+// The caller has released to the barrier's clock.
+void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count);
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 void complete_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier);

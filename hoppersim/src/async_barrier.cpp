@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "async.h"
+#include "races.h"
 
 namespace hoppersim {
 namespace {
@@ -24,6 +24,11 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   barrier.pending = static_cast<int32_t>(barrier.expected);
   merge(barrier.completed_clock, barrier.clock);
   barrier.clock.clear();
+  if (barrier.agent >= 0) {
+    const auto agent = static_cast<size_t>(barrier.agent);
+    if (barrier.completed_clock.size() <= agent) barrier.completed_clock.resize(agent + 1);
+    barrier.completed_clock[agent].all = barrier.first_step + barrier.phase;
+  }
   ++copies.completed_phases;
 }
 
@@ -49,6 +54,11 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
     Mbarrier& barrier = warp.cta->mbarriers[place.offset];
     barrier.expected = static_cast<uint32_t>(count);
     barrier.pending = static_cast<int32_t>(count);
+    barrier.init.step = warp.step;
+    barrier.init.lanes = 1u << issue.lane;
+    barrier.init.agent = static_cast<uint16_t>(warp.clock_index());
+    barrier.init.bytes = 0xff;
+    barrier.init.pc = i.pc;
   });
   return true;
 }
@@ -56,7 +66,8 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
 bool invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, issue.lane);
-    barrier_at(issue, *place.cta, place.offset);
+    const Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    if (barrier.agent >= 0) place.cta->barrier_agents[place.offset].second = barrier.first_step + barrier.phase + 1;
     for (const auto& load : copies_of(*warp.cta->cluster).loads)
       if (load->cta == place.cta && load->barrier == place.offset)
         fault("mbarrier misuse", issue, "invalidated before its copies were waited for");
@@ -70,6 +81,8 @@ enum : uint32_t { kExpect = 1, kNoComplete = 2, kRelaxed = 4, kLocal = 8, kCount
 
 bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
   const uint32_t flags = i.data[1];
+  const Mbarrier* last = nullptr;  // that all lanes of the instruction have released to, in this phase
+  uint32_t last_phase = 0;
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[1], 8, flags & kLocal, issue.lane);
     Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
@@ -87,12 +100,17 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
       barrier.expected -= count;
     }
     const uint32_t phase = barrier.phase;
-    arrive(issue, *place.cta, place.offset, count, !(flags & kRelaxed));
+    if (&barrier != last || phase != last_phase) {
+      flags& kRelaxed ? merge(barrier.clock, warp.fenced) : release(barrier.clock, warp, mask);
+      last = &barrier;
+      last_phase = phase;
+    }
+    if (place.cta != warp.cta && !(flags & kRelaxed)) note_remote(warp, i, *place.cta, mask);
+    arrive(issue, *place.cta, place.offset, count);
     if (flags & kNoComplete && barrier.phase != phase)
       fault("mbarrier misuse", issue, "this .noComplete arrival completes the phase");
   });
-  // What the warp writes from here on is not covered by the arrival.
-  ++warp.clock[warp.clock_index()];
+  ++warp.step;
   return true;
 }
 
@@ -118,6 +136,7 @@ struct Question {
   uint32_t offset;
   bool parity;
   uint32_t phase;  // parity or the phase of the state token
+  uint32_t lanes;  // that ask
   bool done() const {
     const auto found = cta->mbarriers.find(offset);
     return found == cta->mbarriers.end() ||
@@ -136,7 +155,7 @@ Question question(Warp& warp, const Instruction& i, int lane) {
   const auto phase = static_cast<uint32_t>(parity ? value : value >> 32);
   if (!parity && phase != barrier.phase && phase + 1 != barrier.phase)
     fault("mbarrier misuse", issue, "the state is older than the preceding phase");
-  return {place.cta, place.offset, parity, phase};
+  return {place.cta, place.offset, parity, phase, 1u << lane};
 }
 
 // Puts the warp to sleep until one of its questions is answered. test_wait and try_wait may both take any time; a warp
@@ -162,13 +181,22 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     if (!(mask >> lane & 1)) continue;
     const Question q = question(warp, i, lane);
     if (q.done()) done |= 1u << lane;
-    const bool known = std::any_of(questions.begin(), questions.end(),
+    const auto same = std::find_if(questions.begin(), questions.end(),
                                    [&](const Question& o) { return o.offset == q.offset && o.phase == q.phase; });
-    if (known) continue;
-    questions.push_back(q);
+    if (same == questions.end()) {
+      questions.push_back(q);
+    } else {
+      same->lanes |= q.lanes;
+    }
+  }
+  for (const Question& q : questions) {
     if (!q.done()) continue;
-    const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
-    if (!i.has("relaxed")) merge(warp.clock, barrier.completed_clock);
+    const Clock& completed = q.cta->mbarriers.at(q.offset).completed_clock;
+    if (i.has("relaxed")) {
+      merge(warp.relaxed, completed);
+    } else {
+      acquire(warp, completed, q.lanes);
+    }
     observe(*q.cta, q.offset);
   }
   WarpCopies& copies = copies_of(warp);
@@ -206,13 +234,13 @@ Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset) {
   if (found == cta.mbarriers.end())
     fault("uninitialised mbarrier", issue,
           "no mbarrier at shared offset " + std::to_string(offset) + " of cta " + std::to_string(cta.rank));
+  check_init(issue, cta, offset, found->second.init);
   return found->second;
 }
 
-void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count, bool release) {
+void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   if (static_cast<int64_t>(count) > barrier.pending) fault("too many arrivals", issue, describe(cta, offset, barrier));
-  if (release) merge(barrier.clock, issue.warp->clock);
   barrier.pending -= static_cast<int32_t>(count);
   settle(issue, cta, offset, barrier);
 }

@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "async.h"
+#include "order.h"
 
 namespace hoppersim {
 namespace {
@@ -47,6 +48,7 @@ bool try_complete(Cluster& cluster) {
   ++barrier.generation;
   merge(barrier.completed_clock, barrier.clock);
   barrier.clock.clear();
+  merge(cluster.order->inits, cluster.order->arriving_inits);
   barrier.arrived = 0;
   for (const auto& cta : cluster.ctas)
     for (const auto& warp : cta->warps) copies_of(*warp).cluster_arrived = 0;
@@ -64,9 +66,12 @@ bool cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
   barrier.arrived += static_cast<uint32_t>(std::popcount(mask));
   for (int lane = 0; lane < kLanes; ++lane)
     if (mask >> lane & 1) copies.cluster_generation[lane] = barrier.generation;
-  if (!i.has("relaxed")) {
-    merge(barrier.clock, warp.clock);
-    ++warp.clock[warp.clock_index()];
+  merge(warp.cta->cluster->order->arriving_inits, warp.fenced_inits);
+  if (i.has("relaxed")) {
+    merge(barrier.clock, warp.fenced);
+  } else {
+    release(barrier.clock, warp, mask);
+    ++warp.step;
   }
   try_complete(*warp.cta->cluster);
   return true;
@@ -91,7 +96,8 @@ bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
     return false;
   }
   copies.cluster_waiting &= ~mask;
-  merge(warp.clock, cluster.barrier.completed_clock);
+  acquire(warp, cluster.barrier.completed_clock, mask);
+  merge(warp.inits, cluster.order->inits);
   return true;
 }
 

@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "core.h"
+#include "order.h"
 
 namespace hoppersim {
 
@@ -49,7 +50,8 @@ Cta::NamedBarrier& join(Warp& warp, const Instruction& i, uint32_t id, uint32_t 
   }
   barrier.expected = count;
   barrier.arrived += mask == warp.alive ? kLanes : static_cast<uint32_t>(std::popcount(mask));
-  merge(barrier.clock, warp.clock);
+  release(barrier.clock, warp, mask);
+  ++warp.step;
   return barrier;
 }
 
@@ -87,7 +89,7 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
     };
     return false;
   }
-  merge(warp.clock, barrier.completed_clock);
+  acquire(warp, barrier.completed_clock, mask);
   if (i.data[0] >= red_popc_) {
     uint32_t threads = 0;
     for (const auto& other : warp.cta->warps) threads += static_cast<uint32_t>(std::popcount(other->alive));
@@ -98,9 +100,27 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
-// What the warp knows of (its own writes and those it has synchronised with) becomes visible to the async proxy.
-bool fence_proxy(Warp& warp, const Instruction&, uint32_t) {
-  for (const auto& cta : warp.cta->cluster->ctas) merge(cta->fenced, warp.clock);
+bool fence_memory(Warp& warp, const Instruction&, uint32_t mask) {
+  fence(warp, mask);
+  return true;
+}
+
+bool fence_inits(Warp& warp, const Instruction&, uint32_t mask) {
+  release(warp.fenced_inits, warp, mask);
+  ++warp.step;
+  return true;
+}
+
+enum Proxied : uint32_t { shared_ = 1, global_ = 2 };
+
+// What the lanes know of (their own writes and those they have synchronised with) becomes visible to the async proxy.
+bool fence_proxy(Warp& warp, const Instruction& i, uint32_t mask) {
+  Cluster& cluster = *warp.cta->cluster;
+  if (i.data[0] & shared_) {
+    for (const auto& cta : cluster.ctas) release(cta->fenced, warp, mask);
+  }
+  if (i.data[0] & global_) release(cluster.order->fenced_global, warp, mask);
+  ++warp.step;
   return true;
 }
 
@@ -134,8 +154,14 @@ bool bind_fence(Instruction& i) {
     if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return m == k; }))
       unsupported(i, "modifier " + m);
   }
-  const bool async = i.has("proxy") && (i.has("async") || i.has("async::generic"));
-  i.execute = async && !i.has("global") ? fence_proxy : nothing;
+  if (i.has("proxy")) {
+    const bool global = i.has("global") || i.has("async.global") || i.has("async::global");
+    const bool shared = i.has("shared::cta") || i.has("shared::cluster") || i.has("async.shared::cta");
+    i.data[0] = (global ? 0u : +shared_) | (shared ? 0u : +global_);
+    i.execute = i.has("alias") ? nothing : fence_proxy;
+  } else {
+    i.execute = i.has("mbarrier_init") ? fence_inits : fence_memory;
+  }
   return true;
 }
 

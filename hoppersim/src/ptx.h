@@ -94,6 +94,8 @@ struct Instruction {
   uint16_t counter_class = 0;   // index into counter_class_names()
   bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
   const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
+  uint32_t pc = 0;              // index into Function::code
+  bool strong = false;          // an access that synchronises on its address: atomic, volatile, relaxed, …
   uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
 };
 
@@ -110,6 +112,7 @@ struct Function {
   uint32_t predicate_count = 0;
   uint32_t static_shared = 0, local_bytes = 0;
   bool external_shared = false;
+  bool loads_bulk = false;  // a copy engine's read of global memory: the global writes are remembered
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset
   std::vector<Instruction> code;
