@@ -93,8 +93,8 @@ def rows_of(case: Case, launches: list[dict]) -> list[dict[str, object]]:
         ]
     rows = []
     if len(launches) > 1:
-        rows = [{**what, **row_of(short(r["kernel"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches]
-    whole = row_of("all" if rows else short(launches[0]["kernel"]), "", added([r["counters"] for r in launches]))
+        rows = [{**what, **row_of(short(r["mangled"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches]
+    whole = row_of("all" if rows else short(launches[0]["mangled"]), "", added([r["counters"] for r in launches]))
     if not rows:
         whole["grid"] = "x".join(map(str, launches[0]["grid"]))
     whole["bound_us"] = (

@@ -3,12 +3,17 @@
 Its README says what a pass proves. Environment: ``HOPPERSIM_BUILD`` names the folder for what is built.
 """
 
+from . import mutate as mutate
 from ._compile import Library as Library
 from ._compile import compile_cuda as compile_cuda
 from ._compile import cutlass_include as cutlass_include
+from ._control import kinds as _kinds
 from ._control import last_counters as last_counters
 from ._control import launches as launches
+from ._control import reports as reports
 from ._control import simulate as simulate
+from ._edit import edited as edited
+from ._edit import ptx_of as ptx_of
 from ._launch import Module as Module
 from ._launch import registered as registered
 from ._native import build_folder as build_folder
@@ -21,4 +26,6 @@ from ._native import nvcc as nvcc
 def __getattr__(name: str):
     if name == "Fault":  # the exception type: built on first use
         return _native().Fault
+    if name == "KINDS":
+        return _kinds()
     raise AttributeError(name)

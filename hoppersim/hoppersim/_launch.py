@@ -69,7 +69,11 @@ def _triple(value) -> tuple[int, int, int]:
 
 
 class Module:
-    """Kernels of a PTX text, launched directly. Raises Fault at once for text that is not modelled."""
+    """Kernels of a PTX text, launched directly.
+
+    Raises Fault at once for a text that is no PTX; for a statement that is not modelled when the kernel that holds it
+    is launched.
+    """
 
     def __init__(self, ptx: str):
         self._module = native().TextModule(ptx)

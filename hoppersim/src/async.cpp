@@ -21,6 +21,10 @@ void fault(const char* kind, const Issue& issue, const std::string& text) {
   fault(kind, *issue.warp, *issue.instruction, text, issue.lane);
 }
 
+void report(const char* kind, const Issue& issue, const std::string& text) {
+  report(kind, *issue.warp, *issue.instruction, text, issue.lane);
+}
+
 void schedule(Warp& warp, std::string what, std::function<void()> effect) {
   Cluster& cluster = *warp.cta->cluster;
   if (cluster.launch->options.timing == Timing::early) {
@@ -28,11 +32,6 @@ void schedule(Warp& warp, std::string what, std::function<void()> effect) {
   } else {
     cluster.pending.push_back({std::move(what), std::move(effect)});
   }
-}
-
-bool cta_ended(const Cta& cta) {
-  return std::all_of(cta.warps.begin(), cta.warps.end(),
-                     [](const auto& warp) { return warp->state == Warp::State::done; });
 }
 
 void check_global(const Issue& issue, uint64_t address, size_t size, bool write) {
@@ -56,8 +55,7 @@ SharedPlace place_of(Warp& warp, const Instruction& i, const Operand& operand, s
   const SharedPlace place = shared_place(warp, i, operand_value(warp, operand, lane), size, space_of(i, "shared"));
   if (local && place.cta != warp.cta)
     fault("address of another CTA", warp, i, "the instruction needs shared memory of its own CTA", lane);
-  if (place.cta != warp.cta && cta_ended(*place.cta))
-    fault("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
+  if (place.cta != warp.cta) access_remote(warp, i, *place.cta, lane);
   return place;
 }
 
@@ -92,12 +90,12 @@ static void check_destination(const Issue& issue, const Cta& cta, const Range& r
   uint8_t any = 0;
   for (uint32_t b = 0; b < range.size; ++b) any |= cta.shared.flags[range.offset + b];
   if (any & SharedMemory::in_flight && !reduces)
-    fault("overwritten while a copy is in flight", issue,
-          "another copy to the same shared memory has not been waited for");
+    report("overwritten while a copy is in flight", issue,
+           "another copy to the same shared memory has not been waited for");
   for (uint32_t g = range.offset / 16; range.size && g <= (range.offset + range.size - 1) / 16; ++g)
     if (cta.shared.granules[g].async_readers)
-      fault("overwritten while read", issue,
-            "an outstanding wgmma or bulk store still reads shared offset " + std::to_string(g * 16));
+      return report("overwritten while read", issue,
+                    "an outstanding wgmma or bulk store still reads shared offset " + std::to_string(g * 16));
 }
 
 std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier, std::vector<Range> ranges,
@@ -108,6 +106,7 @@ std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier,
     note_async_write(issue, cta, range, completion_of(cta, barrier, mbarrier, mbarrier.phase), reduces);
     set_in_flight(cta, range, true);
   }
+  check_initialised(issue, cta, barrier, true);
   auto load = std::make_shared<Load>(Load{issue, &cta, barrier, mbarrier.phase, std::move(ranges)});
   copies_of(*cta.cluster).loads.push_back(load);
   return load;
@@ -115,7 +114,8 @@ std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier,
 
 void land(Load& load, const void* data) {
   const Issue& issue = load.issue;
-  if (cta_ended(*load.cta)) fault("exit with a copy in flight", issue, "the destination CTA has ended");
+  if (load.abandoned) return;
+  if (load.cta->ended) report("exit with a load in flight", issue, "the destination CTA has ended");
   int64_t bytes = 0;
   for (const Range& range : load.ranges) {
     set_in_flight(*load.cta, range, false);
@@ -169,20 +169,26 @@ void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> 
 
 // ---- For the scheduler
 
-static std::string in_kernel(const Cluster& cluster) { return "kernel " + cluster.launch->function->name + ", "; }
+// A byte count that never came out right: told at the last expect_tx of the mbarrier.
+[[noreturn]] static void miscounted(const char* kind, const Cluster& cluster, const Cta& cta, uint32_t offset,
+                                    const Mbarrier& barrier, const std::string& text) {
+  const Function& function = *cluster.launch->function;
+  std::string last = "no expect_tx";
+  if (barrier.expected_by) last = "last expect_tx at " + position(function, *barrier.expected_by);
+  throw fault_in(kind, "kernel " + function.title + ", " + describe(cta, offset, barrier) + "; " + last + text,
+                 function, barrier.expected_by);
+}
 
 void async_check_deadlock(Cluster& cluster, const std::string& report) {
   const auto& loads = copies_of(cluster).loads;
   for (const auto& cta : cluster.ctas) {
     for (const auto& [offset, barrier] : cta->mbarriers) {
-      if (barrier.tx < 0)
-        throw Fault("expect_tx too small", in_kernel(cluster) + describe(*cta, offset, barrier) + "\n" + report);
+      if (barrier.tx < 0) miscounted("expect_tx too small", cluster, *cta, offset, barrier, "\n" + report);
       const bool outstanding = std::any_of(loads.begin(), loads.end(), [&, offset = offset](const auto& load) {
         return load->cta == cta.get() && load->barrier == offset && !load->landed;
       });
       if (barrier.pending == 0 && barrier.tx > 0 && !outstanding)
-        throw Fault("expect_tx too large",
-                    in_kernel(cluster) + describe(*cta, offset, barrier) + "; all its copies are complete\n" + report);
+        miscounted("expect_tx too large", cluster, *cta, offset, barrier, "; all its copies are complete\n" + report);
     }
   }
 }
@@ -190,22 +196,22 @@ void async_check_deadlock(Cluster& cluster, const std::string& report) {
 void async_finish(Cluster& cluster) {
   for (const auto& cta : cluster.ctas)
     for (const auto& [offset, barrier] : cta->mbarriers)
-      if (barrier.tx < 0)
-        throw Fault("expect_tx too small", in_kernel(cluster) + "at its end " + describe(*cta, offset, barrier));
-  for (const auto& load : copies_of(cluster).loads)
-    fault("exit with a copy in flight", load->issue,
-          std::string(load->landed ? "nobody has waited for " : "not complete when the kernel ended; expected at ") +
-              describe(*load->cta, load->barrier, load->cta->mbarriers[load->barrier]));
+      if (barrier.tx < 0) miscounted("expect_tx too small", cluster, *cta, offset, barrier, "; the kernel has ended");
+  for (const auto& load : copies_of(cluster).loads) {
+    report("exit with a load in flight", load->issue,
+           std::string(load->landed ? "nobody has waited for " : "not complete when the kernel ended; expected at ") +
+               describe(*load->cta, load->barrier, load->cta->mbarriers[load->barrier]));
+    load->abandoned = true;
+  }
   for (const auto& cta : cluster.ctas) {
     for (const auto& warp : cta->warps) {
       for (const auto& store : copies_of(*warp).stores)
         if (!store->released)
-          fault("exit with a copy in flight", store->issue, "the bulk group of this store was not waited for");
+          report("exit with a copy in flight", store->issue, "the bulk group of this store was not waited for");
       for (const ThreadCopy& copy : copies_of(*warp).thread_copies)
-        fault("exit with a copy in flight", copy.issue, "this cp.async was not waited for");
+        report("exit with a load in flight", copy.issue, "this cp.async was not waited for");
     }
   }
-  check_exits(cluster);
   while (!cluster.pending.empty()) {
     const auto complete = std::move(cluster.pending.front().complete);
     cluster.pending.pop_front();

@@ -15,6 +15,7 @@
 
 #include "machine.h"
 #include "ptx.h"
+#include "report.h"
 
 namespace hoppersim {
 
@@ -45,6 +46,7 @@ struct Load {
   Cta* source_cta = nullptr;  // shared to shared: the source counts as read until the load is observed
   Range source{};
   bool landed = false;
+  bool abandoned = false;  // reported at the end of the kernel: it never lands
 };
 
 struct Store {
@@ -96,7 +98,9 @@ bool has_any(const Instruction& i, std::initializer_list<const char*> names);
 
 // ---- mbarriers (async_barrier.cpp)
 Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset);
-// The caller has released to the barrier's clock.
+// The initialisation of the mbarrier must come before its use by this lane, or by the async proxy on its behalf.
+void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async);
+// The caller has released to the barrier's clocks.
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count);
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 void complete_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
@@ -104,6 +108,7 @@ std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier);
 
 // ---- Copies (async.cpp)
 [[noreturn]] void fault(const char* kind, const Issue& issue, const std::string& text);
+void report(const char* kind, const Issue& issue, const std::string& text);  // report.h
 void set_in_flight(Cta& cta, const Range& range, bool in_flight);
 void hold_source(Cta& cta, const Range& range, int change);  // change: +1 or -1 outstanding readers
 // Marks the destination as in flight; faults when another copy is on its way there (reductions may
@@ -119,7 +124,6 @@ void observe(Cta& cta, uint32_t barrier);
 void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> used,
                  std::function<void(std::vector<uint8_t>&)> write);
 void check_global(const Issue& issue, uint64_t address, size_t size, bool write);
-bool cta_ended(const Cta& cta);
 
 bool bind_mbarrier(Instruction& instruction);
 bool bind_thread_copy(Instruction& instruction);

@@ -54,11 +54,7 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
     Mbarrier& barrier = warp.cta->mbarriers[place.offset];
     barrier.expected = static_cast<uint32_t>(count);
     barrier.pending = static_cast<int32_t>(count);
-    barrier.init.step = warp.step;
-    barrier.init.lanes = 1u << issue.lane;
-    barrier.init.agent = static_cast<uint16_t>(warp.clock_index());
-    barrier.init.bytes = 0xff;
-    barrier.init.pc = i.pc;
+    barrier.initialised = event_of(warp, 1u << issue.lane);
   });
   return true;
 }
@@ -67,6 +63,7 @@ bool invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, issue.lane);
     const Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    check_initialised(issue, *place.cta, place.offset, false);
     if (barrier.agent >= 0) place.cta->barrier_agents[place.offset].second = barrier.first_step + barrier.phase + 1;
     for (const auto& load : copies_of(*warp.cta->cluster).loads)
       if (load->cta == place.cta && load->barrier == place.offset)
@@ -86,6 +83,7 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[1], 8, flags & kLocal, issue.lane);
     Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    check_initialised(issue, *place.cta, place.offset, false);
     set_register(warp, i.operands[0], issue.lane, state_of(barrier));
     uint32_t count = 1;
     if (flags & kExpect) {
@@ -101,11 +99,16 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
     }
     const uint32_t phase = barrier.phase;
     if (&barrier != last || phase != last_phase) {
-      flags& kRelaxed ? merge(barrier.clock, warp.fenced) : release(barrier.clock, warp, mask);
+      if (flags & kRelaxed) {
+        release(barrier.weak, warp, mask);
+        merge(barrier.clock, warp.fenced);
+      } else {
+        release(barrier.clock, warp, mask);
+      }
+      merge(barrier.weak, warp.weak);
       last = &barrier;
       last_phase = phase;
     }
-    if (place.cta != warp.cta && !(flags & kRelaxed)) note_remote(warp, i, *place.cta, mask);
     arrive(issue, *place.cta, place.offset, count);
     if (flags & kNoComplete && barrier.phase != phase)
       fault("mbarrier misuse", issue, "this .noComplete arrival completes the phase");
@@ -118,8 +121,11 @@ bool change_bytes(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, i.data[1] & kLocal, issue.lane);
     const auto bytes = static_cast<uint32_t>(operand_value(warp, i.operands[1], issue.lane));
+    release(barrier_at(issue, *place.cta, place.offset).weak, warp, 1u << issue.lane);  // the phase ends after it
+    check_initialised(issue, *place.cta, place.offset, false);
     (i.data[0] ? complete_bytes : expect_bytes)(issue, *place.cta, place.offset, bytes);
   });
+  ++warp.step;
   return true;
 }
 
@@ -148,6 +154,7 @@ Question question(Warp& warp, const Instruction& i, int lane) {
   const Issue issue{&warp, &i, lane};
   const SharedPlace place = place_of(warp, i, i.operands[1], 8, true, lane);
   const Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+  check_initialised(issue, *place.cta, place.offset, false);
   const uint64_t value = operand_value(warp, i.operands[2], lane);
   const bool parity = i.data[1];
   if (parity && (value & 0xffffffffu) > 1)
@@ -163,8 +170,9 @@ Question question(Warp& warp, const Instruction& i, int lane) {
 void sleep(Warp& warp, const Instruction& i, std::vector<Question> questions) {
   const Question& first = questions.front();
   char place[64];
-  std::snprintf(place, sizeof place, "mbarrier at shared offset 0x%x of cta %d, ", first.offset, first.cta->rank);
-  warp.waiting_for = place + std::string(first.parity ? "parity " : "phase ") + std::to_string(first.phase);
+  std::snprintf(place, sizeof place, "mbarrier at shared offset 0x%x of ", first.offset);
+  warp.waiting_for =
+      place + name_of(*first.cta) + (first.parity ? ", parity " : ", phase ") + std::to_string(first.phase);
   warp.state = Warp::State::waiting;
   const bool blocking = i.data[0];
   const uint64_t completed = copies_of(*warp.cta->cluster).completed_phases;
@@ -191,12 +199,14 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   for (const Question& q : questions) {
     if (!q.done()) continue;
-    const Clock& completed = q.cta->mbarriers.at(q.offset).completed_clock;
+    const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
     if (i.has("relaxed")) {
-      merge(warp.relaxed, completed);
+      merge(warp.relaxed, barrier.completed_clock);
+      merge(warp.weak, barrier.completed_clock);
     } else {
-      acquire(warp, completed, q.lanes);
+      acquire(warp, barrier.completed_clock, q.lanes);
     }
+    merge(warp.weak, barrier.weak);
     observe(*q.cta, q.offset);
   }
   WarpCopies& copies = copies_of(warp);
@@ -220,11 +230,11 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
 }  // namespace
 
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
-  char text[200];
+  char text[280];
   std::snprintf(
       text, sizeof text,
-      "mbarrier at shared offset 0x%x of cta %d: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing",
-      offset, cta.rank, barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected,
+      "mbarrier at shared offset 0x%x of %s: phase %u (parity %u), %d of %u arrivals missing, %lld bytes missing",
+      offset, name_of(cta).c_str(), barrier.phase, barrier.phase & 1, barrier.pending, barrier.expected,
       static_cast<long long>(barrier.tx));
   return text;
 }
@@ -233,9 +243,37 @@ Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset) {
   const auto found = cta.mbarriers.find(offset);
   if (found == cta.mbarriers.end())
     fault("uninitialised mbarrier", issue,
-          "no mbarrier at shared offset " + std::to_string(offset) + " of cta " + std::to_string(cta.rank));
-  check_init(issue, cta, offset, found->second.init);
+          "no mbarrier at shared offset " + std::to_string(offset) + " of " + name_of(cta));
   return found->second;
+}
+
+void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async) {
+  const Mbarrier& barrier = barrier_at(issue, cta, offset);
+  const Warp& warp = *issue.warp;
+  const Stamp& initialised = barrier.initialised;
+  const bool known = knows(warp, issue.lane, initialised, 1, true);
+  auto came_before = [&](const Stamp& event) {
+    return event.step && (knows(warp, issue.lane, event, 1, true) || knows(warp.weak, event, 1, true));
+  };
+  const bool ordered = known || (barrier.fenced.step && knows(warp.weak, barrier.fenced, 1, true));
+  const bool visible = !async || came_before(barrier.async_fenced) || knows(cta.fenced, initialised, 1, true);
+  if (ordered && visible) return;
+  const std::string what = (async ? "completes on" : "uses") + std::string(" the mbarrier at shared offset ") +
+                           std::to_string(offset) + " of cta " + std::to_string(cta.rank) + ", which warp " +
+                           std::to_string(initialised.agent) + " of the cluster initialised, and no ";
+  if (ordered) {
+    report("mbarrier not fenced for the async proxy", issue,
+           what + "fence.mbarrier_init or fence.proxy.async by a warp that knows of that came since");
+  } else if (came_before(initialised)) {
+    report("missing mbarrier_init fence", issue,
+           what + "fence.mbarrier_init came between that and the relaxed barrier that orders the two");
+  } else if (&cta != warp.cta) {
+    report("missing mbarrier_init fence", issue, what + "fence.mbarrier_init and barrier.cluster order the two");
+  } else if (initialised.agent == warp.clock_index()) {
+    report("unsynchronised shared memory", issue, what + "__syncwarp (bar.warp.sync) orders the two");
+  } else {
+    report("unsynchronised shared memory", issue, what + "barrier orders the two");
+  }
 }
 
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count) {
@@ -248,6 +286,7 @@ void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count) {
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   barrier.tx += bytes;
+  barrier.expected_by = issue.instruction;
   if (barrier.tx > kMaxCount) fault("transaction count out of range", issue, describe(cta, offset, barrier));
 }
 

@@ -1,4 +1,4 @@
-// mapa, getctarank, barrier.cluster, griddepcontrol.
+// mapa, getctarank, barrier.cluster, griddepcontrol; the ends of the CTAs of a cluster.
 #include <algorithm>
 #include <bit>
 
@@ -48,7 +48,6 @@ bool try_complete(Cluster& cluster) {
   ++barrier.generation;
   merge(barrier.completed_clock, barrier.clock);
   barrier.clock.clear();
-  merge(cluster.order->inits, cluster.order->arriving_inits);
   barrier.arrived = 0;
   for (const auto& cta : cluster.ctas)
     for (const auto& warp : cta->warps) copies_of(*warp).cluster_arrived = 0;
@@ -66,13 +65,14 @@ bool cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
   barrier.arrived += static_cast<uint32_t>(std::popcount(mask));
   for (int lane = 0; lane < kLanes; ++lane)
     if (mask >> lane & 1) copies.cluster_generation[lane] = barrier.generation;
-  merge(warp.cta->cluster->order->arriving_inits, warp.fenced_inits);
   if (i.has("relaxed")) {
+    release(barrier.weak, warp, mask);
     merge(barrier.clock, warp.fenced);
   } else {
     release(barrier.clock, warp, mask);
-    ++warp.step;
   }
+  merge(barrier.weak, warp.weak);
+  ++warp.step;
   try_complete(*warp.cta->cluster);
   return true;
 }
@@ -97,13 +97,37 @@ bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   copies.cluster_waiting &= ~mask;
   acquire(warp, cluster.barrier.completed_clock, mask);
-  merge(warp.inits, cluster.order->inits);
+  merge(warp.weak, cluster.barrier.weak);
   return true;
 }
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
 }  // namespace
+
+void access_remote(Warp& warp, const Instruction& i, Cta& target, int lane) {
+  if (target.ended)
+    return report("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
+  Cta::RemoteAccess& last = target.remote_accesses[warp.clock_index()];
+  const uint32_t earlier = last.event.step == warp.step ? last.event.lanes : 0;
+  last = {&warp, &i, lane, event_of(warp, earlier | 1u << lane)};
+}
+
+void warp_ended(Warp& warp) {
+  Cta& cta = *warp.cta;
+  merge(cta.exit_clock, view_of(warp, -1));
+  merge(cta.exit_clock, warp.weak);
+  cta.ended = std::all_of(cta.warps.begin(), cta.warps.end(),
+                          [](const auto& other) { return other->state == Warp::State::done; });
+  if (!cta.ended) return;
+  for (const auto& [index, access] : cta.remote_accesses) {
+    if (knows(cta.exit_clock, access.event, 1, false)) continue;
+    report("access to an ended CTA", *access.warp, *access.instruction,
+           "no barrier orders it before the end of the CTA of rank " + std::to_string(cta.rank) +
+               ", whose shared memory this is: it may come later",
+           access.lane);
+  }
+}
 
 bool bind_cluster(Instruction& i) {
   const size_t operands = i.operands.size();

@@ -61,10 +61,11 @@ bool copy(Warp& warp, const Instruction& i, uint32_t mask) {
     if (source % size) fault("misaligned global", issue, "cp.async of " + std::to_string(size) + " bytes");
     check_global(issue, source, bytes, false);
     ThreadCopy item{issue, source, place.offset, size, bytes};
-    for (uint32_t b = 0; b < size; ++b)
-      if (warp.cta->shared.flags[place.offset + b] & SharedMemory::in_flight)
-        fault("overwritten while a copy is in flight", issue,
-              "another copy to the same shared memory has not been waited for");
+    uint8_t any = 0;
+    for (uint32_t b = 0; b < size; ++b) any |= warp.cta->shared.flags[place.offset + b];
+    if (any & SharedMemory::in_flight)
+      report("overwritten while a copy is in flight", issue,
+             "another copy to the same shared memory has not been waited for");
     note(item, true);
     if (!is_late(warp)) perform(item);
     set_in_flight(*warp.cta, destination_of(item), true);
@@ -119,6 +120,7 @@ bool arrive_after(Warp& warp, const Instruction& i, uint32_t mask) {
     const Issue issue{&warp, &i, lane};
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, lane);
     Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    check_initialised(issue, *place.cta, place.offset, false);
     if (!i.data[0]) ++barrier.pending;
     const Completion completion = completion_of(*place.cta, place.offset, barrier, barrier.phase);
     Clock released;

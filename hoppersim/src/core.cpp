@@ -107,6 +107,15 @@ bool synchronises(const Instruction& i) {
   return false;
 }
 
+// What a warp that waits for others in a loop does not do: loads, tests, sleeps, arithmetic, and atomics, with which it
+// may try to take a lock.
+bool progresses(const Instruction& i) {
+  static const char* const names[] = {"st",   "red", "cp",       "mbarrier",  "wgmma", "mma",    "wmma",
+                                      "exit", "ret", "stmatrix", "tensormap", "bar",   "barrier"};
+  if (i.has("warp") || i.has("test_wait") || i.has("try_wait") || i.has("pending_count")) return false;
+  return std::any_of(std::begin(names), std::end(names), [&](const char* name) { return i.opcode == name; });
+}
+
 uint16_t class_index(const std::string& name) {
   std::vector<std::string>& names = counter_class_names();
   const size_t index = static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
@@ -253,13 +262,15 @@ bool bind_core(Instruction& i) {
 void PtxParser::emit(Instruction&& i) {
   i.aligned = i.has("aligned") || (i.opcode == "bar" && !i.has("warp"));
   if (!bind_core(i) && !bind_async(i) && !bind_tensor(i)) {
-    throw Fault("unsupported instruction",
-                "kernel " + function_->name + ", line " + std::to_string(i.line) + ": " + i.text);
+    line_ = i.line;
+    not_modelled(i.text);
   }
   i.counter_class = class_index(class_of(i));
   i.pc = static_cast<uint32_t>(function_->code.size());
   i.strong = synchronises(i);
   function_->loads_bulk |= i.opcode == "cp" && i.has("mbarrier::complete_tx::bytes") && i.has("global");
+  i.progress = progresses(i);
+  i.source = source_;
   function_->code.push_back(std::move(i));
 }
 

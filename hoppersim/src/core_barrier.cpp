@@ -100,27 +100,33 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
-bool fence_memory(Warp& warp, const Instruction&, uint32_t mask) {
-  fence(warp, mask);
-  return true;
-}
-
-bool fence_inits(Warp& warp, const Instruction&, uint32_t mask) {
-  release(warp.fenced_inits, warp, mask);
-  ++warp.step;
-  return true;
-}
-
-enum Proxied : uint32_t { shared_ = 1, global_ = 2 };
+enum Memory : uint32_t { own_ = 1, others_ = 2, global_ = 4 };  // data[0] of a proxy fence
 
 // What the lanes know of (their own writes and those they have synchronised with) becomes visible to the async proxy.
 bool fence_proxy(Warp& warp, const Instruction& i, uint32_t mask) {
   Cluster& cluster = *warp.cta->cluster;
-  if (i.data[0] & shared_) {
-    for (const auto& cta : cluster.ctas) release(cta->fenced, warp, mask);
+  for (const auto& cta : cluster.ctas) {
+    if (i.data[0] & (cta.get() == warp.cta ? own_ : others_)) release(cta->fenced, warp, mask);
   }
   if (i.data[0] & global_) release(cluster.order->fenced_global, warp, mask);
   ++warp.step;
+  return true;
+}
+
+// Orders the initialisations of mbarriers that the lanes know of before a later arrival, a relaxed one too;
+// mbarrier_init (data[0]): also before their use by the async proxy, and nothing else.
+bool fence_memory(Warp& warp, const Instruction& i, uint32_t mask) {
+  const int lane = std::countr_zero(mask);
+  for (auto& [offset, barrier] : warp.cta->mbarriers) {
+    if (!knows(warp, mask == kAll ? -1 : lane, barrier.initialised, 1, true)) continue;
+    if (!barrier.fenced.step) barrier.fenced = event_of(warp, mask);
+    if (i.data[0] && !barrier.async_fenced.step) barrier.async_fenced = event_of(warp, mask);
+  }
+  if (i.data[0]) {
+    ++warp.step;
+  } else {
+    fence(warp, mask);
+  }
   return true;
 }
 
@@ -154,14 +160,15 @@ bool bind_fence(Instruction& i) {
     if (std::none_of(std::begin(known), std::end(known), [&](const char* k) { return m == k; }))
       unsupported(i, "modifier " + m);
   }
-  if (i.has("proxy")) {
-    const bool global = i.has("global") || i.has("async.global") || i.has("async::global");
-    const bool shared = i.has("shared::cta") || i.has("shared::cluster") || i.has("async.shared::cta");
-    i.data[0] = (global ? 0u : +shared_) | (shared ? 0u : +global_);
-    i.execute = i.has("alias") ? nothing : fence_proxy;
-  } else {
-    i.execute = i.has("mbarrier_init") ? fence_inits : fence_memory;
+  if (!i.has("proxy")) {
+    i.data[0] = i.has("mbarrier_init");
+    i.execute = fence_memory;
+    return true;
   }
+  const bool global = i.has("global") || i.has("async.global") || i.has("async::global");
+  const bool own = i.has("shared::cta") || i.has("async.shared::cta"), shared = own || i.has("shared::cluster");
+  i.data[0] = global ? +global_ : own ? +own_ : shared ? own_ | others_ : own_ | others_ | global_;
+  i.execute = i.has("alias") ? nothing : fence_proxy;
   return true;
 }
 

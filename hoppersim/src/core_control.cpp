@@ -75,6 +75,7 @@ bool set_register_limit(Warp& warp, const Instruction& i, uint32_t) {
 
 bool bind_control(Instruction& i) {
   if (i.opcode == "bra") {
+    if (i.operands.size() != 1) unsupported(i);
     i.execute = branch;
   } else if (i.opcode == "brx") {
     if (i.operands.size() != 2 || i.operands[1].kind != Operand::Kind::vector) unsupported(i);

@@ -1,6 +1,7 @@
 // ld and st of every state space, vector width and type; prefetch and other hints.
 #include "core.h"
 #include "races.h"
+#include "report.h"
 
 namespace hoppersim {
 
@@ -137,10 +138,10 @@ void store_run(Warp& warp, const Instruction& i, const Run& run, const uint64_t*
     const int lane = __builtin_ctz(left);
     write_memory(warp, i, space, addresses[lane], size, bytes[lane], lane);
     if (inside && run.share == 0 && !i.strong && std::memcmp(first, bytes[lane], size) != 0)
-      fault("race within a warp", warp, i,
-            "lanes " + std::to_string(__builtin_ctz(run.lanes)) + " and " + std::to_string(lane) +
-                " of this instruction write different values to the same shared address",
-            lane);
+      report("race within a warp", warp, i,
+             "lanes " + std::to_string(__builtin_ctz(run.lanes)) + " and " + std::to_string(lane) +
+                 " of this instruction write different values to the same shared address",
+             lane);
   }
   if (inside) note_write(warp, i, run, before);
 }

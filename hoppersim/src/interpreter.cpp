@@ -24,11 +24,6 @@ constexpr uint64_t kGroupPatience = 20000;  // instructions after which the grou
 constexpr uint64_t kLatePatience =
     20000;  // rounds in which some warp only polls, until a late operation completes anyway
 
-// Text such as "(1,0,0)".
-std::string coordinates(const uint32_t* c) {
-  return "(" + std::to_string(c[0]) + "," + std::to_string(c[1]) + "," + std::to_string(c[2]) + ")";
-}
-
 std::string hex32(uint32_t value) {
   char text[16];
   std::snprintf(text, sizeof text, "0x%x", value);
@@ -55,13 +50,17 @@ class ClusterRun {
   void merge_groups(Warp& warp);
   bool wake(Warp& warp);
   void complete_one();
+  void check_live_lock();
   [[noreturn]] void stuck(const char* kind);
   std::string report() const;
+  const Instruction* first_position() const;
 
   Launch& launch_;
   Cluster cluster_;
   std::vector<Warp*> warps_;
   uint64_t rounds_ = 0;
+  uint64_t progressed_ = 0, noted_ = 0;  // instructions executed at the last progress, and at the last that was noted
+  uint64_t others_ = 0;                  // the launch's progress when this cluster last made or saw some
 };
 
 void ClusterRun::build(uint64_t index) {
@@ -125,7 +124,7 @@ void ClusterRun::run(const std::atomic<bool>& stop) {
     }
     if (!left) break;
     ++rounds_;
-    if (cluster_.executed > launch_.options.max_instructions) stuck("live-lock");
+    check_live_lock();
     if (!progress || rounds_ % kLatePatience == 0) {
       if (!cluster_.pending.empty()) {
         complete_one();
@@ -137,12 +136,27 @@ void ClusterRun::run(const std::atomic<bool>& stop) {
   if (!stop) async_finish(cluster_);
 }
 
+// While other clusters make progress this one may be waiting for them.
+void ClusterRun::check_live_lock() {
+  const uint64_t limit = launch_.options.max_instructions;
+  if (progressed_ != noted_) {
+    noted_ = progressed_;
+    others_ = ++launch_.progress;
+  }
+  if (cluster_.executed / kLiveLockTotal > limit) stuck("live-lock");
+  if (cluster_.executed - progressed_ <= limit) return;
+  if (launch_.progress == others_) stuck("live-lock");
+  others_ = launch_.progress;
+  progressed_ = noted_ = cluster_.executed;
+}
+
 // Late operations complete one at a time, oldest first with seed 0, else any.
 void ClusterRun::complete_one() {
   const size_t index = launch_.options.seed == 0 ? 0 : cluster_.random() % cluster_.pending.size();
   const Pending next = std::move(cluster_.pending[index]);
   cluster_.pending.erase(cluster_.pending.begin() + static_cast<std::ptrdiff_t>(index));
   next.complete();
+  progressed_ = cluster_.executed;
 }
 
 // Wakes the groups whose condition holds; true if one can run.
@@ -186,6 +200,7 @@ void ClusterRun::run_warp(Warp& warp, int quantum) {
       std::erase_if(warp.groups, [](const Group& g) { return g.mask == 0; });
       if (warp.groups.empty()) {
         warp.state = Warp::State::done;
+        warp_ended(warp);
         return;
       }
       merge_groups(warp);
@@ -232,6 +247,7 @@ void ClusterRun::step(Warp& warp, Group& group) {
     group.ticket = 0;
     ++cluster_.executed;
     ++cluster_.class_counts[i.counter_class];
+    if (i.progress) progressed_ = cluster_.executed;
   } else {
     group.can_resume = std::move(warp.can_resume);
     group.waiting_for = std::move(warp.waiting_for);
@@ -247,40 +263,60 @@ void ClusterRun::stuck(const char* kind) {
       const Instruction& i = launch_.function->code[group.pc];
       const bool whole = group.mask == warp->alive;
       if (warp->state != Warp::State::done && group.converging && i.aligned && !whole) {
-        throw Fault("divergent aligned instruction", where(*warp, i) + ": lanes " + hex32(group.mask) + " of " +
-                                                         hex32(warp->alive) + " are here and the others never come\n" +
-                                                         report());
+        throw fault_in("divergent aligned instruction",
+                       where(*warp, i) + ": lanes " + hex32(group.mask) + " of " + hex32(warp->alive) +
+                           " are here and the others never come\n" + report(),
+                       *launch_.function, &i);
       }
     }
   }
-  const std::string text = "kernel " + launch_.function->name + "\n" + report();
+  std::string text = "kernel " + launch_.function->title;
+  if (std::string(kind) == "live-lock")
+    text += ": " + std::to_string(cluster_.executed - progressed_) + " instructions without one that stores, copies, " +
+            "multiplies, arrives or passes a barrier, " + std::to_string(cluster_.executed) +
+            " in all. If it is at work all the same, raise simulate(max_instructions=" +
+            std::to_string(launch_.options.max_instructions) + ")";
+  text += "\n" + report();
   async_check_deadlock(cluster_, text);
-  throw Fault(kind, text);
+  throw fault_in(kind, text, *launch_.function, first_position());
+}
+
+// Of the first warp that waits for an mbarrier, else of the first that has not exited.
+const Instruction* ClusterRun::first_position() const {
+  const Instruction* first = nullptr;
+  for (const Warp* warp : warps_) {
+    for (const Group& group : warp->groups) {
+      const Instruction& i = launch_.function->code[group.pc];
+      if (i.opcode == "mbarrier") return &i;
+      if (first == nullptr) first = &i;
+    }
+  }
+  return first;
 }
 
 std::string ClusterRun::report() const {
   std::string text;
   for (const auto& cta : cluster_.ctas) {
-    const std::string name = "cta " + coordinates(cta->ctaid);
+    const std::string name = name_of(*cta);
     for (const auto& warp : cta->warps) {
-      if (warp->state == Warp::State::done) text += name + " warp " + std::to_string(warp->id) + ": exited\n";
+      if (warp->state == Warp::State::done) text += name + ", warp " + std::to_string(warp->id) + ": exited\n";
       for (const Group& group : warp->groups) {
         const Instruction& i = launch_.function->code[group.pc];
-        text += name + " warp " + std::to_string(warp->id) + " lanes " + hex32(group.mask) + " at ptx line " +
-                std::to_string(i.line) + ": " + i.text;
+        text += name + ", warp " + std::to_string(warp->id) + ", lanes " + hex32(group.mask) + " at " +
+                position(*launch_.function, i);
         text += group.can_resume ? "; waits for " + group.waiting_for + "\n" : "; can run\n";
       }
     }
     for (int id = 0; id < 16; ++id) {
       const Cta::NamedBarrier& b = cta->named[id];
       if (b.arrived == 0) continue;
-      text += name + " barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrived of " +
+      text += name + ", barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrived of " +
               (b.expected ? std::to_string(b.expected) : "all") + "\n";
     }
     std::map<uint32_t, const Mbarrier*> mbarriers;
     for (const auto& [offset, m] : cta->mbarriers) mbarriers[offset] = &m;
     for (const auto& [offset, m] : mbarriers) {
-      text += name + " mbarrier " + hex32(offset) + ": phase " + std::to_string(m->phase) + ", " +
+      text += name + ", mbarrier " + hex32(offset) + ": phase " + std::to_string(m->phase) + ", " +
               std::to_string(m->pending) + " of " + std::to_string(m->expected) + " arrivals missing, " +
               std::to_string(m->tx) + " bytes missing\n";
     }
@@ -303,6 +339,10 @@ void ClusterRun::add_counters(Counters& into) {
 void check_launch(const Launch& launch) {
   const Dim3 g = launch.grid, c = launch.cluster;
   if (launch.function == nullptr) throw Fault("launch", "no function");
+  if (const auto& problem = launch.function->problem) {
+    const std::string text = std::string(problem->what()).substr(problem->report.kind.size() + 2);
+    throw Fault(problem->report.kind, "kernel " + launch.function->name + ", " + text);
+  }
   if (g.x == 0 || g.y == 0 || g.z == 0 || c.x == 0 || c.y == 0 || c.z == 0 || g.x % c.x || g.y % c.y || g.z % c.z) {
     throw Fault("launch", "grid is no multiple of the cluster");
   }
@@ -334,15 +374,45 @@ void Counters::add(const Counters& o) {
   barrier_waits += o.barrier_waits;
 }
 
-std::string where(const Warp& warp, const Instruction& i, int lane) {
-  std::string text = "kernel " + warp.cta->cluster->launch->function->name + ", ptx line " + std::to_string(i.line) +
-                     ": " + i.text + ", cta " + coordinates(warp.cta->ctaid) + ", warp " + std::to_string(warp.id);
-  if (lane >= 0) text += ", lane " + std::to_string(lane);
+std::string name_of(const Cta& cta) {
+  const uint32_t* c = cta.ctaid;
+  std::string text = "CTA (" + std::to_string(c[0]) + ", " + std::to_string(c[1]) + ", " + std::to_string(c[2]) + ")";
+  if (cta.cluster->ctas.size() > 1) text += ", rank " + std::to_string(cta.rank) + " of its cluster";
   return text;
 }
 
-void fault(const char* kind, const Warp& warp, const Instruction& i, const std::string& text, int lane) {
-  throw Fault(kind, text + "; " + where(warp, i, lane));
+std::string name_of_warp(const Cluster& cluster, size_t clock_index) {
+  const size_t warps = cluster.ctas[0]->warps.size();
+  return name_of(*cluster.ctas[clock_index / warps]) + ", warp " + std::to_string(clock_index % warps);
+}
+
+std::string position(const Function& function, const Instruction& i) {
+  const std::string source = function.lines->text(i.source);
+  return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
+}
+
+std::vector<std::pair<const char*, uint64_t>> Counters::numbers() const {
+  return {{"warp_instructions", warp_instructions},
+          {"tensor_flop", tensor_flop},
+          {"global_read_bytes", global_read_bytes},
+          {"global_write_bytes", global_write_bytes},
+          {"global_read_sectors", global_read_sectors},
+          {"global_write_sectors", global_write_sectors},
+          {"bulk_read_bytes", bulk_read_bytes},
+          {"bulk_write_bytes", bulk_write_bytes},
+          {"shared_accesses", shared_accesses},
+          {"shared_wavefronts", shared_wavefronts},
+          {"shared_ideal_wavefronts", shared_ideal_wavefronts},
+          {"wgmma_wavefronts", wgmma_wavefronts},
+          {"barrier_waits", barrier_waits}};
+}
+
+std::string where(const Warp& warp, const Instruction& i, int lane) {
+  const Function& function = *warp.cta->cluster->launch->function;
+  std::string text = "kernel " + function.title + ", " + position(function, i) + ", " + name_of(*warp.cta) + ", warp " +
+                     std::to_string(warp.id);
+  if (lane >= 0) text += ", lane " + std::to_string(lane);
+  return text;
 }
 
 bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask) {

@@ -5,12 +5,14 @@
 // position.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -31,12 +33,42 @@ struct Function;     // ptx.h
 struct MapProxy;     // tensor_map_proxy.h
 struct Instruction;  // ptx.h
 
-// A finding that stops the launch. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy
-// fence".
-struct Fault : std::runtime_error {
-  Fault(std::string kind, const std::string& text) : std::runtime_error(kind + ": " + text), kind(std::move(kind)) {}
-  std::string kind;
+enum class Severity { error, warning };
+
+// A finding. `kind` is stable (tests match it), e.g. "out-of-bounds shared", "missing proxy fence"; report.h lists
+// them.
+struct Report {
+  std::string kind, text;  // the text begins with the kind and says where
+  Severity severity = Severity::error;
+  std::string kernel, mangled;  // its name as C++ has it, and as the PTX
+  std::string source;           // "gemm.cu:7, inlined at …" (source_lines.h); empty: not known
+  std::string instruction;
+  int line = 0;               // of the PTX text, 0: of no instruction
+  std::vector<uint32_t> cta;  // its coordinates; empty: of no CTA
+  int warp = -1, lane = -1;
+  uint64_t count = 1;   // how often it was found
+  bool raised = false;  // as a Fault
 };
+
+// Reports, each kind and PTX line of a kernel once. Filled by several host threads.
+struct Reports {
+  std::mutex mutex;
+  std::vector<Report> list;
+  void add(const Report& report);
+  std::vector<Report> errors() const;
+};
+
+// A finding that stops the launch.
+struct Fault : std::runtime_error {
+  Fault(const std::string& kind, const std::string& text) : std::runtime_error(kind + ": " + text) {
+    report.kind = kind, report.text = what();
+  }
+  explicit Fault(Report r) : std::runtime_error(r.text), report(std::move(r)) {}
+  Report report;
+  std::vector<Report> collected;  // all errors of simulate(go_on=True); empty: this one
+};
+
+constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100;
 
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
 
@@ -44,8 +76,13 @@ struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  uint64_t max_instructions = 20'000'000'000ull;  // a launch that runs longer is reported as a live-lock
+  // A cluster that executes as many without progress (Instruction::progress) is reported as a live-lock, and one that
+  // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
+  uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
+  std::vector<std::string> allow, warn_as_error;  // kinds that are dropped, and warnings that are errors
+  bool strict = false;                            // every warning is an error
+  bool go_on = false;                             // errors that leave the machine in a defined state are collected
 };
 
 struct Counters {
@@ -60,6 +97,7 @@ struct Counters {
   uint64_t wgmma_wavefronts = 0;         // of operand tiles in shared memory, by the model of tensor.cpp
   uint64_t barrier_waits = 0;            // unsuccessful mbarrier try_wait / test_wait
   void add(const Counters& other);
+  std::vector<std::pair<const char*, uint64_t>> numbers() const;  // all but `instructions`, by name
 };
 
 // ---- What happens before what (order.h). An agent is a warp of the cluster (index = cluster rank * warps per CTA +
@@ -112,15 +150,19 @@ struct Mbarrier {
   uint32_t phase = 0;       // completed phases; the parity waited for is that of a completed phase
   Clock clock;              // merged clocks of the arrivals
   Clock completed_clock;    // clock that a successful wait acquires
+  Clock weak;               // Warp::weak of the arrivals
   int32_t agent = -1;       // of the copies towards it; -1: none yet
   uint32_t first_step = 0;  // its step in phase 0
-  Stamp init;
+  Stamp initialised;
+  Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
+  const Instruction* expected_by = nullptr;  // the last expect_tx
 };
 
 struct Cta;
 struct Cluster;
 struct Launch;
 struct Order;  // order.h
+struct Warp;
 
 // ---- Warp
 // Lanes with equal pc form a group; the group with the lowest pc that can run is run (independent thread scheduling).
@@ -158,7 +200,7 @@ struct Warp {
   };
   std::vector<Partial> partial;  // what only these lanes know beside
   Clock fenced, relaxed;         // what a fence has released for a relaxed access, what one has acquired for a fence
-  Clock fenced_inits, inits;     // initialisations of mbarriers: released by fence.mbarrier_init, known
+  Clock weak;                    // what came before by relaxed arrivals: in time, without order of memory
   std::shared_ptr<void> async;   // owned by the asynchronous units (wgmma groups, cp.async and bulk groups)
   std::shared_ptr<void> copies;  // async.h: cp.async and bulk groups of the lanes, arrivals at the cluster barrier
   std::shared_ptr<void> tensor;  // owned by wgmma: outstanding operations (tensor.cpp)
@@ -182,6 +224,7 @@ struct Cta {
     uint32_t expected = 0, arrived = 0;  // threads
     uint64_t generation = 0;
     Clock clock, completed_clock;
+    Clock weak;  // Warp::weak of the arrivals at barrier.cluster
     uint32_t true_count = 0, completed_true_count = 0,
              completed_count = 0;  // barrier.red: threads whose predicate held, of how many
   };
@@ -190,7 +233,15 @@ struct Cta {
       acquired_maps;  // tensor map and warp: generation of the map, step of the warp
   Clock fenced;       // generic writes that a proxy fence has made visible to the async proxy
   std::unordered_map<uint32_t, std::pair<int32_t, uint32_t>> barrier_agents;  // by offset: agent, its next step
-  std::vector<Stamp> remote;  // by agent: its last access from another CTA
+  struct RemoteAccess {
+    const Warp* warp;
+    const Instruction* instruction;
+    int lane;
+    Stamp event;
+  };
+  std::map<int, RemoteAccess> remote_accesses;  // the last of each warp of other CTAs to this shared memory
+  Clock exit_clock;                             // what came before the exits of its warps
+  bool ended = false;
 };
 
 // An asynchronous operation that has been issued and not yet taken effect (Timing::late) or completed.
@@ -223,7 +274,9 @@ struct Launch {
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
+  Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
+  std::atomic<uint64_t> progress{0};  // turns in which a cluster made some
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
@@ -231,8 +284,16 @@ struct Launch {
 void run(Launch& launch);
 
 // ---- For everybody who reports
-// "kernel gemm, ptx line 120: cp.async.bulk…, cta (0,1,0), warp 3, lane 0"
+// "CTA (0, 1, 0)"; in a cluster "CTA (0, 1, 0), rank 1 of its cluster"
+std::string name_of(const Cta& cta);
+// "CTA (0, 1, 0), warp 3", by the index of its clock.
+std::string name_of_warp(const Cluster& cluster, size_t clock_index);
+// "kernel gemm, gemm.cu:7, ptx line 120: cp.async.bulk…, CTA (0, 1, 0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
+// A fault of that kernel, at the instruction unless null.
+Fault fault_in(const char* kind, const std::string& text, const Function& function, const Instruction* instruction);
+// "gemm.cu:7, ptx line 120: wgmma…"; the first only where -lineinfo told it.
+std::string position(const Function& function, const Instruction& instruction);
 [[noreturn]] void fault(const char* kind, const Warp& warp, const Instruction& instruction, const std::string& text,
                         int lane = -1);
 
@@ -252,6 +313,12 @@ struct SharedPlace {
 };
 // A shared::cluster or generic address -> the CTA of the cluster and the offset in it; faults when it names none.
 SharedPlace shared_place(Warp& warp, const Instruction& instruction, uint64_t address, size_t size, Space space);
+
+// ---- Exits of the CTAs of a cluster (async_cluster.cpp)
+// A thread accesses the shared memory of another CTA: that must come before the end of the CTA.
+void access_remote(Warp& warp, const Instruction& instruction, Cta& target, int lane);
+// All lanes of the warp have exited.
+void warp_ended(Warp& warp);
 
 // Plain (generic-proxy) access by one lane. `data` has `size` bytes.
 void read_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, void* data, int lane);

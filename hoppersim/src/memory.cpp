@@ -5,6 +5,7 @@
 #include <shared_mutex>
 
 #include "core.h"
+#include "report.h"
 #include "tensor_map.h"
 #include "tensor_map_proxy.h"
 
@@ -44,14 +45,14 @@ void check_readable(const Warp& warp, const Instruction& i, const SharedMemory& 
   for (size_t k = 0; k < size; ++k) {
     const uint8_t flags = shared.flags[offset + k];
     if (flags & SharedMemory::in_flight) {
-      fault("read while a copy is in flight", warp, i,
-            "reads shared address " + hex(offset + k) +
-                ", which an asynchronous copy has yet to write: nothing has waited for its completion",
-            lane);
+      return report("read while a copy is in flight", warp, i,
+                    "reads shared address " + hex(offset + k) +
+                        ", which an asynchronous copy has yet to write: nothing has waited for its completion",
+                    lane);
     }
     if (!(flags & SharedMemory::written)) {
-      fault("uninitialised shared memory", warp, i,
-            "reads shared address " + hex(offset + k) + ", which nothing has written", lane);
+      return report("uninitialised shared memory", warp, i,
+                    "reads shared address " + hex(offset + k) + ", which nothing has written", lane);
     }
   }
 }
@@ -60,8 +61,8 @@ void check_writable(const Warp& warp, const Instruction& i, const SharedMemory& 
                     int lane) {
   for (size_t g = offset / 16; g <= (offset + size - 1) / 16; ++g) {
     if (shared.granules[g].async_readers > 0) {
-      fault("overwritten while read", warp, i,
-            "writes shared address " + hex(offset) + " while an asynchronous operation still reads it", lane);
+      return report("overwritten while read", warp, i,
+                    "writes shared address " + hex(offset) + " while an asynchronous operation still reads it", lane);
     }
   }
 }
@@ -189,6 +190,7 @@ void read_memory(Warp& warp, const Instruction& i, Space space, uint64_t address
   check_alignment(warp, i, address, size, lane);
   if (space == Space::shared) {
     const SharedPlace place = shared_place(warp, i, address, size, space);
+    if (place.cta != warp.cta) access_remote(warp, i, *place.cta, lane);
     check_readable(warp, i, place.cta->shared, place.offset, size, lane);
     std::memcpy(data, &place.cta->shared.bytes[place.offset], size);
   } else if (space == Space::local) {
@@ -209,13 +211,14 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
   check_alignment(warp, i, address, size, lane);
   if (space == Space::shared) {
     const SharedPlace place = shared_place(warp, i, address, size, space);
+    if (place.cta != warp.cta) access_remote(warp, i, *place.cta, lane);
     SharedMemory& shared = place.cta->shared;
     check_writable(warp, i, shared, place.offset, size, lane);
     uint8_t any = 0;
     for (size_t k = 0; k < size; ++k) any |= shared.flags[place.offset + k];
     if (any & SharedMemory::in_flight)
-      fault("overwritten while a copy is in flight", warp, i,
-            "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
+      report("overwritten while a copy is in flight", warp, i,
+             "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
     std::memset(&shared.flags[place.offset], SharedMemory::written, size);
     std::memcpy(&shared.bytes[place.offset], data, size);
   } else if (space == Space::local) {

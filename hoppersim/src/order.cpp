@@ -131,6 +131,14 @@ void release_addresses(Warp& warp, const uint64_t* addresses, uint32_t mask, boo
   ++warp.step;
 }
 
+Stamp event_of(const Warp& warp, uint32_t lanes) {
+  Stamp stamp;
+  stamp.step = warp.step;
+  stamp.lanes = lanes;
+  stamp.agent = static_cast<uint16_t>(warp.clock_index());
+  return stamp;
+}
+
 uint32_t lanes_of(const Stamp& stamp, uint16_t bytes) {
   if (stamp.share == 0 || stamp.share == kMixed) return stamp.lanes;
   uint32_t lanes = 0, left = stamp.lanes;

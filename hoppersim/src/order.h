@@ -21,9 +21,8 @@ constexpr uint32_t kMixed = 31;  // Stamp::share
 struct Order {  // of a cluster
   size_t agents = 0;
   Clock shared_slots[kSlots], global_slots[kSlots];  // released to addresses
-  Clock arriving_inits, inits;  // initialisations of mbarriers: fenced and brought to barrier.cluster, completed by it
-  std::vector<Clock> warpgroups;  // released by their commits
-  Clock fenced_global;            // global writes that a proxy fence has made visible
+  std::vector<Clock> warpgroups;                     // released by their commits
+  Clock fenced_global;                               // global writes that a proxy fence has made visible
   std::unordered_map<uint64_t, Stamp>
       global_writes;                          // by granule of 16 bytes, if the kernel loads with the copy engine
   std::unordered_set<uint64_t> global_pages;  // of 4096 bytes that have such
@@ -48,6 +47,8 @@ size_t barrier_agent(Cta& cta, uint32_t offset, Mbarrier& barrier);
 // An address that is generic or shared -> what names the place for both, and whether it is shared.
 bool normalise(Space space, uint64_t& address);
 
+// What these lanes do now, as a stamp without bytes.
+Stamp event_of(const Warp& warp, uint32_t lanes);
 // The lanes that accessed any of these bytes.
 uint32_t lanes_of(const Stamp& stamp, uint16_t bytes);
 // Whether the clock knows that access to these bytes.

@@ -37,10 +37,15 @@ uint32_t round_up(uint64_t value, uint64_t align) { return static_cast<uint32_t>
 
 PtxParser::PtxParser(const std::string& text) : text_(without_comments(text)), module_(std::make_unique<Module>()) {
   text_.resize(std::strlen(text_.c_str()));  // the text in a fat binary ends in zeros
+  lines_ = std::make_shared<SourceLines>(text_);
 }
 
 void PtxParser::syntax(const std::string& text) const {
   throw Fault("ptx syntax", "line " + std::to_string(line_) + ": " + text);
+}
+
+void PtxParser::not_modelled(const std::string& text) const {
+  throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": " + text);
 }
 
 void PtxParser::skip_space() {
@@ -106,6 +111,14 @@ void PtxParser::skip_block() {
 std::unique_ptr<Module> PtxParser::parse() {
   while (!at_end()) directive();
   return std::move(module_);
+}
+
+std::unique_ptr<Function> PtxParser::parse_kernel(const std::string& name, const Module& loaded) {
+  only_ = name, loaded_ = &loaded;
+  while (!at_end()) directive();
+  const auto found = module_->functions.find(name);
+  if (found == module_->functions.end()) throw Fault("unknown kernel", name);
+  return std::move(found->second);
 }
 
 void PtxParser::directive() {
@@ -186,9 +199,16 @@ void PtxParser::variable(const std::string& space, bool external) {
     expect(";");
     return;
   }
-  if (v.align > 16)
-    throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": alignment of variable " + v.name);
-  std::vector<uint8_t>& bytes = module_->globals[v.name];
+  if (loaded_ != nullptr) {
+    const auto found = loaded_->globals.find(v.name);
+    if (found == loaded_->globals.end()) syntax("variable " + v.name + " is not one of the loaded module");
+    globals_[v.name] = {Symbol::Kind::global, reinterpret_cast<uint64_t>(found->second.data())};
+    until(";");
+    expect(";");
+    return;
+  }
+  if (v.align > kVariableAlignment) not_modelled("alignment of variable " + v.name);
+  VariableBytes& bytes = module_->globals[v.name];
   bytes.assign(std::max<uint64_t>(v.unsized ? 0 : v.bytes(), 1), 0);
   if (accept("=")) initialiser(v, bytes);
   expect(";");
@@ -203,7 +223,7 @@ void PtxParser::variable(const std::string& space, bool external) {
 }
 
 // Numbers and addresses of variables, flat or nested in braces.
-void PtxParser::initialiser(const Variable& v, std::vector<uint8_t>& bytes) {
+void PtxParser::initialiser(const Variable& v, VariableBytes& bytes) {
   std::string list = until(";");
   std::erase_if(list, [](char c) { return c == '{' || c == '}'; });
   const size_t width = bits_of(v.type) / 8;
@@ -220,8 +240,7 @@ void PtxParser::initialiser(const Variable& v, std::vector<uint8_t>& bytes) {
       }
       if (symbol.rfind("generic(", 0) == 0) symbol = symbol.substr(8, symbol.size() - 9);
       const auto found = globals_.find(symbol);
-      if (found == globals_.end() || width != 8)
-        throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": initialiser " + item);
+      if (found == globals_.end() || width != 8) not_modelled("initialiser " + item);
       value.immediate = found->second.value + offset;
     } else if (v.type == Type::f32 && value.type == Type::f64) {
       value.immediate = to_bits(static_cast<float>(from_bits<double>(value.immediate)));
@@ -246,6 +265,14 @@ std::vector<PtxParser::Variable> PtxParser::parameter_list() {
 void PtxParser::entry() {
   function_ = std::make_unique<Function>();
   function_->name = word();
+  if (!only_.empty() && function_->name != only_) {
+    until("{;");
+    if (!accept(";")) skip_block();
+    return;
+  }
+  function_->title = demangled(function_->name);
+  function_->lines = lines_;
+  source_ = -1;
   scopes_.assign(1, {});
   external_.clear();
   external_align_ = 16;
@@ -287,6 +314,22 @@ void PtxParser::function_declaration() {
   if (callee.body != 0 || !callees_.count(name)) callees_[name] = callee;
 }
 
+// What fails to parse is the function's problem, not the module's; false for that.
+template <class Parse>
+bool PtxParser::attempt(Parse parse) {
+  std::optional<Fault> problem;
+  try {
+    parse();
+    return true;
+  } catch (const Fault& fault) {
+    problem = fault;
+  } catch (const std::logic_error& error) {  // of std::stoul and its kin
+    problem.emplace("ptx syntax", "line " + std::to_string(line_) + ": " + error.what());
+  }
+  if (!function_->problem) function_->problem = problem;
+  return false;
+}
+
 // Statements until the brace that closes the scope above `stop_depth` scopes.
 void PtxParser::body(int stop_depth) {
   while (true) {
@@ -309,7 +352,7 @@ void PtxParser::body(int stop_depth) {
 void PtxParser::statement() {
   if (accept(";")) return;
   if (text_[at_] == '.') {
-    body_directive();
+    if (!attempt([&] { body_directive(); })) until(";");
     return;
   }
   const size_t begin = at_;
@@ -333,12 +376,15 @@ void PtxParser::statement() {
     at_ = begin;
     line_ = line;
   }
-  instruction(until(";"));
+  const std::string text = until(";");
+  attempt([&] { instruction(text); });
   expect(";");
 }
 
 void PtxParser::body_directive() {
-  if (accept(".loc") || accept(".file")) {
+  if (accept(".loc")) {
+    source_ = lines_->add(until("\n"), caller_);
+  } else if (accept(".file")) {
     skip_line();
   } else if (accept(".pragma")) {
     until(";");
@@ -353,14 +399,13 @@ void PtxParser::body_directive() {
   } else if (accept(".param")) {
     declare_local();
   } else {
-    syntax("unknown directive '" + text_.substr(at_, 40) + "'");
+    not_modelled("directive " + until(";"));
   }
 }
 
 void PtxParser::declare_registers() {
   const Variable first = declaration();
-  if (first.count != 1 && !first.range)
-    throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": vector register " + first.name);
+  if (first.count != 1 && !first.range) not_modelled("vector register " + first.name);
   Variable v = first;
   while (true) {
     RegisterRange range{v.name, static_cast<uint32_t>(v.count), 0, 1, first.type == Type::pred, first.type};
@@ -416,11 +461,14 @@ void PtxParser::declare_shared(const Variable& v, bool external) {
 void PtxParser::close_scope() {
   Scope scope = std::move(scopes_.back());
   scopes_.pop_back();
+  if (function_->problem) return;  // instructions are missing, and nothing will run
   for (LabelUse& use : scope.uses) {
     const auto label = scope.labels.find(use.name);
     if (label == scope.labels.end()) {
-      if (scopes_.empty() || scope.callee)
-        throw Fault("ptx syntax", "line " + std::to_string(use.line) + ": no label " + use.name);
+      if (scopes_.empty() || scope.callee) {
+        attempt([&] { throw Fault("ptx syntax", "line " + std::to_string(use.line) + ": no label " + use.name); });
+        return;
+      }
       scopes_.back().uses.push_back(use);
       continue;
     }
@@ -441,6 +489,7 @@ void PtxParser::finish_function() {
   for (Instruction& i : function_->code) {
     for (Operand& operand : i.operands) resolve_external(operand, begin);
   }
+  if (function_->problem) function_->code.clear();
   Instruction end;  // falling off the end leaves the kernel
   end.line = line_;
   end.text = end.opcode = "exit";
@@ -450,5 +499,9 @@ void PtxParser::finish_function() {
 }
 
 std::unique_ptr<Module> parse_ptx(const std::string& text) { return PtxParser(text).parse(); }
+
+std::unique_ptr<Function> parse_kernel(const std::string& text, const std::string& name, const Module& module) {
+  return PtxParser(text).parse_kernel(name, module);
+}
 
 }  // namespace hoppersim

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "machine.h"
+#include "source_lines.h"
 
 namespace hoppersim {
 
@@ -79,6 +82,7 @@ struct Operand {
 
 struct Instruction {
   int line = 0;                        // in the PTX text
+  int source = -1;                     // place in Function::lines, -1: not known
   std::string text;                    // as written, for reports
   std::string opcode;                  // first part: "wgmma", "ld", "add", …
   std::vector<std::string> modifiers;  // the rest, in order: "mma_async", "sync", "aligned", "m64n128k16", "f32", …
@@ -92,6 +96,7 @@ struct Instruction {
   bool (*execute)(Warp&, const Instruction&, uint32_t mask) = nullptr;
   uint32_t data[4] = {};        // decoded by the unit that owns `execute`
   uint16_t counter_class = 0;   // index into counter_class_names()
+  bool progress = false;        // it does something for others, not only looks and computes (progresses, core.cpp)
   bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
   const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
   uint32_t pc = 0;              // index into Function::code
@@ -106,6 +111,8 @@ struct Parameter {
 
 struct Function {
   std::string name;
+  std::string title;                         // the name demangled, for reports
+  std::shared_ptr<const SourceLines> lines;  // of the module
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
   uint32_t register_words = 0;  // per lane
@@ -116,12 +123,27 @@ struct Function {
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset
   std::vector<Instruction> code;
+  std::optional<Fault> problem;  // the first statement that is not modelled or malformed: a launch throws it
 };
+
+// Bytes of a variable, aligned as far as one may ask for.
+constexpr size_t kVariableAlignment = 256;
+template <class T>
+struct VariableAllocator {
+  using value_type = T;
+  VariableAllocator() = default;
+  template <class U>
+  VariableAllocator(const VariableAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{kVariableAlignment})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{kVariableAlignment}); }
+  bool operator==(const VariableAllocator&) const { return true; }
+};
+using VariableBytes = std::vector<uint8_t, VariableAllocator<uint8_t>>;
 
 struct Module {
   std::unordered_map<std::string, std::unique_ptr<Function>> functions;
-  std::unordered_map<std::string, std::vector<uint8_t>> globals;  // .global and .const variables
-  std::vector<std::shared_ptr<void>> registrations;               // keeps their ranges registered
+  std::unordered_map<std::string, VariableBytes> globals;  // .global and .const variables
+  std::vector<std::shared_ptr<void>> registrations;        // keeps their ranges registered
 };
 
 // Values of operands for every unit (core.cpp). An address includes its base register, its offset and, for a shared
@@ -135,11 +157,15 @@ void set_register(Warp& warp, const Operand& reg, int lane, uint64_t bits);  // 
 uint32_t predicate_mask(const Warp& warp, const Operand& predicate);         // with negation; immediate: all or nothing
 std::vector<std::string>& counter_class_names();
 
-// Throws Fault("unsupported instruction" | "ptx syntax", …) naming text and line.
+// Throws Fault("unsupported instruction" | "ptx syntax", …) naming text and line. What is wrong in the body of a kernel
+// is the kernel's `problem`, and the other kernels can be launched.
 std::unique_ptr<Module> parse_ptx(const std::string& text);
 
+// One kernel of a changed text of a module that is loaded: its variables are those of `module`.
+std::unique_ptr<Function> parse_kernel(const std::string& text, const std::string& name, const Module& module);
+
 // Each unit offers: fills `execute` (and `data`) if the instruction is its own, else returns false. parse_ptx asks them
-// in this order; an instruction that none takes is an error.
+// in this order; an instruction that none takes is an error of the kernel.
 bool bind_core(Instruction& instruction);   // alu, control, plain memory, bar, atomics, shuffles, fences  (core*.cpp)
 bool bind_async(Instruction& instruction);  // mbarrier, cp.async*, clusters' remote arrive, griddepcontrol (async*.cpp)
 bool bind_tensor(Instruction& instruction);  // wgmma, mma, ldmatrix, stmatrix  (tensor*.cpp)

@@ -150,7 +150,7 @@ Operand PtxParser::name(const std::string& text) {
     result.index = static_cast<uint32_t>(special);
     return result;
   }
-  throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": unknown name " + text);
+  not_modelled("unknown name " + text);
 }
 
 void PtxParser::label_operand(const std::string& text, Operand& into, size_t position) {
@@ -328,28 +328,29 @@ void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
   const Callee& callee = found->second;
   if (guard >= 0 || depth_ > 16 || results.size() != callee.results.size() ||
       arguments.size() != callee.arguments.size()) {
-    throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": call " + text);
+    not_modelled("call " + text);
   }
   Scope scope;
   scope.callee = true;
   auto bind = [&](const std::vector<std::string>& formal, const std::vector<std::string>& actual) {
     for (size_t i = 0; i < formal.size(); ++i) {
       const Symbol* symbol = find_symbol(actual[i]);
-      if (symbol == nullptr || symbol->kind != Symbol::Kind::local)
-        throw Fault("unsupported instruction", "line " + std::to_string(line_) + ": call " + text);
+      if (symbol == nullptr || symbol->kind != Symbol::Kind::local) not_modelled("call " + text);
       scope.symbols[formal[i]] = *symbol;
     }
   };
   bind(callee.results, results);
   bind(callee.arguments, arguments);
   const size_t at = at_;
-  const int line = line_;
+  const int line = line_, source = source_, caller = caller_;
+  caller_ = source_;
   at_ = callee.body;
   line_ = callee.line;
   scopes_.push_back(std::move(scope));
   ++depth_;
   body(static_cast<int>(scopes_.size()) - 1);
   --depth_;
+  source_ = source, caller_ = caller;
   at_ = at;
   line_ = line;
 }

@@ -53,6 +53,7 @@ class PtxParser {
  public:
   explicit PtxParser(const std::string& text);
   std::unique_ptr<Module> parse();
+  std::unique_ptr<Function> parse_kernel(const std::string& name, const Module& loaded);
 
  private:
   struct Variable {
@@ -65,6 +66,7 @@ class PtxParser {
   };
 
   [[noreturn]] void syntax(const std::string& text) const;
+  [[noreturn]] void not_modelled(const std::string& text) const;
   // Text.
   void skip_space();
   bool at_end();
@@ -77,7 +79,7 @@ class PtxParser {
   // Module level.
   void directive();
   void variable(const std::string& space, bool external);
-  void initialiser(const Variable& variable, std::vector<uint8_t>& bytes);
+  void initialiser(const Variable& variable, VariableBytes& bytes);
   void entry();
   void function_declaration();
   std::vector<Variable> parameter_list();
@@ -85,6 +87,8 @@ class PtxParser {
   // Bodies.
   void body(int stop_depth);
   void statement();
+  template <class Parse>
+  bool attempt(Parse parse);
   void body_directive();
   void declare_registers();
   void declare_local();
@@ -110,13 +114,18 @@ class PtxParser {
   int line_ = 1;
   std::unique_ptr<Module> module_;
   std::unique_ptr<Function> function_;
+  std::shared_ptr<SourceLines> lines_;
+  int source_ = -1;  // place of the statements being read
+  int caller_ = -1;  // place of the call being expanded
   std::vector<Scope> scopes_;
   std::unordered_map<std::string, Symbol> globals_;
   std::unordered_map<std::string, SharedVariable> shared_;
   std::unordered_map<std::string, Callee> callees_;
   std::set<std::string> external_;  // external shared names the function uses
   uint32_t external_align_ = 16;
-  int depth_ = 0;  // of expanded calls
+  int depth_ = 0;                   // of expanded calls
+  std::string only_;                // parse_kernel: other entries are passed over
+  const Module* loaded_ = nullptr;  // parse_kernel: where the variables are
 };
 
 Type type_named(const std::string& name);

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
+#include "report.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -18,21 +21,13 @@ Triple triple_of(const Dim3& d) { return {d.x, d.y, d.z}; }
 py::dict dict_of(const Counters& c) {
   py::dict d;
   d["instructions"] = c.instructions;
-  d["warp_instructions"] = c.warp_instructions;
-  d["tensor_flop"] = c.tensor_flop;
-  d["global_read_bytes"] = c.global_read_bytes, d["global_write_bytes"] = c.global_write_bytes;
-  d["global_read_sectors"] = c.global_read_sectors, d["global_write_sectors"] = c.global_write_sectors;
-  d["bulk_read_bytes"] = c.bulk_read_bytes, d["bulk_write_bytes"] = c.bulk_write_bytes;
-  d["shared_accesses"] = c.shared_accesses, d["shared_wavefronts"] = c.shared_wavefronts;
-  d["shared_ideal_wavefronts"] = c.shared_ideal_wavefronts;
-  d["wgmma_wavefronts"] = c.wgmma_wavefronts;
-  d["barrier_waits"] = c.barrier_waits;
+  for (const auto& [name, value] : c.numbers()) d[name] = value;
   return d;
 }
 
 py::dict dict_of(const LaunchRecord& r) {
   py::dict d;
-  d["kernel"] = r.kernel;
+  d["kernel"] = r.kernel, d["mangled"] = r.mangled, d["occupancy"] = r.occupancy;
   d["grid"] = triple_of(r.grid), d["block"] = triple_of(r.block), d["cluster"] = triple_of(r.cluster);
   d["static_shared"] = r.static_shared, d["dynamic_shared"] = r.dynamic_shared;
   d["counters"] = dict_of(r.counters);
@@ -47,17 +42,42 @@ py::list launches() {
   return result;
 }
 
+const char* name_of(Severity severity) { return severity == Severity::error ? "error" : "warning"; }
+
+py::dict dict_of(const Report& r) {
+  auto unless = [](bool missing, py::object value) { return missing ? py::object(py::none()) : value; };
+  py::dict d;
+  d["kind"] = r.kind, d["severity"] = name_of(r.severity);
+  d["kernel"] = unless(r.kernel.empty(), py::str(r.kernel));
+  d["mangled"] = unless(r.mangled.empty(), py::str(r.mangled));
+  d["source"] = unless(r.source.empty(), py::str(r.source));
+  d["line"] = unless(r.line == 0, py::int_(r.line));
+  d["instruction"] = unless(r.instruction.empty(), py::str(r.instruction));
+  d["cta"] = unless(r.cta.empty(), py::tuple(py::cast(r.cta)));
+  d["warp"] = unless(r.warp < 0, py::int_(r.warp)), d["lane"] = unless(r.lane < 0, py::int_(r.lane));
+  d["text"] = r.text, d["count"] = r.count;
+  return d;
+}
+
+py::list list_of(const std::vector<Report>& reports) {
+  py::list result;
+  for (const Report& report : reports) result.append(dict_of(report));
+  return result;
+}
+
 py::dict get_options() {
   const Options& o = runtime().options;
   py::dict d;
   d["timing"] = o.timing == Timing::late ? "late" : "early";
   d["seed"] = o.seed, d["host_threads"] = o.host_threads;
   d["max_instructions"] = o.max_instructions, d["check_global"] = o.check_global;
+  d["allow"] = o.allow, d["warn_as_error"] = o.warn_as_error, d["strict"] = o.strict, d["go_on"] = o.go_on;
   return d;
 }
 
 void set_options(const std::string& timing, uint64_t seed, int host_threads, uint64_t max_instructions,
-                 bool check_global) {
+                 bool check_global, const std::vector<std::string>& allow,
+                 const std::vector<std::string>& warn_as_error, bool strict, bool go_on) {
   if (timing != "early" && timing != "late")
     throw py::value_error("timing must be \"early\" or \"late\", got \"" + timing + "\"");
   Runtime& r = runtime();
@@ -65,6 +85,8 @@ void set_options(const std::string& timing, uint64_t seed, int host_threads, uin
   r.options.timing = timing == "late" ? Timing::late : Timing::early;
   r.options.seed = seed, r.options.host_threads = host_threads;
   r.options.max_instructions = max_instructions, r.options.check_global = check_global;
+  r.options.allow = allow, r.options.warn_as_error = warn_as_error;
+  r.options.strict = strict, r.options.go_on = go_on;
 }
 
 // Raises the kept fault, if there is one.
@@ -75,7 +97,20 @@ void raise_fault() {
     std::lock_guard<std::mutex> lock(r.mutex);
     fault.swap(r.fault);
   }
-  if (fault) throw *fault;
+  if (!fault) return;
+  cudaGetLastError();  // it was this
+  throw *fault;
+}
+
+// Raises the errors that were collected and not raised, if there are any, as one fault: the text is the first's.
+void raise_collected() {
+  Runtime& r = runtime();
+  std::vector<Report> errors = r.reports.errors();
+  const auto left = std::find_if(errors.begin(), errors.end(), [](const Report& e) { return !e.raised; });
+  if (left == errors.end()) return;
+  Fault fault(*left);
+  fault.collected = std::move(errors);
+  throw fault;
 }
 
 // One kernel of a parsed PTX text, launched without host code.
@@ -113,13 +148,23 @@ struct TextModule {
   }
 
   py::bytes global_bytes(const std::string& name) {
-    const std::vector<uint8_t>* bytes = loaded.global(name);
+    const VariableBytes* bytes = loaded.global(name);
     if (bytes == nullptr) throw py::key_error(name);
     return {reinterpret_cast<const char*>(bytes->data()), bytes->size()};
   }
 
   LoadedModule loaded;
 };
+
+// The modules whose kernels have this name. Copies of one source have the same text; anything else is ambiguous.
+std::vector<LoadedModule*> modules_with(const std::string& kernel) {
+  std::vector<LoadedModule*> modules;
+  for (const Kernel* k : kernels_named(kernel)) modules.push_back(k->module);
+  if (modules.empty()) throw Fault("unknown kernel", kernel);
+  for (const LoadedModule* m : modules)
+    if (m->text != modules[0]->text) throw Fault("unknown kernel", kernel + " is the name of different kernels");
+  return modules;
+}
 
 PyObject* fault_type = nullptr;
 
@@ -128,7 +173,8 @@ void translate_fault(std::exception_ptr pointer) {
     if (pointer) std::rethrow_exception(pointer);
   } catch (const Fault& fault) {
     py::object instance = py::reinterpret_borrow<py::object>(fault_type)(fault.what());
-    instance.attr("kind") = fault.kind;
+    instance.attr("kind") = fault.report.kind;
+    instance.attr("reports") = list_of(fault.collected.empty() ? std::vector{fault.report} : fault.collected);
     PyErr_SetObject(fault_type, instance.ptr());
   }
 }
@@ -136,15 +182,27 @@ void translate_fault(std::exception_ptr pointer) {
 }  // namespace
 
 PYBIND11_MODULE(_hoppersim, m) {
-  fault_type = PyErr_NewExceptionWithDoc("hoppersim.Fault",
-                                         "A finding that stopped a launch: `kind` is stable, the text says where.",
-                                         PyExc_RuntimeError, nullptr);
+  fault_type =
+      PyErr_NewExceptionWithDoc("hoppersim.Fault",
+                                "A finding: `kind` is stable, the text says where. `reports`: it, or with go_on "
+                                "all that were collected.",
+                                PyExc_RuntimeError, nullptr);
   m.attr("Fault") = py::reinterpret_borrow<py::object>(fault_type);
   py::register_exception_translator(&translate_fault);
 
+  m.attr("MAX_INSTRUCTIONS") = kMaxInstructions;
   m.def("options", &get_options);
   m.def("set_options", &set_options, py::arg("timing"), py::arg("seed"), py::arg("host_threads"),
-        py::arg("max_instructions"), py::arg("check_global"));
+        py::arg("max_instructions"), py::arg("check_global"), py::arg("allow"), py::arg("warn_as_error"),
+        py::arg("strict"), py::arg("go_on"));
+  m.def("kinds", [] {
+    py::list result;
+    for (const Kind& k : kinds()) result.append(py::make_tuple(k.name, name_of(k.severity), k.meaning, k.goes_on));
+    return result;
+  });
+  m.def("reports", [] { return list_of(runtime().reports.list); });
+  m.def("clear_reports", [] { runtime().reports.list.clear(); });
+  m.def("raise_collected", &raise_collected);
   m.def("launches", &launches, "Records of the launches since clear_launches(), oldest first.");
   m.def("clear_launches", [] {
     std::lock_guard<std::mutex> lock(runtime().mutex);
@@ -163,6 +221,16 @@ PYBIND11_MODULE(_hoppersim, m) {
   m.def("remove_range", [](uintptr_t begin) { global_ranges().remove(reinterpret_cast<const void*>(begin)); });
   m.def("set_registers", [](const std::string& kernel, int registers) {
     for (Kernel* k : kernels_named(kernel)) k->registers = registers;
+  });
+
+  m.def(
+      "module_text", [](const std::string& kernel) { return modules_with(kernel)[0]->text; },
+      "The PTX of the module that a registered kernel is in.");
+  m.def("replace_kernel", [](const std::string& kernel, const std::string& text) {
+    for (LoadedModule* module : modules_with(kernel)) module->replace(kernel, text);
+  });
+  m.def("restore_kernel", [](const std::string& kernel) {
+    for (LoadedModule* module : modules_with(kernel)) module->restore(kernel);
   });
 
   py::class_<TextModule>(m, "TextModule")

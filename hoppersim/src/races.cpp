@@ -1,4 +1,4 @@
-// Accesses by threads, initialisations of mbarriers, the end of a CTA.
+// Accesses by threads.
 #include "races.h"
 
 #include <bit>
@@ -22,7 +22,7 @@ void require_known(const Warp& warp, const Instruction& i, const Run& run, uint3
   for (uint32_t left = run.lanes; left; left &= left - 1) {
     const int lane = std::countr_zero(left);
     const auto bytes = static_cast<uint16_t>(bytes_of_lane(run, g, lane) & stamp.bytes);
-    if (bytes && !knows(warp, lane, stamp, bytes, written)) race(warp, i, lane, verb, g, bytes, stamp, written);
+    if (bytes && !knows(warp, lane, stamp, bytes, written)) return race(warp, i, lane, verb, g, bytes, stamp, written);
   }
 }
 
@@ -105,7 +105,6 @@ void note_read(Warp& warp, const Instruction& i, const Run& run) {
     });
     add_read(warp, shared, granule, stamp_of(warp, i, run, bytes));
   });
-  if (run.cta != warp.cta) note_remote(warp, i, *run.cta, run.lanes);
 }
 
 void check_write(Warp& warp, const Instruction& i, const Run& run) {
@@ -126,7 +125,6 @@ void note_write(Warp& warp, const Instruction& i, const Run& run, const uint8_t*
       stamp.lanes |= own.lanes;
     add_write(shared, granule, stamp);
   });
-  if (run.cta != warp.cta) note_remote(warp, i, *run.cta, run.lanes);
 }
 
 void note_reads(Warp& warp, const Instruction& i, Space space, const uint64_t* addresses, uint32_t mask, size_t size) {
@@ -150,51 +148,6 @@ void note_source_read(const Issue& issue, Cta& cta, const Range& range) {
   each_granule(range, [&](uint32_t g, uint16_t bytes) {
     add_read(*issue.warp, cta.shared, cta.shared.granules[g], stamp_of(*issue.warp, *issue.instruction, run, bytes));
   });
-}
-
-// ---- Initialisation of mbarriers
-void check_init(const Issue& issue, const Cta& cta, uint32_t offset, const Stamp& init) {
-  const Warp& warp = *issue.warp;
-  if (init.step <= warp.clock[init.agent].all || knows(warp, issue.lane, init, init.bytes, false) ||
-      knows(warp.inits, init, init.bytes, false))
-    return;
-  const bool remote = &cta != warp.cta;
-  fault("race on an mbarrier", issue,
-        "the mbarrier at shared offset " + std::to_string(offset) + " of cta " + std::to_string(cta.rank) +
-            " was initialised by " + name_of(*cta.cluster, init, init.bytes) + "; nothing orders the two: " +
-            (remote ? "fence.mbarrier_init and a barrier.cluster between the two would"
-                    : "a barrier between the two would"));
-}
-
-// ---- The end of a CTA
-void note_remote(Warp& warp, const Instruction& i, Cta& cta, uint32_t lanes) {
-  const auto agent = static_cast<size_t>(warp.clock_index());
-  if (cta.remote.size() <= agent) cta.remote.resize(agent + 1);
-  Stamp& last = cta.remote[agent];
-  if (last.step == warp.step) lanes |= last.lanes;
-  last = {};
-  last.step = warp.step;
-  last.lanes = lanes;
-  last.agent = static_cast<uint16_t>(agent);
-  last.bytes = 1;
-  last.pc = i.pc;
-}
-
-void check_exits(Cluster& cluster) {
-  for (const auto& cta : cluster.ctas) {
-    if (cta->remote.empty()) continue;
-    Clock end;
-    for (const auto& warp : cta->warps) merge(end, view_of(*warp, -1));
-    for (const Stamp& stamp : cta->remote) {
-      if (stamp.bytes == 0 || knows(end, stamp, 1, false)) continue;
-      const size_t warps = cta->warps.size();
-      const Warp& warp = *cluster.ctas[stamp.agent / warps]->warps[stamp.agent % warps];
-      fault("access to an ended CTA", warp, cluster.launch->function->code[stamp.pc],
-            "nothing makes the CTA of rank " + std::to_string(cta->rank) +
-                ", whose shared memory this is, wait for it before it ends: a barrier.cluster after it would",
-            std::countr_zero(stamp.lanes));
-    }
-  }
 }
 
 }  // namespace hoppersim

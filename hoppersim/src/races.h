@@ -19,17 +19,13 @@ struct Run {
 // The run that begins at the lowest lane of `mask`; `size`: bytes per lane.
 Run first_run(Warp& warp, Space space, const uint64_t* addresses, uint32_t mask, size_t size);
 
-// Accesses by threads. They throw, then remember the access. `before`: what the bytes of a run of writes were; writes
-// of the value that was there already do not race with other writes. nullptr: any write may race.
+// Accesses by threads. They report races, then remember the access. `before`: what the bytes of a run of writes were;
+// writes of the value that was there already do not race with other writes. nullptr: any write may race.
 void note_read(Warp& warp, const Instruction& i, const Run& run);
 void note_write(Warp& warp, const Instruction& i, const Run& run, const uint8_t* before);
 void note_reads(Warp& warp, const Instruction& i, Space space, const uint64_t* addresses, uint32_t mask, size_t size);
 void note_writes(Warp& warp, const Instruction& i, Space space, const uint64_t* addresses, uint32_t mask, size_t size);
-void check_write(Warp& warp, const Instruction& i, const Run& run);  // throws only
-// An access to shared memory of another CTA: that CTA must not end before it.
-void check_init(const Issue& issue, const Cta& cta, uint32_t offset, const Stamp& init);
-void note_remote(Warp& warp, const Instruction& i, Cta& cta, uint32_t lanes);
-void check_exits(Cluster& cluster);
+void check_write(Warp& warp, const Instruction& i, const Run& run);  // reports only
 
 // Accesses by the async proxy; lane -1: the whole warp issued it. They end with a step of an agent.
 struct Completion {

@@ -5,6 +5,7 @@
 
 #include "core.h"
 #include "races_granule.h"
+#include "report.h"
 
 namespace hoppersim {
 
@@ -42,8 +43,8 @@ void require_write(const View& view, Cta& cta, uint32_t g, uint16_t bytes, const
   if (known && knows(cta.fenced, old, bytes, true)) return;
   const std::string what = std::string(verb) + " " + place_name(g, bytes & old.bytes) + ", which was written by " +
                            name_of(*cta.cluster, old, bytes);
-  if (!known) fault("unsynchronised shared memory", issue, what + ", and no barrier orders the two");
-  fault("missing proxy fence", issue, what + ", without a fence.proxy.async after it");
+  if (!known) return report("unsynchronised shared memory", issue, what + ", and no barrier orders the two");
+  report("missing proxy fence", issue, what + ", without a fence.proxy.async of that memory after it");
 }
 
 Stamp async_stamp(const Issue& issue, uint16_t bytes, Completion completion) {
@@ -141,9 +142,10 @@ void check_global_fence(const Issue& issue, uint64_t address, uint64_t size) {
     if (!knows(warp, issue.lane, stamp, 0xffff, true) || knows(order.fenced_global, stamp, 0xffff, true)) continue;
     char place[40];
     std::snprintf(place, sizeof place, "global address 0x%llx", static_cast<unsigned long long>(g * 16));
-    fault("missing proxy fence", issue,
-          std::string("reads ") + place + ", which was written by " + name_of(*warp.cta->cluster, stamp, 0xffff) +
-              ", without a fence.proxy.async (or .global) after it");
+    return report("missing proxy fence", issue,
+                  std::string("reads ") + place + ", which was written by " +
+                      name_of(*warp.cta->cluster, stamp, 0xffff) +
+                      ", without a fence.proxy.async (or .global) after it");
   }
 }
 

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstdio>
 
+#include "report.h"
+
 namespace hoppersim {
 
 // ---- Reports
@@ -13,10 +15,9 @@ std::string name_of(const Cluster& cluster, const Stamp& stamp, uint16_t bytes) 
   const size_t index = of_warp ? stamp.agent : stamp.lanes / kLanes;
   const uint32_t lanes = lanes_of(stamp, bytes);
   const int lane = of_warp ? std::countr_zero(lanes) : static_cast<int>(stamp.lanes % kLanes);
-  const Warp& warp = *cluster.ctas[index / warps]->warps[index % warps];
-  const Instruction& i = cluster.launch->function->code[stamp.pc];
-  return "warp " + std::to_string(warp.id) + (warp.cta->rank ? " of cta " + std::to_string(warp.cta->rank) : "") +
-         ", lane " + std::to_string(lane) + " by ptx line " + std::to_string(i.line) + ": " + i.text;
+  const Function& function = *cluster.launch->function;
+  return name_of_warp(cluster, index) + ", lane " + std::to_string(lane) + " at " +
+         position(function, function.code[stamp.pc]);
 }
 
 std::string place_name(uint32_t g, uint16_t bytes) {
@@ -34,11 +35,11 @@ static const char* remedy(const Warp& warp, const Stamp& stamp) {
 
 void race(const Warp& warp, const Instruction& i, int lane, const char* verb, uint32_t g, uint16_t bytes,
           const Stamp& stamp, bool written) {
-  const bool inside = stamp.agent == warp.clock_index();
-  fault(inside ? "race within a warp" : "race in shared memory", warp, i,
-        std::string(verb) + " " + place_name(g, bytes & stamp.bytes) + ", which was " + (written ? "written" : "read") +
-            " by " + name_of(*warp.cta->cluster, stamp, bytes) + "; nothing orders the two: " + remedy(warp, stamp),
-        lane);
+  const std::string text = std::string(verb) + " " + place_name(g, bytes & stamp.bytes) + ", which was " +
+                           (written ? "written" : "read") + " by " + name_of(*warp.cta->cluster, stamp, bytes) +
+                           "; nothing orders the two: " + remedy(warp, stamp);
+  if (stamp.agent == warp.clock_index()) return report("race within a warp", warp, i, text, lane);
+  report("race in shared memory", warp, i, text, lane);
 }
 
 // ---- Adding a stamp

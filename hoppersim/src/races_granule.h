@@ -44,10 +44,10 @@ void add_read(const Warp& warp, SharedMemory& shared, Granule& granule, const St
 void add_write(SharedMemory& shared, Granule& granule, const Stamp& stamp);
 bool same_step(const Stamp& a, const Stamp& b);
 
-// "warp 1, lane 0 by ptx line 7: st.shared…"
+// "CTA (0, 0, 0), warp 1, lane 0 at ptx line 7: st.shared…"
 std::string name_of(const Cluster& cluster, const Stamp& stamp, uint16_t bytes);
 std::string place_name(uint32_t g, uint16_t bytes);
-[[noreturn]] void race(const Warp& warp, const Instruction& i, int lane, const char* verb, uint32_t g, uint16_t bytes,
-                       const Stamp& stamp, bool written);
+void race(const Warp& warp, const Instruction& i, int lane, const char* verb, uint32_t g, uint16_t bytes,
+          const Stamp& stamp, bool written);
 
 }  // namespace hoppersim

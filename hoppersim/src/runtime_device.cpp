@@ -97,16 +97,49 @@ cudaError_t entry_point(const char* name, void** function, cudaDriverEntryPointQ
 }  // namespace
 
 Runtime& runtime() {
-  static auto* r = new Runtime;  // libraries may launch from exit handlers
+  static auto* r = [] {  // never destroyed: libraries may launch from exit handlers
+    auto* made = new Runtime;
+    read_environment(made->options, made->report_path);
+    return made;
+  }();
   return *r;
 }
 
 void keep_fault(const Fault& fault) {
+  if (!fault.report.raised) tell(fault.report);  // of no launch
   Runtime& r = runtime();
   std::lock_guard<std::mutex> lock(r.mutex);
-  if (r.fault) return;
-  r.fault.emplace(fault);
-  r.fault_text = std::string("hoppersim: ") + fault.what();
+  std::string before;
+  if (r.fault) {
+    if (r.fault->report.kind != kUnsupportedCall || fault.report.kind == kUnsupportedCall) return;
+    before = std::string("\nbefore it: ") + r.fault->what();
+  }
+  Report report = fault.report;
+  report.text += before;
+  r.fault.emplace(std::move(report));
+  r.fault_text = std::string("hoppersim: ") + r.fault->what();
+}
+
+int unsupported_driver_call(const char* what) {
+  keep_fault(Fault(kUnsupportedCall, std::string(what) + " is not modelled by the simulator"));
+  return cudaErrorNotSupported;
+}
+
+int unsupported_runtime_call(const char* what) {
+  return set_last_error(static_cast<cudaError_t>(unsupported_driver_call(what)));
+}
+
+void keep_reports(Reports& from, Fault* fault) {
+  Runtime& r = runtime();
+  for (const Report& report : from.list) {
+    tell(report);
+    r.reports.add(report);
+  }
+  if (fault == nullptr) return;
+  fault->report.raised = true;
+  tell(fault->report);
+  r.reports.add(fault->report);
+  if (r.options.go_on) fault->collected = r.reports.errors();
 }
 
 cudaError_t set_last_error(cudaError_t error) {
@@ -128,10 +161,11 @@ const char* cudaGetErrorName(cudaError_t error) {
   return e ? e->name : "unrecognized error code";
 }
 
-// A launch failure is told with the fault that the simulator found.
+// A launch failure is told with the fault that the simulator found, an unsupported call with its name.
 const char* cudaGetErrorString(cudaError_t error) {
   Runtime& r = runtime();
-  if (error == cudaErrorLaunchFailure && r.fault) return r.fault_text.c_str();
+  if (r.fault && error == (r.fault->report.kind == kUnsupportedCall ? cudaErrorNotSupported : cudaErrorLaunchFailure))
+    return r.fault_text.c_str();
   const ErrorName* e = find_error(error);
   return e ? e->text : "unrecognized error code";
 }
@@ -141,12 +175,12 @@ cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_last_error(cudaErrorInvalidDevice); }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = kDriverVersion, cudaSuccess; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return set_last_error(cudaErrorInvalidDevice);
   const auto found = attributes().find(attribute);
-  if (found == attributes().end()) return set_last_error(cudaErrorNotSupported);
+  if (found == attributes().end()) return unsupported_call("cudaDeviceGetAttribute of attribute", attribute);
   *value = found->second;
   return cudaSuccess;
 }
@@ -187,9 +221,6 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cu
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-  return set_last_error(cudaErrorNotSupported);
-}
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return new_handle(event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return new_handle(event); }
@@ -197,8 +228,6 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete_handle(event); }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-// A simulator has no time of the hardware to tell.
-cudaError_t cudaEventElapsedTime(float*, cudaEvent_t, cudaEvent_t) { return set_last_error(cudaErrorNotSupported); }
 
 cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
                                     cudaDriverEntryPointQueryResult* status) {

@@ -20,20 +20,6 @@ cudaError_t with_kernel(const void* stub, Use use) {
   }
 }
 
-cudaError_t set_attribute(Kernel& kernel, cudaFuncAttribute attribute, int value) {
-  switch (attribute) {
-    case cudaFuncAttributeMaxDynamicSharedMemorySize:
-      if (value < 0 || value > kSharedLimit - static_cast<int>(kernel.function().static_shared))
-        return cudaErrorInvalidValue;
-      kernel.largest_dynamic_shared = value;
-      return cudaSuccess;
-    case cudaFuncAttributeNonPortableClusterSizeAllowed: return kernel.non_portable_cluster = value != 0, cudaSuccess;
-    case cudaFuncAttributePreferredSharedMemoryCarveout:
-    case cudaFuncAttributeClusterSchedulingPolicyPreference: return cudaSuccess;  // hints
-    default: return cudaErrorNotSupported;
-  }
-}
-
 cudaError_t get_attributes(Kernel& kernel, cudaFuncAttributes* a) {
   const Function& f = kernel.function();
   *a = cudaFuncAttributes{};
@@ -67,6 +53,20 @@ cudaError_t clusters_that_fit(Kernel& kernel, const cudaLaunchConfig_t& config, 
 }
 
 }  // namespace
+
+cudaError_t set_attribute(Kernel& kernel, cudaFuncAttribute attribute, int value) {
+  switch (attribute) {
+    case cudaFuncAttributeMaxDynamicSharedMemorySize:
+      if (value < 0 || value > kSharedLimit - static_cast<int>(kernel.function().static_shared))
+        return cudaErrorInvalidValue;
+      kernel.largest_dynamic_shared = value;
+      return cudaSuccess;
+    case cudaFuncAttributeNonPortableClusterSizeAllowed: return kernel.non_portable_cluster = value != 0, cudaSuccess;
+    case cudaFuncAttributePreferredSharedMemoryCarveout:
+    case cudaFuncAttributeClusterSchedulingPolicyPreference: return cudaSuccess;  // hints
+    default: return unsupported_call("cudaFuncSetAttribute of attribute", attribute);
+  }
+}
 
 }  // namespace hoppersim
 

@@ -27,16 +27,7 @@ std::vector<uint8_t> gather_parameters(const Function& function, void** argument
 
 cudaError_t launch(const void* stub_or_handle, const LaunchShape& shape, void** arguments) {
   Kernel* kernel = find_kernel(stub_or_handle);
-  if (kernel == nullptr) return set_last_error(cudaErrorInvalidDeviceFunction);
-  try {
-    Dim3 cluster;
-    if (const cudaError_t refused = check_launch(*kernel, shape, &cluster)) return set_last_error(refused);
-    run_kernel(*kernel, shape, cluster, gather_parameters(kernel->function(), arguments));
-  } catch (const Fault& fault) {
-    keep_fault(fault);
-    return set_last_error(cudaErrorLaunchFailure);
-  }
-  return cudaSuccess;
+  return kernel ? launch_kernel(*kernel, shape, arguments) : set_last_error(cudaErrorInvalidDeviceFunction);
 }
 
 // False for an attribute whose effect is not modelled.
@@ -76,6 +67,29 @@ cudaError_t check_cluster(Kernel& kernel, const LaunchShape& shape, Dim3* cluste
 }
 
 }  // namespace
+
+cudaError_t launch_kernel(Kernel& kernel, const LaunchShape& shape, void** arguments) {
+  try {
+    Dim3 cluster;
+    if (const cudaError_t refused = check_launch(kernel, shape, &cluster)) {
+      tell_refusal(kernel.function().title, cudaGetErrorName(refused));
+      return set_last_error(refused);
+    }
+    run_kernel(kernel, shape, cluster, gather_parameters(kernel.function(), arguments));
+  } catch (Fault& fault) {
+    if (fault.report.kernel.empty()) fault.report.kernel = demangled(kernel.name), fault.report.mangled = kernel.name;
+    keep_fault(fault);
+    return set_last_error(cudaErrorLaunchFailure);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t apply_attributes(const cudaLaunchAttribute* attributes, unsigned count, LaunchShape* shape) {
+  for (unsigned i = 0; i < count; ++i)
+    if (!apply_attribute(attributes[i], shape))
+      return unsupported_call("cudaLaunchKernelEx with attribute", attributes[i].id);
+  return cudaSuccess;
+}
 
 int Kernel::dynamic_shared_limit() {
   if (largest_dynamic_shared >= 0) return largest_dynamic_shared;
@@ -125,9 +139,24 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
   launch.dynamic_shared = static_cast<uint32_t>(shape.dynamic_shared);
   launch.parameters = std::move(parameters);
   launch.options = r.options;
-  run(launch);
-  r.launches.push_back({kernel.name, launch.grid, launch.block, launch.cluster, launch.function->static_shared,
-                        launch.dynamic_shared, std::move(launch.counters)});
+  LaunchRecord record;
+  record.kernel = launch.function->title, record.mangled = kernel.name;
+  record.grid = launch.grid, record.block = launch.block, record.cluster = launch.cluster;
+  record.static_shared = launch.function->static_shared, record.dynamic_shared = launch.dynamic_shared;
+  record.occupancy = occupancy(kernel, static_cast<int>(volume(shape.block)), shape.dynamic_shared);
+  record.registers = kernel.registers;
+  try {
+    run(launch);
+  } catch (Fault& fault) {
+    fault.report.kernel = record.kernel, fault.report.mangled = kernel.name;
+    keep_reports(launch.reports, &fault);
+    tell_launch(record, false);
+    throw;
+  }
+  keep_reports(launch.reports, nullptr);
+  record.counters = std::move(launch.counters);
+  tell_launch(record, true);
+  r.launches.push_back(std::move(record));
   if (r.launches.size() > kLaunchesKept) r.launches.pop_front();
 }
 
@@ -164,8 +193,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
   LaunchShape shape{from(config->gridDim), from(config->blockDim), std::nullopt, config->dynamicSmemBytes};
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    if (!apply_attribute(config->attrs[i], &shape)) return set_last_error(cudaErrorNotSupported);
+  if (const cudaError_t error = apply_attributes(config->attrs, config->numAttrs, &shape)) return error;
   return launch(stub, shape, arguments);
 }
 

@@ -21,7 +21,7 @@ cudaError_t copy(void* to, const void* from, size_t bytes) {
 template <class Use>
 cudaError_t with_variable(const void* symbol, size_t bytes, size_t offset, Use use) {
   try {
-    std::vector<uint8_t>* variable = find_variable(symbol);
+    VariableBytes* variable = find_variable(symbol);
     if (variable == nullptr) return set_last_error(cudaErrorInvalidSymbol);
     if (offset > variable->size() || bytes > variable->size() - offset) return set_last_error(cudaErrorInvalidValue);
     use(variable->data() + offset);

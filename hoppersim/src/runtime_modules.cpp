@@ -8,46 +8,6 @@ namespace hoppersim {
 
 namespace {
 
-struct FatWrapper {
-  uint32_t magic, version;
-  const uint8_t* data;
-  void* unused;
-};
-struct FatHeader {
-  uint32_t magic;
-  uint16_t version, header_size;
-  uint64_t size;
-};
-struct FatEntry {
-  uint16_t kind, version;
-  uint32_t header_size;
-  uint64_t size;
-};
-constexpr uint32_t kWrapperMagic = 0x466243b1, kHeaderMagic = 0xba55ed50;
-constexpr uint16_t kKindPtx = 1;
-
-// The PTX text of a fat binary; empty when it holds none as plain text.
-std::string ptx_of(const void* wrapper_address) {
-  const auto* wrapper = static_cast<const FatWrapper*>(wrapper_address);
-  if (wrapper->magic != kWrapperMagic) return "";
-  FatHeader header;
-  std::memcpy(&header, wrapper->data, sizeof header);
-  if (header.magic != kHeaderMagic) return "";
-  const uint8_t* at = wrapper->data + header.header_size;
-  const uint8_t* end = at + header.size;
-  while (at + sizeof(FatEntry) <= end) {
-    FatEntry entry;
-    std::memcpy(&entry, at, sizeof entry);
-    if (entry.kind == kKindPtx) {
-      std::string text(reinterpret_cast<const char*>(at + entry.header_size), entry.size);
-      text.erase(std::find(text.begin(), text.end(), '\0'), text.end());
-      if (text.find(".version") != std::string::npos) return text;
-    }
-    at += entry.header_size + entry.size;
-  }
-  return "";
-}
-
 struct Variable {
   LoadedModule* module;
   std::string name;
@@ -75,21 +35,29 @@ LoadedModule::~LoadedModule() {
 const Module& LoadedModule::parsed() {
   std::lock_guard<std::mutex> lock(mutex);
   if (module) return *module;
-  if (text.empty())
-    throw Fault("no ptx", "the fat binary holds no plain PTX: compile with code=compute_90a and --no-compress");
+  if (image != nullptr) text = ptx_of_image(image);
   module = parse_ptx(text);
   for (auto& [name, bytes] : module->globals) global_ranges().add(bytes.data(), bytes.size());
   return *module;
 }
 
 const Function& LoadedModule::function(const std::string& name) {
+  if (const auto changed = replaced.find(name); changed != replaced.end()) return *changed->second;
   const auto& functions = parsed().functions;
   const auto found = functions.find(name);
   if (found == functions.end()) throw Fault("unknown kernel", name);
   return *found->second;
 }
 
-std::vector<uint8_t>* LoadedModule::global(const std::string& name) {
+void LoadedModule::replace(const std::string& name, const std::string& changed_text) {
+  auto changed = parse_kernel(changed_text, name, parsed());
+  if (changed->problem) throw Fault(*changed->problem);
+  replaced[name] = std::move(changed);
+}
+
+void LoadedModule::restore(const std::string& name) { replaced.erase(name); }
+
+VariableBytes* LoadedModule::global(const std::string& name) {
   parsed();
   const auto found = module->globals.find(name);
   return found == module->globals.end() ? nullptr : &found->second;
@@ -114,7 +82,7 @@ std::vector<Kernel*> kernels_named(const std::string& name) {
   return result;
 }
 
-std::vector<uint8_t>* find_variable(const void* shadow) {
+VariableBytes* find_variable(const void* shadow) {
   Registry& r = registry();
   Variable variable{};
   {
@@ -132,7 +100,10 @@ using namespace hoppersim;
 
 extern "C" {
 
-void** __cudaRegisterFatBinary(void* wrapper) { return reinterpret_cast<void**>(new LoadedModule(ptx_of(wrapper))); }
+void** __cudaRegisterFatBinary(void* wrapper) {
+  tell_module();
+  return reinterpret_cast<void**>(new LoadedModule(wrapper));
+}
 
 void __cudaRegisterFatBinaryEnd(void**) {}
 

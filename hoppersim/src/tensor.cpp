@@ -15,6 +15,7 @@
 #include <stdexcept>
 
 #include "races.h"
+#include "report.h"
 #include "tensor_float.h"
 #include "tensor_state.h"
 
@@ -66,38 +67,40 @@ bool uniform_predicate(const Warp& warp, const Instruction& i, const Operand& op
 }
 
 // ---- Registers at issue
-void require_fence(const Warp& warp, const Instruction& i, const TensorState& state, uint32_t index) {
-  if (state.epoch == 1 || state.access_epoch[index] == state.epoch) {
-    fault("missing wgmma.fence", warp, i, "one of its registers was accessed after the last wgmma.fence: " + i.text);
+void require_fence(const Warp& warp, const Instruction& i, const TensorState& state, uint32_t index, bool& reported) {
+  if (!reported && (state.epoch == 1 || state.access_epoch[index] == state.epoch)) {
+    reported = true;
+    report("missing wgmma.fence", warp, i, "one of its registers was accessed after the last wgmma.fence: " + i.text);
   }
 }
 
 void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
   uint64_t group = state.committed + 1;
   WgmmaShape shape(i);
+  bool reported = false;
   // What decides the layout of the accumulators, and the type of the product.
   uint32_t key = shape.n << 16 | i.data[2] << 8 |
                  (shape.flags & (WgmmaShape::half_accumulator | WgmmaShape::integer | WgmmaShape::sparse));
   for (const Operand& d : i.operands[0].elements) {
-    require_fence(warp, i, state, d.index);
+    require_fence(warp, i, state, d.index, reported);
     uint8_t flags = warp.register_in_flight[d.index];
     if (flags & TensorState::operand) {
-      fault("wgmma operand register touched before wait_group", warp, i,
-            "it accumulates into a register that is read as an operand: " + i.text);
+      report("wgmma operand register touched before wait_group", warp, i,
+             "it accumulates into a register that is read as an operand: " + i.text);
     }
     if (flags && state.shape[d.index] != key) {
-      fault("accumulator read before wait_group", warp, i,
-            "a wgmma of another shape or type has it in flight: " + i.text);
+      report("accumulator read before wait_group", warp, i,
+             "a wgmma of another shape or type has it in flight: " + i.text);
     }
     warp.register_in_flight[d.index] = TensorState::accumulator;
     state.shape[d.index] = key;
     state.last_group[d.index] = group;
   }
   auto take_operand = [&](const Operand& operand) {
-    require_fence(warp, i, state, operand.index);
+    require_fence(warp, i, state, operand.index, reported);
     if (warp.register_in_flight[operand.index] & TensorState::accumulator) {
-      fault("accumulator read before wait_group", warp, i,
-            "it reads an accumulator in flight as an operand: " + i.text);
+      report("accumulator read before wait_group", warp, i,
+             "it reads an accumulator in flight as an operand: " + i.text);
     }
     warp.register_in_flight[operand.index] |= TensorState::operand;
     state.last_group[operand.index] = group;
@@ -399,8 +402,8 @@ void check_wgmma_exit(const Warp& warp, const Instruction& i) {
   if (!warp.tensor) return;
   size_t outstanding = static_cast<const TensorState*>(warp.tensor.get())->operations.size();
   if (outstanding) {
-    fault("exit with wgmma in flight", warp, i,
-          std::to_string(outstanding) + " operations were not waited for with wgmma.wait_group");
+    report("exit with wgmma in flight", warp, i,
+           std::to_string(outstanding) + " operations were not waited for with wgmma.wait_group");
   }
 }
 

@@ -1,6 +1,7 @@
 // The simulator's encoding of a CUtensorMap: 128 bytes that only it reads, with a magic number.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace hoppersim {
@@ -15,23 +16,26 @@ enum class TensorMode : uint8_t { tile, im2col };
 
 struct TensorMap {
   uint64_t magic;
-  uint64_t address;
-  uint64_t extent[kTensorRank];      // elements; dimension 0 is contiguous
-  uint64_t stride[kTensorRank - 1];  // bytes, of dimensions 1 …
-  uint16_t box[kTensorRank];         // elements of the tensor the box spans
-  uint8_t element_stride[kTensorRank];
   TensorType type;
   uint8_t rank;
+  // CuTe clears bit 21 of the second 8 bytes, for drivers older than CUDA 13.2 that set it wrongly: nothing lies there.
+  uint8_t unused;
   uint8_t interleave;
   Swizzle swizzle;
   uint8_t promotion;
   uint8_t fill_nan;
   TensorMode mode;
+  uint64_t address;
+  uint64_t extent[kTensorRank];      // elements; dimension 0 is contiguous
+  uint64_t stride[kTensorRank - 1];  // bytes, of dimensions 1 …
+  uint16_t box[kTensorRank];         // elements of the tensor the box spans
+  uint8_t element_stride[kTensorRank];
   // im2col: box[0] is the channels of a pixel. The bounding box of the pixels' positions spans lower … extent - 1 +
   // upper in each spatial dimension (W, H, D).
   uint16_t pixels;
   int16_t lower[kSpatialRank], upper[kSpatialRank];
 };
+static_assert(offsetof(TensorMap, unused) == 8 + 21 / 8, "where CuTe clears a bit");
 static_assert(sizeof(TensorMap) <= 128, "a CUtensorMap has 128 bytes");
 
 int bytes_of(TensorType type);

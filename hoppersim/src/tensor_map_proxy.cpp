@@ -59,16 +59,18 @@ void check_map_fences(const Issue& issue, uint64_t address) {
   const auto found = proxy.writes.find(address);
   if (found == proxy.writes.end()) return;
   if (!found->second.released)
-    fault("missing tensormap fence", issue,
-          "the map was modified and no fence.proxy.tensormap::generic.release by a warp that knows of it followed");
+    return report(
+        "missing tensormap fence", issue,
+        "the map was modified and no fence.proxy.tensormap::generic.release by a warp that knows of it followed");
   for (const auto& other : warp.cta->warps) {
     const auto acquired = warp.cta->acquired_maps.find({address, other->id});
     if (acquired == warp.cta->acquired_maps.end() || acquired->second.first != found->second.generation) continue;
     if (knows_step(warp, other->clock_index(), acquired->second.second)) return;
   }
-  fault("missing tensormap fence", issue,
-        "the map was modified and released, and this warp has no fence.proxy.tensormap::generic.acquire of its address "
-        "after that");
+  report(
+      "missing tensormap fence", issue,
+      "the map was modified and released, and this warp has no fence.proxy.tensormap::generic.acquire of its address "
+      "after that");
 }
 
 }  // namespace hoppersim

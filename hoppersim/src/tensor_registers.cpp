@@ -6,6 +6,7 @@
 // wgmma is not reported.
 #include <algorithm>
 
+#include "report.h"
 #include "tensor_state.h"
 
 namespace hoppersim {
@@ -19,13 +20,13 @@ void for_registers(const Operand& operand, Visit visit) {
 
 bool is_wgmma(const Instruction& i) { return i.opcode == "wgmma"; }
 
-[[noreturn]] void fault_in_flight(Warp& warp, const Instruction& i, uint32_t index) {
+void report_in_flight(Warp& warp, const Instruction& i, uint32_t index) {
   if (warp.register_in_flight[index] & TensorState::accumulator) {
-    fault("accumulator read before wait_group", warp, i,
-          "it touches an accumulator of a wgmma that is not waited for: " + i.text);
+    return report("accumulator read before wait_group", warp, i,
+                  "it touches an accumulator of a wgmma that is not waited for: " + i.text);
   }
-  fault("wgmma operand register touched before wait_group", warp, i,
-        "it touches a register that a wgmma not waited for reads as A or metadata: " + i.text);
+  report("wgmma operand register touched before wait_group", warp, i,
+         "it touches a register that a wgmma not waited for reads as A or metadata: " + i.text);
 }
 
 // Joins `mov d, s` with s an outstanding accumulator to the outstanding operations.
@@ -55,11 +56,11 @@ bool check_move(Warp& warp, TensorState& state, const Instruction& i, uint32_t m
   }
   uint32_t epoch = 0;
   for_registers(source, [&](uint32_t index) {
-    if (warp.register_in_flight[index] & TensorState::accumulator) fault_in_flight(warp, i, index);
+    if (warp.register_in_flight[index] & TensorState::accumulator) report_in_flight(warp, i, index);
     epoch = std::max(epoch, state.access_epoch[index]);
   });
   for_registers(target, [&](uint32_t index) {
-    if (warp.register_in_flight[index]) fault_in_flight(warp, i, index);
+    if (warp.register_in_flight[index]) report_in_flight(warp, i, index);
     state.access_epoch[index] = epoch;
   });
   return false;
@@ -105,7 +106,7 @@ bool check_registers(Warp& warp, const Instruction& i, uint32_t mask) {
   if (i.wgmma_registers == 2) return check_move(warp, state, i, mask);
   for (const Operand& operand : i.operands) {
     for_registers(operand, [&](uint32_t index) {
-      if (warp.register_in_flight[index]) fault_in_flight(warp, i, index);
+      if (warp.register_in_flight[index]) report_in_flight(warp, i, index);
       state.access_epoch[index] = state.epoch;
     });
   }

@@ -50,7 +50,7 @@ def _expanded(line: str, number: int) -> str:
 def launch(
     module: hoppersim.Module, args, *, threads: int = 32, cluster: int = 1, timing: str = "early", seed: int = 0
 ) -> dict:
-    with hoppersim.simulate(timing=timing, seed=seed):
+    with hoppersim.simulate(timing=timing, seed=seed, strict=True):
         return module.launch("k", cluster, threads, args, cluster=(cluster, 1, 1))
 
 
@@ -76,6 +76,7 @@ setp.ne.u32 %p0, %tid, 0;
 @%p0 bra READY;
 mbarrier.init.shared::cta.b64 [%bar], 1;
 mbarrier.init.shared::cta.b64 [%bar1], 1;
+fence.mbarrier_init.release.cluster;
 READY:
 bar.sync 0;
 """

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from lane_ptx import HEADER, fault_of, kernel, store
+from refusal import refusal
 
 import hoppersim
 
@@ -157,7 +158,7 @@ def test_dead_lock_report():
     text = str(fault)
     assert fault.kind == "dead-lock"
     assert (
-        "warp 0 lanes 0xffffffff" in text
+        "warp 0, lanes 0xffffffff" in text
         and "waits for barrier 2" in text
         and "bar.sync 1, 64" in text
         and "barrier 1: 32 threads arrived of 64" in text
@@ -167,6 +168,43 @@ def test_dead_lock_report():
 def test_live_lock():
     fault = fault_of(kernel("LOOP:\nbra LOOP;\n"), (np.zeros(32, np.uint32),), max_instructions=100000)
     assert fault.kind == "live-lock"
+    text = str(fault)
+    assert "raise simulate(max_instructions=100000)" in text and "CTA (0, 0, 0), warp 0, lanes 0xffffffff" in text
+
+
+POLL = "ld.volatile.global.u32 %r1, [%rd0];\nsetp.eq.u32 %p1, %r1, 0;\n@%p1 bra LOOP;\n"
+TRY_A_LOCK = "atom.global.cas.b32 %r1, [%rd0], 1, 2;\nsetp.ne.u32 %p1, %r1, 1;\n@%p1 bra LOOP;\n"
+
+
+@pytest.mark.parametrize("look", [POLL, TRY_A_LOCK, "nanosleep.u32 20;\n" + POLL])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_waiting_for_what_never_comes_is_a_live_lock(look, seed):
+    fault = fault_of(kernel("LOOP:\n" + look), (np.zeros(32, np.uint32),), max_instructions=20000, seed=seed)
+    assert fault.kind == "live-lock" and "without one that stores" in str(fault)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_work_is_no_live_lock(seed):
+    """Ten times the limit, with a store in each turn of the loop; and a second warp that polls until it is over."""
+    work = (
+        "mov.u32 %r1, 0;\nWORK:\nst.global.u32 [%rd0+64], %r1;\nadd.u32 %r1, %r1, 1;\n"
+        "setp.lt.u32 %p1, %r1, 50000;\n@%p1 bra WORK;\nmov.u32 %r1, 1;\nst.global.u32 [%rd0], %r1;\nbra END;\n"
+    )
+    body = "setp.ge.u32 %p2, %r0, 32;\n@%p2 bra LOOP;\n" + work + "LOOP:\n" + POLL + "END:\n"
+    y = np.zeros(32, np.uint32)
+    with hoppersim.simulate(max_instructions=20000, seed=seed):
+        counters = hoppersim.Module(kernel(body)).launch("k", 1, 64, (y,))
+    assert counters["warp_instructions"] > 200000 and y[0] == 1
+
+
+@pytest.mark.parametrize(
+    "cluster, name", [(1, "CTA (3, 0, 0), warp"), (2, "CTA (3, 0, 0), rank 1 of its cluster, warp")]
+)
+def test_one_name_of_a_cta(cluster, name):
+    body = "mov.u32 %r1, %ctaid.x;\nsetp.eq.u32 %p1, %r1, 3;\n@%p1 trap;\n"
+    with pytest.raises(hoppersim.Fault) as caught:
+        hoppersim.Module(kernel(body)).launch("k", 4, 32, (np.zeros(32, np.uint32),), cluster=(cluster, 1, 1))
+    assert caught.value.kind == "trap" and name in str(caught.value)
 
 
 def test_spinning_lane_lets_the_others_run():
@@ -190,8 +228,7 @@ def test_trap_and_exit():
 
 def test_register_limits():
     assert run("setmaxnreg.dec.sync.aligned.u32 40;\nsetmaxnreg.inc.sync.aligned.u32 232;\n").sum() == 0
-    with pytest.raises(hoppersim.Fault):
-        hoppersim.Module(kernel("setmaxnreg.dec.sync.aligned.u32 41;"))
+    assert refusal(kernel("setmaxnreg.dec.sync.aligned.u32 41;")).kind == "unsupported instruction"
     assert (
         fault_of(
             kernel("setmaxnreg.dec.sync.aligned.u32 40;\nsetmaxnreg.inc.sync.aligned.u32 24;\n"),

@@ -97,7 +97,9 @@ def test_text_names_both_accesses():
     with pytest.raises(hoppersim.Fault) as caught:
         launch(kernel(between(first=WRITE, order="", second=READ)), (np.zeros(64, np.uint32),), threads=64)
     text = str(caught.value)
-    assert re.search(r"by warp [01], lane 0 by ptx line \d+.*warp [01], lane 0$", text) and "ld.shared" in text, text
+    assert re.search(r"by CTA .*warp [01], lane 0 at ptx line \d+.*warp [01], lane 0$", text) and "ld.shared" in text, (
+        text
+    )
     assert "st.shared.u32 [%r3], %tid" in text and "a barrier" in text
 
 
@@ -255,7 +257,7 @@ def test_cp_async_is_a_write_of_its_lane():
 def test_mbarrier_is_used_before_the_others_know_of_it():
     body = INIT.replace(BAR, "{order}") + "mbarrier.arrive.shared::cta.b64 _, [%bar];\n"
     body = body.replace("[%bar], 1;", "[%bar], 64;")
-    check(body.format(order=""), body.format(order=BAR), "race on an mbarrier", "uninitialised mbarrier")
+    check(body.format(order=""), body.format(order=BAR), "unsynchronised shared memory", "uninitialised mbarrier")
 
 
 def test_mbarrier_of_another_cta():
@@ -277,7 +279,7 @@ def test_mbarrier_of_another_cta():
     """
     relaxed, releasing = "barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.arrive.aligned;"
     init = "fence.mbarrier_init.release.cluster;"
-    kinds = "race on an mbarrier", "uninitialised mbarrier"
+    kinds = "missing mbarrier_init fence", "uninitialised mbarrier"
     check(body.format(fence="", arrive=relaxed), body.format(fence=init, arrive=relaxed), *kinds, cluster=2)
     assert outcomes(body.format(fence="", arrive=releasing), cluster=2) == {None}
 

@@ -1,4 +1,5 @@
-"""Random calls of every op, on every backend and dtype, forward and backward, against the fp64 definitions.
+"""Random calls of the delta rules and the convolutions, on every backend and dtype, forward and backward, against
+the fp64 definitions.
 
     python -m tests.fuzz --seconds 60                          # everything that this machine can run
     python -m tests.fuzz --op dynamic_conv --backend plain --cases 1000

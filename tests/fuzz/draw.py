@@ -15,16 +15,18 @@ from support.arguments import (
     CommitCall,
     ConvInputs,
     DeltaInputs,
+    PrefillCall,
     RecurrentCall,
     StepCall,
     accumulator,
     results_of,
 )
 from support.layouts import LAYOUTS, laid_out
+from support.prefill_properties import possible_marks, read_rows
 from support.shapes import LENGTHS
 from torch import Tensor
 
-OPS = (*SEQUENCE_OPS, *POOL_OPS)
+OPS = (*SEQUENCE_OPS, *POOL_OPS, "prefill_gated_delta_rule")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DECADES = {F64: 6.0, F32: 4.0, BF16: 4.0, F16: 0.5}  # how far magnitudes go, so that results stay within the dtype
 WORK = 2_000_000  # multiply-adds of the recurrence in one case: what keeps a case in the milliseconds
@@ -122,7 +124,7 @@ def case_of(number: int, op: str | None = None, kernel: bool = False) -> Case:
     # commit takes fp32 or fp64 whatever the model's dtype; the kernels take no fp64, those over sequences 16 bits only
     few = (
         (BF16, F16)
-        if op in (*SEQUENCE_OPS, "dynamic_conv_step")
+        if op in (*SEQUENCE_OPS, "dynamic_conv_step", "prefill_gated_delta_rule")
         else (F32,)
         if op.endswith("commit")
         else (F32, BF16, F16)
@@ -136,6 +138,8 @@ def case_of(number: int, op: str | None = None, kernel: bool = False) -> Case:
         inputs = _step(draw, dtype)
     elif op == "recurrent_gated_delta_rule_commit":
         inputs = _commit(draw, dtype)
+    elif op == "prefill_gated_delta_rule":
+        inputs = _prefill(draw, dtype)
     else:
         inputs = _recurrent(draw, dtype)
         T = inputs.v.shape[1]
@@ -311,6 +315,49 @@ def _commit(draw: Draw, dtype: torch.dtype) -> CommitCall:
     pool, rows = _pool(draw, _state_dtype(draw, dtype), (s.H, s.K, s.V), s.B)
     g = draw.layout(g.to(accumulator(dtype)))
     return CommitCall(keys.to(dtype), updates.to(dtype), g, draw.layout(number), _strided_pool(draw, pool), rows)
+
+
+def _marks(draw: Draw, cu: Tensor) -> list[int]:
+    """Numbers of tokens behind which states are kept, in any order."""
+    kind = draw.named("marks", "none", "some", "some", "all")
+    tokens = [t for t in possible_marks(cu.tolist()) if kind == "all" or (kind == "some" and draw.chance(0.5))]
+    draw.shuffle(tokens)
+    return tokens
+
+
+def _prefill(draw: Draw, dtype: torch.dtype) -> PrefillCall:
+    l2norm, cu = draw.named("l2norm", True, False), draw.offsets(300)
+    s = _delta_sizes(draw, 1, int(cu[-1]), l2norm)
+    tokens = _delta_tokens(draw, s, dtype, l2norm)
+    N, marks = len(cu) - 1, _marks(draw, cu)
+    M = len(marks)
+    pool, rows = _pool(draw, _state_dtype(draw, dtype), (s.H, s.K, s.V), N + M)
+    mark_rows = torch.arange(N, N + M) if rows is None else rows[N:]
+    if rows is None and draw.chance(0.3):
+        mark_rows = torch.where(draw.uniform01(M) < 0.5, mark_rows, -1)
+    mark_tokens = torch.tensor(marks, dtype=draw.index_dtype())
+    if draw.chance(0.2):  # without a row a mark may be any number, also one that is named again
+        mark_tokens = torch.cat([mark_tokens, mark_tokens.new_tensor([draw.choice((0, -1, *marks))])])
+        mark_rows = torch.cat([mark_rows, mark_rows.new_tensor([-1])])
+    known = (draw.uniform01(N) < draw.choice((0.0, 0.5, 0.8))) if draw.chance(0.7) else None
+    given = M > 0 or draw.chance(0.5)
+    call = PrefillCall(
+        *tokens,
+        pool,
+        rows if rows is None else rows[:N],
+        draw.layout(cu),
+        draw.layout(known),
+        draw.layout(mark_tokens) if given else None,
+        draw.layout(mark_rows) if given else None,
+        _scale(draw, s.K),
+        l2norm,
+    )
+    if draw.chance(0.5):
+        read = read_rows(call)
+        pool[[row for row in range(len(pool)) if row not in read]] = math.nan
+    # The kernels take a pool of any strides.
+    pool = laid_out(pool, draw.choice(LAYOUTS)) if draw.chance(0.6) else laid_out(pool.mT, draw.choice(LAYOUTS)).mT
+    return call._replace(state=pool)
 
 
 # ---- the convolution

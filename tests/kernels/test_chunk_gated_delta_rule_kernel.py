@@ -361,7 +361,7 @@ def test_which_calls_are_cut():
     def kernels(**shape) -> list[str]:
         EARLY(OP, *random(**shape))
         return [
-            counting.short(launch["kernel"]).removeprefix("chunk_").removesuffix("_kernel")
+            counting.short(launch["mangled"]).removeprefix("chunk_").removesuffix("_kernel")
             for launch in hoppersim.launches()
         ]
 

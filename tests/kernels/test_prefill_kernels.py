@@ -64,8 +64,9 @@ def test_any_call(backend, data):
 
 
 @each_device
-def test_equals_the_op_without_a_pool_to_the_bit(backend):
-    prefill_properties.equals_the_op_without_a_pool(backend, call_of())
+@each_pool
+def test_equals_the_op_without_a_pool_to_the_bit(backend, state_dtype):
+    prefill_properties.equals_the_op_without_a_pool(backend, call_of(BF16, state_dtype))
 
 
 @each_device

@@ -56,9 +56,9 @@ def test_any_call(backend, data):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", (F32, BF16), ids=ids)
-def test_equals_the_op_without_a_pool(backend, dtype):
-    prefill_properties.equals_the_op_without_a_pool(backend, call_of(dtype))
+@each_pair
+def test_equals_the_op_without_a_pool(backend, dtype, state_dtype):
+    prefill_properties.equals_the_op_without_a_pool(backend, call_of(dtype, state_dtype))
 
 
 @each_backend

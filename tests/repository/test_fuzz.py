@@ -7,6 +7,8 @@ import torch
 from fuzz import campaign
 from fuzz.__main__ import main
 from fuzz.draw import OPS, SEQUENCE_OPS, case_of
+from support.arguments import PrefillCall
+from support.prefill_properties import marks_of, rows_of
 
 
 @pytest.mark.parametrize("backend", ("cpu", "plain"))
@@ -84,6 +86,54 @@ def test_write_outside_the_elements_is_found():
 
     found = [campaign.run_case(number, "dynamic_conv_step", "cpu", change=fault).reason for number in range(40)]
     assert any(reason and "what lies between" in reason for reason in found)
+
+
+def _reads_rows_without_an_initial_state(call, run):
+    run(call._replace(has_initial_state=None))
+
+
+def _writes_the_row_of_a_sequence_without_one(call, run):
+    run(call)
+    if call.state_indices is not None and (call.state_indices < 0).any():
+        call.state[-1] = 0
+
+
+def _leaves_marks_out(call, run):
+    run(call._replace(mark_tokens=None, mark_indices=None))
+
+
+def _keeps_marks_too_late(call, run):
+    """The state at the end of the sequence."""
+    run(call)
+    for n, row in marks_of(call).values():
+        call.state[row] = call.state[rows_of(call)[n]]
+
+
+PREFILL_FAULTS = (
+    _reads_rows_without_an_initial_state,
+    _writes_the_row_of_a_sequence_without_one,
+    _leaves_marks_out,
+    _keeps_marks_too_late,
+)
+
+
+@pytest.mark.parametrize("fault", PREFILL_FAULTS, ids=lambda fault: fault.__name__[1:])
+def test_planted_fault_of_prefill_is_found(fault):
+    def change(backend):
+        class Wrong(type(backend)):
+            def __call__(self, op, *args):
+                outs = []
+                run = lambda call: outs.append(super(Wrong, self).__call__(op, *call))
+                if op != "prefill_gated_delta_rule":
+                    return super().__call__(op, *args)
+                fault(PrefillCall(*args), run)
+                return outs[0]
+
+        return Wrong()
+
+    found = [campaign.run_case(number, "prefill_gated_delta_rule", "cpu", change=change).reason for number in range(60)]
+    assert any(found)
+    assert all(reason is None or reason.startswith("AssertionError") for reason in found)
 
 
 @pytest.mark.parametrize("op", OPS)

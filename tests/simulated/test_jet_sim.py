@@ -11,6 +11,7 @@ import hoppersim
 
 SOURCE = ROOT / "hoppersim" / "tests" / "kernels" / "runtime.cu"
 SUCCESS, LAUNCH_FAILURE = 0, 719
+pytestmark = pytest.mark.kernels  # last: its memory stays under torch for the rest of the process
 
 
 def test_empty_launch_of_the_library():

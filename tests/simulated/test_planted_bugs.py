@@ -25,7 +25,7 @@ BUGS = {
     "out_of_bounds_global": ("out-of-bounds global", "st.global"),
     "misaligned_bulk_copy": ("misaligned bulk copy", "cp.async.bulk"),
     "uninitialised_shared": ("uninitialised shared memory", "ld.shared"),
-    "exit_in_flight": ("exit with a copy in flight", "cp.async.bulk.tensor"),
+    "exit_in_flight": ("exit with a load in flight", "cp.async.bulk.tensor"),
     "divergent_barrier": ("divergent aligned instruction", "bar.sync"),
 }
 M, N, K = 64, 64, 256

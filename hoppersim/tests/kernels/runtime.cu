@@ -151,6 +151,11 @@ int device(int* values) {
   return cudaSetDevice(1);
 }
 
+int versions(int* values) {
+  cudaRuntimeGetVersion(&values[0]);
+  return cudaDriverGetVersion(&values[1]);
+}
+
 int blocks_per_multiprocessor(int64_t threads, int64_t shared) {
   int blocks = -1;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, scale<3>, static_cast<int>(threads), shared);
