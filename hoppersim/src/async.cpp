@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "races.h"
+
 namespace hoppersim {
 
 WarpCopies& copies_of(Warp& warp) {
@@ -98,13 +100,14 @@ static void check_destination(const Issue& issue, const Cta& cta, const Range& r
 
 std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier, std::vector<Range> ranges,
                                  bool reduces) {
+  Mbarrier& mbarrier = barrier_at(issue, cta, barrier);
   for (const Range& range : ranges) {
     check_destination(issue, cta, range, reduces);
+    note_async_write(issue, cta, range, completion_of(cta, barrier, mbarrier, mbarrier.phase), reduces);
     set_in_flight(cta, range, true);
   }
   check_initialised(issue, cta, barrier, true);
-  auto load =
-      std::make_shared<Load>(Load{issue, &cta, barrier, barrier_at(issue, cta, barrier).phase, std::move(ranges)});
+  auto load = std::make_shared<Load>(Load{issue, &cta, barrier, mbarrier.phase, std::move(ranges)});
   copies_of(*cta.cluster).loads.push_back(load);
   return load;
 }
@@ -144,9 +147,10 @@ void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> 
   auto store = std::make_shared<Store>(Store{issue, &cta, source});
   copies_of(*issue.warp).stores.push_back(store);
   Warp& warp = *issue.warp;
-  for (const Range& part : used)
-    async_read_shared(warp, *issue.instruction, cta, part.offset, part.size,
-                      nullptr);  // a late read must not profit from a later fence
+  for (const Range& part : used) {
+    async_read_shared(warp, *issue.instruction, cta, part.offset, part.size, nullptr);
+    check_async_read(issue, cta, part);  // here: a late read must not profit from a later fence
+  }
   hold_source(cta, source, 1);
   schedule(warp, "read of " + issue.instruction->text,
            [store, used = std::move(used), write = std::move(write)]() mutable {

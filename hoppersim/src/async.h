@@ -98,9 +98,10 @@ bool has_any(const Instruction& i, std::initializer_list<const char*> names);
 
 // ---- mbarriers (async_barrier.cpp)
 Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset);
-// The initialisation of the mbarrier must come before its use by this warp, or by the async proxy on its behalf.
+// The initialisation of the mbarrier must come before its use by this lane, or by the async proxy on its behalf.
 void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async);
-void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count, bool release);
+// The caller has released to the barrier's clocks.
+void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count);
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 void complete_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier);

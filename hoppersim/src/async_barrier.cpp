@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "async.h"
+#include "races.h"
 
 namespace hoppersim {
 namespace {
@@ -26,6 +26,11 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   barrier.clock.clear();
   merge(barrier.completed_weak, barrier.weak);
   barrier.weak.clear();
+  if (barrier.agent >= 0) {
+    const auto agent = static_cast<size_t>(barrier.agent);
+    if (barrier.completed_clock.size() <= agent) barrier.completed_clock.resize(agent + 1);
+    barrier.completed_clock[agent].all = barrier.first_step + barrier.phase;
+  }
   ++copies.completed_phases;
 }
 
@@ -51,7 +56,7 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
     Mbarrier& barrier = warp.cta->mbarriers[place.offset];
     barrier.expected = static_cast<uint32_t>(count);
     barrier.pending = static_cast<int32_t>(count);
-    barrier.initialised = {static_cast<size_t>(warp.clock_index()), ++warp.clock[warp.clock_index()]};
+    barrier.initialised = event_of(warp, 1u << issue.lane);
   });
   return true;
 }
@@ -59,8 +64,9 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
 bool invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, issue.lane);
-    barrier_at(issue, *place.cta, place.offset);
+    const Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
     check_initialised(issue, *place.cta, place.offset, false);
+    if (barrier.agent >= 0) place.cta->barrier_agents[place.offset].second = barrier.first_step + barrier.phase + 1;
     for (const auto& load : copies_of(*warp.cta->cluster).loads)
       if (load->cta == place.cta && load->barrier == place.offset)
         fault("mbarrier misuse", issue, "invalidated before its copies were waited for");
@@ -74,6 +80,8 @@ enum : uint32_t { kExpect = 1, kNoComplete = 2, kRelaxed = 4, kLocal = 8, kCount
 
 bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
   const uint32_t flags = i.data[1];
+  const Mbarrier* last = nullptr;  // that all lanes of the instruction have released to, in this phase
+  uint32_t last_phase = 0;
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[1], 8, flags & kLocal, issue.lane);
     Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
@@ -92,12 +100,22 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
       barrier.expected -= count;
     }
     const uint32_t phase = barrier.phase;
-    arrive(issue, *place.cta, place.offset, count, !(flags & kRelaxed));
+    if (&barrier != last || phase != last_phase) {
+      if (flags & kRelaxed) {
+        release(barrier.weak, warp, mask);
+        merge(barrier.clock, warp.fenced);
+      } else {
+        release(barrier.clock, warp, mask);
+      }
+      merge(barrier.weak, warp.weak);
+      last = &barrier;
+      last_phase = phase;
+    }
+    arrive(issue, *place.cta, place.offset, count);
     if (flags & kNoComplete && barrier.phase != phase)
       fault("mbarrier misuse", issue, "this .noComplete arrival completes the phase");
   });
-  // What the warp writes from here on is not covered by the arrival.
-  ++warp.clock[warp.clock_index()];
+  ++warp.step;
   return true;
 }
 
@@ -105,10 +123,11 @@ bool change_bytes(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, i.data[1] & kLocal, issue.lane);
     const auto bytes = static_cast<uint32_t>(operand_value(warp, i.operands[1], issue.lane));
-    merge(barrier_at(issue, *place.cta, place.offset).weak, warp.clock);  // the phase ends after it
+    release(barrier_at(issue, *place.cta, place.offset).weak, warp, 1u << issue.lane);  // the phase ends after it
     check_initialised(issue, *place.cta, place.offset, false);
     (i.data[0] ? complete_bytes : expect_bytes)(issue, *place.cta, place.offset, bytes);
   });
+  ++warp.step;
   return true;
 }
 
@@ -125,6 +144,7 @@ struct Question {
   uint32_t offset;
   bool parity;
   uint32_t phase;  // parity or the phase of the state token
+  uint32_t lanes;  // that ask
   bool done() const {
     const auto found = cta->mbarriers.find(offset);
     return found == cta->mbarriers.end() ||
@@ -144,7 +164,7 @@ Question question(Warp& warp, const Instruction& i, int lane) {
   const auto phase = static_cast<uint32_t>(parity ? value : value >> 32);
   if (!parity && phase != barrier.phase && phase + 1 != barrier.phase)
     fault("mbarrier misuse", issue, "the state is older than the preceding phase");
-  return {place.cta, place.offset, parity, phase};
+  return {place.cta, place.offset, parity, phase, 1u << lane};
 }
 
 // Puts the warp to sleep until one of its questions is answered. test_wait and try_wait may both take any time; a warp
@@ -171,13 +191,23 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     if (!(mask >> lane & 1)) continue;
     const Question q = question(warp, i, lane);
     if (q.done()) done |= 1u << lane;
-    const bool known = std::any_of(questions.begin(), questions.end(),
+    const auto same = std::find_if(questions.begin(), questions.end(),
                                    [&](const Question& o) { return o.offset == q.offset && o.phase == q.phase; });
-    if (known) continue;
-    questions.push_back(q);
+    if (same == questions.end()) {
+      questions.push_back(q);
+    } else {
+      same->lanes |= q.lanes;
+    }
+  }
+  for (const Question& q : questions) {
     if (!q.done()) continue;
     const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
-    merge(i.has("relaxed") ? warp.weak : warp.clock, barrier.completed_clock);
+    if (i.has("relaxed")) {
+      merge(warp.relaxed, barrier.completed_clock);
+      merge(warp.weak, barrier.completed_clock);
+    } else {
+      acquire(warp, barrier.completed_clock, q.lanes);
+    }
     merge(warp.weak, barrier.completed_weak);
     observe(*q.cta, q.offset);
   }
@@ -222,31 +252,35 @@ Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset) {
 void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async) {
   const Mbarrier& barrier = barrier_at(issue, cta, offset);
   const Warp& warp = *issue.warp;
-  auto came_before = [&](const Mbarrier::Event& e) { return e.known(warp.clock) || e.known(warp.weak); };
-  const bool ordered = barrier.initialised.known(warp.clock) || barrier.fenced.known(warp.weak);
-  const bool visible = !async || came_before(barrier.async_fenced) || barrier.initialised.known(cta.fenced);
+  const Stamp& initialised = barrier.initialised;
+  const bool known = knows(warp, issue.lane, initialised, 1, true);
+  auto came_before = [&](const Stamp& event) {
+    return event.step && (knows(warp, issue.lane, event, 1, true) || knows(warp.weak, event, 1, true));
+  };
+  const bool ordered = known || (barrier.fenced.step && knows(warp.weak, barrier.fenced, 1, true));
+  const bool visible = !async || came_before(barrier.async_fenced) || knows(cta.fenced, initialised, 1, true);
   if (ordered && visible) return;
   const std::string what = (async ? "completes on" : "uses") + std::string(" the mbarrier at shared offset ") +
                            std::to_string(offset) + " of cta " + std::to_string(cta.rank) + ", which warp " +
-                           std::to_string(barrier.initialised.warp) + " of the cluster initialised, and no ";
+                           std::to_string(initialised.agent) + " of the cluster initialised, and no ";
   if (ordered) {
     report("mbarrier not fenced for the async proxy", issue,
            what + "fence.mbarrier_init or fence.proxy.async by a warp that knows of that came since");
-  } else if (came_before(barrier.initialised)) {
+  } else if (came_before(initialised)) {
     report("missing mbarrier_init fence", issue,
            what + "fence.mbarrier_init came between that and the relaxed barrier that orders the two");
   } else if (&cta != warp.cta) {
     report("missing mbarrier_init fence", issue, what + "fence.mbarrier_init and barrier.cluster order the two");
+  } else if (initialised.agent == warp.clock_index()) {
+    report("unsynchronised shared memory", issue, what + "__syncwarp (bar.warp.sync) orders the two");
   } else {
     report("unsynchronised shared memory", issue, what + "barrier orders the two");
   }
 }
 
-void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count, bool release) {
+void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   if (static_cast<int64_t>(count) > barrier.pending) fault("too many arrivals", issue, describe(cta, offset, barrier));
-  merge(release ? barrier.clock : barrier.weak, issue.warp->clock);
-  merge(barrier.weak, issue.warp->weak);
   barrier.pending -= static_cast<int32_t>(count);
   settle(issue, cta, offset, barrier);
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "async_reduce.h"
+#include "races.h"
 
 namespace hoppersim {
 namespace {
@@ -34,6 +35,7 @@ void load_global(const Issue& issue, const SharedPlace& to, uint32_t barrier, ui
                  uint32_t ctas) {
   Cluster& cluster = *issue.warp->cta->cluster;
   check_global(issue, from, size, false);
+  check_global_fence(issue, from, size);
   cluster.counters.bulk_read_bytes += size;
   for (uint32_t rank = 0; rank < cluster.ctas.size(); ++rank) {
     if (!(ctas >> rank & 1)) continue;
@@ -48,6 +50,8 @@ void copy_shared(const Issue& issue, const SharedPlace& to, uint32_t barrier, co
   load->source_cta = from.cta;
   load->source = {from.offset, size};
   async_read_shared(*issue.warp, *issue.instruction, *from.cta, from.offset, size, nullptr);
+  Mbarrier& mbarrier = to.cta->mbarriers.at(barrier);
+  note_async_read(issue, *from.cta, load->source, completion_of(*to.cta, barrier, mbarrier, mbarrier.phase));
   hold_source(*from.cta, load->source, 1);
   schedule(*issue.warp, issue.instruction->text, [load, reduction] {
     const Issue& by = load->issue;
@@ -152,7 +156,10 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     return false;
   }
   for (const auto& store : covered) {
-    if (!store->released) hold_source(*store->cta, store->source, -1);
+    if (!store->released) {
+      hold_source(*store->cta, store->source, -1);
+      note_source_read(store->issue, *store->cta, store->source);
+    }
     store->released = true;
   }
   std::erase_if(copies.stores, [](const auto& store) { return store->released && store->written; });

@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "async.h"
+#include "order.h"
 
 namespace hoppersim {
 namespace {
@@ -67,12 +68,13 @@ bool cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
   for (int lane = 0; lane < kLanes; ++lane)
     if (mask >> lane & 1) copies.cluster_generation[lane] = barrier.generation;
   if (i.has("relaxed")) {
-    merge(barrier.weak, warp.clock);
+    release(barrier.weak, warp, mask);
+    merge(barrier.clock, warp.fenced);
   } else {
-    merge(barrier.clock, warp.clock);
+    release(barrier.clock, warp, mask);
   }
   merge(barrier.weak, warp.weak);
-  ++warp.clock[warp.clock_index()];
+  ++warp.step;
   try_complete(*warp.cta->cluster);
   return true;
 }
@@ -96,7 +98,7 @@ bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
     return false;
   }
   copies.cluster_waiting &= ~mask;
-  merge(warp.clock, cluster.barrier.completed_clock);
+  acquire(warp, cluster.barrier.completed_clock, mask);
   merge(warp.weak, cluster.barrier.completed_weak);
   return true;
 }
@@ -108,18 +110,20 @@ bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 void access_remote(Warp& warp, const Instruction& i, Cta& target, int lane) {
   if (target.ended)
     return report("access to an ended CTA", warp, i, "the CTA whose shared memory this is has ended", lane);
-  target.remote_accesses[warp.clock_index()] = {&warp, &i, lane, ++warp.clock[warp.clock_index()]};
+  Cta::RemoteAccess& last = target.remote_accesses[warp.clock_index()];
+  const uint32_t earlier = last.event.step == warp.step ? last.event.lanes : 0;
+  last = {&warp, &i, lane, event_of(warp, earlier | 1u << lane)};
 }
 
 void warp_ended(Warp& warp) {
   Cta& cta = *warp.cta;
-  merge(cta.exit_clock, warp.clock);
+  merge(cta.exit_clock, view_of(warp, -1));
   merge(cta.exit_clock, warp.weak);
   cta.ended = std::all_of(cta.warps.begin(), cta.warps.end(),
                           [](const auto& other) { return other->state == Warp::State::done; });
   if (!cta.ended) return;
   for (const auto& [index, access] : cta.remote_accesses) {
-    if (cta.exit_clock[static_cast<size_t>(index)] >= access.sequence) continue;
+    if (knows(cta.exit_clock, access.event, 1, false)) continue;
     report("access to an ended CTA", *access.warp, *access.instruction,
            "no barrier orders it before the end of the CTA of rank " + std::to_string(cta.rank) +
                ", whose shared memory this is: it may come later",

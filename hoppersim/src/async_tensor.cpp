@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "async_reduce.h"
+#include "races.h"
 #include "tensor_map_proxy.h"
 
 namespace hoppersim {
@@ -152,6 +153,7 @@ uint64_t check_rows(const Issue& issue, const Box& box, bool write) {
     if (!address) return;
     const uint64_t size = static_cast<uint64_t>(box.last - box.first) * box.element;
     check_global(issue, address + box.first * box.element, size, write);
+    if (!write) check_global_fence(issue, address + box.first * box.element, size);
     bytes += size;
   });
   return bytes;

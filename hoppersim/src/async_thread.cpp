@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "async.h"
+#include "races.h"
 
 namespace hoppersim {
 namespace {
@@ -12,6 +12,14 @@ Range destination_of(const ThreadCopy& copy) { return {copy.destination, copy.si
 
 uint64_t shared_address(const Cta& cta, uint32_t offset) {
   return static_cast<uint64_t>(cta.rank) * kRankStride + offset;
+}
+
+// The write of a lane that has waited, or has begun it.
+void note(const ThreadCopy& copy, bool only_check) {
+  Warp& warp = *copy.issue.warp;
+  const Run run{warp.cta, copy.destination, copy.size, 1u << copy.issue.lane, 0};
+  if (only_check) return check_write(warp, *copy.issue.instruction, run);
+  note_write(warp, *copy.issue.instruction, run, nullptr);
 }
 
 void perform(const ThreadCopy& copy) {
@@ -58,6 +66,7 @@ bool copy(Warp& warp, const Instruction& i, uint32_t mask) {
     if (any & SharedMemory::in_flight)
       report("overwritten while a copy is in flight", issue,
              "another copy to the same shared memory has not been waited for");
+    note(item, true);
     if (!is_late(warp)) perform(item);
     set_in_flight(*warp.cta, destination_of(item), true);
     copies.thread_copies.push_back(item);
@@ -95,7 +104,10 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     (covered && mask >> lane & 1 ? done : left).push_back(item);
   }
   copies.thread_copies = std::move(left);
-  for (const ThreadCopy& item : done) finish(item);
+  for (const ThreadCopy& item : done) {
+    finish(item);
+    note(item, false);
+  }
   return true;
 }
 
@@ -110,28 +122,33 @@ bool arrive_after(Warp& warp, const Instruction& i, uint32_t mask) {
     Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
     check_initialised(issue, *place.cta, place.offset, false);
     if (!i.data[0]) ++barrier.pending;
+    const Completion completion = completion_of(*place.cta, place.offset, barrier, barrier.phase);
+    Clock released;
+    release(released, warp, 1u << lane);
     std::vector<ThreadCopy> items;
     std::vector<Range> ranges;
     std::erase_if(copies.thread_copies, [&](const ThreadCopy& item) {
       if (item.issue.lane != lane) return false;
       items.push_back(item);
       ranges.push_back(destination_of(item));
+      note_thread_copy(item.issue, *warp.cta, ranges.back(), completion);
       return true;
     });
     // The destinations stay in flight until somebody has waited for the barrier: a load that carries no bytes.
     auto load = std::make_shared<Load>(Load{issue, place.cta, place.offset, barrier.phase, ranges});
     copies_of(*warp.cta->cluster).loads.push_back(load);
-    schedule(warp, i.text, [load, items] {
+    schedule(warp, i.text, [load, items, released] {
       Warp& issuer = *load->issue.warp;
       for (const ThreadCopy& item : items) {
         finish(item);
         set_in_flight(*issuer.cta, destination_of(item), true);
       }
       load->landed = true;
-      arrive(load->issue, *load->cta, load->barrier, 1, true);
-      ++issuer.clock[issuer.clock_index()];
+      merge(barrier_at(load->issue, *load->cta, load->barrier).clock, released);
+      arrive(load->issue, *load->cta, load->barrier, 1);
     });
   }
+  ++warp.step;
   return true;
 }
 

@@ -102,6 +102,16 @@ std::string class_of(const Instruction& i) {
   return "alu";
 }
 
+// Leniently: any access that may take part in a synchronisation on its address.
+bool synchronises(const Instruction& i) {
+  if (i.opcode == "atom" || i.opcode == "red") return true;
+  if (i.opcode != "ld" && i.opcode != "st") return false;
+  for (const char* m : {"volatile", "relaxed", "acquire", "release", "mmio"}) {
+    if (i.has(m)) return true;
+  }
+  return false;
+}
+
 uint16_t class_index(const std::string& name) {
   std::vector<std::string>& names = counter_class_names();
   const size_t index = static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
@@ -268,6 +278,9 @@ void PtxParser::emit(Instruction&& i) {
     not_modelled(i.text);
   }
   i.counter_class = class_index(class_of(i));
+  i.pc = static_cast<uint32_t>(function_->code.size());
+  i.strong = synchronises(i);
+  function_->loads_bulk |= i.opcode == "cp" && i.has("mbarrier::complete_tx::bytes") && i.has("global");
   i.source = source_;
   function_->code.push_back(std::move(i));
 }

@@ -4,6 +4,7 @@
 
 #include "core.h"
 #include "core_formats.h"
+#include "races.h"
 
 namespace hoppersim {
 
@@ -83,6 +84,12 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
   const bool shared = space == Space::shared;
   std::unique_lock lock(global_mutex, std::defer_lock);
   if (!shared) lock.lock();
+  uint64_t places[kLanes] = {};
+  bool in_shared = false;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (mask >> lane & 1) in_shared |= normalise(space, places[lane] = address_of(warp, i.operands[at], lane));
+  }
+  acquire_addresses(warp, places, mask, in_shared);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
     addresses[lane] = address_of(warp, i.operands[at], lane);
@@ -97,6 +104,9 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
       if (at == 1) set_register(warp, element(i.operands[0], k), lane, old);
     }
   }
+  if (in_shared) note_writes(warp, i, space, addresses, mask, size * i.data[3]);
+  note_global_writes(warp, i, space, addresses, mask, size * i.data[3]);
+  release_addresses(warp, places, mask, in_shared);
   const uint64_t first = addresses[__builtin_ctz(mask)];
   count(warp, addresses, mask, static_cast<int>(size * i.data[3]),
         shared || (first >= kSharedWindow && first < kLocalWindow));

@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "core.h"
+#include "order.h"
 
 namespace hoppersim {
 
@@ -49,7 +50,8 @@ Cta::NamedBarrier& join(Warp& warp, const Instruction& i, uint32_t id, uint32_t 
   }
   barrier.expected = count;
   barrier.arrived += mask == warp.alive ? kLanes : static_cast<uint32_t>(std::popcount(mask));
-  merge(barrier.clock, warp.clock);
+  release(barrier.clock, warp, mask);
+  ++warp.step;
   return barrier;
 }
 
@@ -87,7 +89,7 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
     };
     return false;
   }
-  merge(warp.clock, barrier.completed_clock);
+  acquire(warp, barrier.completed_clock, mask);
   if (i.data[0] >= red_popc_) {
     uint32_t threads = 0;
     for (const auto& other : warp.cta->warps) threads += static_cast<uint32_t>(std::popcount(other->alive));
@@ -98,23 +100,32 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
 
 bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
-// What the warp knows of (its own writes and those it has synchronised with) becomes visible to the async proxy:
-// of the shared memory of every CTA, or (data[0]) of its own only.
-bool fence_proxy(Warp& warp, const Instruction& i, uint32_t) {
-  for (const auto& cta : warp.cta->cluster->ctas)
-    if (!i.data[0] || cta.get() == warp.cta) merge(cta->fenced, warp.clock);
+enum Memory : uint32_t { own_ = 1, others_ = 2, global_ = 4 };  // data[0] of a proxy fence
+
+// What the lanes know of (their own writes and those they have synchronised with) becomes visible to the async proxy.
+bool fence_proxy(Warp& warp, const Instruction& i, uint32_t mask) {
+  Cluster& cluster = *warp.cta->cluster;
+  for (const auto& cta : cluster.ctas) {
+    if (i.data[0] & (cta.get() == warp.cta ? own_ : others_)) release(cta->fenced, warp, mask);
+  }
+  if (i.data[0] & global_) release(cluster.order->fenced_global, warp, mask);
+  ++warp.step;
   return true;
 }
 
-// Orders the initialisations of mbarriers that the warp knows of before a later arrival, a relaxed one too;
-// mbarrier_init (data[0]): also before their use by the async proxy.
-bool fence_memory(Warp& warp, const Instruction& i, uint32_t) {
-  const auto index = static_cast<size_t>(warp.clock_index());
-  const Mbarrier::Event now{index, ++warp.clock[index]};
+// Orders the initialisations of mbarriers that the lanes know of before a later arrival, a relaxed one too;
+// mbarrier_init (data[0]): also before their use by the async proxy, and nothing else.
+bool fence_memory(Warp& warp, const Instruction& i, uint32_t mask) {
+  const int lane = std::countr_zero(mask);
   for (auto& [offset, barrier] : warp.cta->mbarriers) {
-    if (!barrier.initialised.known(warp.clock)) continue;
-    if (!barrier.fenced.sequence) barrier.fenced = now;
-    if (i.data[0] && !barrier.async_fenced.sequence) barrier.async_fenced = now;
+    if (!knows(warp, mask == kAll ? -1 : lane, barrier.initialised, 1, true)) continue;
+    if (!barrier.fenced.step) barrier.fenced = event_of(warp, mask);
+    if (i.data[0] && !barrier.async_fenced.step) barrier.async_fenced = event_of(warp, mask);
+  }
+  if (i.data[0]) {
+    ++warp.step;
+  } else {
+    fence(warp, mask);
   }
   return true;
 }
@@ -154,9 +165,10 @@ bool bind_fence(Instruction& i) {
     i.execute = fence_memory;
     return true;
   }
-  const bool async = i.has("async") || i.has("async::generic");
-  i.data[0] = i.has("shared::cta");
-  i.execute = async && !i.has("global") ? fence_proxy : nothing;
+  const bool global = i.has("global") || i.has("async.global") || i.has("async::global");
+  const bool own = i.has("shared::cta") || i.has("async.shared::cta"), shared = own || i.has("shared::cluster");
+  i.data[0] = global ? +global_ : own ? +own_ : shared ? own_ | others_ : own_ | others_ | global_;
+  i.execute = i.has("alias") ? nothing : fence_proxy;
   return true;
 }
 

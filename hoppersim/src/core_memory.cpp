@@ -1,5 +1,7 @@
 // ld and st of every state space, vector width and type; prefetch and other hints.
 #include "core.h"
+#include "races.h"
+#include "report.h"
 
 namespace hoppersim {
 
@@ -91,21 +93,57 @@ void get(const Warp& warp, const Operand& source, LaneBytes& bytes, int offset, 
   for (int lane = 0; lane < kLanes; ++lane) std::memcpy(bytes[lane] + offset, &values[lane], size);
 }
 
+// A strong access acquires from, or releases to, its addresses.
+void at_addresses(Warp& warp, Space space, const uint64_t* addresses, uint32_t mask,
+                  void (*effect)(Warp&, const uint64_t*, uint32_t, bool)) {
+  uint64_t plain[kLanes];
+  uint32_t shared = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    plain[lane] = addresses[lane];
+    if (mask >> lane & 1 && normalise(space, plain[lane])) shared |= 1u << lane;
+  }
+  if (shared) effect(warp, plain, shared, true);
+  if (mask & ~shared) effect(warp, plain, mask & ~shared, false);
+}
+
 bool execute_load(Warp& warp, const Instruction& i, uint32_t mask) {
   const int elements = static_cast<int>(i.data[kElements]), size = static_cast<int>(i.data[kBytes]);
   const Space space = static_cast<Space>(i.data[kSpace]);
   uint64_t addresses[kLanes];
   LaneBytes bytes;
   addresses_of(warp, i.operands[1], addresses);
+  if (i.strong) at_addresses(warp, space, addresses, mask, acquire_addresses);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
     if (i.data[kFlags] & own_cta) check_own(warp, i, addresses[lane], lane);
     read_memory(warp, i, space, addresses[lane], size_t(size) * elements, bytes[lane], lane);
   }
+  if (space == Space::shared || space == Space::generic)
+    note_reads(warp, i, space, addresses, mask, size_t(size) * elements);
   for (int k = 0; k < elements; ++k)
     put(warp, element(i.operands[0], k), mask, bytes, k * size, size, i.data[kFlags] & sign_extend);
   count(warp, i, addresses, mask, size * elements, false);
   return true;
+}
+
+// Stores of lanes that are neighbours, or at the same place, and what they mean for races.
+void store_run(Warp& warp, const Instruction& i, const Run& run, const uint64_t* addresses, const LaneBytes& bytes,
+               size_t size) {
+  const Space space = static_cast<Space>(i.data[kSpace]);
+  uint8_t before[64];
+  const bool inside = run.cta != nullptr && run.offset + run.size <= run.cta->shared.bytes.size();
+  if (inside) std::memcpy(before, &run.cta->shared.bytes[run.offset], run.size);
+  const uint8_t* first = bytes[__builtin_ctz(run.lanes)];
+  for (uint32_t left = run.lanes; left; left &= left - 1) {
+    const int lane = __builtin_ctz(left);
+    write_memory(warp, i, space, addresses[lane], size, bytes[lane], lane);
+    if (inside && run.share == 0 && !i.strong && std::memcmp(first, bytes[lane], size) != 0)
+      report("race within a warp", warp, i,
+             "lanes " + std::to_string(__builtin_ctz(run.lanes)) + " and " + std::to_string(lane) +
+                 " of this instruction write different values to the same shared address",
+             lane);
+  }
+  if (inside) note_write(warp, i, run, before);
 }
 
 bool execute_store(Warp& warp, const Instruction& i, uint32_t mask) {
@@ -115,11 +153,19 @@ bool execute_store(Warp& warp, const Instruction& i, uint32_t mask) {
   LaneBytes bytes;
   addresses_of(warp, i.operands[0], addresses);
   for (int k = 0; k < elements; ++k) get(warp, element(i.operands[1], k), bytes, k * size, size);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    if (i.data[kFlags] & own_cta) check_own(warp, i, addresses[lane], lane);
-    write_memory(warp, i, space, addresses[lane], size_t(size) * elements, bytes[lane], lane);
+  const size_t width = size_t(size) * elements;
+  if (i.data[kFlags] & own_cta) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (mask >> lane & 1) check_own(warp, i, addresses[lane], lane);
+    }
   }
+  for (uint32_t left = mask; left;) {
+    const Run run = first_run(warp, space, addresses, left, width);
+    store_run(warp, i, run, addresses, bytes, width);
+    left &= ~run.lanes;
+  }
+  note_global_writes(warp, i, space, addresses, mask, width);
+  if (i.strong) at_addresses(warp, space, addresses, mask, release_addresses);
   count(warp, i, addresses, mask, size * elements, true);
   return true;
 }

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "core.h"
+#include "order.h"
 
 namespace hoppersim {
 
@@ -132,7 +133,9 @@ bool elect(Warp& warp, const Instruction& i, uint32_t mask) {
 }
 
 bool sync_warp(Warp& warp, const Instruction& i, uint32_t mask) {
-  return members_here(warp, i, i.operands[0], mask) != 0;
+  const uint32_t members = members_here(warp, i, i.operands[0], mask);
+  if (members) synchronise(warp, members);
+  return members != 0;
 }
 
 // Index of the modifier that is one of `names`.

@@ -11,6 +11,7 @@
 
 #include "async.h"
 #include "core.h"
+#include "order.h"
 #include "tensor.h"
 #include "tensor_map_proxy.h"
 
@@ -84,12 +85,9 @@ void ClusterRun::build(uint64_t index) {
     cluster_.ctas.push_back(std::move(cta));
   }
   for (auto& cta : cluster_.ctas) {
-    for (auto& warp : cta->warps) {
-      warp->clock.assign(count * cta->warps.size(), 0);
-      warps_.push_back(warp.get());
-    }
-    cta->fenced.assign(count * cta->warps.size(), 0);
+    for (auto& warp : cta->warps) warps_.push_back(warp.get());
   }
+  begin_order(cluster_);
 }
 
 void ClusterRun::build_warps(Cta& cta) {

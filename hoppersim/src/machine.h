@@ -101,12 +101,30 @@ struct Counters {
   std::vector<std::pair<const char*, uint64_t>> numbers() const;  // all but `instructions`, by name
 };
 
-// Vector clock over the warps of a cluster (index = cluster rank * warps per CTA + warp): which generic writes are
-// known.
-using Clock = std::vector<uint64_t>;
+// ---- What happens before what (order.h). An agent is a warp of the cluster (index = cluster rank * warps per CTA +
+// warp), the wgmma of a warpgroup, or the copies towards an mbarrier; it counts steps. A clock, indexed by agent, tells
+// which steps are known.
+struct Known {
+  uint32_t all = 0;              // up to this step, of every lane
+  uint32_t some = 0, lanes = 0;  // up to this step, of these lanes
+};
+using Clock = std::vector<Known>;
 void merge(Clock& into, const Clock& from);
 
-// ---- Shared memory with its shadow: one byte of flags per byte, writer bookkeeping per 16-byte granule.
+// An access to a granule of 16 bytes, as the granule remembers it.
+struct Stamp {
+  uint32_t step = 0;
+  uint32_t lanes = 0;  // of the warp; of another agent: its issuer, clock index * 32 + lane
+  uint16_t agent = 0;
+  uint16_t bytes = 0;  // of the granule; 0: no access
+  uint32_t pc : 21 = 0;
+  uint32_t share : 5 = 0;  // bytes of each lane, in order from `start`; 0: every lane all, kMixed: forgotten
+  uint32_t start : 4 = 0;
+  uint32_t strong : 1 = 0;   // atomic, volatile, relaxed, …: no race with another such
+  uint32_t generic : 1 = 0;  // the async proxy sees it after a proxy fence only
+};
+
+// ---- Shared memory with its shadow: one byte of flags per byte, the last accesses per granule of 16 bytes (races.h).
 struct SharedMemory {
   enum Flag : uint8_t {
     written = 1,
@@ -114,11 +132,15 @@ struct SharedMemory {
   };  // in_flight: an asynchronous copy will write it, not yet complete
   std::vector<uint8_t> bytes, flags;
   struct Granule {
-    uint64_t sequence = 0;      // the last generic writer's clock at the write
-    int32_t writer = -1;        // its clock index, -1: none since the last async write
+    Stamp write, reads[2];
     int32_t async_readers = 0;  // outstanding wgmma or bulk-store reads
+    uint32_t more = 0;          // index into `more` plus 1, 0: none
+  };
+  struct More {
+    std::vector<Stamp> writes, reads;
   };
   std::vector<Granule> granules;
+  std::deque<More> more;  // accesses for which a granule has no room
   void resize(size_t size);
   void clear(size_t begin, size_t end);  // written, with zeros
 };
@@ -131,20 +153,17 @@ struct Mbarrier {
   Clock clock;                 // merged clocks of the arrivals
   Clock completed_clock;       // clock that a successful wait acquires
   Clock weak, completed_weak;  // Warp::weak of the arrivals, likewise
-  // What happened to it, as a warp (clock index) and its clock then; sequence 0: not yet.
-  struct Event {
-    size_t warp = 0;
-    uint64_t sequence = 0;
-    bool known(const Clock& clock) const { return sequence && warp < clock.size() && clock[warp] >= sequence; }
-  };
-  Event initialised;
-  Event fenced, async_fenced;  // the first fence, fence.mbarrier_init, by a warp that knew of the initialisation
+  int32_t agent = -1;          // of the copies towards it; -1: none yet
+  uint32_t first_step = 0;     // its step in phase 0
+  Stamp initialised;
+  Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
   const Instruction* expected_by = nullptr;  // the last expect_tx
 };
 
 struct Cta;
 struct Cluster;
 struct Launch;
+struct Order;  // order.h
 struct Warp;
 
 // ---- Warp
@@ -175,7 +194,14 @@ struct Warp {
   std::vector<uint32_t> predicates;         // one mask per predicate register
   std::vector<uint8_t> register_in_flight;  // per register: outstanding wgmma accumulators that write it
   std::vector<std::vector<uint8_t>> local;  // per lane
-  Clock clock;
+  Clock clock;                              // what every lane knows
+  uint32_t step = 1;                        // of its accesses; what it releases ends one
+  struct Partial {
+    uint32_t lanes;
+    Clock clock;
+  };
+  std::vector<Partial> partial;  // what only these lanes know beside
+  Clock fenced, relaxed;         // what a fence has released for a relaxed access, what one has acquired for a fence
   Clock weak;                    // what came before by relaxed arrivals: in time, without order of memory
   std::shared_ptr<void> async;   // owned by the asynchronous units (wgmma groups, cp.async and bulk groups)
   std::shared_ptr<void> copies;  // async.h: cp.async and bulk groups of the lanes, arrivals at the cluster barrier
@@ -206,15 +232,16 @@ struct Cta {
              completed_count = 0;  // barrier.red: threads whose predicate held, of how many
   };
   NamedBarrier named[16];
-  std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint64_t>>
-      acquired_maps;            // tensor map and warp: generation of the map, clock of the warp
+  std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint32_t>>
+      acquired_maps;            // tensor map and warp: generation of the map, step of the warp
   uint32_t free_registers = 0;  // of the pool of setmaxnreg, in registers per thread of one warp
   Clock fenced;                 // generic writes that a proxy fence has made visible to the async proxy
+  std::unordered_map<uint32_t, std::pair<int32_t, uint32_t>> barrier_agents;  // by offset: agent, its next step
   struct RemoteAccess {
     const Warp* warp;
     const Instruction* instruction;
     int lane;
-    uint64_t sequence;  // clock of the warp
+    Stamp event;
   };
   std::map<int, RemoteAccess> remote_accesses;  // the last of each warp of other CTAs to this shared memory
   Clock exit_clock;                             // what came before the exits of its warps
@@ -231,8 +258,9 @@ struct Cluster {
   Launch* launch = nullptr;
   std::vector<std::unique_ptr<Cta>> ctas;
   std::shared_ptr<void> copies;  // async.h: copies on their way to an mbarrier, bulk stores
-  std::deque<Pending> pending;   // completed one by one when no warp can run (late), in seeded order
-  Cta::NamedBarrier barrier;     // barrier.cluster
+  std::shared_ptr<Order> order;
+  std::deque<Pending> pending;  // completed one by one when no warp can run (late), in seeded order
+  Cta::NamedBarrier barrier;    // barrier.cluster
   std::mt19937_64 random;
   Counters counters;
   uint64_t executed = 0;
@@ -303,7 +331,7 @@ void read_memory(Warp& warp, const Instruction& i, Space space, uint64_t address
 void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t address, size_t size, const void* data,
                   int lane);
 
-// Access by the async proxy (TMA, wgmma, bulk copies) to shared memory: checks the proxy fence and outstanding readers.
+// Access by the async proxy (TMA, wgmma, bulk copies) to shared memory; races.h checks its order and its fences.
 void async_read_shared(Warp& warp, const Instruction& i, Cta& cta, uint32_t offset, size_t size, void* data);
 void async_write_shared(Warp& warp, const Instruction& i, Cta& cta, uint32_t offset, size_t size, const void* data);
 

@@ -121,11 +121,6 @@ bool begins_map(const void* data) {
 
 }  // namespace
 
-void merge(Clock& into, const Clock& from) {
-  if (into.size() < from.size()) into.resize(from.size(), 0);
-  for (size_t k = 0; k < from.size(); ++k) into[k] = std::max(into[k], from[k]);
-}
-
 void SharedMemory::resize(size_t size) {
   bytes.assign(size, 0xa5);
   flags.assign(size, 0);
@@ -232,11 +227,6 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
              "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
     std::memset(&shared.flags[place.offset], SharedMemory::written, size);
     std::memcpy(&shared.bytes[place.offset], data, size);
-    const uint64_t now = ++warp.clock[warp.clock_index()];
-    for (size_t g = place.offset / 16; g <= (place.offset + size - 1) / 16; ++g) {
-      shared.granules[g].writer = warp.clock_index();
-      shared.granules[g].sequence = now;
-    }
   } else if (space == Space::local) {
     std::memcpy(local_bytes(warp, i, address, size, lane), data, size);
   } else if (space == Space::param || space == Space::constant) {
@@ -247,27 +237,10 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
   }
 }
 
-// The async proxy may touch what threads wrote only if this warp knows of the write and a proxy fence followed it.
-static void check_proxy(Warp& warp, const Instruction& i, Cta& cta, uint32_t offset, size_t size, const char* verb) {
-  for (size_t g = offset / 16; g <= (offset + size - 1) / 16; ++g) {
-    const SharedMemory::Granule& granule = cta.shared.granules[g];
-    if (granule.writer < 0) continue;
-    const size_t writer = static_cast<size_t>(granule.writer);
-    auto knows = [&](const Clock& clock) { return writer < clock.size() && clock[writer] >= granule.sequence; };
-    const bool ordered = knows(warp.clock);
-    if (ordered && knows(cta.fenced)) continue;
-    const std::string what = std::string(verb) + " shared address " + hex(g * 16) + ", which " +
-                             name_of_warp(*cta.cluster, writer) + " wrote";
-    if (!ordered) return report("unsynchronised shared memory", warp, i, what + " and no barrier orders the two");
-    return report("missing proxy fence", warp, i, what + " without a fence.proxy.async of that memory after it");
-  }
-}
-
 void async_read_shared(Warp& warp, const Instruction& i, Cta& cta, uint32_t offset, size_t size, void* data) {
   if (size == 0) return;
   check_shared(warp, i, cta, offset, size, -1);
   check_readable(warp, i, cta.shared, offset, size, -1);
-  check_proxy(warp, i, cta, offset, size, "reads");
   if (data != nullptr) std::memcpy(data, &cta.shared.bytes[offset], size);
 }
 
@@ -275,10 +248,8 @@ void async_write_shared(Warp& warp, const Instruction& i, Cta& cta, uint32_t off
   if (size == 0) return;
   check_shared(warp, i, cta, offset, size, -1);
   check_writable(warp, i, cta.shared, offset, size, -1);
-  check_proxy(warp, i, cta, offset, size, "writes");
   std::memcpy(&cta.shared.bytes[offset], data, size);
   for (size_t k = 0; k < size; ++k) cta.shared.flags[offset + k] |= SharedMemory::written;
-  for (size_t g = offset / 16; g <= (offset + size - 1) / 16; ++g) cta.shared.granules[g].writer = -1;
 }
 
 // Accesses of 8 and 16 bytes a lane go in two and four phases of 16 and 8 lanes; a phase takes as many wavefronts as

@@ -98,6 +98,8 @@ struct Instruction {
   uint16_t counter_class = 0;   // index into counter_class_names()
   bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
   const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
+  uint32_t pc = 0;              // index into Function::code
+  bool strong = false;          // an access that synchronises on its address: atomic, volatile, relaxed, …
   uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
 };
 
@@ -118,6 +120,7 @@ struct Function {
   bool external_shared = false;
   uint32_t shared_begin = kSharedBase;       // kReservedForKernels when it names %reserved_smem_offset_…
   uint32_t min_ctas = 0, max_registers = 0;  // .minnctapersm, .maxnreg; 0: not declared
+  bool loads_bulk = false;                   // a copy engine's read of global memory: the global writes are remembered
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset
   std::vector<Instruction> code;

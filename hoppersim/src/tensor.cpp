@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "races.h"
 #include "report.h"
 #include "tensor_float.h"
 #include "tensor_state.h"
@@ -142,9 +143,11 @@ void count_operands(Warp& warp, const WgmmaShape& shape, size_t units) {
 }
 
 void begin_reading(Warp& warp, const Instruction& i, const TensorOperation& operation) {
-  uint8_t unit[16];
+  const Issue issue{&warp, &i, -1};
+  const Completion completion{warpgroup_agent(warp), static_cast<uint32_t>(operation.group)};
   for (uint32_t offset : operation.units) {
-    async_read_shared(warp, i, *warp.cta, offset, 16, unit);
+    async_read_shared(warp, i, *warp.cta, offset, 16, nullptr);
+    note_async_read(issue, *warp.cta, {offset, 16}, completion);
     ++warp.cta->shared.granules[offset / 16].async_readers;
   }
 }
@@ -213,6 +216,12 @@ void retire(Warp& warp, TensorState& state, uint64_t target) {
       operations.end());
 }
 
+// What the four warps have released by their commits.
+Clock& group_clock(const Warp& warp) {
+  const Cluster& cluster = *warp.cta->cluster;
+  return cluster.order->warpgroups[warpgroup_agent(warp) - cluster.ctas.size() * warp.cta->warps.size()];
+}
+
 // ---- Execution
 bool execute_fence(Warp& warp, const Instruction& i, uint32_t mask) {
   require_converged(warp, i, mask);
@@ -223,6 +232,8 @@ bool execute_fence(Warp& warp, const Instruction& i, uint32_t mask) {
 bool execute_commit(Warp& warp, const Instruction& i, uint32_t mask) {
   require_converged(warp, i, mask);
   ++tensor_state(warp).committed;
+  release(group_clock(warp), warp, mask);
+  ++warp.step;
   return true;
 }
 
@@ -249,6 +260,9 @@ bool execute_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   compare_with_peers(warp, i, target);
   for (int w = 0; w < kWarpgroup; ++w) complete(peer(warp, w), target);
+  acquire(warp, group_clock(warp), mask);
+  Known& reads = warp.clock[warpgroup_agent(warp)];
+  reads.all = std::max(reads.all, static_cast<uint32_t>(target));
   retire(warp, state, target);
   return true;
 }

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <mutex>
 
+#include "order.h"
+
 namespace hoppersim {
 
 struct MapProxy {
@@ -10,7 +12,7 @@ struct MapProxy {
     uint64_t generation = 0;  // how often the map was written
     const Cluster* cluster = nullptr;
     size_t writer = 0;      // clock index
-    uint64_t sequence = 0;  // its clock at the write
+    uint32_t sequence = 0;  // its step at the write
     bool released = false;
   };
   std::mutex mutex;  // clusters run on several host threads
@@ -27,7 +29,7 @@ void map_written(Warp& warp, uint64_t address, bool released) {
   std::lock_guard lock(proxy.mutex);
   MapProxy::Write& write = proxy.writes[address];
   const auto writer = static_cast<size_t>(warp.clock_index());
-  write = {write.generation + 1, warp.cta->cluster, writer, ++warp.clock[writer], released};
+  write = {write.generation + 1, warp.cta->cluster, writer, warp.step++, released};
   proxy.any = true;
 }
 
@@ -36,7 +38,7 @@ void release_maps(Warp& warp) {
   if (!proxy.any) return;
   std::lock_guard lock(proxy.mutex);
   for (auto& [address, write] : proxy.writes) {
-    if (write.cluster == warp.cta->cluster && warp.clock[write.writer] >= write.sequence) write.released = true;
+    if (write.cluster == warp.cta->cluster && knows_step(warp, write.writer, write.sequence)) write.released = true;
   }
 }
 
@@ -46,8 +48,7 @@ void acquire_map(Warp& warp, uint64_t address) {
   std::lock_guard lock(proxy.mutex);
   const auto found = proxy.writes.find(address);
   if (found == proxy.writes.end() || !found->second.released) return;  // it acquires the map as it was before
-  const auto index = static_cast<size_t>(warp.clock_index());
-  warp.cta->acquired_maps[{address, warp.id}] = {found->second.generation, ++warp.clock[index]};
+  warp.cta->acquired_maps[{address, warp.id}] = {found->second.generation, warp.step++};
 }
 
 void check_map_fences(const Issue& issue, uint64_t address) {
@@ -64,7 +65,7 @@ void check_map_fences(const Issue& issue, uint64_t address) {
   for (const auto& other : warp.cta->warps) {
     const auto acquired = warp.cta->acquired_maps.find({address, other->id});
     if (acquired == warp.cta->acquired_maps.end() || acquired->second.first != found->second.generation) continue;
-    if (warp.clock[other->clock_index()] >= acquired->second.second) return;
+    if (knows_step(warp, other->clock_index(), acquired->second.second)) return;
   }
   report(
       "missing tensormap fence", issue,

@@ -1,14 +1,17 @@
 // ldmatrix, stmatrix, movmatrix: synchronous, one warp.
+#include "races.h"
 #include "tensor.h"
 #include "tensor_warp.h"
 
 namespace hoppersim {
 namespace {
 
+uint32_t row_lanes(const Instruction& i) { return static_cast<uint32_t>((1ull << 8 * i.data[0]) - 1); }
+
 // data: matrices, transposed, Space. Row r of matrix j is at the address of lane 8 j + r.
 void row_addresses(Warp& warp, const Instruction& i, const Operand& operand, uint64_t* addresses) {
   auto space = static_cast<Space>(i.data[2]);
-  uint32_t offsets[kLanes] = {}, lanes = static_cast<uint32_t>((1ull << 8 * i.data[0]) - 1);
+  uint32_t offsets[kLanes] = {}, lanes = row_lanes(i);
   for (uint32_t lane = 0; lane < 8 * i.data[0]; ++lane) {
     addresses[lane] = address_of(warp, operand, static_cast<int>(lane));
     offsets[lane] = shared_place(warp, i, addresses[lane], 16, space).offset;
@@ -31,6 +34,7 @@ bool execute_ldmatrix(Warp& warp, const Instruction& i, uint32_t mask) {
     read_memory(warp, i, static_cast<Space>(i.data[2]), addresses[lane], 16, matrices[lane / 8][lane % 8],
                 static_cast<int>(lane));
   }
+  note_reads(warp, i, static_cast<Space>(i.data[2]), addresses, row_lanes(i), 16);
   for (uint32_t j = 0; j < i.data[0]; ++j) {
     uint32_t* words = words_of(warp, element_of(i.operands[0], j));
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -57,6 +61,7 @@ bool execute_stmatrix(Warp& warp, const Instruction& i, uint32_t mask) {
       write_memory(warp, i, static_cast<Space>(i.data[2]), addresses[lane], 16, matrix[row], lane);
     }
   }
+  note_writes(warp, i, static_cast<Space>(i.data[2]), addresses, row_lanes(i), 16);
   return true;
 }
 

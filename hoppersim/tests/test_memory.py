@@ -223,7 +223,7 @@ def test_sectors(stride, sectors):
 
 @pytest.mark.parametrize("stride, wavefronts", [(4, 1), (8, 2), (128, 32), (0, 1), (132 - 128, 1)])
 def test_bank_conflicts(stride, wavefronts):
-    _, counters = run(SHARED + f"mad.lo.u32 %r2, %r0, {stride}, %r1;\nst.shared.u32 [%r2], %r0;")
+    _, counters = run(SHARED + f"mad.lo.u32 %r2, %r0, {stride}, %r1;\nst.shared.u32 [%r2], %r1;")
     assert (counters["shared_accesses"], counters["shared_wavefronts"], counters["shared_ideal_wavefronts"]) == (
         1,
         wavefronts,

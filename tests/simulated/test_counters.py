@@ -83,6 +83,7 @@ STRIDED = """
   mul.lo.u32 %r2, %r0, %r1;
   mov.u32 %r3, buffer;
   add.u32 %r4, %r3, %r2;
+  mov.u32 %r0, 7;
   st.shared.u32 [%r4], %r0;
   ld.shared.u32 %r5, [%r4];
   ret;
