@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-instructions",
         type=_positive,
         metavar="N",
-        help="report a launch whose cluster executes more instructions of warps as a live-lock",
+        help="report a live-lock when a cluster executes more instructions of warps without getting on: without a "
+        "store, copy, product, arrival or barrier",
     )
     runner.add_argument("program", metavar="PROGRAM", help="path of the program, or a name on PATH")
     runner.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")

@@ -12,6 +12,13 @@ from ._launch import address, is_array, registered
 from ._native import build_folder, library_folder, lock, native, nvcc, run
 
 
+def _compiler() -> str:
+    path = nvcc()
+    if path is None:
+        raise RuntimeError("hoppersim compiles CUDA sources with nvcc: put it on PATH, or set CUDA_HOME to its toolkit")
+    return path
+
+
 class Library:
     """A shared library of CUDA host code and kernels, linked against the simulated runtime."""
 
@@ -45,7 +52,8 @@ class Library:
     def resources(self) -> dict[str, dict]:
         """What ptxas says of each kernel, by mangled name: registers per thread, spill_bytes, static_shared bytes."""
         report = run(
-            [nvcc(), *self.options, "-cubin", "-arch=sm_90a", "-Xptxas=-v", str(self.source), "-o", os.devnull], "ptxas"
+            [_compiler(), *self.options, "-cubin", "-arch=sm_90a", "-Xptxas=-v", str(self.source), "-o", os.devnull],
+            "ptxas",
         )
         kernels, name = {}, None
         for line in report.splitlines():
@@ -95,7 +103,7 @@ def compile_cuda(source, *, include_dirs=(), flags=()) -> Library:
         path.write_text(source)
     else:
         path = Path(source).resolve()
-    compiler = nvcc()
+    compiler = _compiler()
     options = ["-std=c++20", "-O3", *(f"-I{directory}" for directory in include_dirs), *flags]
     name = f"{path.stem}-{_digest(path.read_bytes(), repr((str(path), compiler, options)))}"
     listed = folder / f"{name}.d"

@@ -30,7 +30,6 @@ CLASSES = (
 _FENCES = ("fence", "membar", "wgmma.fence")
 _COPIES = frozenset("mov selp xor and cvt not".split())
 _ADDRESSES = frozenset("add sub mov shl or mad cvt xor lop3".split())
-_WARPGROUP = 128
 _MOST_REGISTERS = 256  # that setmaxnreg takes
 
 
@@ -139,7 +138,9 @@ def _swizzle(s: Statement, swizzles: list[Statement]):
             name = "AB"[index - 1]
             yield "swizzle", f"mode of descriptor {name}", _with_changed_operand(s, index, "xor.b64", 1 << 63)
             yield "swizzle", f"stride of descriptor {name}", _with_changed_operand(s, index, "xor.b64", 1 << 36)
-    if s in swizzles:
+    if s in swizzles and s.operands[0] == s.operands[1]:
+        yield "stage", "buffers not taken in turn", f"mov.b32 {s.operands[0]}, {s.operands[1]};"
+    elif s in swizzles:
         yield "swizzle", "xor of an address removed", f"mov.b32 {s.operands[0]}, {s.operands[1]};"
         if re.fullmatch(r"\d+", s.operands[2]):
             yield "swizzle", "xor of another bit", _with_changed_operand(s, 2, "xor.b32", 16)
@@ -168,10 +169,10 @@ def _setmaxnreg(s: Statement):
     if not s.is_a("setmaxnreg"):
         return
     count = int(s.operands[0])
-    increases = s.is_a("setmaxnreg.inc")
-    yield "setmaxnreg", "removed", ""
-    for changed in (count + 24 if increases else count + 64, 24):
-        if changed != count and 24 <= changed <= _MOST_REGISTERS and (increases or changed > count):
+    if s.is_a("setmaxnreg.dec"):
+        yield "setmaxnreg", "removed", ""
+    for changed in (count + 64,) if s.is_a("setmaxnreg.dec") else (min(count + 24, _MOST_REGISTERS), 24):
+        if changed != count:
             yield "setmaxnreg", f"{count} made {changed}", f"{s.opcode} {changed};"
 
 
@@ -292,6 +293,8 @@ def _legal_instruction(s: Statement):
         yield from _legal_expectations(s)
     if s.is_a("mbarrier.arrive") and "expect_tx" not in s.opcode and len(s.operands) == 2:
         yield "arrival count written out", f"{s.with_operands([*s.operands, '1'])};"
+    if s.is_a("setmaxnreg.inc"):
+        yield "setmaxnreg.inc removed", ""
     if s.is_a("mbarrier.init"):
         yield "fence after an init", f"{s.text}; fence.mbarrier_init.release.cluster; fence.proxy.async;"
 

@@ -1,4 +1,5 @@
-"""The programs of examples/, and what the documents show of their reports. Run as a program it writes the documents:
+"""The programs of examples/, and what the documents show of their reports. Run as a program it writes them,
+and the table of kinds:
 PYTHONPATH=hoppersim python hoppersim/tests/examples.py
 """
 
@@ -13,6 +14,7 @@ import hoppersim
 PROJECT = Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((PROJECT / "examples").glob("*.cu"))}
 DOCUMENT, README = PROJECT / "docs" / "examples.md", PROJECT / "README.md"
+HAZARDS = PROJECT / "docs" / "hazards.md"
 FIRST = "missing_proxy_fence"
 _README_CODE, _README_REPORT = re.compile(r"(```cuda\n)(.*?)(```)", re.S), re.compile(r"(```text\n)(.*?)(```)", re.S)
 
@@ -76,6 +78,11 @@ def _write(folder: Path) -> None:
             readme = _README_REPORT.sub(lambda match, told=told: match[1] + told + match[3], readme)
     source = EXAMPLES[FIRST].read_text()
     readme = _README_CODE.sub(lambda match: match[1] + source + match[3], readme)
+    rows = [
+        f"| `{name}` | {k.severity}{', goes on' * k.goes_on} | {k.meaning} |\n" for name, k in hoppersim.KINDS.items()
+    ]
+    hazards = re.sub(r"(\|---\|---\|---\|\n)(?:\|.*\n)*", lambda match: match[1] + "".join(rows), HAZARDS.read_text())
+    HAZARDS.write_text(hazards)
     DOCUMENT.write_text(text)
     README.write_text(readme)
 

@@ -128,6 +128,14 @@ def test_the_package_is_described():
     assert "test" in project["optional-dependencies"] and "hoppersim[test]" in README
 
 
+def test_without_a_toolkit_the_error_names_the_variable(monkeypatch):
+    monkeypatch.setattr("hoppersim._compile.nvcc", lambda: None)
+    with pytest.raises(RuntimeError, match="nvcc.*CUDA_HOME"):
+        hoppersim.compile_cuda("__global__ void k() {}\n\n")
+    configured = (examples.PROJECT / "CMakeLists.txt").read_text()
+    assert "environment variable" in configured and "CUDA_HOME to the folder" in configured and "$CUDA_HOME" in README
+
+
 def test_no_other_project_is_needed():
     for path in DOCUMENTS:
         assert not re.search(r"\bjet|csrc/", path.read_text()), path.name

@@ -52,9 +52,11 @@ def test_the_first_example_of_the_readme(tmp_path):
     assert len(shown.splitlines()) == len(done.stdout.splitlines())
 
 
-def test_the_readme_says_in_how_many_runs_the_ended_cta_is_found():
-    assert "access to an ended CTA: in 6 of 8 runs" in examples.documented("ended_cta")
-    assert "`ended_cta` is found in 6 of 8 runs" in " ".join(examples.README.read_text().split())
+def test_what_the_readme_says_of_timings():
+    shown = examples.documented("wrong_parity")
+    assert "dead-lock: in 4 of 8 runs, first with seed 0, timing early" in shown
+    assert "read while a copy is in flight: in 4 of 8 runs, first with seed 0, timing late" in shown
+    assert "`wrong_parity` is a dead-lock in the early runs and a read" in " ".join(examples.README.read_text().split())
 
 
 def test_examples_need_their_folder_only():

@@ -96,7 +96,7 @@ def test_which_mutants_there_are():
         "parity": 2,
         "swizzle": 6,
         "barrier": 4,
-        "setmaxnreg": 5,
+        "setmaxnreg": 4,
         "stage": 1,
         "commit": 2,
     }

@@ -39,7 +39,7 @@ LEGAL = (
 def kernels() -> dict[str, campaign.Target]:
     """By the part of the name that the tables above use."""
     jet_sim()
-    found = campaign.targets({"chunk": calls()["chunk"]})
+    found = campaign.targets({"chunk": calls()["chunk"]}, ("chunk_sweep", "chunk_prepare"))
     return {part: next(t for t in found if part in t.kernel) for part in ("chunk_sweep", "chunk_prepare")}
 
 
@@ -100,7 +100,7 @@ def test_children_that_crash_or_hang_are_lost():
 
 
 def test_the_report_counts():
-    about = ("kernel<64>", "call", "fence", "removed", 7, "fence.proxy.async")
+    about = ("kernel<64>", "fence", "removed", 7, "fence.proxy.async")
     outcomes = [
         campaign.Outcome(*about, "noticed", 0, "missing proxy fence"),
         campaign.Outcome(*about, "noticed", 3, "results differ"),
@@ -108,7 +108,7 @@ def test_the_report_counts():
         campaign.Outcome(*about, "not reached"),
         campaign.Outcome(*about, "equivalent", None, "nobody reads it"),
     ]
-    legal = [campaign.Outcome("kernel<64>", "call", "legal", "fence doubled", 7, "fence.proxy.async", "escaped")]
+    legal = [campaign.Outcome("kernel<64>", "legal", "fence doubled", 7, "fence.proxy.async", "escaped")]
     text = markdown(outcomes, legal, 10)
     assert "| fence | 1 of 3 (33.3%) | 2 of 3 (66.7%) | 1 | 1 |" in text
     assert "nobody reads it" in text and "1 of 1 (100.0%) passed unnoticed" in text

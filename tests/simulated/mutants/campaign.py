@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import subprocess
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,26 +14,27 @@ from hoppersim import mutate
 
 from .calls import Call
 from .children import Lost, in_children
-from .equivalent import reason_why_equivalent
+from .known import EQUIVALENT, ESCAPES, reason
 
 TOLERANCE = 1e-2  # of results, relative to the element or to the RMS of its tensor
 PATIENCE = 20  # times the instructions of the kernel as it is: more is a live-lock
 SECONDS = 900  # of a mutant in all its schedules; loaded machines are slow
 
 
-class Target(NamedTuple):
-    """A kernel, and the call that runs it."""
+class Use(NamedTuple):
+    """A call that launches a kernel."""
 
-    kernel: str
-    call_name: str
     call: Call
     expected: dict[str, np.ndarray]
-    instructions: int  # of the largest launch
+    instructions: int  # of the kernel's largest launch
 
-    @property
-    def name(self) -> str:
-        """The kernel's, as people write it."""
-        return readable(self.kernel)
+
+class Target(NamedTuple):
+    """A kernel, and the calls that launch it, the smallest first."""
+
+    kernel: str  # mangled
+    name: str  # as people write it
+    uses: list[Use]
 
 
 class Outcome(NamedTuple):
@@ -43,7 +43,6 @@ class Outcome(NamedTuple):
     """
 
     kernel: str
-    call: str
     kind: str
     what: str
     line: int
@@ -54,25 +53,27 @@ class Outcome(NamedTuple):
 
 
 def readable(kernel: str) -> str:
-    done = subprocess.run(["c++filt", kernel], capture_output=True, text=True)
-    name = done.stdout.strip() if done.returncode == 0 else kernel
-    name = re.sub(r"\([\w:]+\)(?=\d)", "", name)
-    name = re.sub(r"\bvoid |jet::hopper::|jet::|\(anonymous namespace\)::", "", name)
+    """A demangled name without namespaces, casts and arguments."""
+    name = re.sub(r"\([\w:]+\)(?=\d)|jet::hopper::|jet::|\(anonymous namespace\)::", "", kernel)
     return re.sub(r"\(.*\)$| (?=>)", "", name)
 
 
 def targets(calls: dict[str, Call], wanted: Sequence[str] = ()) -> list[Target]:
-    """Every kernel once, with the first call that launches it; those that a part of ``wanted`` is in the name of."""
+    """Every kernel that the calls launch; those that a part of ``wanted`` is in the name of."""
     found: dict[str, Target] = {}
-    for name, call in calls.items():
-        with hoppersim.simulate(host_threads=1):
+    for call in calls.values():
+        with hoppersim.simulate(host_threads=1, strict=True):
             expected = call.results()
         sizes: Counter = Counter()
         for record in hoppersim.launches():
-            sizes[record["kernel"]] = max(sizes[record["kernel"]], record["counters"]["warp_instructions"])
-        for kernel, size in sizes.items():
-            if kernel not in found and call.kernel in kernel and (not wanted or any(part in kernel for part in wanted)):
-                found[kernel] = Target(kernel, name, call, expected, size)
+            key = record["mangled"], record["kernel"]
+            sizes[key] = max(sizes[key], record["counters"]["warp_instructions"])
+        for (kernel, name), size in sizes.items():
+            if call.kernel in kernel and (not wanted or any(part in kernel for part in wanted)):
+                target = found.setdefault(kernel, Target(kernel, readable(name), []))
+                target.uses.append(Use(call, expected, size))
+    for target in found.values():
+        target.uses.sort(key=lambda use: use.instructions)
     return list(found.values())
 
 
@@ -82,16 +83,21 @@ def schedules(seeds: int) -> list[tuple[str, int]]:
 
 
 def notice(target: Target, lines: dict[int, str | None], timing: str, seed: int) -> str:
-    """The kind of the Fault that a run of the altered kernel raises, or "results differ", or nothing."""
-    limit = PATIENCE * target.instructions + 1_000_000
-    options = dict(timing=timing, seed=seed, host_threads=1, max_instructions=limit)
+    """The kind of what a run of the altered kernel reports, or "results differ", or nothing. A run is of each call
+    until one notices.
+    """
     with hoppersim.edited(target.kernel, lines):
-        try:
-            with hoppersim.simulate(**options):
-                found = target.call.results()
-        except hoppersim.Fault as fault:
-            return fault.kind
-    return "results differ" if differ(found, target.expected) else ""
+        for use in target.uses:
+            limit = PATIENCE * use.instructions + 1_000_000
+            options = dict(timing=timing, seed=seed, host_threads=1, max_instructions=limit, strict=True)
+            try:
+                with hoppersim.simulate(**options):
+                    found = use.call.results()
+            except hoppersim.Fault as fault:
+                return fault.kind
+            if differ(found, use.expected):
+                return "results differ"
+    return ""
 
 
 def differ(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
@@ -105,15 +111,20 @@ def differ(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> boo
 
 def examine(target: Target, mutant: mutate.Mutant, runs: Sequence[tuple[str, int]]) -> Outcome:
     """Of one mutant: the runs until one notices."""
-    about = (target.name, target.call_name, mutant.kind, mutant.what, mutant.line, mutant.instruction)
+    about = _about(target, mutant)
     for number, (timing, seed) in enumerate(runs):
         if by := notice(target, mutant.lines, timing, seed):
             return Outcome(*about, "noticed", number, by)
         if number == 0 and notice(target, mutant.reach, "early", 0) != "trap":
             return Outcome(*about, "not reached")
-        if number == 0 and (why := reason_why_equivalent(target.name, mutant)):
+        if number == 0 and (why := reason(EQUIVALENT, target.name, hoppersim.ptx_of(target.kernel), mutant)):
             return Outcome(*about, "equivalent", None, why)
-    return Outcome(*about, "escaped")
+    why = reason(ESCAPES, target.name, hoppersim.ptx_of(target.kernel), mutant)
+    return Outcome(*about, "escaped", None, why)
+
+
+def _about(target: Target, mutant: mutate.Mutant) -> tuple:
+    return target.name, mutant.kind, mutant.what, mutant.line, mutant.instruction
 
 
 def chosen(
@@ -162,8 +173,7 @@ def run(
     with contextlib.closing(answers):
         for (target, mutant), outcome in answers:
             if isinstance(outcome, Lost):
-                about = (target.name, target.call_name, mutant.kind, mutant.what, mutant.line, mutant.instruction)
-                outcome = Outcome(*about, "lost", None, str(outcome))
+                outcome = Outcome(*_about(target, mutant), "lost", None, str(outcome))
             outcomes.append(outcome)
             tell(outcome)
             counted += outcome.state in ("noticed", "escaped", "lost")

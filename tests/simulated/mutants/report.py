@@ -54,7 +54,7 @@ def markdown(planted: Sequence[Outcome], legal: Sequence[Outcome], seeds: int) -
             lines.append(_row(kind, of_kind))
     lines += [_row("all", planted), "", "## Escapes", ""]
     escapes = _of(planted, "escaped", "lost")
-    lines += _table(escapes, "what", "kernel", "line", "instruction") if escapes else ["None."]
+    lines += _table(escapes, "what", "kernel", "line", "instruction", "why") if escapes else ["None."]
     lines += ["", "## No bugs", ""]
     equivalent = _of(planted, "equivalent")
     lines += _table(equivalent, "what", "kernel", "line", "instruction", "why it is right") if equivalent else ["None."]
