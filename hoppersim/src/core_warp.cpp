@@ -27,6 +27,7 @@ uint32_t members_here(Warp& warp, const Instruction& i, const Operand& operand, 
     if (own != members) fault("member mask", warp, i, "differs between lanes", lane);
   }
   if (members & warp.alive & ~mask) fault("member mask", warp, i, "names lanes whose guard is false");
+  share(warp, members);
   return members;
 }
 

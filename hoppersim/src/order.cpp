@@ -100,6 +100,16 @@ void synchronise(Warp& warp, uint32_t lanes) {
   ++warp.step;
 }
 
+void share(Warp& warp, uint32_t lanes) {
+  Clock clock;
+  for (const Warp::Partial& partial : warp.partial) {
+    if (partial.lanes & lanes) merge(clock, partial.clock);
+  }
+  const auto own = static_cast<size_t>(warp.clock_index());
+  if (own < clock.size()) clock[own] = {};
+  if (!clock.empty()) acquire(warp, clock, lanes);
+}
+
 void fence(Warp& warp, uint32_t lanes) {
   if (!warp.relaxed.empty()) {
     merge(warp.clock, warp.relaxed);

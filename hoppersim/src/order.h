@@ -35,6 +35,8 @@ void release(Clock& into, const Warp& warp, uint32_t lanes);
 void acquire(Warp& warp, const Clock& clock, uint32_t lanes);
 // bar.warp.sync
 void synchronise(Warp& warp, uint32_t lanes);
+// shfl and its like: what lanes have acquired from others than their warp, all that take part know.
+void share(Warp& warp, uint32_t lanes);
 void fence(Warp& warp, uint32_t lanes);
 
 // By a strong access to these addresses, of the lanes in `mask`: before it, and after it.
