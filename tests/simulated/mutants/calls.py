@@ -46,14 +46,16 @@ def calls() -> dict[str, Call]:
     return {
         # more chunks, tiles or tokens than multiprocessors take at once: a CTA has several
         "many chunks backward": _call(ops.chunk_backward(_shape(H=2), 140, 20), "chunk_gradients_kernel"),
+        "many heads backward": _call(ops.chunk_backward(_shape(H=12), 1, 100), "chunk_gradients_kernel"),
         "many tiles": _call(ops.conv(_shape(D=896, R=192), 1, 1280), "pingpong"),
         "many tiles backward": _call(ops.conv_backward(_shape(D=896, R=192), 1, 1280), "input_gradient"),
         "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 7), "weight_gradient"),
         "many rows": _call(ops.norm("rms_norm", _shape(R=256), 1500), "11norm_kernel"),
+        "many rows backward": _call(ops.norm_backward("rms_norm", _shape(R=256), 1500), "norm_backward_kernel"),
         "chunk": _call(ops.chunk(small, 1, 1200)),
         "chunk backward": _call(ops.chunk_backward(small, 1, 1200)),
-        "prefill": _call(ops.prefill(small, 2, 200)),
-        "conv": _call(ops.conv(_shape(R=512), 1, 130)),
+        "prefill": _call(ops.prefill(small, 2, 700)),
+        "conv": _call(ops.conv(_shape(R=1536), 1, 130)),
         "conv step": _call(ops.conv_step(_shape(R=512), 12)),
         "conv backward": _call(ops.conv_backward(_shape(D=256, R=512), 1, 200)),
         "apply backward": _call(ops.apply_conv_backward(small, 1, 67)),
