@@ -47,8 +47,8 @@ def calls() -> dict[str, Call]:
         # more chunks, tiles or tokens than multiprocessors take at once: a CTA has several
         "many chunks backward": _call(ops.chunk_backward(_shape(H=2), 140, 20), "chunk_gradients_kernel"),
         "many heads backward": _call(ops.chunk_backward(_shape(H=12), 1, 100), "chunk_gradients_kernel"),
-        "many tiles": _call(ops.conv(_shape(D=896, R=192), 1, 1280), "pingpong"),
-        "many tiles backward": _call(ops.conv_backward(_shape(D=896, R=192), 1, 1280), "input_gradient"),
+        "many tiles": _call(ops.conv(_shape(D=864, R=320), 1, 1152), "pingpong"),
+        "many tiles backward": _call(ops.conv_backward(_shape(D=864, R=192), 1, 1152), "input_gradient"),
         "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 7), "weight_gradient"),
         "many rows": _call(ops.norm("rms_norm", _shape(R=256), 1500), "11norm_kernel"),
         "many rows backward": _call(ops.norm_backward("rms_norm", _shape(R=256), 1500), "norm_backward_kernel"),
