@@ -22,6 +22,7 @@ PLANTED = {
     "parity": ("chunk_sweep", "flipped", "mbarrier.try_wait"),
     "swizzle": ("chunk_prepare", "mode of descriptor B", "wgmma.mma_async"),
     "barrier": ("chunk_sweep", "removed", "bar.sync %r"),
+    "setmaxnreg": ("chunk_sweep", "removed", "setmaxnreg.dec"),
     "stage": ("chunk_sweep", "release before the last read", "mbarrier.arrive"),
     "commit": ("chunk_sweep", "removed", "wgmma.commit_group"),
 }
@@ -64,8 +65,12 @@ def test_a_legal_alteration_is_not(kernels, name, what):
         assert campaign.notice(kernels[name], mutant.lines, timing, seed) == ""
 
 
+def test_every_class_has_a_planted_bug():
+    assert set(PLANTED) == set(mutate.CLASSES)
+
+
 def test_what_no_call_reaches_does_not_count(kernels):
-    """A wait behind a branch that is never taken."""
+    """No change stands for a change without effect, no trap for a trap behind a branch that is never taken."""
     kernel = kernels["chunk_prepare"]
     mutant = altered(kernel, mutate.mutants, "removed", "bar.sync")
     never = mutant._replace(lines={}, reach={})

@@ -61,11 +61,95 @@ EQUIVALENT = (
         (2, 3),
         "no register of its products is touched between the fence of the products before and these",
     ),
+    Known(
+        "recurrent_kernel<RecurrentConfig<float, 32, 3",
+        "stage",
+        "buffers not taken in turn",
+        r"xor\.b32",
+        (),
+        "a block's step has one token: the buffer is used once",
+    ),
+    Known(
+        "weight_gradient_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (),
+        "barrier.cluster follows at once, which all lanes execute together",
+    ),
+    Known(
+        "chunk_sweep_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (),
+        "the stage was read by wgmma, and by lanes before its wait, which the warp executes as one",
+    ),
+    Known(
+        "attention_step_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (3, 4),
+        "what is overwritten was read by ldmatrix, which the warp executes as one",
+    ),
+    Known(
+        "single_tile_dynamic_conv_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (),
+        "the producer's lanes meet there, and pass nothing to each other",
+    ),
 )
 
 
 # Of bugs that no run notices: why.
-ESCAPES: tuple[Known, ...] = ()
+ESCAPES = (
+    Known(
+        "pingpong_dynamic_conv_kernel",
+        "count",
+        "-1 arrival",
+        r"mbarrier\.init",
+        (14, 17),
+        "whose turn it is to multiply: with one warp's arrival less the other warpgroup begins early, which does no "
+        "harm until the counts have drifted by a phase; then it is a dead-lock in some schedules",
+    ),
+    Known(
+        "input_gradient_kernel",
+        "count",
+        "-1 arrival",
+        r"mbarrier\.init",
+        (10, 13),
+        "whose turn it is to multiply: with one warp's arrival less the other warpgroup begins early, which does no "
+        "harm until the counts have drifted by a phase; then it is a dead-lock in some schedules",
+    ),
+    Known(
+        "input_gradient_kernel",
+        "parity",
+        "toggle removed",
+        r"xor\.b32",
+        (),
+        "the ring must wrap at this very step of a tile, and the warpgroup have a tile after it: no call has that",
+    ),
+    Known(
+        "chunk_plan_kernel",
+        "barrier",
+        "removed",
+        r"bar\.sync",
+        (),
+        "it separates a pass of the loop over sequences from the next; a second pass needs more than 1024 sequences",
+    ),
+    Known(
+        "chunk_sweep_kernel|chunk_reverse_kernel",
+        "count",
+        "-1 arrival",
+        r"mbarrier\.init",
+        (),
+        "all lanes of a warp arrive at once: the one that is not counted has come too, until 32 phases have passed; "
+        "and clocks are those of warps",
+    ),
+)
 
 
 def reason(known: Sequence[Known], kernel: str, lines: Mapping[int, str], mutant: Mutant) -> str:
