@@ -93,8 +93,8 @@ def rows_of(case: Case, launches: list[dict]) -> list[dict[str, object]]:
         ]
     rows = []
     if len(launches) > 1:
-        rows = [{**what, **row_of(short(r["kernel"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches]
-    whole = row_of("all" if rows else short(launches[0]["kernel"]), "", added([r["counters"] for r in launches]))
+        rows = [{**what, **row_of(short(r["mangled"]), "x".join(map(str, r["grid"])), r["counters"])} for r in launches]
+    whole = row_of("all" if rows else short(launches[0]["mangled"]), "", added([r["counters"] for r in launches]))
     if not rows:
         whole["grid"] = "x".join(map(str, launches[0]["grid"]))
     whole["bound_us"] = (
@@ -123,7 +123,8 @@ def short(mangled: str) -> str:
 
 def hoppersim():
     """The simulator, built on first use."""
-    sys.path[:0] = [path for path in (str(ROOT / "tests" / "hoppersim"),) if path not in sys.path]
+    wanted = [str(ROOT / folder) for folder in ("hoppersim", "tests", "tests/simulated")]
+    sys.path[:0] = [path for path in wanted if path not in sys.path]
     import hoppersim as found
 
     return found
@@ -131,7 +132,9 @@ def hoppersim():
 
 def count(shapes: list[Shape], B: int, T: int, only: str = "") -> list[dict[str, object]]:
     simulator = hoppersim()
-    simulator.jet_sim()
+    from support.jet_sim import jet_sim
+
+    jet_sim()
     rows = []
     for case in (case for shape in shapes for case in cases(shape, B, T)):
         if only not in case.op or not ops.exists(case.op):

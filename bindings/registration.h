@@ -17,7 +17,7 @@
 #define JET_NAMESPACE jet
 #endif
 
-// JET_SIMULATED_DEVICE is set by that build when CPU tensors stand for a CUDA device's (tests/hoppersim): it has one
+// JET_SIMULATED_DEVICE is set by that build when CPU tensors stand for a CUDA device's (tests/simulated): it has one
 // implementation, and launch_device() sends every tensor down the launch path.
 #ifdef JET_SIMULATED_DEVICE
 #define JET_REGISTER(op, function) \

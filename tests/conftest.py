@@ -76,7 +76,7 @@ def turn(item) -> int:
 def pytest_collection_modifyitems(config, items):
     for item in items:
         folder = folder_of(item.path)
-        if folder == "hoppersim":
+        if folder == "simulated":
             item.add_marker("simulator")
         elif folder == "kernels" or item.get_closest_marker("simulator") or item.get_closest_marker("gpu"):
             item.add_marker("kernels")
@@ -95,11 +95,11 @@ def pytest_collection_finish(session):
         return  # another worker does
     on_simulator = [item.get_closest_marker("simulator") is not None for item in session.items]
     if any(on_simulator) and not all(on_simulator) and not session.config.option.collectonly and os.name == "posix":
-        from support.device_backends import hoppersim
+        import hoppersim
 
         if hoppersim.nvcc() is not None:
             session.config.stash[COMPILING] = subprocess.Popen(
-                ["nice", "-n", "19", sys.executable, TESTS / "hoppersim" / "compile_all.py"],
+                ["nice", "-n", "19", sys.executable, TESTS / "simulated" / "compile_all.py"],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what fails is compiled again, and told, by the first test that needs it
                 start_new_session=True,
@@ -116,9 +116,9 @@ def pytest_unconfigure(config):
 def simulated_memory(request):
     """A test of a kernel on the simulator makes its tensors in memory that the simulator knows."""
     if request.node.get_closest_marker("simulator") and request.node.get_closest_marker("kernels"):
-        from support.device_backends import hoppersim
+        from support.jet_sim import jet_sim
 
-        hoppersim.jet_sim()
+        jet_sim()
 
 
 @pytest.fixture(autouse=True)

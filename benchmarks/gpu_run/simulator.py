@@ -32,7 +32,7 @@ NOTHING = "no file was brought along: --simulated FILE"
 
 def describe() -> list[str]:
     cases = [case.name for shape in SHAPES for case in ops.small(few_heads(shape))]
-    what = f"{len(cases)} small calls of the ops with a kernel, and {len(GEMMS)} GEMMs of tests/hoppersim"
+    what = f"{len(cases)} small calls of the ops with a kernel, and {len(GEMMS)} GEMMs of tests/simulated"
     return [f"{what}: RMS, largest difference, bitwise"]
 
 
@@ -51,7 +51,9 @@ def copies(args: tuple) -> tuple:
 def simulated(shapes, **options) -> Iterator[dict]:
     """Each small call on the simulator: arguments, results, launches; no launches where the op has no kernel."""
     simulator = hoppersim()
-    simulator.jet_sim()
+    from support.jet_sim import jet_sim
+
+    jet_sim()
     for shape in shapes:
         for case in ops.small(few_heads(shape)):
             if not ops.exists(case.op):
@@ -68,7 +70,7 @@ def machine_code(name: str) -> bytes:
     """One of the simulator's test kernels, compiled for the device."""
     import kernel_library
 
-    include = kernel_library.cutlass_source() / "include"
+    include = hoppersim().cutlass_include()
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         command = [hoppersim().nvcc(), "-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-DNDEBUG"]
         command += ["-shared", "-Xcompiler", "-fPIC", "-cudart", "static", "--expt-relaxed-constexpr"]

@@ -11,8 +11,10 @@ from functools import cache
 
 import torch
 from support.backends import OpsBackend, PlainBackend
-from support.device_backends import CudaBackend, SimulatorBackend, has_hopper, hoppersim
+from support.device_backends import CudaBackend, SimulatorBackend, has_hopper
+from support.jet_sim import jet_sim
 
+import hoppersim
 from jetkernels import _library
 
 NAMES = ("cpu-generic", "cpu-avx2", "cpu-avx512", "plain", "simulator", "cuda")
@@ -56,7 +58,7 @@ def start(name: str) -> None:
     if name.startswith("cpu"):
         os.environ["JETKERNELS_CPU_ISA"] = name.removeprefix("cpu-")
     if name == "simulator":
-        hoppersim.jet_sim()
+        jet_sim()
 
 
 def backend_of(name: str, choice: random.Random) -> OpsBackend:

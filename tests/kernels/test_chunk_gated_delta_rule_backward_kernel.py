@@ -349,7 +349,7 @@ def test_which_kernels_run():
         inputs = random(**shape)
         EARLY(BACKWARD, *cotangents(inputs), *inputs)
         return [
-            counting.short(launch["kernel"]).removeprefix("chunk_").removesuffix("_kernel")
+            counting.short(launch["mangled"]).removeprefix("chunk_").removesuffix("_kernel")
             for launch in hoppersim.launches()
         ]
 
@@ -413,7 +413,7 @@ def test_cost(shape):
     case = ops.chunk_backward(shape._replace(H=H, Hk=Hk), 1, 1024)
     with hoppersim.simulate():
         ops.results(case.op, case.make(Draw()), "jet_sim")
-    launches = {counting.short(launch["kernel"]): launch["counters"] for launch in hoppersim.launches()}
+    launches = {counting.short(launch["mangled"]): launch["counters"] for launch in hoppersim.launches()}
     whole = counting.added(list(launches.values()))
     assert sum(counting.traffic(whole)) <= BYTES[shape.name] * 1024 * H
     assert whole["tensor_flop"] <= 1.1 * case.work.flop

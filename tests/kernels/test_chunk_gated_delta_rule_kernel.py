@@ -19,6 +19,7 @@ from support.device_backends import (
     hoppersim,
     simulated,
 )
+from support.jet_sim import jet_sim
 from support.kernel_code import disassembly, report
 from support.layouts import far_apart, with_layouts
 from support.memory import poisoned_allocations
@@ -149,7 +150,7 @@ def test_every_schedule_agrees(shape):
 def test_other_shapes_take_the_plain_path(shape):
     inputs = delta_inputs(shape, F32 if shape.reason == "fp32" else BF16)
     with hoppersim.simulate():
-        o, _ = hoppersim.jet_sim().chunk_gated_delta_rule(*inputs)
+        o, _ = jet_sim().chunk_gated_delta_rule(*inputs)
         assert not hoppersim.launches()
     assert_error("o", o, gated_delta_rule(*inputs)[0], 5e-3)
 
@@ -361,7 +362,7 @@ def test_which_calls_are_cut():
     def kernels(**shape) -> list[str]:
         EARLY(OP, *random(**shape))
         return [
-            counting.short(launch["kernel"]).removeprefix("chunk_").removesuffix("_kernel")
+            counting.short(launch["mangled"]).removeprefix("chunk_").removesuffix("_kernel")
             for launch in hoppersim.launches()
         ]
 

@@ -13,6 +13,7 @@ from support.arguments import cotangents, inputs_of
 from support.backends import check_gradients
 from support.comparison import assert_bitwise
 from support.device_backends import assert_every_schedule_agrees, each_device, hoppersim, simulated
+from support.jet_sim import jet_sim
 from support.kernel_code import disassembly, report
 from support.layouts import with_layouts
 from support.shapes import PACKED, ConvShape, ids
@@ -177,7 +178,7 @@ def test_costs_three_products(name, D, R):
     T, W, halo = 512, 4, 3
     inputs = inputs_of("dynamic_conv", ConvShape("", B=1, T=T, D=D, R=R, state=False), BF16)
     with hoppersim.simulate():
-        hoppersim.jet_sim().dynamic_conv_backward(*cotangents(inputs), *inputs)
+        jet_sim().dynamic_conv_backward(*cotangents(inputs), *inputs)
         passes = hoppersim.launches()
     dz_dx, dhidden, dweight = passes  # no split of the tokens
     product, weight = 2 * T * D * W * R, D * W * R * 2
@@ -211,7 +212,7 @@ def test_costs_three_products(name, D, R):
 def test_tokens_are_split_where_there_are_few_channels():
     inputs = inputs_of("dynamic_conv", ConvShape("", B=1, T=1000, D=32, R=64), BF16)
     with hoppersim.simulate():
-        hoppersim.jet_sim().dynamic_conv_backward(*cotangents(inputs), *inputs)
+        jet_sim().dynamic_conv_backward(*cotangents(inputs), *inputs)
         passes = hoppersim.launches()
     assert len(passes) == 4 and passes[2]["grid"][2] > 1
 
@@ -221,7 +222,7 @@ def test_explicit_kernels_are_read_and_written_once():
     T, D, W = 256, 1024, 4
     inputs = inputs_of("apply_dynamic_conv", ConvShape("", B=1, T=T, D=D, W=W, state=False), BF16)
     with hoppersim.simulate():
-        hoppersim.jet_sim().apply_dynamic_conv_backward(*cotangents(inputs), *inputs)
+        jet_sim().apply_dynamic_conv_backward(*cotangents(inputs), *inputs)
         (launch,) = hoppersim.launches()
     counters, tiles = launch["counters"], T // 128
     halo = (W - 1) * D * 2 * ((tiles - 1) * (W + 2) + T // 32 - 1)  # all behind a tile; x before a run

@@ -13,6 +13,7 @@ from support.arguments import ApplyInputs, ConvInputs, StepCall, inputs_of, step
 from support.backends import check_outputs
 from support.comparison import assert_bitwise
 from support.device_backends import assert_every_schedule_agrees, each_device, hoppersim, simulated
+from support.jet_sim import jet_sim
 from support.kernel_code import disassembly, report
 from support.layouts import with_layouts
 from support.memory import poisoned_allocations
@@ -368,7 +369,7 @@ def test_prefill_costs_its_gemm(name, D, R):
     T, W = 512, 4
     inputs = inputs_of("dynamic_conv", ConvShape("", B=1, T=T, D=D, R=R, state=False), BF16)
     with hoppersim.simulate():
-        hoppersim.jet_sim().dynamic_conv(*inputs)
+        jet_sim().dynamic_conv(*inputs)
         (launch,) = hoppersim.launches()
     counters, (token_tiles, parts, _) = launch["counters"], launch["grid"]
     assert token_tiles == T // 128 and launch["cluster"] == [2, 1, 1]
@@ -388,7 +389,7 @@ def test_step_streams_the_weight_once(name, D, R, N):
     W = 4
     call = random_step(N=N, P=N, D=D, R=R)
     with hoppersim.simulate():
-        hoppersim.jet_sim().dynamic_conv_step(*call)
+        jet_sim().dynamic_conv_step(*call)
         (launch,) = hoppersim.launches()
     token_tiles, parts, _ = launch["grid"]
     assert token_tiles * parts >= (132 if N == 1 else 96), "multiprocessors at work"
@@ -402,7 +403,7 @@ def test_explicit_kernels_are_read_once():
     T, D, W = 256, 1024, 4
     inputs = inputs_of("apply_dynamic_conv", ConvShape("", B=1, T=T, D=D, W=W, state=False), BF16)
     with hoppersim.simulate():
-        hoppersim.jet_sim().apply_dynamic_conv(*inputs)
+        jet_sim().apply_dynamic_conv(*inputs)
         (launch,) = hoppersim.launches()
     halo = (W - 1) * (T // 32) * D * 2
     assert launch["counters"]["global_read_bytes"] <= inputs.kernels.numel() * 2 + inputs.x.numel() * 2 + halo

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.comparison import rms_error
 from support.device_backends import has_hopper, hoppersim, simulated
+from support.jet_sim import jet_sim
 from support.model_cases import padded, small_model, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,7 +96,7 @@ class Others(TorchDispatchMode):
 @contextlib.contextmanager
 def on_the_simulator(**options):
     """The ops are the simulator's; gives the launches, by kernel, and what was dispatched beside the ops."""
-    simulated_ops = hoppersim.jet_sim()
+    simulated_ops = jet_sim()
     with pytest.MonkeyPatch.context() as patch:
         for name in OPS:
             module = importlib.import_module(f"jetkernels.ops.{name}")
@@ -110,7 +111,7 @@ def on_the_simulator(**options):
 @contextlib.contextmanager
 def differentiable():
     """The simulator's ops have the gradients that the library's have."""
-    simulated_ops = hoppersim.jet_sim()
+    simulated_ops = jet_sim()
     with torch.library._scoped_library("jet_sim", "IMPL") as library, pytest.MonkeyPatch.context() as patch:
         patch.setattr(_autograd, "overload", lambda name: getattr(simulated_ops, name).default)
         for name in OPS:

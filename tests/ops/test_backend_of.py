@@ -29,6 +29,7 @@ from support.arguments import (
     swiglu_inputs,
 )
 from support.device_backends import EARLY, has_hopper, hoppersim, simulated
+from support.jet_sim import build
 from support.shapes import AttentionShape, ConvShape, DeltaShape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -227,7 +228,7 @@ def check_hopper(backend_of, device="cpu") -> None:
 def test_on_the_simulated_device():
     """The bindings of the simulator's library answer for it, and as its calls do."""
     functions = EARLY.functions
-    library = ctypes.CDLL(str(hoppersim.BUILD / "libjet_sim.so"))
+    library = ctypes.CDLL(str(build() / "libjet_sim.so"))
 
     def backend_of(op: str, *args):
         return tuple(_library.ask_backend(lambda: getattr(functions, op)(*args), library).values())

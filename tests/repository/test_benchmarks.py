@@ -155,7 +155,7 @@ def test_rows_are_kept_whatever_the_work_does():
 # Counters
 
 
-def launch(kernel: str, **changed) -> dict:
+def launch(mangled: str, **changed) -> dict:
     names = (
         "tensor_flop",
         "global_read_bytes",
@@ -168,7 +168,7 @@ def launch(kernel: str, **changed) -> dict:
         "shared_ideal_wavefronts",
     )
     return {
-        "kernel": kernel,
+        "mangled": mangled,
         "grid": (4, 1, 1),
         "counters": {**dict.fromkeys(names, 0), "instructions": {"ld": 3}, **changed},
     }

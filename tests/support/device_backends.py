@@ -3,7 +3,6 @@
 Both take CPU tensors and give CPU tensors, so that kernels run the cases and properties of the CPU ops.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -12,13 +11,11 @@ import pytest
 import torch
 from support.backends import OpsBackend
 from support.comparison import assert_bitwise
-from support.paths import TESTS
+from support.jet_sim import jet_sim
 from torch import Tensor
 
-import jetkernels
-
-sys.path.insert(0, str(TESTS / "hoppersim"))
 import hoppersim
+import jetkernels
 
 SEEDS = (1, 2, 3)
 # RMS error of the states that the chunked kernels leave, in fp32: their operands are fp16.
@@ -42,7 +39,7 @@ class SimulatorBackend(DeviceBackend):
 
     @property
     def functions(self):
-        return hoppersim.jet_sim()
+        return jet_sim()
 
     def __call__(self, op: str, *args):
         with hoppersim.simulate(timing=self.timing, seed=self.seed):

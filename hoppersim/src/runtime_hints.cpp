@@ -1,0 +1,36 @@
+// Functions whose effect is time alone, or nothing here: they succeed. No CUDA header: their parameters differ between
+// versions, and nobody looks at them.
+#define HINT(name) \
+  extern "C" int name() { return 0; }
+
+HINT(cudaCtxResetPersistingL2Cache)
+HINT(cudaDeviceReset)
+HINT(cudaDeviceSetCacheConfig)
+HINT(cudaDeviceSetLimit)  // the stack is as large as it must be, printf and malloc are refused in kernels
+HINT(cudaDeviceSetSharedMemConfig)
+HINT(cudaFuncSetSharedMemConfig)
+HINT(cudaInitDevice)
+HINT(cudaMemAdvise)
+HINT(cudaMemAdvise_v2)
+HINT(cudaMemPrefetchAsync)
+HINT(cudaMemPrefetchAsync_v2)
+HINT(cudaProfilerStart)
+HINT(cudaProfilerStop)
+HINT(cudaSetDeviceFlags)
+HINT(cudaStreamAttachMemAsync)
+HINT(cudaStreamCopyAttributes)
+HINT(cudaStreamSetAttribute)
+HINT(cudaThreadExit)
+HINT(cudaThreadSetCacheConfig)
+HINT(cudaThreadSynchronize)
+HINT(cuCtxResetPersistingL2Cache)
+HINT(cuCtxSetCacheConfig)
+HINT(cuMemAdvise)
+HINT(cuMemAdvise_v2)
+HINT(cuMemPrefetchAsync)
+HINT(cuMemPrefetchAsync_v2)
+HINT(cuProfilerStart)
+HINT(cuProfilerStop)
+HINT(cuStreamAttachMemAsync)
+HINT(cuStreamCopyAttributes)
+HINT(cuStreamSetAttribute)

@@ -1,0 +1,163 @@
+"""Mutants that are no bugs, with the reason why the altered kernel is right too, and escapes that are understood."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from hoppersim.mutate import Mutant
+
+
+class Known(NamedTuple):
+    """Regular expressions of a kernel's name, what is done to it and the instruction; which of the kernel's
+    instructions that match (from 1; all without); and the reason.
+    """
+
+    kernel: str
+    kind: str
+    what: str
+    instruction: str
+    which: tuple[int, ...]
+    reason: str
+
+
+EQUIVALENT = (
+    Known(
+        "attention_step_kernel",
+        "wait",
+        "removed|one more group may be left",
+        r"cp\.async\.wait_group 0",
+        (),
+        "the loop has waited for every group with a copy in it; the groups left are empty",
+    ),
+    Known(
+        r"chunk_sweep_kernel<SweepConfig<64, [03]",
+        "wait",
+        "removed|one more group may be left",
+        r"wgmma\.wait_group\.sync\.aligned 1",
+        (2,),
+        "a wait for all groups comes before the next access to what this one covers",
+    ),
+    Known(
+        "chunk_sweep_kernel|chunk_reverse_kernel",
+        "fence",
+        "removed",
+        r"fence\.proxy\.async",
+        (1,),
+        "behind the barrier that follows, the warps that normalise fence before they release their chunk to a wgmma",
+    ),
+    Known(
+        "hidden_gradient_kernel",
+        "fence",
+        "removed",
+        r"wgmma\.fence",
+        (2, 4),
+        "no register of its products is touched between the fence of the products before and these",
+    ),
+    Known(
+        "pingpong_dynamic_conv_kernel|input_gradient_kernel",
+        "fence",
+        "removed",
+        r"wgmma\.fence",
+        (2, 3),
+        "no register of its products is touched between the fence of the products before and these",
+    ),
+    Known(
+        "recurrent_kernel<RecurrentConfig<float, 32, 3",
+        "stage",
+        "buffers not taken in turn",
+        r"xor\.b32",
+        (),
+        "a block's step has one token: the buffer is used once",
+    ),
+    Known(
+        "weight_gradient_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (),
+        "barrier.cluster follows at once, which all lanes execute together",
+    ),
+    Known(
+        "chunk_sweep_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (),
+        "the stage was read by wgmma, and by lanes before its wait, which the warp executes as one",
+    ),
+    Known(
+        "attention_step_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (3, 4),
+        "what is overwritten was read by ldmatrix, which the warp executes as one",
+    ),
+    Known(
+        "single_tile_dynamic_conv_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (),
+        "the producer's lanes meet there, and pass nothing to each other",
+    ),
+)
+
+
+# Of bugs that no run notices: why.
+ESCAPES = (
+    Known(
+        "pingpong_dynamic_conv_kernel",
+        "count",
+        "-1 arrival",
+        r"mbarrier\.init",
+        (14, 17),
+        "whose turn it is to multiply: with one warp's arrival less the other warpgroup begins early, which does no "
+        "harm until the counts have drifted by a phase; then it is a dead-lock in some schedules",
+    ),
+    Known(
+        "input_gradient_kernel",
+        "count",
+        "-1 arrival",
+        r"mbarrier\.init",
+        (10, 13),
+        "whose turn it is to multiply: with one warp's arrival less the other warpgroup begins early, which does no "
+        "harm until the counts have drifted by a phase; then it is a dead-lock in some schedules",
+    ),
+    Known(
+        "input_gradient_kernel",
+        "parity",
+        "toggle removed",
+        r"xor\.b32",
+        (),
+        "the ring must wrap at this very step of a tile, and the warpgroup have a tile after it: no call has that",
+    ),
+    Known(
+        "chunk_plan_kernel",
+        "barrier",
+        "removed",
+        r"bar\.sync",
+        (),
+        "it separates a pass of the loop over sequences from the next; a second pass needs more than 1024 sequences",
+    ),
+    Known(
+        "chunk_sweep_kernel|chunk_reverse_kernel",
+        "count",
+        "-1 arrival",
+        r"mbarrier\.init",
+        (),
+        "all lanes of a warp arrive at once: the one that is not counted has come too, until 32 phases have passed; "
+        "and clocks are those of warps",
+    ),
+)
+
+
+def reason(known: Sequence[Known], kernel: str, lines: Mapping[int, str], mutant: Mutant) -> str:
+    """Of the first that this mutant of a kernel with these lines is; empty where there is none."""
+    for one in known:
+        if not re.search(one.kernel, kernel) or one.kind != mutant.kind or not re.fullmatch(one.what, mutant.what):
+            continue
+        places = [line for line, text in lines.items() if re.search(one.instruction, text)]
+        if mutant.line in places and (not one.which or places.index(mutant.line) + 1 in one.which):
+            return one.reason
+    return ""
