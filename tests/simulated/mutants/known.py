@@ -133,6 +133,14 @@ ESCAPES = (
         "the ring must wrap at this very step of a tile, and the warpgroup have a tile after it: no call has that",
     ),
     Known(
+        "pingpong_dynamic_conv_kernel|input_gradient_kernel",
+        "arrive",
+        "doubled",
+        r"mbarrier\.arrive\.shared::cta",
+        (),
+        "whose turn it is to multiply: as with an arrival less, the other warpgroup begins early",
+    ),
+    Known(
         "chunk_plan_kernel",
         "barrier",
         "removed",
