@@ -57,7 +57,7 @@ def calls() -> dict[str, Call]:
     return {
         # more chunks, tiles or tokens than multiprocessors take at once: a CTA has several
         "many chunks backward": _call(ops.chunk_backward(_shape(H=2), 140, 20), "chunk_gradients_kernel"),
-        "many heads backward": _call(ops.chunk_backward(_shape(H=12), 1, 100), "chunk_gradients_kernel"),
+        "many heads backward": _call(ops.chunk_backward(_shape(H=6, V=256), 1, 100), "chunk_gradients_kernel"),
         "many tiles": _call(ops.conv(_shape(D=864, R=320), 1, 1152), "pingpong"),
         "many tiles backward": _call(ops.conv_backward(_shape(D=864, R=192), 1, 1152), "input_gradient"),
         "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 7), "weight_gradient"),
