@@ -139,7 +139,7 @@ EQUIVALENT = (
         "removed",
         r"bar\.sync %r\d+",
         (7,),
-        "the wait and the barrier of the other of a chunk's two stores come between this buffer's read and its next write",
+        "wait and barrier of the other of a chunk's two stores come between this buffer's read and its next write",
     ),
 )
 
