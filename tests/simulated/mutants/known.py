@@ -117,6 +117,30 @@ EQUIVALENT = (
         (5,),
         "only behind a chunk's last head, where copies wait for the release of q and k too, which follows these reads",
     ),
+    Known(
+        "chunk_sweep_kernel<SweepConfig<64, 0|chunk_reverse_kernel",
+        "fence",
+        "removed",
+        r"fence\.proxy\.async",
+        (5,),
+        "of a tile of fewer than 64 rows, which threads read and no copy",
+    ),
+    Known(
+        "chunk_reverse_kernel",
+        "wait",
+        "one more group may be left",
+        r"cp\.async\.bulk\.wait_group\.read",
+        (2,),
+        "the wait before the other of a chunk's two stores covers the group that this one leaves",
+    ),
+    Known(
+        "chunk_reverse_kernel",
+        "barrier",
+        "removed",
+        r"bar\.sync %r\d+",
+        (7,),
+        "wait and barrier of the other of a chunk's two stores come between this buffer's read and its next write",
+    ),
 )
 
 
