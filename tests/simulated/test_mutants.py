@@ -38,6 +38,8 @@ LEGAL = (
     ("chunk_prepare", "fence of all spaces"),
 )
 
+pytestmark = pytest.mark.kernels  # last: simulated memory stays under torch for the rest of the process
+
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, campaign.Target]:
