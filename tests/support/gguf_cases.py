@@ -187,7 +187,7 @@ def trained_tokenizer(cut: str):
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator([stories(100_000)], trainer)
+    backend.train_from_iterator([stories(200_000), *documents()], trainer)
     if cut == "qwen2":
         backend.normalizer = normalizers.NFC()
     return backend
