@@ -171,9 +171,9 @@ def _setmaxnreg(s: Statement):
     count = int(s.operands[0])
     if s.is_a("setmaxnreg.dec"):
         yield "setmaxnreg", "removed", ""
-    for changed in (count + 64,) if s.is_a("setmaxnreg.dec") else (min(count + 24, _MOST_REGISTERS), 24):
-        if changed != count:
-            yield "setmaxnreg", f"{count} made {changed}", f"{s.opcode} {changed};"
+    changed = min(count + (64 if s.is_a("setmaxnreg.dec") else 24), _MOST_REGISTERS)
+    if changed != count:
+        yield "setmaxnreg", f"{count} made {changed}", f"{s.opcode} {changed};"
 
 
 def _commit(s: Statement):

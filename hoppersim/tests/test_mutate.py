@@ -96,7 +96,7 @@ def test_which_mutants_there_are():
         "parity": 2,
         "swizzle": 6,
         "barrier": 4,
-        "setmaxnreg": 4,
+        "setmaxnreg": 3,
         "stage": 1,
         "commit": 2,
     }
@@ -112,7 +112,7 @@ def test_which_mutants_there_are():
         ("one more group may be left", "wgmma.wait_group", "wgmma.wait_group.sync.aligned 1;"),
         ("one more group may be left", "cp.async.wait_group", "cp.async.wait_group 2;"),
         ("40 made 104", "setmaxnreg.dec", "setmaxnreg.dec.sync.aligned.u32 104;"),
-        ("232 made 24", "setmaxnreg.inc", "setmaxnreg.inc.sync.aligned.u32 24;"),
+        ("232 made 256", "setmaxnreg.inc", "setmaxnreg.inc.sync.aligned.u32 256;"),
         ("toggle removed", "xor.b32 %r11", "mov.b32 %r11, %r11;"),
         ("xor of an address removed", "xor.b32 %r21", "mov.b32 %r21, %r20;"),
         (

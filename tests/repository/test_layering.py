@@ -159,6 +159,6 @@ def test_reference_and_plain_import_torch_only():
 
 def test_test_files_have_names_of_their_own():
     """pytest imports a test file by its name alone and refuses a second one of that name, in whatever folder."""
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    names = [path.name for folder in ("tests", "hoppersim/tests") for path in (ROOT / folder).rglob("test_*.py")]
     assert len(names) > 50
     assert {name for name in names if names.count(name) > 1} == set()

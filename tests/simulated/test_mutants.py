@@ -3,12 +3,15 @@
 `python -m tests.simulated.mutants` is the whole campaign.
 """
 
+import re
+
 import pytest
 from mutants import campaign
 from mutants.calls import calls
 from mutants.children import Lost, in_children
 from mutants.report import markdown
 from support.jet_sim import jet_sim
+from support.paths import ROOT
 
 import hoppersim
 from hoppersim import mutate
@@ -34,6 +37,8 @@ LEGAL = (
     ("chunk_prepare", "bar.sync doubled"),
     ("chunk_prepare", "fence of all spaces"),
 )
+
+pytestmark = pytest.mark.kernels  # last: simulated memory stays under torch for the rest of the process
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,9 @@ def test_the_report_counts():
     text = markdown(outcomes, legal, 10)
     assert "| fence | 1 of 3 (33.3%) | 2 of 3 (66.7%) | 1 | 1 |" in text
     assert "nobody reads it" in text and "1 of 1 (100.0%) passed unnoticed" in text
+
+
+def test_the_readme_has_the_numbers_of_the_last_campaign():
+    found = re.search(r"\| all \| (\d+) of (\d+) ", (ROOT / "tests" / "simulated" / "mutants.md").read_text())
+    said = re.search(r"of (\d+) bugs planted in our kernels it notices\s+(\d+)", (ROOT / "README.md").read_text())
+    assert found.groups() == said.groups()[::-1]

@@ -10,6 +10,7 @@ import torch
 import transformers
 from support.model_cases import stir_
 from support.paths import ROOT
+from support.stories import stories
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf, of requirements.txt")
@@ -186,7 +187,7 @@ def trained_tokenizer(cut: str):
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(documents(), trainer)
+    backend.train_from_iterator([stories(200_000), *documents()], trainer)
     if cut == "qwen2":
         backend.normalizer = normalizers.NFC()
     return backend

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from support.stories import stories
 from torch import Tensor
 
 from jetkernels.model import JetNemotronConfig, JetNemotronForCausalLM, Tokenizer
@@ -49,44 +49,10 @@ def killed_at_write(moment: int):
         yield
 
 
-NOUNS = "river garden engine letter harbour teacher window forest market bridge lantern captain village winter clock"
-VERBS = "carries follows remembers mends watches leaves finds answers crosses paints counts returns"
-ADJECTIVES = "old quiet narrow bright heavy patient distant wooden early green broken careful"
-PLACES = "near under behind beyond beside before".split()
-NAMES = "Anna Bertram Clara David Elsa Friedrich Greta Hugo Ida Johann".split()
-
-
-def _stories(length: int) -> str:
-    """`length` characters of English sentences in paragraphs, each about two people; the same on every machine."""
-    draw = random.Random(5)
-    nouns, verbs, adjectives = NOUNS.split(), VERBS.split(), ADJECTIVES.split()
-
-    def thing() -> str:
-        noun = nouns[min(int(draw.expovariate(0.3)), len(nouns) - 1)]  # some words are common, most are rare
-        return f"{draw.choice(adjectives)} {noun}" if draw.random() < 0.4 else noun
-
-    def sentence(people: list[str]) -> str:
-        who, other = draw.sample(people, 2)
-        return draw.choice(
-            [
-                f"{who} {draw.choice(verbs)} the {thing()} {draw.choice(PLACES)} the {thing()}.",
-                f'"Where is the {thing()}?" asks {who}, and {other} {draw.choice(verbs)} the {thing()}.',
-                f"In {draw.randint(1801, 1899)} the {thing()} of {other} was {draw.choice(adjectives)}.",
-                f"The {thing()} {draw.choice(verbs)} {who} and the {thing()}.",
-            ]
-        )
-
-    paragraphs: list[str] = []
-    while sum(map(len, paragraphs)) < length:
-        people = draw.sample(NAMES, 2)
-        paragraphs.append(" ".join(sentence(people) for _ in range(6)) + "\n\n")
-    return "".join(paragraphs)[:length]
-
-
 def text_folder(folder: Path, files: int = 30) -> Path:
-    """Files of 4,000 characters that `_stories` tells, each another part."""
+    """Files of 4,000 characters that `stories` tells, each another part."""
     size = 4000
-    source = _stories(files * size)
+    source = stories(files * size)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(files):
         (folder / f"piece{i}.txt").write_text(source[i * size : (i + 1) * size])

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from support.arguments import prefill_call
+from support.shapes import DeltaShape
 from torch import Tensor
 
 from benchmarks import ops
@@ -31,13 +33,22 @@ def _shape(**sizes) -> Shape:
 
 
 def _call(case: ops.Case, kernel: str = "") -> Call:
-    names = [argument.name for argument in ops.function(case.op).default._schema.arguments]
+    return _weak(case.op, lambda: case.make(Draw()), kernel)
 
-    def make() -> tuple:
-        arguments = zip(names, case.make(Draw()), strict=True)
-        return tuple(value * WEAK if name == "g" else value for name, value in arguments)
 
-    return Call(case.op, make, kernel)
+def _weak(op: str, make: Callable[[], tuple], kernel: str = "") -> Call:
+    names = [argument.name for argument in ops.function(op).default._schema.arguments]
+
+    def arguments() -> tuple:
+        return tuple(value * WEAK if name == "g" else value for name, value in zip(names, make(), strict=True))
+
+    return Call(op, arguments, kernel)
+
+
+def _prefill() -> tuple:
+    """Two sequences with states kept at some of their tokens."""
+    shape = DeltaShape("", T=1408, Hk=1, H=1, K=64, V=64, cu_seqlens=(0, 704, 1408))
+    return prefill_call(shape, BF16, FP32, (1, 0), (True, False), {192: 2, 640: 3, 704: 4, 832: 5})
 
 
 def calls() -> dict[str, Call]:
@@ -46,7 +57,7 @@ def calls() -> dict[str, Call]:
     return {
         # more chunks, tiles or tokens than multiprocessors take at once: a CTA has several
         "many chunks backward": _call(ops.chunk_backward(_shape(H=2), 140, 20), "chunk_gradients_kernel"),
-        "many heads backward": _call(ops.chunk_backward(_shape(H=12), 1, 100), "chunk_gradients_kernel"),
+        "many heads backward": _call(ops.chunk_backward(_shape(H=6, V=256), 1, 100), "chunk_gradients_kernel"),
         "many tiles": _call(ops.conv(_shape(D=864, R=320), 1, 1152), "pingpong"),
         "many tiles backward": _call(ops.conv_backward(_shape(D=864, R=192), 1, 1152), "input_gradient"),
         "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 7), "weight_gradient"),
@@ -54,9 +65,9 @@ def calls() -> dict[str, Call]:
         "many rows backward": _call(ops.norm_backward("rms_norm", _shape(R=256), 1500), "norm_backward_kernel"),
         "chunk": _call(ops.chunk(small, 1, 1200)),
         "chunk backward": _call(ops.chunk_backward(small, 1, 1200)),
-        "prefill": _call(ops.prefill(small, 2, 700)),
+        "prefill": _weak("prefill_gated_delta_rule", _prefill),
         "conv": _call(ops.conv(_shape(R=1536), 1, 130)),
-        "conv step": _call(ops.conv_step(_shape(R=512), 12)),
+        "conv step": _call(ops.conv_step(_shape(R=1024), 12)),
         "conv backward": _call(ops.conv_backward(_shape(D=256, R=512), 1, 200)),
         "apply backward": _call(ops.apply_conv_backward(small, 1, 67)),
         "attention": _call(ops.attention_step(small, 2, 200)),
@@ -64,7 +75,7 @@ def calls() -> dict[str, Call]:
         "recurrent, V first": _call(ops.recurrent(small, 2, BF16, 3, v_first=True)),
         "verify": _call(ops.verify(small, 2, FP32)),
         "commit": _call(ops.commit(small, 2, FP32)),
-        "block step": _call(ops.jet_block_step(_shape(R=512, V=128), 12)),
+        "block step": _call(ops.jet_block_step(_shape(R=1024, V=128), 12)),
         "norm": _call(ops.norm("rms_norm", _shape(R=256), 5)),
         "norm backward": _call(ops.norm_backward("rms_norm", _shape(R=256), 40)),
         "gates backward": _call(ops.delta_gates_backward(small, 70)),

@@ -101,6 +101,46 @@ EQUIVALENT = (
         (),
         "the producer's lanes meet there, and pass nothing to each other",
     ),
+    Known(
+        "chunk_sweep_kernel|chunk_reverse_kernel",
+        "fence",
+        "removed",
+        r"fence\.mbarrier_init",
+        (),
+        "fence.proxy.async of the same thread follows, before the barrier that tells the others",
+    ),
+    Known(
+        "chunk_gradients_kernel",
+        "stage",
+        "release before the last read",
+        r"mbarrier\.arrive",
+        (5,),
+        "only behind a chunk's last head, where copies wait for the release of q and k too, which follows these reads",
+    ),
+    Known(
+        "chunk_sweep_kernel<SweepConfig<64, 0|chunk_reverse_kernel",
+        "fence",
+        "removed",
+        r"fence\.proxy\.async",
+        (5,),
+        "of a tile of fewer than 64 rows, which threads read and no copy",
+    ),
+    Known(
+        "chunk_reverse_kernel",
+        "wait",
+        "one more group may be left",
+        r"cp\.async\.bulk\.wait_group\.read",
+        (2,),
+        "the wait before the other of a chunk's two stores covers the group that this one leaves",
+    ),
+    Known(
+        "chunk_reverse_kernel",
+        "barrier",
+        "removed",
+        r"bar\.sync %r\d+",
+        (7,),
+        "wait and barrier of the other of a chunk's two stores come between this buffer's read and its next write",
+    ),
 )
 
 
@@ -131,6 +171,14 @@ ESCAPES = (
         r"xor\.b32",
         (),
         "the ring must wrap at this very step of a tile, and the warpgroup have a tile after it: no call has that",
+    ),
+    Known(
+        "pingpong_dynamic_conv_kernel|input_gradient_kernel",
+        "arrive",
+        "doubled",
+        r"mbarrier\.arrive\.shared::cta",
+        (),
+        "whose turn it is to multiply: as with an arrival less, the other warpgroup begins early",
     ),
     Known(
         "chunk_plan_kernel",

@@ -1,5 +1,6 @@
 """Outcomes for people: a line each, and the whole in Markdown."""
 
+import re
 from collections.abc import Sequence
 
 from hoppersim import mutate
@@ -43,6 +44,10 @@ def markdown(planted: Sequence[Outcome], legal: Sequence[Outcome], seeds: int) -
     bugs = _of(planted, "noticed", "escaped", "lost")
     kernels = {o.kernel for o in bugs}
     lines = [
+        "# Bugs planted in the library's kernels, and how many the simulator notices",
+        "",
+        "Made by `python -m tests.simulated.mutants`.",
+        "",
         f"{len(bugs)} planted bugs in {len(kernels)} kernels. One default run: early, seed 0; all runs: {seeds} seeds "
         "in both timings, until one notices.",
         "",
@@ -61,7 +66,7 @@ def markdown(planted: Sequence[Outcome], legal: Sequence[Outcome], seeds: int) -
     lines += ["", "## Legal alterations", ""]
     reached = _of(legal, "noticed", "escaped", "lost")
     wrong = _of(legal, "noticed", "lost")
-    kinds = sorted({o.what for o in reached})
+    kinds = sorted({re.sub(r"^\d+ ", "", o.what) for o in reached})
     lines.append(f"{_rate(len(reached) - len(wrong), len(reached))} passed unnoticed: {', '.join(kinds)}.")
     if wrong:
         lines += ["", *_table(wrong, "what", "kernel", "line", "instruction", "reported as")]
