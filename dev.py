@@ -30,7 +30,8 @@ WITHOUT_DEPENDENCIES = "nvidia-cutlass==4.2.0.0"
 MOST_WORKERS = 4  # processes of pytest
 SITE = "build/site"
 BUILD_SITE = ("python", "-m", "sphinx", "-b", "html", "-W", "--keep-going", "--quiet", "docs")  # and the output folder
-CXX_FOLDERS, CXX_SUFFIXES = ("csrc", "bindings", "tests", "hoppersim"), (".h", ".cuh", ".c", ".cpp", ".cu")
+CXX_FOLDERS = ("csrc", "bindings", "tests", "hoppersim/src", "hoppersim/tests", "hoppersim/examples")
+CXX_SUFFIXES = (".h", ".cuh", ".c", ".cpp", ".cu")
 
 
 def say(text: str) -> None:
