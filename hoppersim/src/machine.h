@@ -158,6 +158,7 @@ struct Mbarrier {
   Stamp initialised;
   Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
   const Instruction* expected_by = nullptr;  // the last expect_tx
+  std::vector<Stamp> waits;                  // that succeeded for the phase before this one: the last of each warp
 };
 
 struct Cta;

@@ -78,7 +78,7 @@ EQUIVALENT = (
         "barrier.cluster follows at once, which all lanes execute together",
     ),
     Known(
-        "chunk_sweep_kernel",
+        "chunk_sweep_kernel|chunk_reverse_kernel",
         "barrier",
         "removed",
         r"bar\.warp\.sync",
@@ -130,8 +130,16 @@ EQUIVALENT = (
         "wait",
         "one more group may be left",
         r"cp\.async\.bulk\.wait_group\.read",
-        (2,),
+        (2, 3),
         "the wait before the other of a chunk's two stores covers the group that this one leaves",
+    ),
+    Known(
+        "chunk_reverse_kernel",
+        "wait",
+        "falls through",
+        r"mbarrier\.try_wait",
+        (3,),
+        "the wait for the normalising warps follows, and they have waited for the same phase",
     ),
     Known(
         "chunk_reverse_kernel",
