@@ -118,6 +118,14 @@ EQUIVALENT = (
         "only behind a chunk's last head, where copies wait for the release of q and k too, which follows these reads",
     ),
     Known(
+        "chunk_gradients_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (4,),
+        "only behind a chunk's last head, where copies wait for the release of q and k too, which follows these reads",
+    ),
+    Known(
         "chunk_sweep_kernel<SweepConfig<64, 0|chunk_reverse_kernel",
         "fence",
         "removed",
@@ -134,7 +142,7 @@ EQUIVALENT = (
         "the wait before the other of a chunk's two stores covers the group that this one leaves",
     ),
     Known(
-        "chunk_reverse_kernel",
+        "chunk_sweep_kernel|chunk_reverse_kernel",
         "wait",
         "falls through",
         r"mbarrier\.try_wait",
@@ -187,6 +195,15 @@ ESCAPES = (
         r"mbarrier\.arrive\.shared::cta",
         (),
         "whose turn it is to multiply: as with an arrival less, the other warpgroup begins early",
+    ),
+    Known(
+        r"single_tile_dynamic_conv_kernel<SingleTileConfig<\w+, 4, 4, 1",
+        "barrier",
+        "removed",
+        r"bar\.sync",
+        (),
+        "the bias from one warp to the others of its warpgroup: what they did before a wgmma that they issue together is "
+        "taken as ordered before its wait, which PTX does not say",
     ),
     Known(
         "chunk_plan_kernel",
