@@ -202,8 +202,8 @@ ESCAPES = (
         "removed",
         r"bar\.sync",
         (),
-        "the bias from one warp to the others of its warpgroup: what they did before a wgmma that they issue together is "
-        "taken as ordered before its wait, which PTX does not say",
+        "the bias from one warp to the others of its warpgroup: what they did before a wgmma that they issue together "
+        "is taken as ordered before its wait, which PTX does not say",
     ),
     Known(
         "chunk_plan_kernel",
