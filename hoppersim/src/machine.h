@@ -244,6 +244,7 @@ struct Cta {
     Stamp event;
   };
   std::map<int, RemoteAccess> remote_accesses;  // the last of each warp of other CTAs to this shared memory
+  std::map<size_t, RemoteAccess> copied;        // copies between CTAs that read it: the last towards each mbarrier
   Clock exit_clock;                             // what came before the exits of its warps
   bool ended = false;
 };

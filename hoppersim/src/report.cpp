@@ -34,7 +34,7 @@ const std::vector<Kind> table = {
     {"exit with a copy in flight", warning, true,
      "the kernel ends with bulk stores whose lane has not waited for their group; no rule of PTX forbids it"},
     {"access to an ended CTA", error, true,
-     "a thread accesses the shared memory of another CTA (`ld`, `st`, `atom`, `red`, `mbarrier`), and no barrier orders that before the end of the CTA, be it that this time it came before"},
+     "a thread accesses the shared memory of another CTA (`ld`, `st`, `atom`, `red`, `mbarrier`), and no barrier orders that before the end of the CTA, be it that this time it came before; or a CTA ends, and no barrier orders the completion of a copy that reads its shared memory for another CTA before that"},
     {"missing mbarrier_init fence", error, true,
      "an mbarrier is used (by another CTA, or behind a relaxed cluster barrier) and neither `fence.mbarrier_init` with a cluster barrier nor another order with release and acquire comes between that and its initialisation"},
     {"mbarrier not fenced for the async proxy", warning, true,
