@@ -89,6 +89,9 @@ void hold_source(Cta& cta, const Range& range, int change) {
 static void check_destination(const Issue& issue, const Cta& cta, const Range& range, LoadKind kind) {
   uint8_t any = 0;
   for (uint32_t b = 0; b < range.size; ++b) any |= cta.shared.flags[range.offset + b];
+  if (any & SharedMemory::mbarrier)
+    report("mbarrier accessed as memory", issue,
+           "its destination holds an mbarrier: only mbarrier instructions may touch that between its init and inval");
   if (any & SharedMemory::in_flight && kind != LoadKind::reduction)
     report("overwritten while a copy is in flight", issue,
            "another copy to the same shared memory has not been waited for");

@@ -128,8 +128,9 @@ struct Stamp {
 struct SharedMemory {
   enum Flag : uint8_t {
     written = 1,
-    in_flight = 2
-  };  // in_flight: an asynchronous copy will write it, not yet complete
+    in_flight = 2,  // an asynchronous copy will write it, not yet complete
+    mbarrier = 4    // of an mbarrier between its init and inval
+  };
   std::vector<uint8_t> bytes, flags;
   struct Granule {
     Stamp write, reads[2];

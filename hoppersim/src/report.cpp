@@ -63,6 +63,8 @@ const std::vector<Kind> table = {
     {"uninitialised mbarrier", error, false, "an mbarrier is used at an address where none was initialised"},
     {"mbarrier misuse", error, false,
      "initialising twice, a count or parity that is impossible, a stale state, an mbarrier in another CTA than the destination, …"},
+    {"mbarrier accessed as memory", error, true,
+     "a thread or a copy reads or writes the bytes of an mbarrier between its `mbarrier.init` and `mbarrier.inval` by other than mbarrier instructions"},
     {"barrier.cluster misuse", error, false, "arriving twice, or waiting without having arrived"},
     {"address of another CTA", error, false, "the instruction needs shared memory of its own CTA"},
     {"no such CTA", error, false, "a rank outside of the cluster"},
