@@ -285,6 +285,7 @@ struct Launch {
   Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
   std::atomic<uint64_t> progress{0};  // changes when a cluster has made some
+  std::atomic<uint64_t> begun{0};     // clusters
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
