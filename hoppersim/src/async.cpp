@@ -86,10 +86,13 @@ void hold_source(Cta& cta, const Range& range, int change) {
     cta.shared.granules[g].async_readers += change;
 }
 
-static void check_destination(const Issue& issue, const Cta& cta, const Range& range, bool reduces) {
+static void check_destination(const Issue& issue, const Cta& cta, const Range& range, LoadKind kind) {
   uint8_t any = 0;
   for (uint32_t b = 0; b < range.size; ++b) any |= cta.shared.flags[range.offset + b];
-  if (any & SharedMemory::in_flight && !reduces)
+  if (any & SharedMemory::mbarrier)
+    report("mbarrier accessed as memory", issue,
+           "its destination holds an mbarrier: only mbarrier instructions may touch that between its init and inval");
+  if (any & SharedMemory::in_flight && kind != LoadKind::reduction)
     report("overwritten while a copy is in flight", issue,
            "another copy to the same shared memory has not been waited for");
   for (uint32_t g = range.offset / 16; range.size && g <= (range.offset + range.size - 1) / 16; ++g)
@@ -99,11 +102,11 @@ static void check_destination(const Issue& issue, const Cta& cta, const Range& r
 }
 
 std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier, std::vector<Range> ranges,
-                                 bool reduces) {
+                                 LoadKind kind) {
   Mbarrier& mbarrier = barrier_at(issue, cta, barrier);
   for (const Range& range : ranges) {
-    check_destination(issue, cta, range, reduces);
-    note_async_write(issue, cta, range, completion_of(cta, barrier, mbarrier, mbarrier.phase), reduces);
+    check_destination(issue, cta, range, kind);
+    note_async_write(issue, cta, range, completion_of(cta, barrier, mbarrier, mbarrier.phase), kind);
     set_in_flight(cta, range, true);
   }
   check_initialised(issue, cta, barrier, true);
@@ -204,6 +207,13 @@ void async_finish(Cluster& cluster) {
     load->abandoned = true;
   }
   for (const auto& cta : cluster.ctas) {
+    for (const auto& [agent, copy] : cta->copied) {
+      if (knows(cta->exit_clock, copy.event, 1, false)) continue;
+      report("access to an ended CTA", *copy.warp, *copy.instruction,
+             "it reads the shared memory of " + name_of(*cta) +
+                 ", and no barrier orders its completion before the end of that CTA",
+             copy.lane);
+    }
     for (const auto& warp : cta->warps) {
       for (const auto& store : copies_of(*warp).stores)
         if (!store->released)

@@ -37,6 +37,9 @@ struct Issue {
   int lane;
 };
 
+// Reductions may share a destination; st.async needs no proxy fence.
+enum class LoadKind { copy, reduction, st_async };
+
 struct Load {
   Issue issue;
   Cta* cta;                   // destination
@@ -111,10 +114,9 @@ std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier);
 void report(const char* kind, const Issue& issue, const std::string& text);  // report.h
 void set_in_flight(Cta& cta, const Range& range, bool in_flight);
 void hold_source(Cta& cta, const Range& range, int change);  // change: +1 or -1 outstanding readers
-// Marks the destination as in flight; faults when another copy is on its way there (reductions may
-// share a destination) or an outstanding read uses it.
+// Marks the destination as in flight; faults when another copy is on its way there or an outstanding read uses it.
 std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier, std::vector<Range> ranges,
-                                 bool reduces = false);
+                                 LoadKind kind = LoadKind::copy);
 // Writes bytes of a load and lowers the barrier's transaction count.
 void land(Load& load, const void* data);
 // A wait on the barrier has succeeded: the loads of its completed phases are visible.

@@ -64,6 +64,16 @@ void each_lane(Warp& warp, const Instruction& i, uint32_t mask, Body body) {
     if (mask >> lane & 1) body(Issue{&warp, &i, lane});
 }
 
+// mbarrier.init and inval write the bytes of the mbarrier, for other accesses to them. What is there then is nobody's.
+void write_object(const Issue& issue, Cta& cta, uint32_t offset, uint8_t flags) {
+  const uint64_t opaque = 0;
+  for (int b = 0; b < 8; ++b) cta.shared.flags[offset + b] &= ~SharedMemory::mbarrier;
+  write_memory(*issue.warp, *issue.instruction, Space::shared, cta.rank * uint64_t{kRankStride} + offset, 8, &opaque,
+               issue.lane);
+  note_write(*issue.warp, *issue.instruction, {&cta, offset, 8, 1u << issue.lane, 0}, nullptr);
+  std::fill_n(&cta.shared.flags[offset], 8, flags);
+}
+
 bool init(Warp& warp, const Instruction& i, uint32_t mask) {
   each_lane(warp, i, mask, [&](const Issue& issue) {
     const SharedPlace place = place_of(warp, i, i.operands[0], 8, true, issue.lane);
@@ -77,6 +87,7 @@ bool init(Warp& warp, const Instruction& i, uint32_t mask) {
     barrier.expected = static_cast<uint32_t>(count);
     barrier.pending = static_cast<int32_t>(count);
     barrier.initialised = event_of(warp, 1u << issue.lane);
+    write_object(issue, *place.cta, place.offset, SharedMemory::mbarrier);
   });
   return true;
 }
@@ -91,6 +102,7 @@ bool invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
       if (load->cta == place.cta && load->barrier == place.offset)
         fault("mbarrier misuse", issue, "invalidated before its copies were waited for");
     place.cta->mbarriers.erase(place.offset);
+    write_object(issue, *place.cta, place.offset, 0);
   });
   return true;
 }

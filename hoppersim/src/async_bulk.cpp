@@ -46,12 +46,18 @@ void load_global(const Issue& issue, const SharedPlace& to, uint32_t barrier, ui
 
 void copy_shared(const Issue& issue, const SharedPlace& to, uint32_t barrier, const SharedPlace& from, uint32_t size) {
   const uint32_t reduction = issue.instruction->data[1];
-  auto load = issue_load(issue, *to.cta, barrier, {{to.offset, size}}, reduction != kNoReduction);
+  auto load = issue_load(issue, *to.cta, barrier, {{to.offset, size}},
+                         reduction == kNoReduction ? LoadKind::copy : LoadKind::reduction);
   load->source_cta = from.cta;
   load->source = {from.offset, size};
   async_read_shared(*issue.warp, *issue.instruction, *from.cta, from.offset, size, nullptr);
   Mbarrier& mbarrier = to.cta->mbarriers.at(barrier);
-  note_async_read(issue, *from.cta, load->source, completion_of(*to.cta, barrier, mbarrier, mbarrier.phase));
+  const Completion completion = completion_of(*to.cta, barrier, mbarrier, mbarrier.phase);
+  note_async_read(issue, *from.cta, load->source, completion);
+  Stamp end;
+  end.step = completion.step;
+  end.agent = static_cast<uint16_t>(completion.agent);
+  from.cta->copied[completion.agent] = {issue.warp, issue.instruction, issue.lane, end};
   hold_source(*from.cta, load->source, 1);
   schedule(*issue.warp, issue.instruction->text, [load, reduction] {
     const Issue& by = load->issue;
@@ -184,7 +190,7 @@ bool store_async(Warp& warp, const Instruction& i, uint32_t mask) {
       const uint64_t bits = operand_value(warp, value.elements.empty() ? value : value.elements[p], lane);
       std::memcpy(data.data() + p * element, &bits, element);
     }
-    auto load = issue_load(issue, *to.cta, barrier.offset, {{to.offset, element * parts}});
+    auto load = issue_load(issue, *to.cta, barrier.offset, {{to.offset, element * parts}}, LoadKind::st_async);
     schedule(warp, i.text, [load, data] { land(*load, data.data()); });
   }
   return true;

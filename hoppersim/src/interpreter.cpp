@@ -31,6 +31,11 @@ std::string hex32(uint32_t value) {
   return text;
 }
 
+uint64_t cluster_count(const Launch& launch) {
+  const Dim3 g = launch.grid, c = launch.cluster;
+  return uint64_t(g.x / c.x) * (g.y / c.y) * (g.z / c.z);
+}
+
 class ClusterRun {
  public:
   ClusterRun(Launch& launch, uint64_t index) : launch_(launch) {
@@ -55,6 +60,7 @@ class ClusterRun {
   [[gnu::noinline]] void check_live_lock();
   [[noreturn]] void stuck(const char* kind);
   std::string report() const;
+  std::string left_waiting() const;
   const Instruction* first_position() const;
 
   Launch& launch_;
@@ -277,6 +283,17 @@ void ClusterRun::step(Warp& warp, Group& group) {
   }
 }
 
+// What a cluster that polls may wait for: clusters that the simulator has not begun.
+std::string ClusterRun::left_waiting() const {
+  const uint64_t clusters = cluster_count(launch_), left = clusters - launch_.begun;
+  if (left == 0) return "";
+  const std::string all = std::to_string(clusters);
+  return ".\nClusters that have not begun: " + std::to_string(left) + " of " + all +
+         "; simulated at once: " + std::to_string(launch_.options.host_threads) +
+         ". If this one waits for them, as in a barrier of the grid, " + "set simulate(host_threads=" + all +
+         ") or HOPPERSIM_HOST_THREADS=" + all;
+}
+
 void ClusterRun::stuck(const char* kind) {
   for (Warp* warp : warps_) {
     for (const Group& group : warp->groups) {
@@ -296,6 +313,7 @@ void ClusterRun::stuck(const char* kind) {
             "multiplies, arrives or passes a barrier, " + std::to_string(cluster_.executed) +
             " in all. If it is at work all the same, raise simulate(max_instructions=" +
             std::to_string(launch_.options.max_instructions) + ")";
+  if (std::string(kind) == "live-lock") text += left_waiting();
   text += "\n" + report();
   check_register_pool(cluster_, text);
   async_check_deadlock(cluster_, text);
@@ -444,8 +462,7 @@ void run(Launch& launch) {
   launch.parameter_base = storage.data() + (128 - reinterpret_cast<uint64_t>(storage.data()) % 128);
   std::memcpy(launch.parameter_base, launch.parameters.data(), launch.parameters.size());
   launch.maps = make_map_proxy();
-  const Dim3 g = launch.grid, c = launch.cluster;
-  std::vector<uint64_t> order(uint64_t(g.x / c.x) * (g.y / c.y) * (g.z / c.z));
+  std::vector<uint64_t> order(cluster_count(launch));
   for (size_t k = 0; k < order.size(); ++k) order[k] = k;
   if (launch.options.seed != 0) {
     std::mt19937_64 random(launch.options.seed);
@@ -458,6 +475,7 @@ void run(Launch& launch) {
   auto work = [&] {
     for (size_t k = next++; k < order.size() && !stop; k = next++) {
       try {
+        ++launch.begun;
         ClusterRun cluster(launch, order[k]);
         cluster.run(stop);
         std::lock_guard lock(mutex);

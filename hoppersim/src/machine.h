@@ -128,8 +128,9 @@ struct Stamp {
 struct SharedMemory {
   enum Flag : uint8_t {
     written = 1,
-    in_flight = 2
-  };  // in_flight: an asynchronous copy will write it, not yet complete
+    in_flight = 2,  // an asynchronous copy will write it, not yet complete
+    mbarrier = 4    // of an mbarrier between its init and inval
+  };
   std::vector<uint8_t> bytes, flags;
   struct Granule {
     Stamp write, reads[2];
@@ -245,6 +246,7 @@ struct Cta {
     Stamp event;
   };
   std::map<int, RemoteAccess> remote_accesses;  // the last of each warp of other CTAs to this shared memory
+  std::map<size_t, RemoteAccess> copied;        // copies between CTAs that read it: the last towards each mbarrier
   Clock exit_clock;                             // what came before the exits of its warps
   bool ended = false;
 };
@@ -284,6 +286,7 @@ struct Launch {
   Reports reports;                    // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
   std::atomic<uint64_t> progress{0};  // changes when a cluster has made some
+  std::atomic<uint64_t> begun{0};     // clusters
   uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
 };
 

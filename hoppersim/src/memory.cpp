@@ -39,12 +39,20 @@ void check_shared(const Warp& warp, const Instruction& i, const Cta& cta, uint64
         lane);
 }
 
+void report_mbarrier(const Warp& warp, const Instruction& i, const char* verb, uint64_t offset, int lane) {
+  report("mbarrier accessed as memory", warp, i,
+         std::string(verb) + " shared address " + hex(offset) + ", where an mbarrier is (at " + hex(offset & ~7ull) +
+             "): only mbarrier instructions may touch it between mbarrier.init and mbarrier.inval",
+         lane);
+}
+
 void check_readable(const Warp& warp, const Instruction& i, const SharedMemory& shared, uint32_t offset, size_t size,
                     int lane) {
   static const std::vector<uint8_t> good(256, SharedMemory::written);
   if (size <= good.size() && std::memcmp(&shared.flags[offset], good.data(), size) == 0) return;
   for (size_t k = 0; k < size; ++k) {
     const uint8_t flags = shared.flags[offset + k];
+    if (flags & SharedMemory::mbarrier) return report_mbarrier(warp, i, "reads", offset + k, lane);
     if (flags & SharedMemory::in_flight) {
       return report("read while a copy is in flight", warp, i,
                     "reads shared address " + hex(offset + k) +
@@ -225,7 +233,12 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
     if (any & SharedMemory::in_flight)
       report("overwritten while a copy is in flight", warp, i,
              "writes shared address " + hex(address) + ", which an asynchronous copy is writing", lane);
-    std::memset(&shared.flags[place.offset], SharedMemory::written, size);
+    if (any & SharedMemory::mbarrier) {
+      report_mbarrier(warp, i, "writes", place.offset, lane);
+      for (size_t k = 0; k < size; ++k) shared.flags[place.offset + k] |= SharedMemory::written;
+    } else {
+      std::memset(&shared.flags[place.offset], SharedMemory::written, size);
+    }
     std::memcpy(&shared.bytes[place.offset], data, size);
   } else if (space == Space::local) {
     std::memcpy(local_bytes(warp, i, address, size, lane), data, size);

@@ -35,8 +35,8 @@ struct Completion {
 Completion completion_of(Cta& cta, uint32_t offset, Mbarrier& barrier, uint32_t phase);
 void check_async_read(const Issue& issue, Cta& cta, const Range& range);
 void note_async_read(const Issue& issue, Cta& cta, const Range& range, Completion completion);
-// generic: bytes of a cp.async. reduces: may race with its like.
-void note_async_write(const Issue& issue, Cta& cta, const Range& range, Completion completion, bool reduces);
+void note_async_write(const Issue& issue, Cta& cta, const Range& range, Completion completion, LoadKind kind);
+// Bytes of a cp.async.
 void note_thread_copy(const Issue& issue, Cta& cta, const Range& range, Completion completion);
 // The lane has waited for the read of the source of its bulk store.
 void note_source_read(const Issue& issue, Cta& cta, const Range& range);

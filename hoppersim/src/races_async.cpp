@@ -30,12 +30,13 @@ struct View {
   const Clock* clock;
 };
 
-// What threads wrote must be known, and known to a proxy fence.
-void require_write(const View& view, Cta& cta, uint32_t g, uint16_t bytes, const Stamp& old, const char* verb) {
+// What threads wrote must be known, and known to a proxy fence unless the access is that of an st.async.
+void require_write(const View& view, Cta& cta, uint32_t g, uint16_t bytes, const Stamp& old, const char* verb,
+                   bool fenced = true) {
   if (!(old.bytes & bytes)) return;
   const Issue& issue = view.issue;
   const bool known = view.knows(old, bytes, true);
-  if (!old.generic) {
+  if (!old.generic || !fenced) {
     if (!known) race(*issue.warp, *issue.instruction, issue.lane, verb, g, bytes, old, true);
     return;
   }
@@ -79,12 +80,15 @@ void note_async_read(const Issue& issue, Cta& cta, const Range& range, Completio
   });
 }
 
-void note_async_write(const Issue& issue, Cta& cta, const Range& range, Completion completion, bool reduces) {
+void note_async_write(const Issue& issue, Cta& cta, const Range& range, Completion completion, LoadKind kind) {
   const View view(issue);
+  const bool reduces = kind == LoadKind::reduction;
   each_granule(range, [&](uint32_t g, uint16_t bytes) {
     Granule& granule = cta.shared.granules[g];
     each_write(cta.shared, granule, [&](Stamp& old) {
-      if (!(old.strong && !old.generic && reduces)) require_write(view, cta, g, bytes, old, "writes");
+      if (!(old.strong && !old.generic && reduces)) {
+        require_write(view, cta, g, bytes, old, "writes", kind != LoadKind::st_async);
+      }
     });
     each_read(cta.shared, granule, [&](Stamp& old) {
       if (old.bytes & bytes && !view.knows(old, bytes, false))

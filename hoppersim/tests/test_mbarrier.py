@@ -1,9 +1,12 @@
 """mbarrier.*: phases, counts, tokens, transaction bytes, clocks, and what their misuse is reported as."""
 
+import re
+
 import numpy as np
 import pytest
 from async_ptx import INIT, both_timings, finding, kernel, launch
 from refusal import refusal
+from test_races import check, outcomes
 
 
 def values(body: str, count: int, **options) -> list[int]:
@@ -199,3 +202,66 @@ def test_dead_lock_names_barrier_and_phase():
 def test_unsupported(line):
     found = refusal(kernel(line))
     assert found.kind == "unsupported instruction" and line.rstrip(";") in str(found)
+
+
+# ---- The bytes of an mbarrier
+
+INVAL = "mbarrier.inval.shared::cta.b64 [%bar];\n"
+STORE = "cp.async.bulk.global.shared::cta.bulk_group [%a0], [%bar], 16;\ncp.async.bulk.commit_group;\n"
+STORE += "cp.async.bulk.wait_group 0;\n"
+ACCESSES = {
+    "st": "st.shared.u32 [%bar], 0;\n",
+    "st of a byte": "st.shared.u8 [%bar+7], 0;\n",
+    "st, generic": "cvt.u64.u32 %rd9, %bar;\ncvta.shared.u64 %rd9, %rd9;\nst.u64 [%rd9], %rd9;\n",
+    "atom": "atom.shared.add.u32 %r9, [%bar+4], 1;\n",
+    "cp.async": "cp.async.ca.shared.global [%bar], [%a0], 8;\ncp.async.wait_all;\n",
+    "ld": "ld.shared.u64 %rd9, [%bar];\n",
+    "bulk store": "fence.proxy.async;\n" + STORE,
+    "bulk load": "mbarrier.init.shared::cta.b64 [%bar2], 1;\nfence.mbarrier_init.release.cluster;\n"
+    "fence.proxy.async;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar2], 16;\n"
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%bar], [%a0], 16, [%bar2];\nWAIT(%bar2,0)\n",
+}
+ZEROS = "st.shared.v4.u32 [%bar], {%tid, %tid, %tid, %tid};\n"
+
+
+@pytest.mark.parametrize("access", ACCESSES)
+def test_only_mbarrier_instructions_touch_an_mbarrier(access):
+    first = ZEROS + BAR
+    before, after = ZEROS + ACCESSES[access], first + INVAL + ZEROS + ACCESSES[access]
+    check(first + ACCESSES[access], before + "bar.sync 0;\n" + BAR, "mbarrier accessed as memory", threads=1)
+    assert outcomes(after, threads=1) == {None}
+    beside = ACCESSES[access].replace("[%bar", "[%buffer").replace("%rd9, %bar", "%rd9, %buffer")
+    assert outcomes(ZEROS.replace("%bar", "%buffer") + BAR + beside.replace("%buffer2", "%bar2"), threads=1) == {None}
+
+
+def test_what_an_mbarrier_leaves_is_not_to_be_read():
+    check(ZEROS + BAR + INVAL + ACCESSES["ld"], ZEROS + BAR + INVAL + ZEROS + ACCESSES["ld"],
+          "uninitialised shared memory", threads=1)  # fmt: skip
+
+
+OTHERS = """
+setp.ne.u32 %p0, %tid, 0;
+{before}
+{first}
+@!%p0 mbarrier.init.shared::cta.b64 [%bar], 1;
+bar.sync 0;
+@!%p0 mbarrier.inval.shared::cta.b64 [%bar];
+{second}
+{after}
+"""
+
+
+def test_memory_that_becomes_an_mbarrier_and_memory_again():
+    """What other threads do before its init and after its inval needs a barrier between."""
+    write, read, sync = "st.shared.u32 [%bar], 5;", "ld.shared.u32 %r1, [%bar];", "bar.sync 0;"
+    legal = OTHERS.format(before=write + sync + read, first=sync, second=sync, after=write)
+    too_soon = OTHERS.format(before=write + sync + read, first="", second=sync, after=write)
+    too_early = OTHERS.format(before=write + sync + read, first=sync, second="", after="@%p0 " + write)
+    kinds = "race in shared memory", "race within a warp", "mbarrier accessed as memory"
+    check(too_soon, legal, *kinds)
+    check(too_early, legal, *kinds)
+
+
+def test_the_text_names_the_mbarrier():
+    text = str(finding(BAR + "st.shared.u8 [%bar+3], 1;", threads=1))
+    assert re.search(r"writes shared address 0x(\w+)3, where an mbarrier is \(at 0x\w+0\)", text), text
