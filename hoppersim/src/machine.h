@@ -69,7 +69,7 @@ struct Fault : std::runtime_error {
   std::vector<Report> collected;  // all errors of simulate(go_on=True); empty: this one
 };
 
-constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100;
+constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100, kLiveLockClusters = 16;
 
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
 
@@ -77,8 +77,9 @@ struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  // A cluster that executes as many without progress (class_progresses) is reported as a live-lock, and one that
-  // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
+  // Clusters that execute as many without progress (class_progresses), times their number up to kLiveLockClusters, are
+  // reported as a live-lock, and one that executes kLiveLockTotal times as many at all. The default is about two
+  // minutes of a spinning warp.
   uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
   std::vector<std::string> allow, warn_as_error;  // kinds that are dropped, and warnings that are errors
@@ -283,14 +284,17 @@ struct Launch {
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
-  Reports reports;                    // warnings, and the errors that did not stop it
-  std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
-  std::atomic<uint64_t> progress{0};  // changes when a cluster has made some
-  std::atomic<uint64_t> begun{0};     // clusters
-  uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
+  Reports reports;                           // warnings, and the errors that did not stop it
+  std::shared_ptr<MapProxy> maps;            // tensor_map_proxy.h; set by run()
+  std::atomic<uint64_t> looked{0};           // instructions executed since a cluster has made progress
+  std::atomic<uint64_t> begun{0}, ended{0};  // clusters
+  uint64_t most_resident = ~0ull;            // clusters that the device holds at once
+  bool cooperative = false;                  // all must be
+  uint64_t grid_workspace = 0;               // address of the grid's barrier, if so; set by run()
+  uint8_t* parameter_base = nullptr;         // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
-// interpreter.cpp: runs a launch to its end on options.host_threads threads; throws Fault.
+// launch.cpp: runs a launch to its end on options.host_threads threads; throws Fault.
 void run(Launch& launch);
 
 // ---- For everybody who reports
