@@ -61,7 +61,7 @@ def main(command_line: Sequence[str]) -> int:
     if arguments.json:
         rows = [outcome._asdict() for outcome in (*planted, *legal)]
         arguments.json.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    text = report.markdown(planted, legal, arguments.seeds)
+    text = report.markdown(planted, legal, arguments.seeds, arguments.draw)
     if arguments.report:
         arguments.report.write_text(text)
     print(text)

@@ -65,9 +65,11 @@ def calls() -> dict[str, Call]:
         "many tiles backward": _call(ops.conv_backward(_shape(D=864, R=192), 1, 1152), "input_gradient"),
         "many tiles, panels even": _call(ops.conv(_shape(D=864, R=256), 1, 1152), "pingpong"),
         "many tiles backward, panels even": _call(ops.conv_backward(_shape(D=864, R=256), 1, 1152), "input_gradient"),
-        "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 10), "weight_gradient"),
+        "many turns": _call(ops.conv(_shape(D=3456), 1, 1152), "pingpong"),
+        "many turns backward": _call(ops.conv_backward(_shape(D=3456), 1, 1152), "input_gradient"),
+        "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 12), "weight_gradient"),
         # what a segment makes of the state before it is not lost in noise
-        "a long row, cut": _call(ops.chunk_backward(small, 1, 4096), g=1e-3, beta=1e-2),
+        "a long row, cut": _call(ops.chunk_backward(small, 1, 8192), g=1e-3, beta=1e-2),
         "many rows": _call(ops.norm("rms_norm", _shape(R=256), 1500), "11norm_kernel"),
         "many rows backward": _call(ops.norm_backward("rms_norm", _shape(R=256), 1500), "norm_backward_kernel"),
         "chunk": _call(ops.chunk(small, 1, 1200)),
