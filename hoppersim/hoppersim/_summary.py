@@ -1,6 +1,7 @@
 """What the runs of a program say together: findings once each, a table of launches, the exit status."""
 
 import os
+import re
 import signal
 from collections import Counter
 
@@ -75,14 +76,14 @@ def text_of_findings(runs: list[Run]) -> str:
         first = f"first with seed {f['seed']}, timing {f['timing']}"
         place = short_path(f["source"]) or (f"ptx line {f['ptx_line']}" if f["ptx_line"] else "")
         text = f["text"].removeprefix(f"{f['kind']}: ").replace(f"; kernel {f['kernel']}, {f['source']}, ", "; ")
-        told = [line.removeprefix(f"kernel {f['kernel']}").removeprefix(", ") for line in text.splitlines()]
+        told = [re.sub(rf"^kernel {re.escape(f['kernel'])}(, |: |$)", "", line) for line in text.splitlines()]
         told = [line for line in told if line]
         if len(told) > _LINES:
             told[_LINES:] = [f"… {len(told) - _LINES} more lines (--json FILE has them)"]
         paragraphs.append(
             f"{'warning: ' * (f['severity'] == 'warning')}{f['kind']}: in {f['runs']} of {len(runs)} runs, {first}\n"
-            + f"  at     {place or 'no line: compile with -lineinfo'}\n"
-            + f"  kernel {f['kernel']}\n"
+            + (f"  at     {place}\n" if place else "")
+            + (f"  kernel {f['kernel']}\n" if f["kernel"] else "")
             + "\n".join(f"  {line}" for line in short_path("\n".join(told)).splitlines())
         )
     return "\n\n".join(paragraphs)

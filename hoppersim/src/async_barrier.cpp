@@ -21,8 +21,8 @@ void check_overrun(const Issue& issue, const Cta& cta, uint32_t offset, const Mb
   for (const Stamp& wait : barrier.waits) {
     if (came_before(barrier.clock, wait) || came_before(barrier.weak, wait)) continue;
     report("mbarrier phase overrun", issue,
-           "phase " + std::to_string(barrier.phase) + " of the mbarrier at shared offset " + std::to_string(offset) +
-               " of cta " + std::to_string(cta.rank) + " ends, and none of its arrivals comes after the wait for the " +
+           "phase " + std::to_string(barrier.phase) + " of the mbarrier at shared offset " + hex(offset) + " of cta " +
+               std::to_string(cta.rank) + " ends, and none of its arrivals comes after the wait for the " +
                "phase before it by " + name_of(*cta.cluster, wait, 1) +
                ": a slower warp would miss that phase, and wait for the next but one");
   }
@@ -286,8 +286,7 @@ std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
 Mbarrier& barrier_at(const Issue& issue, Cta& cta, uint32_t offset) {
   const auto found = cta.mbarriers.find(offset);
   if (found == cta.mbarriers.end())
-    fault("uninitialised mbarrier", issue,
-          "no mbarrier at shared offset " + std::to_string(offset) + " of " + name_of(cta));
+    fault("uninitialised mbarrier", issue, "no mbarrier at shared offset " + hex(offset) + " of " + name_of(cta));
   return found->second;
 }
 
@@ -303,7 +302,7 @@ void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async
   const bool visible = !async || came_before(barrier.async_fenced) || knows(cta.fenced, initialised, 1, true);
   if (ordered && visible) return;
   const std::string what = (async ? "completes on" : "uses") + std::string(" the mbarrier at shared offset ") +
-                           std::to_string(offset) + " of cta " + std::to_string(cta.rank) + ", which warp " +
+                           hex(offset) + " of cta " + std::to_string(cta.rank) + ", which warp " +
                            std::to_string(initialised.agent) + " of the cluster initialised, and no ";
   if (ordered) {
     report("mbarrier not fenced for the async proxy", issue,

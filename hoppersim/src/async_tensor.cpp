@@ -70,6 +70,7 @@ TensorMap read_map(const Issue& issue, const Operand& operand) {
   const uint64_t address = address_of(*issue.warp, operand, issue.lane);
   if (address >= kSharedWindow)
     fault("invalid tensor map", issue, "a tensor map must be in global, constant or parameter memory");
+  if (address % 64) fault("invalid tensor map", issue, "its address is not a multiple of 64: " + hex(address));
   uint8_t bytes[128];
   for (int part = 0; part < 128; part += 8)
     read_memory(*issue.warp, *issue.instruction, Space::generic, address + part, 8, bytes + part, issue.lane);
@@ -226,7 +227,7 @@ SharedPlace tile_place(const Issue& issue, const Operand& operand, const Box& bo
   const SharedPlace place = shared_place(*issue.warp, *issue.instruction, address_of(*issue.warp, operand, issue.lane),
                                          box.bytes, Space::shared);
   if (place.offset % 128)
-    fault("misaligned bulk copy", issue, "shared offset " + std::to_string(place.offset) + " is not a multiple of 128");
+    fault("misaligned bulk copy", issue, "shared offset " + hex(place.offset) + " is not a multiple of 128");
   return place;
 }
 

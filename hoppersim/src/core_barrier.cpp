@@ -116,11 +116,14 @@ bool fence_proxy(Warp& warp, const Instruction& i, uint32_t mask) {
 // Orders the initialisations of mbarriers that the lanes know of before a later arrival, a relaxed one too;
 // mbarrier_init (data[0]): also before their use by the async proxy, and nothing else.
 bool fence_memory(Warp& warp, const Instruction& i, uint32_t mask) {
-  const int lane = std::countr_zero(mask);
   for (auto& [offset, barrier] : warp.cta->mbarriers) {
-    if (!knows(warp, mask == kAll ? -1 : lane, barrier.initialised, 1, true)) continue;
-    if (!barrier.fenced.step) barrier.fenced = event_of(warp, mask);
-    if (i.data[0] && !barrier.async_fenced.step) barrier.async_fenced = event_of(warp, mask);
+    if (barrier.fenced.step && (!i.data[0] || barrier.async_fenced.step)) continue;
+    uint32_t lanes = 0;  // that know of it
+    for (uint32_t left = mask; left; left &= left - 1)
+      if (knows(warp, std::countr_zero(left), barrier.initialised, 1, true)) lanes |= left & -left;
+    if (lanes == 0) continue;
+    if (!barrier.fenced.step) barrier.fenced = event_of(warp, lanes);
+    if (i.data[0] && !barrier.async_fenced.step) barrier.async_fenced = event_of(warp, lanes);
   }
   if (i.data[0]) {
     ++warp.step;

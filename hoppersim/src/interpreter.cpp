@@ -20,12 +20,6 @@ constexpr uint64_t kGroupPatience = 20000;  // instructions after which the grou
 constexpr uint64_t kLatePatience =
     20000;  // rounds in which some warp only polls, until a late operation completes anyway
 
-std::string hex32(uint32_t value) {
-  char text[16];
-  std::snprintf(text, sizeof text, "0x%x", value);
-  return text;
-}
-
 }  // namespace
 
 uint64_t cluster_count(const Launch& launch) {
@@ -230,7 +224,7 @@ void ClusterRun::step(Warp& warp, Group& group) {
   bool done = false;
   if (!i.aligned || converged(warp, i, warp.alive, group.mask)) {
     if (i.aligned && mask != group.mask)
-      fault("divergent aligned instruction", warp, i, "its guard holds for lanes " + hex32(mask) + " only");
+      fault("divergent aligned instruction", warp, i, "its guard holds for lanes " + hex(mask) + " only");
     const uint32_t pc = group.pc++;
     done = (i.wgmma_registers && check_registers(warp, i, mask)) || i.execute(warp, i, mask);
     if (!done) group.pc = pc;
@@ -264,7 +258,7 @@ void ClusterRun::stuck(const char* kind) {
       const bool whole = group.mask == warp->alive;
       if (warp->state != Warp::State::done && group.converging && i.aligned && !whole) {
         throw fault_in("divergent aligned instruction",
-                       where(*warp, i) + ": lanes " + hex32(group.mask) + " of " + hex32(warp->alive) +
+                       where(*warp, i) + ": lanes " + hex(group.mask) + " of " + hex(warp->alive) +
                            " are here and the others never come\n" + report(),
                        *launch_.function, &i);
       }
@@ -274,7 +268,8 @@ void ClusterRun::stuck(const char* kind) {
   if (live)
     text += ": " + std::to_string(launch_.looked) + " instructions without one that stores, copies, " +
             "multiplies, arrives or passes a barrier, " + std::to_string(cluster_.executed) +
-            " in all. If it is at work all the same, raise simulate(max_instructions=" +
+            " in all. If it is at work all the same, raise max_instructions (simulate, or hoppersim run "
+            "--max-instructions) above " +
             std::to_string(launch_.options.max_instructions) + ")";
   if (live) text += clusters_left();
   text += "\n" + report();
@@ -304,7 +299,7 @@ std::string ClusterRun::report() const {
       if (warp->state == Warp::State::done) text += name + ", warp " + std::to_string(warp->id) + ": exited\n";
       for (const Group& group : warp->groups) {
         const Instruction& i = launch_.function->code[group.pc];
-        text += name + ", warp " + std::to_string(warp->id) + ", lanes " + hex32(group.mask) + " at " +
+        text += name + ", warp " + std::to_string(warp->id) + ", lanes " + hex(group.mask) + " at " +
                 position(*launch_.function, i);
         text += group.can_resume ? "; waits for " + group.waiting_for + "\n" : "; can run\n";
       }
@@ -318,7 +313,7 @@ std::string ClusterRun::report() const {
     std::map<uint32_t, const Mbarrier*> mbarriers;
     for (const auto& [offset, m] : cta->mbarriers) mbarriers[offset] = &m;
     for (const auto& [offset, m] : mbarriers) {
-      text += name + ", mbarrier " + hex32(offset) + ": phase " + std::to_string(m->phase) + ", " +
+      text += name + ", mbarrier " + hex(offset) + ": phase " + std::to_string(m->phase) + ", " +
               std::to_string(m->pending) + " of " + std::to_string(m->expected) + " arrivals missing, " +
               std::to_string(m->tx) + " bytes missing\n";
     }
@@ -377,13 +372,12 @@ bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask
   const uint32_t missing = members & warp.alive & ~mask;
   if (missing == 0) return true;
   warp.current->converging = true;
-  warp.waiting_for = "lanes " + hex32(missing) + " of its warp at " + i.opcode;
+  warp.waiting_for = "lanes " + hex(missing) + " of its warp at " + i.opcode;
   const uint32_t alive = warp.alive;
   warp.can_resume = [&warp, &i, members, mask, alive] {
     if (i.aligned && warp.alive != alive) {
       fault("divergent aligned instruction", warp, i,
-            "lanes " + hex32(mask) + " wait here and lanes " + hex32(alive & ~warp.alive) +
-                " have exited without coming");
+            "lanes " + hex(mask) + " wait here and lanes " + hex(alive & ~warp.alive) + " have exited without coming");
     }
     return (members & warp.alive & ~mask) == 0;
   };

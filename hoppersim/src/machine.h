@@ -302,6 +302,7 @@ void run(Launch& launch);
 std::string name_of(const Cta& cta);
 // "CTA (0, 1, 0), warp 3", by the index of its clock.
 std::string name_of_warp(const Cluster& cluster, size_t clock_index);
+std::string hex(uint64_t value);  // "0x400"
 // "kernel gemm, gemm.cu:7, ptx line 120: cp.async.bulk…, CTA (0, 1, 0), warp 3, lane 0"
 std::string where(const Warp& warp, const Instruction& instruction, int lane = -1);
 // A fault of that kernel, at the instruction unless null.

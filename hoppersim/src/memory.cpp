@@ -24,12 +24,6 @@ std::shared_mutex& ranges_mutex = *new std::shared_mutex;
 std::map<uint64_t, GlobalRange>& ranges = *new std::map<uint64_t, GlobalRange>;
 std::atomic<uint64_t> ranges_version{1};
 
-std::string hex(uint64_t value) {
-  char text[24];
-  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
-  return text;
-}
-
 void check_shared(const Warp& warp, const Instruction& i, const Cta& cta, uint64_t offset, size_t size, int lane) {
   const uint32_t begin = cta.cluster->launch->function->shared_begin;
   if (offset >= begin && offset + size <= cta.shared.bytes.size()) return;

@@ -1,4 +1,5 @@
 // Instructions and operands of PTX text.
+#include <algorithm>
 #include <cctype>
 
 #include "ptx_parser.h"
@@ -294,7 +295,7 @@ void PtxParser::instruction(std::string text) {
       result.operands.push_back(operand(operands[i], result, i));
     }
   }
-  if (result.opcode == "ret" && depth_ > 0) {  // of an expanded call
+  if (result.opcode == "ret" && !calls_.empty()) {  // of an expanded call
     result.opcode = "bra";
     result.operands.resize(1);
     label_operand("%return", result.operands[0], 0);
@@ -327,10 +328,9 @@ void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
     return;
   }
   const Callee& callee = found->second;
-  if (guard >= 0 || depth_ > 16 || results.size() != callee.results.size() ||
-      arguments.size() != callee.arguments.size()) {
+  if (guard >= 0 || results.size() != callee.results.size() || arguments.size() != callee.arguments.size())
     not_modelled("call " + text);
-  }
+  if (std::find(calls_.begin(), calls_.end(), found->first) != calls_.end()) not_modelled("recursive call " + text);
   Scope scope;
   scope.callee = true;
   auto bind = [&](const std::vector<std::string>& formal, const std::vector<std::string>& actual) {
@@ -348,9 +348,9 @@ void PtxParser::call(const std::string& text, int guard, bool guard_negated) {
   at_ = callee.body;
   line_ = callee.line;
   scopes_.push_back(std::move(scope));
-  ++depth_;
+  calls_.push_back(found->first);
   body(static_cast<int>(scopes_.size()) - 1);
-  --depth_;
+  calls_.pop_back();
   source_ = source, caller_ = caller;
   at_ = at;
   line_ = line;

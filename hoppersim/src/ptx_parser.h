@@ -123,7 +123,7 @@ class PtxParser {
   std::unordered_map<std::string, Callee> callees_;
   std::set<std::string> external_;  // external shared names the function uses
   uint32_t external_align_ = 16;
-  int depth_ = 0;                   // of expanded calls
+  std::vector<std::string> calls_;  // that are being expanded
   std::string only_;                // parse_kernel: other entries are passed over
   const Module* loaded_ = nullptr;  // parse_kernel: where the variables are
 };

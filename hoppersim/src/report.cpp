@@ -74,6 +74,8 @@ const std::vector<Kind> table = {
      "no map at the address, or of another rank or mode, in shared memory, with values that the driver would refuse, or of a type without the reduction"},
     {"wgmma differs within the warpgroup", error, false, "the four warps did not issue the same"},
     {"incomplete warpgroup", error, false, "a wgmma in a warpgroup of fewer than four warps"},
+    {"misaligned matrix descriptor", error, false,
+     "an operand of a wgmma whose tile does not start where its swizzle does, without a base offset"},
     {"matrix descriptor differs between lanes", error, false, "the lanes of a warp gave different descriptors"},
     {"scale-d differs between lanes", error, false, "the lanes of a warp gave different predicates"},
     {"invalid sparsity metadata", error, false,
@@ -132,6 +134,12 @@ std::string name_of_warp(const Cluster& cluster, size_t clock_index) {
 std::string position(const Function& function, const Instruction& i) {
   const std::string source = function.lines->text(i.source);
   return (source.empty() ? "" : source + ", ") + "ptx line " + std::to_string(i.line) + ": " + i.text;
+}
+
+std::string hex(uint64_t value) {
+  char text[24];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+  return text;
 }
 
 std::string where(const Warp& warp, const Instruction& i, int lane) {

@@ -112,11 +112,21 @@ void take_registers(Warp& warp, const Instruction& i, TensorState& state) {
 }
 
 // ---- Operands in shared memory at issue
+MatrixDescriptor descriptor_of(const Warp& warp, const Instruction& i, uint64_t bits, const char* name) {
+  const MatrixDescriptor descriptor(bits);
+  if (!descriptor.aligned())
+    fault("misaligned matrix descriptor", warp, i,
+          std::string(name) + " starts at shared address " + hex(descriptor.start) + "; with a swizzle of " +
+              std::to_string(16 << descriptor.swizzle) + " bytes its tiles of 8 rows start at multiples of " +
+              std::to_string(128 << descriptor.swizzle) + ", or have a base offset");
+  return descriptor;
+}
+
 void list_units(const Warp& warp, const Instruction& i, TensorOperation& operation) {
   WgmmaShape shape(i);
   try {
     if (!shape.has(WgmmaShape::a_in_registers)) {
-      MatrixDescriptor a(operation.descriptor_a);
+      const MatrixDescriptor a = descriptor_of(warp, i, operation.descriptor_a, "A");
       int first = warp.id % kWarpgroup * 16;
       if (shape.has(WgmmaShape::a_mn_major)) {
         a.units_mn_major(first, 16, shape.stored_k(), operation.units);
@@ -124,7 +134,7 @@ void list_units(const Warp& warp, const Instruction& i, TensorOperation& operati
         a.units_k_major(first, 16, 2, operation.units);
       }
     }
-    MatrixDescriptor b(operation.descriptor_b);
+    const MatrixDescriptor b = descriptor_of(warp, i, operation.descriptor_b, "B");
     if (shape.has(WgmmaShape::b_mn_major)) {
       b.units_mn_major(0, shape.n, shape.k, operation.units);
     } else {

@@ -32,6 +32,7 @@ struct MatrixDescriptor {
   explicit MatrixDescriptor(uint64_t bits);
   uint32_t start, leading, stride;  // bytes
   int swizzle;                      // 0, 1, 2, 3: none, 32, 64, 128 bytes
+  bool aligned() const;             // its tile starts where its swizzle does
   void units_k_major(int first, int count, uint32_t units, std::vector<uint32_t>& out) const;
   void units_mn_major(int first, int count, int depth, std::vector<uint32_t>& out) const;
 

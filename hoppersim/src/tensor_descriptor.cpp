@@ -18,7 +18,7 @@
 // offsets in the tile: that is why atoms must lie on multiples of 8 * 16 W bytes, and why a kernel may step along K
 // inside an atom by adding the byte offset (32 for 16 values of bf16) to the start address alone. The copy engine
 // swizzles the same way. The base offset, for tiles that start elsewhere, is not modelled: a descriptor that has one is
-// a fault.
+// a fault, and so is one of such a tile that has none.
 #include <stdexcept>
 
 #include "tensor.h"
@@ -31,6 +31,8 @@ MatrixDescriptor::MatrixDescriptor(uint64_t bits)
   constexpr int kSwizzleOfLayout[4] = {0, 3, 2, 1};
   swizzle = kSwizzleOfLayout[bits >> 62];
 }
+
+bool MatrixDescriptor::aligned() const { return (start >> 7 & ((1u << swizzle) - 1)) == 0; }
 
 uint32_t MatrixDescriptor::swizzled(uint32_t address) const {
   uint32_t field = (1u << swizzle) - 1;

@@ -95,6 +95,72 @@ def test_votes_matches_reductions():
     assert got.sum() == 1
 
 
+TILE = "and.b32 %r9, %r0, 24;\nmov.u32 %r8, 255;\nshl.b32 %r8, %r8, %r9;\n"  # the mask of 8 lanes
+
+
+def test_tiles_of_a_warp():
+    """Each lane names its own tile."""
+    thread = np.arange(32)
+    tile = thread // 8
+    for instruction, expected in [
+        ("shfl.sync.bfly.b32 %r1, %r0, 5, 6175, %r8;", thread ^ 5),
+        ("redux.sync.add.u32 %r1, %r0, %r8;", 64 * tile + 28),
+        ("match.any.sync.b32 %r1, %r9, %r8;", 255 << 8 * tile),
+        ("setp.lt.u32 %p1, %r0, 11;\nvote.sync.ballot.b32 %r1, %p1, %r8;", np.array([255, 1792, 0, 0])[tile]),
+        ("elect.sync %r1|%p1, %r8;", 8 * tile),
+        ("bar.warp.sync %r8;\nmov.u32 %r1, 7;", np.full(32, 7)),
+    ]:
+        np.testing.assert_array_equal(run(TILE + instruction + "\n" + store("%r1")), expected.astype(np.uint32))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tiles_go_on_alone(seed):
+    """Tile 0 and tile 1 come together, tile 1 without its last lane, which waits for what tile 0 does next."""
+    body = """
+    .shared .align 4 .b8 s[4];
+    mov.u32 %r7, s;
+    setp.eq.u32 %p1, %r0, 0;
+    @%p1 st.shared.u32 [%r7], 0;
+    bar.warp.sync -1;
+    setp.eq.u32 %p2, %r0, 15;
+    @%p2 bra LATE;
+    SUM: redux.sync.add.u32 %r1, %r0, %r8;
+    @%p1 st.release.cta.shared.u32 [%r7], 1;
+    bra END;
+    LATE: ld.acquire.cta.shared.u32 %r6, [%r7];
+    setp.eq.u32 %p3, %r6, 0;
+    @%p3 bra LATE;
+    bra SUM;
+    END:
+    """
+    np.testing.assert_array_equal(run(TILE + body + store("%r1"), seed=seed), np.arange(32) // 8 * 64 + 28)
+
+
+@pytest.mark.parametrize(
+    "mask, text",
+    [
+        ("0", "is empty"),
+        ("0xff00", "the lane is not in its own mask"),
+        ("%r8", "names a lane whose own mask is another"),
+    ],
+)
+def test_masks_that_cannot_be(mask, text):
+    body = TILE + "setp.eq.u32 %p1, %r0, 3;\n@%p1 mov.u32 %r8, 15;\n" + f"redux.sync.add.u32 %r1, %r0, {mask};\n"
+    with pytest.raises(hoppersim.Fault, match=f"^member mask: {text}"):
+        run(body + store("%r1"))
+
+
+def test_a_function_that_calls_itself_is_refused():
+    function = (
+        ".func (.param .b32 r) again(.param .b32 a)\n{\n.reg .b32 %r<3>;\nld.param.b32 %r1, [a];\n"
+        + 3 * "{\n.param .b32 p0;\nst.param.b32 [p0+0], %r1;\n.param .b32 q0;\ncall.uni (q0), again, (p0);\n}\n"
+        + "st.param.b32 [r+0], %r1;\nret;\n}\n"
+    )
+    call = "{\n.param .b32 p0;\nst.param.b32 [p0+0], %r0;\n.param .b32 q0;\ncall.uni (q0), again, (p0);\n}\n"
+    with pytest.raises(hoppersim.Fault, match="^unsupported instruction: .*recursive call"):
+        run(call + store("%r0"), declare=function)
+
+
 def test_members_wait_for_divergent_lanes():
     body = (
         "mov.u32 %r1, 1;\nsetp.lt.u32 %p1, %r0, 9;\n@%p1 bra SLOW;\nbra SUM;\nSLOW:\nmov.u32 %r1, 2;\nSUM:\n"
@@ -169,7 +235,7 @@ def test_live_lock():
     fault = fault_of(kernel("LOOP:\nbra LOOP;\n"), (np.zeros(32, np.uint32),), max_instructions=100000)
     assert fault.kind == "live-lock"
     text = str(fault)
-    assert "raise simulate(max_instructions=100000)" in text and "CTA (0, 0, 0), warp 0, lanes 0xffffffff" in text
+    assert "--max-instructions) above 100000" in text and "CTA (0, 0, 0), warp 0, lanes 0xffffffff" in text
 
 
 POLL = "ld.volatile.global.u32 %r1, [%rd0];\nsetp.eq.u32 %p1, %r1, 0;\n@%p1 bra LOOP;\n"

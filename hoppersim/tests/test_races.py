@@ -289,6 +289,28 @@ def test_mbarrier_is_used_before_the_others_know_of_it():
     check(body.format(order=""), body.format(order=BAR), "unsynchronised shared memory", "uninitialised mbarrier")
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_lanes_initialise_an_mbarrier_each(lanes):
+    body = f"""
+    shl.b32 %r1, %tid, 3;
+    add.u32 %r1, %r1, %bar;
+    setp.ge.u32 %p0, %tid, {lanes};
+    @%p0 bra READY;
+    mbarrier.init.shared::cta.b64 [%r1], 1;
+    {{fence}}
+    READY:
+    bar.sync 0;
+    setp.ne.u32 %p0, %tid, 40;
+    @%p0 bra END;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar+{8 * (lanes - 1)}], 512;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%buffer], [%a0], 512, [%bar+{8 * (lanes - 1)}];
+    WAIT(%bar+{8 * (lanes - 1)},0)
+    END:
+    """
+    fence = "fence.mbarrier_init.release.cluster;"
+    check(body.format(fence=""), body.format(fence=fence), "mbarrier not fenced for the async proxy")
+
+
 def test_mbarrier_of_another_cta():
     body = """
     setp.ne.u32 %p0, %tid, 0;

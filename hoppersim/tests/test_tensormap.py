@@ -76,6 +76,16 @@ def test_unmodified_map_needs_no_fence(timing):
     assert run(LOAD, timing=timing) == 1
 
 
+def test_a_map_lies_at_a_multiple_of_64():
+    arrays, old = arguments()
+    moved = aligned(144, np.uint8)
+    moved[16:] = arrays[0]
+    arrays[0] = moved
+    with hoppersim.registered(old):
+        found = finding("add.u64 %a0, %a0, 16;\n" + LOAD, arrays, threads=1)
+    assert found.kind == "invalid tensor map" and "is not a multiple of 64" in str(found)
+
+
 @both_timings
 def test_replaced_and_fenced(timing):
     assert run(REPLACE + RELEASE + ACQUIRE + LOAD, timing=timing) == 2

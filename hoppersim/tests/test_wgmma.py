@@ -1,5 +1,6 @@
 """wgmma: shared-memory layouts, register layouts, types, groups, and what must not be touched before the wait."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -230,6 +231,19 @@ def test_descriptor_with_base_offset_is_not_modelled():
     kernel, _, _, c = simple()
     kernel.b.constants |= 1 << 49
     assert fault_kind(kernel, c) == "unsupported instruction"
+
+
+@pytest.mark.parametrize("swizzle", [32, 64, 128])
+def test_a_tile_starts_where_its_swizzle_does(swizzle):
+    """Not a row, nor half of the rows, further."""
+    a, b, c = integers(64, 32, seed=1), integers(16, 32, seed=2), integers(64, 16, seed=3)
+    right = tile(b, "bf16", swizzle, False)
+    run(Wgmma(16, "bf16", right, tile(a, "bf16", swizzle, False)), c)
+    for bytes_off in {128, 4 * swizzle}:
+        moved = dataclasses.replace(right, starts=[start + bytes_off for start in right.starts])
+        assert (
+            fault_kind(Wgmma(16, "bf16", moved, tile(a, "bf16", swizzle, False)), c) == "misaligned matrix descriptor"
+        )
 
 
 def test_operands_differ_within_the_warpgroup():
