@@ -12,6 +12,7 @@
 #include "async.h"
 #include "core.h"
 #include "order.h"
+#include "races_global.h"
 #include "tensor.h"
 #include "tensor_map_proxy.h"
 
@@ -29,11 +30,6 @@ std::string hex32(uint32_t value) {
   char text[16];
   std::snprintf(text, sizeof text, "0x%x", value);
   return text;
-}
-
-uint64_t cluster_count(const Launch& launch) {
-  const Dim3 g = launch.grid, c = launch.cluster;
-  return uint64_t(g.x / c.x) * (g.y / c.y) * (g.z / c.z);
 }
 
 class ClusterRun {
@@ -94,6 +90,7 @@ void ClusterRun::build(uint64_t index) {
     for (auto& warp : cta->warps) warps_.push_back(warp.get());
   }
   begin_order(cluster_);
+  cluster_.global_order = make_cluster_order(launch_, index);
 }
 
 void ClusterRun::build_warps(Cta& cta) {
@@ -462,6 +459,7 @@ void run(Launch& launch) {
   launch.parameter_base = storage.data() + (128 - reinterpret_cast<uint64_t>(storage.data()) % 128);
   std::memcpy(launch.parameter_base, launch.parameters.data(), launch.parameters.size());
   launch.maps = make_map_proxy();
+  launch.global_order = make_global_order(launch);
   std::vector<uint64_t> order(cluster_count(launch));
   for (size_t k = 0; k < order.size(); ++k) order[k] = k;
   if (launch.options.seed != 0) {

@@ -164,7 +164,9 @@ struct Mbarrier {
 struct Cta;
 struct Cluster;
 struct Launch;
-struct Order;  // order.h
+struct Order;         // order.h
+struct ClusterOrder;  // races_global.h
+struct GlobalOrder;
 struct Warp;
 
 // ---- Warp
@@ -212,6 +214,7 @@ struct Warp {
   Group* current = nullptr;                    // the group that executes
   uint32_t exists = 0xffffffffu;               // lanes the launch gave this warp
   uint32_t carry = 0;                          // CC.CF of each lane
+  uint32_t changed = 0;                        // lanes of the last st that changed global memory
   std::vector<const Instruction*> setmaxnreg;  // that it has executed
   uint32_t registers_held = 0;                 // per thread, of the CTA's pool
   uint64_t since_merge = 0;  // instructions since groups last changed: a spinning group must let the others run
@@ -261,8 +264,9 @@ struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::shared_ptr<void> copies;  // async.h: copies on their way to an mbarrier, bulk stores
   std::shared_ptr<Order> order;
-  std::deque<Pending> pending;  // completed one by one when no warp can run (late), in seeded order
-  Cta::NamedBarrier barrier;    // barrier.cluster
+  std::shared_ptr<ClusterOrder> global_order;  // races_global.h; nullptr: races in global memory are not looked for
+  std::deque<Pending> pending;                 // completed one by one when no warp can run (late), in seeded order
+  Cta::NamedBarrier barrier;                   // barrier.cluster
   std::mt19937_64 random;
   Counters counters;
   uint64_t executed = 0;
@@ -282,12 +286,18 @@ struct Launch {
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
-  Reports reports;                    // warnings, and the errors that did not stop it
-  std::shared_ptr<MapProxy> maps;     // tensor_map_proxy.h; set by run()
-  std::atomic<uint64_t> progress{0};  // changes when a cluster has made some
-  std::atomic<uint64_t> begun{0};     // clusters
-  uint8_t* parameter_base = nullptr;  // copy of the parameters, aligned to 128 bytes; set by run()
+  Reports reports;                            // warnings, and the errors that did not stop it
+  std::shared_ptr<MapProxy> maps;             // tensor_map_proxy.h; set by run()
+  std::shared_ptr<GlobalOrder> global_order;  // races_global.h; set by run()
+  std::atomic<uint64_t> progress{0};          // changes when a cluster has made some
+  std::atomic<uint64_t> begun{0};             // clusters
+  uint8_t* parameter_base = nullptr;          // copy of the parameters, aligned to 128 bytes; set by run()
 };
+
+inline uint64_t cluster_count(const Launch& launch) {
+  const Dim3 g = launch.grid, c = launch.cluster;
+  return uint64_t(g.x / c.x) * (g.y / c.y) * (g.z / c.z);
+}
 
 // interpreter.cpp: runs a launch to its end on options.host_threads threads; throws Fault.
 void run(Launch& launch);
