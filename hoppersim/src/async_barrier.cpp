@@ -1,14 +1,32 @@
 // mbarrier.*
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 
 #include "races.h"
+#include "races_granule.h"
 
 namespace hoppersim {
 namespace {
 
 constexpr uint32_t kMaxCount = (1u << 20) - 1;
 constexpr uint32_t kPatientPolls = 32;  // unsuccessful test_waits in a row before the warp is put to sleep
+
+// A phase may end only after every wait for the one before it: a waiter that is slower than in this run would take the
+// parity that it then finds for that of the phase to come.
+void check_overrun(const Issue& issue, const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
+  auto came_before = [](const Clock& clock, const Stamp& wait) {
+    return wait.agent < clock.size() && wait.step <= std::max(clock[wait.agent].all, clock[wait.agent].some);
+  };
+  for (const Stamp& wait : barrier.waits) {
+    if (came_before(barrier.clock, wait) || came_before(barrier.weak, wait)) continue;
+    report("mbarrier phase overrun", issue,
+           "phase " + std::to_string(barrier.phase) + " of the mbarrier at shared offset " + std::to_string(offset) +
+               " of cta " + std::to_string(cta.rank) + " ends, and none of its arrivals comes after the wait for the " +
+               "phase before it by " + name_of(*cta.cluster, wait, 1) +
+               ": a slower warp would miss that phase, and wait for the next but one");
+  }
+}
 
 // A phase ends with its last arrival and its last byte.
 void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
@@ -20,6 +38,8 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
       fault("expect_tx too small", issue,
             "the phase ends while a copy of it is in flight: " +
                 where(*load->issue.warp, *load->issue.instruction, load->issue.lane));
+  check_overrun(issue, cta, offset, barrier);
+  barrier.waits.clear();
   ++barrier.phase;
   barrier.pending = static_cast<int32_t>(barrier.expected);
   merge(barrier.completed_clock, barrier.clock);
@@ -87,6 +107,16 @@ bool invalidate(Warp& warp, const Instruction& i, uint32_t mask) {
   return true;
 }
 
+// The lanes of an arrival that this phase counts: if it ends before the last of them, the others are of the next.
+uint32_t counted(const Mbarrier& barrier, uint32_t mask, int lane, uint32_t count) {
+  uint32_t left = mask & ~0u << lane;
+  uint32_t room = static_cast<uint32_t>(barrier.pending) / count;
+  if (room >= static_cast<uint32_t>(std::popcount(left))) return mask;
+  uint32_t lanes = 0;
+  for (; room; --room, left &= left - 1) lanes |= left & -left;
+  return lanes;
+}
+
 enum : uint32_t { kArrive, kDrop };
 enum : uint32_t { kExpect = 1, kNoComplete = 2, kRelaxed = 4, kLocal = 8, kCount = 16 };
 
@@ -113,12 +143,8 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
     }
     const uint32_t phase = barrier.phase;
     if (&barrier != last || phase != last_phase) {
-      if (flags & kRelaxed) {
-        release(barrier.weak, warp, mask);
-        merge(barrier.clock, warp.fenced);
-      } else {
-        release(barrier.clock, warp, mask);
-      }
+      release(flags & kRelaxed ? barrier.weak : barrier.clock, warp, counted(barrier, mask, issue.lane, count));
+      if (flags & kRelaxed) merge(barrier.clock, warp.fenced);
       merge(barrier.weak, warp.weak);
       last = &barrier;
       last_phase = phase;
@@ -213,7 +239,11 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   for (const Question& q : questions) {
     if (!q.done()) continue;
-    const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
+    Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
+    Stamp event = event_of(warp, q.lanes);
+    event.pc = i.pc;
+    std::erase_if(barrier.waits, [&](const Stamp& other) { return other.agent == event.agent; });
+    barrier.waits.push_back(event);
     if (i.has("relaxed")) {
       merge(warp.relaxed, barrier.completed_clock);
       merge(warp.weak, barrier.completed_clock);

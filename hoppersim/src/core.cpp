@@ -61,6 +61,8 @@ const char* const kSpecials[] = {"%tid.x",
                                  "%reserved_smem_offset_cap",
                                  "%reserved_smem_offset_0",
                                  "%reserved_smem_offset_1",
+                                 "%envreg1",
+                                 "%envreg2",
                                  "WARP_SZ"};
 static_assert(std::size(kSpecials) == size_t(Special::count));
 
@@ -194,6 +196,9 @@ uint64_t special_value(const Warp& warp, Special id, int lane) {
     case Special::reserved_smem_offset_cap: return kSharedBase;
     case Special::reserved_smem_offset_0:
     case Special::reserved_smem_offset_1: return kReservedForKernels;
+    // what cooperative groups take a grid's barrier from
+    case Special::envreg1: return launch.grid_workspace >> 32;
+    case Special::envreg2: return static_cast<uint32_t>(launch.grid_workspace);
     case Special::warp_size: return kLanes;
     default: return 0;  // gridid
   }

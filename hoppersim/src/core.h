@@ -58,6 +58,8 @@ enum class Special : uint32_t {
   reserved_smem_offset_cap,
   reserved_smem_offset_0,
   reserved_smem_offset_1,
+  envreg1,
+  envreg2,
   warp_size,
   count
 };

@@ -1,26 +1,21 @@
-// Runs a launch: clusters on host threads, the warps of a cluster in seeded order, the groups of a warp by lowest pc.
-#include <algorithm>
-#include <atomic>
-#include <bit>
-#include <mutex>
-#include <thread>
+#include "interpreter.h"
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <utility>
 
 #include "async.h"
 #include "core.h"
 #include "order.h"
 #include "races_global.h"
 #include "tensor.h"
-#include "tensor_map_proxy.h"
 
 namespace hoppersim {
 
 namespace {
 
-constexpr uint64_t kLiveLockLooks = 8;      // how often the limit of a live-lock is looked at
+constexpr uint64_t kLooks = 20000;          // instructions after which progress is looked for
 constexpr int kQuantum = 128;               // instructions a warp runs before the next has its turn
 constexpr uint64_t kGroupPatience = 20000;  // instructions after which the groups of a warp take turns
 constexpr uint64_t kLatePatience =
@@ -32,41 +27,20 @@ std::string hex32(uint32_t value) {
   return text;
 }
 
-class ClusterRun {
- public:
-  ClusterRun(Launch& launch, uint64_t index) : launch_(launch) {
-    cluster_.launch = &launch;
-    cluster_.random.seed(launch.options.seed * 0x9e3779b97f4a7c15ull + index);
-    cluster_.class_counts.assign(counter_class_names().size(), 0);
-    build(index);
-  }
-  void run(const std::atomic<bool>& stop);
-  void add_counters(Counters& into);
+}  // namespace
 
- private:
-  void build(uint64_t index);
-  void build_warps(Cta& cta);
-  void run_warp(Warp& warp, int quantum);
-  Group* choose(Warp& warp);
-  void step(Warp& warp, Group& group);
-  void merge_groups(Warp& warp);
-  bool wake(Warp& warp);
-  void complete_one();
-  uint64_t progress() const;
-  [[gnu::noinline]] void check_live_lock();
-  [[noreturn]] void stuck(const char* kind);
-  std::string report() const;
-  std::string left_waiting() const;
-  const Instruction* first_position() const;
+uint64_t cluster_count(const Launch& launch) {
+  const Dim3 g = launch.grid, c = launch.cluster;
+  return uint64_t(g.x / c.x) * (g.y / c.y) * (g.z / c.z);
+}
 
-  Launch& launch_;
-  Cluster cluster_;
-  std::vector<Warp*> warps_;
-  uint64_t rounds_ = 0;
-  uint64_t completed_ = 0;                // late operations
-  uint64_t looked_ = 0, progressed_ = 0;  // instructions executed when check_live_lock looked, and saw progress
-  uint64_t made_ = 0, seen_ = 0;          // progress() and the launch's progress then
-};
+ClusterRun::ClusterRun(Launch& launch, uint64_t index) : launch_(launch) {
+  cluster_.launch = &launch;
+  cluster_.random.seed(launch.options.seed * 0x9e3779b97f4a7c15ull + index);
+  cluster_.class_counts.assign(counter_class_names().size(), 0);
+  build(index);
+  order_ = warps_;
+}
 
 void ClusterRun::build(uint64_t index) {
   const Dim3 grid = launch_.grid, size = launch_.cluster;
@@ -118,13 +92,12 @@ void ClusterRun::build_warps(Cta& cta) {
   }
 }
 
-void ClusterRun::run(const std::atomic<bool>& stop) {
-  std::vector<Warp*> order = warps_;
+bool ClusterRun::run(const std::atomic<bool>& stop) {
   const bool random = launch_.options.seed != 0;
   while (!stop) {
-    if (random) std::shuffle(order.begin(), order.end(), cluster_.random);
+    if (random) std::shuffle(order_.begin(), order_.end(), cluster_.random);
     bool progress = false, left = false;
-    for (Warp* warp : order) {
+    for (Warp* warp : order_) {
       if (warp->state == Warp::State::done) continue;
       left = true;
       if (!wake(*warp)) continue;
@@ -133,7 +106,6 @@ void ClusterRun::run(const std::atomic<bool>& stop) {
     }
     if (!left) break;
     ++rounds_;
-    check_live_lock();
     if (!progress || rounds_ % kLatePatience == 0) {
       if (!cluster_.pending.empty()) {
         complete_one();
@@ -141,8 +113,10 @@ void ClusterRun::run(const std::atomic<bool>& stop) {
         stuck("dead-lock");
       }
     }
+    if (cluster_.executed - looked_ > kLooks && only_looks()) return false;
   }
   if (!stop) async_finish(cluster_);
+  return true;
 }
 
 // Instructions of classes that make progress, exits, and copies that have landed.
@@ -156,22 +130,18 @@ uint64_t ClusterRun::progress() const {
   return count;
 }
 
-// While other clusters make progress this one may be waiting for them. Looks now and then only.
-void ClusterRun::check_live_lock() {
-  const uint64_t limit = launch_.options.max_instructions;
+// Since the last time. What no cluster of the launch goes on after is a live-lock.
+bool ClusterRun::only_looks() {
+  const uint64_t limit = launch_.options.max_instructions, looked = std::exchange(looked_, cluster_.executed);
   if (cluster_.executed / kLiveLockTotal > limit) stuck("live-lock");
-  if (cluster_.executed - looked_ <= limit / kLiveLockLooks) return;
-  looked_ = cluster_.executed;
-  const uint64_t now = progress();
-  if (now != made_) {
-    made_ = now;
-    ++launch_.progress;
+  const uint64_t made = progress();
+  if (std::exchange(made_, made) != made) {
+    launch_.looked = 0;
+    return false;
   }
-  if (launch_.progress != seen_) {
-    seen_ = launch_.progress;
-    progressed_ = cluster_.executed;
-  }
-  if (cluster_.executed - progressed_ > limit) stuck("live-lock");
+  const uint64_t clusters = std::min<uint64_t>(launch_.begun - launch_.ended, kLiveLockClusters);
+  if ((launch_.looked += cluster_.executed - looked) > limit * clusters) stuck("live-lock");
+  return true;
 }
 
 // Late operations complete one at a time, oldest first with seed 0, else any.
@@ -280,19 +250,17 @@ void ClusterRun::step(Warp& warp, Group& group) {
   }
 }
 
-// What a cluster that polls may wait for: clusters that the simulator has not begun.
-std::string ClusterRun::left_waiting() const {
+std::string ClusterRun::clusters_left() const {
   const uint64_t clusters = cluster_count(launch_), left = clusters - launch_.begun;
   if (left == 0) return "";
-  const std::string all = std::to_string(clusters);
-  return ".\nClusters that have not begun: " + std::to_string(left) + " of " + all +
-         "; simulated at once: " + std::to_string(launch_.options.host_threads) +
-         ". If this one waits for them, as in a barrier of the grid, " + "set simulate(host_threads=" + all +
-         ") or HOPPERSIM_HOST_THREADS=" + all;
+  return ".\nClusters that have not begun, because the device holds " + std::to_string(launch_.most_resident) +
+         " at once: " + std::to_string(left) + " of " + std::to_string(clusters);
 }
 
 void ClusterRun::stuck(const char* kind) {
+  const bool live = std::strcmp(kind, "live-lock") == 0;
   for (Warp* warp : warps_) {
+    if (live) break;  // the others may still come
     for (const Group& group : warp->groups) {
       const Instruction& i = launch_.function->code[group.pc];
       const bool whole = group.mask == warp->alive;
@@ -305,12 +273,12 @@ void ClusterRun::stuck(const char* kind) {
     }
   }
   std::string text = "kernel " + launch_.function->title;
-  if (std::string(kind) == "live-lock")
-    text += ": " + std::to_string(cluster_.executed - progressed_) + " instructions without one that stores, copies, " +
+  if (live)
+    text += ": " + std::to_string(launch_.looked) + " instructions without one that stores, copies, " +
             "multiplies, arrives or passes a barrier, " + std::to_string(cluster_.executed) +
             " in all. If it is at work all the same, raise simulate(max_instructions=" +
             std::to_string(launch_.options.max_instructions) + ")";
-  if (std::string(kind) == "live-lock") text += left_waiting();
+  if (live) text += clusters_left();
   text += "\n" + report();
   check_register_pool(cluster_, text);
   async_check_deadlock(cluster_, text);
@@ -372,26 +340,6 @@ void ClusterRun::add_counters(Counters& into) {
   into.add(cluster_.counters);
 }
 
-void check_launch(const Launch& launch) {
-  const Dim3 g = launch.grid, c = launch.cluster;
-  if (launch.function == nullptr) throw Fault("launch", "no function");
-  if (const auto& problem = launch.function->problem) {
-    const std::string text = std::string(problem->what()).substr(problem->report.kind.size() + 2);
-    throw fault_in(problem->report.kind.c_str(), "kernel " + launch.function->title + ", " + text, *launch.function,
-                   nullptr);
-  }
-  if (g.x == 0 || g.y == 0 || g.z == 0 || c.x == 0 || c.y == 0 || c.z == 0 || g.x % c.x || g.y % c.y || g.z % c.z) {
-    throw Fault("launch", "grid is no multiple of the cluster");
-  }
-  const uint64_t threads = uint64_t(launch.block.x) * launch.block.y * launch.block.z;
-  if (threads == 0 || threads > 1024) throw Fault("launch", std::to_string(threads) + " threads per CTA");
-  if (launch.parameters.size() < launch.function->parameter_bytes) throw Fault("launch", "parameters are too short");
-  if (launch.function->static_shared + launch.dynamic_shared > kSharedLimit)
-    throw Fault("launch", "too much shared memory");
-}
-
-}  // namespace
-
 int Warp::clock_index() const { return cta->rank * static_cast<int>(cta->warps.size()) + id; }
 
 void Counters::add(const Counters& o) {
@@ -442,55 +390,6 @@ bool converged(Warp& warp, const Instruction& i, uint32_t members, uint32_t mask
     return (members & warp.alive & ~mask) == 0;
   };
   return false;
-}
-
-// A launch frees the memory of its CTAs, and the next one asks for as much: malloc is to keep it.
-void keep_freed_memory() {
-#ifdef __GLIBC__
-  static const bool once = mallopt(M_MMAP_THRESHOLD, 64 << 20) && mallopt(M_TRIM_THRESHOLD, 512 << 20);
-  static_cast<void>(once);
-#endif
-}
-
-void run(Launch& launch) {
-  check_launch(launch);
-  keep_freed_memory();
-  std::vector<uint8_t> storage(launch.parameters.size() + 128);
-  launch.parameter_base = storage.data() + (128 - reinterpret_cast<uint64_t>(storage.data()) % 128);
-  std::memcpy(launch.parameter_base, launch.parameters.data(), launch.parameters.size());
-  launch.maps = make_map_proxy();
-  launch.global_order = make_global_order(launch);
-  std::vector<uint64_t> order(cluster_count(launch));
-  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
-  if (launch.options.seed != 0) {
-    std::mt19937_64 random(launch.options.seed);
-    std::shuffle(order.begin(), order.end(), random);
-  }
-  std::atomic<size_t> next{0};
-  std::atomic<bool> stop{false};
-  std::mutex mutex;
-  std::exception_ptr failure;
-  auto work = [&] {
-    for (size_t k = next++; k < order.size() && !stop; k = next++) {
-      try {
-        ++launch.begun;
-        ClusterRun cluster(launch, order[k]);
-        cluster.run(stop);
-        std::lock_guard lock(mutex);
-        cluster.add_counters(launch.counters);
-      } catch (...) {
-        std::lock_guard lock(mutex);
-        if (!failure) failure = std::current_exception();
-        stop = true;
-      }
-    }
-  };
-  const size_t threads = std::min<size_t>(std::max(1, launch.options.host_threads), order.size());
-  std::vector<std::thread> others;
-  for (size_t t = 1; t < threads; ++t) others.emplace_back(work);
-  work();
-  for (std::thread& t : others) t.join();
-  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace hoppersim

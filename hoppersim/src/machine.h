@@ -69,7 +69,7 @@ struct Fault : std::runtime_error {
   std::vector<Report> collected;  // all errors of simulate(go_on=True); empty: this one
 };
 
-constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100;
+constexpr uint64_t kMaxInstructions = 300'000'000, kLiveLockTotal = 100, kLiveLockClusters = 16;
 
 enum class Timing { early, late };  // asynchronous effects at once, or as late as their completion mechanism allows
 
@@ -77,8 +77,9 @@ struct Options {
   Timing timing = Timing::early;
   uint64_t seed = 0;  // order of warps and CTAs; 0: in order
   int host_threads = 2;
-  // A cluster that executes as many without progress (class_progresses) is reported as a live-lock, and one that
-  // executes kLiveLockTotal times as many at all. The default is about two minutes of a spinning warp.
+  // Clusters that execute as many without progress (class_progresses), times their number up to kLiveLockClusters, are
+  // reported as a live-lock, and one that executes kLiveLockTotal times as many at all. The default is about two
+  // minutes of a spinning warp.
   uint64_t max_instructions = kMaxInstructions;
   bool check_global = true;                       // global accesses must fall into registered or cudaMalloc'ed ranges
   std::vector<std::string> allow, warn_as_error;  // kinds that are dropped, and warnings that are errors
@@ -159,6 +160,7 @@ struct Mbarrier {
   Stamp initialised;
   Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
   const Instruction* expected_by = nullptr;  // the last expect_tx
+  std::vector<Stamp> waits;                  // that succeeded for the phase before this one: the last of each warp
 };
 
 struct Cta;
@@ -289,17 +291,15 @@ struct Launch {
   Reports reports;                            // warnings, and the errors that did not stop it
   std::shared_ptr<MapProxy> maps;             // tensor_map_proxy.h; set by run()
   std::shared_ptr<GlobalOrder> global_order;  // races_global.h; set by run()
-  std::atomic<uint64_t> progress{0};          // changes when a cluster has made some
-  std::atomic<uint64_t> begun{0};             // clusters
+  std::atomic<uint64_t> looked{0};            // instructions executed since a cluster has made progress
+  std::atomic<uint64_t> begun{0}, ended{0};   // clusters
+  uint64_t most_resident = ~0ull;             // clusters that the device holds at once
+  bool cooperative = false;                   // all must be
+  uint64_t grid_workspace = 0;                // address of the grid's barrier, if so; set by run()
   uint8_t* parameter_base = nullptr;          // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
-inline uint64_t cluster_count(const Launch& launch) {
-  const Dim3 g = launch.grid, c = launch.cluster;
-  return uint64_t(g.x / c.x) * (g.y / c.y) * (g.z / c.z);
-}
-
-// interpreter.cpp: runs a launch to its end on options.host_threads threads; throws Fault.
+// launch.cpp: runs a launch to its end on options.host_threads threads; throws Fault.
 void run(Launch& launch);
 
 // ---- For everybody who reports

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "interpreter.h"
 #include "report.h"
 
 namespace hoppersim {

@@ -63,6 +63,8 @@ const std::vector<Kind> table = {
     {"too many arrivals", error, false, "more arrivals than the phase of the mbarrier still misses"},
     {"transaction count out of range", error, false, "the bytes of an mbarrier leave -(2^20 - 1) … 2^20 - 1"},
     {"uninitialised mbarrier", error, false, "an mbarrier is used at an address where none was initialised"},
+    {"mbarrier phase overrun", error, true,
+     "a phase of an mbarrier ends, and none of its arrivals comes after a wait for the phase before it: a waiter that is slower than in this run would miss its phase"},
     {"mbarrier misuse", error, false,
      "initialising twice, a count or parity that is impossible, a stale state, an mbarrier in another CTA than the destination, …"},
     {"mbarrier accessed as memory", error, true,

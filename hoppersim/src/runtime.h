@@ -71,6 +71,7 @@ struct LaunchShape {
   Dim3 grid, block;
   std::optional<Dim3> cluster;  // from a launch attribute
   size_t dynamic_shared = 0;
+  bool cooperative = false;
 };
 
 // What the hardware's launch would say. On success sets the cluster dimensions that the launch will have.
@@ -90,6 +91,8 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
 
 // Resident CTAs per multiprocessor.
 int occupancy(Kernel& kernel, int threads, size_t dynamic_shared);
+// CTAs that the device may hold at once; where the registers are not known, what the rest allows.
+uint64_t most_resident(Kernel& kernel, const LaunchShape& shape);
 
 struct LaunchRecord {
   std::string kernel, mangled;

@@ -76,7 +76,7 @@ const std::unordered_map<int, int>& attributes() {
       {cudaDevAttrClusterLaunch, 1},
       {cudaDevAttrManagedMemory, 1},
       {cudaDevAttrStreamPrioritiesSupported, 1},
-      {cudaDevAttrCooperativeLaunch, 0},  // no grid-wide barrier here
+      {cudaDevAttrCooperativeLaunch, 1},
   };
   return table;
 }
@@ -103,6 +103,7 @@ constexpr ErrorName kErrors[] = {
     {cudaErrorHostMemoryNotRegistered, "cudaErrorHostMemoryNotRegistered",
      "pointer does not correspond to a registered memory region"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
+    {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge", "too many blocks in cooperative launch"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported by the simulated runtime"},
     {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "invalid cluster size"},
 };
@@ -254,7 +255,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->l2CacheSize = kL2Bytes;
   p->memoryBusWidth = kMemoryBusWidth;
   p->concurrentKernels = p->unifiedAddressing = p->managedMemory = p->streamPrioritiesSupported = 1;
-  p->clusterLaunch = 1;
+  p->clusterLaunch = p->cooperativeLaunch = 1;
   return cudaSuccess;
 }
 

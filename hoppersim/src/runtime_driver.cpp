@@ -231,6 +231,12 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
   const LaunchShape shape{{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, std::nullopt, shared};
   return launch_function(function, shape, arguments, extra);
 }
+CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared, CUstream,
+                                   void** arguments) {
+  const LaunchShape shape{{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, std::nullopt, shared, true};
+  return launch_function(function, shape, arguments, nullptr);
+}
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** arguments, void** extra) {
   LaunchShape shape{{c->gridDimX, c->gridDimY, c->gridDimZ},
                     {c->blockDimX, c->blockDimY, c->blockDimZ},

@@ -43,7 +43,7 @@ bool apply_attribute(const cudaLaunchAttribute& attribute, LaunchShape* shape) {
       if (c.x * c.y * c.z != 0) shape->cluster = Dim3{c.x, c.y, c.z};
       return true;
     }
-    case cudaLaunchAttributeCooperative: return attribute.val.cooperative == 0;
+    case cudaLaunchAttributeCooperative: return shape->cooperative = attribute.val.cooperative != 0, true;
     // These say when and where CTAs run, never what they compute; launches run one after the other here.
     case cudaLaunchAttributeIgnore:
     case cudaLaunchAttributeProgrammaticStreamSerialization:
@@ -123,18 +123,31 @@ cudaError_t check_launch(Kernel& kernel, const LaunchShape& shape, Dim3* cluster
   if (shape.dynamic_shared > static_cast<size_t>(kernel.dynamic_shared_limit())) return cudaErrorInvalidValue;
   if (kernel.registers > 0 && occupancy(kernel, static_cast<int>(volume(block)), shape.dynamic_shared) == 0)
     return cudaErrorLaunchOutOfResources;
+  if (shape.cooperative && volume(grid) > most_resident(kernel, shape)) return cudaErrorCooperativeLaunchTooLarge;
   return check_cluster(kernel, shape, cluster);
 }
 
-int occupancy(Kernel& kernel, int threads, size_t dynamic_shared) {
+static int occupancy_with(int registers, Kernel& kernel, int threads, size_t dynamic_shared) {
   if (threads < 1 || threads > kernel.threads_limit()) return 0;
   const int warps = (threads + 31) / 32;
-  const int registers_per_warp = (kernel.registers_assumed() + 7) / 8 * 8 * 32;  // allocated in units of 256 per warp
+  const int registers_per_warp = (registers + 7) / 8 * 8 * 32;  // allocated in units of 256 per warp
   const int warps_by_registers = kRegistersPerMultiprocessor / 4 / registers_per_warp * 4;  // four partitions
   const int shared = (static_cast<int>(kernel.function().static_shared + dynamic_shared) + 127) / 128 * 128;
   if (shared > kSharedLimit) return 0;
   return std::min({kBlocksPerMultiprocessor, kThreadsPerMultiprocessor / (warps * 32), warps_by_registers / warps,
                    kSharedPerMultiprocessor / (shared + kSharedReservedPerBlock)});
+}
+
+int occupancy(Kernel& kernel, int threads, size_t dynamic_shared) {
+  return occupancy_with(kernel.registers_assumed(), kernel, threads, dynamic_shared);
+}
+
+uint64_t most_resident(Kernel& kernel, const LaunchShape& shape) {
+  constexpr int least = 16;  // registers of a thread
+  const int registers = kernel.registers > 0 ? kernel.registers : least;
+  const int per_multiprocessor =
+      occupancy_with(registers, kernel, static_cast<int>(volume(shape.block)), shape.dynamic_shared);
+  return static_cast<uint64_t>(per_multiprocessor) * kMultiprocessors;
 }
 
 // The registers that the warps start with, for setmaxnreg. Without a declared bound ptxas ignores setmaxnreg; then they
@@ -156,6 +169,8 @@ void run_kernel(Kernel& kernel, const LaunchShape& shape, Dim3 cluster, std::vec
   launch.dynamic_shared = static_cast<uint32_t>(shape.dynamic_shared);
   launch.parameters = std::move(parameters);
   launch.options = r.options;
+  launch.most_resident = std::max<uint64_t>(1, most_resident(kernel, shape) / volume(cluster));
+  launch.cooperative = shape.cooperative;
   LaunchRecord record;
   record.kernel = launch.function->title, record.mangled = kernel.name;
   record.grid = launch.grid, record.block = launch.block, record.cluster = launch.cluster;
@@ -207,6 +222,11 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                cudaStream_t) {
   return launch(kernel, {from(grid), from(block), std::nullopt, shared}, arguments);
+}
+
+cudaError_t cudaLaunchCooperativeKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared,
+                                        cudaStream_t) {
+  return launch(stub, {from(grid), from(block), std::nullopt, shared, true}, arguments);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {

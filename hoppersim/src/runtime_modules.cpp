@@ -164,11 +164,16 @@ char __cudaInitModule(void** handle) {
   return 1;
 }
 
+// Handles of kernels, of the runtime and the driver, are all a Kernel*.
 cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* stub) {
   Kernel* kernel = find_kernel(stub);
   if (kernel == nullptr) return set_last_error(cudaErrorInvalidDeviceFunction);
   *handle = reinterpret_cast<cudaKernel_t>(kernel);
   return cudaSuccess;
+}
+cudaError_t cudaGetKernel(cudaKernel_t* handle, const void* stub) { return __cudaGetKernel(handle, stub); }
+cudaError_t cudaGetFuncBySymbol(cudaFunction_t* handle, const void* stub) {
+  return __cudaGetKernel(reinterpret_cast<cudaKernel_t*>(handle), stub);
 }
 
 }  // extern "C"

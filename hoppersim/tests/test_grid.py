@@ -79,13 +79,114 @@ def test_all_clusters_have_begun():
     assert "have not begun" not in live_lock(body, 1)
 
 
+@both_timings
 @seeds
-def test_a_barrier_of_the_grid_needs_all_clusters_at_once(seed):
-    body = BARRIER.format(count=8)
-    text = live_lock(body, 8, seed=seed)
-    assert re.search(r"have not begun: [67] of 8; simulated at once: 2", text)
-    assert "host_threads=8" in text and "HOPPERSIM_HOST_THREADS=8" in text
-    assert run(body, 8, seed=seed, host_threads=8)[0] == 8
+@pytest.mark.parametrize("host_threads", [1, 3])
+def test_a_barrier_of_the_grid(seed, timing, host_threads):
+    options = dict(seed=seed, timing=timing, host_threads=host_threads)
+    assert run(BARRIER.format(count=40), 40, **options)[0] == 40
+    assert run(BARRIER.format(count=40), 40, cluster=2, **options)[0] == 40
+    assert "have not begun" not in live_lock(BARRIER.format(count=9), 8, **options)
+
+
+def test_a_device_holds_so_many_at_once():
+    """With 1024 threads a multiprocessor has two CTAs, the device 264."""
+    body = "setp.ne.u32 %p3, %tid, 0;\n@%p3 bra END;\n" + BARRIER + "END:"
+    assert run(body.format(count=264), 264, threads=1024)[0] == 264
+    text = live_lock(body.format(count=265), 265, threads=1024)
+    assert "have not begun, because the device holds 264 at once: 1 of 265" in text
+
+
+CHAIN = """
+mov.u32 %r1, %ctaid.x;
+mul.wide.u32 %rd1, %r1, 4;
+add.u64 %rd1, %rd1, %a0;
+setp.eq.u32 %p1, %r1, 0;
+@%p1 bra GO;
+SPIN: ld.acquire.gpu.global.u32 %r2, [%rd1-4];
+setp.eq.u32 %p2, %r2, 0;
+@%p2 bra SPIN;
+add.u32 %r1, %r2, 1;
+bra PUT;
+GO: mov.u32 %r1, 1;
+PUT: st.release.gpu.global.u32 [%rd1], %r1;
+"""
+
+
+@both_timings
+@seeds
+def test_each_waits_for_the_one_before(seed, timing):
+    assert list(run(CHAIN, 48, seed=seed, timing=timing)[:48]) == list(range(1, 49))
+
+
+COOPERATIVE = r"""
+#include <cooperative_groups.h>
+#include <cuda.h>
+namespace cg = cooperative_groups;
+__global__ void shift(const int* in, int* out, int* sums) {
+  auto grid = cg::this_grid();
+  for (int round = 0; round < 3; ++round) {
+    const int n = static_cast<int>(grid.size()), at = static_cast<int>(grid.thread_rank());
+    out[at] = round ? out[at] : in[at];
+    grid.sync();
+    const int next = out[(at + 97) % n];
+    grid.sync();
+    out[at] = next + 1;
+  }
+  if (grid.thread_rank() == 0) *sums = static_cast<int>(grid.num_blocks());
+}
+extern "C" int run(int how, int grid, int block, const int* in, int* out, int* sums) {
+  void* args[] = {&in, &out, &sums};
+  if (how == 0) return cudaLaunchCooperativeKernel((void*)shift, grid, block, args, 0, 0);
+  if (how == 1) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative, cooperative.val.cooperative = 1;
+    config.gridDim = grid, config.blockDim = block, config.attrs = &cooperative, config.numAttrs = 1;
+    return cudaLaunchKernelExC(&config, (void*)shift, args);
+  }
+  cudaFunction_t function;
+  if (how == 2)
+    return cudaGetFuncBySymbol(&function, (void*)shift) ||
+           cuLaunchCooperativeKernel(reinterpret_cast<CUfunction>(function), grid, 1, 1, block, 1, 1, 0, 0, args);
+  shift<<<grid, block>>>(in, out, sums);
+  return cudaGetLastError();
+}
+extern "C" int is_supported() {
+  int value = 0;
+  cudaDeviceProp properties;
+  cudaGetDeviceProperties(&properties, 0);
+  return cudaDeviceGetAttribute(&value, cudaDevAttrCooperativeLaunch, 0) == 0 && value && properties.cooperativeLaunch;
+}
+"""
+TOO_LARGE = 720
+
+
+@pytest.fixture(scope="module")
+def cooperative(tmp_path_factory):
+    source = tmp_path_factory.mktemp("grid") / "cooperative.cu"
+    source.write_text(COOPERATIVE)
+    return hoppersim.compile_cuda(source)
+
+
+@both_timings
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("how", range(3))
+def test_cooperative_launch(cooperative, how, seed, timing):
+    numbers = np.arange(12 * 64, dtype=np.int32)
+    out, blocks = np.zeros_like(numbers), np.zeros(1, np.int32)
+    with hoppersim.simulate(seed=seed, timing=timing):
+        assert cooperative.call("run", how, 12, 64, numbers, out, blocks) == 0
+    np.testing.assert_array_equal(out, np.roll(numbers, -3 * 97) + 3)
+    assert blocks[0] == 12 and cooperative.call("is_supported")
+
+
+def test_cooperative_launch_must_fit(cooperative):
+    out = np.zeros(265 * 1024, np.int32)
+    with hoppersim.simulate():
+        assert cooperative.call("run", 0, 265, 1024, out, out, out) == TOO_LARGE
+    with pytest.raises(hoppersim.Fault, match="^trap"), hoppersim.simulate():  # an ordinary launch has no grid barrier
+        cooperative.call("run", 3, 2, 64, out, out, out)
 
 
 # Rank 0 spins on its shared flag, which rank 1 sets late; a second cluster does the same.

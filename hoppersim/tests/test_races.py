@@ -173,6 +173,35 @@ def test_stage_released_too_early(load):
     check(too_early, released, "race in shared memory", "read while a copy is in flight")
 
 
+def test_an_arrival_too_few_is_awaited():
+    bug, legal = (PIPELINE.format(arrivals=count, consume=LOADS["ld"] + ARRIVE) for count in (31, 32))
+    check(bug, legal, "race in shared memory")
+
+
+def test_a_phase_may_not_end_before_the_wait_for_the_last_one():
+    """Warp 0 ends two phases, warp 1 waits for each. Its answer lets warp 0 go on: before the wait it is too early."""
+    body = INIT + between(
+        first="@!%p3 mbarrier.arrive.shared::cta.b64 _, [%bar];\nWAIT(%bar1,0)\n"
+        "@!%p3 mbarrier.arrive.shared::cta.b64 _, [%bar];",
+        order="",
+        second="{}WAIT(%bar,1)\n",
+    ).replace("setp.ge.u32 %p1", "setp.ne.u32 %p3, %r2, 0;\nsetp.ge.u32 %p1")
+    answer = "bar.warp.sync 0xffffffff;\n@!%p3 mbarrier.arrive.shared::cta.b64 _, [%bar1];\n"
+    peek = "mbarrier.test_wait.parity.shared::cta.b64 %p5, [%bar], 0;\n"
+    wait = "WAIT(%bar,0)\n"
+    for legal in (wait + answer, peek + wait + peek + answer):
+        check(body.format(answer + wait), body.format(legal), "mbarrier phase overrun", "dead-lock")
+    texts = []
+    for seed in SEEDS:
+        with pytest.raises(hoppersim.Fault) as caught:
+            launch(kernel(body.format(answer + wait)), (np.zeros(64, np.uint32),), threads=64, seed=seed)
+        texts.append(str(caught.value))
+    told = [text for text in texts if text.startswith("mbarrier phase overrun")]
+    assert told and all(re.search(r"phase 1 .* by CTA \(0, 0, 0\), warp 1, lane 0 at ptx", text) for text in told), (
+        texts
+    )
+
+
 @pytest.mark.parametrize("load", LOADS)
 def test_one_lane_releases_for_its_warp(load):
     legal = LOADS[load] + "bar.warp.sync 0xffffffff;\n@!%p3 " + ARRIVE

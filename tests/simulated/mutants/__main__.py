@@ -18,6 +18,7 @@ def main(command_line: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=220, help="mutants that are reached and no equivalents")
     parser.add_argument("--kernels", nargs="*", default=(), help="parts of the mangled names of kernels; all without")
     parser.add_argument("--classes", nargs="*", default=(), help="classes of mutants; all without")
+    parser.add_argument("--draw", type=int, default=0, help="another sample of the mutants for every number")
     parser.add_argument("--seeds", type=int, default=10, help="seeds, each in both timings")
     parser.add_argument("--legal", type=int, default=0, metavar="COUNT", help="legal alterations too, in 3 schedules")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
@@ -45,6 +46,7 @@ def main(command_line: Sequence[str]) -> int:
         campaign.schedules(arguments.seeds),
         arguments.classes,
         jobs=arguments.jobs,
+        draw=arguments.draw,
         tell=tell,
     )
     legal = campaign.run(
@@ -53,12 +55,13 @@ def main(command_line: Sequence[str]) -> int:
         (("early", 0), ("late", 1), ("early", 2)),
         generate=mutate.legal,
         jobs=arguments.jobs,
+        draw=arguments.draw,
         tell=tell,
     )
     if arguments.json:
         rows = [outcome._asdict() for outcome in (*planted, *legal)]
         arguments.json.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    text = report.markdown(planted, legal, arguments.seeds)
+    text = report.markdown(planted, legal, arguments.seeds, arguments.draw)
     if arguments.report:
         arguments.report.write_text(text)
     print(text)

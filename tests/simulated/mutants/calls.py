@@ -32,15 +32,18 @@ def _shape(**sizes) -> Shape:
     return Shape("small", **{**usual, **sizes})
 
 
-def _call(case: ops.Case, kernel: str = "") -> Call:
-    return _weak(case.op, lambda: case.make(Draw()), kernel)
+def _call(case: ops.Case, kernel: str = "", **scales: float) -> Call:
+    return _scaled(case.op, lambda: case.make(Draw()), kernel, **scales)
 
 
-def _weak(op: str, make: Callable[[], tuple], kernel: str = "") -> Call:
+def _scaled(op: str, make: Callable[[], tuple], kernel: str = "", g: float = WEAK, beta: float = 1) -> Call:
     names = [argument.name for argument in ops.function(op).default._schema.arguments]
+    scales = {"g": g, "beta": beta}
 
     def arguments() -> tuple:
-        return tuple(value * WEAK if name == "g" else value for name, value in zip(names, make(), strict=True))
+        return tuple(
+            value * scales[name] if name in scales else value for name, value in zip(names, make(), strict=True)
+        )
 
     return Call(op, arguments, kernel)
 
@@ -60,13 +63,21 @@ def calls() -> dict[str, Call]:
         "many heads backward": _call(ops.chunk_backward(_shape(H=6, V=256), 1, 100), "chunk_gradients_kernel"),
         "many tiles": _call(ops.conv(_shape(D=864, R=320), 1, 1152), "pingpong"),
         "many tiles backward": _call(ops.conv_backward(_shape(D=864, R=192), 1, 1152), "input_gradient"),
-        "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 7), "weight_gradient"),
+        "many tiles, panels even": _call(ops.conv(_shape(D=864, R=256), 1, 1152), "pingpong"),
+        "many tiles backward, panels even": _call(ops.conv_backward(_shape(D=864, R=256), 1, 1152), "input_gradient"),
+        "many turns": _call(ops.conv(_shape(D=3456), 1, 1152), "pingpong"),
+        "many turns backward": _call(ops.conv_backward(_shape(D=3456), 1, 1152), "input_gradient"),
+        "many tokens backward": _call(ops.conv_backward(_shape(D=48, R=256), 1, 64 * 16 * 12), "weight_gradient"),
+        # what a segment makes of the state before it is not lost in noise
+        "a long row, cut": _call(ops.chunk_backward(small, 1, 8192), g=1e-3, beta=1e-2),
         "many rows": _call(ops.norm("rms_norm", _shape(R=256), 1500), "11norm_kernel"),
         "many rows backward": _call(ops.norm_backward("rms_norm", _shape(R=256), 1500), "norm_backward_kernel"),
         "chunk": _call(ops.chunk(small, 1, 1200)),
+        "one chunk backward": _call(ops.chunk_backward(small, 1, 64)),
         "chunk backward": _call(ops.chunk_backward(small, 1, 1200)),
-        "prefill": _weak("prefill_gated_delta_rule", _prefill),
+        "prefill": _scaled("prefill_gated_delta_rule", _prefill),
         "conv": _call(ops.conv(_shape(R=1536), 1, 130)),
+        "conv, one panel": _call(ops.conv(small, 1, 128)),
         "conv step": _call(ops.conv_step(_shape(R=1024), 12)),
         "conv backward": _call(ops.conv_backward(_shape(D=256, R=512), 1, 200)),
         "apply backward": _call(ops.apply_conv_backward(small, 1, 67)),

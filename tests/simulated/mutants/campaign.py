@@ -128,26 +128,27 @@ def _about(target: Target, mutant: mutate.Mutant) -> tuple:
 
 
 def chosen(
-    kernels: Sequence[Target], kinds: Sequence[str], generate: Callable = mutate.mutants
+    kernels: Sequence[Target], kinds: Sequence[str], generate: Callable = mutate.mutants, draw: int = 0
 ) -> Iterator[tuple[Target, mutate.Mutant]]:
-    """All of them: classes in turn, kernels in turn within a class, in an order of their own within a kernel."""
+    """All of them: classes in turn, kernels in turn within a class, in the order of this draw within a kernel."""
     lists: dict[str, dict[Target, list[mutate.Mutant]]] = defaultdict(dict)
     for target in kernels:
         for mutant in generate(hoppersim.ptx_of(target.kernel)):
             key = mutant.kind if generate is mutate.mutants else mutant.what
             lists[key].setdefault(id(target), []).append((target, mutant))
     order = [
-        _in_turn([sorted(of_kernel, key=_draw) for of_kernel in lists[kind].values()])
+        _in_turn([sorted(of_kernel, key=lambda pair: _place(pair, draw)) for of_kernel in lists[kind].values()])
         for kind in (kinds or lists)
         if kind in lists
     ]
     yield from _in_turn(order)
 
 
-def _draw(pair: tuple[Target, mutate.Mutant]) -> int:
+def _place(pair: tuple[Target, mutate.Mutant], draw: int) -> int:
     """A number that stays the same where the mutant does."""
     target, mutant = pair
-    return zlib.crc32(f"{target.name} {mutant.kind} {mutant.what} {mutant.instruction} {mutant.line}".encode())
+    about = f"{target.name} {mutant.kind} {mutant.what} {mutant.instruction} {mutant.line}"
+    return zlib.crc32((f"{draw} {about}" if draw else about).encode())
 
 
 def _in_turn(lists) -> list:
@@ -163,13 +164,14 @@ def run(
     kinds: Sequence[str] = (),
     generate: Callable = mutate.mutants,
     jobs: int = 1,
+    draw: int = 0,
     tell: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """``count`` mutants that count, and those that do not which came up on the way."""
     outcomes: list[Outcome] = []
     counted = 0
     work = lambda pair: examine(*pair, runs)
-    answers = in_children(work, chosen(kernels, kinds, generate), jobs, SECONDS)
+    answers = in_children(work, chosen(kernels, kinds, generate, draw), jobs, SECONDS)
     with contextlib.closing(answers):
         for (target, mutant), outcome in answers:
             if isinstance(outcome, Lost):

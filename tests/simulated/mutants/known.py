@@ -62,12 +62,44 @@ EQUIVALENT = (
         "no register of its products is touched between the fence of the products before and these",
     ),
     Known(
+        r"hidden_gradient_kernel<HiddenGradientConfig<\w+, 4, 64",
+        "parity",
+        "toggle removed",
+        r"xor\.b32",
+        (3, 6),
+        "the ring has an even number of stages, and this is the step from an even one to an odd one",
+    ),
+    Known(
         "recurrent_kernel<RecurrentConfig<float, 32, 3",
         "stage",
         "buffers not taken in turn",
         r"xor\.b32",
         (),
         "a block's step has one token: the buffer is used once",
+    ),
+    Known(
+        "chunk_gradients_kernel",
+        "fence",
+        "removed",
+        r"wgmma\.fence",
+        (2, 5),
+        "its products are the first instructions that touch their registers",
+    ),
+    Known(
+        "chunk_join_kernel",
+        "wait",
+        "falls through",
+        r"mbarrier\.try_wait",
+        (1, 2),
+        "the ring is empty at first: there is nothing to wait for",
+    ),
+    Known(
+        "chunk_join_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (1,),
+        "it keeps the lanes together, and passes nothing from one to another",
     ),
     Known(
         "weight_gradient_kernel",
@@ -78,7 +110,7 @@ EQUIVALENT = (
         "barrier.cluster follows at once, which all lanes execute together",
     ),
     Known(
-        "chunk_sweep_kernel",
+        "chunk_sweep_kernel|chunk_reverse_kernel",
         "barrier",
         "removed",
         r"bar\.warp\.sync",
@@ -118,6 +150,14 @@ EQUIVALENT = (
         "only behind a chunk's last head, where copies wait for the release of q and k too, which follows these reads",
     ),
     Known(
+        "chunk_gradients_kernel",
+        "barrier",
+        "removed",
+        r"bar\.warp\.sync",
+        (4,),
+        "only behind a chunk's last head, where copies wait for the release of q and k too, which follows these reads",
+    ),
+    Known(
         "chunk_sweep_kernel<SweepConfig<64, 0|chunk_reverse_kernel",
         "fence",
         "removed",
@@ -130,8 +170,16 @@ EQUIVALENT = (
         "wait",
         "one more group may be left",
         r"cp\.async\.bulk\.wait_group\.read",
-        (2,),
+        (2, 3),
         "the wait before the other of a chunk's two stores covers the group that this one leaves",
+    ),
+    Known(
+        "chunk_sweep_kernel|chunk_reverse_kernel",
+        "wait",
+        "falls through",
+        r"mbarrier\.try_wait",
+        (3,),
+        "the wait for the normalising warps follows, and they have waited for the same phase",
     ),
     Known(
         "chunk_reverse_kernel",
@@ -147,38 +195,13 @@ EQUIVALENT = (
 # Of bugs that no run notices: why.
 ESCAPES = (
     Known(
-        "pingpong_dynamic_conv_kernel",
-        "count",
-        "-1 arrival",
-        r"mbarrier\.init",
-        (14, 17),
-        "whose turn it is to multiply: with one warp's arrival less the other warpgroup begins early, which does no "
-        "harm until the counts have drifted by a phase; then it is a dead-lock in some schedules",
-    ),
-    Known(
-        "input_gradient_kernel",
-        "count",
-        "-1 arrival",
-        r"mbarrier\.init",
-        (10, 13),
-        "whose turn it is to multiply: with one warp's arrival less the other warpgroup begins early, which does no "
-        "harm until the counts have drifted by a phase; then it is a dead-lock in some schedules",
-    ),
-    Known(
-        "input_gradient_kernel",
-        "parity",
-        "toggle removed",
-        r"xor\.b32",
+        r"single_tile_dynamic_conv_kernel<SingleTileConfig<\w+, 4, 4, 1",
+        "barrier",
+        "removed",
+        r"bar\.sync",
         (),
-        "the ring must wrap at this very step of a tile, and the warpgroup have a tile after it: no call has that",
-    ),
-    Known(
-        "pingpong_dynamic_conv_kernel|input_gradient_kernel",
-        "arrive",
-        "doubled",
-        r"mbarrier\.arrive\.shared::cta",
-        (),
-        "whose turn it is to multiply: as with an arrival less, the other warpgroup begins early",
+        "the bias from one warp to the others of its warpgroup: what they did before a wgmma that they issue together "
+        "is taken as ordered before its wait, which PTX does not say",
     ),
     Known(
         "chunk_plan_kernel",
@@ -187,15 +210,6 @@ ESCAPES = (
         r"bar\.sync",
         (),
         "it separates a pass of the loop over sequences from the next; a second pass needs more than 1024 sequences",
-    ),
-    Known(
-        "chunk_sweep_kernel|chunk_reverse_kernel",
-        "count",
-        "-1 arrival",
-        r"mbarrier\.init",
-        (),
-        "all lanes of a warp arrive at once: the one that is not counted has come too, until 32 phases have passed; "
-        "and clocks are those of warps",
     ),
 )
 

@@ -39,14 +39,14 @@ def _table(outcomes: Sequence[Outcome], *headings: str) -> list[str]:
     return lines
 
 
-def markdown(planted: Sequence[Outcome], legal: Sequence[Outcome], seeds: int) -> str:
+def markdown(planted: Sequence[Outcome], legal: Sequence[Outcome], seeds: int, draw: int = 0) -> str:
     """The detection rate by class, what escaped, what is no bug, and the legal alterations."""
     bugs = _of(planted, "noticed", "escaped", "lost")
     kernels = {o.kernel for o in bugs}
     lines = [
         "# Bugs planted in the library's kernels, and how many the simulator notices",
         "",
-        "Made by `python -m tests.simulated.mutants`.",
+        f"Made by `python -m tests.simulated.mutants --draw {draw}`.",
         "",
         f"{len(bugs)} planted bugs in {len(kernels)} kernels. One default run: early, seed 0; all runs: {seeds} seeds "
         "in both timings, until one notices.",
