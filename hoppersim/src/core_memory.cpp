@@ -1,6 +1,7 @@
 // ld and st of every state space, vector width and type; prefetch and other hints.
 #include "core.h"
 #include "races.h"
+#include "races_global.h"
 #include "report.h"
 
 namespace hoppersim {
@@ -120,6 +121,8 @@ bool execute_load(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   if (space == Space::shared || space == Space::generic)
     note_reads(warp, i, space, addresses, mask, size_t(size) * elements);
+  if (i.strong) acquire_global(warp, space, addresses, mask);
+  note_global(warp, i, space, addresses, mask, size_t(size) * elements, false);
   for (int k = 0; k < elements; ++k)
     put(warp, element(i.operands[0], k), mask, bytes, k * size, size, i.data[kFlags] & sign_extend);
   count(warp, i, addresses, mask, size * elements, false);
@@ -159,12 +162,15 @@ bool execute_store(Warp& warp, const Instruction& i, uint32_t mask) {
       if (mask >> lane & 1) check_own(warp, i, addresses[lane], lane);
     }
   }
+  if (i.strong || !warp.fenced.empty()) release_global(warp, space, addresses, mask);
+  warp.changed = 0;
   for (uint32_t left = mask; left;) {
     const Run run = first_run(warp, space, addresses, left, width);
     store_run(warp, i, run, addresses, bytes, width);
     left &= ~run.lanes;
   }
   note_global_writes(warp, i, space, addresses, mask, width);
+  note_global(warp, i, space, addresses, mask & warp.changed, width, true);
   if (i.strong) at_addresses(warp, space, addresses, mask, release_addresses);
   count(warp, i, addresses, mask, size * elements, true);
   return true;

@@ -8,6 +8,7 @@
 #include "async.h"
 #include "core.h"
 #include "order.h"
+#include "races_global.h"
 #include "tensor.h"
 
 namespace hoppersim {
@@ -57,6 +58,7 @@ void ClusterRun::build(uint64_t index) {
     for (auto& warp : cta->warps) warps_.push_back(warp.get());
   }
   begin_order(cluster_);
+  cluster_.global_order = make_cluster_order(launch_, index);
 }
 
 void ClusterRun::build_warps(Cta& cta) {

@@ -13,6 +13,7 @@
 #endif
 
 #include "interpreter.h"
+#include "races_global.h"
 #include "tensor_map_proxy.h"
 
 namespace hoppersim {
@@ -134,6 +135,7 @@ void run(Launch& launch) {
   launch.parameter_base = storage.data() + (128 - reinterpret_cast<uint64_t>(storage.data()) % 128);
   std::memcpy(launch.parameter_base, launch.parameters.data(), launch.parameters.size());
   launch.maps = make_map_proxy();
+  launch.global_order = make_global_order(launch);
   const GridWorkspace workspace(launch);
   Clusters(launch).run();
 }

@@ -166,7 +166,9 @@ struct Mbarrier {
 struct Cta;
 struct Cluster;
 struct Launch;
-struct Order;  // order.h
+struct Order;         // order.h
+struct ClusterOrder;  // races_global.h
+struct GlobalOrder;
 struct Warp;
 
 // ---- Warp
@@ -214,6 +216,7 @@ struct Warp {
   Group* current = nullptr;                    // the group that executes
   uint32_t exists = 0xffffffffu;               // lanes the launch gave this warp
   uint32_t carry = 0;                          // CC.CF of each lane
+  uint32_t changed = 0;                        // lanes of the last st that changed global memory
   std::vector<const Instruction*> setmaxnreg;  // that it has executed
   uint32_t registers_held = 0;                 // per thread, of the CTA's pool
   uint64_t since_merge = 0;  // instructions since groups last changed: a spinning group must let the others run
@@ -263,8 +266,9 @@ struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::shared_ptr<void> copies;  // async.h: copies on their way to an mbarrier, bulk stores
   std::shared_ptr<Order> order;
-  std::deque<Pending> pending;  // completed one by one when no warp can run (late), in seeded order
-  Cta::NamedBarrier barrier;    // barrier.cluster
+  std::shared_ptr<ClusterOrder> global_order;  // races_global.h; nullptr: races in global memory are not looked for
+  std::deque<Pending> pending;                 // completed one by one when no warp can run (late), in seeded order
+  Cta::NamedBarrier barrier;                   // barrier.cluster
   std::mt19937_64 random;
   Counters counters;
   uint64_t executed = 0;
@@ -284,14 +288,15 @@ struct Launch {
   std::vector<uint8_t> parameters;  // laid out as the PTX .param list
   Options options;
   Counters counters;
-  Reports reports;                           // warnings, and the errors that did not stop it
-  std::shared_ptr<MapProxy> maps;            // tensor_map_proxy.h; set by run()
-  std::atomic<uint64_t> looked{0};           // instructions executed since a cluster has made progress
-  std::atomic<uint64_t> begun{0}, ended{0};  // clusters
-  uint64_t most_resident = ~0ull;            // clusters that the device holds at once
-  bool cooperative = false;                  // all must be
-  uint64_t grid_workspace = 0;               // address of the grid's barrier, if so; set by run()
-  uint8_t* parameter_base = nullptr;         // copy of the parameters, aligned to 128 bytes; set by run()
+  Reports reports;                            // warnings, and the errors that did not stop it
+  std::shared_ptr<MapProxy> maps;             // tensor_map_proxy.h; set by run()
+  std::shared_ptr<GlobalOrder> global_order;  // races_global.h; set by run()
+  std::atomic<uint64_t> looked{0};            // instructions executed since a cluster has made progress
+  std::atomic<uint64_t> begun{0}, ended{0};   // clusters
+  uint64_t most_resident = ~0ull;             // clusters that the device holds at once
+  bool cooperative = false;                   // all must be
+  uint64_t grid_workspace = 0;                // address of the grid's barrier, if so; set by run()
+  uint8_t* parameter_base = nullptr;          // copy of the parameters, aligned to 128 bytes; set by run()
 };
 
 // launch.cpp: runs a launch to its end on options.host_threads threads; throws Fault.

@@ -239,7 +239,9 @@ void write_memory(Warp& warp, const Instruction& i, Space space, uint64_t addres
   } else if (space == Space::param || space == Space::constant) {
     fault("out-of-bounds global", warp, i, "writes to memory that cannot be written", lane);
   } else {
-    std::memcpy(global_bytes(warp, i, address, size, true, lane), data, size);
+    uint8_t* to = global_bytes(warp, i, address, size, true, lane);
+    if (std::memcmp(to, data, size) != 0) warp.changed |= 1u << lane;
+    std::memcpy(to, data, size);
     if (size >= 4 && address % 64 == 0 && begins_map(data)) map_written(warp, address, false);
   }
 }

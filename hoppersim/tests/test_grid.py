@@ -42,7 +42,7 @@ setp.lt.u32 %p2, %r2, {count};
 
 
 def run(body: str, grid: int, *, threads: int = 1, cluster: int = 1, **options) -> np.ndarray:
-    out = np.zeros(64, np.uint32)
+    out = np.zeros(1024, np.uint32)
     with hoppersim.simulate(**options):
         kernel(body).launch("k", grid, threads, (out,), cluster=(cluster, 1, 1))
     return out
@@ -218,3 +218,123 @@ barrier.cluster.wait.acquire;
 def test_a_cta_waits_for_another_of_its_cluster(seed, timing):
     assert run(SHARED.format(setter=1), 4, cluster=2, seed=seed, timing=timing)[0] == 1
     live_lock(SHARED.format(setter=2), 4, cluster=2, seed=seed, timing=timing)
+
+
+# ---- Races in global memory: CTA 0 (%p1) writes the words from 64 on, the others read or write them
+
+WRITE, READ = "st.global.u32 [%rd1], 5;", "ld.global.u32 %r5, [%rd1];"
+PAIR = """
+mov.u32 %r1, %ctaid.x;
+shl.b32 %r2, %tid, 2;
+cvt.u64.u32 %rd1, %r2;
+add.u64 %rd1, %rd1, %a0;
+add.u64 %rd1, %rd1, 256;
+setp.eq.u32 %p1, %r1, 0;
+setp.ne.u32 %p3, %tid, 0;
+@!%p1 bra OTHER;
+{first}
+bar.sync 0;
+@%p3 bra END;
+{release}
+bra END;
+OTHER:
+@%p3 bra READY;
+{acquire}
+READY: bar.sync 0;
+{second}
+END:
+"""
+SPIN = "SPIN: {} %r6, [%a0];\nsetp.eq.u32 %p2, %r6, 0;\n@%p2 bra SPIN;"
+FLAGS = {
+    "release, acquire": ("st.release.gpu.global.u32 [%a0], 1;", SPIN.format("ld.acquire.gpu.global.u32")),
+    "volatile": ("membar.gl;\nst.volatile.global.u32 [%a0], 1;", SPIN.format("ld.volatile.global.u32")),
+    "red": ("fence.acq_rel.gpu;\nred.global.add.u32 [%a0], 1;", SPIN.format("ld.relaxed.gpu.global.u32")),
+    "exch, cas": (
+        "membar.gl;\natom.global.exch.b32 %r7, [%a0], 1;",
+        "SPIN: atom.global.cas.b32 %r6, [%a0], 1, 1;\nsetp.eq.u32 %p2, %r6, 0;\n@%p2 bra SPIN;",
+    ),
+    "a plain store behind a fence": ("membar.gl;\nst.global.u32 [%a0], 1;", SPIN.format("ld.volatile.global.u32")),
+    "generic": ("st.release.gpu.u32 [%a0], 1;", SPIN.format("ld.acquire.gpu.u32")),
+}
+ACCESSES = {"raw": (WRITE, READ), "war": (READ, WRITE), "waw": (WRITE, WRITE.replace("5;", "%r1;"))}
+
+
+def kinds(body: str, **options) -> set:
+    found = set()
+    for timing in ("early", "late"):
+        for seed in range(10):
+            try:
+                run(body, 2, threads=64, seed=seed, timing=timing, **options)
+                found.add(None)
+            except hoppersim.Fault as fault:
+                found.add(fault.kind)
+    return found
+
+
+@pytest.mark.parametrize("accesses", ACCESSES)
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_orders_clusters(flag, accesses):
+    first, second = ACCESSES[accesses]
+    release, acquire = FLAGS[flag]
+    parts = {"first": first, "second": second, "release": release, "acquire": acquire}
+    assert kinds(PAIR.format(**parts)) == {None}
+    nothing, no_acquire = {"acquire": "", "release": ""}, {"acquire": ""}
+    too_early = {"first": "", "release": release + "\n" + first}
+    for wrong in (nothing, no_acquire, too_early):
+        assert kinds(PAIR.format(**{**parts, **wrong})) == {"race in global memory"}
+
+
+def alone(first: str, second: str) -> str:
+    return PAIR.format(first=first, second=second, release="", acquire="")
+
+
+def test_what_is_no_race():
+    """Other bytes, the value that is there already, strong accesses, reads, and a cluster's own accesses."""
+    race = {"race in global memory"}
+    assert kinds(alone("st.global.u16 [%rd1], 5;", "st.global.u16 [%rd1+2], 6;")) == {None}
+    assert kinds(alone("st.global.u16 [%rd1], 5;", "ld.global.u32 %r5, [%rd1];")) == race
+    assert kinds(alone(WRITE, WRITE)) == {None}
+    assert kinds(alone(READ, READ)) == {None}
+    assert kinds(alone("red.global.add.u32 [%rd1], 1;", "red.global.add.u32 [%rd1], 1;")) == {None}
+    assert kinds(alone("st.volatile.global.u32 [%rd1], 1;", "ld.relaxed.gpu.global.u32 %r5, [%rd1];")) == {None}
+    assert kinds(alone(WRITE, READ), cluster=2) == {None}
+
+
+def test_order_passes_through_a_third_cluster():
+    """CTA 0 writes and tells 1, which tells 2, which reads; and 2 is told by 1, which 0 has not told."""
+    body = """
+    mov.u32 %r1, %ctaid.x;
+    setp.eq.u32 %p1, %r1, 0;
+    setp.eq.u32 %p2, %r1, 1;
+    @%p1 bra FIRST;
+    @%p2 bra SECOND;
+    WAIT2: ld.acquire.gpu.global.u32 %r6, [%a0+1024];
+    setp.eq.u32 %p3, %r6, 0;
+    @%p3 bra WAIT2;
+    ld.global.u32 %r5, [%a0+256];
+    bra END;
+    FIRST:
+    st.global.u32 [%a0+256], 5;
+    st.release.gpu.global.u32 [%a0], 1;
+    bra END;
+    SECOND:
+    {wait}
+    st.release.gpu.global.u32 [%a0+1024], 1;
+    END:
+    """
+    wait = SPIN.format("ld.acquire.gpu.global.u32")
+    for seed in range(10):
+        run(body.format(wait=wait), 3, seed=seed, host_threads=3)
+        with pytest.raises(hoppersim.Fault, match="race in global memory"):
+            run(body.format(wait=""), 3, seed=seed, host_threads=3)
+
+
+@pytest.mark.parametrize("cluster, name", [(1, "by CTA (0, 0, 0) at"), (2, "by the cluster of CTA (0, 0, 0) at")])
+def test_the_text_names_both_accesses(cluster, name):
+    body = f"mov.u32 %r1, %ctaid.x;\nsetp.ge.u32 %p1, %r1, {cluster};\n@%p1 st.global.u32 [%a0], 5;\n"
+    body += "@!%p1 ld.global.u32 %r5, [%a0];\n"
+    with pytest.raises(hoppersim.Fault) as caught:
+        run(body, 2 * cluster, cluster=cluster, host_threads=1)
+    text = str(caught.value)
+    assert re.search(r"writes global address 0x\w+, which was read by", text) and "nothing orders the two" in text
+    assert name in text and f"st.global.u32 [%a0], 5, CTA ({cluster}, 0, 0)" in text
