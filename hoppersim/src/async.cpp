@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "races.h"
+#include "races_global.h"
 
 namespace hoppersim {
 
@@ -148,9 +149,12 @@ void observe(Cta& cta, uint32_t barrier) {
 // ---- Stores
 
 void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> used,
+                 std::vector<std::pair<uint64_t, uint64_t>> destination,
                  std::function<void(std::vector<uint8_t>&)> write) {
   auto store = std::make_shared<Store>(Store{issue, &cta, source});
   copies_of(*issue.warp).stores.push_back(store);
+  for (const auto& [address, size] : destination) begin_global_store(issue, address, size);
+  if (cta.cluster->global_order) store->destination = std::move(destination);
   Warp& warp = *issue.warp;
   for (const Range& part : used) {
     async_read_shared(warp, *issue.instruction, cta, part.offset, part.size, nullptr);

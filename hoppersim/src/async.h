@@ -56,8 +56,9 @@ struct Store {
   Issue issue;
   Cta* cta;  // source
   Range source;
-  int64_t group = -1;                                    // -1: not committed
-  bool read = false, written = false, released = false;  // released: its lane has waited for the read
+  int64_t group = -1;                                           // -1: not committed
+  bool read = false, written = false, released = false;         // released: its lane has waited for the read
+  std::vector<std::pair<uint64_t, uint64_t>> destination = {};  // global bytes, until its lane has waited for the write
 };
 
 // One cp.async of a lane.
@@ -122,8 +123,10 @@ void land(Load& load, const void* data);
 // A wait on the barrier has succeeded: the loads of its completed phases are visible.
 void observe(Cta& cta, uint32_t barrier);
 // Reads the source of a store, then has `write` put it into global memory; both now or late. `used`: the parts of the
-// source that reach memory; what a tensor store clips may be uninitialised.
+// source that reach memory; what a tensor store clips may be uninitialised. `destination`: addresses and sizes that it
+// overwrites.
 void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> used,
+                 std::vector<std::pair<uint64_t, uint64_t>> destination,
                  std::function<void(std::vector<uint8_t>&)> write);
 void check_global(const Issue& issue, uint64_t address, size_t size, bool write);
 

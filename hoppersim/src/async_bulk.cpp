@@ -3,6 +3,7 @@
 
 #include "async_reduce.h"
 #include "races.h"
+#include "races_global.h"
 
 namespace hoppersim {
 namespace {
@@ -36,6 +37,7 @@ void load_global(const Issue& issue, const SharedPlace& to, uint32_t barrier, ui
   Cluster& cluster = *issue.warp->cta->cluster;
   check_global(issue, from, size, false);
   check_global_fence(issue, from, size);
+  check_global_load(issue, from, size);
   cluster.counters.bulk_read_bytes += size;
   for (uint32_t rank = 0; rank < cluster.ctas.size(); ++rank) {
     if (!(ctas >> rank & 1)) continue;
@@ -80,14 +82,17 @@ void store_global(const Issue& issue, uint64_t to, const SharedPlace& from, uint
   issue.warp->cta->cluster->counters.bulk_write_bytes += size;
   const uint32_t reduction = issue.instruction->data[1];
   const auto type = element_type(*issue.instruction);
-  issue_store(issue, *from.cta, {from.offset, size}, {{from.offset, size}}, [=](std::vector<uint8_t>& data) {
-    auto* memory = reinterpret_cast<void*>(to);
-    if (reduction == kNoReduction) {
-      std::memcpy(memory, data.data(), data.size());
-    } else {
-      reduce_elements(static_cast<Reduce>(reduction), *type, memory, data.data(), data.size());
-    }
-  });
+  std::vector<std::pair<uint64_t, uint64_t>> destination;
+  if (reduction == kNoReduction) destination.emplace_back(to, size);
+  issue_store(issue, *from.cta, {from.offset, size}, {{from.offset, size}}, std::move(destination),
+              [=](std::vector<uint8_t>& data) {
+                auto* memory = reinterpret_cast<void*>(to);
+                if (reduction == kNoReduction) {
+                  std::memcpy(memory, data.data(), data.size());
+                } else {
+                  reduce_elements(static_cast<Reduce>(reduction), *type, memory, data.data(), data.size());
+                }
+              });
 }
 
 SharedPlace place(Warp& warp, const Instruction& i, const Operand& operand, size_t size, int lane) {
@@ -167,8 +172,12 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
       note_source_read(store->issue, *store->cta, store->source);
     }
     store->released = true;
+    if (read) continue;
+    for (const auto& [address, size] : store->destination) end_global_store(warp, address, size);
+    store->destination.clear();
   }
-  std::erase_if(copies.stores, [](const auto& store) { return store->released && store->written; });
+  std::erase_if(copies.stores,
+                [](const auto& store) { return store->released && store->written && store->destination.empty(); });
   return true;
 }
 

@@ -4,6 +4,7 @@
 
 #include "async_reduce.h"
 #include "races.h"
+#include "races_global.h"
 #include "tensor_map_proxy.h"
 
 namespace hoppersim {
@@ -155,6 +156,7 @@ uint64_t check_rows(const Issue& issue, const Box& box, bool write) {
     const uint64_t size = static_cast<uint64_t>(box.last - box.first) * box.element;
     check_global(issue, address + box.first * box.element, size, write);
     if (!write) check_global_fence(issue, address + box.first * box.element, size);
+    if (!write) check_global_load(issue, address + box.first * box.element, size);
     bytes += size;
   });
   return bytes;
@@ -269,7 +271,14 @@ void store_box(const Issue& issue) {
     fault("invalid tensor map", issue, "its data type has no such reduction");
   issue.warp->cta->cluster->counters.bulk_write_bytes += check_rows(issue, *box, true);
   const uint32_t offset = from.offset;
-  issue_store(issue, *from.cta, {offset, box->bytes}, inside(*box, offset),
+  std::vector<std::pair<uint64_t, uint64_t>> destination;
+  if (reduction == kNoReduction)
+    box->each_row([&](uint32_t, uint64_t address) {
+      if (address)
+        destination.emplace_back(address + box->first * box->element,
+                                 static_cast<uint64_t>(box->last - box->first) * box->element);
+    });
+  issue_store(issue, *from.cta, {offset, box->bytes}, inside(*box, offset), std::move(destination),
               [=](std::vector<uint8_t>& image) { store_rows(*box, offset, image, reduction); });
 }
 

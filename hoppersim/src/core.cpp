@@ -285,6 +285,7 @@ void PtxParser::emit(Instruction&& i) {
   i.counter_class = class_index(class_of(i));
   i.pc = static_cast<uint32_t>(function_->code.size());
   i.strong = synchronises(i);
+  function_->stores_bulk |= i.opcode == "cp" && i.has("bulk_group");
   function_->loads_bulk |= i.opcode == "cp" && i.has("mbarrier::complete_tx::bytes") && i.has("global");
   i.source = source_;
   function_->code.push_back(std::move(i));

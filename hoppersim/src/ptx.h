@@ -120,6 +120,7 @@ struct Function {
   bool external_shared = false;
   uint32_t shared_begin = kSharedBase;       // kReservedForKernels when it names %reserved_smem_offset_…
   uint32_t min_ctas = 0, max_registers = 0;  // .minnctapersm, .maxnreg; 0: not declared
+  bool stores_bulk = false;                  // the copy engine writes global memory
   bool loads_bulk = false;                   // a copy engine's read of global memory: the global writes are remembered
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset

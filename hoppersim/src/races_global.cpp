@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kShards = 64, kFlags = 256;
 constexpr uint64_t kPage = 4096;
+constexpr uint32_t kUnderWay = ~0u;  // epoch of what a bulk store writes
 
 struct GlobalStamp {
   uint32_t cluster = 0, epoch = 0, pc = 0;
@@ -78,7 +79,8 @@ struct GlobalOrder {
 
 std::shared_ptr<GlobalOrder> make_global_order(const Launch& launch) {
   const uint64_t clusters = cluster_count(launch);
-  return clusters > 1 && clusters <= kOrderedClusters ? std::make_shared<GlobalOrder>() : nullptr;
+  const bool needed = clusters > 1 || launch.function->stores_bulk;
+  return needed && clusters <= kOrderedClusters ? std::make_shared<GlobalOrder>() : nullptr;
 }
 
 std::shared_ptr<ClusterOrder> make_cluster_order(const Launch& launch, uint64_t index) {
@@ -117,34 +119,71 @@ void acquire_global(Warp& warp, Space space, const uint64_t* addresses, uint32_t
 
 namespace {
 
-// Compares an access with those that the granule remembers, and adds it.
-void note_granule(Warp& warp, const Instruction& i, GlobalGranule& granule, const GlobalStamp& stamp, uint64_t address,
-                  int lane, bool write) {
+// Reports an access that nothing orders behind those that the granule remembers.
+void check_granule(Warp& warp, const Instruction& i, const GlobalGranule& granule, const GlobalStamp& stamp,
+                   uint64_t address, int lane, bool write) {
   const Launch& launch = *warp.cta->cluster->launch;
   const ClusterOrder& own = *warp.cta->cluster->global_order;
   auto check = [&](const GlobalStamp& old, const char* what) {
-    if (!(old.bytes & stamp.bytes) || old.cluster == own.index || old.epoch <= own.known[old.cluster]) return;
-    char place[40];
-    std::snprintf(place, sizeof place, " global address 0x%llx", static_cast<unsigned long long>(address));
+    const bool under_way = old.epoch == kUnderWay,
+               known = old.cluster == own.index || old.epoch <= own.known[old.cluster];
+    if (!(old.bytes & stamp.bytes) || (known && !under_way)) return;
     report("race in global memory", warp, i,
-           std::string(write ? "writes" : "reads") + place + ", which was " + what + " by " +
-               name_of_cluster(launch, old.cluster) + " at " +
+           std::string(write ? "writes" : "reads") + " global address " + hex(address) + ", which " +
+               (under_way ? "is being " : "was ") + what + " by " + name_of_cluster(launch, old.cluster) + " at " +
                position(*launch.function, launch.function->code[old.pc]) +
-               "; nothing orders the two: an atomic or a release after that and an acquire of its address before " +
-               "this would, or two launches",
+               (under_way ? "; its lane has not waited for its group (wait_group without .read)"
+                          : "; nothing orders the two: an atomic or a release after that and an acquire of its "
+                            "address before this would, or two launches"),
            lane);
   };
   for (const GlobalStamp& old : granule.writes) check(old, "written");
+  if (!write) return;
+  for (const GlobalStamp& old : granule.reads) check(old, "read");
+}
+
+void note_granule(Warp& warp, const Instruction& i, GlobalGranule& granule, const GlobalStamp& stamp, uint64_t address,
+                  int lane, bool write) {
+  const ClusterOrder& own = *warp.cta->cluster->global_order;
+  check_granule(warp, i, granule, stamp, address, lane, write);
   if (!write) return add(granule.reads, stamp, own);
-  for (GlobalStamp& old : granule.reads) {
-    check(old, "read");
-    old.bytes &= ~stamp.bytes;
-  }
+  for (GlobalStamp& old : granule.reads) old.bytes &= ~stamp.bytes;
   for (GlobalStamp& old : granule.writes) {
     if (old.cluster != stamp.cluster || old.epoch != stamp.epoch) old.bytes &= ~stamp.bytes;
   }
   add(granule.writes, stamp, own);
 }
+
+// body(granule, its bytes, address) for all that [begin, end) touches, under the locks of their pages.
+class Granules {
+ public:
+  explicit Granules(const Launch& launch) : order_(*launch.global_order) {}
+
+  template <class Body>
+  void each(uint64_t begin, uint64_t end, Body body) {
+    for (uint64_t at = begin; at < end; at = (at | 15) + 1) {
+      if (at / kPage != page_) turn_to(at / kPage);
+      const uint64_t last = std::min(end, (at | 15) + 1) - (at & ~15ull);
+      body((*granules_)[at % kPage / 16], static_cast<uint16_t>((1u << last) - (1u << at % 16)), at);
+    }
+  }
+
+ private:
+  void turn_to(uint64_t page) {
+    page_ = page;
+    if (lock_) lock_.unlock();
+    Shard& shard = order_.shards[page % kShards];
+    lock_ = std::unique_lock(shard.mutex);
+    auto& place = shard.pages[page];
+    if (!place) place = std::make_unique<std::array<GlobalGranule, kPage / 16>>();
+    granules_ = place.get();
+  }
+
+  GlobalOrder& order_;
+  std::unique_lock<std::mutex> lock_;
+  uint64_t page_ = ~0ull;
+  std::array<GlobalGranule, kPage / 16>* granules_ = nullptr;
+};
 
 }  // namespace
 
@@ -153,9 +192,7 @@ void note_global(Warp& warp, const Instruction& i, Space space, const uint64_t* 
   Cluster& cluster = *warp.cta->cluster;
   if (!cluster.global_order || i.strong) return;
   GlobalStamp stamp{cluster.global_order->index, cluster.global_order->epoch, i.pc, 0};
-  std::unique_lock<std::mutex> lock;
-  uint64_t page = ~0ull;
-  std::array<GlobalGranule, kPage / 16>* granules = nullptr;
+  Granules granules(*cluster.launch);
   while (mask) {
     const int lane = std::countr_zero(mask);
     const uint64_t begin = addresses[lane];
@@ -166,22 +203,40 @@ void note_global(Warp& warp, const Instruction& i, Space space, const uint64_t* 
       mask &= mask - 1;
       end += size;
     }
-    for (uint64_t at = begin; at < end; at = (at | 15) + 1) {
-      if (at / kPage != page) {
-        page = at / kPage;
-        if (lock) lock.unlock();
-        Shard& shard = cluster.launch->global_order->shards[page % kShards];
-        lock = std::unique_lock(shard.mutex);
-        auto& place = shard.pages[page];
-        if (!place) place = std::make_unique<std::array<GlobalGranule, kPage / 16>>();
-        granules = place.get();
-      }
-      const uint64_t last = std::min(end, (at | 15) + 1) - (at & ~15ull);
-      stamp.bytes = static_cast<uint16_t>((1u << last) - (1u << at % 16));
-      note_granule(warp, i, (*granules)[at % kPage / 16], stamp, at, lane + static_cast<int>((at - begin) / size),
-                   write);
-    }
+    granules.each(begin, end, [&](GlobalGranule& granule, uint16_t bytes, uint64_t at) {
+      stamp.bytes = bytes;
+      note_granule(warp, i, granule, stamp, at, lane + static_cast<int>((at - begin) / size), write);
+    });
   }
+}
+
+void check_global_load(const Issue& issue, uint64_t address, uint64_t size) {
+  const Cluster& cluster = *issue.warp->cta->cluster;
+  if (!cluster.global_order) return;
+  GlobalStamp stamp;
+  Granules(*cluster.launch).each(address, address + size, [&](GlobalGranule& granule, uint16_t bytes, uint64_t at) {
+    stamp.bytes = bytes;
+    check_granule(*issue.warp, *issue.instruction, granule, stamp, at, issue.lane, false);
+  });
+}
+
+void begin_global_store(const Issue& issue, uint64_t address, uint64_t size) {
+  const Cluster& cluster = *issue.warp->cta->cluster;
+  if (!cluster.global_order) return;
+  GlobalStamp stamp{cluster.global_order->index, kUnderWay, issue.instruction->pc, 0};
+  Granules(*cluster.launch).each(address, address + size, [&](GlobalGranule& granule, uint16_t bytes, uint64_t at) {
+    stamp.bytes = bytes;
+    note_granule(*issue.warp, *issue.instruction, granule, stamp, at, issue.lane, true);
+  });
+}
+
+void end_global_store(Warp& warp, uint64_t address, uint64_t size) {
+  const ClusterOrder& own = *warp.cta->cluster->global_order;
+  Granules(*warp.cta->cluster->launch)
+      .each(address, address + size, [&](GlobalGranule& granule, uint16_t bytes, uint64_t) {
+        for (GlobalStamp& old : granule.writes)
+          if (old.cluster == own.index && old.epoch == kUnderWay && old.bytes & bytes) old.epoch = own.epoch;
+      });
 }
 
 }  // namespace hoppersim

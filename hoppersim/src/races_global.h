@@ -3,10 +3,11 @@
 // Clusters run on several host threads, so their order is apart from that of order.h, and coarser: a cluster counts
 // epochs and knows epochs of others. A strong access (atomic, volatile, relaxed, acquire, release) to global memory
 // releases to its address what its cluster has done and knows before it takes effect, and acquires after that.
-// Only ld and st that are not strong are compared; the order of threads within a cluster is not.
+// Only ld and st that are not strong are compared, and bulk and tensor copies; the order of threads within a cluster is
+// not. What a bulk store writes nobody may touch until its lane has waited for its group.
 #pragma once
 
-#include "ptx.h"
+#include "async.h"
 
 namespace hoppersim {
 
@@ -27,5 +28,9 @@ void release_global(Warp& warp, Space space, const uint64_t* addresses, uint32_t
 void acquire_global(Warp& warp, Space space, const uint64_t* addresses, uint32_t mask);
 void note_global(Warp& warp, const Instruction& i, Space space, const uint64_t* addresses, uint32_t mask, size_t size,
                  bool write);
+// Of bulk and tensor copies, when they are issued; and when the lane of a store has waited for it.
+void check_global_load(const Issue& issue, uint64_t address, uint64_t size);
+void begin_global_store(const Issue& issue, uint64_t address, uint64_t size);
+void end_global_store(Warp& warp, uint64_t address, uint64_t size);
 
 }  // namespace hoppersim

@@ -25,7 +25,7 @@ const std::vector<Kind> table = {
     {"race in shared memory", error, true,
      "two accesses that nothing orders (see Races), of different warps, or one of them a copy's or a wgmma's: such as a stage that is released before it has been read"},
     {"race in global memory", error, true,
-     "two accesses by `ld` and `st` of different clusters to the same bytes, one of them a write, and no flag orders them: no strong access (atomic, volatile, relaxed, acquire, release) of an address by the first cluster after its access and by the second before its own"},
+     "two accesses by `ld` and `st` of different clusters to the same bytes, one of them a write, and no flag orders them: no strong access (atomic, volatile, relaxed, acquire, release) of an address by the first cluster after its access and by the second before its own; or one to bytes that a bulk store writes whose lane has not waited for its group"},
     {"race within a warp", error, true,
      "the same of different lanes of one warp, such as a missing `bar.warp.sync`; and lanes of one instruction that write different values to the same bytes"},
     {"missing tensormap fence", error, true,
