@@ -1,4 +1,4 @@
-"""What a bulk store writes to global memory, until its lane has waited for its group: found at each schedule and timing."""
+"""What a bulk store writes to global memory, until its lane has waited for its group: at each schedule and timing."""
 
 import numpy as np
 import pytest
