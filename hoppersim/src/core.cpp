@@ -285,6 +285,8 @@ void PtxParser::emit(Instruction&& i) {
   i.counter_class = class_index(class_of(i));
   i.pc = static_cast<uint32_t>(function_->code.size());
   i.strong = synchronises(i);
+  i.read_only = i.opcode == "ld" && i.has("nc");
+  function_->loads_read_only |= i.read_only;
   function_->stores_bulk |= i.opcode == "cp" && i.has("bulk_group");
   function_->loads_bulk |= i.opcode == "cp" && i.has("mbarrier::complete_tx::bytes") && i.has("global");
   i.source = source_;

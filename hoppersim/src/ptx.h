@@ -99,6 +99,7 @@ struct Instruction {
   bool aligned = false;         // .aligned (or bar.sync and its kin): the whole warp must be here together
   const void* extra = nullptr;  // decoded by the unit that owns `execute`; lives as long as the program
   uint32_t pc = 0;              // index into Function::code
+  bool read_only = false;       // ld.global.nc
   bool strong = false;          // an access that synchronises on its address: atomic, volatile, relaxed, …
   uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
 };
@@ -121,6 +122,7 @@ struct Function {
   uint32_t shared_begin = kSharedBase;       // kReservedForKernels when it names %reserved_smem_offset_…
   uint32_t min_ctas = 0, max_registers = 0;  // .minnctapersm, .maxnreg; 0: not declared
   bool stores_bulk = false;                  // the copy engine writes global memory
+  bool loads_read_only = false;              // ld.global.nc
   bool loads_bulk = false;                   // a copy engine's read of global memory: the global writes are remembered
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset

@@ -79,7 +79,8 @@ struct GlobalOrder {
 
 std::shared_ptr<GlobalOrder> make_global_order(const Launch& launch) {
   const uint64_t clusters = cluster_count(launch);
-  const bool needed = clusters > 1 || launch.function->stores_bulk;
+  const Function& f = *launch.function;
+  const bool needed = clusters > 1 || f.stores_bulk || f.loads_read_only;
   return needed && clusters <= kOrderedClusters ? std::make_shared<GlobalOrder>() : nullptr;
 }
 
@@ -125,6 +126,12 @@ void check_granule(Warp& warp, const Instruction& i, const GlobalGranule& granul
   const Launch& launch = *warp.cta->cluster->launch;
   const ClusterOrder& own = *warp.cta->cluster->global_order;
   auto check = [&](const GlobalStamp& old, const char* what) {
+    if (old.bytes & stamp.bytes && (i.read_only || launch.function->code[old.pc].read_only))
+      return report("read-only memory written", warp, i,
+                    std::string(write ? "writes" : "reads") + " global address " + hex(address) + ", which " +
+                        name_of_cluster(launch, old.cluster) + " has " + what + " at " +
+                        position(*launch.function, launch.function->code[old.pc]),
+                    lane);
     const bool under_way = old.epoch == kUnderWay,
                known = old.cluster == own.index || old.epoch <= own.known[old.cluster];
     if (!(old.bytes & stamp.bytes) || (known && !under_way)) return;

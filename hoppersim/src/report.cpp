@@ -26,6 +26,8 @@ const std::vector<Kind> table = {
      "two accesses that nothing orders (see Races), of different warps, or one of them a copy's or a wgmma's: such as a stage that is released before it has been read"},
     {"race in global memory", error, true,
      "two accesses by `ld` and `st` of different clusters to the same bytes, one of them a write, and no flag orders them: no strong access (atomic, volatile, relaxed, acquire, release) of an address by the first cluster after its access and by the second before its own; or one to bytes that a bulk store writes whose lane has not waited for its group"},
+    {"read-only memory written", error, true,
+     "a launch writes global bytes that it reads by `ld.global.nc` (`__ldg`), whatever the order: it may read what was there before"},
     {"race within a warp", error, true,
      "the same of different lanes of one warp, such as a missing `bar.warp.sync`; and lanes of one instruction that write different values to the same bytes"},
     {"missing tensormap fence", error, true,

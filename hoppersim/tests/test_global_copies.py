@@ -91,3 +91,30 @@ def test_the_text_names_the_store():
     text = str(caught.value)
     assert "is being written by CTA (0, 0, 0) at ptx line" in text and "cp.async.bulk.global" in text
     assert "has not waited for its group (wait_group without .read)" in text
+
+
+# CTA 0 reads 256 bytes by ld.global.nc and its last CTA writes some, in either order.
+READ_ONLY = """
+shl.b32 %r2, %tid, 2;
+cvt.u64.u32 %rd1, %r2;
+add.u64 %rd1, %rd1, %a0;
+mov.u32 %r1, %ctaid.x;
+mov.u32 %r3, %nctaid.x;
+add.u32 %r3, %r3, -1;
+setp.ne.u32 %p1, %r1, 0;
+setp.ne.u32 %p2, %r1, %r3;
+{0}
+{1}
+"""
+NC, PUT = "@!%p1 {}.u32 %r5, [%rd1];", "@!%p2 st.global.u32 [%rd1+{}], 9;"
+
+
+@pytest.mark.parametrize("grid", [1, 2, 5])
+@pytest.mark.parametrize("order", [1, -1])
+def test_read_only_memory_is_not_written(grid, order):
+    def body(load: str, to: int) -> str:
+        return READ_ONLY.format(*[NC.format(load), PUT.format(to)][::order])
+
+    assert kinds(body("ld.global.nc", 1024), grid) == {None}
+    assert kinds(body("ld.global.nc", 0), grid) == {"read-only memory written"}
+    assert kinds(body("ld.global", 0), 1) == {None}
