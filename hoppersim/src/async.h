@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "machine.h"
@@ -77,6 +78,10 @@ struct WarpCopies {
   std::array<uint64_t, kLanes> cluster_generation{};  // generation a lane arrived in
   uint32_t cluster_waiting = 0;                       // lanes between arrive and wait
   uint32_t failed_polls = 0;                          // consecutive unsuccessful test_wait of the whole warp
+  struct TimeOuts {
+    uint32_t offset, phase, count;
+  };
+  std::unordered_map<uint32_t, TimeOuts> time_outs;  // by pc: of the first wait there that might have to wait
 };
 
 // Cluster::copies

@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint32_t kMaxCount = (1u << 20) - 1;
 constexpr uint32_t kPatientPolls = 32;  // unsuccessful test_waits in a row before the warp is put to sleep
+constexpr uint32_t kTimeOuts = 8;       // tries that time out before one waits
 
 // A phase may end only after every wait for the one before it: a waiter that is slower than in this run would take the
 // parity that it then finds for that of the phase to come.
@@ -222,6 +223,37 @@ void sleep(Warp& warp, const Instruction& i, std::vector<Question> questions) {
   };
 }
 
+// Whether a lane of the warp knows what came before the end of a phase. Who does not may ask before that.
+bool knows_end(const Warp& warp, const Clock& end) {
+  for (size_t agent = 0; agent < end.size(); ++agent) {
+    const uint32_t step = std::max(end[agent].all, end[agent].some);
+    const bool in_time = agent < warp.weak.size() && step <= std::max(warp.weak[agent].all, warp.weak[agent].some);
+    if (step && !in_time && !knows_step(warp, agent, step)) return false;
+  }
+  return true;
+}
+
+// The lanes that are told false whatever has happened in this schedule: the first wait of a warp at a pc whose phase
+// may not have ended yet times out, as do the tries that follow for the same phase.
+uint32_t timed_out(Warp& warp, const Instruction& i, const std::vector<Question>& questions) {
+  auto& time_outs = copies_of(warp).time_outs;
+  const auto found = time_outs.find(i.pc);
+  if (found != time_outs.end() && found->second.count == kTimeOuts) return 0;
+  uint32_t lanes = 0;
+  for (const Question& q : questions)
+    if (!q.done() || !knows_end(warp, q.cta->mbarriers.at(q.offset).completed_clock)) lanes |= q.lanes;
+  const Question& first = questions.front();
+  if (found == time_outs.end()) {
+    if (lanes) time_outs[i.pc] = {first.offset, first.phase, 1};
+  } else if (lanes && found->second.offset == first.offset && found->second.phase == first.phase) {
+    ++found->second.count;
+  } else {
+    found->second.count = kTimeOuts;
+    return 0;
+  }
+  return lanes;
+}
+
 bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   std::vector<Question> questions;
   uint32_t done = 0;
@@ -237,8 +269,10 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
       same->lanes |= q.lanes;
     }
   }
+  const uint32_t late = timed_out(warp, i, questions);
+  done &= ~late;
   for (const Question& q : questions) {
-    if (!q.done()) continue;
+    if (!(q.lanes & done)) continue;
     Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
     Stamp event = event_of(warp, q.lanes);
     event.pc = i.pc;
@@ -255,7 +289,7 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   WarpCopies& copies = copies_of(warp);
   const bool blocking = i.data[0];
-  if (!done && mask) {
+  if (!done && !late && mask) {
     ++warp.cta->cluster->counters.barrier_waits;
     if (blocking || copies.failed_polls >= kPatientPolls) {
       copies.failed_polls = 0;
@@ -263,7 +297,7 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
       return false;
     }
     ++copies.failed_polls;
-  } else {
+  } else if (done) {
     copies.failed_polls = 0;
   }
   for (int lane = 0; lane < kLanes; ++lane)
