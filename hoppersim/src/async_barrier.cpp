@@ -43,6 +43,7 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   barrier.waits.clear();
   ++barrier.phase;
   barrier.pending = static_cast<int32_t>(barrier.expected);
+  barrier.preceding_clock = barrier.completed_clock;
   merge(barrier.completed_clock, barrier.clock);
   barrier.clock.clear();
   merge(barrier.completed_weak, barrier.weak);
@@ -254,6 +255,19 @@ uint32_t timed_out(Warp& warp, const Instruction& i, const std::vector<Question>
   return lanes;
 }
 
+// Who waits by parity for a phase must know that the one before has ended.
+void check_skipped(Warp& warp, const Instruction& i, const Question& q) {
+  const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
+  const uint32_t phase = q.done() ? barrier.phase - 1 : barrier.phase;
+  if (!q.parity || barrier.phase == 0 || phase == 0 || barrier.relaxed_waits) return;
+  if (knows_end(warp, q.done() ? barrier.preceding_clock : barrier.completed_clock)) return;
+  report("mbarrier phase skipped", {&warp, &i, std::countr_zero(q.lanes)},
+         "waits for parity " + std::to_string(q.phase) + ", now phase " + std::to_string(phase) +
+             " of the mbarrier at shared offset " + std::to_string(q.offset) + ", and nothing orders that after the " +
+             "end of phase " + std::to_string(phase - 1) + ": a faster warp would be told that the phase before that " +
+             "is complete");
+}
+
 bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   std::vector<Question> questions;
   uint32_t done = 0;
@@ -269,6 +283,7 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
       same->lanes |= q.lanes;
     }
   }
+  for (const Question& q : questions) check_skipped(warp, i, q);
   const uint32_t late = timed_out(warp, i, questions);
   done &= ~late;
   for (const Question& q : questions) {
@@ -279,6 +294,7 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
     std::erase_if(barrier.waits, [&](const Stamp& other) { return other.agent == event.agent; });
     barrier.waits.push_back(event);
     if (i.has("relaxed")) {
+      barrier.relaxed_waits = true;
       merge(warp.relaxed, barrier.completed_clock);
       merge(warp.weak, barrier.completed_clock);
     } else {

@@ -154,6 +154,7 @@ struct Mbarrier {
   uint32_t phase = 0;          // completed phases; the parity waited for is that of a completed phase
   Clock clock;                 // merged clocks of the arrivals
   Clock completed_clock;       // clock that a successful wait acquires
+  Clock preceding_clock;       // that of the phase before
   Clock weak, completed_weak;  // Warp::weak of the arrivals, likewise
   int32_t agent = -1;          // of the copies towards it; -1: none yet
   uint32_t first_step = 0;     // its step in phase 0
@@ -161,6 +162,7 @@ struct Mbarrier {
   Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
   const Instruction* expected_by = nullptr;  // the last expect_tx
   std::vector<Stamp> waits;                  // that succeeded for the phase before this one: the last of each warp
+  bool relaxed_waits = false;                // what they know is not followed further than their warp
 };
 
 struct Cta;

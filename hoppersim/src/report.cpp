@@ -63,6 +63,8 @@ const std::vector<Kind> table = {
     {"uninitialised mbarrier", error, false, "an mbarrier is used at an address where none was initialised"},
     {"mbarrier phase overrun", error, true,
      "a phase of an mbarrier ends, and none of its arrivals comes after a wait for the phase before it: a waiter that is slower than in this run would miss its phase"},
+    {"mbarrier phase skipped", error, true,
+     "a warp waits for a phase of an mbarrier by its parity, and nothing orders that after the end of the phase before: asked earlier than in this run, it takes the last but one phase, of the same parity, for it"},
     {"mbarrier misuse", error, false,
      "initialising twice, a count or parity that is impossible, a stale state, an mbarrier in another CTA than the destination, …"},
     {"mbarrier accessed as memory", error, true,

@@ -1,7 +1,7 @@
 """Waits that may say false, and the order of the phases of an mbarrier. Each planted bug is found at every schedule."""
 
 import pytest
-from async_ptx import INIT
+from async_ptx import INIT, finding
 from test_races import check, outcomes
 
 # ---- A wait says false while its phase may be incomplete
@@ -51,3 +51,59 @@ def test_a_wait_for_what_is_known_to_be_complete_says_true():
     after = "@%p0 bra WAITED;\nWAIT(%bar,0)\nWAITED:\nbar.sync 0;\n"
     check(LOAD + again, LOAD + after + again + READ, "trap")
     assert outcomes(INIT + again.replace(", 0;", ", 1;")) == {None}
+
+
+# ---- A wait by parity comes after the end of the phase before
+
+SKIPPED = (
+    INIT
+    + """
+shr.u32 %r5, %tid, 5;
+and.b32 %r6, %tid, 31;
+setp.ne.u32 %p3, %r6, 0;
+setp.eq.u32 %p1, %r5, 1;
+@%p1 bra SECOND;
+setp.eq.u32 %p2, %r5, 2;
+@%p2 bra THIRD;
+@!%p3 mbarrier.arrive.shared::cta.b64 _, [%bar];
+{first}
+WAIT(%bar1,0)
+@!%p3 st.shared.u32 [%buffer], 7;
+bar.warp.sync 0xffffffff;
+@!%p3 mbarrier.arrive.shared::cta.b64 _, [%bar];
+bra END;
+SECOND:
+WAIT(%bar,0)
+bar.warp.sync 0xffffffff;
+{second}
+@!%p3 mbarrier.arrive.shared::cta.b64 _, [%bar1];
+bra END;
+THIRD:
+{third}
+WAIT(%bar,1)
+ld.shared.u32 %r7, [%buffer];
+END:
+"""
+)
+
+
+def test_a_phase_is_skipped():
+    """Warp 2 waits for phase 1 only. It must know of the end of phase 0: from its waiter, or from who ended it."""
+    bug, together = SKIPPED.format(first="", second="", third=""), "bar.sync 1, 64;"
+    for first, second in ((together, ""), ("", together)):
+        legal = SKIPPED.format(first=first, second=second, third=together)
+        check(bug, legal, "mbarrier phase skipped", "race in shared memory", "uninitialised shared memory", threads=96)
+    slow = "mov.u32 %r8, 0;\nSLOW: add.u32 %r8, %r8, 1;\nsetp.lt.u32 %p6, %r8, 2000;\n@%p6 bra SLOW;"
+    text = str(finding(SKIPPED.format(first="", second="", third=slow), threads=96))
+    assert text.startswith("mbarrier phase skipped") and "phase 1 of" in text and "warp 2" in text, text
+
+
+def test_the_parity_of_an_older_phase():
+    """Parity 1 once more, when phases 0 and 1 are over: it was to be parity 0."""
+    load = LOAD.removeprefix(INIT).replace("ISSUED", "ISSUED{0}")
+    steps = [load.format(n) + "{}" + READ + "bar.sync 0;\n" for n in range(3)]
+    waits = [f"WAIT(%bar,{parity})\n" for parity in (0, 1, 0)]
+    legal = INIT + "".join(step.format(wait) for step, wait in zip(steps, waits, strict=True))
+    bug = INIT + steps[0].format(waits[0]) + steps[1].format("") + steps[2].format(waits[2])
+    check(bug, legal, "mbarrier phase skipped", "mbarrier phase overrun", "race in shared memory",
+          "too many arrivals", *IN_FLIGHT)  # fmt: skip
