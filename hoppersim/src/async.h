@@ -112,6 +112,8 @@ void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count);
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 void complete_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
+// Such a copy has been issued: for what Mbarrier::late is held to.
+void count_copied(const Issue& issue, Mbarrier& barrier, int64_t bytes);
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier);
 
 // ---- Copies (async.cpp)

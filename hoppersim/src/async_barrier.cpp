@@ -29,6 +29,18 @@ void check_overrun(const Issue& issue, const Cta& cta, uint32_t offset, const Mb
   }
 }
 
+// A phase may end without an expect_tx that none of its arrivals comes after, unless bytes are missing that only copies
+// behind that expect_tx bring.
+void check_late(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
+  for (const LateExpect& late : barrier.late) {
+    if (late.others < barrier.in_time) continue;
+    report("expect_tx too late", {late.warp, late.instruction, late.lane},
+           "phase " + std::to_string(barrier.phase) + " of the mbarrier at shared offset " + std::to_string(offset) +
+               " of cta " + std::to_string(cta.rank) + " ends, and none of its arrivals comes after this expect_tx: " +
+               "on a slower warp the phase ends without its " + std::to_string(late.bytes) + " bytes");
+  }
+}
+
 // A phase ends with its last arrival and its last byte.
 void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.tx > 0) return;
@@ -41,6 +53,9 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
                 where(*load->issue.warp, *load->issue.instruction, load->issue.lane));
   check_overrun(issue, cta, offset, barrier);
   barrier.waits.clear();
+  check_late(cta, offset, barrier);
+  barrier.late.clear();
+  barrier.in_time = barrier.copied = 0;
   ++barrier.phase;
   barrier.pending = static_cast<int32_t>(barrier.expected);
   barrier.preceding_clock = barrier.completed_clock;
@@ -54,6 +69,10 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
     barrier.completed_clock[agent].all = barrier.first_step + barrier.phase;
   }
   ++copies.completed_phases;
+}
+
+bool comes_after(const Issue& issue, const LateExpect& late) {
+  return knows(*issue.warp, issue.lane, late.event, 1, false) || knows(issue.warp->weak, late.event, 1, false);
 }
 
 uint64_t state_of(const Mbarrier& barrier) {
@@ -133,8 +152,9 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
     set_register(warp, i.operands[0], issue.lane, state_of(barrier));
     uint32_t count = 1;
     if (flags & kExpect) {
-      expect_bytes(issue, *place.cta, place.offset,
-                   static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane)));
+      const auto bytes = static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane));
+      expect_bytes(issue, *place.cta, place.offset, bytes);
+      barrier.in_time += bytes;
     } else if (flags & kCount) {
       count = static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane));
     }
@@ -165,7 +185,14 @@ bool change_bytes(Warp& warp, const Instruction& i, uint32_t mask) {
     const auto bytes = static_cast<uint32_t>(operand_value(warp, i.operands[1], issue.lane));
     release(barrier_at(issue, *place.cta, place.offset).weak, warp, 1u << issue.lane);  // the phase ends after it
     check_initialised(issue, *place.cta, place.offset, false);
-    (i.data[0] ? complete_bytes : expect_bytes)(issue, *place.cta, place.offset, bytes);
+    Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    if (i.data[0]) {
+      count_copied(issue, barrier, bytes);
+      complete_bytes(issue, *place.cta, place.offset, bytes);
+    } else {
+      barrier.late.push_back({&warp, &i, issue.lane, event_of(warp, 1u << issue.lane), bytes, barrier.copied});
+      expect_bytes(issue, *place.cta, place.offset, bytes);
+    }
   });
   ++warp.step;
   return true;
@@ -373,8 +400,19 @@ void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   if (static_cast<int64_t>(count) > barrier.pending) fault("too many arrivals", issue, describe(cta, offset, barrier));
+  std::erase_if(barrier.late, [&](const LateExpect& late) {
+    if (!comes_after(issue, late)) return false;
+    barrier.in_time += late.bytes;
+    return true;
+  });
   barrier.pending -= static_cast<int32_t>(count);
   settle(issue, cta, offset, barrier);
+}
+
+void count_copied(const Issue& issue, Mbarrier& barrier, int64_t bytes) {
+  barrier.copied += bytes;
+  for (LateExpect& late : barrier.late)
+    if (!comes_after(issue, late)) late.others += bytes;
 }
 
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes) {

@@ -147,6 +147,21 @@ struct SharedMemory {
   void clear(size_t begin, size_t end);  // written, with zeros
 };
 
+struct Cta;
+struct Cluster;
+struct Launch;
+struct Order;  // order.h
+struct Warp;
+
+// A `mbarrier.expect_tx` of the current phase that none of its arrivals comes after, so far.
+struct LateExpect {
+  Warp* warp;
+  const Instruction* instruction;
+  int lane;
+  Stamp event;
+  int64_t bytes, others;  // others: of the phase's copies that do not come after it
+};
+
 struct Mbarrier {
   uint32_t expected = 0;       // arrivals per phase
   int32_t pending = 0;         // arrivals still missing in this phase
@@ -161,15 +176,11 @@ struct Mbarrier {
   Stamp initialised;
   Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
   const Instruction* expected_by = nullptr;  // the last expect_tx
+  std::vector<LateExpect> late;              // of this phase
+  int64_t in_time = 0, copied = 0;           // bytes of this phase: expected by others than those, of its copies
   std::vector<Stamp> waits;                  // that succeeded for the phase before this one: the last of each warp
   bool relaxed_waits = false;                // what they know is not followed further than their warp
 };
-
-struct Cta;
-struct Cluster;
-struct Launch;
-struct Order;  // order.h
-struct Warp;
 
 // ---- Warp
 // Lanes with equal pc form a group; the group with the lowest pc that can run is run (independent thread scheduling).

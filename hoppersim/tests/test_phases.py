@@ -107,3 +107,51 @@ def test_the_parity_of_an_older_phase():
     bug = INIT + steps[0].format(waits[0]) + steps[1].format("") + steps[2].format(waits[2])
     check(bug, legal, "mbarrier phase skipped", "mbarrier phase overrun", "race in shared memory",
           "too many arrivals", *IN_FLIGHT)  # fmt: skip
+
+
+# ---- An expect_tx comes before an arrival of its phase
+
+ARRIVE = "mbarrier.arrive.shared::cta.b64 _, [%bar];\n"
+EXPECT = "mbarrier.expect_tx.shared::cta.b64 [%bar], {};\n"
+ARRIVE_EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], {};\n"
+COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [%a0], {}, [%bar];\n"
+
+
+def expecting(first: str, others: str, count: int) -> str:
+    body = INIT.replace("[%bar], 1", f"[%bar], {count}") + "add.u32 %r9, %buffer, 128;\n@%p0 bra OTHERS;\n"
+    return body + first + "bra ON;\nOTHERS:\n" + others + "ON:\nWAIT(%bar,0)\n" + READ
+
+
+def test_bytes_expected_after_the_arrival():
+    copy = COPY.format("%buffer", 256)
+    legal = expecting(EXPECT.format(256) + copy + ARRIVE, ARRIVE, 64)
+    behind = expecting(ARRIVE + EXPECT.format(256) + copy, "ON:\nbar.sync 0;\n@%p0 " + ARRIVE, 64)
+    behind = behind.replace("ON:\nWAIT", "WAIT")
+    bug = expecting(ARRIVE + EXPECT.format(256) + copy, ARRIVE, 64)
+    for right in (legal, behind):
+        check(bug, right, "expect_tx too late", *IN_FLIGHT)
+
+
+def test_more_bytes_expected_after_the_arrival():
+    """Legal where bytes are missing until a copy behind the second expect_tx brings them."""
+    half, rest, whole = COPY.format("%buffer", 128), COPY.format("%r9", 128), COPY.format("%buffer", 256)
+    expect, more = ARRIVE_EXPECT.format(128), EXPECT.format(128)
+    read = "bar.sync 0;\nld.shared.u32 %r2, [%r9];\n"
+    for legal in (expect + more + whole, expect + more + half + rest, more + expect + half + rest):
+        bug = expecting(expect + half + more + rest, "", 1) + read
+        check(bug, expecting(legal, "", 1), "expect_tx too late", *IN_FLIGHT)
+
+
+# ---- What a dead-lock is called
+
+
+def test_a_dead_lock_behind_a_barrier_is_told_as_what_it_is():
+    """Lane 0 waits for bytes that never come, the other lanes of its warp for lane 0."""
+    wait = "@%p0 bra WAITED;\nWAIT(%bar,0)\nWAITED:\nbar.sync 0;\n" + READ
+    check(LOAD.replace("512;", "528;") + wait, LOAD + wait, "expect_tx too large")
+    check(INIT + wait, LOAD + wait, "dead-lock")
+
+
+def test_lanes_at_different_barriers():
+    apart = "@%p0 bra OTHERS;\nbar.sync 1, 64;\nbra ON;\nOTHERS: bar.sync 1, 64;\nON:\n"
+    check(INIT + apart, INIT + "bar.sync 1, 64;\n", "divergent aligned instruction")
