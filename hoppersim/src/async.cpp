@@ -113,6 +113,7 @@ std::shared_ptr<Load> issue_load(const Issue& issue, Cta& cta, uint32_t barrier,
   check_initialised(issue, cta, barrier, true);
   release(mbarrier.weak, *issue.warp, 1u << issue.lane);  // the phase ends after it
   ++issue.warp->step;
+  for (const Range& range : ranges) count_copied(issue, mbarrier, range.size);
   auto load = std::make_shared<Load>(Load{issue, &cta, barrier, mbarrier.phase, std::move(ranges)});
   copies_of(*cta.cluster).loads.push_back(load);
   return load;

@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "machine.h"
@@ -78,6 +79,10 @@ struct WarpCopies {
   std::array<uint64_t, kLanes> cluster_generation{};  // generation a lane arrived in
   uint32_t cluster_waiting = 0;                       // lanes between arrive and wait
   uint32_t failed_polls = 0;                          // consecutive unsuccessful test_wait of the whole warp
+  struct TimeOuts {
+    uint32_t offset, phase, count;
+  };
+  std::unordered_map<uint32_t, TimeOuts> time_outs;  // by pc: of the first wait there that might have to wait
 };
 
 // Cluster::copies
@@ -108,6 +113,8 @@ void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count);
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
 void complete_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes);
+// Such a copy has been issued: for what Mbarrier::late is held to.
+void count_copied(const Issue& issue, Mbarrier& barrier, int64_t bytes);
 std::string describe(const Cta& cta, uint32_t offset, const Mbarrier& barrier);
 
 // ---- Copies (async.cpp)

@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint32_t kMaxCount = (1u << 20) - 1;
 constexpr uint32_t kPatientPolls = 32;  // unsuccessful test_waits in a row before the warp is put to sleep
+constexpr uint32_t kTimeOuts = 8;       // tries that time out before one waits
 
 // A phase may end only after every wait for the one before it: a waiter that is slower than in this run would take the
 // parity that it then finds for that of the phase to come.
@@ -28,6 +29,18 @@ void check_overrun(const Issue& issue, const Cta& cta, uint32_t offset, const Mb
   }
 }
 
+// A phase may end without an expect_tx that none of its arrivals comes after, unless bytes are missing that only copies
+// behind that expect_tx bring.
+void check_late(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
+  for (const LateExpect& late : barrier.late) {
+    if (late.others < barrier.in_time) continue;
+    report("expect_tx too late", {late.warp, late.instruction, late.lane},
+           "phase " + std::to_string(barrier.phase) + " of the mbarrier at shared offset " + std::to_string(offset) +
+               " of cta " + std::to_string(cta.rank) + " ends, and none of its arrivals comes after this expect_tx: " +
+               "on a slower warp the phase ends without its " + std::to_string(late.bytes) + " bytes");
+  }
+}
+
 // A phase ends with its last arrival and its last byte.
 void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.tx > 0) return;
@@ -40,8 +53,12 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
                 where(*load->issue.warp, *load->issue.instruction, load->issue.lane));
   check_overrun(issue, cta, offset, barrier);
   barrier.waits.clear();
+  check_late(cta, offset, barrier);
+  barrier.late.clear();
+  barrier.in_time = barrier.copied = 0;
   ++barrier.phase;
   barrier.pending = static_cast<int32_t>(barrier.expected);
+  barrier.preceding_clock = barrier.completed_clock;
   merge(barrier.completed_clock, barrier.clock);
   barrier.clock.clear();
   merge(barrier.completed_weak, barrier.weak);
@@ -52,6 +69,10 @@ void settle(const Issue& issue, Cta& cta, uint32_t offset, Mbarrier& barrier) {
     barrier.completed_clock[agent].all = barrier.first_step + barrier.phase;
   }
   ++copies.completed_phases;
+}
+
+bool comes_after(const Issue& issue, const LateExpect& late) {
+  return knows(*issue.warp, issue.lane, late.event, 1, false) || knows(issue.warp->weak, late.event, 1, false);
 }
 
 uint64_t state_of(const Mbarrier& barrier) {
@@ -131,8 +152,9 @@ bool arrive_on(Warp& warp, const Instruction& i, uint32_t mask) {
     set_register(warp, i.operands[0], issue.lane, state_of(barrier));
     uint32_t count = 1;
     if (flags & kExpect) {
-      expect_bytes(issue, *place.cta, place.offset,
-                   static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane)));
+      const auto bytes = static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane));
+      expect_bytes(issue, *place.cta, place.offset, bytes);
+      barrier.in_time += bytes;
     } else if (flags & kCount) {
       count = static_cast<uint32_t>(operand_value(warp, i.operands[2], issue.lane));
     }
@@ -163,7 +185,14 @@ bool change_bytes(Warp& warp, const Instruction& i, uint32_t mask) {
     const auto bytes = static_cast<uint32_t>(operand_value(warp, i.operands[1], issue.lane));
     release(barrier_at(issue, *place.cta, place.offset).weak, warp, 1u << issue.lane);  // the phase ends after it
     check_initialised(issue, *place.cta, place.offset, false);
-    (i.data[0] ? complete_bytes : expect_bytes)(issue, *place.cta, place.offset, bytes);
+    Mbarrier& barrier = barrier_at(issue, *place.cta, place.offset);
+    if (i.data[0]) {
+      count_copied(issue, barrier, bytes);
+      complete_bytes(issue, *place.cta, place.offset, bytes);
+    } else {
+      barrier.late.push_back({&warp, &i, issue.lane, event_of(warp, 1u << issue.lane), bytes, barrier.copied});
+      expect_bytes(issue, *place.cta, place.offset, bytes);
+    }
   });
   ++warp.step;
   return true;
@@ -222,6 +251,50 @@ void sleep(Warp& warp, const Instruction& i, std::vector<Question> questions) {
   };
 }
 
+// Whether a lane of the warp knows what came before the end of a phase. Who does not may ask before that.
+bool knows_end(const Warp& warp, const Clock& end) {
+  for (size_t agent = 0; agent < end.size(); ++agent) {
+    const uint32_t step = std::max(end[agent].all, end[agent].some);
+    const bool in_time = agent < warp.weak.size() && step <= std::max(warp.weak[agent].all, warp.weak[agent].some);
+    if (step && !in_time && !knows_step(warp, agent, step)) return false;
+  }
+  return true;
+}
+
+// The lanes that are told false whatever has happened in this schedule: the first wait of a warp at a pc whose phase
+// may not have ended yet times out, as do the tries that follow for the same phase.
+uint32_t timed_out(Warp& warp, const Instruction& i, const std::vector<Question>& questions) {
+  auto& time_outs = copies_of(warp).time_outs;
+  const auto found = time_outs.find(i.pc);
+  if (found != time_outs.end() && found->second.count == kTimeOuts) return 0;
+  uint32_t lanes = 0;
+  for (const Question& q : questions)
+    if (!q.done() || !knows_end(warp, q.cta->mbarriers.at(q.offset).completed_clock)) lanes |= q.lanes;
+  const Question& first = questions.front();
+  if (found == time_outs.end()) {
+    if (lanes) time_outs[i.pc] = {first.offset, first.phase, 1};
+  } else if (lanes && found->second.offset == first.offset && found->second.phase == first.phase) {
+    ++found->second.count;
+  } else {
+    found->second.count = kTimeOuts;
+    return 0;
+  }
+  return lanes;
+}
+
+// Who waits by parity for a phase must know that the one before has ended.
+void check_skipped(Warp& warp, const Instruction& i, const Question& q) {
+  const Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
+  const uint32_t phase = q.done() ? barrier.phase - 1 : barrier.phase;
+  if (!q.parity || barrier.phase == 0 || phase == 0 || barrier.relaxed_waits) return;
+  if (knows_end(warp, q.done() ? barrier.preceding_clock : barrier.completed_clock)) return;
+  report("mbarrier phase skipped", {&warp, &i, std::countr_zero(q.lanes)},
+         "waits for parity " + std::to_string(q.phase) + ", now phase " + std::to_string(phase) +
+             " of the mbarrier at shared offset " + std::to_string(q.offset) + ", and nothing orders that after the " +
+             "end of phase " + std::to_string(phase - 1) + ": a faster warp would be told that the phase before that " +
+             "is complete");
+}
+
 bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   std::vector<Question> questions;
   uint32_t done = 0;
@@ -237,14 +310,18 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
       same->lanes |= q.lanes;
     }
   }
+  for (const Question& q : questions) check_skipped(warp, i, q);
+  const uint32_t late = timed_out(warp, i, questions);
+  done &= ~late;
   for (const Question& q : questions) {
-    if (!q.done()) continue;
+    if (!(q.lanes & done)) continue;
     Mbarrier& barrier = q.cta->mbarriers.at(q.offset);
     Stamp event = event_of(warp, q.lanes);
     event.pc = i.pc;
     std::erase_if(barrier.waits, [&](const Stamp& other) { return other.agent == event.agent; });
     barrier.waits.push_back(event);
     if (i.has("relaxed")) {
+      barrier.relaxed_waits = true;
       merge(warp.relaxed, barrier.completed_clock);
       merge(warp.weak, barrier.completed_clock);
     } else {
@@ -255,7 +332,7 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   WarpCopies& copies = copies_of(warp);
   const bool blocking = i.data[0];
-  if (!done && mask) {
+  if (!done && !late && mask) {
     ++warp.cta->cluster->counters.barrier_waits;
     if (blocking || copies.failed_polls >= kPatientPolls) {
       copies.failed_polls = 0;
@@ -263,7 +340,7 @@ bool wait(Warp& warp, const Instruction& i, uint32_t mask) {
       return false;
     }
     ++copies.failed_polls;
-  } else {
+  } else if (done) {
     copies.failed_polls = 0;
   }
   for (int lane = 0; lane < kLanes; ++lane)
@@ -322,8 +399,19 @@ void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async
 void arrive(const Issue& issue, Cta& cta, uint32_t offset, uint32_t count) {
   Mbarrier& barrier = barrier_at(issue, cta, offset);
   if (static_cast<int64_t>(count) > barrier.pending) fault("too many arrivals", issue, describe(cta, offset, barrier));
+  std::erase_if(barrier.late, [&](const LateExpect& late) {
+    if (!comes_after(issue, late)) return false;
+    barrier.in_time += late.bytes;
+    return true;
+  });
   barrier.pending -= static_cast<int32_t>(count);
   settle(issue, cta, offset, barrier);
+}
+
+void count_copied(const Issue& issue, Mbarrier& barrier, int64_t bytes) {
+  barrier.copied += bytes;
+  for (LateExpect& late : barrier.late)
+    if (!comes_after(issue, late)) late.others += bytes;
 }
 
 void expect_bytes(const Issue& issue, Cta& cta, uint32_t offset, int64_t bytes) {

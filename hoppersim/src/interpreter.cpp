@@ -258,7 +258,10 @@ void ClusterRun::stuck(const char* kind) {
     for (const Group& group : warp->groups) {
       const Instruction& i = launch_.function->code[group.pc];
       const bool whole = group.mask == warp->alive;
-      if (warp->state != Warp::State::done && group.converging && i.aligned && !whole) {
+      // Lanes that wait for others than their warp's are not to blame: what those wait for is.
+      const bool apart =
+          std::all_of(warp->groups.begin(), warp->groups.end(), [](const Group& g) { return g.converging; });
+      if (warp->state != Warp::State::done && group.converging && i.aligned && !whole && apart) {
         throw fault_in("divergent aligned instruction",
                        where(*warp, i) + ": lanes " + hex(group.mask) + " of " + hex(warp->alive) +
                            " are here and the others never come\n" + report(),

@@ -147,22 +147,6 @@ struct SharedMemory {
   void clear(size_t begin, size_t end);  // written, with zeros
 };
 
-struct Mbarrier {
-  uint32_t expected = 0;       // arrivals per phase
-  int32_t pending = 0;         // arrivals still missing in this phase
-  int64_t tx = 0;              // transaction bytes still missing (may be negative for a moment)
-  uint32_t phase = 0;          // completed phases; the parity waited for is that of a completed phase
-  Clock clock;                 // merged clocks of the arrivals
-  Clock completed_clock;       // clock that a successful wait acquires
-  Clock weak, completed_weak;  // Warp::weak of the arrivals, likewise
-  int32_t agent = -1;          // of the copies towards it; -1: none yet
-  uint32_t first_step = 0;     // its step in phase 0
-  Stamp initialised;
-  Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
-  const Instruction* expected_by = nullptr;  // the last expect_tx
-  std::vector<Stamp> waits;                  // that succeeded for the phase before this one: the last of each warp
-};
-
 struct Cta;
 struct Cluster;
 struct Launch;
@@ -170,6 +154,35 @@ struct Order;         // order.h
 struct ClusterOrder;  // races_global.h
 struct GlobalOrder;
 struct Warp;
+
+// A `mbarrier.expect_tx` of the current phase that none of its arrivals comes after, so far.
+struct LateExpect {
+  Warp* warp;
+  const Instruction* instruction;
+  int lane;
+  Stamp event;
+  int64_t bytes, others;  // others: of the phase's copies that do not come after it
+};
+
+struct Mbarrier {
+  uint32_t expected = 0;       // arrivals per phase
+  int32_t pending = 0;         // arrivals still missing in this phase
+  int64_t tx = 0;              // transaction bytes still missing (may be negative for a moment)
+  uint32_t phase = 0;          // completed phases; the parity waited for is that of a completed phase
+  Clock clock;                 // merged clocks of the arrivals
+  Clock completed_clock;       // clock that a successful wait acquires
+  Clock preceding_clock;       // that of the phase before
+  Clock weak, completed_weak;  // Warp::weak of the arrivals, likewise
+  int32_t agent = -1;          // of the copies towards it; -1: none yet
+  uint32_t first_step = 0;     // its step in phase 0
+  Stamp initialised;
+  Stamp fenced, async_fenced;  // the first fence, fence.mbarrier_init, by lanes that knew of that; step 0: not yet
+  const Instruction* expected_by = nullptr;  // the last expect_tx
+  std::vector<LateExpect> late;              // of this phase
+  int64_t in_time = 0, copied = 0;           // bytes of this phase: expected by others than those, of its copies
+  std::vector<Stamp> waits;                  // that succeeded for the phase before this one: the last of each warp
+  bool relaxed_waits = false;                // what they know is not followed further than their warp
+};
 
 // ---- Warp
 // Lanes with equal pc form a group; the group with the lowest pc that can run is run (independent thread scheduling).
