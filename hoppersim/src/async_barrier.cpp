@@ -376,7 +376,12 @@ void check_initialised(const Issue& issue, Cta& cta, uint32_t offset, bool async
     return event.step && (knows(warp, issue.lane, event, 1, true) || knows(warp.weak, event, 1, true));
   };
   const bool ordered = known || (barrier.fenced.step && knows(warp.weak, barrier.fenced, 1, true));
-  const bool visible = !async || came_before(barrier.async_fenced) || knows(cta.fenced, initialised, 1, true);
+  auto fenced = [&] {
+    Clock clock = view_of(warp, issue.lane);
+    merge(clock, warp.weak);
+    return find_fence(cta.fences, initialised, 1, clock, warp.clock_index(), 1u << issue.lane) != nullptr;
+  };
+  const bool visible = !async || came_before(barrier.async_fenced) || fenced();
   if (ordered && visible) return;
   const std::string what = (async ? "completes on" : "uses") + std::string(" the mbarrier at shared offset ") +
                            hex(offset) + " of cta " + std::to_string(cta.rank) + ", which warp " +

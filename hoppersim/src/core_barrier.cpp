@@ -102,13 +102,12 @@ bool nothing(Warp&, const Instruction&, uint32_t) { return true; }
 
 enum Memory : uint32_t { own_ = 1, others_ = 2, global_ = 4 };  // data[0] of a proxy fence
 
-// What the lanes know of (their own writes and those they have synchronised with) becomes visible to the async proxy.
 bool fence_proxy(Warp& warp, const Instruction& i, uint32_t mask) {
   Cluster& cluster = *warp.cta->cluster;
   for (const auto& cta : cluster.ctas) {
-    if (i.data[0] & (cta.get() == warp.cta ? own_ : others_)) release(cta->fenced, warp, mask);
+    if (i.data[0] & (cta.get() == warp.cta ? own_ : others_)) add_fence(cta->fences, warp, i, mask);
   }
-  if (i.data[0] & global_) release(cluster.order->fenced_global, warp, mask);
+  if (i.data[0] & global_) add_fence(cluster.order->global_fences, warp, i, mask);
   ++warp.step;
   return true;
 }

@@ -184,6 +184,13 @@ struct Mbarrier {
   bool relaxed_waits = false;                // what they know is not followed further than their warp
 };
 
+// A fence.proxy.async, and the writes that it and those of its warp before it cover beside what its lanes wrote.
+struct ProxyFence {
+  Stamp event;  // lanes: kAll, if the whole warp executes it
+  Clock covered;
+};
+using ProxyFences = std::vector<std::deque<ProxyFence>>;  // of one memory; of each warp, in order
+
 // ---- Warp
 // Lanes with equal pc form a group; the group with the lowest pc that can run is run (independent thread scheduling).
 struct Group {
@@ -254,7 +261,7 @@ struct Cta {
   std::map<std::pair<uint64_t, int>, std::pair<uint64_t, uint32_t>>
       acquired_maps;            // tensor map and warp: generation of the map, step of the warp
   uint32_t free_registers = 0;  // of the pool of setmaxnreg, in registers per thread of one warp
-  Clock fenced;                 // generic writes that a proxy fence has made visible to the async proxy
+  ProxyFences fences;           // of its shared memory
   std::unordered_map<uint32_t, std::pair<int32_t, uint32_t>> barrier_agents;  // by offset: agent, its next step
   struct RemoteAccess {
     const Warp* warp;

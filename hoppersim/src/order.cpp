@@ -19,6 +19,21 @@ void merge(Known& into, const Known& from) {
 
 bool whole(const Warp& warp, uint32_t lanes) { return (warp.alive & ~lanes) == 0; }
 
+// Adds what these lanes know.
+void learn(Clock& into, const Warp& warp, uint32_t lanes) {
+  merge(into, warp.clock);
+  for (const Warp::Partial& partial : warp.partial) {
+    if (partial.lanes & lanes) merge(into, partial.clock);
+  }
+}
+
+constexpr size_t kFences = 16;  // of a warp that are told apart; older ones count as known
+
+// Adds what the lanes of the fence have done.
+void cover_own(Clock& covered, const Stamp& fence) {
+  merge(covered[fence.agent], fence.lanes == kAll ? Known{fence.step, 0, 0} : Known{0, fence.step, fence.lanes});
+}
+
 // The slots of the addresses of these lanes, as a bit mask.
 uint64_t slots_of(const uint64_t* addresses, uint32_t mask, bool shared) {
   uint64_t slots = 0, last = ~0ull;
@@ -70,10 +85,7 @@ size_t barrier_agent(Cta& cta, uint32_t offset, Mbarrier& barrier) {
 }
 
 void release(Clock& into, const Warp& warp, uint32_t lanes) {
-  merge(into, warp.clock);
-  for (const Warp::Partial& partial : warp.partial) {
-    if (partial.lanes & lanes) merge(into, partial.clock);
-  }
+  learn(into, warp, lanes);
   const bool all = whole(warp, lanes);
   merge(into[warp.clock_index()], all ? Known{warp.step, 0, 0} : Known{0, warp.step, lanes});
 }
@@ -117,6 +129,50 @@ void fence(Warp& warp, uint32_t lanes) {
   }
   release(warp.fenced, warp, lanes);
   ++warp.step;
+}
+
+void add_fence(ProxyFences& fences, const Warp& warp, const Instruction& i, uint32_t lanes) {
+  const auto agent = static_cast<size_t>(warp.clock_index());
+  if (fences.size() <= agent) fences.resize(agent + 1);
+  auto& own = fences[agent];
+  ProxyFence fence{event_of(warp, whole(warp, lanes) ? kAll : lanes), {}};
+  fence.event.pc = i.pc;
+  if (!own.empty()) {
+    fence.covered = own.back().covered;
+    cover_own(fence.covered, own.back().event);
+  }
+  learn(fence.covered, warp, lanes);
+  own.push_back(std::move(fence));
+  if (own.size() <= kFences) return;
+  own.pop_front();
+  ProxyFence& oldest = own.front();
+  cover_own(oldest.covered, oldest.event);
+  oldest.event.step = 0;
+  oldest.event.lanes = kAll;
+}
+
+const ProxyFence* find_fence(const ProxyFences& fences, const Stamp& stamp, uint16_t bytes, const Clock& clock,
+                             size_t own, uint32_t lanes) {
+  auto of_warp = [&](size_t agent) -> const ProxyFence* {
+    if (agent >= fences.size()) return nullptr;
+    const Known known = agent < clock.size() ? clock[agent] : Known{};
+    for (auto fence = fences[agent].rbegin(); fence != fences[agent].rend(); ++fence) {
+      const uint32_t step = fence->event.step;
+      uint32_t executed = agent == own ? lanes : 0;
+      if (step <= known.some) executed |= known.lanes;
+      if (step <= known.all) executed = kAll;
+      executed &= fence->event.lanes;
+      if (executed == 0) continue;
+      const bool before = stamp.agent == agent && stamp.step <= step;
+      return knows(fence->covered, stamp, bytes, true, before ? executed : 0) ? &*fence : nullptr;
+    }
+    return nullptr;
+  };
+  if (const ProxyFence* found = of_warp(stamp.agent)) return found;  // most often
+  for (size_t agent = 0; agent < fences.size(); ++agent) {
+    if (const ProxyFence* found = of_warp(agent)) return found;
+  }
+  return nullptr;
 }
 
 bool normalise(Space space, uint64_t& address) {
@@ -195,11 +251,8 @@ bool knows_step(const Warp& warp, size_t agent, uint32_t step) {
 }
 
 Clock view_of(const Warp& warp, int lane) {
-  Clock clock = warp.clock;
-  const uint32_t self = lane < 0 ? kAll : 1u << lane;
-  for (const Warp::Partial& partial : warp.partial) {
-    if (partial.lanes & self) merge(clock, partial.clock);
-  }
+  Clock clock;
+  learn(clock, warp, lane < 0 ? kAll : 1u << lane);
   return clock;
 }
 

@@ -22,7 +22,7 @@ struct Order {  // of a cluster
   size_t agents = 0;
   Clock shared_slots[kSlots], global_slots[kSlots];  // released to addresses
   std::vector<Clock> warpgroups;                     // released by their commits
-  Clock fenced_global;                               // global writes that a proxy fence has made visible
+  ProxyFences global_fences;
   std::unordered_map<uint64_t, Stamp>
       global_writes;                          // by granule of 16 bytes, if the kernel loads with the copy engine
   std::unordered_set<uint64_t> global_pages;  // of 4096 bytes that have such
@@ -38,6 +38,12 @@ void synchronise(Warp& warp, uint32_t lanes);
 // shfl and its like: what lanes have acquired from others than their warp, all that take part know.
 void share(Warp& warp, uint32_t lanes);
 void fence(Warp& warp, uint32_t lanes);
+
+// fence.proxy.async: what the lanes know of and have done the async proxy sees, for whoever knows of the fence.
+void add_fence(ProxyFences& fences, const Warp& warp, const Instruction& i, uint32_t lanes);
+// One that came after the access and that the clock knows of, or `lanes` of the warp `own` have executed; or nullptr.
+const ProxyFence* find_fence(const ProxyFences& fences, const Stamp& stamp, uint16_t bytes, const Clock& clock,
+                             size_t own, uint32_t lanes);
 
 // By a strong access to these addresses, of the lanes in `mask`: before it, and after it.
 void acquire_addresses(Warp& warp, const uint64_t* addresses, uint32_t mask, bool shared);

@@ -24,11 +24,25 @@ struct View {
     return stamp.step <= (*clock)[stamp.agent].all ||
            hoppersim::knows(*clock, stamp, bytes, write, stamp.agent == own ? self : 0);
   }
+  // By a proxy fence that it knows of.
+  bool fenced(const ProxyFences& fences, const Stamp& stamp, uint16_t bytes) const {
+    return find_fence(fences, stamp, bytes, *clock, own, self) != nullptr;
+  }
   const Issue& issue;
   uint32_t own, self;
   Clock merged;
   const Clock* clock;
 };
+
+// What is missing between a write and an access that knows of it.
+std::string missing_fence(const Cluster& cluster, const ProxyFences& fences, const Stamp& write, uint16_t bytes,
+                          const char* memory) {
+  const Clock everything(cluster.order->agents, Known{~0u, 0, 0});
+  const ProxyFence* fence = find_fence(fences, write, bytes, everything, 0, 0);
+  if (fence == nullptr) return std::string(", without a fence.proxy.async ") + memory + " after it";
+  return ", and nothing orders the fence.proxy.async after it, by " + name_of(cluster, fence->event, 0) +
+         ", before this: it must come before the arrival or barrier that orders the two";
+}
 
 // What threads wrote must be known, and known to a proxy fence unless the access is that of an st.async.
 void require_write(const View& view, Cta& cta, uint32_t g, uint16_t bytes, const Stamp& old, const char* verb,
@@ -40,12 +54,11 @@ void require_write(const View& view, Cta& cta, uint32_t g, uint16_t bytes, const
     if (!known) race(*issue.warp, *issue.instruction, issue.lane, verb, g, bytes, old, true);
     return;
   }
-  if (known && old.agent < cta.fenced.size() && old.step <= cta.fenced[old.agent].all) return;
-  if (known && knows(cta.fenced, old, bytes, true)) return;
+  if (known && view.fenced(cta.fences, old, bytes)) return;
   const std::string what = std::string(verb) + " " + place_name(g, bytes & old.bytes) + ", which was written by " +
                            name_of(*cta.cluster, old, bytes);
   if (!known) return report("unsynchronised shared memory", issue, what + ", and no barrier orders the two");
-  report("missing proxy fence", issue, what + ", without a fence.proxy.async of that memory after it");
+  report("missing proxy fence", issue, what + missing_fence(*cta.cluster, cta.fences, old, bytes, "of that memory"));
 }
 
 Stamp async_stamp(const Issue& issue, uint16_t bytes, Completion completion) {
@@ -133,7 +146,8 @@ void note_global_writes(Warp& warp, const Instruction& i, Space space, const uin
 
 void check_global_fence(const Issue& issue, uint64_t address, uint64_t size) {
   const Warp& warp = *issue.warp;
-  const Order& order = *warp.cta->cluster->order;
+  const Cluster& cluster = *warp.cta->cluster;
+  const Order& order = *cluster.order;
   if (order.global_pages.empty() || size == 0) return;
   for (uint64_t g = address / 16; g <= (address + size - 1) / 16; ++g) {
     if (!order.global_pages.count(g / 256)) {
@@ -143,13 +157,13 @@ void check_global_fence(const Issue& issue, uint64_t address, uint64_t size) {
     const auto found = order.global_writes.find(g);
     if (found == order.global_writes.end()) continue;
     const Stamp& stamp = found->second;
-    if (!knows(warp, issue.lane, stamp, 0xffff, true) || knows(order.fenced_global, stamp, 0xffff, true)) continue;
+    const View view(issue);
+    if (!view.knows(stamp, 0xffff, true) || view.fenced(order.global_fences, stamp, 0xffff)) continue;
     char place[40];
     std::snprintf(place, sizeof place, "global address 0x%llx", static_cast<unsigned long long>(g * 16));
     return report("missing proxy fence", issue,
-                  std::string("reads ") + place + ", which was written by " +
-                      name_of(*warp.cta->cluster, stamp, 0xffff) +
-                      ", without a fence.proxy.async (or .global) after it");
+                  std::string("reads ") + place + ", which was written by " + name_of(cluster, stamp, 0xffff) +
+                      missing_fence(cluster, order.global_fences, stamp, 0xffff, "(or .global)"));
   }
 }
 
