@@ -111,7 +111,9 @@ def test_unknown_kinds_are_refused():
 def test_go_on_collects_every_kind_and_line_once(timing, seed):
     out = np.zeros(8, np.uint32)
     with pytest.raises(hoppersim.Fault) as caught:
-        with hoppersim.simulate(timing=timing, seed=seed, go_on=True, host_threads=1):
+        # the CTAs store to the same bytes
+        allow = "race in global memory"
+        with hoppersim.simulate(timing=timing, seed=seed, go_on=True, host_threads=1, allow=allow):
             kernel(THREE).launch("k", 3, 1, (out,))
             assert out[4] == 5  # it ran to its end
             at_the_end = hoppersim.reports()
