@@ -285,6 +285,9 @@ void PtxParser::emit(Instruction&& i) {
   i.counter_class = class_index(class_of(i));
   i.pc = static_cast<uint32_t>(function_->code.size());
   i.strong = synchronises(i);
+  i.acquires = i.strong && (i.has("acquire") || i.has("acq_rel"));
+  i.releases = i.strong && (i.has("release") || i.has("acq_rel"));
+  function_->polls |= i.strong && !i.acquires && !i.releases;
   function_->loads_bulk |= i.opcode == "cp" && i.has("mbarrier::complete_tx::bytes") && i.has("global");
   i.source = source_;
   function_->code.push_back(std::move(i));
