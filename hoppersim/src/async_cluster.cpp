@@ -71,6 +71,7 @@ bool cluster_arrive(Warp& warp, const Instruction& i, uint32_t mask) {
     release(barrier.weak, warp, mask);
     merge(barrier.clock, warp.fenced);
   } else {
+    fence_of_barrier(warp, mask);
     release(barrier.clock, warp, mask);
   }
   merge(barrier.weak, warp.weak);
@@ -99,6 +100,7 @@ bool cluster_wait(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   copies.cluster_waiting &= ~mask;
   acquire(warp, cluster.barrier.completed_clock, mask);
+  fence_of_barrier(warp, mask);
   merge(warp.weak, cluster.barrier.completed_weak);
   return true;
 }

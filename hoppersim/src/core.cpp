@@ -288,6 +288,9 @@ void PtxParser::emit(Instruction&& i) {
   i.read_only = i.opcode == "ld" && i.has("nc");
   function_->loads_read_only |= i.read_only;
   function_->stores_bulk |= i.opcode == "cp" && i.has("bulk_group");
+  i.acquires = i.strong && (i.has("acquire") || i.has("acq_rel"));
+  i.releases = i.strong && (i.has("release") || i.has("acq_rel"));
+  function_->polls |= i.strong && !i.acquires && !i.releases;
   function_->loads_bulk |= i.opcode == "cp" && i.has("mbarrier::complete_tx::bytes") && i.has("global");
   i.source = source_;
   function_->code.push_back(std::move(i));

@@ -90,7 +90,7 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (mask >> lane & 1) in_shared |= normalise(space, places[lane] = address_of(warp, i.operands[at], lane));
   }
-  acquire_addresses(warp, places, mask, in_shared);
+  acquire_addresses(warp, i, places, mask, in_shared);
   if (!in_shared) release_global(warp, space, places, mask);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
@@ -108,7 +108,7 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   if (in_shared) note_writes(warp, i, space, addresses, mask, size * i.data[3]);
   note_global_writes(warp, i, space, addresses, mask, size * i.data[3]);
-  release_addresses(warp, places, mask, in_shared);
+  release_addresses(warp, i, places, mask, in_shared);
   if (!in_shared) acquire_global(warp, space, places, mask);
   const uint64_t first = addresses[__builtin_ctz(mask)];
   count(warp, addresses, mask, static_cast<int>(size * i.data[3]),

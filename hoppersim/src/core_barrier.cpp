@@ -50,6 +50,7 @@ Cta::NamedBarrier& join(Warp& warp, const Instruction& i, uint32_t id, uint32_t 
   }
   barrier.expected = count;
   barrier.arrived += mask == warp.alive ? kLanes : static_cast<uint32_t>(std::popcount(mask));
+  fence_of_barrier(warp, mask);
   release(barrier.clock, warp, mask);
   ++warp.step;
   return barrier;
@@ -90,6 +91,7 @@ bool execute(Warp& warp, const Instruction& i, uint32_t mask) {
     return false;
   }
   acquire(warp, barrier.completed_clock, mask);
+  fence_of_barrier(warp, mask);
   if (i.data[0] >= red_popc_) {
     uint32_t threads = 0;
     for (const auto& other : warp.cta->warps) threads += static_cast<uint32_t>(std::popcount(other->alive));

@@ -95,16 +95,16 @@ void get(const Warp& warp, const Operand& source, LaneBytes& bytes, int offset, 
 }
 
 // A strong access acquires from, or releases to, its addresses.
-void at_addresses(Warp& warp, Space space, const uint64_t* addresses, uint32_t mask,
-                  void (*effect)(Warp&, const uint64_t*, uint32_t, bool)) {
+void at_addresses(Warp& warp, const Instruction& i, Space space, const uint64_t* addresses, uint32_t mask,
+                  void (*effect)(Warp&, const Instruction&, const uint64_t*, uint32_t, bool)) {
   uint64_t plain[kLanes];
   uint32_t shared = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     plain[lane] = addresses[lane];
     if (mask >> lane & 1 && normalise(space, plain[lane])) shared |= 1u << lane;
   }
-  if (shared) effect(warp, plain, shared, true);
-  if (mask & ~shared) effect(warp, plain, mask & ~shared, false);
+  if (shared) effect(warp, i, plain, shared, true);
+  if (mask & ~shared) effect(warp, i, plain, mask & ~shared, false);
 }
 
 bool execute_load(Warp& warp, const Instruction& i, uint32_t mask) {
@@ -113,7 +113,7 @@ bool execute_load(Warp& warp, const Instruction& i, uint32_t mask) {
   uint64_t addresses[kLanes];
   LaneBytes bytes;
   addresses_of(warp, i.operands[1], addresses);
-  if (i.strong) at_addresses(warp, space, addresses, mask, acquire_addresses);
+  if (i.strong) at_addresses(warp, i, space, addresses, mask, acquire_addresses);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
     if (i.data[kFlags] & own_cta) check_own(warp, i, addresses[lane], lane);
@@ -171,7 +171,7 @@ bool execute_store(Warp& warp, const Instruction& i, uint32_t mask) {
   }
   note_global_writes(warp, i, space, addresses, mask, width);
   note_global(warp, i, space, addresses, mask & warp.changed, width, true);
-  if (i.strong) at_addresses(warp, space, addresses, mask, release_addresses);
+  if (i.strong) at_addresses(warp, i, space, addresses, mask, release_addresses);
   count(warp, i, addresses, mask, size * elements, true);
   return true;
 }

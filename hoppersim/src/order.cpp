@@ -131,6 +131,10 @@ void fence(Warp& warp, uint32_t lanes) {
   ++warp.step;
 }
 
+void fence_of_barrier(Warp& warp, uint32_t lanes) {
+  if (warp.cta->cluster->launch->function->polls) fence(warp, lanes);
+}
+
 void add_fence(ProxyFences& fences, const Warp& warp, const Instruction& i, uint32_t lanes) {
   const auto agent = static_cast<size_t>(warp.clock_index());
   if (fences.size() <= agent) fences.resize(agent + 1);
@@ -182,18 +186,29 @@ bool normalise(Space space, uint64_t& address) {
   return true;
 }
 
-void acquire_addresses(Warp& warp, const uint64_t* addresses, uint32_t mask, bool shared) {
+void acquire_addresses(Warp& warp, const Instruction& i, const uint64_t* addresses, uint32_t mask, bool shared) {
   Order& order = *warp.cta->cluster->order;
   for (uint64_t slots = slots_of(addresses, mask, shared); slots; slots &= slots - 1) {
-    const Clock& slot = (shared ? order.shared_slots : order.global_slots)[std::countr_zero(slots)];
-    if (!slot.empty()) acquire(warp, slot, mask);
+    const Order::Slot& slot = (shared ? order.shared_slots : order.global_slots)[std::countr_zero(slots)];
+    merge(warp.weak, slot.weak);
+    if (slot.clock.empty()) continue;
+    if (i.acquires) {
+      acquire(warp, slot.clock, mask);
+    } else {
+      merge(warp.relaxed, slot.clock);
+      merge(warp.weak, slot.clock);
+    }
   }
 }
 
-void release_addresses(Warp& warp, const uint64_t* addresses, uint32_t mask, bool shared) {
+void release_addresses(Warp& warp, const Instruction& i, const uint64_t* addresses, uint32_t mask, bool shared) {
   Order& order = *warp.cta->cluster->order;
-  for (uint64_t slots = slots_of(addresses, mask, shared); slots; slots &= slots - 1)
-    release((shared ? order.shared_slots : order.global_slots)[std::countr_zero(slots)], warp, mask);
+  for (uint64_t slots = slots_of(addresses, mask, shared); slots; slots &= slots - 1) {
+    Order::Slot& slot = (shared ? order.shared_slots : order.global_slots)[std::countr_zero(slots)];
+    release(i.releases ? slot.clock : slot.weak, warp, mask);
+    if (!i.releases) merge(slot.clock, warp.fenced);
+    merge(slot.weak, warp.weak);
+  }
   ++warp.step;
 }
 

@@ -5,8 +5,9 @@
 // some lanes acquire is Warp::partial until the warp synchronises. An access is ordered before another if the lanes
 // that make the other know its step.
 //
-// Where PTX may order, order is assumed: every atomic, volatile, relaxed or mmio access synchronises on its address
-// (kSlots of them are told apart), the wait for a wgmma orders what its warpgroup did before, a fence covers all lanes.
+// Where PTX may order, order is assumed: atomic, volatile, relaxed and mmio accesses synchronise on their address
+// (kSlots of them are told apart) from a fence before to a fence after, whatever their scope; the wait for a wgmma
+// orders what its warpgroup did before, a fence covers all lanes.
 #pragma once
 
 #include <unordered_set>
@@ -20,8 +21,11 @@ constexpr uint32_t kMixed = 31;  // Stamp::share
 
 struct Order {  // of a cluster
   size_t agents = 0;
-  Clock shared_slots[kSlots], global_slots[kSlots];  // released to addresses
-  std::vector<Clock> warpgroups;                     // released by their commits
+  struct Slot {
+    Clock clock, weak;  // released to addresses, and Warp::weak
+  };
+  Slot shared_slots[kSlots], global_slots[kSlots];
+  std::vector<Clock> warpgroups;  // released by their commits
   ProxyFences global_fences;
   std::unordered_map<uint64_t, Stamp>
       global_writes;                          // by granule of 16 bytes, if the kernel loads with the copy engine
@@ -38,6 +42,8 @@ void synchronise(Warp& warp, uint32_t lanes);
 // shfl and its like: what lanes have acquired from others than their warp, all that take part know.
 void share(Warp& warp, uint32_t lanes);
 void fence(Warp& warp, uint32_t lanes);
+// A barrier orders relaxed accesses as a fence does, before and after it.
+void fence_of_barrier(Warp& warp, uint32_t lanes);
 
 // fence.proxy.async: what the lanes know of and have done the async proxy sees, for whoever knows of the fence.
 void add_fence(ProxyFences& fences, const Warp& warp, const Instruction& i, uint32_t lanes);
@@ -46,8 +52,8 @@ const ProxyFence* find_fence(const ProxyFences& fences, const Stamp& stamp, uint
                              size_t own, uint32_t lanes);
 
 // By a strong access to these addresses, of the lanes in `mask`: before it, and after it.
-void acquire_addresses(Warp& warp, const uint64_t* addresses, uint32_t mask, bool shared);
-void release_addresses(Warp& warp, const uint64_t* addresses, uint32_t mask, bool shared);
+void acquire_addresses(Warp& warp, const Instruction& i, const uint64_t* addresses, uint32_t mask, bool shared);
+void release_addresses(Warp& warp, const Instruction& i, const uint64_t* addresses, uint32_t mask, bool shared);
 
 // Agents that are not warps.
 size_t warpgroup_agent(const Warp& warp);

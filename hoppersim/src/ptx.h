@@ -101,6 +101,8 @@ struct Instruction {
   uint32_t pc = 0;              // index into Function::code
   bool read_only = false;       // ld.global.nc
   bool strong = false;          // an access that synchronises on its address: atomic, volatile, relaxed, …
+  bool acquires = false;        // … with .acquire or .acq_rel; else only for a fence after it
+  bool releases = false;        // … with .release or .acq_rel; else only what a fence before it has released
   uint8_t wgmma_registers = 0;  // set by mark_wgmma_registers (tensor.h): 0 no, 1 touches them, 2 is a mov of them
 };
 
@@ -123,6 +125,7 @@ struct Function {
   uint32_t min_ctas = 0, max_registers = 0;  // .minnctapersm, .maxnreg; 0: not declared
   bool stores_bulk = false;                  // the copy engine writes global memory
   bool loads_read_only = false;              // ld.global.nc
+  bool polls = false;                        // a strong access that does not acquire or release: barriers are fences
   bool loads_bulk = false;                   // a copy engine's read of global memory: the global writes are remembered
   uint32_t max_threads = 0, cluster_x = 0, cluster_y = 0, cluster_z = 0;
   std::unordered_map<std::string, uint32_t> shared_symbols;  // name -> offset

@@ -110,21 +110,44 @@ setp.eq.u32 %p2, %r5, 0;
 """
 
 
-@pytest.mark.parametrize(
-    "store, load",
-    [
-        ("st.release.cta.shared.u32 [%buffer+1024], 1;", "ld.acquire.cta.shared.u32"),
-        ("membar.cta;\nst.volatile.shared.u32 [%buffer+1024], 1;", "ld.volatile.shared.u32"),
-        ("fence.acq_rel.cta;\nst.relaxed.cta.shared.u32 [%buffer+1024], 1;", "ld.relaxed.cta.shared.u32"),
-        ("fence.acq_rel.cta;\natom.shared.exch.b32 %r6, [%buffer+1024], 1;", "ld.volatile.shared.u32"),
-    ],
-)
-def test_flags_order(store, load):
-    head = "setp.eq.u32 %p3, %tid, 0;\n@%p3 st.shared.u32 [%buffer+1024], 0;\n"
-    wait, flagged = FLAG.format(load=load), "bar.warp.sync 0xffffffff;\n" + store
-    legal = head + between(first=WRITE + flagged, order="", second=wait + READ)
-    bug = head + between(first=store.replace("\n", "\n") + WRITE, order="", second=wait + READ)
-    check(bug, legal, "race in shared memory")
+RELAXED = {
+    "volatile": ("membar.cta;\n", "st.volatile.shared.u32 [%buffer+1024], 1;\n", "ld.volatile.shared.u32",
+                 "membar.cta;\n"),
+    "relaxed": ("fence.acq_rel.cta;\n", "st.relaxed.cta.shared.u32 [%buffer+1024], 1;\n", "ld.relaxed.cta.shared.u32",
+                "fence.acq_rel.cta;\n"),
+    "atom": ("fence.acq_rel.cta;\n", "atom.shared.exch.b32 %r6, [%buffer+1024], 1;\n", "ld.volatile.shared.u32",
+             "fence.acq_rel.cta;\n"),
+    "bar": ("bar.sync 2, 32;\n", "st.volatile.shared.u32 [%buffer+1024], 1;\n", "ld.volatile.shared.u32",
+            "bar.sync 3, 32;\n"),
+    "released, fenced": ("", "st.release.cta.shared.u32 [%buffer+1024], 1;\n", "ld.relaxed.cta.shared.u32",
+                         "fence.acq_rel.cta;\n"),
+    "fenced, acquired": ("fence.acq_rel.cta;\n", "red.shared.add.u32 [%buffer+1024], 1;\n",
+                         "ld.acquire.cta.shared.u32", ""),
+    "release and acquire": ("", "st.release.cta.shared.u32 [%buffer+1024], 1;\n", "ld.acquire.cta.shared.u32", ""),
+    "atomics": ("", "atom.release.cta.shared.exch.b32 %r6, [%buffer+1024], 1;\n",
+                "atom.acquire.cta.shared.add.u32", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("access", RELAXED)
+def test_flags_order(access):
+    """A relaxed access orders what a fence or barrier has released before it, for a fence or barrier after it."""
+    before, store, load, after = RELAXED[access]
+
+    def flagged(before: str, after: str, write: str = WRITE + "bar.warp.sync 0xffffffff;\n", late: str = "") -> str:
+        head = "setp.eq.u32 %p3, %tid, 0;\n@%p3 st.shared.u32 [%buffer+1024], 0;\n"
+        wait = FLAG.format(load=load)
+        if "atom" in load:
+            wait = wait.replace("[%buffer+1024]", "[%buffer+1024], 0")
+        return head + between(first=write + before + store + late, order="", second=wait + after + READ)
+
+    legal = flagged(before, after)
+    check(flagged(before, after, write="", late=WRITE), legal, "race in shared memory")
+    if before:
+        check(flagged("", after), legal, "race in shared memory")
+        check(flagged("", after, write=before + WRITE), legal, "race in shared memory")
+    if after:
+        check(flagged(before, ""), legal, "race in shared memory")
 
 
 def test_an_mbarrier_orders():
