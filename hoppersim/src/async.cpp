@@ -153,8 +153,13 @@ void issue_store(const Issue& issue, Cta& cta, Range source, std::vector<Range> 
                  std::vector<std::pair<uint64_t, uint64_t>> destination,
                  std::function<void(std::vector<uint8_t>&)> write) {
   auto store = std::make_shared<Store>(Store{issue, &cta, source});
-  copies_of(*issue.warp).stores.push_back(store);
-  for (const auto& [address, size] : destination) begin_global_store(issue, address, size);
+  auto& stores = copies_of(*issue.warp).stores;
+  // CUTLASS has all lanes of a warp store the same at once.
+  const bool again = !stores.empty() && stores.back()->issue.instruction == issue.instruction &&
+                     stores.back()->issue.lane < issue.lane && stores.back()->destination == destination;
+  stores.push_back(store);
+  if (!again)
+    for (const auto& [address, size] : destination) begin_global_store(issue, address, size);
   if (cta.cluster->global_order) store->destination = std::move(destination);
   Warp& warp = *issue.warp;
   for (const Range& part : used) {
