@@ -46,6 +46,14 @@ EQUIVALENT = (
         "behind the barrier that follows, the warps that normalise fence before they release their chunk to a wgmma",
     ),
     Known(
+        "chunk_gradients_kernel",
+        "fence",
+        "removed",
+        r"wgmma\.fence",
+        (6,),
+        "no register of its products is touched between the fence of the products before and these",
+    ),
+    Known(
         "hidden_gradient_kernel",
         "fence",
         "removed",
@@ -168,9 +176,9 @@ EQUIVALENT = (
     Known(
         "chunk_reverse_kernel",
         "wait",
-        "one more group may be left",
+        "removed|one more group may be left",
         r"cp\.async\.bulk\.wait_group\.read",
-        (2, 3),
+        (1, 2, 3),
         "the wait before the other of a chunk's two stores covers the group that this one leaves",
     ),
     Known(
