@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 from . import _summary
@@ -162,7 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return _kinds() if options.command == "kinds" else _run(options)
+        status = _kinds() if options.command == "kinds" else _run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (CannotRun, OSError, RuntimeError, ValueError) as error:
         print(f"hoppersim: {error}", file=sys.stderr)
         return 2

@@ -160,3 +160,11 @@ def test_the_command_lists_the_kinds():
     assert done.returncode == 0
     for name, kind in hoppersim.KINDS.items():
         assert f"{name}\n  {kind.severity}{', can be allowed' if kind.goes_on else ''}: {kind.meaning}\n" in done.stdout
+
+
+def test_whoever_reads_may_have_seen_enough():
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    command = [sys.executable, "-m", "hoppersim", "kinds"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as done:
+        done.stdout.close()
+        assert done.stderr.read() == "" and done.wait() == 141
