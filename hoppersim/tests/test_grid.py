@@ -11,8 +11,16 @@ import hoppersim
 seeds = pytest.mark.parametrize("seed", range(10))
 LIMIT = 400_000  # of max_instructions, where a live-lock is expected: soon reached
 
+WORK = """
+mov.u32 %r3, 0;
+WORK: add.u32 %r3, %r3, 1;
+setp.lt.u32 %p3, %r3, 20000;
+@%p3 bra WORK;
+"""
+
 # The CTA of that number sets a flag after some work, the others spin on it.
-FLAG = """
+FLAG = (
+    """
 mov.u32 %r1, %ctaid.x;
 setp.eq.u32 %p1, %r1, {setter};
 @%p1 bra SET;
@@ -25,14 +33,14 @@ add.u64 %rd1, %rd1, %a0;
 st.global.u32 [%rd1+16], %r4;
 bra END;
 SET:
-mov.u32 %r3, 0;
-WORK: add.u32 %r3, %r3, 1;
-setp.lt.u32 %p3, %r3, 20000;
-@%p3 bra WORK;
+"""
+    + WORK
+    + """
 st.global.u32 [%a0+4], 7;
 st.{store}.global.u32 [%a0], 1;
 END:
 """
+)
 BARRIER = """
 atom.add.acq_rel.gpu.global.u32 %r1, [%a0], 1;
 SPIN: ld.acquire.gpu.global.u32 %r2, [%a0];
@@ -188,7 +196,8 @@ def test_cooperative_launch_must_fit(cooperative):
 
 
 # Rank 0 spins on its shared flag, which rank 1 sets late; a second cluster does the same.
-SHARED = """
+SHARED = (
+    """
 mov.u32 %r1, %cluster_ctarank;
 st.shared.u32 [%buffer], 0;
 barrier.cluster.arrive.release;
@@ -201,16 +210,16 @@ setp.eq.u32 %p2, %r2, 0;
 st.global.u32 [%a0], 1;
 bra END;
 SET:
-mov.u32 %r3, 0;
-WORK: add.u32 %r3, %r3, 1;
-setp.lt.u32 %p3, %r3, 20000;
-@%p3 bra WORK;
+"""
+    + WORK
+    + """
 mapa.shared::cluster.u32 %r4, %buffer, 0;
 st.release.cluster.shared::cluster.u32 [%r4], 1;
 END:
 barrier.cluster.arrive.release;
 barrier.cluster.wait.acquire;
 """
+)
 
 
 @both_timings
