@@ -35,8 +35,8 @@ void check_late(const Cta& cta, uint32_t offset, const Mbarrier& barrier) {
   for (const LateExpect& late : barrier.late) {
     if (late.others < barrier.in_time) continue;
     report("expect_tx too late", {late.warp, late.instruction, late.lane},
-           "phase " + std::to_string(barrier.phase) + " of the mbarrier at shared offset " + hex(offset) +
-               " of cta " + std::to_string(cta.rank) + " ends, and none of its arrivals comes after this expect_tx: " +
+           "phase " + std::to_string(barrier.phase) + " of the mbarrier at shared offset " + hex(offset) + " of cta " +
+               std::to_string(cta.rank) + " ends, and none of its arrivals comes after this expect_tx: " +
                "on a slower warp the phase ends without its " + std::to_string(late.bytes) + " bytes");
   }
 }
